@@ -1,0 +1,43 @@
+# What a developer does with this tree. The programs that the tests need are installed by resources/install-tools.
+
+CARGO ?= cargo
+# The tests' guest is a workspace of its own: it is built without std.
+GUEST := tests/guest
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo demo-build demo-tools test lint clean
+
+help: ## Lists these targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+build: ## Builds the program, target/release/minivmm
+	$(CARGO) build --release --bin minivmm
+
+demo: ## Two guests and a third host on one wire, and the pings between them (needs root)
+	@echo "Building minivmm and the demo, fetching what they need ..."
+	@$(MAKE) --no-print-directory -j2 demo-build demo-tools
+	@MINIVMM_BIN=$(TARGET)/demo/minivmm $(TARGET)/demo/examples/demo </dev/null
+
+demo-build:
+	@$(CARGO) build -q --profile demo -p vmm --bin minivmm --example demo
+
+# Without hardware virtualisation the demo runs in the lab, which is QEMU.
+demo-tools:
+	@resources/install-tools $$(grep -qwE 'vmx|svm' /proc/cpuinfo && [ -w /dev/kvm ] || echo qemu-system-x86_64)
+
+test: ## Runs all tests (as root: those with a network need namespaces)
+	resources/install-tools iasl qemu-system-x86_64 qemu-img pip3 /usr/share/OVMF/OVMF_CODE.fd
+	$(CARGO) test --workspace
+
+lint: ## Checks formatting, clippy, documentation and shell scripts
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc -q --workspace --no-deps
+	cd $(GUEST) && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
+	@if command -v shellcheck >/dev/null; then shellcheck -x resources/install-tools resources/guest-init \
+		resources/lab-init .ci/run; else echo "no shellcheck here: shell scripts not checked"; fi
+
+clean: ## Removes what was built; downloads stay in ~/.cache/minivmm
+	$(CARGO) clean
+	cd $(GUEST) && $(CARGO) clean

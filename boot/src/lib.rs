@@ -1,0 +1,208 @@
+//! Everything a Linux guest needs in memory and registers before its first instruction.
+//!
+//! [`load`] takes guest memory and a [`BootSpec`] (kernel, initrd, command line, and the [`Platform`]
+//! the devices live on), writes all of it into the memory and gives back a [`BootState`]: the values
+//! of the boot CPU's registers. It starts no thread, keeps no state and knows nothing of KVM beyond the
+//! plain structs of its registers.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | [`layout`] | where everything is in the guest's physical address space |
+//! | `kernel.rs` | recognises a kernel image and loads it: `kernel/bzimage.rs`, `kernel/elf.rs` |
+//! | `initrd.rs` | finds room for the initrd and reads it there |
+//! | `cmdline.rs` | checks and writes the kernel command line |
+//! | `params.rs` | the memory map (e820), and the zero page or the PVH start info that carries it |
+//! | `acpi.rs` | the tables by which the guest finds its devices; `acpi/dsdt.rs` is their AML |
+//! | `regs.rs` | registers, GDT and page tables at the kernel's entry point |
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use vm_memory::{GuestAddress, GuestMemoryMmap};
+//!
+//! let memory = GuestMemoryMmap::from_ranges(&boot::layout::ram_regions(512 << 20))?;
+//! let platform = boot::Platform {
+//!     cpus: 1,
+//!     serial: boot::SerialPort { port: 0x3f8, gsi: 4 },
+//!     virtio_mmio: vec![boot::VirtioMmio {
+//!         base: GuestAddress(boot::layout::VIRTIO_MMIO_BASE),
+//!         size: boot::layout::VIRTIO_MMIO_SIZE,
+//!         gsi: 6,
+//!     }],
+//!     power: boot::PowerPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602 },
+//!     pci: None,
+//!     power_button_gsi: 5,
+//! };
+//! let mut kernel = std::fs::File::open("vmlinuz")?;
+//! let state = boot::load(
+//!     &memory,
+//!     &mut boot::BootSpec {
+//!         kernel: &mut kernel,
+//!         initrd: None,
+//!         cmdline: "console=ttyS0",
+//!         platform: &platform,
+//!     },
+//! )?;
+//! println!("entered at {:#x}", state.regs.rip);
+//! # Ok(())
+//! # }
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod acpi;
+pub mod cmdline;
+pub mod initrd;
+pub mod kernel;
+pub mod layout;
+pub mod params;
+pub mod regs;
+
+use std::fs::File;
+
+use thiserror::Error as ThisError;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+pub use initrd::Initrd;
+pub use regs::BootState;
+
+/// What to boot, and on which machine.
+#[derive(Debug)]
+pub struct BootSpec<'a> {
+    /// The kernel: a bzImage or an ELF vmlinux. Read from its start, whatever its position.
+    pub kernel: &'a mut File,
+    /// The initial RAM disk, if any; its format is a matter between the user and the kernel.
+    pub initrd: Option<&'a mut File>,
+    /// The whole kernel command line.
+    pub cmdline: &'a str,
+    /// The devices that the guest is told about.
+    pub platform: &'a Platform,
+}
+
+/// The machine as ACPI describes it: the addresses and interrupts at which the VMM put its devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Platform {
+    /// CPUs, 1 to 254. CPU n has the local APIC id n.
+    pub cpus: u8,
+    /// COM1.
+    pub serial: SerialPort,
+    /// The virtio devices behind the MMIO transport, in the order in which Linux is to find them.
+    pub virtio_mmio: Vec<VirtioMmio>,
+    /// The PCI host bridge, if there is one.
+    pub pci: Option<PciHost>,
+    /// The registers for power-off and reset.
+    pub power: PowerPorts,
+    /// The interrupt (edge-triggered, active high) that says that the power button was pressed.
+    pub power_button_gsi: u32,
+}
+
+/// A 16550A UART with 8 ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SerialPort {
+    /// The first port.
+    pub port: u16,
+    /// Its interrupt, edge-triggered and active high.
+    pub gsi: u32,
+}
+
+/// One virtio-mmio window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioMmio {
+    /// The guest physical address, below 4 GiB.
+    pub base: GuestAddress,
+    /// Its length in bytes.
+    pub size: u32,
+    /// Its interrupt, edge-triggered and active high.
+    pub gsi: u32,
+}
+
+/// A PCI Express host bridge with one bus, whose devices interrupt by MSI-X alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciHost {
+    /// The enhanced configuration space of bus 0, 1 MiB, below 4 GiB.
+    pub ecam: GuestAddress,
+    /// Where the BARs of its devices lie, below 4 GiB.
+    pub window: GuestAddress,
+    /// Bytes in the window.
+    pub window_size: u32,
+}
+
+/// The 8-bit I/O ports of hardware-reduced ACPI (ACPI 6.5, 4.8.3.7 and 4.8.3.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PowerPorts {
+    /// Sleep control register: the guest writes SLP_EN (bit 5) and SLP_TYP (bits 2 to 4) here;
+    /// SLP_TYP [`layout::S5_SLEEP_TYPE`] powers off.
+    pub sleep_control: u16,
+    /// Sleep status register.
+    pub sleep_status: u16,
+    /// Reset register: the guest writes [`layout::RESET_VALUE`] here.
+    pub reset: u16,
+}
+
+/// How the kernel is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// The 64-bit Linux boot protocol: long mode, RSI points to the zero page
+    /// (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol").
+    Linux64,
+    /// PVH: 32-bit protected mode without paging, EBX points to the start info
+    /// (xen/include/public/arch-x86/hvm/start_info.h).
+    Pvh,
+}
+
+/// Why a guest could not be prepared; the cause is the error's source.
+#[derive(Debug, ThisError)]
+pub enum Error {
+    /// The kernel.
+    #[error("cannot load the kernel")]
+    Kernel(#[source] kernel::Error),
+    /// The initrd.
+    #[error("cannot load the initrd")]
+    Initrd(#[source] initrd::Error),
+    /// The kernel command line.
+    #[error("cannot pass the kernel command line")]
+    Cmdline(#[source] cmdline::Error),
+    /// The ACPI tables.
+    #[error("cannot describe the machine by ACPI tables")]
+    Acpi(#[source] acpi::Error),
+    /// The zero page or the PVH start info.
+    #[error("cannot write the boot parameters")]
+    Params(#[source] params::Error),
+    /// GDT and page tables.
+    #[error("cannot set up the boot CPU")]
+    Regs(#[source] regs::Error),
+}
+
+/// Loads kernel and initrd into `memory`, describes the machine to the guest, and says how to start the
+/// boot CPU. Called once, before the boot CPU runs for the first time.
+///
+/// `memory` has the regions of [`layout::ram_regions`].
+///
+/// # Errors
+///
+/// A kernel, initrd or command line that cannot be used; memory too small for them; a platform that
+/// ACPI cannot describe. `memory` is then in an undefined state.
+pub fn load(memory: &GuestMemoryMmap, spec: &mut BootSpec) -> Result<BootState, Error> {
+    let kernel = kernel::load(memory, spec.kernel).map_err(Error::Kernel)?;
+    let initrd = match spec.initrd.as_deref_mut() {
+        Some(file) => Some(initrd::load(memory, file, &kernel).map_err(Error::Initrd)?),
+        None => None,
+    };
+    cmdline::write(memory, spec.cmdline, kernel.cmdline_max).map_err(Error::Cmdline)?;
+    acpi::write(memory, spec.platform).map_err(Error::Acpi)?;
+    params::write(memory, &kernel, initrd).map_err(Error::Params)?;
+    regs::prepare(memory, &kernel, initrd).map_err(Error::Regs)
+}
+
+/// A size for people, rounded down: the memory that there is.
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
+}
+
+/// A size for people, rounded up: the memory that it takes.
+fn mib_up(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,162 @@
+//! Routes a guest's port and memory accesses to the device that owns the address.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A device that answers accesses inside a window of a [`Bus`].
+///
+/// Called on the thread of the vCPU that made the access, one call at a time. `data` is 1 to 8
+/// bytes long and `offset + data.len()` may pass the end of the window: a device ignores what it
+/// does not know.
+pub trait BusDevice: Send {
+    /// Fills `data` with what the guest reads at `offset` bytes into the window.
+    fn read(&mut self, offset: u64, data: &mut [u8]);
+    /// Takes what the guest writes at `offset` bytes into the window.
+    fn write(&mut self, offset: u64, data: &[u8]);
+}
+
+/// A device on a bus, with its own lock.
+pub type SharedDevice = Arc<Mutex<dyn BusDevice>>;
+
+/// Two windows of one bus overlap.
+#[derive(Debug, thiserror::Error)]
+#[error("bus window {new:#x?} overlaps {existing:#x?}")]
+pub struct Overlap {
+    new: Range<u64>,
+    existing: Range<u64>,
+}
+
+/// An address space (ports or guest-physical memory) and the devices in it.
+///
+/// It is filled while the VM is built and only read afterwards, so lookups take no lock; each
+/// device has its own.
+#[derive(Default)]
+pub struct Bus {
+    /// Sorted by start, never overlapping.
+    windows: Vec<(Range<u64>, SharedDevice)>,
+}
+
+impl Bus {
+    /// Gives `device` the addresses of `window`.
+    ///
+    /// # Errors
+    ///
+    /// Fails when another device has part of `window`.
+    pub fn insert(&mut self, window: Range<u64>, device: SharedDevice) -> Result<(), Overlap> {
+        let at = self
+            .windows
+            .partition_point(|(w, _)| w.start < window.start);
+        let neighbours = at.saturating_sub(1)..(at + 1).min(self.windows.len());
+        for (existing, _) in &self.windows[neighbours] {
+            if existing.start < window.end && window.start < existing.end {
+                return Err(Overlap {
+                    new: window,
+                    existing: existing.clone(),
+                });
+            }
+        }
+        self.windows.insert(at, (window, device));
+        Ok(())
+    }
+
+    /// Reads for the guest; where there is no device all bits are ones, as on a real bus.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        match self.find(address) {
+            Some((offset, device)) => {
+                device
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .read(offset, data);
+            }
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Writes for the guest; where there is no device nothing happens.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        if let Some((offset, device)) = self.find(address) {
+            device
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .write(offset, data);
+        }
+    }
+
+    fn find(&self, address: u64) -> Option<(u64, &Mutex<dyn BusDevice>)> {
+        let after = self.windows.partition_point(|(w, _)| w.start <= address);
+        let (window, device) = &self.windows[after.checked_sub(1)?];
+        window
+            .contains(&address)
+            .then(|| (address - window.start, device.as_ref()))
+    }
+}
+
+impl fmt::Debug for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.windows.iter().map(|(w, _)| w))
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Echo(u8);
+    impl BusDevice for Echo {
+        fn read(&mut self, offset: u64, data: &mut [u8]) {
+            data.fill(self.0 + offset as u8);
+        }
+        fn write(&mut self, _offset: u64, data: &[u8]) {
+            self.0 = data[0];
+        }
+    }
+
+    fn bus() -> Bus {
+        let mut bus = Bus::default();
+        bus.insert(0x20..0x28, Arc::new(Mutex::new(Echo(0x20))))
+            .unwrap();
+        bus.insert(0x10..0x20, Arc::new(Mutex::new(Echo(0x10))))
+            .unwrap();
+        bus
+    }
+
+    fn read(bus: &Bus, address: u64) -> u8 {
+        let mut data = [0];
+        bus.read(address, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn access_inside_a_window_reaches_its_device() {
+        let bus = bus();
+        assert_eq!(read(&bus, 0x10), 0x10);
+        assert_eq!(read(&bus, 0x1f), 0x1f);
+        assert_eq!(read(&bus, 0x27), 0x27);
+        bus.write(0x10, &[0x40]);
+        assert_eq!(read(&bus, 0x11), 0x41);
+    }
+
+    #[test]
+    fn access_outside_any_window_reads_ones() {
+        let bus = bus();
+        for address in [0, 0xf, 0x28, u64::MAX] {
+            assert_eq!(read(&bus, address), 0xff);
+            bus.write(address, &[0]);
+        }
+    }
+
+    #[test]
+    fn insert_overlapping_is_refused() {
+        let mut bus = bus();
+        for window in [0x0..0x11, 0x1f..0x21, 0x12..0x14, 0x0..0x100, 0x27..0x28] {
+            assert!(bus.insert(window, Arc::new(Mutex::new(Echo(0)))).is_err());
+        }
+        assert!(
+            bus.insert(0x28..0x29, Arc::new(Mutex::new(Echo(0))))
+                .is_ok()
+        );
+    }
+}

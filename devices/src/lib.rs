@@ -1,0 +1,28 @@
+//! The devices of a minivmm guest.
+//!
+//! A device knows guest memory, eventfds and plain file descriptors. It does not know KVM, the
+//! command line, or where in the address space it stands: the monitor puts it on a [`bus::Bus`],
+//! and connects its eventfds to interrupts (irqfd) and register writes (ioeventfd).
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`bus`] | routes accesses to devices |
+//! | [`irq`] | an interrupt line, seen from a device |
+//! | [`pci`] | the host bridge, configuration space, MSI-X |
+//! | [`serial`] | COM1, a 16550A |
+//! | [`power`] | ACPI power-off and reset registers, the i8042's reset |
+//! | [`virtio`] | the virtio transports and the network device |
+//!
+//! # Threads
+//!
+//! Register accesses come on the vCPUs' threads, one at a time for each device. A network device
+//! that its driver has started has a thread of its own for its queue pair, which ends when the
+//! driver resets the device. That thread and the vCPUs share nothing but guest memory, eventfds
+//! and atomics, so no lock is taken for a frame.
+
+pub mod bus;
+pub mod irq;
+pub mod pci;
+pub mod power;
+pub mod serial;
+pub mod virtio;

@@ -1,0 +1,212 @@
+//! A PCI Express host bridge with one bus (PCI Firmware Specification 3.3, 4.1; PCI Local Bus
+//! Specification 3.0).
+//!
+//! Devices sit at fixed addresses: their BARs tell size and place as the specification asks, but
+//! the place is the plan's and cannot be moved. So the windows stand on the memory bus for good,
+//! and an ioeventfd inside one never goes stale.
+
+mod config;
+mod msix;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use config::{CapabilityId, ConfigSpace, Identity};
+pub use msix::{MSIX_ENTRY_LEN, Msix, MsixRoutes};
+
+use crate::bus::BusDevice;
+
+/// Bytes of configuration space that a function has under ECAM.
+pub const ECAM_FUNCTION_LEN: u64 = 4096;
+/// Bytes of ECAM for one bus.
+pub const ECAM_BUS_LEN: u64 = 256 * ECAM_FUNCTION_LEN;
+/// Devices that fit on the bus.
+pub const SLOTS: usize = 32;
+/// The first of the ports of configuration mechanism #1.
+pub const CONFIG_PORT: u16 = 0xcf8;
+/// Their number: an address and a data register of four bytes each.
+pub const CONFIG_PORTS: u64 = 8;
+
+/// A device with one function.
+///
+/// `offset` and length stay inside the first 256 bytes.
+pub trait PciFunction: Send + fmt::Debug {
+    /// The guest reads configuration space.
+    fn read_config(&mut self, offset: usize, data: &mut [u8]);
+    /// The guest writes configuration space.
+    fn write_config(&mut self, offset: usize, data: &[u8]);
+}
+
+/// A function on the bus, with its own lock.
+pub type SharedFunction = Arc<Mutex<dyn PciFunction>>;
+
+/// The functions of bus 0 by their slots. The host bridge has the first one.
+#[derive(Debug)]
+pub struct PciBus {
+    slots: [Option<SharedFunction>; SLOTS],
+}
+
+impl PciBus {
+    /// A bus with its host bridge.
+    pub fn new() -> Self {
+        let mut slots = [const { None }; SLOTS];
+        slots[0] = Some(Arc::new(Mutex::new(HostBridge::new())) as SharedFunction);
+        Self { slots }
+    }
+
+    /// Puts a function into a slot that is free, 1 to 31. False when it is not.
+    #[must_use]
+    pub fn insert(&mut self, slot: usize, function: SharedFunction) -> bool {
+        match self.slots.get_mut(slot) {
+            Some(free @ None) => {
+                *free = Some(function);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Reads; where there is no function, or nothing of it, all bits are ones.
+    fn read(&self, slot: usize, function: usize, offset: usize, data: &mut [u8]) {
+        match self.find(slot, function) {
+            Some(_) if offset >= ConfigSpace::LEN => data.fill(0),
+            Some(found) if offset + data.len() <= ConfigSpace::LEN => {
+                found
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .read_config(offset, data);
+            }
+            _ => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, slot: usize, function: usize, offset: usize, data: &[u8]) {
+        if let Some(found) = self.find(slot, function)
+            && offset + data.len() <= ConfigSpace::LEN
+        {
+            found
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .write_config(offset, data);
+        }
+    }
+
+    fn find(&self, slot: usize, function: usize) -> Option<&SharedFunction> {
+        if function == 0 {
+            self.slots.get(slot)?.as_ref()
+        } else {
+            None
+        }
+    }
+}
+
+impl Default for PciBus {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The enhanced configuration access mechanism: configuration space as memory.
+#[derive(Debug)]
+pub struct Ecam(pub Arc<PciBus>);
+
+impl Ecam {
+    /// Slot, function and offset of an address.
+    fn decode(offset: u64) -> (usize, usize, usize) {
+        (
+            (offset >> 15) as usize & 0x1f,
+            (offset >> 12) as usize & 7,
+            offset as usize & 0xfff,
+        )
+    }
+}
+
+impl BusDevice for Ecam {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let (slot, function, offset) = Self::decode(offset);
+        self.0.read(slot, function, offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let (slot, function, offset) = Self::decode(offset);
+        self.0.write(slot, function, offset, data);
+    }
+}
+
+/// Configuration mechanism #1: an address register at port 0xcf8, and data at 0xcfc.
+#[derive(Debug)]
+pub struct ConfigPorts {
+    bus: Arc<PciBus>,
+    address: u32,
+}
+
+impl ConfigPorts {
+    const ENABLE: u32 = 1 << 31;
+    const DATA: u64 = 4;
+
+    /// Ports for `bus`.
+    pub fn new(bus: Arc<PciBus>) -> Self {
+        Self { bus, address: 0 }
+    }
+
+    /// What the address register points to: slot, function and offset, on bus 0.
+    fn target(&self, port: u64) -> Option<(usize, usize, usize)> {
+        let address = self.address;
+        let on_bus_0 = address & Self::ENABLE != 0 && (address >> 16) & 0xff == 0;
+        let within = port.checked_sub(Self::DATA)? as usize;
+        on_bus_0.then_some((
+            (address >> 11) as usize & 0x1f,
+            (address >> 8) as usize & 7,
+            (address as usize & 0xfc) + within,
+        ))
+    }
+}
+
+impl BusDevice for ConfigPorts {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        match (self.target(offset), offset, data.len()) {
+            (Some((slot, function, register)), _, _) => {
+                self.bus.read(slot, function, register, data);
+            }
+            (None, 0, 4) => data.copy_from_slice(&self.address.to_le_bytes()),
+            _ => data.fill(0xff),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some((slot, function, register)) = self.target(offset) {
+            self.bus.write(slot, function, register, data);
+        } else if let (0, Ok(word)) = (offset, data.try_into()) {
+            self.address = u32::from_le_bytes(word);
+        }
+    }
+}
+
+/// The function that the root of the bus is seen by. It does nothing.
+#[derive(Debug)]
+struct HostBridge(ConfigSpace);
+
+impl HostBridge {
+    fn new() -> Self {
+        // The ids of QEMU's generic PCI Express host bridge, which guests know.
+        Self(ConfigSpace::new(Identity {
+            vendor: 0x1b36,
+            device: 0x0008,
+            class: 0x06_0000,
+            ..Identity::default()
+        }))
+    }
+}
+
+impl PciFunction for HostBridge {
+    fn read_config(&mut self, offset: usize, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.0.write(offset, data);
+    }
+}
+
+#[cfg(test)]
+mod tests;

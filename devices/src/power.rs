@@ -1,0 +1,143 @@
+//! The ways a guest ends its machine: ACPI sleep and reset registers, and the i8042 reset line.
+
+use std::fmt;
+
+use crate::bus::BusDevice;
+
+/// What the guest asked of its machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerRequest {
+    /// Sleep state S5.
+    PowerOff,
+    /// A reset.
+    Reset,
+}
+
+/// Receives the guest's requests; called on a vCPU's thread.
+pub type PowerSink = Box<dyn Fn(PowerRequest) + Send>;
+
+/// Offset of the sleep control register (ACPI 6.5, 4.8.3.7).
+const SLEEP_CONTROL: u64 = 0;
+/// Offset of the reset register (ACPI 6.5, 4.8.3.6).
+const RESET: u64 = 2;
+/// Sleep control: SLP_EN.
+const SLP_EN: u8 = 1 << 5;
+/// Sleep control: SLP_TYP.
+const SLP_TYP_SHIFT: u8 = 2;
+const SLP_TYP_MASK: u8 = 0b111;
+
+/// The ACPI hardware-reduced power registers: sleep control, sleep status and reset, a byte each.
+pub struct AcpiPower {
+    sink: PowerSink,
+}
+
+impl AcpiPower {
+    /// The value of SLP_TYP that stands for S5 in the DSDT's `_S5`.
+    pub const SLP_TYP_S5: u8 = 5;
+    /// The value that resets when written to the reset register.
+    pub const RESET_VALUE: u8 = 1;
+
+    /// Registers that report to `sink`.
+    pub fn new(sink: PowerSink) -> Self {
+        Self { sink }
+    }
+}
+
+impl BusDevice for AcpiPower {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        // Sleep status: WAK_STS is never set, since no sleep state but S5 exists.
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        match (offset, data) {
+            (SLEEP_CONTROL, &[value])
+                if value & SLP_EN != 0
+                    && (value >> SLP_TYP_SHIFT) & SLP_TYP_MASK == Self::SLP_TYP_S5 =>
+            {
+                (self.sink)(PowerRequest::PowerOff);
+            }
+            (RESET, &[Self::RESET_VALUE]) => (self.sink)(PowerRequest::Reset),
+            _ => log::trace!("ACPI power: ignored write of {data:x?} at {offset:#x}"),
+        }
+    }
+}
+
+impl fmt::Debug for AcpiPower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AcpiPower").finish_non_exhaustive()
+    }
+}
+
+/// Offset of the i8042's command port (0x64) from its first port (0x60).
+const I8042_COMMAND: u64 = 4;
+/// "Pulse the CPU's reset line", the one command that guests use without a keyboard.
+const I8042_RESET_CPU: u8 = 0xfe;
+
+/// An i8042 that can only reset the CPU, for guests told `reboot=k`.
+pub struct I8042 {
+    sink: PowerSink,
+}
+
+impl I8042 {
+    /// A controller that reports to `sink`.
+    pub fn new(sink: PowerSink) -> Self {
+        Self { sink }
+    }
+}
+
+impl BusDevice for I8042 {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        // Status 0: the input buffer is empty, so the guest may write its command.
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset == I8042_COMMAND && data == [I8042_RESET_CPU] {
+            (self.sink)(PowerRequest::Reset);
+        }
+    }
+}
+
+impl fmt::Debug for I8042 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("I8042").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+
+    fn sink() -> (PowerSink, Receiver<PowerRequest>) {
+        let (tx, rx) = channel();
+        (Box::new(move |request| tx.send(request).unwrap()), rx)
+    }
+
+    #[test]
+    fn sleep_control_s5_powers_off() {
+        let (sink, requests) = sink();
+        let mut power = AcpiPower::new(sink);
+        for ignored in [0, 5 << 2, SLP_EN, SLP_EN | 3 << 2] {
+            power.write(SLEEP_CONTROL, &[ignored]);
+        }
+        assert!(requests.try_recv().is_err());
+        power.write(SLEEP_CONTROL, &[SLP_EN | 5 << 2]);
+        assert_eq!(requests.try_recv(), Ok(PowerRequest::PowerOff));
+    }
+
+    #[test]
+    fn reset_registers_reset() {
+        let (sink, requests) = sink();
+        AcpiPower::new(sink).write(RESET, &[1]);
+        assert_eq!(requests.try_recv(), Ok(PowerRequest::Reset));
+        let (sink, requests) = self::sink();
+        let mut i8042 = I8042::new(sink);
+        i8042.write(0, &[0xfe]);
+        assert!(requests.try_recv().is_err());
+        i8042.write(4, &[0xfe]);
+        assert_eq!(requests.try_recv(), Ok(PowerRequest::Reset));
+    }
+}

@@ -1,0 +1,96 @@
+//! virtio: devices that know no transport, and the transport that carries them.
+//!
+//! A device implements [`VirtioDevice`]; a transport ([`mmio`] or [`pci`]) owns it, speaks the registers of
+//! virtio 1.2 chapter 4 with the guest and hands the device its queues when the driver is ready.
+
+pub mod mmio;
+pub mod net;
+pub mod pci;
+pub mod queue;
+pub mod status;
+#[cfg(test)]
+mod testing;
+mod transport;
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+pub use queue::Ring;
+
+/// VIRTIO_F_VERSION_1: the device follows virtio 1.0 or later, and so must the driver.
+pub const VIRTIO_F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+/// A virtio device, whatever its transport.
+///
+/// Every method is called with the transport's lock held, on the thread of the vCPU that touched
+/// a register.
+pub trait VirtioDevice: Send + fmt::Debug {
+    /// The device's number (virtio 1.2, chapter 5).
+    fn device_id(&self) -> u32;
+    /// The largest size of each queue, in descriptors: a power of two.
+    fn queue_sizes(&self) -> &[u16];
+    /// The features that the device offers.
+    fn features(&self) -> u64;
+    /// Fills `data` from the device's configuration space; what lies past its end reads as 0.
+    fn read_config(&self, offset: usize, data: &mut [u8]);
+    /// Changes whenever the configuration space has changed, so that a driver can tell that what
+    /// it read belongs together (virtio 1.2, 2.5.1).
+    fn config_generation(&self) -> u32 {
+        0
+    }
+    /// The driver is ready: take the queues and start.
+    ///
+    /// # Errors
+    ///
+    /// A device that cannot start says why; the transport then sets DEVICE_NEEDS_RESET.
+    fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
+    /// The driver wants nothing more: stop, and forget the queues. Guest memory is not touched
+    /// once this has returned. Also called on a device that is not active.
+    fn reset(&mut self);
+}
+
+/// Everything that a device gets when its driver is ready.
+#[derive(Debug)]
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// The features that both sides agreed on.
+    pub features: u64,
+    /// The queues, in order; `None` where the driver left one disabled.
+    pub queues: Vec<Option<ActiveQueue>>,
+    /// How to reach the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// A queue that the driver has set up.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// The rings.
+    pub ring: Ring,
+    /// Readable when the driver notified the device (QueueNotify).
+    pub kick: Arc<EventFd>,
+}
+
+/// How a device reaches its driver.
+pub trait Interrupt: Send + Sync + fmt::Debug {
+    /// Buffers of this queue have been used.
+    fn queue(&self, index: u16);
+    /// The configuration space has changed.
+    fn config(&self);
+    /// The device met something that only a reset cures: sets DEVICE_NEEDS_RESET and notifies
+    /// (virtio 1.2, 2.1.2).
+    fn needs_reset(&self);
+}
+
+/// Copies from `source` at `offset` into `data`, and zeros from where `source` ends.
+pub fn read_at(source: &[u8], offset: usize, data: &mut [u8]) {
+    let available = source.get(offset..).unwrap_or_default();
+    let copied = available.len().min(data.len());
+    let (head, tail) = data.split_at_mut(copied);
+    head.copy_from_slice(&available[..copied]);
+    tail.fill(0);
+}

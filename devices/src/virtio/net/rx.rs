@@ -1,0 +1,286 @@
+//! From the network to the guest: frames of the backend are read straight into the chains that
+//! the driver has made available.
+
+use std::collections::VecDeque;
+use std::io;
+
+use super::backend::{Backend, HEADER_LEN};
+use crate::virtio::queue::{Chain, Direction, MAX_SEGMENTS, Next, Ring};
+
+/// Offset of `num_buffers` in `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6).
+const NUM_BUFFERS: usize = 10;
+
+/// What passed, and what did not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RxCounters {
+    /// Frames given to the driver.
+    pub frames: u64,
+    /// Their bytes, with the headers.
+    pub bytes: u64,
+    /// Chains that could not hold a frame.
+    pub bad_chains: u64,
+    /// Times that the driver had no buffers left.
+    pub starved: u64,
+    /// Frames that the driver's whole ring could not hold.
+    pub too_large: u64,
+    /// Reads that failed.
+    pub errors: u64,
+}
+
+/// Why [`RxQueue::receive`] stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RxStop {
+    /// The backend has no frame; it will poll readable.
+    Idle,
+    /// The driver has no buffers; it will notify.
+    Starved,
+    /// The budget is used up.
+    Budget,
+    /// The ring makes no sense.
+    Broken,
+}
+
+/// How frames are laid into chains, as negotiated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RxLayout {
+    /// MRG_RXBUF: a frame may span several chains.
+    pub mergeable: bool,
+    /// The most bytes that a frame may have, with its header. Less is never offered to the
+    /// backend, which would cut the frame without a word; only a driver that does not take
+    /// mergeable buffers has to see to that itself.
+    pub largest_frame: usize,
+}
+
+/// A frame whose beginning lies in the chains.
+#[derive(Debug)]
+struct Spill {
+    /// Of the whole frame.
+    len: usize,
+    /// Where the part in `spare` begins.
+    at: usize,
+}
+
+/// The receive queue.
+///
+/// Chains are resolved once and kept until a frame has used them, so that a frame costs one
+/// readv, however many chains are offered to it. A frame is copied only where the driver has
+/// fewer buffers than the largest frame takes and this one needed more than there were.
+#[derive(Debug)]
+pub struct RxQueue {
+    ring: Ring,
+    layout: RxLayout,
+    /// Chains taken from the ring and not used yet.
+    chains: VecDeque<Chain>,
+    /// Their iovecs, from `first` on.
+    iovecs: Vec<libc::iovec>,
+    first: usize,
+    /// Bytes in `chains`.
+    capacity: usize,
+    /// A frame that waits for more chains.
+    spill: Option<Spill>,
+    /// Its end.
+    spare: Vec<u8>,
+    counters: RxCounters,
+}
+
+impl RxQueue {
+    /// Fills the chains of `ring` as `layout` says.
+    pub fn new(ring: Ring, layout: RxLayout) -> Self {
+        Self {
+            ring,
+            layout,
+            chains: VecDeque::new(),
+            iovecs: Vec::with_capacity(2 * MAX_SEGMENTS),
+            first: 0,
+            capacity: 0,
+            spill: None,
+            spare: Vec::new(),
+            counters: RxCounters::default(),
+        }
+    }
+
+    /// What passed so far.
+    pub fn counters(&self) -> RxCounters {
+        self.counters
+    }
+
+    /// Receives up to `budget` frames. Says why it stopped, and whether to interrupt the driver.
+    pub fn receive(&mut self, backend: &impl Backend, budget: usize) -> (RxStop, bool) {
+        self.ring.disable_notification();
+        let before = (self.counters.frames, self.counters.bad_chains);
+        let stop = self.fill(backend, budget);
+        let worked = (self.counters.frames, self.counters.bad_chains) != before;
+        (stop, worked && self.ring.needs_interrupt())
+    }
+
+    fn fill(&mut self, backend: &impl Backend, budget: usize) -> RxStop {
+        let mut left = budget;
+        while left > 0 {
+            left -= 1;
+            if let Some(stop) = self.gather(&mut left) {
+                return stop;
+            }
+            if let Some(Spill { len, at }) = self.spill.take() {
+                self.finish_spill(len, at);
+                continue;
+            }
+            match self.read(backend) {
+                // Not a frame; a tap never does this.
+                Ok(len) if len < HEADER_LEN => self.counters.errors += 1,
+                Ok(len) if len <= self.capacity => self.deliver(len),
+                Ok(len) => {
+                    self.spill = Some(Spill {
+                        len,
+                        at: self.capacity,
+                    })
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return RxStop::Idle,
+                Err(error) => {
+                    if self.counters.errors == 0 {
+                        log::warn!("cannot receive from the network: {error}");
+                    }
+                    self.counters.errors += 1;
+                }
+            }
+        }
+        RxStop::Budget
+    }
+
+    /// Takes chains from the ring until the largest frame fits, or the one that waits; fewer will
+    /// do when there are no more. Says why it has none.
+    fn gather(&mut self, left: &mut usize) -> Option<RxStop> {
+        while !self.enough() {
+            match self.ring.next(Direction::ToDriver, &mut self.iovecs) {
+                Next::Chain(chain) if chain.len >= HEADER_LEN => {
+                    self.capacity += chain.len;
+                    self.chains.push_back(chain);
+                    continue;
+                }
+                Next::Chain(chain) => {
+                    self.iovecs.truncate(self.iovecs.len() - chain.segments);
+                    self.ring.complete(chain.head, 0);
+                    self.counters.bad_chains += 1;
+                }
+                Next::Bad => self.counters.bad_chains += 1,
+                Next::Broken => return Some(RxStop::Broken),
+                Next::Empty if self.spill.is_none() && !self.chains.is_empty() => return None,
+                // Buffers that came while notifications were off are found by going round again.
+                Next::Empty if self.ring.enable_notification() => self.ring.disable_notification(),
+                Next::Empty => {
+                    self.counters.starved += 1;
+                    return Some(RxStop::Starved);
+                }
+            }
+            // What a driver can repeat for ever costs budget.
+            if *left == 0 {
+                return Some(RxStop::Budget);
+            }
+            *left -= 1;
+        }
+        None
+    }
+
+    fn enough(&self) -> bool {
+        let wanted = match (&self.spill, self.layout.mergeable) {
+            (Some(spill), _) => spill.len,
+            (None, true) => self.layout.largest_frame,
+            (None, false) => return !self.chains.is_empty(),
+        };
+        self.capacity >= wanted || self.ring_is_spent()
+    }
+
+    /// All that the driver can ever offer at once, or all that one readv takes, is here.
+    fn ring_is_spent(&self) -> bool {
+        self.chains.len() >= usize::from(self.ring.size())
+            || self.iovecs.len() - self.first >= MAX_SEGMENTS
+    }
+
+    /// Reads a frame into the chains. What the chains of a mergeable queue might not hold goes on
+    /// in `spare`, so that a frame is never cut.
+    fn read(&mut self, backend: &impl Backend) -> io::Result<usize> {
+        let chains = self.iovecs.len();
+        let segments = match self.chains.front() {
+            Some(chain) if !self.layout.mergeable => chain.segments,
+            _ => (chains - self.first).min(MAX_SEGMENTS),
+        };
+        let mut end = self.first + segments;
+        if self.layout.mergeable
+            && self.capacity < self.layout.largest_frame
+            && segments < MAX_SEGMENTS
+        {
+            self.spare.resize(self.layout.largest_frame, 0);
+            self.iovecs.push(libc::iovec {
+                iov_base: self.spare.as_mut_ptr().cast(),
+                iov_len: self.spare.len(),
+            });
+            end += 1;
+        }
+        // SAFETY: the iovecs are those of chains that `Ring::next` resolved inside guest memory,
+        // which the ring keeps mapped, and at most one of `spare`, which stays as it is meanwhile.
+        let result = unsafe { backend.read_frame(&self.iovecs[self.first..end]) };
+        self.iovecs.truncate(chains);
+        result
+    }
+
+    /// Moves the end of a frame from `spare` to where the driver looks for it, now that there are
+    /// chains for it; or drops the frame, when the driver's whole ring cannot hold it.
+    fn finish_spill(&mut self, len: usize, at: usize) {
+        if self.capacity < len {
+            self.counters.too_large += 1;
+            return;
+        }
+        scatter(&self.iovecs[self.first..], at, &self.spare[..len - at]);
+        self.deliver(len);
+    }
+
+    /// Gives the driver the chains that a frame of `len` bytes has filled.
+    fn deliver(&mut self, len: usize) {
+        let header = self.first;
+        let (mut left, mut count) = (len, 0);
+        // At least one chain, since a frame was read into it.
+        while let Some(chain) = self.chains.pop_front() {
+            let written = left.min(chain.len);
+            self.ring.stage(chain.head, written as u32);
+            self.first += chain.segments;
+            self.capacity -= chain.len;
+            left -= written;
+            count += 1;
+            if left == 0 {
+                break;
+            }
+        }
+        // The tap leaves num_buffers out, and a driver may have split the header anywhere.
+        scatter(
+            &self.iovecs[header..],
+            NUM_BUFFERS,
+            &u16::to_le_bytes(count),
+        );
+        self.ring.publish();
+        self.counters.frames += 1;
+        self.counters.bytes += len as u64;
+        if self.first == self.iovecs.len() {
+            self.iovecs.clear();
+            self.first = 0;
+        } else if self.first >= MAX_SEGMENTS {
+            self.iovecs.drain(..self.first);
+            self.first = 0;
+        }
+    }
+}
+
+/// Writes `bytes` from offset `at` on into guest memory.
+fn scatter(iovecs: &[libc::iovec], mut at: usize, mut bytes: &[u8]) {
+    for iovec in iovecs {
+        let here = iovec.iov_len.saturating_sub(at).min(bytes.len());
+        if here > 0 {
+            // SAFETY: `at + here` is at most the iovec's length, so that this stays inside the one
+            // mapping of guest memory that the iovec describes.
+            let target = unsafe { iovec.iov_base.cast::<u8>().add(at) };
+            // SAFETY: `target` has `here` mapped, writable bytes of guest memory, which is no part
+            // of `bytes`. The guest may touch them meanwhile; any bytes it sees are its own doing.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, here) };
+            bytes = &bytes[here..];
+        }
+        at = at.saturating_sub(iovec.iov_len);
+    }
+}

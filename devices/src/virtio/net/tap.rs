@@ -1,0 +1,164 @@
+//! A queue of a tap or macvtap interface as the backend of a network device.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+
+use super::backend::{Backend, HEADER_LEN};
+use super::features::Offloads;
+use libc::{TUNGETIFF, TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETSNDBUF, TUNSETVNETHDRSZ};
+
+/// Why a descriptor cannot be the backend of a network device.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// It is something else.
+    #[error("file descriptor {0} is not a queue of a tap or macvtap interface")]
+    NotATap(RawFd, #[source] io::Error),
+    /// A setting was refused.
+    #[error("cannot set {1} on the tap queue (file descriptor {0})")]
+    Setting(RawFd, &'static str, #[source] io::Error),
+}
+
+/// An open queue of a tap or macvtap, set up for frames with a virtio-net header.
+#[derive(Debug)]
+pub struct Tap {
+    fd: OwnedFd,
+    /// The kernel refuses to attach what is attached, and to detach what is not.
+    enabled: AtomicBool,
+}
+
+impl Tap {
+    /// Prepares a queue: non-blocking, virtio-net headers of [`HEADER_LEN`] bytes, no bound on
+    /// what may be in flight, and no offloads until a driver asks for them.
+    ///
+    /// # Errors
+    ///
+    /// Fails when `fd` is not a tap's, or the kernel refuses a setting.
+    pub fn new(fd: OwnedFd) -> Result<Self, TapError> {
+        let raw = fd.as_raw_fd();
+        let setting = |what| move |error| TapError::Setting(raw, what, error);
+        // Zeroed memory is a valid ifreq: a C struct of integers.
+        // SAFETY: all bytes zero is a valid value of `ifreq`, which has no invalid ones.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: TUNGETIFF writes one ifreq, and `request` is one.
+        check(unsafe { ioctl_with_mut_ref(&fd, TUNGETIFF, &mut request) })
+            .map_err(|error| TapError::NotATap(raw, error))?;
+        // SAFETY: TUNGETIFF has filled the flags, the member of the union that is read here.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        let wanted = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        // A tap (not a macvtap) takes TUNSETIFF only once, from whoever opened it.
+        if flags & wanted != wanted {
+            // The name in `request` is ignored, and each queue has its own flags
+            // (drivers/net/tap.c, tap_ioctl).
+            request.ifr_ifru.ifru_flags = wanted | libc::IFF_MULTI_QUEUE as libc::c_short;
+            // SAFETY: TUNSETIFF reads one ifreq, and `request` is one.
+            check(unsafe { ioctl_with_ref(&fd, TUNSETIFF, &request) })
+                .map_err(setting("the virtio-net header (TUNSETIFF)"))?;
+        }
+        // SAFETY: TUNSETVNETHDRSZ reads one int.
+        check(unsafe { ioctl_with_ref(&fd, TUNSETVNETHDRSZ, &(HEADER_LEN as libc::c_int)) })
+            .map_err(setting("the header's length (TUNSETVNETHDRSZ)"))?;
+        // In bridge mode a frame stays charged to its sender until the guest that it is for reads
+        // it: with a bound, one slow guest would stop its neighbours.
+        // SAFETY: TUNSETSNDBUF reads one int.
+        check(unsafe { ioctl_with_ref(&fd, TUNSETSNDBUF, &libc::c_int::MAX) })
+            .map_err(setting("the send buffer (TUNSETSNDBUF)"))?;
+        set_nonblocking(&fd).map_err(setting("O_NONBLOCK"))?;
+        let tap = Self {
+            fd,
+            enabled: AtomicBool::new(true),
+        };
+        // They outlive the reader before us.
+        tap.set_offloads(Offloads::empty())
+            .map_err(setting("no offloads (TUNSETOFFLOAD)"))?;
+        Ok(tap)
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl Backend for Tap {
+    unsafe fn read_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: the caller vouches for the memory; pointer and count are those of one slice.
+        let n = unsafe {
+            libc::readv(
+                self.as_raw_fd(),
+                iovecs.as_ptr(),
+                iovecs.len() as libc::c_int,
+            )
+        };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    unsafe fn write_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: the caller vouches for the memory; pointer and count are those of one slice.
+        let n = unsafe {
+            libc::writev(
+                self.as_raw_fd(),
+                iovecs.as_ptr(),
+                iovecs.len() as libc::c_int,
+            )
+        };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        // SAFETY: TUNSETOFFLOAD takes its bits by value.
+        check(unsafe { ioctl_with_val(&self.fd, TUNSETOFFLOAD, offloads.bits().into()) })
+    }
+
+    fn set_enabled(&self, enabled: bool) -> io::Result<()> {
+        if self.enabled.load(Ordering::SeqCst) == enabled {
+            return Ok(());
+        }
+        // SAFETY: all bytes zero is a valid value of `ifreq`, which has no invalid ones.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let change = if enabled {
+            libc::IFF_ATTACH_QUEUE
+        } else {
+            libc::IFF_DETACH_QUEUE
+        };
+        request.ifr_ifru.ifru_flags = change as libc::c_short;
+        // SAFETY: TUNSETQUEUE reads one ifreq, and `request` is one.
+        check(unsafe { ioctl_with_ref(&self.fd, TUNSETQUEUE, &request) })?;
+        self.enabled.store(enabled, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: F_GETFL takes no argument and touches no memory.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    check(flags)?;
+    // SAFETY: F_SETFL takes an int by value.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn descriptor_of_something_else_is_refused() {
+        for path in ["/dev/null", "/"] {
+            let error = Tap::new(File::open(path).unwrap().into()).unwrap_err();
+            assert!(matches!(error, TapError::NotATap(..)), "{error}");
+        }
+    }
+}

@@ -1,0 +1,573 @@
+//! The data path over a socketpair instead of a tap.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::backend::{Backend, HEADER_LEN};
+use super::ctrl::CtrlQueue;
+use super::features::{Features, Offloads};
+use super::observe::Observer;
+use super::rx::{RxLayout, RxQueue, RxStop};
+use super::tx::{TxQueue, TxStop};
+use super::{Net, NetConfig};
+use crate::virtio::testing::{Driver, Recorder, SIZE, WRITE};
+use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
+
+/// One end of a socketpair; each datagram is a frame.
+#[derive(Debug)]
+struct Wire {
+    socket: UnixDatagram,
+    offloads: Mutex<Vec<Offloads>>,
+    /// Errno that writing fails with, 0 for none.
+    refuse: AtomicU32,
+    enabled: AtomicBool,
+}
+
+impl Wire {
+    fn new() -> (Self, UnixDatagram) {
+        let (socket, far) = UnixDatagram::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        far.set_nonblocking(true).unwrap();
+        (
+            Self {
+                socket,
+                offloads: Mutex::default(),
+                refuse: AtomicU32::new(0),
+                enabled: AtomicBool::new(true),
+            },
+            far,
+        )
+    }
+}
+
+impl AsRawFd for Wire {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+fn result(n: isize) -> io::Result<usize> {
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+impl Backend for Wire {
+    unsafe fn read_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: the caller vouches for the iovecs.
+        result(unsafe { libc::readv(self.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
+    }
+
+    unsafe fn write_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        match self.refuse.load(Ordering::SeqCst) {
+            // SAFETY: the caller vouches for the iovecs.
+            0 => result(unsafe {
+                libc::writev(self.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32)
+            }),
+            errno => Err(io::Error::from_raw_os_error(errno as i32)),
+        }
+    }
+
+    fn set_enabled(&self, enabled: bool) -> io::Result<()> {
+        self.enabled.store(enabled, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        self.offloads.lock().unwrap().push(offloads);
+        Ok(())
+    }
+}
+
+fn frame(len: usize) -> Vec<u8> {
+    (0..len).map(|n| (n % 251) as u8).collect()
+}
+
+/// The frame as the driver gets it: the bytes 10 and 11 are num_buffers.
+fn received(len: usize, buffers: u16) -> Vec<u8> {
+    let mut frame = frame(len);
+    frame[10..12].copy_from_slice(&buffers.to_le_bytes());
+    frame
+}
+
+const MAC: [u8; 6] = [2, 3, 4, 5, 6, 7];
+
+fn observer() -> Arc<Observer> {
+    let changed = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    Arc::new(Observer::new("net0".into(), MAC, changed))
+}
+
+fn device(wire: Wire, mtu: u16) -> Net<Wire> {
+    Net::new(
+        "net0".into(),
+        NetConfig { mac: MAC, mtu },
+        vec![wire],
+        observer(),
+    )
+}
+
+const MERGEABLE: RxLayout = RxLayout {
+    mergeable: true,
+    largest_frame: 2000,
+};
+const SINGLE: RxLayout = RxLayout {
+    mergeable: false,
+    largest_frame: 2000,
+};
+
+#[test]
+fn tx_frame_leaves_as_it_was_laid_out() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut tx = TxQueue::new(driver.ring(false), observer());
+    driver.write(0x4000, &frame(12));
+    driver.write(0x5000, &frame(100));
+    driver.offer_chain(0, &[(0x4000, 12, 0), (0x5000, 100, 0)]);
+    assert_eq!(tx.send(&wire, 10), (TxStop::Empty, true));
+    let mut buffer = [0; 200];
+    assert_eq!(far.recv(&mut buffer).unwrap(), 112);
+    assert_eq!(buffer[..112], [frame(12), frame(100)].concat());
+    assert_eq!(driver.take_used(), [(0, 0)]);
+    assert_eq!((tx.counters().frames, tx.counters().bytes), (1, 112));
+}
+
+#[test]
+fn tx_bad_chain_and_refused_frame_are_counted_and_the_rest_goes_on() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut tx = TxQueue::new(driver.ring(false), observer());
+    driver.offer_chain(0, &[(0x4000, 60, WRITE)]);
+    wire.refuse.store(libc::EINVAL as u32, Ordering::SeqCst);
+    driver.offer_chain(1, &[(0x4000, 5, 0)]);
+    tx.send(&wire, 10);
+    wire.refuse.store(0, Ordering::SeqCst);
+    driver.offer_chain(2, &[(0x4000, 60, 0)]);
+    assert_eq!(tx.send(&wire, 10).0, TxStop::Empty);
+    assert_eq!(driver.take_used(), [(0, 0), (1, 0), (2, 0)]);
+    let counters = tx.counters();
+    assert_eq!(
+        (counters.bad_chains, counters.refused, counters.frames),
+        (1, 1, 1)
+    );
+    assert_eq!(far.recv(&mut [0; 100]).unwrap(), 60);
+}
+
+#[test]
+fn tx_to_a_full_wire_keeps_the_frame_for_later() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut tx = TxQueue::new(driver.ring(false), observer());
+    wire.refuse.store(libc::EAGAIN as u32, Ordering::SeqCst);
+    driver.offer_chain(0, &[(0x4000, 60, 0)]);
+    assert_eq!(tx.send(&wire, 10), (TxStop::Full, false));
+    assert_eq!(driver.take_used(), []);
+    wire.refuse.store(0, Ordering::SeqCst);
+    assert_eq!(tx.send(&wire, 10), (TxStop::Empty, true));
+    assert_eq!(driver.take_used(), [(0, 0)]);
+    assert_eq!(far.recv(&mut [0; 100]).unwrap(), 60);
+}
+
+#[test]
+fn tx_stops_at_its_budget() {
+    let (wire, _far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut tx = TxQueue::new(driver.ring(false), observer());
+    for head in 0..4 {
+        driver.offer_chain(head, &[(0x4000, 60, 0)]);
+    }
+    assert_eq!(tx.send(&wire, 3).0, TxStop::Budget);
+    assert_eq!(driver.take_used().len(), 3);
+    assert_eq!(tx.send(&wire, 3).0, TxStop::Empty);
+}
+
+#[test]
+fn broken_ring_is_told() {
+    let (wire, _far) = Wire::new();
+    let driver = Driver::new();
+    driver.set_available(SIZE + 1);
+    assert_eq!(
+        TxQueue::new(driver.ring(false), observer())
+            .send(&wire, 10)
+            .0,
+        TxStop::Broken
+    );
+    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE);
+    assert_eq!(rx.receive(&wire, 10).0, RxStop::Broken);
+}
+
+#[test]
+fn rx_without_buffers_starves_and_leaves_the_frame() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut rx = RxQueue::new(driver.ring(false), SINGLE);
+    far.send(&frame(100)).unwrap();
+    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, false));
+    driver.offer_chain(0, &[(0x4000, 2000, WRITE)]);
+    driver.offer_chain(1, &[(0x6000, 2000, WRITE)]);
+    assert_eq!(rx.receive(&wire, 10), (RxStop::Idle, true));
+    assert_eq!(driver.take_used(), [(0, 100)]);
+    assert_eq!(driver.read(0x4000, 100), received(100, 1));
+}
+
+#[test]
+fn rx_frame_over_several_chains_says_how_many() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE);
+    for head in 0..10 {
+        driver.offer_chain(head, &[(0x4000 + 0x100 * u64::from(head), 256, WRITE)]);
+    }
+    far.send(&frame(600)).unwrap();
+    far.send(&frame(256)).unwrap();
+    assert_eq!(rx.receive(&wire, 10), (RxStop::Idle, true));
+    assert_eq!(driver.take_used(), [(0, 256), (1, 256), (2, 88), (3, 256)]);
+    assert_eq!(driver.read(0x4000, 600), received(600, 3));
+    assert_eq!(driver.read(0x4300, 256), received(256, 1));
+}
+
+#[test]
+fn rx_frame_larger_than_what_is_offered_waits_for_the_rest_of_its_buffers() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE);
+    driver.offer_chain(0, &[(0x4000, 100, WRITE)]);
+    driver.offer_chain(1, &[(0x4064, 100, WRITE)]);
+    far.send(&frame(350)).unwrap();
+    far.send(&frame(70)).unwrap();
+    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, false));
+    assert_eq!(
+        driver.take_used(),
+        [],
+        "nothing before the whole frame is there"
+    );
+    driver.offer_chain(2, &[(0x40c8, 100, WRITE)]);
+    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, false));
+    driver.offer_chain(3, &[(0x412c, 100, WRITE)]);
+    driver.offer_chain(4, &[(0x8000, 100, WRITE)]);
+    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, true));
+    assert_eq!(
+        driver.take_used(),
+        [(0, 100), (1, 100), (2, 100), (3, 50), (4, 70)]
+    );
+    assert_eq!(driver.read(0x4000, 350), received(350, 4));
+    assert_eq!(driver.read(0x8000, 70), received(70, 1));
+}
+
+#[test]
+fn rx_frame_larger_than_the_whole_ring_is_dropped_and_the_rest_goes_on() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE);
+    for head in 0..SIZE {
+        driver.offer_chain(head, &[(0x4000 + 100 * u64::from(head), 100, WRITE)]);
+    }
+    far.send(&frame(100 * usize::from(SIZE) + 1)).unwrap();
+    far.send(&frame(150)).unwrap();
+    assert_eq!(rx.receive(&wire, 10), (RxStop::Idle, true));
+    assert_eq!(driver.take_used(), [(0, 100), (1, 50)]);
+    assert_eq!(driver.read(0x4000, 150), received(150, 2));
+    assert_eq!(rx.counters().too_large, 1);
+}
+
+#[test]
+fn rx_header_split_between_descriptors_is_completed() {
+    for split in [1, 10, 11, 12] {
+        let (wire, far) = Wire::new();
+        let mut driver = Driver::new();
+        let mut rx = RxQueue::new(driver.ring(false), SINGLE);
+        driver.offer_chain(0, &[(0x4000, split, WRITE), (0x5000, 2000, WRITE)]);
+        far.send(&frame(100)).unwrap();
+        rx.receive(&wire, 1);
+        let split = split as usize;
+        let whole = [driver.read(0x4000, split), driver.read(0x5000, 100 - split)].concat();
+        assert_eq!(whole, received(100, 1), "{split}");
+    }
+}
+
+#[test]
+fn rx_chain_without_room_for_a_header_is_bad() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut rx = RxQueue::new(driver.ring(false), SINGLE);
+    driver.offer_chain(0, &[(0x4000, HEADER_LEN as u32 - 1, WRITE)]);
+    driver.offer_chain(1, &[(0x4000, 500, 0)]);
+    driver.offer_chain(2, &[(0x5000, 500, WRITE)]);
+    far.send(&frame(60)).unwrap();
+    rx.receive(&wire, 10);
+    assert_eq!(driver.take_used(), [(0, 0), (1, 0), (2, 60)]);
+    assert_eq!(rx.counters().bad_chains, 2);
+}
+
+#[test]
+fn rx_many_frames_in_and_out_of_order_of_buffers_arrive_whole() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut rx = RxQueue::new(driver.ring(true), MERGEABLE);
+    for head in 0..SIZE {
+        driver.offer_chain(head, &[(0x4000 + 0x400 * u64::from(head), 0x400, WRITE)]);
+    }
+    for n in 0..500 {
+        let len = 60 + n * 7 % 1800;
+        far.send(&frame(len)).unwrap();
+        rx.receive(&wire, 4);
+        let used = driver.take_used();
+        let total: u32 = used.iter().map(|&(_, len)| len).sum();
+        assert_eq!(total as usize, len, "frame {n}");
+        let bytes: Vec<u8> = used
+            .iter()
+            .flat_map(|&(head, len)| driver.read(0x4000 + 0x400 * u64::from(head), len as usize))
+            .collect();
+        assert_eq!(bytes, received(len, used.len() as u16), "frame {n}");
+        for (head, _) in used {
+            driver.offer(head);
+        }
+    }
+    assert_eq!(rx.counters().frames, 500);
+}
+
+struct Running {
+    device: Net<Wire>,
+    far: UnixDatagram,
+    rx: Driver,
+    tx: Driver,
+    kicks: [Arc<EventFd>; 2],
+    recorder: Arc<Recorder>,
+}
+
+impl Running {
+    fn start(features: Features) -> Self {
+        let (wire, far) = Wire::new();
+        let mut device = device(wire, 1500);
+        let (rx, tx, recorder) = (Driver::new(), Driver::new(), Arc::new(Recorder::default()));
+        let kicks = [(); 2].map(|()| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
+        let queue = |driver: &Driver, kick: &Arc<EventFd>| {
+            Some(ActiveQueue {
+                ring: driver.ring(false),
+                kick: Arc::clone(kick),
+            })
+        };
+        let activation = Activation {
+            memory: Arc::clone(&rx.memory),
+            features: features.bits(),
+            queues: vec![queue(&rx, &kicks[0]), queue(&tx, &kicks[1])],
+            interrupt: recorder.clone(),
+        };
+        device.activate(activation).unwrap();
+        Self {
+            device,
+            far,
+            rx,
+            tx,
+            kicks,
+            recorder,
+        }
+    }
+}
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn device_moves_frames_both_ways_until_it_is_reset() {
+    let mut running = Running::start(Features::empty());
+    running.rx.offer_chain(0, &[(0x4000, 2000, WRITE)]);
+    running.kicks[0].write(1).unwrap();
+    running.far.send(&frame(99)).unwrap();
+    eventually("a frame for the guest", || {
+        running.rx.take_used() == [(0, 99)]
+    });
+    running.tx.offer_chain(0, &[(0x4000, 77, 0)]);
+    running.kicks[1].write(1).unwrap();
+    eventually("a frame from the guest", || {
+        running.far.recv(&mut [0; 100]).is_ok_and(|n| n == 77)
+    });
+    eventually("interrupts", || {
+        running.recorder.interrupts.load(Ordering::SeqCst) >= 2
+    });
+    running.device.reset();
+    running.rx.offer_chain(1, &[(0x4000, 2000, WRITE)]);
+    running.kicks[0].write(1).unwrap();
+    running.far.send(&frame(99)).unwrap();
+    thread::sleep(Duration::from_millis(20));
+    assert_eq!(
+        running.rx.take_used(),
+        [],
+        "guest memory is left alone after a reset"
+    );
+}
+
+#[test]
+fn device_with_a_broken_ring_asks_for_a_reset_and_ends_at_it() {
+    let mut running = Running::start(Features::empty());
+    running.tx.set_available(SIZE + 1);
+    running.kicks[1].write(1).unwrap();
+    let needs_reset = || running.recorder.needs_reset.load(Ordering::SeqCst);
+    eventually("DEVICE_NEEDS_RESET", needs_reset);
+    running.device.reset();
+}
+
+#[test]
+fn device_sets_the_offloads_of_its_driver_and_clears_them_at_reset() {
+    let features = Features::GUEST_CSUM | Features::GUEST_TSO4;
+    let mut running = Running::start(features);
+    running.device.reset();
+    running.device.reset();
+    let wire = &running.device.backends[0];
+    let offloads = wire.offloads.lock().unwrap().clone();
+    assert_eq!(
+        offloads,
+        [Offloads::CSUM | Offloads::TSO4, Offloads::empty()]
+    );
+}
+
+#[test]
+fn device_without_one_of_its_queues_does_not_start() {
+    let (wire, _far) = Wire::new();
+    let mut device = device(wire, 1500);
+    let activation = Activation {
+        memory: Driver::new().memory,
+        features: 0,
+        queues: vec![None, None],
+        interrupt: Arc::new(Recorder::default()),
+    };
+    assert!(device.activate(activation).is_err());
+}
+
+#[test]
+fn config_space_tells_mac_link_and_mtu() {
+    let (wire, _far) = Wire::new();
+    let device = device(wire, 9000);
+    let mut bytes = [0xff; 14];
+    device.read_config(0, &mut bytes);
+    assert_eq!(bytes, [2, 3, 4, 5, 6, 7, 1, 0, 1, 0, 0x28, 0x23, 0, 0]);
+}
+
+#[test]
+fn link_change_shows_in_the_config_space_and_interrupts_once() {
+    let running = Running::start(Features::empty());
+    let status = || {
+        let mut bytes = [0; 2];
+        running.device.read_config(6, &mut bytes);
+        bytes
+    };
+    let changes = || running.recorder.config_changes.load(Ordering::SeqCst);
+    let link = Arc::clone(running.device.link());
+    assert_eq!(
+        (status(), changes(), running.device.config_generation()),
+        ([1, 0], 0, 0)
+    );
+    for (up, bytes, count) in [(true, 1, 0), (false, 0, 1), (false, 0, 1), (true, 1, 2)] {
+        link.set_up(up);
+        assert_eq!((status(), changes()), ([bytes, 0], count));
+        assert_eq!(running.device.config_generation(), count);
+    }
+}
+
+#[test]
+fn link_change_without_a_driver_is_seen_by_the_next_one() {
+    let (wire, _far) = Wire::new();
+    let device = device(wire, 1500);
+    device.link().set_up(false);
+    let mut bytes = [0; 2];
+    device.read_config(6, &mut bytes);
+    assert_eq!(bytes, [0, 0]);
+}
+
+/// A command and its answer's place, as one chain.
+fn command(driver: &mut Driver, head: u16, bytes: &[u8]) {
+    driver.write(0x4000, bytes);
+    driver.write(0x5000, &[0xaa]);
+    driver.offer_chain(head, &[(0x4000, bytes.len() as u32, 0), (0x5000, 1, WRITE)]);
+}
+
+#[test]
+fn command_sets_how_many_pairs_take_frames() {
+    let wires: Vec<_> = (0..3).map(|_| Arc::new(Wire::new().0)).collect();
+    let mut driver = Driver::new();
+    let mut ctrl = CtrlQueue::new(driver.ring(false), wires.clone());
+    let enabled = || {
+        wires
+            .iter()
+            .filter(|wire| wire.enabled.load(Ordering::SeqCst))
+            .count()
+    };
+    for (bytes, answer, pairs) in [
+        (&[4, 0, 2, 0][..], 0, 2),
+        (&[4, 0, 1, 0], 0, 1),
+        (&[4, 0, 0, 0], 1, 1),
+        (&[4, 0, 4, 0], 1, 1),
+        (&[4, 0, 3], 1, 1),
+        (&[4, 1, 3, 0], 1, 1),
+        (&[0, 0, 1, 0], 1, 1),
+        (&[4, 0, 3, 0], 0, 3),
+    ] {
+        command(&mut driver, 0, bytes);
+        assert_eq!(ctrl.handle(), (false, true));
+        assert_eq!(
+            (driver.read(0x5000, 1)[0], enabled()),
+            (answer, pairs),
+            "{bytes:?}"
+        );
+        assert_eq!(driver.take_used(), [(0, 1)]);
+    }
+    // No room for the answer, or a question from nowhere.
+    driver.offer_chain(2, &[(0x4000, 4, 0)]);
+    driver.offer_chain(4, &[(u64::MAX - 1, 4, 0), (0x5000, 1, WRITE)]);
+    ctrl.handle();
+    assert_eq!(driver.take_used(), [(2, 0), (4, 0)]);
+}
+
+#[test]
+fn device_of_two_pairs_uses_the_second_when_told() {
+    let (wires, fars): (Vec<_>, Vec<_>) = (0..2).map(|_| Wire::new()).unzip();
+    let config = NetConfig {
+        mac: MAC,
+        mtu: 1500,
+    };
+    let mut device = Net::new("net0".into(), config, wires, observer());
+    assert!(
+        !device.backends[1].enabled.load(Ordering::SeqCst),
+        "nobody reads it yet"
+    );
+    assert_eq!(device.queue_sizes().len(), 5);
+    let mut drivers: Vec<_> = (0..5).map(|_| Driver::new()).collect();
+    let kicks: Vec<_> = (0..5)
+        .map(|_| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()))
+        .collect();
+    let queue = |(driver, kick): (&Driver, &Arc<EventFd>)| {
+        Some(ActiveQueue {
+            ring: driver.ring(false),
+            kick: Arc::clone(kick),
+        })
+    };
+    device
+        .activate(Activation {
+            memory: Arc::clone(&drivers[0].memory),
+            features: (Features::MQ | Features::CTRL_VQ).bits(),
+            queues: drivers.iter().zip(&kicks).map(queue).collect(),
+            interrupt: Arc::new(Recorder::default()),
+        })
+        .unwrap();
+    command(&mut drivers[4], 0, &[4, 0, 2, 0]);
+    kicks[4].write(1).unwrap();
+    eventually("the answer", || drivers[4].take_used() == [(0, 1)]);
+    assert!(device.backends[1].enabled.load(Ordering::SeqCst));
+    drivers[2].offer_chain(0, &[(0x4000, 2000, WRITE)]);
+    kicks[2].write(1).unwrap();
+    fars[1].send(&frame(99)).unwrap();
+    eventually("a frame by the second pair", || {
+        drivers[2].take_used() == [(0, 99)]
+    });
+    device.reset();
+    assert!(!device.backends[1].enabled.load(Ordering::SeqCst));
+}

@@ -1,0 +1,264 @@
+use std::error::Error;
+use std::sync::Mutex;
+
+use proptest::prelude::*;
+
+use super::super::queue::QueueConfig;
+use super::super::testing::Driver;
+use super::super::{Activation, VIRTIO_F_VERSION_1};
+use super::*;
+
+#[derive(Debug, Default)]
+struct Probe {
+    active: Arc<Mutex<Option<Activation>>>,
+}
+
+impl VirtioDevice for Probe {
+    fn device_id(&self) -> u32 {
+        1
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[16, 64]
+    }
+    fn features(&self) -> u64 {
+        0b11
+    }
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        read_at(&[1, 2, 3, 4, 5, 6, 7, 8], offset, data);
+    }
+    fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+        *self.active.lock().unwrap() = Some(activation);
+        Ok(())
+    }
+    fn reset(&mut self) {
+        *self.active.lock().unwrap() = None;
+    }
+}
+
+#[derive(Debug)]
+struct NoRoutes;
+
+impl MsixRoutes for NoRoutes {
+    fn connect(&self, _vector: usize, _address: u64, _data: u32) {}
+    fn disconnect(&self, _vector: usize) {}
+}
+
+struct Guest {
+    transport: PciTransport,
+    active: Arc<Mutex<Option<Activation>>>,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let active = Arc::default();
+        let device = Probe {
+            active: Arc::clone(&active),
+        };
+        let lines = (0..PciTransport::vectors(&device))
+            .map(|_| IrqLine::new().unwrap())
+            .collect();
+        let memory = Driver::new().memory;
+        let transport = PciTransport::new(
+            Box::new(device),
+            memory,
+            0xe800_0000,
+            lines,
+            Box::new(NoRoutes),
+        );
+        Self {
+            transport: transport.unwrap(),
+            active,
+        }
+    }
+
+    fn read<const N: usize>(&mut self, offset: u64) -> [u8; N] {
+        let mut data = [0xaa; N];
+        BusDevice::read(&mut self.transport, offset, &mut data);
+        data
+    }
+
+    fn write(&mut self, offset: usize, data: &[u8]) {
+        BusDevice::write(&mut self.transport, offset as u64, data);
+    }
+
+    fn status(&mut self) -> u8 {
+        self.read::<1>(common::STATUS as u64)[0]
+    }
+
+    fn set_status(&mut self, value: u8) {
+        self.write(common::STATUS, &[value]);
+    }
+
+    fn negotiate(&mut self, features: u64) {
+        for status in [0, 1, 3] {
+            self.set_status(status);
+        }
+        for select in [0u32, 1] {
+            self.write(common::DRIVER_FEATURE_SELECT, &select.to_le_bytes());
+            let half = (features >> (32 * select)) as u32;
+            self.write(common::DRIVER_FEATURE, &half.to_le_bytes());
+        }
+        self.set_status(11);
+    }
+
+    fn set_up_queue(&mut self, index: u16, config: QueueConfig, vector: u16) {
+        self.write(common::QUEUE_SELECT, &index.to_le_bytes());
+        self.write(common::QUEUE_SIZE, &config.size.to_le_bytes());
+        self.write(common::QUEUE_VECTOR, &vector.to_le_bytes());
+        self.write(common::QUEUE_DESC, &config.descriptors.to_le_bytes());
+        for (offset, address) in [
+            (common::QUEUE_DRIVER, config.available),
+            (common::QUEUE_DEVICE, config.used),
+        ] {
+            self.write(offset, &(address as u32).to_le_bytes());
+            self.write(offset + 4, &((address >> 32) as u32).to_le_bytes());
+        }
+        self.write(common::QUEUE_ENABLE, &1u16.to_le_bytes());
+    }
+}
+
+#[test]
+fn driver_finds_features_queues_and_configuration() {
+    let mut guest = Guest::new();
+    assert_eq!(
+        u32::from_le_bytes(guest.read(common::DEVICE_FEATURE as u64)),
+        3
+    );
+    guest.write(common::DEVICE_FEATURE_SELECT, &1u32.to_le_bytes());
+    assert_eq!(
+        u32::from_le_bytes(guest.read(common::DEVICE_FEATURE as u64)),
+        1,
+        "VERSION_1"
+    );
+    assert_eq!(u16::from_le_bytes(guest.read(common::NUM_QUEUES as u64)), 2);
+    for (queue, size) in [(0u16, 16), (1, 64), (2, 0), (0xffff, 0)] {
+        guest.write(common::QUEUE_SELECT, &queue.to_le_bytes());
+        assert_eq!(
+            u16::from_le_bytes(guest.read(common::QUEUE_SIZE as u64)),
+            size
+        );
+    }
+    assert_eq!(guest.read(u64::from(DEVICE)), [1, 2, 3, 4]);
+    assert_eq!(guest.read(u64::from(DEVICE) + 7), [8, 0]);
+}
+
+#[test]
+fn driver_ok_hands_over_the_queues_and_their_vectors() {
+    let mut guest = Guest::new();
+    guest.negotiate(VIRTIO_F_VERSION_1 | 1);
+    assert_eq!(guest.status(), 11);
+    guest.set_up_queue(0, Driver::config(), 1);
+    guest.set_up_queue(1, Driver::config(), 2);
+    guest.write(common::CONFIG_VECTOR, &0u16.to_le_bytes());
+    assert_eq!(
+        u16::from_le_bytes(guest.read(common::QUEUE_ENABLE as u64)),
+        1
+    );
+    guest.set_status(15);
+    let active = guest.active.lock().unwrap().take().unwrap();
+    assert_eq!(active.features, VIRTIO_F_VERSION_1 | 1);
+    assert!(active.queues.iter().all(Option::is_some));
+    active.interrupt.queue(1);
+    active.interrupt.config();
+    let lines = &guest.transport.core.interrupt.lines;
+    let raised: Vec<_> = lines.iter().map(IrqLine::is_raised).collect();
+    assert_eq!(raised, [true, false, true]);
+}
+
+#[test]
+fn vector_that_does_not_exist_reads_back_as_none() {
+    let mut guest = Guest::new();
+    for (wanted, got) in [(2u16, 2), (3, NO_VECTOR), (NO_VECTOR, NO_VECTOR)] {
+        guest.write(common::CONFIG_VECTOR, &wanted.to_le_bytes());
+        assert_eq!(
+            u16::from_le_bytes(guest.read(common::CONFIG_VECTOR as u64)),
+            got
+        );
+        guest.write(common::QUEUE_VECTOR, &wanted.to_le_bytes());
+        assert_eq!(
+            u16::from_le_bytes(guest.read(common::QUEUE_VECTOR as u64)),
+            got
+        );
+    }
+}
+
+#[test]
+fn reset_takes_everything_back() {
+    let mut guest = Guest::new();
+    guest.negotiate(VIRTIO_F_VERSION_1);
+    guest.set_up_queue(0, Driver::config(), 1);
+    guest.set_status(15);
+    guest.transport.core.interrupt.needs_reset();
+    assert_eq!(guest.status(), 15 | 64);
+    guest.set_status(0);
+    assert_eq!(guest.status(), 0);
+    assert!(guest.active.lock().unwrap().is_none());
+    assert_eq!(
+        u16::from_le_bytes(guest.read(common::QUEUE_ENABLE as u64)),
+        0
+    );
+    assert_eq!(
+        u16::from_le_bytes(guest.read(common::QUEUE_VECTOR as u64)),
+        NO_VECTOR
+    );
+}
+
+#[test]
+fn notification_without_ioeventfd_reaches_its_queue() {
+    let mut guest = Guest::new();
+    guest.write((NOTIFY + NOTIFY_STRIDE) as usize, &1u16.to_le_bytes());
+    assert!(guest.transport.kicks()[0].read().is_err());
+    assert_eq!(guest.transport.kicks()[1].read().unwrap(), 1);
+}
+
+#[test]
+fn window_in_configuration_space_reads_and_writes_the_bar() {
+    let mut guest = Guest::new();
+    let window = guest.transport.window;
+    let aim = |guest: &mut Guest, offset: u32, len: u32| {
+        guest.transport.write_config(window + 4, &[0]);
+        guest
+            .transport
+            .write_config(window + 8, &offset.to_le_bytes());
+        guest
+            .transport
+            .write_config(window + 12, &len.to_le_bytes());
+    };
+    aim(&mut guest, DEVICE + 4, 2);
+    let mut data = [0xaa; 4];
+    guest.transport.read_config(window + WINDOW_DATA, &mut data);
+    assert_eq!(data, [5, 6, 0, 0]);
+    aim(&mut guest, common::STATUS as u32, 1);
+    guest.transport.write_config(window + WINDOW_DATA, &[1]);
+    assert_eq!(guest.status(), 1);
+    for (offset, len) in [(BAR_LEN, 4), (2, 4), (0, 3), (0, 0), (u32::MAX, 1)] {
+        aim(&mut guest, offset, len);
+        guest.transport.read_config(window + WINDOW_DATA, &mut data);
+        guest
+            .transport
+            .write_config(window + WINDOW_DATA, &[0xff; 4]);
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_written_the_transport_lives_and_can_be_reset(
+        accesses in proptest::collection::vec(
+            (prop_oneof![0..0x60u64, 0..u64::from(BAR_LEN)], 1..=8usize, any::<u64>()), 0..200,
+        ),
+        config in proptest::collection::vec((0..256usize, 1..=4usize, any::<u32>()), 0..100),
+    ) {
+        let mut guest = Guest::new();
+        for (offset, len, value) in accesses {
+            guest.write(offset as usize, &value.to_le_bytes()[..len]);
+            BusDevice::read(&mut guest.transport, offset, &mut [0; 8][..len]);
+        }
+        for (offset, len, value) in config {
+            let len = len.min(256 - offset);
+            guest.transport.write_config(offset, &value.to_le_bytes()[..len]);
+            guest.transport.read_config(offset, &mut [0; 4][..len]);
+        }
+        guest.negotiate(VIRTIO_F_VERSION_1);
+        prop_assert_eq!(guest.status(), 11);
+    }
+}

@@ -1,0 +1,238 @@
+//! What every virtio transport does alike: features, status, queues, and the device behind them.
+
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::{QueueConfig, Ring};
+use super::status::{Status, Step};
+use super::{Activation, ActiveQueue, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice};
+
+/// Warnings that one device may cause in the log.
+const MAX_COMPLAINTS: u32 = 5;
+
+/// A transport's own half of the way to the driver.
+pub(super) trait TransportInterrupt: Interrupt + 'static {
+    /// Whether [`Interrupt::needs_reset`] has been called since the last reset.
+    fn is_broken(&self) -> bool;
+    /// Forgets everything that is pending, for a reset.
+    fn clear(&self);
+}
+
+/// The part of a virtio device's state that the driver sees through whatever registers.
+#[derive(Debug)]
+pub(super) struct Core<I> {
+    pub device: Box<dyn VirtioDevice>,
+    pub interrupt: Arc<I>,
+    pub kicks: Vec<Arc<EventFd>>,
+    pub queues: Vec<QueueConfig>,
+    memory: Arc<GuestMemoryMmap>,
+    status: Status,
+    driver_features: u64,
+    /// Warnings given so far.
+    complaints: u32,
+}
+
+impl<I: TransportInterrupt> Core<I> {
+    /// # Errors
+    ///
+    /// Fails when the process has no file descriptor left.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemoryMmap>,
+        interrupt: I,
+    ) -> io::Result<Self> {
+        let kick = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new);
+        let kicks = device
+            .queue_sizes()
+            .iter()
+            .map(kick)
+            .collect::<io::Result<Vec<_>>>()?;
+        let queues = fresh_queues(device.as_ref());
+        Ok(Self {
+            device,
+            interrupt: Arc::new(interrupt),
+            kicks,
+            queues,
+            memory,
+            status: Status::empty(),
+            driver_features: 0,
+            complaints: 0,
+        })
+    }
+
+    /// The status field as the driver reads it.
+    pub fn status(&self) -> Status {
+        if self.interrupt.is_broken() {
+            self.status | Status::DEVICE_NEEDS_RESET
+        } else {
+            self.status
+        }
+    }
+
+    /// The 32 bits of the offered features that `select` names.
+    pub fn device_features(&self, select: u32) -> u32 {
+        half(self.offered_features(), select)
+    }
+
+    /// The 32 bits of the driver's features that `select` names.
+    pub fn driver_features(&self, select: u32) -> u32 {
+        half(self.driver_features, select)
+    }
+
+    /// Takes 32 bits of the driver's features.
+    pub fn set_driver_features(&mut self, select: u32, value: u32) {
+        if self.status.contains(Status::FEATURES_OK) {
+            return;
+        }
+        match select {
+            0 => set_low(&mut self.driver_features, value),
+            1 => set_high(&mut self.driver_features, value),
+            // Bits above 63 are not offered; taking one makes FEATURES_OK fail below.
+            _ if value != 0 => self.driver_features = u64::MAX,
+            _ => {}
+        }
+    }
+
+    /// The size limit of a queue; 0 where there is none.
+    pub fn queue_size_max(&self, queue: usize) -> u16 {
+        self.device.queue_sizes().get(queue).copied().unwrap_or(0)
+    }
+
+    /// A queue that the driver may still set up: one that exists, while it is not enabled and the
+    /// device does not run.
+    pub fn queue_in_setup(&mut self, queue: usize) -> Option<&mut QueueConfig> {
+        let running = self.status.contains(Status::DRIVER_OK);
+        self.queues
+            .get_mut(queue)
+            .filter(|queue| !queue.ready && !running)
+    }
+
+    /// Enables a queue, or disables one again.
+    pub fn set_queue_ready(&mut self, queue: usize, ready: bool) {
+        let running = self.status.contains(Status::DRIVER_OK);
+        let Some(queue) = self.queues.get_mut(queue) else {
+            return;
+        };
+        if !running {
+            queue.ready = ready;
+        } else if queue.ready && !ready {
+            // A queue in use can only be stopped, by a 0 that the driver may read back (4.2.2.2).
+            queue.ready = false;
+            // A device works with all its queues or none: what follows is its reset.
+            self.device.reset();
+        }
+    }
+
+    /// The driver notifies a queue by a register write that no ioeventfd has caught.
+    pub fn notify(&self, queue: usize) {
+        if let Some(kick) = self.kicks.get(queue) {
+            let _ = kick.write(1);
+        }
+    }
+
+    /// The driver writes the status field. True when that was a reset.
+    pub fn set_status(&mut self, value: u8) -> bool {
+        match self.status().written(value) {
+            Step::Set(status) => self.status = status,
+            Step::CheckFeatures(status) => {
+                let known = self.driver_features & !self.offered_features() == 0;
+                let modern = self.driver_features & VIRTIO_F_VERSION_1 != 0;
+                self.status = if known && modern {
+                    status
+                } else {
+                    status - Status::FEATURES_OK
+                };
+            }
+            Step::Activate(status) => {
+                self.status = status;
+                if let Err(error) = self.activate() {
+                    self.complain(&error.to_string());
+                    self.interrupt.needs_reset();
+                }
+            }
+            Step::Reset => {
+                self.reset();
+                return true;
+            }
+            Step::Refuse => log::debug!("virtio status {:?}: refused {value:#x}", self.status),
+        }
+        false
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.device.features() | VIRTIO_F_VERSION_1
+    }
+
+    fn activate(&mut self) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let max_sizes = self.device.queue_sizes().iter();
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for ((config, &max_size), kick) in self.queues.iter().zip(max_sizes).zip(&self.kicks) {
+            queues.push(if config.ready {
+                let ring = Ring::new(config, max_size, event_idx, Arc::clone(&self.memory))?;
+                Some(ActiveQueue {
+                    ring,
+                    kick: Arc::clone(kick),
+                })
+            } else {
+                None
+            });
+        }
+        self.device.activate(Activation {
+            memory: Arc::clone(&self.memory),
+            features: self.driver_features,
+            queues,
+            interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
+        })
+    }
+
+    /// Warns of what a driver did wrong, but not for ever: it could do so in a loop.
+    fn complain(&mut self, what: &str) {
+        if self.complaints < MAX_COMPLAINTS {
+            self.complaints += 1;
+            log::warn!(
+                "virtio device {} cannot start: {what}",
+                self.device.device_id()
+            );
+        }
+    }
+
+    fn reset(&mut self) {
+        self.device.reset();
+        self.queues = fresh_queues(self.device.as_ref());
+        self.status = Status::empty();
+        self.driver_features = 0;
+        self.interrupt.clear();
+    }
+}
+
+fn fresh_queues(device: &dyn VirtioDevice) -> Vec<QueueConfig> {
+    let fresh = |&size: &u16| QueueConfig {
+        size,
+        ..QueueConfig::default()
+    };
+    device.queue_sizes().iter().map(fresh).collect()
+}
+
+fn half(features: u64, select: u32) -> u32 {
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}
+
+/// Replaces the lower half of an address or a set of features.
+pub(super) fn set_low(value: &mut u64, low: u32) {
+    *value = (*value & !0xffff_ffff) | u64::from(low);
+}
+
+/// Replaces the upper half.
+pub(super) fn set_high(value: &mut u64, high: u32) {
+    *value = (*value & 0xffff_ffff) | (u64::from(high) << 32);
+}

@@ -1,0 +1,242 @@
+//! What stands in the way of macvtaps on this machine, before somebody runs into it: one line a check.
+//!
+//! [`diagnose_host`] collects facts, and `verdicts.rs` and `lower.rs` judge them without asking anybody.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+
+use rustix::fs::{FileType, OFlags};
+
+use crate::macvtap::is_wireless;
+use crate::name::LinkName;
+use crate::netlink::{Link, Netlink};
+use crate::netns;
+use crate::owner::Owner;
+use crate::sysfs::Sysfs;
+
+mod lower;
+mod verdicts;
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Check {
+    /// What was looked at, in a word or two; the same in every run.
+    pub name: &'static str,
+    /// Whether it is as it should be.
+    pub status: Status,
+    /// What was found, as a sentence without a full stop.
+    pub message: String,
+    /// What to do about it, where there is something to do.
+    pub remedy: Option<String>,
+}
+
+/// The outcome of a [`Check`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Status {
+    /// As it should be.
+    Ok,
+    /// It works, but not for everything, or not for long.
+    Warn,
+    /// No macvtap will work like this.
+    Fail,
+}
+
+impl Status {
+    /// `ok`, `warn` or `fail`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warn => "warn",
+            Self::Fail => "fail",
+        }
+    }
+}
+
+/// All that the checks of the host's network are made from.
+#[derive(Debug, Default)]
+struct Facts {
+    driver: Driver,
+    vhost_net: VhostNet,
+    /// None when they cannot be listed.
+    links: Option<Vec<Link>>,
+    /// By interface index.
+    hardware: BTreeMap<u32, Hardware>,
+    /// Links whose owner is dead, by interface index.
+    leaked: BTreeMap<u32, Owner>,
+    nodes: Vec<Node>,
+}
+
+/// What is known of the macvtap driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Driver {
+    /// It has answered, or its module is loaded.
+    Present,
+    /// As a module that isn't loaded.
+    Loadable,
+    Absent,
+    /// Only a privileged process could find out.
+    #[default]
+    Unknown,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum VhostNet {
+    Usable,
+    NotPermitted,
+    #[default]
+    Absent,
+}
+
+/// What sysfs tells of a link.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Hardware {
+    wireless: bool,
+    driver: Option<String>,
+}
+
+/// What `/dev/tap<index>` is, and what it should be for this namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Node {
+    index: u32,
+    /// Its device number; None when there is no such node.
+    found: Option<u64>,
+    /// The device number of this namespace's macvtap with that index; None when it has none.
+    expected: Option<u64>,
+}
+
+/// Looks at whatever macvtaps need of the host's network, in the caller's network namespace: the driver, vhost-net, what
+/// is wrong with the macvtaps that there are; and with a link, whether that can carry one.
+///
+/// It changes nothing, except that the kernel may load the macvtap driver. Without privileges it sees a little less.
+pub fn diagnose_host(link: Option<&LinkName>) -> Vec<Check> {
+    let facts = netns::on_own_thread(Facts::collect).unwrap_or_default();
+    verdicts::all(&facts, link.map(LinkName::as_str))
+}
+
+impl Facts {
+    fn collect() -> Self {
+        let links = Netlink::connect().and_then(|host| host.links()).ok();
+        let seen = links.as_deref().unwrap_or_default();
+        let sysfs = Sysfs::of_this_namespace().ok();
+        let hardware = |link: &Link| Hardware {
+            wireless: is_wireless(&link.name).unwrap_or(false),
+            driver: sysfs.as_ref().and_then(|sysfs| sysfs.driver(&link.name)),
+        };
+        let dead = |link: &Link| {
+            let owner: Owner = link.alias.parse().ok()?;
+            owner.is_dead().then_some((link.index, owner))
+        };
+        let mut facts = Self {
+            vhost_net: VhostNet::look(Path::new("/dev/vhost-net")),
+            hardware: seen
+                .iter()
+                .map(|link| (link.index, hardware(link)))
+                .collect(),
+            leaked: seen
+                .iter()
+                .filter(|link| link.is_macvlan())
+                .filter_map(dead)
+                .collect(),
+            nodes: nodes(seen, sysfs.as_ref(), Path::new("/dev")),
+            ..Self::default()
+        };
+        facts.links = links;
+        // Last: it moves this thread to another namespace.
+        facts.driver = Driver::look();
+        facts
+    }
+}
+
+impl Driver {
+    fn look() -> Self {
+        let asked = netns::enter_new()
+            .and_then(|_namespace| Netlink::connect())
+            .map(|private| private.ask_for_impossible_macvtap());
+        match asked {
+            Ok(Err(error)) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Self::Absent,
+            Ok(Err(error)) if error.raw_os_error() == Some(libc::EINVAL) => Self::Present,
+            _ => Self::guess(Path::new("/")),
+        }
+    }
+
+    /// From the files under `root`. What is built in doesn't always show there, so they cannot prove its absence.
+    fn guess(root: &Path) -> Self {
+        if root.join("sys/module/macvtap").exists() {
+            return Self::Present;
+        }
+        let release = rustix::system::uname();
+        let modules = root
+            .join("lib/modules")
+            .join(release.release().to_str().unwrap_or_default());
+        let lists = |file: &str| {
+            let list = std::fs::read_to_string(modules.join(file)).unwrap_or_default();
+            list.contains("/macvtap.ko")
+        };
+        match (lists("modules.builtin"), lists("modules.dep")) {
+            (true, _) => Self::Present,
+            (_, true) => Self::Loadable,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+impl VhostNet {
+    fn look(path: &Path) -> Self {
+        // Opened, not only looked at: access(2) knows nothing of a container's device rules.
+        match rustix::fs::open(
+            path,
+            OFlags::RDWR | OFlags::CLOEXEC,
+            rustix::fs::Mode::empty(),
+        ) {
+            Ok(_) => Self::Usable,
+            Err(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => Self::NotPermitted,
+            Err(_) => Self::Absent,
+        }
+    }
+}
+
+/// Every `tap<index>` in `directory`, and every macvtap of this namespace.
+fn nodes(links: &[Link], sysfs: Option<&Sysfs>, directory: &Path) -> Vec<Node> {
+    let mut nodes: BTreeMap<u32, Node> = BTreeMap::new();
+    let node = |index| Node {
+        index,
+        found: None,
+        expected: None,
+    };
+    for link in links.iter().filter(|link| link.is_macvtap()) {
+        let device = sysfs.map(|sysfs| sysfs.tap_device(&link.name, link.index));
+        // Without the right sysfs nothing can be said.
+        if let Some(Ok(device)) = device {
+            nodes
+                .entry(link.index)
+                .or_insert_with(|| node(link.index))
+                .expected = Some(device);
+        }
+    }
+    for (index, device) in tap_nodes(directory).unwrap_or_default() {
+        nodes.entry(index).or_insert_with(|| node(index)).found = Some(device);
+    }
+    nodes.into_values().collect()
+}
+
+fn tap_nodes(directory: &Path) -> io::Result<Vec<(u32, u64)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let index = name
+            .to_str()
+            .and_then(|name| name.strip_prefix("tap")?.parse().ok());
+        let Some(index) = index else { continue };
+        let stat = rustix::fs::lstat(entry.path())?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice {
+            found.push((index, stat.st_rdev));
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests;

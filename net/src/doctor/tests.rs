@@ -1,0 +1,297 @@
+use super::*;
+use crate::Mode;
+
+/// A namespace where all is well: `eno1` up, with the bridge-mode macvtap `mvt0` on it.
+fn healthy() -> Facts {
+    let card = Link {
+        index: 2,
+        name: "eno1".to_owned(),
+        mac: Some([2, 0, 0, 0, 0, 2]),
+        mtu: 1500,
+        up: true,
+        carrier: true,
+        ethernet: true,
+        ..Link::default()
+    };
+    let macvtap = Link {
+        index: 7,
+        name: "mvt0".to_owned(),
+        kind: "macvtap".to_owned(),
+        mac: Some([2, 0, 0, 0, 0, 7]),
+        lower: Some(2),
+        mode: Some(Mode::Bridge),
+        ..card.clone()
+    };
+    let hardware = Hardware {
+        wireless: false,
+        driver: Some("e1000e".to_owned()),
+    };
+    Facts {
+        driver: Driver::Present,
+        vhost_net: VhostNet::Usable,
+        links: Some(vec![card, macvtap]),
+        hardware: BTreeMap::from([(2, hardware)]),
+        leaked: BTreeMap::new(),
+        nodes: vec![Node {
+            index: 7,
+            found: Some(99),
+            expected: Some(99),
+        }],
+    }
+}
+
+/// The checks of a host that differs from the healthy one by `change`, without those that are ok.
+fn complaints(
+    link: &str,
+    change: impl FnOnce(&mut Facts, &mut Vec<Link>),
+) -> Vec<(Status, String)> {
+    let mut facts = healthy();
+    let mut links = facts.links.take().unwrap();
+    change(&mut facts, &mut links);
+    facts.links = Some(links);
+    let checks = verdicts::all(&facts, Some(link).filter(|link| !link.is_empty()));
+    for check in &checks {
+        assert_eq!(
+            check.remedy.is_none(),
+            check.status == Status::Ok,
+            "{check:?}"
+        );
+        assert!(
+            !check.message.contains('\n') && !check.message.ends_with('.'),
+            "{check:?}"
+        );
+    }
+    let bad = checks
+        .into_iter()
+        .filter(|check| check.status != Status::Ok);
+    bad.map(|check| {
+        (
+            check.status,
+            format!(
+                "{}: {} -> {}",
+                check.name,
+                check.message,
+                check.remedy.unwrap_or_default()
+            ),
+        )
+    })
+    .collect()
+}
+
+/// One change makes one complaint.
+fn complaint(link: &str, change: impl FnOnce(&mut Facts, &mut Vec<Link>)) -> (Status, String) {
+    let mut all = complaints(link, change);
+    assert_eq!(all.len(), 1, "{all:?}");
+    all.remove(0)
+}
+
+fn assert_complaint(
+    expected: (Status, &str),
+    link: &str,
+    change: impl FnOnce(&mut Facts, &mut Vec<Link>),
+) {
+    let (status, text) = complaint(link, change);
+    assert_eq!(status, expected.0, "{text}");
+    assert!(text.contains(expected.1), "{text} lacks {}", expected.1);
+}
+
+fn upper(index: u32, name: &str) -> Link {
+    Link {
+        index,
+        name: name.to_owned(),
+        mac: Some([2, 0, 0, 0, 1, index as u8]),
+        ..healthy().links.unwrap().remove(1)
+    }
+}
+
+#[test]
+fn doctor_of_a_healthy_host_complains_of_nothing() {
+    assert_eq!(complaints("", |_, _| {}), []);
+    assert_eq!(complaints("eno1", |_, _| {}), []);
+}
+
+#[test]
+fn doctor_of_the_kernel_says_what_is_missing() {
+    use Status::{Fail, Warn};
+    assert_complaint((Fail, "modprobe macvtap"), "", |facts, _| {
+        facts.driver = Driver::Absent
+    });
+    assert_complaint((Warn, "as root"), "", |facts, _| {
+        facts.driver = Driver::Unknown
+    });
+    assert_eq!(
+        complaints("", |facts, _| facts.driver = Driver::Loadable),
+        []
+    );
+    assert_complaint((Warn, "modprobe vhost_net"), "", |facts, _| {
+        facts.vhost_net = VhostNet::Absent
+    });
+    assert_complaint((Warn, "may not be opened"), "", |facts, _| {
+        facts.vhost_net = VhostNet::NotPermitted
+    });
+}
+
+#[test]
+fn doctor_of_a_lower_says_what_makes_it_unfit() {
+    use Status::{Fail, Warn};
+    assert_complaint((Warn, "no network interface here"), "", |_, links| {
+        links[0].carrier = false
+    });
+    assert_complaint((Fail, "no network interface `eno1`"), "eno1", |_, links| {
+        links[0].name = "eth7".to_owned()
+    });
+    assert_complaint((Fail, "loopback"), "eno1", |_, links| {
+        links[0].loopback = true
+    });
+    assert_complaint((Fail, "not an Ethernet interface"), "eno1", |_, links| {
+        links[0].ethernet = false
+    });
+    assert_complaint((Fail, "choose a wired interface"), "eno1", |facts, _| {
+        facts.hardware.get_mut(&2).unwrap().wireless = true;
+    });
+    assert_complaint((Fail, "ip link set eno1 up"), "eno1", |_, links| {
+        links[0].up = false
+    });
+    assert_complaint((Warn, "no carrier"), "eno1", |_, links| {
+        links[0].carrier = false
+    });
+    assert_complaint((Warn, "too small for IPv6"), "eno1", |_, links| {
+        links[0].mtu = 1000
+    });
+    assert_complaint((Fail, "nomaster"), "eno1", |_, links| {
+        links[0].master = Some(9);
+        links.push(Link {
+            index: 9,
+            name: "br0".to_owned(),
+            kind: "bridge".to_owned(),
+            ..Link::default()
+        });
+    });
+    assert_eq!(
+        complaints("eno1", |_, links| {
+            links[0].master = Some(9);
+            links.push(Link {
+                index: 9,
+                name: "blue".to_owned(),
+                kind: "vrf".to_owned(),
+                ..Link::default()
+            });
+        }),
+        []
+    );
+    assert_complaint((Fail, "ip link delete ipv0"), "eno1", |_, links| {
+        links.push(Link {
+            kind: "ipvlan".to_owned(),
+            ..upper(8, "ipv0")
+        });
+    });
+}
+
+#[test]
+fn doctor_of_macvtaps_says_which_disturb_each_other() {
+    use Status::Warn;
+    assert_complaint((Warn, "passthru"), "eno1", |_, links| {
+        links[1].mode = Some(Mode::Passthru)
+    });
+    assert_complaint(
+        (Warn, "the same MAC address 02:00:00:00:00:07"),
+        "",
+        |_, links| {
+            links.push(Link {
+                mac: links[1].mac,
+                ..upper(8, "mvt1")
+            });
+        },
+    );
+    assert_complaint((Warn, "`mvt0` and `eno1` share a wire"), "", |_, links| {
+        links[1].mac = links[0].mac
+    });
+    // On another wire, or by design, it is none.
+    assert_eq!(
+        complaints("", |_, links| links.push(Link {
+            mac: links[1].mac,
+            lower: Some(3),
+            ..upper(8, "mvt1")
+        })),
+        []
+    );
+    assert_complaint((Warn, "hairpin"), "eno1", |_, links| {
+        links.push(Link {
+            mode: Some(Mode::Vepa),
+            ..upper(8, "mvt1")
+        });
+    });
+    assert_eq!(
+        complaints("eno1", |_, links| links[1].mode = Some(Mode::Vepa)),
+        [],
+        "it has no sibling"
+    );
+    assert_complaint((Warn, "`ip link delete mvt0`"), "eno1", |facts, _| {
+        facts.leaked.insert(7, Owner::this_process().unwrap());
+    });
+}
+
+#[test]
+fn doctor_of_nodes_says_which_mislead() {
+    use Status::Warn;
+    assert_complaint((Warn, "/dev/tap7 is not `mvt0`"), "", |facts, _| {
+        facts.nodes[0].found = Some(98)
+    });
+    assert_complaint((Warn, "`mvt0` has no node"), "", |facts, _| {
+        facts.nodes[0].found = None
+    });
+    let stray = |index| Node {
+        index,
+        found: Some(98),
+        expected: None,
+    };
+    assert_complaint(
+        (Warn, "/dev/tap2 has the index of `eno1`"),
+        "",
+        |facts, _| facts.nodes.push(stray(2)),
+    );
+    assert_complaint(
+        (Warn, "/dev/tap50 is a macvtap of another"),
+        "",
+        |facts, _| facts.nodes.push(stray(50)),
+    );
+    assert_eq!(
+        complaints("", |facts, _| facts.nodes.push(stray(0x4000_0000))),
+        []
+    );
+}
+
+#[test]
+fn doctor_without_links_fails() {
+    let facts = Facts {
+        links: None,
+        ..healthy()
+    };
+    let checks = verdicts::all(&facts, None);
+    assert_eq!(checks.last().unwrap().status, Status::Fail);
+}
+
+#[test]
+fn driver_is_guessed_from_the_files_of_the_kernel() {
+    let root = tempfile::tempdir().unwrap();
+    let release = rustix::system::uname();
+    let modules = root
+        .path()
+        .join("lib/modules")
+        .join(release.release().to_str().unwrap());
+    std::fs::create_dir_all(&modules).unwrap();
+    let guess = || Driver::guess(root.path());
+    assert_eq!(guess(), Driver::Unknown);
+    let list = "kernel/drivers/net/macvtap.ko.xz: kernel/drivers/net/tap.ko.xz\n";
+    std::fs::write(modules.join("modules.dep"), list).unwrap();
+    assert_eq!(guess(), Driver::Loadable);
+    std::fs::write(
+        modules.join("modules.builtin"),
+        "kernel/drivers/net/macvtap.ko\n",
+    )
+    .unwrap();
+    assert_eq!(guess(), Driver::Present);
+    std::fs::remove_file(modules.join("modules.builtin")).unwrap();
+    std::fs::create_dir_all(root.path().join("sys/module/macvtap")).unwrap();
+    assert_eq!(guess(), Driver::Present);
+}

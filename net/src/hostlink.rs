@@ -1,0 +1,294 @@
+//! The host's own place among its guests.
+//!
+//! A link and the macvtaps on it cannot hear each other: the macvlan driver hands frames to the wire and to its own
+//! links, never to the link below. So the host talks with its guests through a macvlan in bridge mode beside them,
+//! which carries the host's address: the host link.
+//!
+//! When the lower link had the host's only address in that network, it has to move: two links that lead to the same
+//! network would leave the host looking for its guests on the wrong one. Routes move with it. A step that fails takes
+//! all before it back. What is needed for the way back is remembered in the alias of the host link.
+
+use rtnetlink::packet_route::address::AddressMessage;
+
+use crate::address::InterfaceAddress;
+use crate::diagnose;
+use crate::lease::Lease;
+use crate::mac::MacAddr;
+use crate::name::LinkName;
+use crate::netlink::{Link, Netlink};
+use crate::netns;
+use crate::owner::Owner;
+
+mod announce;
+mod making;
+mod moving;
+mod problem;
+mod tag;
+
+use making::{accept_ra_of, make, move_steps};
+use moving::{Journal, Step};
+pub use problem::{HostLinkError, HostLinkProblem};
+pub(crate) use tag::Tag;
+
+/// What is asked for. Begin with [`HostLinkSpec::new`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HostLinkSpec {
+    /// The link that carries the guests, in the caller's network namespace.
+    pub link: LinkName,
+    /// None for the first free `macvlan<n>`.
+    pub name: Option<LinkName>,
+    /// The host's addresses among its guests.
+    pub addresses: Vec<InterfaceAddress>,
+    /// Move the addresses and routes of the lower link onto this one: all of both families, in all tables, but those
+    /// that hold on a single link only. Something that manages the lower's addresses (a DHCP client, a network manager)
+    /// does not know of it, and has to be told.
+    pub move_addresses: bool,
+    /// None for a random, locally administered one.
+    pub mac: Option<MacAddr>,
+}
+
+impl HostLinkSpec {
+    /// A host link on `link` without any address yet, everything else by default.
+    pub const fn new(link: LinkName) -> Self {
+        Self {
+            link,
+            name: None,
+            addresses: Vec::new(),
+            move_addresses: false,
+            mac: None,
+        }
+    }
+}
+
+/// A host link. It stays when this value is dropped, and when the process ends: see [`HostLinkGuard`] for one that
+/// doesn't.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HostLink {
+    /// Its name.
+    pub name: String,
+    /// Its interface index.
+    pub index: u32,
+    /// The name of the link that it sits on.
+    pub lower: String,
+    /// All that it was given, those that were moved first.
+    pub addresses: Vec<InterfaceAddress>,
+    /// Whether the lower's addresses were moved onto it, or back.
+    pub moved: bool,
+}
+
+impl HostLink {
+    /// Makes a host link in the caller's network namespace and brings it up. Its addresses are usable at once.
+    ///
+    /// # Errors
+    ///
+    /// One of the [`HostLinkProblem`]s. All is as it was before, then.
+    pub fn create(spec: &HostLinkSpec) -> Result<Self, HostLinkError> {
+        let error = |source| HostLinkError::Make {
+            link: spec.link.clone(),
+            source,
+        };
+        on_host(|host| make(host, spec, None, Journal::new(host))).map_err(error)
+    }
+
+    /// Deletes a host link, named itself or by the link that it sits on, and moves addresses and routes back if they had
+    /// been moved. Returns what was deleted.
+    ///
+    /// # Errors
+    ///
+    /// One of the [`HostLinkProblem`]s. The link is as it was before, then.
+    pub fn delete(link: &LinkName) -> Result<Self, HostLinkError> {
+        let error = |source| HostLinkError::Delete {
+            link: link.clone(),
+            source,
+        };
+        let delete = |host: &Netlink| {
+            let links = list(host)?;
+            let (found, tag) = host_link_of(&links, link.as_str())?;
+            unmake(host, &links, found, &tag, Journal::new(host))
+        };
+        on_host(delete).map_err(error)
+    }
+}
+
+/// A host link that belongs to the calling process: dropping this deletes it. Its alias names the [`Owner`], so that what
+/// a killed process left behind is deleted by [`reap`](crate::reap()) and the next [`Macvtap::open`](crate::Macvtap::open).
+#[derive(Debug)]
+pub struct HostLinkGuard {
+    link: HostLink,
+    _lease: Lease,
+}
+
+impl HostLinkGuard {
+    /// Makes a host link as [`HostLink::create`] does, for as long as this value lives. It cannot take over the lower's
+    /// addresses: whoever is killed could not give them back.
+    ///
+    /// # Errors
+    ///
+    /// As for [`HostLink::create`].
+    pub fn create(spec: &HostLinkSpec) -> Result<Self, HostLinkError> {
+        let error = |source| HostLinkError::Make {
+            link: spec.link.clone(),
+            source,
+        };
+        let make = |host: &Netlink| {
+            if spec.move_addresses {
+                return Err(HostLinkProblem::MoveIsLasting);
+            }
+            let owner = Owner::this_process()
+                .map_err(HostLinkProblem::from_step("tell who this process is"))?;
+            let namespace = netns::current()
+                .map_err(HostLinkProblem::from_step("open the network namespace"))?;
+            let link = make(host, spec, Some(&owner), Journal::new(host))?;
+            let lease = Lease::new(namespace, link.index, owner.to_string());
+            Ok(Self {
+                link,
+                _lease: lease,
+            })
+        };
+        on_host(make).map_err(error)
+    }
+
+    /// What was made.
+    pub const fn link(&self) -> &HostLink {
+        &self.link
+    }
+}
+
+/// Runs `work` with a connection to the caller's namespace, on a thread of its own.
+fn on_host<T: Send>(
+    work: impl FnOnce(&Netlink) -> Result<T, HostLinkProblem> + Send,
+) -> Result<T, HostLinkProblem> {
+    let connected = || {
+        let host =
+            Netlink::connect().map_err(HostLinkProblem::from_step("connect to rtnetlink"))?;
+        work(&host)
+    };
+    netns::on_own_thread(connected).map_err(HostLinkProblem::from_step("start a thread"))?
+}
+
+fn list(host: &Netlink) -> Result<Vec<Link>, HostLinkProblem> {
+    host.links()
+        .map_err(HostLinkProblem::from_step("list the network interfaces"))
+}
+
+fn announce(host: &Netlink, index: u32, addresses: &[InterfaceAddress]) {
+    if let Ok(Link { mac: Some(mac), .. }) = host.link(index) {
+        announce::announce(index, mac, addresses.iter().map(InterfaceAddress::ip));
+    }
+}
+
+fn macvlans_on<'a>(links: &'a [Link], lower: &Link) -> impl Iterator<Item = &'a Link> {
+    let index = lower.index;
+    let is_on_it = move |link: &&Link| link.lower == Some(index) && link.kind == "macvlan";
+    links.iter().filter(is_on_it)
+}
+
+/// The links on `lower` that carry the tag of a host link.
+fn host_links_on<'a>(links: &'a [Link], lower: &Link) -> impl Iterator<Item = (&'a Link, Tag)> {
+    macvlans_on(links, lower).filter_map(|link| Some((link, Tag::from_alias(&link.alias)?)))
+}
+
+/// A host link for a process's lifetime, if the process has ended without deleting it.
+fn left_by<'a>(link: &'a Link, owner: &Owner) -> Result<(&'a Link, Tag), HostLinkProblem> {
+    if owner.is_dead() {
+        return Ok((link, Tag::default()));
+    }
+    let (name, pid) = (link.name.clone(), owner.pid());
+    Err(HostLinkProblem::InUse { name, pid })
+}
+
+/// The host link that is called `name`, or sits on the link of that name.
+fn host_link_of<'a>(links: &'a [Link], name: &str) -> Result<(&'a Link, Tag), HostLinkProblem> {
+    let named = diagnose::find(links, name)?;
+    let name = named.name.clone();
+    if named.is_macvlan() {
+        if let Ok(owner) = named.alias.parse() {
+            return left_by(named, &owner);
+        }
+        let tag = Tag::from_alias(&named.alias).ok_or(HostLinkProblem::NotOurs { name })?;
+        return Ok((named, tag));
+    }
+    let mut found: Vec<_> = host_links_on(links, named).collect();
+    match (found.pop(), found.is_empty()) {
+        (None, _) => {
+            let owned = macvlans_on(links, named)
+                .find_map(|link| Some((link, link.alias.parse::<Owner>().ok()?)));
+            let (link, owner) = owned.ok_or(HostLinkProblem::NoHostLink { name })?;
+            left_by(link, &owner)
+        }
+        (Some(one), true) => Ok(one),
+        (Some(last), false) => {
+            found.push(last);
+            let names = found.iter().map(|(link, _)| format!("`{}`", link.name));
+            let names = names.collect();
+            Err(HostLinkProblem::Several { names })
+        }
+    }
+}
+
+fn unmake(
+    host: &Netlink,
+    links: &[Link],
+    link: &Link,
+    tag: &Tag,
+    mut journal: Journal<'_>,
+) -> Result<HostLink, HostLinkProblem> {
+    let lower = diagnose::by_index(links, link.lower);
+    let addresses = || {
+        host.addresses()
+            .map_err(HostLinkProblem::from_step("list the addresses"))
+    };
+    let of_link = |message: &AddressMessage| moving::moves(message, link.into());
+    let mut had = addresses()?;
+    had.retain(of_link);
+    if tag.moved {
+        let Some(lower) = lower else {
+            let name = link.name.clone();
+            return Err(HostLinkProblem::LowerElsewhere { name });
+        };
+        let mut take = |step: Step| {
+            let explain = |source| HostLinkProblem::explain(&step, &lower.name, source);
+            journal.take(step.clone()).map_err(explain)
+        };
+        let is_own = |message: &&AddressMessage| {
+            moving::ip_of(message).is_some_and(|address| tag.own.contains(&address.ip()))
+        };
+        for own in had.iter().filter(is_own) {
+            take(Step::DeleteAddress(own.clone()))?;
+        }
+        // Their routes went with them, so only now is it clear what is left to move.
+        let mut left = addresses()?;
+        left.retain(|message| of_link(message) && !moving::is_autoconfigured(message));
+        for step in move_steps(host, link.into(), lower.into(), &left)? {
+            take(step)?;
+        }
+        if let Some(value) = tag.accept_ra {
+            take(Step::Write {
+                path: accept_ra_of(&lower.name),
+                before: "0".to_owned(),
+                after: value.to_string(),
+            })?;
+        }
+    }
+    host.delete(link.index)
+        .map_err(HostLinkProblem::from_step("delete the link"))?;
+    journal.commit();
+    let addresses: Vec<InterfaceAddress> = had.iter().filter_map(moving::ip_of).collect();
+    if let Some(lower) = lower.filter(|_| tag.moved) {
+        let is_back = |address: &&InterfaceAddress| !tag.own.contains(&address.ip());
+        let back: Vec<_> = addresses.iter().filter(is_back).copied().collect();
+        announce(host, lower.index, &back);
+    }
+    Ok(HostLink {
+        name: link.name.clone(),
+        index: link.index,
+        lower: lower.map_or_else(String::new, |lower| lower.name.clone()),
+        addresses,
+        moved: tag.moved,
+    })
+}
+
+#[cfg(test)]
+mod tests;

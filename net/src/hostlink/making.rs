@@ -1,0 +1,325 @@
+//! Making a host link: what is checked before, and the steps that follow.
+
+use std::path::PathBuf;
+
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+
+use super::moving::{self, End, Journal, Step};
+use super::{HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, host_links_on, list};
+use crate::address::InterfaceAddress;
+use crate::diagnose::{self, Wish};
+use crate::mac::MacAddr;
+use crate::macvtap::is_wireless;
+use crate::mode::Mode;
+use crate::netlink::{Link, Netlink};
+use crate::owner::Owner;
+
+/// A link that was just made, and is deleted when something fails.
+struct Made<'a> {
+    host: &'a Netlink,
+    index: Option<u32>,
+}
+
+impl Drop for Made<'_> {
+    fn drop(&mut self) {
+        if let Some(index) = self.index
+            && let Err(error) = self.host.delete(index)
+        {
+            log::error!("cannot delete the new link {index} again: {error}");
+        }
+    }
+}
+
+pub(super) fn make(
+    host: &Netlink,
+    spec: &HostLinkSpec,
+    owner: Option<&Owner>,
+    journal: Journal<'_>,
+) -> Result<HostLink, HostLinkProblem> {
+    let links = list(host)?;
+    let link = diagnose::find(&links, spec.link.as_str())?;
+    diagnose::check_lower(&links, link, is_wireless(&link.name)?)?;
+    let lower = diagnose::real_device(&links, link);
+    let addresses = host
+        .addresses()
+        .map_err(HostLinkProblem::from_step("list the addresses"))?;
+    let move_plan = MovePlan::of(spec, &links, lower, &addresses)?;
+    check_addresses(spec, &links, lower, &addresses)?;
+    let tag = Tag {
+        moved: spec.move_addresses,
+        accept_ra: move_plan.accept_ra,
+        own: move_plan.own.iter().map(InterfaceAddress::ip).collect(),
+    };
+    let alias = match owner {
+        Some(owner) => owner.to_string(),
+        None => tag.to_alias().ok_or(HostLinkProblem::TooManyAddresses)?,
+    };
+
+    let (index, name) = create(host, spec, &links, lower)?;
+    let mut made = Made {
+        host,
+        index: Some(index),
+    };
+    // Dropped before `made`: the addresses go back before the link that had them goes away.
+    let mut journal = journal;
+    bring_up(host, &links, lower, index, &alias)?;
+    for step in move_plan.steps(host, lower, End { index, name: &name })? {
+        let explain = |source| HostLinkProblem::explain(&step, &name, source);
+        journal.take(step.clone()).map_err(explain)?;
+    }
+    journal.commit();
+    made.index = None;
+    let addresses = [move_plan.moved, move_plan.own].concat();
+    announce(host, index, &addresses);
+    Ok(HostLink {
+        name,
+        index,
+        lower: lower.name.clone(),
+        addresses,
+        moved: spec.move_addresses,
+    })
+}
+
+/// Makes the macvlan, and tells its index and name.
+fn create(
+    host: &Netlink,
+    spec: &HostLinkSpec,
+    links: &[Link],
+    lower: &Link,
+) -> Result<(u32, String), HostLinkProblem> {
+    let is_taken = |name: &str| links.iter().any(|link| link.name == name);
+    let name = match &spec.name {
+        Some(name) if is_taken(name.as_str()) => {
+            let name = name.to_string();
+            return Err(HostLinkProblem::NameTaken { name });
+        }
+        Some(name) => name.to_string(),
+        None => (0..)
+            .map(|n| format!("macvlan{n}"))
+            .find(|name| !is_taken(name))
+            .unwrap_or_default(),
+    };
+    let wish = Wish {
+        links,
+        lower,
+        mode: Mode::Bridge,
+        mac: spec.mac,
+        mtu: None,
+    };
+    wish.check()?;
+    let mac = spec
+        .mac
+        .map_or_else(MacAddr::random, Ok)
+        .map_err(HostLinkProblem::from_step(
+            "give random bytes for a MAC address",
+        ))?;
+    host.create_macvlan(&name, lower.index, mac)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::EEXIST) => HostLinkProblem::NameTaken { name: name.clone() },
+            Some(libc::EOPNOTSUPP) => HostLinkProblem::NoDriver,
+            _ => wish.explain_create(error).into(),
+        })?;
+    let links = list(host)?;
+    Ok((diagnose::find(&links, &name)?.index, name))
+}
+
+fn bring_up(
+    host: &Netlink,
+    links: &[Link],
+    lower: &Link,
+    index: u32,
+    alias: &str,
+) -> Result<(), HostLinkProblem> {
+    host.set_alias(index, alias)
+        .map_err(HostLinkProblem::from_step("give the new link its alias"))?;
+    let made = host
+        .link(index)
+        .map_err(HostLinkProblem::from_step("show the new link"))?;
+    let wish = Wish {
+        links,
+        lower,
+        mode: Mode::Bridge,
+        mac: None,
+        mtu: None,
+    };
+    Ok(host
+        .up(index)
+        .map_err(|error| wish.explain_up(&made, error))?)
+}
+
+/// What is to be moved, and what comes besides.
+#[derive(Debug)]
+struct MovePlan<'a> {
+    addresses: &'a [AddressMessage],
+    move_addresses: bool,
+    moved: Vec<InterfaceAddress>,
+    own: Vec<InterfaceAddress>,
+    /// The lower's setting, when router advertisements would give it its addresses back.
+    accept_ra: Option<u8>,
+}
+
+impl<'a> MovePlan<'a> {
+    fn of(
+        spec: &HostLinkSpec,
+        links: &[Link],
+        lower: &Link,
+        addresses: &'a [AddressMessage],
+    ) -> Result<Self, HostLinkProblem> {
+        let name = lower.name.clone();
+        if !spec.move_addresses {
+            if spec.addresses.is_empty() {
+                return Err(HostLinkProblem::NoAddress { name });
+            }
+            return Ok(Self {
+                addresses,
+                move_addresses: false,
+                moved: Vec::new(),
+                own: spec.addresses.clone(),
+                accept_ra: None,
+            });
+        }
+        let movable = addresses
+            .iter()
+            .filter(|address| moving::moves(address, lower.into()));
+        let moved: Vec<InterfaceAddress> = movable.clone().filter_map(moving::ip_of).collect();
+        if moved.is_empty() {
+            let already = host_links_on(links, lower)
+                .map(|(link, _)| format!("`{}`", link.name))
+                .collect();
+            return Err(HostLinkProblem::NothingToMove { name, already });
+        }
+        let leased = |family| {
+            let mut movable = movable.clone();
+            movable.any(|address| address.header.family == family && moving::is_leased(address))
+        };
+        if leased(AddressFamily::Inet) {
+            log::warn!(
+                "the address of {name} has a lease, and what renews it does not know that it moves: point the DHCP client to the new link"
+            );
+        }
+        let is_own =
+            |address: &&InterfaceAddress| moved.iter().all(|other| other.ip() != address.ip());
+        Ok(Self {
+            addresses,
+            move_addresses: true,
+            own: spec.addresses.iter().filter(is_own).copied().collect(),
+            accept_ra: leased(AddressFamily::Inet6)
+                .then(|| read_accept_ra(&name))
+                .flatten(),
+            moved,
+        })
+    }
+
+    /// The steps onto the link `to`.
+    fn steps(
+        &self,
+        host: &Netlink,
+        lower: &Link,
+        to: End<'_>,
+    ) -> Result<Vec<Step>, HostLinkProblem> {
+        let mut steps = Vec::new();
+        if let Some(before) = self.accept_ra {
+            steps.push(Step::Write {
+                path: accept_ra_of(&lower.name),
+                before: before.to_string(),
+                after: "0".to_owned(),
+            });
+        }
+        if self.move_addresses {
+            steps.extend(move_steps(host, lower.into(), to, self.addresses)?);
+        }
+        let own = self
+            .own
+            .iter()
+            .map(|address| new_address(address, to.index));
+        // Behind those that were there before, which thus stay the first choice as a source address.
+        steps.extend(own.map(Step::AddAddress));
+        Ok(steps)
+    }
+}
+
+pub(super) fn move_steps(
+    host: &Netlink,
+    from: End<'_>,
+    to: End<'_>,
+    addresses: &[AddressMessage],
+) -> Result<Vec<Step>, HostLinkProblem> {
+    let routes = host
+        .routes()
+        .map_err(HostLinkProblem::from_step("list the routes"))?;
+    moving::plan(from, to, addresses, &routes).map_err(|_| HostLinkProblem::NextHopObject {
+        name: from.name.to_owned(),
+    })
+}
+
+pub(super) fn accept_ra_of(link: &str) -> PathBuf {
+    // /proc/sys/net shows the namespace of the thread that looks.
+    PathBuf::from(format!("/proc/sys/net/ipv6/conf/{link}/accept_ra"))
+}
+
+fn read_accept_ra(link: &str) -> Option<u8> {
+    let text = std::fs::read_to_string(accept_ra_of(link)).ok()?;
+    text.trim().parse().ok().filter(|value| *value != 0)
+}
+
+/// Refuses addresses that the host has already, or would go on looking for elsewhere.
+fn check_addresses(
+    spec: &HostLinkSpec,
+    links: &[Link],
+    lower: &Link,
+    addresses: &[AddressMessage],
+) -> Result<(), HostLinkProblem> {
+    let stays =
+        |message: &&AddressMessage| !spec.move_addresses || !moving::moves(message, lower.into());
+    for message in addresses.iter().filter(stays) {
+        let Some(other) = moving::ip_of(message) else {
+            continue;
+        };
+        let holder = diagnose::by_index(links, Some(message.header.index));
+        let by = holder.map_or_else(String::new, |link| link.name.clone());
+        // Of two routes, the one to the smaller network counts.
+        let wins = |address: &&InterfaceAddress| {
+            address.contains(other.ip()) && other.prefix() >= address.prefix()
+        };
+        if let Some(address) = spec
+            .addresses
+            .iter()
+            .copied()
+            .find(|own| own.ip() == other.ip())
+        {
+            return Err(HostLinkProblem::AddressTaken { address, by });
+        }
+        if let Some(address) = spec.addresses.iter().copied().find(|own| wins(&own)) {
+            return Err(HostLinkProblem::SameNetwork { address, other, by });
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn new_address(address: &InterfaceAddress, index: u32) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.index = index;
+    message.header.prefix_len = address.prefix();
+    message.header.family = if address.ip().is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    message.attributes = vec![
+        AddressAttribute::Local(address.ip()),
+        AddressAttribute::Address(address.ip()),
+    ];
+    if let Some(broadcast) = address.broadcast() {
+        message
+            .attributes
+            .push(AddressAttribute::Broadcast(broadcast));
+    }
+    if address.ip().is_ipv6() {
+        // Duplicate detection would keep it from being used for seconds.
+        message
+            .attributes
+            .push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
+    message
+}

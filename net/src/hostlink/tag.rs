@@ -1,0 +1,110 @@
+//! What a host link remembers about itself: it stands in the link's alias, where `ip link` shows it, so there is no
+//! file that could be lost or out of date.
+
+use std::net::IpAddr;
+
+/// How the alias begins.
+const MARK: &str = "host-link";
+
+/// The kernel keeps 255 bytes (IFALIASZ).
+const ROOM: usize = 255;
+
+/// How a host link was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tag {
+    /// The lower's addresses and routes were moved onto it.
+    pub moved: bool,
+    /// The lower's setting `accept_ra` before, where that was changed.
+    pub accept_ra: Option<u8>,
+    /// The addresses that were not the lower's, and go away with the link.
+    pub own: Vec<IpAddr>,
+}
+
+impl Tag {
+    /// The alias; None when it is too long for the kernel.
+    pub(crate) fn to_alias(&self) -> Option<String> {
+        let mut alias = MARK.to_owned();
+        if self.moved {
+            alias += " moved";
+        }
+        if let Some(value) = self.accept_ra {
+            alias += &format!(" accept_ra={value}");
+        }
+        for ip in &self.own {
+            alias += &format!(" own={ip}");
+        }
+        (alias.len() <= ROOM).then_some(alias)
+    }
+
+    /// The tag in an alias; None when the link is somebody else's.
+    pub(crate) fn from_alias(alias: &str) -> Option<Self> {
+        let mut words = alias.split(' ');
+        if words.next() != Some(MARK) {
+            return None;
+        }
+        let mut tag = Self::default();
+        for word in words {
+            match word.split_once('=') {
+                None if word == "moved" => tag.moved = true,
+                Some(("accept_ra", value)) => tag.accept_ra = Some(value.parse().ok()?),
+                Some(("own", ip)) => tag.own.push(ip.parse().ok()?),
+                _ => return None,
+            }
+        }
+        Some(tag)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tag_of_every_shape_is_read_back() {
+        let own = ["192.0.2.1", "fd00::1"]
+            .map(|ip| ip.parse().unwrap())
+            .to_vec();
+        let shapes = [
+            Tag::default(),
+            Tag {
+                moved: true,
+                accept_ra: Some(2),
+                ..Tag::default()
+            },
+            Tag {
+                own,
+                ..Tag::default()
+            },
+        ];
+        for tag in shapes {
+            let alias = tag.to_alias().unwrap();
+            assert_eq!(Tag::from_alias(&alias), Some(tag), "{alias}");
+        }
+    }
+
+    #[test]
+    fn tag_of_somebody_else_is_none() {
+        for alias in [
+            "",
+            "uplink to rack 7",
+            "host-links",
+            "host-link of mine",
+            "host-link own=x",
+        ] {
+            assert_eq!(Tag::from_alias(alias), None, "{alias}");
+        }
+    }
+
+    #[test]
+    fn tag_that_the_kernel_would_cut_is_refused() {
+        let own = vec!["2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff".parse().unwrap(); 6];
+        assert_eq!(
+            Tag {
+                own,
+                ..Tag::default()
+            }
+            .to_alias(),
+            None
+        );
+    }
+}

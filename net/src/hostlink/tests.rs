@@ -1,0 +1,273 @@
+use rtnetlink::packet_route::address::AddressScope;
+
+use super::making::new_address;
+use super::moving::End;
+use super::*;
+
+#[path = "../../../tests/harness/netns.rs"]
+mod netns;
+use netns::Netns;
+
+fn spec(addresses: &[&str], move_addresses: bool) -> HostLinkSpec {
+    let addresses = addresses.iter().map(|text| text.parse().unwrap());
+    HostLinkSpec {
+        addresses: addresses.collect(),
+        move_addresses,
+        ..HostLinkSpec::new("v0".parse().unwrap())
+    }
+}
+
+/// A host with all kinds of addresses and routes on `v0`, and a neighbour behind it.
+fn host_with_much() -> (Netns, Netns) {
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    peer.address("v1", "192.0.2.1/24");
+    peer.address("v1", "2001:db8::1/64");
+    for line in [
+        "address add 192.0.2.5/24 dev v0 brd +",
+        "address add 192.0.2.6/24 dev v0 label v0:two",
+        "address add 198.51.100.7/25 dev v0 noprefixroute",
+        "address add 10.9.9.1/32 peer 10.9.9.2 dev v0",
+        "address add 2001:db8::5/64 dev v0 nodad",
+        "address add 2001:db8:1::5/64 dev v0 nodad valid_lft 5000 preferred_lft 4000",
+        "address add 2001:db8:2::5/64 dev v0 nodad metric 77",
+        "route add 198.51.100.0/25 dev v0 proto static metric 100",
+        "route add default via 192.0.2.1 metric 50 mtu 1400 src 192.0.2.6",
+        "route add 203.0.113.0/24 via 10.255.0.1 dev v0 onlink proto 99",
+        "route add 10.20.0.0/16 dev v0 scope link table 77",
+        "route add default via 192.0.2.1 table 77",
+        "route add 10.30.0.0/16 nexthop via 192.0.2.1 weight 2 nexthop via 192.0.2.254",
+        "route add default via 2001:db8::1 metric 1024",
+        "route add 2001:db8:77::/48 via fe80::77 dev v0 metric 33",
+        "rule add from 192.0.2.6 table 77",
+    ] {
+        let six = if line.contains("::") { "-6 " } else { "" };
+        host.ip(&format!("{six}{line}"));
+    }
+    settled(&host);
+    settled(&peer);
+    (host, peer)
+}
+
+/// Waits until no address is tentative.
+fn settled(netns: &Netns) {
+    while netns.ip("-6 address show tentative").contains("inet6") {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
+
+/// All addresses and routes, sorted, without what passes with time.
+fn snapshot(netns: &Netns) -> Vec<String> {
+    let mut lines = Vec::new();
+    for command in [
+        "-o address",
+        "-4 route show table all",
+        "-6 route show table all",
+    ] {
+        for line in netns.ip(command).lines() {
+            let line = line.split("valid_lft").next().unwrap();
+            // The host link's own address: whether its duplicate detection is over is a matter of time.
+            let words = line.split_whitespace().filter(|word| *word != "tentative");
+            let mut words: Vec<&str> = words.collect();
+            if let Some(at) = words.iter().position(|word| *word == "expires") {
+                words.drain(at..at + 2);
+            }
+            lines.push(words.join(" "));
+        }
+    }
+    lines.sort();
+    lines
+}
+
+fn make_with(
+    host: &Netlink,
+    spec: &HostLinkSpec,
+    patience: Option<usize>,
+) -> Result<HostLink, HostLinkProblem> {
+    let mut journal = Journal::new(host);
+    journal.patience = patience;
+    make(host, spec, None, journal)
+}
+
+fn unmake_with(host: &Netlink, patience: Option<usize>) -> Result<HostLink, HostLinkProblem> {
+    let links = list(host)?;
+    let (link, tag) = host_link_of(&links, "v0")?;
+    let mut journal = Journal::new(host);
+    journal.patience = patience;
+    unmake(host, &links, link, &tag, journal)
+}
+
+#[test]
+fn move_that_fails_at_any_step_puts_all_back() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, _peer) = host_with_much();
+    let before = snapshot(&host);
+    let spec = spec(&["192.0.2.9/24", "fd00::9/64"], true);
+    let mut steps = 0;
+    loop {
+        let result = host.enter(|| make_with(&Netlink::connect().unwrap(), &spec, Some(steps)));
+        match result {
+            Ok(_) => break,
+            Err(HostLinkProblem::Refused { source, .. }) => {
+                assert_eq!(source.raw_os_error(), Some(libc::EIO));
+            }
+            Err(other) => panic!("{other}"),
+        }
+        assert_eq!(snapshot(&host), before, "after a failure at step {steps}");
+        assert_eq!(host.links(), ["v0"]);
+        steps += 1;
+    }
+    assert!(steps > 25, "{steps}");
+
+    let moved = snapshot(&host);
+    for patience in 0.. {
+        let result = host.enter(|| unmake_with(&Netlink::connect().unwrap(), Some(patience)));
+        if result.is_ok() {
+            break;
+        }
+        assert_eq!(
+            snapshot(&host),
+            moved,
+            "after a failure at step {patience} of the way back"
+        );
+    }
+    assert_eq!(snapshot(&host), before);
+    assert_eq!(host.links(), ["v0"]);
+}
+
+#[test]
+fn move_takes_everything_but_the_link_local_along() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = host_with_much();
+    assert!(host.pings("192.0.2.1", 5) && host.pings("2001:db8::1", 5));
+    let renamed = |name: &str| {
+        let lines = snapshot(&host);
+        let lines = lines.iter().map(|line| {
+            let (_, line) = line.split_once(": ").unwrap_or(("", line));
+            line.replace(name, "X")
+        });
+        let mut lines: Vec<String> = lines
+            .filter(|line| line.contains('X') && !line.contains("fe80"))
+            .collect();
+        lines.retain(|line| !line.contains("ff00::/8"));
+        lines.sort();
+        lines
+    };
+    let before = renamed("v0");
+    let made = host.enter(|| HostLink::create(&spec(&[], true)).unwrap());
+    assert_eq!((made.name.as_str(), made.moved), ("macvlan0", true));
+    assert_eq!(made.addresses.len(), 7);
+    assert_eq!(renamed("macvlan0"), before);
+    assert_eq!(host.ip("-4 -o address show dev v0"), "");
+    // The neighbour, who knew the old MAC address, is answered at once; and so is the host.
+    for address in ["192.0.2.5", "192.0.2.6", "2001:db8::5"] {
+        assert!(peer.pings(address, 2), "{address}");
+    }
+    for address in ["192.0.2.1", "2001:db8::1"] {
+        assert!(host.pings(address, 2), "{address}");
+    }
+    let deleted = host.enter(|| HostLink::delete(&"macvlan0".parse().unwrap()).unwrap());
+    assert_eq!(deleted.addresses, made.addresses);
+    assert!(host.pings("192.0.2.1", 5) && host.pings("2001:db8::1", 5));
+}
+
+#[test]
+fn move_of_advertised_addresses_turns_advertisements_off_meanwhile() {
+    if !netns::is_root() {
+        return;
+    }
+    let host = Netns::new();
+    host.wire("v0");
+    host.ip("address add 2001:db8:1::5/64 dev v0 nodad valid_lft 5000 preferred_lft 4000");
+    let setting = || host.enter(|| std::fs::read_to_string(accept_ra_of("v0")).unwrap());
+    assert_eq!(setting(), "1\n");
+    let delete = || host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
+    host.enter(|| HostLink::create(&spec(&[], true)).unwrap());
+    assert_eq!(setting(), "0\n");
+    delete();
+    assert_eq!(setting(), "1\n");
+}
+
+#[test]
+fn unmoved_link_takes_only_its_own_addresses_away() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, _peer) = host_with_much();
+    let before = snapshot(&host);
+    let made =
+        host.enter(|| HostLink::create(&spec(&["172.16.0.1/24", "fd00::9/64"], false)).unwrap());
+    assert!(!made.moved);
+    let deleted = host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
+    assert_eq!(deleted.addresses, made.addresses);
+    assert_eq!(snapshot(&host), before);
+}
+
+#[test]
+fn route_by_a_next_hop_object_is_refused() {
+    let mut route = rtnetlink::packet_route::route::RouteMessage::default();
+    use rtnetlink::packet_route::route::{RouteAttribute, RouteType};
+    route.header.kind = RouteType::Unicast;
+    route.attributes = vec![RouteAttribute::Oif(2), RouteAttribute::NhId(7)];
+    let (from, to) = (
+        End {
+            index: 2,
+            name: "v0",
+        },
+        End {
+            index: 3,
+            name: "m0",
+        },
+    );
+    assert!(moving::plan(from, to, &[], std::slice::from_ref(&route)).is_err());
+    assert_eq!(
+        moving::plan(
+            End {
+                index: 9,
+                name: "v9"
+            },
+            to,
+            &[],
+            &[route]
+        ),
+        Ok(Vec::new())
+    );
+}
+
+#[test]
+fn plan_leaves_link_local_and_foreign_addresses_alone() {
+    let message = |address: &str, index, scope| {
+        let mut message = new_address(&address.parse().unwrap(), index);
+        message.header.scope = scope;
+        message
+    };
+    let addresses = [
+        message("169.254.1.1/16", 2, AddressScope::Link),
+        message("fe80::1/64", 2, AddressScope::Link),
+        message("192.0.2.1/24", 4, AddressScope::Universe),
+        message("192.0.2.2/24", 2, AddressScope::Universe),
+    ];
+    let (from, to) = (
+        End {
+            index: 2,
+            name: "v0",
+        },
+        End {
+            index: 3,
+            name: "m0",
+        },
+    );
+    let steps = moving::plan(from, to, &addresses, &[]).unwrap();
+    let moved = message("192.0.2.2/24", 3, AddressScope::Universe);
+    assert_eq!(
+        steps,
+        [
+            Step::AddAddress(moved),
+            Step::DeleteAddress(addresses[3].clone())
+        ]
+    );
+}

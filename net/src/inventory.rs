@@ -1,0 +1,304 @@
+//! Who shares which wire, as far as the caller's network namespace shows it.
+
+use thiserror::Error;
+
+use crate::diagnose::{self, Problem};
+use crate::hostlink;
+use crate::mac::MacAddr;
+use crate::name::LinkName;
+use crate::netlink::{Link, Netlink};
+use crate::netns;
+use crate::owner::Owner;
+
+/// A link that carries others, and those.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LowerInfo {
+    /// Where it is. In another namespace nothing but its index is known.
+    pub place: Place,
+    /// Its interface index there.
+    pub index: u32,
+    /// Its name; None when it is in another namespace.
+    pub name: Option<String>,
+    /// None when it is in another namespace, or is no Ethernet link.
+    pub mac: Option<MacAddr>,
+    /// In bytes, without the Ethernet header; None when it is in another namespace.
+    pub mtu: Option<u32>,
+    /// None when it is in another namespace.
+    pub state: Option<LinkState>,
+    /// The links on it that this namespace has; those that live in others, such as the private ones of
+    /// [`Macvtap`](crate::Macvtap), don't show.
+    pub uppers: Vec<UpperInfo>,
+}
+
+/// A network namespace, as seen from the caller's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Place {
+    /// The caller's.
+    Here,
+    /// Another, by the number that the caller's namespace has for it (`ip netns list-id`).
+    Other(i32),
+}
+
+/// A link that shares the wire of another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UpperInfo {
+    /// Its name.
+    pub name: String,
+    /// Its interface index.
+    pub index: u32,
+    /// Its driver.
+    pub kind: UpperKind,
+    /// As ip-link(8) has it: `bridge`, `vepa`, ... and for an ipvlan `l2`, `l3` or `l3s`.
+    pub mode: Option<&'static str>,
+    /// None when it is none that a card may have.
+    pub mac: Option<MacAddr>,
+    /// In bytes, without the Ethernet header.
+    pub mtu: u32,
+    /// Whether frames can pass.
+    pub state: LinkState,
+    /// The process that it belongs to, if it says so.
+    pub owner: Option<Owner>,
+    /// It is the host's own among its guests, see [`HostLink`](crate::HostLink).
+    pub host_link: bool,
+    /// The text that somebody has given it, whatever it means.
+    pub alias: String,
+}
+
+/// The drivers that share a wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum UpperKind {
+    /// Shares by MAC address; for the host.
+    Macvlan,
+    /// Shares by MAC address; for who reads its queues.
+    Macvtap,
+    /// Shares by IP address.
+    Ipvlan,
+}
+
+/// Whether frames can pass a link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LinkState {
+    /// Somebody has brought it up (IFF_UP).
+    pub admin_up: bool,
+    /// The wire is there (IFF_LOWER_UP).
+    pub carrier: bool,
+    /// RFC 2863's word for it, as ip-link(8) has it, in small letters: `up`, `down`, `lowerlayerdown`, `unknown`, ...
+    pub oper: String,
+}
+
+/// The links could not be listed.
+#[derive(Debug, Error)]
+#[error("cannot list who shares a wire")]
+pub struct InventoryError(#[source] Problem);
+
+/// Every macvtap, macvlan and ipvlan of the caller's network namespace by the link that it sits on; or those on `link`
+/// alone, which may then be none.
+///
+/// # Errors
+///
+/// When there is no such link, or the kernel does not list them.
+pub fn inventory(link: Option<&LinkName>) -> Result<Vec<LowerInfo>, InventoryError> {
+    let list = || {
+        let links = Netlink::connect()
+            .and_then(|host| host.links())
+            .map_err(Problem::from_step("list the network interfaces"))?;
+        match link {
+            None => Ok(group(&links)),
+            Some(name) => {
+                let link = diagnose::find(&links, name.as_str())?;
+                let lower = diagnose::real_device(&links, link);
+                let mut found = group(&links);
+                found.retain(|info| info.place == Place::Here && info.index == lower.index);
+                if found.is_empty() {
+                    found.push(LowerInfo::of(lower));
+                }
+                Ok(found)
+            }
+        }
+    };
+    netns::on_own_thread(list)
+        .map_err(Problem::from_step("start a thread"))
+        .and_then(|found| found)
+        .map_err(InventoryError)
+}
+
+/// The links that carry others, in the order of their places and indexes, with those in the order of their indexes.
+fn group(links: &[Link]) -> Vec<LowerInfo> {
+    let mut lowers: Vec<LowerInfo> = Vec::new();
+    for link in links {
+        let Some(upper) = UpperInfo::of(link) else {
+            continue;
+        };
+        let (place, index) = match (link.lower, link.lower_elsewhere) {
+            (Some(index), _) => (Place::Here, index),
+            (None, Some((namespace, index))) => (Place::Other(namespace), index),
+            (None, None) => continue,
+        };
+        let known = lowers
+            .iter_mut()
+            .find(|lower| (lower.place, lower.index) == (place, index));
+        match known {
+            Some(lower) => lower.uppers.push(upper),
+            None => {
+                let here = diagnose::by_index(links, link.lower);
+                let mut lower =
+                    here.map_or_else(|| LowerInfo::elsewhere(place, index), LowerInfo::of);
+                lower.uppers.push(upper);
+                lowers.push(lower);
+            }
+        }
+    }
+    lowers.sort_by_key(|lower| (lower.place, lower.index));
+    lowers
+        .iter_mut()
+        .for_each(|lower| lower.uppers.sort_by_key(|upper| upper.index));
+    lowers
+}
+
+impl LowerInfo {
+    fn of(link: &Link) -> Self {
+        Self {
+            place: Place::Here,
+            index: link.index,
+            name: Some(link.name.clone()),
+            mac: mac_of(link),
+            mtu: Some(link.mtu),
+            state: Some(LinkState::of(link)),
+            uppers: Vec::new(),
+        }
+    }
+
+    const fn elsewhere(place: Place, index: u32) -> Self {
+        Self {
+            place,
+            index,
+            name: None,
+            mac: None,
+            mtu: None,
+            state: None,
+            uppers: Vec::new(),
+        }
+    }
+}
+
+impl UpperInfo {
+    fn of(link: &Link) -> Option<Self> {
+        let kind = match link.kind.as_str() {
+            "macvlan" => UpperKind::Macvlan,
+            "macvtap" => UpperKind::Macvtap,
+            "ipvlan" => UpperKind::Ipvlan,
+            _ => return None,
+        };
+        Some(Self {
+            name: link.name.clone(),
+            index: link.index,
+            kind,
+            mode: link.mode.map(crate::Mode::as_str).or(link.ipvlan_mode),
+            mac: mac_of(link),
+            mtu: link.mtu,
+            state: LinkState::of(link),
+            owner: link.alias.parse().ok(),
+            host_link: hostlink::Tag::from_alias(&link.alias).is_some(),
+            alias: link.alias.clone(),
+        })
+    }
+}
+
+impl LinkState {
+    fn of(link: &Link) -> Self {
+        Self {
+            admin_up: link.up,
+            carrier: link.carrier,
+            oper: link.oper_state.clone(),
+        }
+    }
+}
+
+impl UpperKind {
+    /// The driver's name.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Macvlan => "macvlan",
+            Self::Macvtap => "macvtap",
+            Self::Ipvlan => "ipvlan",
+        }
+    }
+}
+
+fn mac_of(link: &Link) -> Option<MacAddr> {
+    link.mac.and_then(|bytes| MacAddr::try_from(bytes).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Mode;
+
+    fn link(index: u32, kind: &str, lower: Option<u32>) -> Link {
+        Link {
+            index,
+            kind: kind.to_owned(),
+            name: format!("{kind}{index}"),
+            lower,
+            ..Link::default()
+        }
+    }
+
+    #[test]
+    fn inventory_groups_by_lower_and_place() {
+        let mut far = link(9, "macvtap", None);
+        far.lower_elsewhere = Some((4, 2));
+        let mut near = link(7, "macvtap", Some(2));
+        near.mode = Some(Mode::Vepa);
+        let links = [
+            link(1, "", None),
+            link(2, "", None),
+            far,
+            link(8, "ipvlan", Some(3)),
+            near,
+            link(5, "macvlan", Some(2)),
+            // Shares no wire: it has tags of its own.
+            link(6, "vlan", Some(2)),
+            link(3, "bond", None),
+        ];
+        let found = group(&links);
+        let shape: Vec<_> = found
+            .iter()
+            .map(|lower| {
+                let uppers: Vec<_> = lower.uppers.iter().map(|upper| upper.index).collect();
+                (lower.place, lower.index, lower.name.as_deref(), uppers)
+            })
+            .collect();
+        assert_eq!(
+            shape,
+            [
+                (Place::Here, 2, Some("2"), vec![5, 7]),
+                (Place::Here, 3, Some("bond3"), vec![8]),
+                (Place::Other(4), 2, None, vec![9]),
+            ]
+        );
+        assert_eq!(found[0].uppers[1].mode, Some("vepa"));
+    }
+
+    #[test]
+    fn inventory_reads_what_an_alias_says() {
+        let owner = Owner::this_process().unwrap();
+        let aliases = [
+            owner.to_string(),
+            "host-link moved".to_owned(),
+            "mine".to_owned(),
+        ];
+        let found = aliases.map(|alias| {
+            let upper = UpperInfo::of(&Link {
+                alias,
+                ..link(1, "macvlan", Some(2))
+            })
+            .unwrap();
+            (upper.owner.is_some(), upper.host_link)
+        });
+        assert_eq!(found, [(true, false), (false, true), (false, false)]);
+    }
+}

@@ -1,0 +1,85 @@
+//! From the name of a network interface to an open, proven macvtap queue.
+//!
+//! A macvtap is a second Ethernet card on the wire of an existing one (its *lower* link): it has a MAC address of its
+//! own, and its frames are read and written through a file descriptor, its *queue*. [`Macvtap::open`] makes one by
+//! rtnetlink, in a network namespace that only this process holds, so that the kernel removes it whichever way the
+//! process ends; or, where it shall be seen, in the caller's namespace ([`Placement::Host`]), where [`reap`](reap())
+//! deletes what the dead left behind. Or it opens queues of a macvtap that exists. [`adopt`](adopt()) takes queues that
+//! somebody else has opened. What can go wrong is told in [`Problem`] and [`AdoptError`], a sentence each, with the
+//! remedy.
+//!
+//! ```no_run
+//! use net::{Macvtap, MacvtapSpec};
+//!
+//! let macvtap = Macvtap::open(&MacvtapSpec::new("eno1".parse()?))?;
+//! println!("{} on {}: MAC {}, MTU {}", macvtap.name(), macvtap.lower(), macvtap.mac(), macvtap.mtu());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The link and the macvtaps on it cannot hear each other. [`HostLink`] makes the macvlan by which the host talks with
+//! them all the same. [`inventory()`] lists who shares which wire, [`diagnose_host`] says what is amiss, and a
+//! [`LinkWatch`] tells an event loop of carrier, MTU and deletion; `examples/watch.rs` shows two of them.
+//!
+//! The crate knows nothing of virtual machines: header size, offloads and buffer sizes of the queue are its user's to
+//! set.
+//!
+//! # Files
+//!
+//! | file | what it is |
+//! | --- | --- |
+//! | `spec.rs` | what can be asked for, of the types in `mac.rs`, `name.rs` and `mode.rs` |
+//! | `macvtap.rs` | the way through the house: check, make, bring up, open |
+//! | `lease.rs`, `owner.rs`, `reap.rs` | giving back: at the end, and what the dead could not |
+//! | `adopt.rs` | queues that somebody else has opened |
+//! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it; `address.rs` |
+//! | `inventory.rs`, `watch.rs` | who shares a wire, and news of links for an event loop |
+//! | `doctor.rs` | what stands in the way on this machine, one line a check |
+//! | `diagnose.rs` | what makes a lower link unfit, and what the kernel's error numbers mean; pure |
+//! | `netlink.rs` | rtnetlink, the only async code, behind blocking calls |
+//! | `netns.rs` | the private network namespace |
+//! | `queue.rs` | finds the right device node, opens it and proves it |
+//! | `sysfs.rs`, `ioctl.rs` | what only sysfs and ioctls can tell |
+//!
+//! # Threads
+//!
+//! All calls block. Each does its work on a short-lived thread of its own, with a current-thread tokio runtime on it,
+//! and that thread alone ever enters another network namespace. So the caller's threads stay where they are, and a
+//! caller may be inside a runtime of its own.
+
+mod address;
+mod adopt;
+mod diagnose;
+mod doctor;
+mod hostlink;
+mod inventory;
+mod ioctl;
+mod lease;
+mod mac;
+mod macvtap;
+mod mode;
+mod name;
+mod netlink;
+mod netns;
+mod owner;
+mod queue;
+mod reap;
+mod spec;
+mod sysfs;
+mod watch;
+
+pub use address::{InterfaceAddress, ParseAddressError};
+pub use adopt::{AdoptError, Adopted, adopt, inherit};
+pub use diagnose::Problem;
+pub use doctor::{Check, Status, diagnose_host};
+pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
+pub use inventory::{InventoryError, LinkState, LowerInfo, Place, UpperInfo, UpperKind, inventory};
+pub use lease::Lease;
+pub use mac::{MacAddr, ParseMacError};
+pub use macvtap::{Error, Macvtap};
+pub use mode::{Mode, ParseModeError};
+pub use name::{LinkName, ParseLinkNameError};
+pub use owner::{Owner, ParseOwnerError};
+pub use queue::QueueError;
+pub use reap::{Reaped, reap};
+pub use spec::{MacvtapSpec, Placement};
+pub use watch::{LinkChange, LinkEvent, LinkWatch};

@@ -1,0 +1,178 @@
+//! What is asked of a macvtap.
+
+use std::path::PathBuf;
+
+use crate::diagnose::Problem;
+use crate::mac::MacAddr;
+use crate::mode::Mode;
+use crate::name::LinkName;
+
+/// What is asked for. Begin with [`MacvtapSpec::new`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MacvtapSpec {
+    /// The link to sit on; or a macvtap, to be used as it is.
+    pub link: LinkName,
+    /// The network namespace of [`MacvtapSpec::link`], by a path such as `/run/netns/NAME` or `/proc/PID/ns/net`; None for
+    /// the caller's.
+    pub lower_netns: Option<PathBuf>,
+    /// None for the default, [`Mode::Bridge`]; an existing macvtap then may be in any mode.
+    pub mode: Option<Mode>,
+    /// None for a random, locally administered one, and in passthru mode for the lower's.
+    pub mac: Option<MacAddr>,
+    /// In bytes, without the Ethernet header; None for the lower's.
+    pub mtu: Option<u32>,
+    /// How many queues to open, 1 to [`MacvtapSpec::MAX_QUEUES`]. The kernel spreads what it receives over all open
+    /// queues, so each of them has to be read.
+    pub queues: u32,
+    /// How many frames each queue holds for a slow reader, 1 to [`MacvtapSpec::MAX_TX_QUEUE_LEN`]; None for the
+    /// driver's 500. (A macvtap receives what the host's side transmits, hence the kernel's name for it.)
+    pub tx_queue_len: Option<u32>,
+    /// How many broadcasts and multicasts from outside may wait on the lower for a copy to each of its macvtaps, at
+    /// least 1; None for the driver's 1,000. The lower keeps the largest that any of them asks for.
+    pub bc_queue_len: Option<u32>,
+    /// The new macvtap's name. None for `macvtap0` in a private namespace, and the first free `mvtN` in the caller's.
+    pub name: Option<LinkName>,
+    /// Where a new macvtap lives.
+    pub netns: Placement,
+}
+
+/// The network namespace that a new macvtap lives in, wherever its lower is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Placement {
+    /// One of its own, without a name, that ends with the process: nothing is ever left behind, and no other program
+    /// meddles with the link.
+    #[default]
+    Private,
+    /// The caller's, where `ip link` shows it. Its alias names its [`Owner`](crate::Owner), so that the next
+    /// [`Macvtap::open`](crate::Macvtap::open) and [`reap`](crate::reap()) can delete it when a killed process left it
+    /// behind. So the process that opens it has to live as long as it is used: it may exec another program, but not fork
+    /// one and end.
+    Host,
+}
+
+impl MacvtapSpec {
+    /// The most queues that the driver opens at once (MAX_TAP_QUEUES in include/linux/if_tap.h).
+    pub const MAX_QUEUES: u32 = 256;
+
+    /// The longest receive ring: its pointers have to fit the largest block of the kernel's allocator, 4 MiB
+    /// (`__ptr_ring_init_queue_alloc` in include/linux/ptr_ring.h).
+    pub const MAX_TX_QUEUE_LEN: u32 = 524_288;
+
+    /// A macvtap on `link`, everything else by default.
+    pub const fn new(link: LinkName) -> Self {
+        Self {
+            link,
+            lower_netns: None,
+            mode: None,
+            mac: None,
+            mtu: None,
+            queues: 1,
+            tx_queue_len: None,
+            bc_queue_len: None,
+            name: None,
+            netns: Placement::Private,
+        }
+    }
+
+    /// Whether its numbers make sense, whatever the link.
+    pub(crate) fn check(&self) -> Result<(), Problem> {
+        if !(1..=Self::MAX_QUEUES).contains(&self.queues) {
+            return Err(Problem::Queues {
+                wanted: self.queues,
+            });
+        }
+        if let Some(wanted) = self
+            .tx_queue_len
+            .filter(|n| !(1..=Self::MAX_TX_QUEUE_LEN).contains(n))
+        {
+            return Err(Problem::TxQueueLen { wanted });
+        }
+        if self.bc_queue_len == Some(0) {
+            return Err(Problem::BcQueueLen);
+        }
+        match self.name.as_ref().map(LinkName::as_str) {
+            // The first two are directories of /proc/sys/net, and a `%` makes the kernel count.
+            Some(name) if name == "all" || name == "default" || name.contains('%') => {
+                Err(Problem::NameReserved {
+                    name: name.to_owned(),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spec_numbers_at_the_limits_pass_and_beyond_are_refused() {
+        let spec = MacvtapSpec::new("eno1".parse().unwrap());
+        spec.check().unwrap();
+        let largest = MacvtapSpec {
+            queues: 256,
+            tx_queue_len: Some(524_288),
+            bc_queue_len: Some(1),
+            name: Some("guest".parse().unwrap()),
+            ..spec.clone()
+        };
+        largest.check().unwrap();
+        let refusals = [
+            (
+                MacvtapSpec {
+                    queues: 0,
+                    ..spec.clone()
+                },
+                "1 to 256 queues, not 0",
+            ),
+            (
+                MacvtapSpec {
+                    queues: 257,
+                    ..spec.clone()
+                },
+                "1 to 256 queues, not 257",
+            ),
+            (
+                MacvtapSpec {
+                    tx_queue_len: Some(0),
+                    ..spec.clone()
+                },
+                "1 to 524288 frames, not 0",
+            ),
+            (
+                MacvtapSpec {
+                    tx_queue_len: Some(524_289),
+                    ..spec.clone()
+                },
+                "not 524289",
+            ),
+            (
+                MacvtapSpec {
+                    bc_queue_len: Some(0),
+                    ..spec.clone()
+                },
+                "choose 1 or more",
+            ),
+            (
+                MacvtapSpec {
+                    name: Some("all".parse().unwrap()),
+                    ..spec.clone()
+                },
+                "`all`",
+            ),
+            (
+                MacvtapSpec {
+                    name: Some("vm%d".parse().unwrap()),
+                    ..spec
+                },
+                "`vm%d`",
+            ),
+        ];
+        for (spec, expected) in refusals {
+            let text = spec.check().unwrap_err().to_string();
+            assert!(text.contains(expected), "{text}");
+        }
+    }
+}

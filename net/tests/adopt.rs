@@ -1,0 +1,249 @@
+//! Queues that somebody else has opened. In network namespaces of the tests' own; they need root.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this file is tests, and the lint spares #[test] functions alone"
+)]
+
+#[path = "../../tests/harness/netns.rs"]
+mod netns;
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+
+use net::{AdoptError, Macvtap, MacvtapSpec, adopt, inherit};
+use netns::Netns;
+
+/// Queues of a new macvtap `name` on `v0`, which belongs to nobody.
+fn macvtap(netns: &Netns, name: &str, count: u32) -> Vec<OwnedFd> {
+    netns.macvtap(name, "v0", "bridge");
+    queues(netns, name, count)
+}
+
+fn queues(netns: &Netns, name: &str, count: u32) -> Vec<OwnedFd> {
+    let mut spec = MacvtapSpec::new(name.parse().unwrap());
+    spec.queues = count;
+    netns.enter(|| Macvtap::open(&spec)).unwrap().into_parts().0
+}
+
+/// A descriptor of a new tun or tap `name`.
+fn tun(netns: &Netns, name: &str, flags: i32) -> OwnedFd {
+    netns.enter(|| {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .unwrap();
+        // SAFETY: all bytes zero is a value of ifreq.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        // SAFETY: the request reads and writes one ifreq, which this is.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        file.into()
+    })
+}
+
+fn refusal(fds: Vec<OwnedFd>) -> AdoptError {
+    let error = adopt(fds).expect_err("a refusal");
+    eprintln!("{error}");
+    error
+}
+
+#[test]
+fn queues_of_a_macvtap_are_adopted_with_mac_and_mtu() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let fds = macvtap(&netns, "mine", 3);
+    netns.ip("link set mine mtu 1300");
+    for fd in &fds {
+        rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::empty()).unwrap();
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
+    }
+    let elsewhere = adopt(fds.iter().map(|fd| fd.try_clone().unwrap()).collect()).unwrap();
+    assert_eq!(
+        elsewhere.mtu, None,
+        "its namespace cannot be seen from here"
+    );
+    let adopted = netns.enter(|| adopt(fds)).unwrap();
+    assert_eq!((adopted.name.as_str(), adopted.mtu), ("mine", Some(1300)));
+    assert_eq!(adopted.mac.to_string(), netns.mac("mine"));
+    assert_eq!(adopted.queues.len(), 3);
+    for fd in &adopted.queues {
+        let flags = rustix::fs::fcntl_getfl(fd).unwrap();
+        assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
+        let flags = rustix::io::fcntl_getfd(fd).unwrap();
+        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+    }
+}
+
+#[test]
+fn queue_of_a_tap_is_adopted_if_its_headers_fit() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    let fit = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let adopted = netns
+        .enter(|| adopt(vec![tun(&netns, "tap0", fit)]))
+        .unwrap();
+    assert_eq!((adopted.name.as_str(), adopted.mtu), ("tap0", Some(1500)));
+    let error = refusal(vec![tun(&netns, "tap1", libc::IFF_TAP | libc::IFF_NO_PI)]);
+    assert!(matches!(error, AdoptError::Headers { name, .. } if name == "tap1"));
+}
+
+#[test]
+fn what_is_no_tap_queue_is_refused_with_what_it_is() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    assert!(matches!(refusal(vec![]), AdoptError::None));
+    let file: OwnedFd = tempfile::tempfile().unwrap().into();
+    let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (pipe, _) = std::io::pipe().unwrap();
+    let cases = [
+        (file, "a file"),
+        (socket.into(), "a socket"),
+        (pipe.into(), "a pipe"),
+        (File::open("/").unwrap().into(), "a directory"),
+        (File::open("/dev/null").unwrap().into(), "some other device"),
+    ];
+    for (fd, expected) in cases {
+        let error = refusal(vec![fd]);
+        assert!(matches!(error, AdoptError::NotTap { what, .. } if what == expected));
+    }
+    let error = refusal(vec![tun(&netns, "tun0", libc::IFF_TUN | libc::IFF_NO_PI)]);
+    assert!(matches!(error, AdoptError::Tun { name, .. } if name == "tun0"));
+    let unused = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
+    assert!(matches!(
+        refusal(vec![unused.into()]),
+        AdoptError::NoInterface { .. }
+    ));
+}
+
+#[test]
+fn queue_of_a_deleted_macvtap_is_refused() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let fds = macvtap(&netns, "mine", 1);
+    netns.ip("link delete mine");
+    assert!(matches!(refusal(fds), AdoptError::NoInterface { .. }));
+}
+
+#[test]
+fn queues_of_two_interfaces_and_a_queue_twice_are_refused() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let mut fds = macvtap(&netns, "one", 1);
+    fds.extend(macvtap(&netns, "two", 1));
+    let error = refusal(fds);
+    assert!(
+        matches!(error, AdoptError::Different { name, first_name, .. }
+        if name == "two" && first_name == "one")
+    );
+    // Even if they look alike, as in two namespaces.
+    let other = Netns::new();
+    other.wire("v0");
+    other.macvtap("one", "v0", "bridge");
+    other.down("one");
+    other.ip(&format!("link set one address {}", netns.mac("one")));
+    other.up("one");
+    let mut fds = queues(&netns, "one", 1);
+    fds.extend(queues(&other, "one", 1));
+    assert!(matches!(refusal(fds), AdoptError::Different { .. }));
+
+    let mut fds = queues(&netns, "one", 2);
+    fds.push(fds[0].as_fd().try_clone_to_owned().unwrap());
+    let (first, third) = (fds[0].as_raw_fd(), fds[2].as_raw_fd());
+    let error = refusal(fds);
+    assert!(matches!(error, AdoptError::SameQueue { fd, other } if (fd, other) == (third, first)));
+}
+
+#[test]
+fn numbers_that_are_not_open_or_occur_twice_are_refused() {
+    // High enough that no parallel test is given it.
+    for closed in [-1, 900_000] {
+        // SAFETY: nobody owns what isn't open.
+        let error = unsafe { inherit(&[closed]) }.unwrap_err();
+        assert!(
+            matches!(error, AdoptError::Closed { fd } if fd == closed),
+            "{error}"
+        );
+    }
+    let number = File::open("/dev/null").unwrap().into_raw_fd();
+    // SAFETY: the number was given away just now.
+    let error = unsafe { inherit(&[number, number]) }.unwrap_err();
+    assert!(
+        matches!(error, AdoptError::Twice { fd } if fd == number),
+        "{error}"
+    );
+    // SAFETY: it is still nobody's.
+    let owned = unsafe { inherit(&[number]) }.unwrap();
+    assert_eq!(owned[0].as_raw_fd(), number);
+}
+
+const CHILD: &str = "NET_TEST_ADOPT";
+
+/// Not a test by itself: the body of the process that the next one starts.
+#[test]
+fn child_process_adopts_descriptor_three() {
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    const NOBODY: libc::c_long = 65_534;
+    // SAFETY: setresuid takes three numbers.
+    let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+    assert_eq!(result, 0);
+    // SAFETY: the shell opened it, and nothing here has touched it.
+    let fds = unsafe { inherit(&[3]) }.unwrap();
+    let adopted = adopt(fds).unwrap();
+    println!("CHILD {} {} {:?}", adopted.name, adopted.mac, adopted.mtu);
+}
+
+#[test]
+fn ordinary_user_adopts_what_a_shell_opened() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let index = 3_000_000 + std::process::id();
+    netns.ip(&format!(
+        "link add link v0 name mine index {index} type macvtap mode bridge"
+    ));
+    netns.up("mine");
+    let script = format!(
+        "exec 3<>/dev/tap{index}; exec \"$0\" --exact child_process_adopts_descriptor_three --nocapture"
+    );
+    let output = netns
+        .command("sh")
+        .args(["-c", &script])
+        .arg(std::env::current_exe().unwrap())
+        .env(CHILD, "")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let expected = format!("CHILD mine {} Some(1500)", netns.mac("mine"));
+    assert!(
+        text.contains(&expected),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

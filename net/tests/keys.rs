@@ -1,0 +1,616 @@
+//! What is asked for is what the kernel then shows, and is given back. In network namespaces of the tests' own; they need
+//! root.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this file is tests, and the lint spares #[test] functions alone"
+)]
+
+#[allow(dead_code, reason = "other test binaries use the rest")]
+mod child;
+#[path = "../../tests/harness/netns.rs"]
+mod netns;
+#[allow(dead_code, reason = "other test binaries use the rest")]
+mod wire;
+
+use std::error::Error as _;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use child::soon;
+use net::{Error, Macvtap, MacvtapSpec, Mode, Owner, Placement, Problem, QueueError};
+use netns::Netns;
+use wire::{frame, hears, send};
+
+const MAC: &str = "52:54:00:12:34:56";
+
+fn spec(link: &str) -> MacvtapSpec {
+    MacvtapSpec::new(link.parse().unwrap())
+}
+
+fn with(link: &str, set: impl FnOnce(&mut MacvtapSpec)) -> MacvtapSpec {
+    let mut spec = spec(link);
+    set(&mut spec);
+    spec
+}
+
+fn on_host(link: &str) -> MacvtapSpec {
+    with(link, |spec| spec.netns = Placement::Host)
+}
+
+fn open(netns: &Netns, spec: &MacvtapSpec) -> Macvtap {
+    netns
+        .enter(|| Macvtap::open(spec))
+        .unwrap_or_else(|error| panic!("{error}: {:?}", error.source()))
+}
+
+/// The problem that keeps a macvtap from being opened, after a look that nothing was left behind.
+fn problem(netns: &Netns, spec: &MacvtapSpec) -> Problem {
+    let before = netns.links();
+    let error = netns.enter(|| Macvtap::open(spec)).expect_err("a problem");
+    eprintln!("{error}: {}", error.source().unwrap());
+    assert_eq!(netns.links(), before);
+    match error {
+        Error::Make { source, .. } | Error::Use { source, .. } => source,
+        other => panic!("{other}"),
+    }
+}
+
+/// All that `ip` knows of a link, as words.
+fn details(netns: &Netns, link: &str) -> String {
+    let text = netns.ip(&format!("-d -o link show dev {link}"));
+    text.split(&[' ', '\\', '\n'][..])
+        .filter(|word| !word.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[test]
+fn every_key_shows_on_the_link() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    for mode in ["bridge", "vepa", "private", "source"] {
+        let spec = with("v0", |spec| {
+            spec.netns = Placement::Host;
+            spec.name = Some("guest".parse().unwrap());
+            spec.mode = Some(mode.parse().unwrap());
+            spec.mac = Some(MAC.parse().unwrap());
+            spec.mtu = Some(1400);
+            spec.tx_queue_len = Some(77);
+            spec.bc_queue_len = Some(3333);
+        });
+        let macvtap = open(&netns, &spec);
+        assert_eq!(
+            (macvtap.name(), macvtap.lower(), macvtap.mtu()),
+            ("guest", "v0", 1400)
+        );
+        assert_eq!(macvtap.mac().to_string(), MAC);
+        let details = details(&netns, "guest");
+        for expected in [
+            "guest@v0: <BROADCAST,MULTICAST,ALLMULTI,UP,LOWER_UP>",
+            "mtu 1400 ",
+            "qlen 77 ",
+            &format!("link/ether {MAC} "),
+            &format!("macvtap mode {mode} "),
+            "bcqueuelen 3333 ",
+            "alias owner: keys-",
+            &format!(" pid={} ", std::process::id()),
+        ] {
+            assert!(details.contains(expected), "{expected} in {details}");
+        }
+        let ipv6 = netns.ip("-6 address show dev guest");
+        assert_eq!(ipv6, "", "the host must have no IPv6 on it");
+        drop(macvtap);
+        assert!(!netns.links().contains(&"guest".to_owned()));
+    }
+}
+
+#[test]
+fn receive_ring_holds_as_many_frames_as_asked_for() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    let theirs = open(&peer, &spec("v1"));
+    for placement in [Placement::Private, Placement::Host] {
+        let ours = open(
+            &host,
+            &with("v0", |spec| {
+                spec.netns = placement;
+                spec.tx_queue_len = Some(5);
+            }),
+        );
+        let unicast = frame(ours.mac().octets(), theirs.mac().octets());
+        for _ in 0..20 {
+            send(theirs.queue(), &unicast);
+        }
+        let heard = wire::collect(ours.queue(), Duration::from_millis(300));
+        assert_eq!(heard.iter().filter(|frame| **frame == unicast).count(), 5);
+    }
+}
+
+#[test]
+fn longest_receive_ring_opens() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let longest = |spec: &mut MacvtapSpec| spec.tx_queue_len = Some(MacvtapSpec::MAX_TX_QUEUE_LEN);
+    open(&netns, &with("v0", longest));
+}
+
+#[test]
+fn every_queue_is_open_and_takes_its_share() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    let theirs = open(&peer, &spec("v1"));
+    for placement in [Placement::Private, Placement::Host] {
+        let ours = open(
+            &host,
+            &with("v0", |spec| {
+                spec.netns = placement;
+                spec.queues = 4;
+            }),
+        );
+        assert_eq!(ours.queues().len(), 4);
+        for queue in ours.queues() {
+            let hello = frame(theirs.mac().octets(), ours.mac().octets());
+            send(queue.as_fd(), &hello);
+            assert!(hears(theirs.queue(), |heard| heard == hello));
+        }
+        // 64 flows: UDP from as many ports. None may be lost, and all on one queue is next to impossible.
+        for port in 0..64 {
+            send(
+                theirs.queue(),
+                &udp(ours.mac().octets(), theirs.mac().octets(), port),
+            );
+        }
+        let heard = ours.queues().iter().map(|queue| {
+            let all = wire::collect(queue.as_fd(), Duration::from_millis(200));
+            all.iter().filter(|frame| frame[12..14] == [8, 0]).count()
+        });
+        let heard: Vec<usize> = heard.collect();
+        assert_eq!(heard.iter().sum::<usize>(), 64, "{heard:?}");
+        assert!(
+            heard.iter().filter(|count| **count > 0).count() > 1,
+            "{heard:?}"
+        );
+    }
+}
+
+/// An IPv4 UDP frame without checksums that anybody would look at.
+fn udp(to: [u8; 6], from: [u8; 6], port: u16) -> Vec<u8> {
+    let ip = [
+        0x45, 0, 0, 46, 0, 0, 0x40, 0, 64, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2,
+    ];
+    let [high, low] = (10_000 + port).to_be_bytes();
+    let udp = [high, low, 0, 9, 0, 26, 0, 0];
+    [&to[..], &from, &[8, 0], &ip, &udp, &[0; 18]].concat()
+}
+
+#[test]
+fn queues_beyond_what_the_driver_opens_are_refused() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let many = |link, count| with(link, |spec| spec.queues = count);
+    assert!(matches!(
+        problem(&netns, &many("v0", 257)),
+        Problem::Queues { wanted: 257 }
+    ));
+    assert!(matches!(
+        problem(&netns, &many("v0", 0)),
+        Problem::Queues { wanted: 0 }
+    ));
+    netns.macvtap("mine", "v0", "bridge");
+    let all = open(&netns, &many("mine", 256));
+    assert_eq!(all.queues().len(), 256);
+    let refusal = problem(&netns, &spec("mine"));
+    assert!(matches!(refusal, Problem::Queue(QueueError::AllOpen { link }) if link == "mine"));
+    drop(all);
+    open(&netns, &spec("mine"));
+}
+
+#[test]
+fn existing_macvtap_refuses_what_would_change_it() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.macvtap("mine", "v0", "bridge");
+    let refusal = problem(&netns, &with("mine", |spec| spec.tx_queue_len = Some(100)));
+    assert!(matches!(
+        refusal,
+        Problem::ExistingLength {
+            key: "txqueuelen",
+            has: 500,
+            ..
+        }
+    ));
+    let refusal = problem(&netns, &with("mine", |spec| spec.bc_queue_len = Some(5)));
+    assert!(matches!(
+        refusal,
+        Problem::ExistingLength {
+            key: "bcqueuelen",
+            has: 1000,
+            ..
+        }
+    ));
+    let renamed = with("mine", |spec| spec.name = Some("other".parse().unwrap()));
+    assert!(matches!(
+        problem(&netns, &renamed),
+        Problem::ExistingName { .. }
+    ));
+    let same = with("mine", |spec| {
+        spec.name = Some("mine".parse().unwrap());
+        spec.tx_queue_len = Some(500);
+        spec.bc_queue_len = Some(1000);
+        spec.netns = Placement::Host;
+    });
+    drop(open(&netns, &same));
+    assert!(netns.links().contains(&"mine".to_owned()));
+}
+
+#[test]
+fn name_is_free_in_the_private_namespace_and_may_be_taken_in_the_hosts() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.wire("taken");
+    let named = |name: &str, placement| {
+        with("v0", |spec| {
+            spec.name = Some(name.parse().unwrap());
+            spec.netns = placement;
+        })
+    };
+    assert_eq!(
+        open(&netns, &named("taken", Placement::Private)).name(),
+        "taken"
+    );
+    for (name, placement) in [
+        ("taken", Placement::Host),
+        ("lo", Placement::Host),
+        ("lo", Placement::Private),
+    ] {
+        let refusal = problem(&netns, &named(name, placement));
+        assert!(matches!(refusal, Problem::NameTaken { name: taken } if taken == name));
+    }
+    for name in ["all", "default", "vm%d"] {
+        let refusal = problem(&netns, &named(name, Placement::Host));
+        assert!(matches!(refusal, Problem::NameReserved { .. }));
+    }
+}
+
+#[test]
+fn unnamed_host_links_take_the_first_free_numbers() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let three: Vec<Macvtap> = (0..3).map(|_| open(&netns, &on_host("v0"))).collect();
+    let names: Vec<&str> = three.iter().map(Macvtap::name).collect();
+    assert_eq!(names, ["mvt0", "mvt1", "mvt2"]);
+    let [_, second, _] = <[Macvtap; 3]>::try_from(three).unwrap();
+    assert_eq!(open(&netns, &on_host("v0")).name(), "mvt0");
+    drop(second);
+    // A link of that name in the way of the private one's is no obstacle.
+    netns.macvtap("macvtap0", "v0", "bridge");
+    assert_eq!(open(&netns, &on_host("v0")).name(), "mvt0");
+}
+
+#[test]
+fn failure_at_up_leaves_no_host_link() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let with_mac = with("v0", |spec| {
+        spec.netns = Placement::Host;
+        spec.mac = Some(MAC.parse().unwrap());
+    });
+    let first = open(&netns, &with_mac);
+    let refusal = problem(&netns, &with_mac);
+    assert!(matches!(refusal, Problem::MacTaken { by, .. } if by == [first.name()]));
+}
+
+#[test]
+fn lower_in_another_namespace_carries_for_both_placements() {
+    if !netns::is_root() {
+        return;
+    }
+    let (far, peer, near) = (Netns::new(), Netns::new(), Netns::new());
+    far.veth("v0", &peer, "v1");
+    let theirs = open(&peer, &spec("v1"));
+    for (placement, links) in [
+        (Placement::Private, vec![]),
+        (Placement::Host, vec!["mvt0"]),
+    ] {
+        let there = with("v0", |spec| {
+            spec.lower_netns = Some(far.path());
+            spec.netns = placement;
+        });
+        let ours = open(&near, &there);
+        assert_eq!(near.links(), links);
+        assert_eq!(far.links(), ["v0"]);
+        assert_eq!(ours.lower(), "v0");
+        for (from, to) in [(&ours, &theirs), (&theirs, &ours)] {
+            let hello = frame(to.mac().octets(), from.mac().octets());
+            send(from.queue(), &hello);
+            assert!(hears(to.queue(), |heard| heard == hello));
+        }
+        drop(ours);
+        assert!(near.links().is_empty());
+    }
+    far.macvtap("mine", "v0", "bridge");
+    let existing = open(
+        &near,
+        &with("mine", |spec| spec.lower_netns = Some(far.path())),
+    );
+    assert_eq!(existing.mac().to_string(), far.mac("mine"));
+    // And by the process that is in it, as for a container.
+    let mut process = far.command("sleep").arg("60").spawn().unwrap();
+    let path = PathBuf::from(format!("/proc/{}/ns/net", process.id()));
+    let namespace = |path| std::fs::read_link(path).unwrap();
+    soon("sleep is in its namespace", || {
+        namespace(path.clone()) != namespace("/proc/self/ns/net".into())
+    });
+    open(&near, &with("v0", |spec| spec.lower_netns = Some(path)));
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+#[test]
+fn namespace_that_is_none_is_refused() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    for path in ["/run/netns/no-such", "/dev/null", "/proc/self/ns/pid", "/"] {
+        let refusal = problem(
+            &netns,
+            &with("v0", |spec| spec.lower_netns = Some(path.into())),
+        );
+        assert!(matches!(refusal, Problem::Namespace { .. }), "{refusal}");
+    }
+    let there = with("v1", |spec| spec.lower_netns = Some(netns.path()));
+    let error = netns.enter(|| Macvtap::open(&there)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "cannot make a macvtap on `v1` of the network namespace {}",
+            netns.path().display()
+        )
+    );
+}
+
+/// A lower gets back what passthru mode took: in both placements, at the end and when the process is killed.
+#[test]
+fn passthru_gives_the_lower_its_mac_and_promiscuity_back() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let own = netns.mac("v0");
+    let is_as_before =
+        || netns.mac("v0") == own && details(&netns, "v0").contains("promiscuity 0 ");
+    assert!(is_as_before());
+    for placement in [Placement::Private, Placement::Host] {
+        let passthru = with("v0", |spec| {
+            spec.netns = placement;
+            spec.mode = Some(Mode::Passthru);
+        });
+        let macvtap = open(&netns, &passthru);
+        set_mac(&macvtap, MAC);
+        assert_eq!(netns.mac("v0"), MAC);
+        assert!(details(&netns, "v0").contains("promiscuity 1 "));
+        drop(macvtap);
+        assert!(is_as_before(), "{placement:?}");
+
+        let killed = child::start(&netns, &passthru);
+        assert!(details(&netns, "v0").contains("promiscuity 1 "));
+        if placement == Placement::Host {
+            netns.ip(&format!("link set {} address {MAC}", killed.link));
+            assert_eq!(netns.mac("v0"), MAC);
+        }
+        killed.kill();
+        if placement == Placement::Host {
+            assert_eq!(netns.enter(net::reap).unwrap().len(), 1);
+        }
+        soon("the lower is as it was", is_as_before);
+    }
+}
+
+/// Gives a macvtap another MAC through its queue, as a VMM does for its guest (SIOCSIFHWADDR).
+fn set_mac(macvtap: &Macvtap, mac: &str) {
+    let mac: net::MacAddr = mac.parse().unwrap();
+    // SAFETY: all bytes zero is a value of ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let mut address = libc::sockaddr {
+        sa_family: libc::ARPHRD_ETHER,
+        sa_data: [0; 14],
+    };
+    for (to, from) in address.sa_data.iter_mut().zip(mac.octets()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_hwaddr = address;
+    let fd = macvtap.queue().as_raw_fd();
+    // SAFETY: the request reads one ifreq, which this is.
+    let result = unsafe { libc::ioctl(fd, libc::SIOCSIFHWADDR, &request) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn links_of_the_dead_are_reaped_and_no_others() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    for (name, alias) in [
+        ("plain", ""),
+        ("theirs", "uplink of the lab"),
+        ("odd", "owner: somebody"),
+    ] {
+        netns.macvtap(name, "v0", "bridge");
+        if !alias.is_empty() {
+            netns.exec(&["ip", "link", "set", name, "alias", alias]);
+        }
+    }
+    let alive = child::start(&netns, &on_host("v0"));
+    let dead = child::start(&netns, &on_host("v0"));
+    let mine = open(&netns, &on_host("v0"));
+    assert_eq!(
+        [&*alive.link, &*dead.link, mine.name()],
+        ["mvt0", "mvt1", "mvt2"]
+    );
+    assert!(netns.enter(net::reap).unwrap().is_empty());
+
+    dead.kill();
+    let before = netns.links();
+    assert!(before.contains(&"mvt1".to_owned()));
+    let reaped = netns.enter(net::reap).unwrap();
+    let told: Vec<_> = reaped
+        .iter()
+        .map(|link| (&*link.name, &*link.kind))
+        .collect();
+    assert_eq!(told, [("mvt1", "macvtap")]);
+    assert!(reaped[0].owner.program().starts_with("keys-"));
+    let rest: Vec<String> = before.into_iter().filter(|name| name != "mvt1").collect();
+    assert_eq!(netns.links(), rest);
+    assert!(netns.enter(net::reap).unwrap().is_empty());
+
+    // The next start does the same, and so a MAC of the dead is free again.
+    let mac = netns.mac("mvt0");
+    alive.kill();
+    assert!(netns.links().contains(&"mvt0".to_owned()));
+    let next = open(
+        &netns,
+        &with("v0", |spec| spec.mac = Some(mac.parse().unwrap())),
+    );
+    assert_eq!(next.mac().to_string(), mac);
+    assert!(!netns.links().contains(&"mvt0".to_owned()));
+}
+
+#[test]
+fn reapers_at_once_share_the_work() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let mut ended = std::process::Command::new("true").spawn().unwrap();
+    ended.wait().unwrap();
+    let me = Owner::this_process().unwrap();
+    let pid = |pid| format!(" pid={pid} ");
+    let tag = me.to_string().replace(&pid(me.pid()), &pid(ended.id()));
+    for n in 0..20 {
+        let kind = ["macvtap", "macvlan"][n % 2];
+        netns.ip(&format!("link add link v0 name m{n} type {kind}"));
+        netns.exec(&["ip", "link", "set", &format!("m{n}"), "alias", &tag]);
+    }
+    let reaped = std::thread::scope(|scope| {
+        let reapers: Vec<_> = (0..8)
+            .map(|_| scope.spawn(|| netns.enter(net::reap)))
+            .collect();
+        let shares = reapers
+            .into_iter()
+            .map(|reaper| reaper.join().unwrap().unwrap());
+        shares.flatten().map(|link| link.name).collect::<Vec<_>>()
+    });
+    let unique: std::collections::HashSet<_> = reaped.iter().collect();
+    assert_eq!((reaped.len(), unique.len()), (20, 20), "{reaped:?}");
+    assert_eq!(netns.links().len(), 2);
+}
+
+#[test]
+fn lease_leaves_a_link_that_is_no_longer_tagged_as_its_own() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let macvtap = open(&netns, &on_host("v0"));
+    netns.ip("link set mvt0 alias mine");
+    drop(macvtap);
+    assert!(netns.links().contains(&"mvt0".to_owned()));
+}
+
+#[test]
+fn queue_alone_keeps_the_private_macvtap_of_an_ended_lease_keeper() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    let theirs = open(&peer, &spec("v1"));
+    let (queues, lease) = open(&host, &spec("v0")).into_parts();
+    // As by exec, which closes the lease's descriptor and runs no destructor.
+    let namespace = namespace_of(&lease);
+    std::mem::forget(lease);
+    // SAFETY: the descriptor was the lease's, which is forgotten.
+    unsafe { libc::close(namespace) };
+    std::thread::sleep(Duration::from_millis(200));
+    let hello = frame([0xff; 6], theirs.mac().octets());
+    send(theirs.queue(), &hello);
+    assert!(hears(queues[0].as_fd(), |heard| heard == hello));
+}
+
+/// The number of the descriptor in a lease, as its Debug output shows it.
+fn namespace_of(lease: &net::Lease) -> i32 {
+    let text = format!("{lease:?}");
+    let (_, rest) = text.split_once("fd: ").expect("a descriptor");
+    let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap()
+}
+
+#[test]
+fn every_kind_of_lower_carries_in_both_placements() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.wire("v1");
+    let kinds = [
+        ("lower link v0 type vlan id 5", &[][..]),
+        ("lower type dummy", &[]),
+        ("lower type bond", &["v1"]),
+        ("lower type bridge", &["v1"]),
+    ];
+    for (args, ports) in kinds {
+        if !netns.add_if_supported(args) {
+            continue;
+        }
+        for port in ports {
+            netns.down(port);
+            netns.ip(&format!("link set {port} master lower"));
+            netns.up(port);
+        }
+        netns.up("lower");
+        for placement in [Placement::Private, Placement::Host] {
+            let macvtap = open(&netns, &with("lower", |spec| spec.netns = placement));
+            assert_eq!(macvtap.lower(), "lower", "{args}");
+            let hello = frame([0xff; 6], macvtap.mac().octets());
+            send(macvtap.queue(), &hello);
+        }
+        netns.ip("link delete lower");
+    }
+}

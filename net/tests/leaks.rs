@@ -1,0 +1,40 @@
+//! What fifty macvtaps leave behind in the process: nothing. Alone in its binary, as it counts the process's descriptors.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this file is tests, and the lint spares #[test] functions alone"
+)]
+
+#[path = "../../tests/harness/netns.rs"]
+mod netns;
+
+use net::{Macvtap, MacvtapSpec, Placement};
+
+#[test]
+fn fifty_macvtaps_leak_no_descriptor_and_no_thread() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = netns::Netns::new();
+    netns.wire("v0");
+    let count = |what: &str| {
+        std::fs::read_dir(format!("/proc/self/{what}"))
+            .unwrap()
+            .count()
+    };
+    let spec = MacvtapSpec::new("v0".parse().unwrap());
+    let mut on_host = spec.clone();
+    on_host.netns = Placement::Host;
+    on_host.queues = 3;
+    let no_such = MacvtapSpec::new("v1".parse().unwrap());
+    let (before, after) = netns.enter(|| {
+        let before = (count("fd"), count("task"));
+        for _ in 0..50 {
+            drop(Macvtap::open(&spec).unwrap());
+            drop(Macvtap::open(&on_host).unwrap());
+            Macvtap::open(&no_such).unwrap_err();
+        }
+        (before, (count("fd"), count("task")))
+    });
+    assert_eq!(after, before);
+}

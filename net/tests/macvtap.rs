@@ -1,0 +1,602 @@
+//! Macvtaps on real links, in network namespaces of the tests' own. They need root.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this file is tests, and the lint spares #[test] functions alone"
+)]
+
+#[path = "../../tests/harness/netns.rs"]
+mod netns;
+mod wire;
+
+use std::error::Error as _;
+use std::os::fd::AsFd;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use net::{Error, Macvtap, MacvtapSpec, Mode, Problem};
+use netns::Netns;
+use wire::{arp_request, exchange, frame, hears, send};
+
+const MAC: &str = "52:54:00:12:34:56";
+const BROADCAST: [u8; 6] = [0xff; 6];
+
+fn spec(link: &str) -> MacvtapSpec {
+    MacvtapSpec::new(link.parse().unwrap())
+}
+
+fn with_mac(link: &str, mac: &str) -> MacvtapSpec {
+    let mut spec = spec(link);
+    spec.mac = Some(mac.parse().unwrap());
+    spec
+}
+
+fn with_mode(link: &str, mode: Mode) -> MacvtapSpec {
+    let mut spec = spec(link);
+    spec.mode = Some(mode);
+    spec
+}
+
+fn open(netns: &Netns, spec: &MacvtapSpec) -> Macvtap {
+    netns
+        .enter(|| Macvtap::open(spec))
+        .unwrap_or_else(|error| panic!("{}", chain(&error)))
+}
+
+/// The problem that keeps a macvtap from being opened, after a look that nothing was left behind.
+fn problem(netns: &Netns, spec: &MacvtapSpec) -> Problem {
+    let before = netns.links();
+    let error = netns.enter(|| Macvtap::open(spec)).expect_err("a problem");
+    eprintln!("{}", chain(&error));
+    assert_eq!(netns.links(), before);
+    match error {
+        Error::Make { source, .. } | Error::Use { source, .. } => source,
+        other => panic!("{other}"),
+    }
+}
+
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[test]
+fn open_by_name_of_the_lower_makes_a_private_macvtap() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let before = netns.links();
+    let (macvtap, moved) = netns.enter(|| {
+        let here = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
+        let start = here();
+        (Macvtap::open(&spec("v0")).unwrap(), here() != start)
+    });
+    assert!(!moved, "the caller's thread was moved to another namespace");
+    assert_eq!(
+        (macvtap.lower(), macvtap.name(), macvtap.mtu()),
+        ("v0", "macvtap0", 1500)
+    );
+    assert!(macvtap.mac().is_local());
+    assert_eq!(
+        netns.links(),
+        before,
+        "it must not show in the caller's namespace"
+    );
+}
+
+#[test]
+fn open_with_mac_and_mtu_gives_these() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let mut spec = with_mac("v0", MAC);
+    spec.mtu = Some(1400);
+    let macvtap = open(&netns, &spec);
+    assert_eq!(
+        (macvtap.mac().to_string().as_str(), macvtap.mtu()),
+        (MAC, 1400)
+    );
+}
+
+#[test]
+fn drop_frees_the_mac_at_once() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    for _ in 0..10 {
+        drop(open(&netns, &with_mac("v0", MAC)));
+    }
+    let (queue, lease) = open(&netns, &with_mac("v0", MAC)).into_parts();
+    assert!(matches!(
+        problem(&netns, &with_mac("v0", MAC)),
+        Problem::MacTaken { .. }
+    ));
+    drop(lease);
+    open(&netns, &with_mac("v0", MAC));
+    drop(queue);
+}
+
+#[test]
+fn frames_pass_both_ways_through_the_queue() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    peer.address("v1", "192.0.2.1/24");
+    let macvtap = open(&host, &spec("v0"));
+    // The peer's kernel answers, and to the right address.
+    let mac = macvtap.mac().octets();
+    let answer = exchange(
+        macvtap.queue(),
+        &arp_request(mac, [192, 0, 2, 2], [192, 0, 2, 1]),
+        |frame| frame[..6] == mac && frame[12..14] == [8, 6] && frame[28..32] == [192, 0, 2, 1],
+    );
+    assert!(answer, "no ARP answer from the peer");
+}
+
+#[test]
+fn multicast_that_nobody_joined_is_heard() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    let (ours, theirs) = (open(&host, &spec("v0")), open(&peer, &spec("v1")));
+    let multicast = frame([0x33, 0x33, 0xff, 1, 2, 3], theirs.mac().octets());
+    send(theirs.queue(), &multicast);
+    assert!(hears(ours.queue(), |heard| heard == multicast));
+}
+
+#[test]
+fn host_sends_nothing_through_the_macvtap_of_itself() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    let listener = open(&peer, &spec("v1"));
+    let quiet = open(&host, &spec("v0"));
+    // Duplicate address detection and MLD reports would come within this second.
+    let mac = quiet.mac().octets();
+    let heard = wire::collect(listener.queue(), Duration::from_millis(1500));
+    assert!(
+        heard.iter().all(|frame| frame[6..12] != mac),
+        "{heard:02x?}"
+    );
+}
+
+#[test]
+fn bridge_siblings_hear_each_other_and_private_and_vepa_ones_do_not() {
+    if !netns::is_root() {
+        return;
+    }
+    for (mode, expected) in [
+        (Mode::Bridge, true),
+        (Mode::Private, false),
+        (Mode::Vepa, false),
+    ] {
+        let netns = Netns::new();
+        netns.wire("v0");
+        let (one, two) = (
+            open(&netns, &with_mode("v0", mode)),
+            open(&netns, &with_mode("v0", mode)),
+        );
+        let hello = frame(two.mac().octets(), one.mac().octets());
+        send(one.queue(), &hello);
+        assert_eq!(
+            hears(two.queue(), |heard| heard == hello),
+            expected,
+            "{mode}"
+        );
+    }
+}
+
+#[test]
+fn passthru_takes_the_lowers_mac_and_hears_what_is_for_others() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    let ours = open(&host, &with_mode("v0", Mode::Passthru));
+    assert_eq!(ours.mac().to_string(), host.mac("v0"));
+    let theirs = open(&peer, &spec("v1"));
+    let stray = frame([0x52, 0x54, 0, 9, 9, 9], theirs.mac().octets());
+    send(theirs.queue(), &stray);
+    assert!(hears(ours.queue(), |heard| heard == stray));
+}
+
+#[test]
+fn source_with_its_empty_list_hears_nobody() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    let (ours, theirs) = (
+        open(&host, &with_mode("v0", Mode::Source)),
+        open(&peer, &spec("v1")),
+    );
+    let hello = frame(ours.mac().octets(), theirs.mac().octets());
+    send(theirs.queue(), &hello);
+    assert!(!hears(ours.queue(), |heard| heard == hello));
+    // It can still be heard.
+    let hello = frame(BROADCAST, ours.mac().octets());
+    send(ours.queue(), &hello);
+    assert!(hears(theirs.queue(), |heard| heard == hello));
+}
+
+#[test]
+fn passthru_conflicts_are_told_both_ways() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.macvtap("mine", "v0", "bridge");
+    let alone = problem(&netns, &with_mode("v0", Mode::Passthru));
+    assert!(matches!(alone, Problem::NotAlone { others, .. } if others == ["mine"]));
+    netns.ip("link delete mine");
+
+    let passthru = open(&netns, &with_mode("v0", Mode::Passthru));
+    let unseen = problem(&netns, &spec("v0"));
+    assert!(matches!(unseen, Problem::TakenByPassthru { by, .. } if by.is_empty()));
+    drop(passthru);
+    netns.macvtap("taker", "v0", "passthru");
+    let seen = problem(&netns, &spec("v0"));
+    assert!(matches!(seen, Problem::TakenByPassthru { by, .. } if by == ["taker"]));
+
+    let mut foreign = with_mode("v0-far", Mode::Passthru);
+    foreign.mac = Some(MAC.parse().unwrap());
+    assert!(matches!(
+        problem(&netns, &foreign),
+        Problem::PassthruMac { .. }
+    ));
+}
+
+#[test]
+fn unfit_lowers_are_refused_each_with_its_reason() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let near = problem(&netns, &spec("v1"));
+    assert!(
+        matches!(near, Problem::NoSuchLink { hint, .. } if hint.contains("did you mean `v0`?"))
+    );
+    assert!(matches!(
+        problem(&netns, &spec("lo")),
+        Problem::Loopback { .. }
+    ));
+    netns.ip("tuntap add mode tun name tun0");
+    netns.up("tun0");
+    assert!(matches!(
+        problem(&netns, &spec("tun0")),
+        Problem::NotEthernet { .. }
+    ));
+    netns.down("v0");
+    assert!(matches!(problem(&netns, &spec("v0")), Problem::Down { name } if name == "v0"));
+    netns.up("v0");
+    let mut large = spec("v0");
+    large.mtu = Some(1501);
+    assert!(matches!(
+        problem(&netns, &large),
+        Problem::Mtu { limit: 1500, .. }
+    ));
+    let own = with_mac("v0", &netns.mac("v0"));
+    assert!(matches!(problem(&netns, &own), Problem::MacIsLowers { .. }));
+}
+
+#[test]
+fn lower_in_a_bridge_is_refused_and_the_bridge_itself_carries() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.bridge("br0", &["v0"]);
+    let refusal = problem(&netns, &spec("v0"));
+    assert!(
+        matches!(refusal, Problem::Enslaved { kind, master, .. } if kind == "bridge" && master == "br0")
+    );
+    assert_eq!(open(&netns, &spec("br0")).lower(), "br0");
+}
+
+#[test]
+fn lower_in_a_bond_or_team_is_refused_with_its_name() {
+    if !netns::is_root() {
+        return;
+    }
+    for expected in ["bond", "team"] {
+        let netns = Netns::new();
+        netns.wire("v0");
+        if netns.add_if_supported(&format!("m0 type {expected}")) {
+            netns.down("v0");
+            netns.ip("link set v0 master m0");
+            let refusal = problem(&netns, &spec("v0"));
+            assert!(
+                matches!(refusal, Problem::Enslaved { kind, master, .. } if kind == expected && master == "m0")
+            );
+        }
+    }
+}
+
+#[test]
+fn lower_with_an_ipvlan_is_refused_with_its_name() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    if netns.add_if_supported("ipv0 link v0 type ipvlan") {
+        assert!(
+            matches!(problem(&netns, &spec("v0")), Problem::HasIpvlan { by, .. } if by == "ipv0")
+        );
+    }
+}
+
+#[test]
+fn lower_that_is_a_vlan_or_dummy_carries() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    for args in ["lower link v0 type vlan id 5", "lower type dummy"] {
+        if netns.add_if_supported(args) {
+            netns.up("lower");
+            assert_eq!(open(&netns, &spec("lower")).lower(), "lower");
+            netns.ip("link delete lower");
+        }
+    }
+}
+
+#[test]
+fn lower_that_is_a_macvlan_stands_for_the_card_under_it() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.macvlan("mv0", &netns, "v0");
+    assert_eq!(open(&netns, &spec("mv0")).lower(), "v0");
+}
+
+#[test]
+fn taken_mac_names_the_holder_that_can_be_seen() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.macvlan("mv0", &netns, "v0");
+    let taken = problem(&netns, &with_mac("v0", &netns.mac("mv0")));
+    assert!(matches!(taken, Problem::MacTaken { by, .. } if by == ["mv0"]));
+}
+
+#[test]
+fn existing_macvtap_is_used_and_left_as_it_was() {
+    if !netns::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    host.macvtap("mine", "v0", "vepa");
+    let macvtap = open(&host, &spec("mine"));
+    assert_eq!((macvtap.name(), macvtap.lower()), ("mine", "v0"));
+    assert_eq!(macvtap.mac().to_string(), host.mac("mine"));
+    let theirs = open(&peer, &spec("v1"));
+    let hello = frame(macvtap.mac().octets(), theirs.mac().octets());
+    send(theirs.queue(), &hello);
+    assert!(hears(macvtap.queue(), |heard| heard == hello));
+    drop(macvtap);
+    assert!(host.links().contains(&"mine".to_owned()));
+
+    assert!(matches!(
+        problem(&host, &with_mac("mine", MAC)),
+        Problem::ExistingMac { .. }
+    ));
+    assert!(matches!(
+        problem(&host, &with_mode("mine", Mode::Bridge)),
+        Problem::ExistingMode { .. }
+    ));
+    host.down("mine");
+    assert!(matches!(problem(&host, &spec("mine")), Problem::Down { name } if name == "mine"));
+    host.up("mine");
+    host.ip("link set mine txqueuelen 0");
+    assert!(matches!(
+        problem(&host, &spec("mine")),
+        Problem::NoReceiveRing { .. }
+    ));
+}
+
+#[test]
+fn same_index_in_two_namespaces_opens_each_its_own_device() {
+    if !netns::is_root() {
+        return;
+    }
+    // The node /dev/tap<index> can be that of one of them only.
+    let spaces = [Netns::new(), Netns::new()];
+    let index = 1_000_000 + std::process::id();
+    for netns in &spaces {
+        netns.wire("v0");
+        netns.ip(&format!(
+            "link add link v0 name mine index {index} type macvtap mode bridge"
+        ));
+        netns.up("mine");
+    }
+    for netns in &spaces {
+        assert_eq!(
+            open(netns, &spec("mine")).mac().to_string(),
+            netns.mac("mine")
+        );
+    }
+}
+
+#[test]
+fn ordinary_user_is_told_to_become_root() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.macvtap("mine", "v0", "bridge");
+    let refused = |link| {
+        netns.enter(|| {
+            become_nobody();
+            chain(&Macvtap::open(&spec(link)).expect_err("no right"))
+        })
+    };
+    let text = refused("v0-far");
+    assert!(
+        text.contains("CAP_NET_ADMIN or CAP_SYS_ADMIN") && text.contains("sudo"),
+        "{text}"
+    );
+}
+
+/// Makes the calling thread, and it alone, an ordinary user. (The libc function would change all threads.)
+fn become_nobody() {
+    const NOBODY: libc::c_long = 65_534;
+    // SAFETY: setresuid takes three numbers.
+    let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+    assert_eq!(result, 0);
+}
+
+const CHILD_LINK: &str = "NET_TEST_CHILD_LINK";
+const CHILD_UID: &str = "NET_TEST_CHILD_UID";
+
+/// Not a test by itself: the body of the processes that other tests start.
+#[test]
+fn child_process_opens_and_waits() {
+    let Ok(link) = std::env::var(CHILD_LINK) else {
+        return;
+    };
+    if std::env::var_os(CHILD_UID).is_some() {
+        become_nobody();
+    }
+    match Macvtap::open(&with_mac(&link, MAC)) {
+        Ok(macvtap) => {
+            println!("CHILD opened {}", macvtap.mac());
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        Err(error) => println!("CHILD {}", chain(&error)),
+    }
+}
+
+/// A process of this test binary that opens `link` inside `netns`, and the line that it says then.
+fn child(netns: &Netns, link: &str, as_nobody: bool) -> (Child, String) {
+    use std::io::BufRead;
+    let mut command: Command = netns.command(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", "child_process_opens_and_waits", "--nocapture"])
+        .env(CHILD_LINK, link);
+    if as_nobody {
+        command.env(CHILD_UID, "");
+    }
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+    // The test harness puts its own words before, on the same line.
+    let said = lines
+        .map_while(Result::ok)
+        .find_map(|line| line.split_once("CHILD ").map(|(_, said)| said.to_owned()));
+    (child, said.unwrap_or_default())
+}
+
+#[test]
+fn killed_process_leaves_neither_link_nor_node_nor_mac() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let (mut child, said) = child(&netns, "v0", false);
+    assert_eq!(said, format!("opened {MAC}"));
+    assert!(matches!(
+        problem(&netns, &with_mac("v0", MAC)),
+        Problem::MacTaken { .. }
+    ));
+    let node = private_node_of(child.id());
+    assert!(node.exists(), "{node:?}");
+
+    // ip-netns-exec(8) has become the child by exec, so this is the process with the queue.
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while netns.enter(|| Macvtap::open(&with_mac("v0", MAC))).is_err() {
+        assert!(Instant::now() < deadline, "the MAC is still taken");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(!node.exists(), "{node:?} is still there");
+}
+
+/// The node of the macvtap that a process has open.
+fn private_node_of(pid: u32) -> std::path::PathBuf {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let mut targets = fds.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+    targets
+        .find(|target| target.starts_with("/dev") && target.to_string_lossy().contains("tap"))
+        .expect("a tap node")
+}
+
+#[test]
+fn existing_macvtap_serves_an_ordinary_user_who_was_given_its_node() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let index = 2_000_000 + std::process::id();
+    netns.ip(&format!(
+        "link add link v0 name mine index {index} address {MAC} type macvtap mode bridge"
+    ));
+    netns.up("mine");
+    let node = format!("/dev/tap{index}");
+
+    let (mut denied, said) = child(&netns, "mine", true);
+    denied.wait().unwrap();
+    assert!(said.contains(&format!("`chown 65534 {node}`")), "{said}");
+
+    std::os::unix::fs::chown(&node, Some(65_534), None).unwrap();
+    let (mut served, said) = child(&netns, "mine", true);
+    served.kill().unwrap();
+    served.wait().unwrap();
+    assert_eq!(said, format!("opened {MAC}"));
+}
+
+#[test]
+fn queue_is_non_blocking_and_closed_on_exec() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let macvtap = open(&netns, &spec("v0"));
+    let queue = macvtap.queue();
+    assert!(
+        rustix::fs::fcntl_getfl(queue)
+            .unwrap()
+            .contains(rustix::fs::OFlags::NONBLOCK)
+    );
+    assert!(
+        rustix::io::fcntl_getfd(queue.as_fd())
+            .unwrap()
+            .contains(rustix::io::FdFlags::CLOEXEC)
+    );
+}

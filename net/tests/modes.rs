@@ -1,0 +1,185 @@
+//! Who hears whom in each mode, as the kernel defines it (drivers/net/macvlan.c, `macvlan_queue_xmit` and
+//! `macvlan_handle_frame`): two macvtaps A and B on one lower, and a listener on the wire outside that hears everything.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this file is tests, and the lint spares #[test] functions alone"
+)]
+
+#[path = "../../tests/harness/netns.rs"]
+mod netns;
+#[allow(dead_code, reason = "other test binaries use the rest")]
+mod wire;
+
+use std::time::Duration;
+
+use net::{Macvtap, MacvtapSpec, Mode, Placement};
+use netns::Netns;
+use wire::{collect, send};
+
+const BROADCAST: [u8; 6] = [0xff; 6];
+/// A group that nobody joined.
+const MULTICAST: [u8; 6] = [0x33, 0x33, 0xff, 1, 2, 3];
+const STRANGER: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
+
+/// A lower with its macvtaps, and the outside.
+struct Wire {
+    host: Netns,
+    _peer: Netns,
+    a: Macvtap,
+    b: Option<Macvtap>,
+    outside: Macvtap,
+}
+
+impl Wire {
+    fn new(mode: Mode) -> Self {
+        let (host, peer) = (Netns::new(), Netns::new());
+        host.veth("v0", &peer, "v1");
+        let open = |netns: &Netns, link: &str, mode| {
+            let mut spec = MacvtapSpec::new(link.parse().unwrap());
+            spec.mode = Some(mode);
+            spec.netns = Placement::Host;
+            netns.enter(|| Macvtap::open(&spec)).unwrap()
+        };
+        Self {
+            a: open(&host, "v0", mode),
+            b: (mode != Mode::Passthru).then(|| open(&host, "v0", mode)),
+            outside: open(&peer, "v1", Mode::Passthru),
+            host,
+            _peer: peer,
+        }
+    }
+
+    /// The address of who is called A, B, O(utside) or L(ower), and of groups.
+    fn address(&self, who: &str) -> [u8; 6] {
+        match who {
+            "A" => self.a.mac().octets(),
+            "B" => self
+                .b
+                .as_ref()
+                .map_or([2, 0, 0, 0, 0, 0xb], |b| b.mac().octets()),
+            "O" => self.outside.mac().octets(),
+            "L" => self
+                .host
+                .mac("v0")
+                .parse::<net::MacAddr>()
+                .unwrap()
+                .octets(),
+            "stranger" => STRANGER,
+            "broadcast" => BROADCAST,
+            "multicast" => MULTICAST,
+            other => panic!("{other}"),
+        }
+    }
+
+    /// Sends the frame of each case and tells who heard it, as the letters of the listeners.
+    fn listeners(&self, cases: &[(&str, &str, &str)]) -> Vec<String> {
+        let frames = cases.iter().enumerate().map(|(number, (_, from, to))| {
+            let mut frame = wire::frame(self.address(to), self.address(from));
+            frame[20] = number as u8;
+            frame
+        });
+        let frames: Vec<Vec<u8>> = frames.collect();
+        // More than once, as a fresh link may drop its first.
+        for _ in 0..3 {
+            for ((sender, ..), frame) in cases.iter().zip(&frames) {
+                let sender = if *sender == "A" {
+                    &self.a
+                } else {
+                    &self.outside
+                };
+                send(sender.queue(), frame);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let mut heard = vec![String::new(); cases.len()];
+        let b = self.b.as_ref().map(|b| ("B", b));
+        for (name, link) in [("A", &self.a)]
+            .into_iter()
+            .chain(b)
+            .chain([("O", &self.outside)])
+        {
+            let all = collect(link.queue(), Duration::from_millis(300));
+            for (frame, heard) in frames.iter().zip(&mut heard) {
+                if all.contains(frame) {
+                    heard.push_str(name);
+                }
+            }
+        }
+        heard
+    }
+}
+
+#[test]
+fn each_mode_lets_hear_whom_the_kernel_says() {
+    if !netns::is_root() {
+        return;
+    }
+    // Who sends, from which address, to which; who hears it in bridge, vepa, private, source (nobody listed) and passthru
+    // mode. The O of a sender outside is a frame come back to it.
+    let table: &[(&str, &str, &str, [&str; 5])] = &[
+        // Among siblings: by themselves in bridge mode alone, and then unicast does not even reach the wire.
+        ("A", "A", "B", ["B", "O", "O", "O", "O"]),
+        ("A", "A", "broadcast", ["BO", "O", "O", "O", "O"]),
+        ("A", "A", "multicast", ["BO", "O", "O", "O", "O"]),
+        // To the outside, and to the lower itself: that is never heard on the host.
+        ("A", "A", "O", ["O", "O", "O", "O", "O"]),
+        ("A", "A", "L", ["O", "O", "O", "O", "O"]),
+        // From the outside.
+        ("O", "O", "A", ["A", "A", "A", "", "A"]),
+        ("O", "O", "broadcast", ["AB", "AB", "AB", "", "A"]),
+        ("O", "O", "multicast", ["AB", "AB", "AB", "", "A"]),
+        ("O", "O", "stranger", ["", "", "", "", "A"]),
+        // What A sent, sent back by a switch (hairpin): what makes vepa siblings hear each other.
+        ("O", "A", "B", ["B", "B", "B", "", "A"]),
+        // Private and source mode give a group's frame to its own sender, and private mode does not keep B from a
+        // unicast that comes by this way.
+        ("O", "A", "broadcast", ["", "B", "A", "A", "A"]),
+        ("O", "A", "multicast", ["", "B", "A", "A", "A"]),
+    ];
+    let cases: Vec<_> = table
+        .iter()
+        .map(|(sender, from, to, _)| (*sender, *from, *to))
+        .collect();
+    let modes = [
+        Mode::Bridge,
+        Mode::Vepa,
+        Mode::Private,
+        Mode::Source,
+        Mode::Passthru,
+    ];
+    let mut wrong = Vec::new();
+    for (column, mode) in modes.into_iter().enumerate() {
+        let heard = Wire::new(mode).listeners(&cases);
+        for ((sender, from, to, expected), heard) in table.iter().zip(heard) {
+            if heard != expected[column] {
+                wrong.push(format!(
+                    "{mode}: {sender} sends from {from} to {to}: heard by `{heard}`, not `{}`",
+                    expected[column]
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn source_mode_hears_the_listed_sender_whomever_it_is_for() {
+    if !netns::is_root() {
+        return;
+    }
+    let wire = Wire::new(Mode::Source);
+    let outside = wire.outside.mac();
+    let name = wire.a.name();
+    wire.host.ip(&format!(
+        "link set {name} type macvtap macaddr add {outside}"
+    ));
+    let heard = wire.listeners(&[
+        ("O", "O", "A"),
+        ("O", "O", "broadcast"),
+        ("O", "O", "stranger"),
+        ("O", "stranger", "A"),
+        ("O", "stranger", "broadcast"),
+    ]);
+    assert_eq!(heard, ["A", "A", "A", "", ""]);
+}

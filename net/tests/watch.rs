@@ -1,0 +1,137 @@
+//! News of links in network namespaces of the tests' own. They need root.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this file is tests, and the lint spares #[test] functions alone"
+)]
+
+#[path = "../../tests/harness/netns.rs"]
+mod netns;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use net::{LinkChange, LinkWatch};
+use netns::Netns;
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+fn index(netns: &Netns, link: &str) -> u32 {
+    let listing = netns.ip(&format!("-o link show dev {link}"));
+    listing.split(':').next().unwrap().parse().unwrap()
+}
+
+fn watch(netns: &Netns, indexes: &[u32]) -> LinkWatch {
+    let namespace = File::open(netns.path()).unwrap();
+    LinkWatch::in_namespace(namespace.as_fd(), indexes).unwrap()
+}
+
+/// All that comes until nothing has come for a while.
+fn changes(watch: &mut LinkWatch) -> Vec<(u32, LinkChange)> {
+    let mut found = Vec::new();
+    let patience = Timespec {
+        tv_sec: 0,
+        tv_nsec: 300_000_000,
+    };
+    loop {
+        while let Some(event) = watch.next().unwrap() {
+            found.push((event.index, event.change));
+        }
+        let fd = watch.as_fd();
+        let mut ready = [PollFd::new(&fd, PollFlags::IN)];
+        if rustix::event::poll(&mut ready, Some(&patience)).unwrap() == 0 {
+            return found;
+        }
+    }
+}
+
+#[test]
+fn healthy_links_are_silent_and_unhealthy_ones_say_so_at_first() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.wire("v1");
+    netns.down("v1");
+    let (good, bad, absent) = (index(&netns, "v0"), index(&netns, "v1"), 4_000_000);
+    let mut watch = watch(&netns, &[good, bad, absent]);
+    assert_eq!(
+        changes(&mut watch),
+        [
+            (bad, LinkChange::Admin(false)),
+            (bad, LinkChange::Carrier(false)),
+            (absent, LinkChange::Deleted)
+        ]
+    );
+}
+
+#[test]
+fn carrier_mtu_and_deletion_are_told_of_watched_links_alone() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let v0 = index(&netns, "v0");
+    let mut watch = watch(&netns, &[v0]);
+    assert_eq!(changes(&mut watch), []);
+
+    netns.down("v0-far");
+    assert_eq!(changes(&mut watch), [(v0, LinkChange::Carrier(false))]);
+    netns.up("v0-far");
+    assert_eq!(changes(&mut watch), [(v0, LinkChange::Carrier(true))]);
+    netns.ip("link set v0 mtu 1400");
+    assert_eq!(changes(&mut watch), [(v0, LinkChange::Mtu(1400))]);
+    // Joining and leaving a bridge is no deletion.
+    netns.bridge("br0", &["v0"]);
+    netns.ip("link set v0 nomaster");
+    assert_eq!(changes(&mut watch), []);
+    netns.ip("link delete v0");
+    let last = changes(&mut watch);
+    assert_eq!(last.last(), Some(&(v0, LinkChange::Deleted)), "{last:?}");
+    assert_eq!(changes(&mut watch), []);
+}
+
+#[test]
+fn link_that_moves_to_another_namespace_is_gone() {
+    if !netns::is_root() {
+        return;
+    }
+    let (netns, other) = (Netns::new(), Netns::new());
+    netns.wire("v0");
+    let v0 = index(&netns, "v0");
+    let mut watch = watch(&netns, &[v0]);
+    assert_eq!(changes(&mut watch), []);
+    netns.ip(&format!("link set v0 netns {}", other.name()));
+    assert_eq!(changes(&mut watch).last(), Some(&(v0, LinkChange::Deleted)));
+}
+
+#[test]
+fn overrun_ends_in_the_state_that_is() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.wire("v1");
+    let (v0, v1) = (index(&netns, "v0"), index(&netns, "v1"));
+    let mut watch = watch(&netns, &[v0, v1]);
+    assert_eq!(changes(&mut watch), []);
+    // Far more than a socket buffer holds, in one process.
+    let batch: String = (0..4000)
+        .map(|n| format!("link set v0 mtu {}\n", 1300 + n % 2))
+        .collect();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), batch).unwrap();
+    netns.ip(&format!("-batch {}", file.path().display()));
+    netns.ip("link delete v1");
+    netns.ip("link set v0 mtu 1280");
+    let found = changes(&mut watch);
+    assert!(found.len() < 4000, "nothing was lost: {}", found.len());
+    let mut of_v0 = found.iter().filter(|(index, _)| *index == v0);
+    assert_eq!(of_v0.next_back(), Some(&(v0, LinkChange::Mtu(1280))));
+    assert!(found.contains(&(v1, LinkChange::Deleted)));
+    // And it goes on.
+    netns.down("v0-far");
+    assert_eq!(changes(&mut watch), [(v0, LinkChange::Carrier(false))]);
+}

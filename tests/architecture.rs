@@ -1,0 +1,218 @@
+//! Who may use whom: the crates' borders, held against what cargo knows of the workspace.
+//!
+//! The leaves know neither each other nor the monitor, and only the monitor knows KVM. A new dependency of a crate is a
+//! decision: it is added here in the same change.
+
+// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// What any crate may use besides its own: errors, logs, typed bits, and calls of the operating system.
+const COMMON: &[&str] = &["bitflags", "libc", "log", "rustix", "thiserror"];
+
+/// A crate, what it may use besides [`COMMON`], and what it must never use, not even for its tests.
+const CRATES: &[(&str, &[&str], &[&str])] = &[
+    (
+        "boot",
+        &["acpi_tables", "kvm-bindings", "linux-loader", "vm-memory"],
+        &["kvm-ioctls", "net", "devices", "vmm", "libc", "rustix"],
+    ),
+    (
+        "net",
+        // futures-util: rtnetlink hands out its answers as streams.
+        &["futures-util", "rtnetlink", "tokio"],
+        &[
+            "vm-memory",
+            "kvm-bindings",
+            "kvm-ioctls",
+            "boot",
+            "devices",
+            "vmm",
+        ],
+    ),
+    (
+        "devices",
+        &[
+            "event-manager",
+            "vhost",
+            "virtio-bindings",
+            "virtio-queue",
+            "vm-memory",
+            "vm-superio",
+            "vmm-sys-util",
+        ],
+        &["kvm-bindings", "kvm-ioctls", "tokio", "boot", "net", "vmm"],
+    ),
+    (
+        "vmm",
+        &[
+            "boot",
+            "clap",
+            "devices",
+            "env_logger",
+            "event-manager",
+            "kvm-bindings",
+            "kvm-ioctls",
+            "net",
+            // Users and their groups, which rustix leaves to the C library.
+            "nix",
+            "serde",
+            "serde_json",
+            "signal-hook",
+            "vm-memory",
+            "vmm-sys-util",
+        ],
+        // All that is asynchronous stays in `net`.
+        &["rtnetlink", "tokio"],
+    ),
+];
+
+/// A member of the workspace, as cargo tells.
+#[derive(Debug)]
+struct Member {
+    manifest: PathBuf,
+    /// What it is built with: dependencies and build dependencies.
+    uses: BTreeSet<String>,
+    /// What its tests use besides.
+    tests_use: BTreeSet<String>,
+}
+
+impl Member {
+    fn sources(&self) -> PathBuf {
+        self.manifest.parent().unwrap().join("src")
+    }
+}
+
+fn workspace() -> BTreeMap<String, Member> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args([
+            "metadata",
+            "--format-version",
+            "1",
+            "--no-deps",
+            "--offline",
+        ])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo starts");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "cargo metadata: {errors}");
+    let metadata: Value = serde_json::from_slice(&output.stdout).expect("cargo writes JSON");
+    let packages = metadata["packages"].as_array().expect("a list of packages");
+    packages.iter().map(member).collect()
+}
+
+fn member(package: &Value) -> (String, Member) {
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    let dependencies = package["dependencies"].as_array().expect("a list");
+    // `kind` is null for an ordinary dependency. Those for a target or behind a feature are in the list like any other.
+    let named = |for_tests: bool| {
+        let chosen = dependencies
+            .iter()
+            .filter(|d| (d["kind"].as_str() == Some("dev")) == for_tests);
+        chosen.map(|d| text(&d["name"])).collect()
+    };
+    let member = Member {
+        manifest: text(&package["manifest_path"]).into(),
+        uses: named(false),
+        tests_use: named(true),
+    };
+    (text(&package["name"]), member)
+}
+
+/// Every Rust file below `directory`.
+fn rust_files(directory: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory).expect("the sources can be read") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            files.extend(rust_files(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+#[test]
+fn workspace_members_are_the_four_crates() {
+    let members = workspace();
+    let members: BTreeSet<&str> = members.keys().map(String::as_str).collect();
+    assert_eq!(members, CRATES.iter().map(|(name, ..)| *name).collect());
+}
+
+#[test]
+fn crates_use_only_what_they_may() {
+    let members = workspace();
+    for (name, may_use, _) in CRATES {
+        let allowed: BTreeSet<String> = may_use
+            .iter()
+            .chain(COMMON)
+            .map(|d| (*d).to_owned())
+            .collect();
+        let more: Vec<_> = members[*name].uses.difference(&allowed).collect();
+        assert!(
+            more.is_empty(),
+            "{name} uses {more:?}, which it may not yet: a decision"
+        );
+    }
+}
+
+#[test]
+fn crates_never_use_what_they_must_not() {
+    let members = workspace();
+    for (name, _, never) in CRATES {
+        let member = &members[*name];
+        for used in member.uses.union(&member.tests_use) {
+            assert!(
+                !never.contains(&used.as_str()),
+                "{name} must never use {used}"
+            );
+        }
+    }
+}
+
+#[test]
+fn kvm_is_known_to_the_monitor_alone() {
+    for (name, member) in workspace() {
+        let knows = member.uses.contains("kvm-ioctls") || member.tests_use.contains("kvm-ioctls");
+        assert_eq!(knows, name == "vmm", "{name}");
+    }
+}
+
+#[test]
+fn boot_forbids_unsafe_code() {
+    let root = workspace()["boot"].sources().join("lib.rs");
+    let source = fs::read_to_string(root).expect("the crate's root can be read");
+    assert!(source.contains("#![forbid(unsafe_code)]"));
+}
+
+#[test]
+fn every_crate_inherits_the_workspaces_lints() {
+    for (name, member) in workspace() {
+        let manifest = fs::read_to_string(&member.manifest).expect("the manifest can be read");
+        let mut lines = manifest.lines().skip_while(|line| line.trim() != "[lints]");
+        assert!(
+            lines.next().is_some() && lines.next() == Some("workspace = true"),
+            "{name} sets lints of its own"
+        );
+    }
+}
+
+#[test]
+fn rtnetlink_is_the_only_reason_for_asynchronous_code() {
+    for (name, member) in workspace().iter().filter(|(name, _)| *name != "net") {
+        for file in rust_files(&member.sources()) {
+            let source = fs::read_to_string(&file).expect("a source can be read");
+            let waits = source.lines().any(|line| line.contains("async fn "));
+            assert!(!waits, "{name}: {} is asynchronous", file.display());
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! `make demo`: two guests and a third host on one wire, their addresses, and the pings between them.
+
+/// Of the tests' harness, what an example can use too.
+#[allow(dead_code)] // The tests use more of it.
+mod harness {
+    pub mod assets;
+    pub mod initramfs;
+    pub mod linux;
+    pub mod netns;
+    pub mod vm;
+}
+mod lab;
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::assets::assets;
+use harness::linux;
+use harness::netns::{Netns, is_root};
+use harness::vm::{self, Vm};
+use lab::Place;
+
+const LAB_LIMIT: Duration = Duration::from_secs(180);
+
+fn main() -> ExitCode {
+    let start = Instant::now();
+    let place = lab::place();
+    let ok = match place {
+        Place::Lab => in_lab(),
+        Place::InsideLab => return ExitCode::from(u8::from(!show())),
+        Place::Here => is_root() && show(),
+    };
+    if !ok {
+        eprintln!("\nThe demo failed, see above.");
+        return ExitCode::FAILURE;
+    }
+    println!(
+        "\nDone in {:.0} s; nothing of it remains. What it did:",
+        start.elapsed().as_secs_f64()
+    );
+    if place == Place::Lab {
+        println!(
+            "  - booted QEMU's emulator with nested virtualisation, since this machine's KVM cannot run Linux;"
+        );
+    }
+    println!(
+        "  - made a wire (a veth pair) in network namespaces of its own, with a macvlan as the third host;"
+    );
+    println!(
+        "  - started minivmm twice with Debian's stock cloud kernel, each with a macvtap on that wire;"
+    );
+    println!("  - let each of the three ping the other two, by IPv4 and IPv6.");
+    println!(
+        "\nOn a real network card, as root (the guest asks for an address by DHCP, then shows a shell):\n\n    \
+         {} --kernel {} --initrd {} --cmdline shell --macvtap eno1\n",
+        vm::binary().display(),
+        assets().bzimage().display(),
+        linux::small_initrd().display(),
+    );
+    ExitCode::SUCCESS
+}
+
+/// Runs this program again in the lab, where [`show`] does the work.
+fn in_lab() -> bool {
+    println!(
+        "This machine's KVM cannot run Linux: the demo runs in an emulated machine whose KVM can."
+    );
+    let program = std::env::current_exe().expect("/proc is mounted");
+    let job = lab::machine::Job {
+        program: &program,
+        args: &[],
+        limit: LAB_LIMIT,
+    };
+    match lab::machine::run(&job, |line| println!("{line}")) {
+        Ok(status) => status == 0,
+        Err(why) => {
+            eprintln!("{why}");
+            false
+        }
+    }
+}
+
+/// The demo itself; returns whether all pings were answered.
+fn show() -> bool {
+    let (host, peer, far) = (Netns::new(), Netns::new(), Netns::new());
+    host.veth("wire", &far, "end");
+    peer.macvlan("peer0", &host, "wire");
+    peer.address("peer0", "192.168.77.3/24");
+    peer.address("peer0", "fd77::3/64");
+
+    println!("\nTwo guests boot: minivmm --kernel bzImage --initrd guest.cpio --macvtap wire");
+    let initrd = linux::small_initrd();
+    let args = [
+        "--initrd",
+        initrd.to_str().expect("the cache's path is UTF-8"),
+        "--macvtap",
+        "wire",
+    ];
+    let start = Instant::now();
+    let (mut a, mut b) = thread::scope(|scope| {
+        let a = scope.spawn(|| guest(&host, &args, 1));
+        let b = guest(&host, &args, 2);
+        (a.join().expect("guest A boots"), b)
+    });
+    println!(
+        "Both are up after {:.1} s.\n",
+        start.elapsed().as_secs_f64()
+    );
+
+    let address = "cat /sys/class/net/eth0/address";
+    println!(
+        "  guest A      {}   192.168.77.1  fd77::1   (its macvtap's address)",
+        a.run(address).trim()
+    );
+    println!(
+        "  guest B      {}   192.168.77.2  fd77::2   (its macvtap's address)",
+        b.run(address).trim()
+    );
+    println!(
+        "  third host   {}   192.168.77.3  fd77::3\n",
+        peer.mac("peer0")
+    );
+
+    let mut all = true;
+    let mut report = |pair: &str, n: u8, ping: &mut dyn FnMut(&str) -> bool| {
+        let v4 = ping(&format!("192.168.77.{n}"));
+        let v6 = ping(&format!("fd77::{n}"));
+        let word = |answered| if answered { "answers" } else { "NO ANSWER" };
+        println!("  {pair:<26} IPv4 {:<10} IPv6 {}", word(v4), word(v6));
+        all &= v4 && v6;
+    };
+    report("guest A    -> guest B", 2, &mut |to| {
+        guest_pings(&mut a, to)
+    });
+    report("guest B    -> guest A", 1, &mut |to| {
+        guest_pings(&mut b, to)
+    });
+    report("guest A    -> third host", 3, &mut |to| {
+        guest_pings(&mut a, to)
+    });
+    report("third host -> guest A", 1, &mut |to| peer.pings(to, 3));
+    report("guest B    -> third host", 3, &mut |to| {
+        guest_pings(&mut b, to)
+    });
+    report("third host -> guest B", 2, &mut |to| peer.pings(to, 3));
+    all
+}
+
+/// Boots a guest with the addresses 192.168.77.N and fd77::N.
+fn guest(host: &Netns, args: &[&str], n: u8) -> Vm {
+    let mut vm = linux::boot(Some(host), args);
+    vm.run(&format!("ip link set eth0 up; ip addr add 192.168.77.{n}/24 dev eth0; ip addr add fd77::{n}/64 dev eth0"));
+    vm
+}
+
+fn guest_pings(vm: &mut Vm, to: &str) -> bool {
+    let ping = format!("for i in 1 2 3; do ping -q -c1 -W1 {to} && exit; done; exit 1");
+    vm.run_for(&ping, Duration::from_secs(10)).status == 0
+}

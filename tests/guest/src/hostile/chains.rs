@@ -1,0 +1,297 @@
+//! Descriptor chains and available rings that lie (virtio 1.2, 2.7).
+
+use alloc::format;
+
+use super::rig::{RING, Rig};
+use super::{Failure, Runner};
+use crate::memory::{PAGE, Shared};
+use crate::virtio::net::{RX, TX, feature};
+use crate::virtio::ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE};
+
+/// A whole number of descriptors for an indirect table.
+const TABLE: u32 = 64;
+
+/// What an attack may use.
+struct Place {
+    /// Memory that may be read and written.
+    good: u64,
+    /// The first address after RAM.
+    ram_end: u64,
+    /// The window of the device itself.
+    window: u64,
+    /// The flag that descriptors of this queue should have.
+    own: u16,
+    /// Room for an indirect table.
+    table: Shared,
+}
+
+impl Place {
+    fn buffer(&self, address: u64, length: u32) -> Descriptor {
+        Descriptor::new(address, length, self.own)
+    }
+
+    fn good(&self) -> Descriptor {
+        self.buffer(self.good, 2048)
+    }
+
+    fn indirect(&self, length: u32) -> Descriptor {
+        Descriptor::new(self.table.address(), length, INDIRECT)
+    }
+}
+
+type Poison = fn(&mut Ring, &mut Place);
+
+/// Offers one chain that is a single descriptor.
+fn single(ring: &mut Ring, descriptor: Descriptor) {
+    ring.describe(0, descriptor);
+    ring.offer(0);
+}
+
+/// Offers one indirect table with a first entry of its own, and `length` as its claimed size.
+fn through_table(ring: &mut Ring, place: &mut Place, entry: Descriptor, length: u32) {
+    entry.put(&mut place.table, 0);
+    single(ring, place.indirect(length));
+}
+
+const LOOPS: &[(&str, Poison)] = &[
+    ("loop-self", |ring, place| {
+        single(ring, place.good().then(0))
+    }),
+    ("loop-two", |ring, place| {
+        ring.describe(1, place.good().then(0));
+        single(ring, place.good().then(1));
+    }),
+    ("loop-all", |ring, place| {
+        (0..RING).for_each(|n| ring.describe(n, place.good().then((n + 1) % RING)));
+        ring.offer(0);
+    }),
+    ("next-outside", |ring, place| {
+        single(ring, place.good().then(RING))
+    }),
+    ("next-far-outside", |ring, place| {
+        single(ring, place.good().then(u16::MAX))
+    }),
+    ("head-outside", |ring, _| ring.offer(RING)),
+    ("head-far-outside", |ring, _| ring.offer(u16::MAX)),
+    ("same-head-often", |ring, place| {
+        ring.describe(0, place.good());
+        (0..RING).for_each(|_| ring.offer(0));
+    }),
+    ("available-jump-one-too-many", |ring, _| {
+        ring.set_available(RING + 1)
+    }),
+    ("available-jump-half", |ring, _| ring.set_available(0x8000)),
+    ("available-jump-back", |ring, _| {
+        ring.set_available(u16::MAX)
+    }),
+];
+
+const BUFFERS: &[(&str, Poison)] = &[
+    ("address-in-hole", |ring, place| {
+        single(ring, place.buffer(0xe000_0000, 2048))
+    }),
+    ("address-across-end", |ring, place| {
+        single(ring, place.buffer(place.ram_end - 8, 2048))
+    }),
+    ("address-at-end", |ring, place| {
+        single(ring, place.buffer(place.ram_end, 2048))
+    }),
+    ("address-above-4g", |ring, place| {
+        single(ring, place.buffer(1 << 45, 2048))
+    }),
+    ("address-top", |ring, place| {
+        single(ring, place.buffer(u64::MAX, 2048))
+    }),
+    ("address-overflow", |ring, place| {
+        single(ring, place.buffer(u64::MAX - 100, 4096))
+    }),
+    ("address-own-window", |ring, place| {
+        single(ring, place.buffer(place.window, 512))
+    }),
+    ("address-own-rings", |ring, place| {
+        let areas = ring.areas();
+        for (n, area) in (0..).zip(areas) {
+            ring.describe(n, place.buffer(area, 2048));
+            ring.offer(n);
+        }
+    }),
+    ("second-in-hole", |ring, place| {
+        ring.describe(1, place.buffer(0xe000_0000, 2048));
+        single(ring, place.good().then(1));
+    }),
+    ("length-zero", |ring, place| {
+        single(ring, place.buffer(place.good, 0))
+    }),
+    ("length-zero-chain", |ring, place| {
+        (0..RING - 1).for_each(|n| ring.describe(n, place.buffer(place.good, 0).then(n + 1)));
+        ring.describe(RING - 1, place.buffer(place.good, 0));
+        ring.offer(0);
+    }),
+    ("length-one", |ring, place| {
+        single(ring, place.buffer(place.good, 1))
+    }),
+    ("length-below-header", |ring, place| {
+        single(ring, place.buffer(place.good, 11))
+    }),
+    ("length-header", |ring, place| {
+        single(ring, place.buffer(place.good, 12))
+    }),
+    ("length-huge", |ring, place| {
+        single(ring, place.buffer(place.good, u32::MAX))
+    }),
+    ("lengths-huge-together", |ring, place| {
+        let size = (place.ram_end - place.good) as u32;
+        (0..RING - 1).for_each(|n| ring.describe(n, place.buffer(place.good, size).then(n + 1)));
+        ring.describe(RING - 1, place.buffer(place.good, size));
+        ring.offer(0);
+    }),
+    ("bytes-one-by-one", |ring, place| {
+        let byte = |n: u16| place.buffer(place.good + u64::from(n), 1);
+        (0..RING - 1).for_each(|n| ring.describe(n, byte(n).then(n + 1)));
+        ring.describe(RING - 1, byte(RING - 1));
+        ring.offer(0);
+    }),
+    ("direction-wrong", |ring, place| {
+        single(
+            ring,
+            Descriptor {
+                flags: place.own ^ WRITE,
+                ..place.good()
+            },
+        )
+    }),
+    ("direction-mixed", |ring, place| {
+        let wrong = Descriptor {
+            flags: place.own ^ WRITE,
+            ..place.good()
+        };
+        ring.describe(2, wrong);
+        ring.describe(1, place.good().then(2));
+        single(ring, wrong.then(1));
+    }),
+    ("flags-all", |ring, place| {
+        single(
+            ring,
+            Descriptor {
+                flags: u16::MAX,
+                ..place.good()
+            },
+        )
+    }),
+];
+
+const INDIRECTS: &[(&str, Poison)] = &[
+    ("indirect-empty", |ring, place| {
+        single(ring, place.indirect(0))
+    }),
+    ("indirect-odd-length", |ring, place| {
+        through_table(ring, place, place.good(), 17)
+    }),
+    ("indirect-short", |ring, place| {
+        through_table(ring, place, place.good(), 15)
+    }),
+    ("indirect-huge", |ring, place| {
+        through_table(ring, place, place.good(), u32::MAX - 15)
+    }),
+    ("indirect-65537-entries", |ring, place| {
+        through_table(ring, place, place.good(), 65_537 * 16)
+    }),
+    ("indirect-outside", |ring, place| {
+        single(ring, Descriptor::new(place.ram_end, TABLE, INDIRECT))
+    }),
+    ("indirect-across-end", |ring, place| {
+        single(ring, Descriptor::new(place.ram_end - 16, TABLE, INDIRECT))
+    }),
+    ("indirect-misaligned", |ring, place| {
+        single(
+            ring,
+            Descriptor::new(place.table.address() + 1, TABLE, INDIRECT),
+        )
+    }),
+    ("indirect-write-flag", |ring, place| {
+        place.good().put(&mut place.table, 0);
+        single(
+            ring,
+            Descriptor {
+                flags: INDIRECT | WRITE,
+                ..place.indirect(16)
+            },
+        );
+    }),
+    ("indirect-and-next", |ring, place| {
+        place.good().put(&mut place.table, 0);
+        ring.describe(1, place.good());
+        single(
+            ring,
+            Descriptor {
+                flags: INDIRECT | NEXT,
+                next: 1,
+                ..place.indirect(16)
+            },
+        );
+    }),
+    ("indirect-nested", |ring, place| {
+        let inner = place.indirect(TABLE);
+        through_table(ring, place, inner, TABLE);
+    }),
+    ("indirect-loop", |ring, place| {
+        through_table(ring, place, place.good().then(0), TABLE)
+    }),
+    ("indirect-next-outside", |ring, place| {
+        through_table(ring, place, place.good().then(4), TABLE)
+    }),
+    ("indirect-next-far-outside", |ring, place| {
+        through_table(ring, place, place.good().then(u16::MAX), TABLE)
+    }),
+];
+
+/// Runs each on the transmit queue, on the receive queue, and there with merged buffers too.
+pub fn run(runner: &mut Runner<'_>) {
+    let plain = feature::PLAIN | feature::INDIRECT_DESC;
+    let all = feature::OFFLOADS | feature::INDIRECT_DESC | feature::EVENT_IDX;
+    for (name, poison) in LOOPS.iter().chain(BUFFERS).chain(INDIRECTS) {
+        for (variant, queue, features) in
+            [("tx", TX, plain), ("rx", RX, plain), ("rx-merged", RX, all)]
+        {
+            runner.attack(&format!("chain-{name}-{variant}"), |bench| {
+                let rig = Rig::start(bench, features)?;
+                spoil(rig, queue, *poison)
+            });
+        }
+    }
+    for (name, poison) in INDIRECTS {
+        runner.attack(&format!("chain-{name}-not-negotiated"), |bench| {
+            let rig = Rig::start(bench, feature::PLAIN)?;
+            spoil(rig, TX, *poison)
+        });
+    }
+}
+
+/// Spoils one queue and makes the device use it.
+fn spoil(mut rig: Rig<'_>, queue: u16, poison: Poison) -> Result<(), Failure> {
+    let window = rig.bench.window;
+    let mut place = Place {
+        good: rig.scratch(),
+        ram_end: rig.bench.ram_end,
+        window: window.base,
+        own: if queue == RX { WRITE } else { 0 },
+        table: Shared::new(PAGE),
+    };
+    let ring = if queue == RX {
+        &mut rig.rx
+    } else {
+        &mut rig.tx
+    };
+    poison(ring, &mut place);
+    window.notify(queue);
+    if queue == RX {
+        // Two frames: one for the bad chain, and one that finds out what it left behind.
+        rig.prompt();
+        rig.settle();
+        rig.prompt();
+    }
+    rig.settle();
+    // Explicitly before the tables, which the device may still read, are freed.
+    drop(rig);
+    Ok(())
+}

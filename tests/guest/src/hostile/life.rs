@@ -1,0 +1,143 @@
+//! The device's life out of order: status, features, notifications and resets (virtio 1.2, 3.1).
+
+use alloc::format;
+
+use super::rig::{Bench, Rig};
+use super::{Failure, Runner};
+use crate::virtio::net::{RX, TX, feature, go, negotiate};
+use crate::virtio::registers::{Window, at, status};
+
+const STARTED: u32 = status::ACKNOWLEDGE | status::DRIVER;
+
+/// Runs them; the resets `rounds` times.
+pub fn run(runner: &mut Runner<'_>, rounds: u32) {
+    runner.attack("life-driver-ok-at-once", |bench| {
+        bench.window.reset();
+        bench.window.set_status(status::DRIVER_OK);
+        notify_all(bench.window);
+        Ok(())
+    });
+    runner.attack("life-driver-ok-without-features-ok", |bench| {
+        bench.window.reset();
+        bench.window.set_status(STARTED);
+        bench.window.set_status(STARTED | status::DRIVER_OK);
+        notify_all(bench.window);
+        Ok(())
+    });
+    runner.attack("life-features-not-offered", |bench| {
+        refused(bench, u64::MAX)
+    });
+    runner.attack("life-features-without-version-1", |bench| {
+        refused(bench, feature::MAC)
+    });
+    runner.attack("life-features-after-features-ok", |bench| {
+        let rig = Rig::start(bench, feature::PLAIN)?;
+        bench.window.accept(u64::MAX);
+        notify_all(bench.window);
+        rig.settle();
+        Ok(())
+    });
+    runner.attack("life-feature-selectors", |bench| {
+        for selector in [2, 31, u32::MAX] {
+            bench.window.write(at::DEVICE_FEATURES_SEL, selector);
+            bench.window.write(at::DRIVER_FEATURES_SEL, selector);
+            bench.window.write(at::DRIVER_FEATURES, u32::MAX);
+            match bench.window.read::<u32>(at::DEVICE_FEATURES) {
+                0 => {}
+                bits => return Err(format!("features {bits:#x} in word {selector}")),
+            }
+        }
+        Ok(())
+    });
+    runner.attack("life-status-garbage", |bench| {
+        for value in [0xff, 0x80, 0x40, u32::MAX, 0x100, 0x0f] {
+            bench.window.set_status(value);
+            notify_all(bench.window);
+        }
+        Ok(())
+    });
+    runner.attack("life-status-backwards", |bench| {
+        let rig = Rig::start(bench, feature::PLAIN)?;
+        [STARTED, status::ACKNOWLEDGE, status::DRIVER_OK]
+            .into_iter()
+            .for_each(|value| bench.window.set_status(value));
+        go(bench.window);
+        rig.settle();
+        Ok(())
+    });
+    runner.attack("life-notify-before-anything", |bench| {
+        bench.window.reset();
+        notify_all(bench.window);
+        Ok(())
+    });
+    runner.attack("life-notify-before-driver-ok", |bench| {
+        negotiate(bench.window, feature::PLAIN)?;
+        notify_all(bench.window);
+        Ok(())
+    });
+    runner.attack("life-notify-unknown-queues", |bench| {
+        let rig = Rig::start(bench, feature::PLAIN)?;
+        [2, 100, 0xffff, 0x1_0000, u32::MAX]
+            .into_iter()
+            .for_each(|n| bench.window.write(at::QUEUE_NOTIFY, n));
+        rig.settle();
+        Ok(())
+    });
+    runner.attack("life-interrupts-acknowledged", |bench| {
+        let mut rig = Rig::start(bench, feature::PLAIN)?;
+        rig.offer_buffers();
+        bench.window.write(at::INTERRUPT_ACK, u32::MAX);
+        if !rig.arp() {
+            return Err("no answer to ARP".into());
+        }
+        if bench.window.read::<u32>(at::INTERRUPT_STATUS) & 1 == 0 {
+            return Err("used buffers do not show in the interrupt status".into());
+        }
+        bench.window.write(at::INTERRUPT_ACK, u32::MAX);
+        Ok(())
+    });
+    runner.attack("life-resets", |bench| {
+        (0..rounds).for_each(|_| bench.window.reset());
+        Ok(())
+    });
+    runner.attack("life-resets-in-traffic", |bench| {
+        resets_in_traffic(bench, rounds)
+    });
+}
+
+/// Offers features that the device must not take: FEATURES_OK must not stay (virtio 1.2, 3.1.1 and 6.2).
+fn refused(bench: &Bench, features: u64) -> Result<(), Failure> {
+    bench.window.reset();
+    bench.window.set_status(STARTED);
+    bench.window.accept(features);
+    bench.window.set_status(STARTED | status::FEATURES_OK);
+    let taken = bench.window.read::<u32>(at::STATUS) & status::FEATURES_OK != 0;
+    go(bench.window);
+    notify_all(bench.window);
+    if taken {
+        Err(format!("features {features:#x} were accepted"))
+    } else {
+        Ok(())
+    }
+}
+
+/// Brings the device up, lets frames flow, and resets it in their midst.
+fn resets_in_traffic(bench: &Bench, rounds: u32) -> Result<(), Failure> {
+    for round in 0..rounds {
+        let features = if round % 2 == 0 {
+            feature::PLAIN
+        } else {
+            feature::OFFLOADS | feature::EVENT_IDX
+        };
+        let mut rig = Rig::start(bench, features).map_err(|why| format!("round {round}: {why}"))?;
+        rig.offer_buffers();
+        (0..4).for_each(|_| rig.prompt());
+    }
+    Ok(())
+}
+
+fn notify_all(window: Window) {
+    [RX, TX, 2]
+        .into_iter()
+        .for_each(|queue| window.notify(queue));
+}

@@ -1,0 +1,78 @@
+//! Everything that a driver must not do, done by hand. After each attack the device must work again after a reset, which
+//! an ARP request and its answer prove.
+//!
+//! | file | attacks |
+//! | --- | --- |
+//! | `rig.rs` | (none: the bench, and a NIC brought up by hand) |
+//! | `chains.rs` | descriptor chains and the available ring |
+//! | `queues.rs` | sizes and addresses of queues |
+//! | `registers.rs` | each register with each width |
+//! | `life.rs` | status bits, features, notifications, resets |
+//! | `frames.rs` | headers and lengths of frames to send |
+
+mod chains;
+mod frames;
+mod life;
+mod queues;
+mod registers;
+mod rig;
+
+use alloc::format;
+use alloc::string::String;
+
+use crate::boot::Boot;
+use crate::options::Options;
+use crate::report;
+use crate::serial::println;
+use rig::Bench;
+
+/// Why an attack failed.
+type Failure = String;
+
+/// Runs every attack whose name begins with `guest.only`.
+pub fn run(options: &Options, boot: &Boot) {
+    let bench = match Bench::new(options, boot) {
+        Ok(bench) => bench,
+        Err(why) => return report::fail("hostile", why),
+    };
+    println!("READY hostile");
+    let mut runner = Runner {
+        bench: &bench,
+        only: &options.only,
+        done: 0,
+    };
+    runner.attack("none", |_| Ok(()));
+    chains::run(&mut runner);
+    queues::run(&mut runner);
+    registers::run(&mut runner);
+    life::run(&mut runner, options.count);
+    frames::run(&mut runner);
+    report::ok("hostile", format_args!("attacks={}", runner.done));
+}
+
+/// Runs attacks and the proof after each.
+struct Runner<'a> {
+    bench: &'a Bench,
+    only: &'a str,
+    done: u32,
+}
+
+impl Runner<'_> {
+    /// Runs one attack, and reports one line.
+    fn attack(&mut self, name: &str, attack: impl FnOnce(&Bench) -> Result<(), Failure>) {
+        if !name.starts_with(self.only) {
+            return;
+        }
+        self.done += 1;
+        let result = attack(self.bench);
+        let result = result.and_then(|()| {
+            self.bench
+                .prove()
+                .map_err(|why| format!("afterwards: {why}"))
+        });
+        match result {
+            Ok(()) => report::ok(name, ""),
+            Err(why) => report::fail(name, why),
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Queues of wrong sizes at wrong places (virtio 1.2, 4.2.3.2).
+
+use alloc::format;
+
+use super::rig::{Bench, RING};
+use super::{Failure, Runner};
+use crate::cpu;
+use crate::virtio::net::{RX, TX, feature, go, negotiate};
+use crate::virtio::registers::at;
+use crate::virtio::ring::{Ring, configure};
+use smoltcp::time::Duration;
+
+/// The size and the areas of a queue, to be spoilt.
+type Setup = (u32, [u64; 3]);
+type Spoil = fn(&Bench, &mut Setup);
+
+const SETUPS: &[(&str, Spoil)] = &[
+    ("size-0", |_, (size, _)| *size = 0),
+    ("size-3", |_, (size, _)| *size = 3),
+    ("size-beyond-maximum", |_, (size, _)| *size = 32_768),
+    ("size-65536", |_, (size, _)| *size = 65_536),
+    ("size-largest", |_, (size, _)| *size = u32::MAX),
+    ("nowhere", |_, (_, areas)| *areas = [0; 3]),
+    ("table-outside", |bench, (_, areas)| {
+        areas[0] = bench.ram_end
+    }),
+    ("table-across-end", |bench, (_, areas)| {
+        areas[0] = bench.ram_end - 16
+    }),
+    ("available-outside", |bench, (_, areas)| {
+        areas[1] = bench.ram_end
+    }),
+    ("available-across-end", |bench, (_, areas)| {
+        areas[1] = bench.ram_end - 2
+    }),
+    ("used-outside", |bench, (_, areas)| areas[2] = bench.ram_end),
+    ("used-across-end", |bench, (_, areas)| {
+        areas[2] = bench.ram_end - 4
+    }),
+    ("all-at-top", |_, (_, areas)| *areas = [!15; 3]),
+    ("all-in-own-window", |bench, (_, areas)| {
+        *areas = [bench.window.base; 3]
+    }),
+    ("table-misaligned", |_, (_, areas)| areas[0] += 1),
+    ("available-misaligned", |_, (_, areas)| areas[1] += 1),
+    ("used-misaligned", |_, (_, areas)| areas[2] += 2),
+    ("areas-the-same", |_, (_, areas)| *areas = [areas[0]; 3]),
+    ("used-on-table", |_, (_, areas)| areas[2] = areas[0]),
+];
+
+/// Runs each on either queue, with the other one in order.
+pub fn run(runner: &mut Runner<'_>) {
+    for (name, spoil) in SETUPS {
+        for (variant, queue) in [("tx", TX), ("rx", RX)] {
+            runner.attack(&format!("queue-{name}-{variant}"), |bench| {
+                with_queue(bench, queue, *spoil)
+            });
+        }
+    }
+    runner.attack("queue-ready-unconfigured", |bench| {
+        negotiate(bench.window, feature::PLAIN)?;
+        (0..3).for_each(|queue| ready(bench, queue, 1));
+        finish(bench)
+    });
+    runner.attack("queue-unknown", |bench| {
+        negotiate(bench.window, feature::PLAIN)?;
+        for queue in [2, 77, 0xffff, u32::MAX] {
+            ready(bench, queue, 1);
+            bench.window.write(at::QUEUE_NUM, 16_u32);
+            let _ = bench.window.read::<u32>(at::QUEUE_NUM_MAX)
+                + bench.window.read::<u32>(at::QUEUE_READY);
+        }
+        finish(bench)
+    });
+    runner.attack("queue-changed-while-ready", |bench| {
+        let rig = super::rig::Rig::start(bench, feature::PLAIN)?;
+        for queue in [RX, TX] {
+            configure(bench.window, queue, 4, [bench.ram_end, 1, u64::MAX]);
+            ready(bench, queue.into(), 1);
+            ready(bench, queue.into(), u32::MAX);
+        }
+        rig.settle();
+        drop(rig);
+        finish(bench)
+    });
+    runner.attack("queue-taken-away-while-running", |bench| {
+        let mut rig = super::rig::Rig::start(bench, feature::PLAIN)?;
+        rig.offer_buffers();
+        rig.prompt();
+        for _ in 0..20 {
+            [RX, TX]
+                .into_iter()
+                .for_each(|queue| ready(bench, queue.into(), 0));
+            rig.prompt();
+            [RX, TX]
+                .into_iter()
+                .for_each(|queue| ready(bench, queue.into(), 1));
+            rig.prompt();
+        }
+        rig.settle();
+        Ok(())
+    });
+}
+
+fn with_queue(bench: &Bench, bad: u16, spoil: Spoil) -> Result<(), Failure> {
+    negotiate(bench.window, feature::PLAIN)?;
+    let mut rings = [Ring::new(RX, RING), Ring::new(TX, RING)];
+    for ring in &mut rings {
+        let mut setup = (u32::from(RING), ring.areas());
+        if ring.queue == bad {
+            spoil(bench, &mut setup);
+        }
+        configure(bench.window, ring.queue, setup.0, setup.1);
+        ready(bench, ring.queue.into(), 1);
+        ring.offer(0);
+    }
+    // The rings outlive the reset in there.
+    finish(bench)
+}
+
+fn ready(bench: &Bench, queue: u32, value: u32) {
+    bench.window.write(at::QUEUE_SEL, queue);
+    bench.window.write(at::QUEUE_READY, value);
+}
+
+/// Starts the device with what it has been told, has it use that, and resets it.
+fn finish(bench: &Bench) -> Result<(), Failure> {
+    go(bench.window);
+    bench.window.notify(RX);
+    bench.window.notify(TX);
+    let end = cpu::now() + Duration::from_millis(3);
+    while cpu::now() < end {}
+    bench.window.reset();
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! A guest without an operating system, for testing a virtual machine monitor.
+//!
+//! It is an ELF kernel entered by the 64-bit Linux boot protocol. It drops to privilege level 3 at once, so that it runs
+//! at native speed even on a KVM that emulates level 0, and it polls. Its NIC is found by scanning the virtio-mmio
+//! windows and driven either by the `virtio-drivers` crate, an implementation that is not minivmm's, or by hand, with
+//! the offloads which that crate does not know. smoltcp is the TCP/IP stack on top.
+//!
+//! What it does is said on the kernel command line (`guest.mode=echo guest.ip=10.0.0.2/24`; see [`options`]). What it
+//! finds is printed on COM1 as lines for a program to read: `OK name detail`, `FAIL name why`, and at last
+//! `END failures=N`. Then it powers off, unless its mode is another way to end.
+//!
+//! | file | what it is |
+//! | --- | --- |
+//! | `entry.s` | everything at level 0: entry, page tables, exceptions, interrupts |
+//! | `cpu.rs` | the IDT, port I/O, the APICs, the clock |
+//! | `boot.rs`, `options.rs` | the boot parameters and the command line |
+//! | `memory.rs` | the heap, memory shared with devices, memcpy and its kin |
+//! | `serial.rs`, `report.rs`, `power.rs` | printing, results, the ways to end |
+//! | `virtio/` | the windows, and a driver and rings by hand |
+//! | `nic/` | the two NICs as smoltcp sees them |
+//! | `net/` | the modes: info, echo, ping, tcp-source, tcp-sink, interrupts, link |
+//! | `hostile/` | the mode that does everything wrong |
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+mod boot;
+mod cpu;
+mod hostile;
+mod memory;
+mod net;
+mod nic;
+mod options;
+mod power;
+mod report;
+mod serial;
+mod virtio;
+
+use options::{Mode, Options};
+
+core::arch::global_asm!(include_str!("entry.s"));
+
+/// The first Rust code, at level 3. `boot_params` is the zero page of the Linux boot protocol.
+#[unsafe(no_mangle)]
+extern "C" fn guest_main(boot_params: u64) -> ! {
+    cpu::fill_idt();
+    let boot = boot::Boot::read(boot_params);
+    memory::start_heap(&boot);
+    cpu::start_clock();
+    let options = Options::parse(&boot.command_line);
+    match &options {
+        Ok(options) => run(options, &boot),
+        Err(why) => report::fail("options", why),
+    }
+    report::end();
+    if options.is_ok_and(|options| options.halt) {
+        power::halt()
+    } else {
+        power::off()
+    }
+}
+
+fn run(options: &Options, boot: &boot::Boot) {
+    match options.mode {
+        Mode::Info => net::info::run(boot),
+        Mode::Echo => net::echo::run(options),
+        Mode::Ping => net::ping::run(options),
+        Mode::TcpSource => net::tcp::source(options),
+        Mode::TcpSink => net::tcp::sink(options),
+        Mode::Interrupts => net::interrupts::run(options),
+        Mode::Link => net::link::run(options),
+        Mode::Hostile => hostile::run(options, boot),
+        Mode::Reset => power::reset(),
+        Mode::TripleFault => power::triple_fault(),
+        Mode::Hlt => {
+            report::ok("hlt", "halting");
+            power::halt()
+        }
+        Mode::Exception => cpu::invalid_instruction(),
+    }
+}
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    report::fail("panic", info);
+    report::end();
+    power::off()
+}

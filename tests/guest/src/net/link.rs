@@ -1,0 +1,141 @@
+//! Tells of each change of a NIC's link, as the device shows it, while every NIC serves and sends.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use smoltcp::iface::SocketHandle;
+use smoltcp::socket::udp;
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::{IpAddress, IpEndpoint};
+
+use super::Stack;
+use super::echo::{ECHO, echo_datagrams};
+use crate::options::Options;
+use crate::serial::println;
+use crate::virtio::net::Config;
+use crate::virtio::registers::{Window, at};
+use crate::{cpu, report};
+
+/// The bit of InterruptStatus that says that the configuration has changed (virtio 1.2, 4.2.2).
+const CONFIG_CHANGED: u32 = 2;
+/// How often a datagram leaves for the peer, from each NIC.
+const PERIOD: Duration = Duration::from_millis(10);
+/// What leaves.
+const CHATTER: &[u8] = b"still here";
+
+/// Prints a `LINK` line for each NIC at the start and after each change, until somebody sends `quit`.
+pub fn run(options: &Options) {
+    match watch(options) {
+        Ok(()) => report::ok("link", "quit"),
+        Err(why) => report::fail("link", why),
+    }
+}
+
+fn watch(options: &Options) -> Result<(), String> {
+    let mut cards = Vec::new();
+    for (index, window) in Window::network_cards().into_iter().enumerate() {
+        cards.push(Card::start(index, window, options)?);
+    }
+    println!("READY link");
+    let end = cpu::now() + options.patience;
+    let mut quit = false;
+    while !quit {
+        for card in &mut cards {
+            card.tell_changes();
+            quit |= card.serve(options.peer);
+        }
+        if cpu::now() > end {
+            return Err("took too long".into());
+        }
+    }
+    for card in &mut cards {
+        card.stack.linger(20);
+    }
+    Ok(())
+}
+
+/// A NIC that is up.
+struct Card {
+    index: usize,
+    window: Window,
+    stack: Stack,
+    socket: SocketHandle,
+    datagrams: u64,
+    next_chatter: Instant,
+    /// What was told last: the link's state and the configuration's generation.
+    told: (u16, u32),
+    /// How often the device has said that its configuration changed.
+    changes: u32,
+}
+
+impl Card {
+    fn start(index: usize, window: Window, options: &Options) -> Result<Self, String> {
+        let mut stack = Stack::start_on(window, options)?;
+        let socket = stack.add_udp();
+        let bound = stack.sockets.get_mut::<udp::Socket<'_>>(socket).bind(ECHO);
+        bound.map_err(|error| alloc::format!("bind: {error}"))?;
+        cpu::enable_line(window.line);
+        let card = Self {
+            index,
+            window,
+            stack,
+            socket,
+            datagrams: 0,
+            next_chatter: cpu::now(),
+            told: state(window),
+            changes: 0,
+        };
+        card.tell();
+        Ok(card)
+    }
+
+    fn tell_changes(&mut self) {
+        let pending: u32 = self.window.read(at::INTERRUPT_STATUS);
+        let changed = pending & CONFIG_CHANGED;
+        if changed != 0 {
+            self.window.write(at::INTERRUPT_ACK, changed);
+            self.changes += 1;
+        }
+        // Looked at without being told too: so a change that nobody announced shows.
+        let state = state(self.window);
+        if state != self.told || changed != 0 {
+            self.told = state;
+            self.tell();
+        }
+    }
+
+    fn tell(&self) {
+        let (status, generation) = self.told;
+        println!(
+            "LINK {} status={status} generation={generation} changes={} interrupts={}",
+            self.index,
+            self.changes,
+            cpu::interrupts(self.window.line)
+        );
+    }
+
+    /// Moves the NIC's frames on. True when somebody said quit.
+    fn serve(&mut self, peer: Option<IpAddress>) -> bool {
+        self.stack.poll();
+        let socket = self.stack.sockets.get_mut::<udp::Socket<'_>>(self.socket);
+        if let Some(peer) = peer
+            && cpu::now() > self.next_chatter
+        {
+            self.next_chatter = cpu::now() + PERIOD;
+            // Without a link the socket's buffer fills up, and what does not fit is lost, as UDP may.
+            let _ = socket.send_slice(CHATTER, IpEndpoint::new(peer, 9));
+        }
+        echo_datagrams(socket, &mut self.datagrams)
+    }
+}
+
+/// The link's state and the generation of the configuration that it was read from.
+fn state(window: Window) -> (u16, u32) {
+    loop {
+        let before: u32 = window.read(at::CONFIG_GENERATION);
+        let status = Config::read(window).status;
+        if window.read::<u32>(at::CONFIG_GENERATION) == before {
+            return (status, before);
+        }
+    }
+}

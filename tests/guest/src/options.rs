@@ -1,0 +1,186 @@
+//! The guest's part of the kernel command line: `guest.key=value` words.
+//!
+//! | key | meaning | default |
+//! | --- | --- | --- |
+//! | `mode` | what to do, see [`Mode`] | `info` |
+//! | `ip`, `ip6` | own addresses with prefix length; `ip` may be given twice | none |
+//! | `peer` | the address of the other side | none |
+//! | `mac` | an address to send from that is not the NIC's | the NIC's |
+//! | `port` | the port of the other side | 9 or 19 |
+//! | `count` | how many pings, rounds or interrupts | 10 |
+//! | `bytes` | how much a source sends | 1 MiB |
+//! | `nic` | `drivers` (the virtio-drivers crate) or `own` (by hand, with offloads) | `drivers` |
+//! | `index` | which NIC of several | 0 |
+//! | `seconds` | when to give up | 60 |
+//! | `end` | `off` or `halt`: how to end | `off` |
+//! | `only` | a prefix of the hostile tests to run | all |
+
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::str::FromStr;
+
+use smoltcp::time::Duration;
+use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr};
+
+use crate::boot::CommandLine;
+
+/// What the guest is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Print what the NICs say of themselves.
+    Info,
+    /// Serve: ICMP echo, UDP echo on port 7 (a datagram `quit` ends), TCP echo 7, sink 9, source 19.
+    Echo,
+    /// Ping the peer.
+    Ping,
+    /// Send a stream to the peer.
+    TcpSource,
+    /// Receive a stream from the peer.
+    TcpSink,
+    /// Ping the peer and count the NIC's interrupts.
+    Interrupts,
+    /// Serve as for echo on every NIC, send to the peer all the time, and tell of each change of a link.
+    Link,
+    /// Do everything wrong.
+    Hostile,
+    /// Reset the machine.
+    Reset,
+    /// End in a triple fault.
+    TripleFault,
+    /// Halt with interrupts off.
+    Hlt,
+    /// Raise an exception, to test the guest itself.
+    Exception,
+}
+
+/// Which driver is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    /// The `virtio-drivers` crate.
+    Crate,
+    /// By hand, with every offload.
+    Own,
+}
+
+/// The command line, read.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What to do.
+    pub mode: Mode,
+    /// Own addresses.
+    pub addresses: Vec<IpCidr>,
+    /// The other side.
+    pub peer: Option<IpAddress>,
+    /// The Ethernet address to send from, instead of the NIC's.
+    pub mac: Option<EthernetAddress>,
+    /// The other side's port.
+    pub port: Option<u16>,
+    /// How many times.
+    pub count: u32,
+    /// How much to send.
+    pub bytes: u64,
+    /// By which driver.
+    pub driver: Driver,
+    /// Which NIC.
+    pub index: usize,
+    /// When to give up.
+    pub patience: Duration,
+    /// Which hostile tests.
+    pub only: String,
+    /// Halt at the end, instead of powering off.
+    pub halt: bool,
+}
+
+impl Options {
+    /// Reads the words that begin with `guest.`; an unknown one is an error, in words.
+    pub fn parse(line: &CommandLine) -> Result<Self, String> {
+        let mut options = Self {
+            mode: Mode::Info,
+            addresses: Vec::new(),
+            peer: None,
+            mac: None,
+            port: None,
+            count: 10,
+            bytes: 1 << 20,
+            driver: Driver::Crate,
+            index: 0,
+            patience: Duration::from_secs(60),
+            only: String::new(),
+            halt: false,
+        };
+        for word in line.text().split_ascii_whitespace() {
+            if let Some(option) = word.strip_prefix("guest.") {
+                let (key, value) = option
+                    .split_once('=')
+                    .ok_or_else(|| format!("no value: {word}"))?;
+                options
+                    .set(key, value)
+                    .ok_or_else(|| format!("not understood: {word}"))?;
+            }
+        }
+        Ok(options)
+    }
+
+    /// The peer, or the reason why there is none.
+    pub fn peer(&self) -> Result<IpAddress, &'static str> {
+        self.peer.ok_or("guest.peer is missing")
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Option<()> {
+        match key {
+            "mode" => self.mode = mode(value)?,
+            "ip" | "ip6" => self.addresses.push(number(value)?),
+            "peer" => self.peer = Some(number(value)?),
+            "mac" => self.mac = Some(number(value)?),
+            "port" => self.port = Some(number(value)?),
+            "count" => self.count = number(value)?,
+            "bytes" => self.bytes = number(value)?,
+            "nic" => self.driver = driver(value)?,
+            "index" => self.index = number(value)?,
+            "seconds" => self.patience = Duration::from_secs(number(value)?),
+            "end" => self.halt = ends_by_halt(value)?,
+            "only" => self.only = value.to_string(),
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+fn number<T: FromStr>(text: &str) -> Option<T> {
+    text.parse().ok()
+}
+
+fn ends_by_halt(text: &str) -> Option<bool> {
+    match text {
+        "off" => Some(false),
+        "halt" => Some(true),
+        _ => None,
+    }
+}
+
+fn driver(text: &str) -> Option<Driver> {
+    match text {
+        "drivers" => Some(Driver::Crate),
+        "own" => Some(Driver::Own),
+        _ => None,
+    }
+}
+
+fn mode(text: &str) -> Option<Mode> {
+    Some(match text {
+        "info" => Mode::Info,
+        "echo" => Mode::Echo,
+        "ping" => Mode::Ping,
+        "tcp-source" => Mode::TcpSource,
+        "tcp-sink" => Mode::TcpSink,
+        "interrupts" => Mode::Interrupts,
+        "link" => Mode::Link,
+        "hostile" => Mode::Hostile,
+        "reset" => Mode::Reset,
+        "triple-fault" => Mode::TripleFault,
+        "hlt" => Mode::Hlt,
+        "exception" => Mode::Exception,
+        _ => return None,
+    })
+}

@@ -1,0 +1,141 @@
+//! What is special to a network card, and its bring-up by hand (virtio 1.2, 5.1 and 3.1.1).
+
+use super::registers::{Window, at, status};
+use super::ring::Ring;
+
+/// The receive and transmit queues of the first pair.
+pub const RX: u16 = 0;
+/// See [`RX`].
+pub const TX: u16 = 1;
+
+/// The size of the header before each frame.
+pub const HEADER: usize = 12;
+
+/// Feature bits.
+pub mod feature {
+    pub const CSUM: u64 = 1 << 0;
+    pub const GUEST_CSUM: u64 = 1 << 1;
+    pub const MTU: u64 = 1 << 3;
+    pub const MAC: u64 = 1 << 5;
+    pub const GUEST_TSO4: u64 = 1 << 7;
+    pub const GUEST_TSO6: u64 = 1 << 8;
+    pub const HOST_TSO4: u64 = 1 << 11;
+    pub const HOST_TSO6: u64 = 1 << 12;
+    pub const MRG_RXBUF: u64 = 1 << 15;
+    pub const STATUS: u64 = 1 << 16;
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    pub const EVENT_IDX: u64 = 1 << 29;
+    pub const VERSION_1: u64 = 1 << 32;
+    /// What a driver without offloads takes.
+    pub const PLAIN: u64 = VERSION_1 | MAC | STATUS | MTU;
+    /// What this guest can do with offloads.
+    pub const OFFLOADS: u64 =
+        PLAIN | CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF;
+}
+
+/// The flag that asks for a checksum, in a [`Header`].
+pub const NEEDS_CSUM: u8 = 1;
+/// TCP over IPv4, in a [`Header`].
+pub const GSO_TCPV4: u8 = 1;
+/// TCP over IPv6, in a [`Header`].
+pub const GSO_TCPV6: u8 = 4;
+
+/// The header before each frame (virtio 1.2, 5.1.6).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Header {
+    pub flags: u8,
+    pub gso_type: u8,
+    pub hdr_len: u16,
+    pub gso_size: u16,
+    pub csum_start: u16,
+    pub csum_offset: u16,
+    pub num_buffers: u16,
+}
+
+impl Header {
+    /// As it lies in memory.
+    pub fn bytes(&self) -> [u8; HEADER] {
+        let mut bytes = [0; HEADER];
+        (bytes[0], bytes[1]) = (self.flags, self.gso_type);
+        let words = [
+            self.hdr_len,
+            self.gso_size,
+            self.csum_start,
+            self.csum_offset,
+            self.num_buffers,
+        ];
+        for (place, word) in bytes[2..].chunks_exact_mut(2).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+}
+
+/// The parts of the configuration that are read here.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// Its address.
+    pub mac: [u8; 6],
+    /// Bit 0: the link is up.
+    pub status: u16,
+    /// The largest IP packet, where offered.
+    pub mtu: u16,
+}
+
+impl Config {
+    /// Reads it.
+    pub fn read(window: Window) -> Self {
+        Self {
+            mac: core::array::from_fn(|n| window.read(at::CONFIG + n as u64)),
+            status: window.read(at::CONFIG + 6),
+            mtu: window.read(at::CONFIG + 10),
+        }
+    }
+}
+
+/// Resets the device and takes it up to FEATURES_OK with those of the `wanted` features that it offers. Returns them.
+pub fn negotiate(window: Window, wanted: u64) -> Result<u64, &'static str> {
+    window.reset();
+    if window.read::<u32>(at::STATUS) != 0 {
+        return Err("the status is not 0 after a reset");
+    }
+    window.set_status(status::ACKNOWLEDGE);
+    window.set_status(status::ACKNOWLEDGE | status::DRIVER);
+    let features = window.offered() & wanted;
+    window.accept(features);
+    window.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
+    match window.read::<u32>(at::STATUS) & status::FEATURES_OK {
+        0 => Err("FEATURES_OK does not stick"),
+        _ => Ok(features),
+    }
+}
+
+/// Says DRIVER_OK.
+pub fn go(window: Window) {
+    window
+        .set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK);
+}
+
+/// The size of a queue to use: what the device offers, at most `limit`.
+pub fn queue_size(window: Window, queue: u16, limit: u16) -> Result<u16, &'static str> {
+    window.write(at::QUEUE_SEL, u32::from(queue));
+    match window.read::<u32>(at::QUEUE_NUM_MAX) {
+        0 => Err("the device has no such queue"),
+        offered => Ok(u16::try_from(offered).unwrap_or(limit).min(limit)),
+    }
+}
+
+/// Brings the device up with two rings of at most `limit` descriptors each: receive, transmit.
+pub fn bring_up(
+    window: Window,
+    wanted: u64,
+    limit: u16,
+) -> Result<(u64, Ring, Ring), &'static str> {
+    let features = negotiate(window, wanted)?;
+    let rx = Ring::new(RX, queue_size(window, RX, limit)?);
+    let tx = Ring::new(TX, queue_size(window, TX, limit)?);
+    rx.enable(window);
+    tx.enable(window);
+    go(window);
+    Ok((features, rx, tx))
+}

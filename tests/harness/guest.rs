@@ -1,0 +1,257 @@
+//! The freestanding test guest: built once per test process, and started in a network made for the test.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use super::netns::{self, Netns};
+use super::vm::{self, Vm};
+
+/// How long anything in these tests may take: much more than it does.
+pub const PATIENCE: Duration = Duration::from_secs(40);
+
+/// The IPv4 and IPv6 address of the far side.
+pub const PEER: [&str; 2] = ["10.77.0.1", "fd77::1"];
+/// The services of `guest.mode=echo`.
+pub const ECHO: u16 = 7;
+/// See [`ECHO`].
+pub const SINK: u16 = 9;
+/// See [`ECHO`].
+pub const SOURCE: u16 = 19;
+
+/// The guest's ELF. Cargo's own lock keeps test processes from building it twice at a time.
+pub fn elf() -> &'static Path {
+    static ELF: OnceLock<PathBuf> = OnceLock::new();
+    ELF.get_or_init(|| {
+        let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/guest/Cargo.toml");
+        let target = concat!(env!("CARGO_TARGET_TMPDIR"), "/guest");
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args([
+            "build",
+            "--release",
+            "--quiet",
+            "--locked",
+            "--manifest-path",
+            manifest,
+        ]);
+        cargo.args(["--target-dir", target]);
+        // What the outer cargo was told about its own build is no concern of this one.
+        for variable in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
+            cargo.env_remove(variable);
+        }
+        let status = cargo.stdin(Stdio::null()).status().expect("cargo starts");
+        assert!(status.success(), "cannot build the test guest: {status}");
+        Path::new(target).join("release/guest")
+    })
+}
+
+/// Whether guests can be started over a network made by the test: root and `/dev/kvm`. Where `CI` is set both must be.
+pub fn is_possible() -> bool {
+    if !netns::is_root() {
+        return false;
+    }
+    match std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+    {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "/dev/kvm: {error}, and in CI this test must run"
+            );
+            let test = std::thread::current().name().unwrap_or("a test").to_owned();
+            eprintln!("NOT TESTED: {test} needs /dev/kvm: {error}");
+            false
+        }
+    }
+}
+
+/// A host with the interface `lower`, which guests put their macvtap on, and a far side with addresses.
+#[derive(Debug)]
+pub struct Net {
+    /// Where minivmm runs.
+    pub host: Netns,
+    /// The other end of the wire.
+    pub far: Netns,
+}
+
+impl Net {
+    /// Makes both, joined by a veth pair: `lower` and `wire`.
+    pub fn new() -> Self {
+        let (host, far) = (Netns::new(), Netns::new());
+        host.veth("lower", &far, "wire");
+        far.address("wire", &format!("{}/24", PEER[0]));
+        far.address("wire", &format!("{}/64", PEER[1]));
+        Self { host, far }
+    }
+
+    /// Starts the guest with the addresses numbered `number`; `options` are its own, without their `guest.`.
+    pub fn start(&self, number: u8, options: &str) -> Vm {
+        self.start_on("lower", number, options)
+    }
+
+    /// The same with the whole argument of `--macvtap`.
+    pub fn start_on(&self, macvtap: &str, number: u8, options: &str) -> Vm {
+        let [ip, ip6] = addresses(number);
+        let options = options
+            .split_whitespace()
+            .map(|option| format!("guest.{option} "))
+            .collect::<String>();
+        let line = format!("{options}guest.ip={ip}/24 guest.ip6={ip6}/64");
+        let mut command = self.host.command(vm::binary());
+        command.arg("--kernel").arg(elf()).args([
+            "--memory",
+            "128M",
+            "--macvtap",
+            macvtap,
+            "--cmdline",
+            &line,
+        ]);
+        command.stdin(Stdio::null());
+        Vm::spawn(command)
+    }
+
+    /// Starts a guest that serves, and waits until it does.
+    pub fn serve(&self, number: u8, options: &str) -> Vm {
+        let mut vm = self.start(number, &format!("mode=echo {options}"));
+        vm.wait_for("READY echo\n", PATIENCE);
+        vm
+    }
+
+    /// Runs a guest to its end, which must be a power-off; returns its console.
+    pub fn run(&self, number: u8, options: &str) -> String {
+        power_off(self.start(number, options))
+    }
+
+    /// Tells a serving guest to end, and waits for that.
+    pub fn quit(&self, number: u8, vm: Vm) -> String {
+        let [ip, _] = addresses(number);
+        assert_eq!(
+            self.datagram(&ip, b"quit"),
+            b"quit",
+            "\n{}",
+            vm.transcript()
+        );
+        power_off(vm)
+    }
+
+    /// Sends a datagram from the far side to a guest, until it comes back.
+    pub fn datagram(&self, ip: &str, data: &[u8]) -> Vec<u8> {
+        let to = SocketAddr::new(ip.parse().expect("an address"), ECHO);
+        self.far.enter(|| {
+            let any = if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };
+            let socket = UdpSocket::bind(any).expect("a socket");
+            socket
+                .set_read_timeout(Some(Duration::from_secs(1)))
+                .expect("a timeout");
+            let mut answer = vec![0; 65_536];
+            for _ in 0..10 {
+                socket.send_to(data, to).expect("the datagram goes out");
+                if let Ok(length) = socket.recv(&mut answer) {
+                    answer.truncate(length);
+                    return answer;
+                }
+            }
+            panic!("no datagram came back from {to}");
+        })
+    }
+
+    /// Connects from the far side to a service of a guest and runs `work` on the connection.
+    pub fn connect<T: Send>(
+        &self,
+        ip: &str,
+        port: u16,
+        work: impl FnOnce(TcpStream) -> T + Send,
+    ) -> T {
+        let to = SocketAddr::new(ip.parse().expect("an address"), port);
+        self.far.enter(|| {
+            let stream =
+                TcpStream::connect_timeout(&to, PATIENCE).unwrap_or_else(|e| panic!("{to}: {e}"));
+            stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+            work(stream)
+        })
+    }
+
+    /// Sends `bytes` of the stream to a guest's sink, which must find them right. Returns Mbit/s.
+    pub fn fill_sink(&self, ip: &str, bytes: usize) -> u64 {
+        let start = Instant::now();
+        let answer = self.connect(ip, SINK, |mut stream| {
+            let mut position = 0;
+            while position < bytes {
+                let block = stream_bytes(position, (bytes - position).min(1 << 16));
+                stream
+                    .write_all(&block)
+                    .expect("the guest takes the stream");
+                position += block.len();
+            }
+            stream
+                .shutdown(std::net::Shutdown::Write)
+                .expect("the connection is up");
+            let mut answer = String::new();
+            stream
+                .read_to_string(&mut answer)
+                .expect("the guest answers");
+            answer
+        });
+        assert_eq!(answer, format!("OK {bytes}\n"));
+        mbits(bytes, start.elapsed())
+    }
+
+    /// Reads a guest's source to its end, which must come after `bytes` right ones. Returns Mbit/s.
+    pub fn drain_source(&self, ip: &str, bytes: usize) -> u64 {
+        let start = Instant::now();
+        let received = self.connect(ip, SOURCE, |mut stream| {
+            let mut block = vec![0; 1 << 18];
+            let mut position = 0;
+            loop {
+                match stream.read(&mut block).expect("the guest sends the stream") {
+                    0 => return position,
+                    length => {
+                        assert!(
+                            block[..length] == stream_bytes(position, length),
+                            "wrong bytes after {position}"
+                        );
+                        position += length;
+                    }
+                }
+            }
+        });
+        assert_eq!(received, bytes);
+        mbits(bytes, start.elapsed())
+    }
+}
+
+/// The IPv4 and IPv6 address of the guest with this number.
+pub fn addresses(number: u8) -> [String; 2] {
+    [format!("10.77.0.{number}"), format!("fd77::{number:x}")]
+}
+
+/// Waits for a guest's power-off; returns its console.
+pub fn power_off(mut vm: Vm) -> String {
+    let status = vm.wait_exit(PATIENCE);
+    assert_eq!(status.code(), Some(0), "\n{}", vm.transcript());
+    vm.console()
+}
+
+/// The same, for a guest that must not have reported any failure.
+pub fn succeed(vm: Vm) -> String {
+    let console = power_off(vm);
+    assert!(console.contains("END failures=0\n"), "{console}");
+    console
+}
+
+/// Bytes of the stream that the guest sends and checks, from a position on (`tests/guest/src/net/stream.rs`).
+pub fn stream_bytes(position: usize, length: usize) -> Vec<u8> {
+    let byte = |n: usize| ((n as u32).wrapping_mul(0x9e37_79b9) >> 24) as u8;
+    (position..position + length).map(byte).collect()
+}
+
+fn mbits(bytes: usize, time: Duration) -> u64 {
+    (bytes as u128 * 8 / time.as_micros().max(1)) as u64
+}

@@ -1,0 +1,20 @@
+//! What the end-to-end tests share.
+//!
+//! - `vm`: a running minivmm, its console, log and end
+//! - `netns`: network namespaces with links and addresses for a test
+//! - `guest`: the freestanding test guest
+//! - `capture`: frames on a link, and their checksums
+//! - `assets`: Debian's kernel and tools, downloaded once
+//! - `initramfs`: archives for the Linux guest and for the lab
+//! - `site`: a wire with a third host, for Linux guests
+//! - `linux`: a minivmm with Debian's kernel in it
+#![allow(dead_code, unused_imports)] // Each test binary uses its own part of this module.
+
+pub mod assets;
+pub mod capture;
+pub mod guest;
+pub mod initramfs;
+pub mod linux;
+pub mod netns;
+pub mod site;
+pub mod vm;

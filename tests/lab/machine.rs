@@ -1,0 +1,193 @@
+//! The outer virtual machine: QEMU's emulator with nested SVM, Debian's kernel, an initramfs with the program to run.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::harness::assets::{Assets, assets, lock};
+use crate::harness::initramfs::{Archive, find};
+use crate::harness::vm;
+
+/// What runs in the lab: a test binary or the demo.
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// The program on this machine; it is copied into the lab together with its libraries.
+    pub program: &'a Path,
+    /// Its arguments.
+    pub args: &'a [String],
+    /// When it is given up.
+    pub limit: Duration,
+}
+
+/// The machine. Without XSAVE, since QEMU's nested SVM lets a guest's XSETBV through to the lab's own register.
+const MACHINE: &str = "-accel tcg,thread=multi -cpu max,+svm,-xsave -M q35 -smp 2 -m 5G \
+    -nodefaults -no-user-config -no-reboot -display none -nic none";
+
+/// Its kernel's command line.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable";
+
+const MODULES: &[&str] = &[
+    "kvm-amd",
+    "macvlan",
+    "macvtap",
+    "tun",
+    "veth",
+    "dummy",
+    "bridge",
+    "bonding",
+    "8021q",
+    "vhost_net",
+    "virtio_mmio",
+    "virtio_pci",
+];
+
+impl Job<'_> {
+    /// Whether the program itself runs QEMU, as the tests of `minivmm qemu` do.
+    fn wants_qemu(&self) -> bool {
+        let name = self.program.file_name().unwrap_or_default();
+        name.to_string_lossy().starts_with("qemu-")
+    }
+}
+
+/// What QEMU reads for a PC whose kernel is given, where Debian has it.
+const FIRMWARE: &[&str] = &[
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/qemu/kvmvapic.bin",
+    "/usr/share/qemu/linuxboot_dma.bin",
+];
+
+/// Runs the job in a lab of its own, hands each line of its output to `line`, and returns the program's exit status.
+///
+/// # Errors
+///
+/// A text that says how the lab ended without one.
+pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, String> {
+    // Two labs at once would only slow each other down, into their limits.
+    let _lock = lock("lab.lock");
+    let temp =
+        tempfile::tempdir().map_err(|e| format!("cannot make a temporary directory: {e}"))?;
+    let initrd = temp.path().join("initrd");
+    fs::write(&initrd, initramfs(job, assets()))
+        .map_err(|e| format!("cannot write {}: {e}", initrd.display()))?;
+    let console = temp.path().join("console");
+    let mut qemu = Qemu::start(&assets().bzimage(), &initrd, &console)?;
+    let lines = qemu.lines();
+    let deadline = Instant::now() + job.limit;
+    loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(text) => match text
+                .strip_prefix("LAB exit ")
+                .and_then(|status| status.parse().ok())
+            {
+                Some(status) => return Ok(status),
+                None => line(&text),
+            },
+            Err(why) => {
+                let console = fs::read(&console).unwrap_or_default();
+                let console = String::from_utf8_lossy(&console).into_owned();
+                let what = match why {
+                    RecvTimeoutError::Timeout => format!("was given up after {:?}", job.limit),
+                    RecvTimeoutError::Disconnected => "ended early".to_owned(),
+                };
+                return Err(format!("the lab {what}; its console:\n{console}"));
+            }
+        }
+    }
+}
+
+fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.base(include_bytes!("../../resources/lab-init"));
+    archive.modules(&assets.modules(), MODULES);
+    archive.program(&vm::binary(), "/lab/bin/minivmm");
+    archive.program(job.program, "/lab/bin/job");
+    for (program, package) in [("ip", "iproute2"), ("iperf3", "iperf3")] {
+        archive.program(&find(program, package), &format!("/lab/bin/{program}"));
+    }
+    if job.wants_qemu() {
+        let qemu = find("qemu-system-x86_64", "qemu-system-x86");
+        // At its own place: it looks for its firmware from there.
+        archive.program(&qemu, "/usr/bin/qemu-system-x86_64");
+        for file in FIRMWARE {
+            archive.file(Path::new(file), file);
+        }
+    }
+    archive.file(&assets.bzimage(), "/lab/cache/linux/bzImage");
+    archive.file(&assets.vmlinux(), "/lab/cache/linux/vmlinux");
+    for module in fs::read_dir(assets.modules())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = module.file_name();
+        archive.file(
+            &module.path(),
+            &format!("/lab/cache/linux/modules/{}", name.to_string_lossy()),
+        );
+    }
+    let quoted: Vec<_> = job
+        .args
+        .iter()
+        .map(|arg| format!("'{}'", arg.replace('\'', r"'\''")))
+        .collect();
+    let script = format!(
+        "export MINIVMM_IN_LAB=1 MINIVMM_BIN=/lab/bin/minivmm MINIVMM_CACHE=/lab/cache\ncd /lab\nexec job {}\n",
+        quoted.join(" ")
+    );
+    archive.bytes("/lab/run", script.as_bytes(), 0o755);
+    archive.finish()
+}
+
+/// The emulator; killed when dropped, and by the kernel when the thread that started it ends.
+struct Qemu {
+    child: Child,
+}
+
+impl Qemu {
+    fn start(kernel: &Path, initrd: &Path, console: &Path) -> Result<Self, String> {
+        let qemu = find("qemu-system-x86_64", "qemu-system-x86");
+        let mut command = Command::new(find("setpriv", "util-linux"));
+        command.args(["--pdeathsig", "KILL"]).arg(qemu);
+        command.args(MACHINE.split_whitespace());
+        command.arg("-kernel").arg(kernel);
+        command.arg("-initrd").arg(initrd);
+        command.args(["-append", CMDLINE]);
+        // The kernel's console, and what the job writes.
+        let file = format!("file:{}", console.display());
+        command.args(["-serial", &file, "-serial", "stdio"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let child = command
+            .spawn()
+            .map_err(|e| format!("cannot run {command:?}: {e}"))?;
+        Ok(Self { child })
+    }
+
+    /// The lines that the second serial port writes.
+    fn lines(&mut self) -> mpsc::Receiver<String> {
+        let (sender, receiver) = mpsc::channel();
+        let stdout = self.child.stdout.take().expect("stdout is piped");
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line)
+                    .trim_end_matches('\r')
+                    .to_owned();
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        receiver
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

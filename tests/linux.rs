@@ -1,0 +1,610 @@
+//! minivmm with Debian's stock kernel as the guest: boot, network, ends, signals and console.
+//!
+//! A boot costs several seconds in the lab, so each test asks its guests for as much as they can show.
+
+mod harness;
+mod lab;
+
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::assets::assets;
+use harness::linux::{boot, boot_command, command, small_initrd};
+use harness::netns::Netns;
+use harness::site::{Site, address, pings};
+use harness::vm::{self, Vm};
+use rustix::process::Signal;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn number(vm: &mut Vm, command: &str) -> u64 {
+    let text = vm.run(command);
+    text.trim()
+        .parse()
+        .unwrap_or_else(|e| panic!("{command}: {text:?}: {e}"))
+}
+
+/// Boots two guests at the same time.
+fn boot_two(host: &Netns, first: &[&str], second: &[&str]) -> (Vm, Vm) {
+    thread::scope(|scope| {
+        let first = scope.spawn(|| boot(Some(host), first));
+        let second = boot(Some(host), second);
+        (first.join().expect("the first guest boots"), second)
+    })
+}
+
+/// What `iperf3` of the third host serves; killed when dropped.
+struct Server(Child);
+
+impl Server {
+    fn start(netns: &Netns) -> Self {
+        let mut command = netns.command("iperf3");
+        let child = command
+            .arg("-s")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("iperf3 starts");
+        // It has no way to tell that it listens, but a socket in the namespace shows.
+        let start = Instant::now();
+        while !String::from_utf8_lossy(&netns.exec(&["cat", "/proc/net/tcp6"]).stdout)
+            .contains(":1451 ")
+        {
+            assert!(start.elapsed() < 10 * SECOND, "iperf3 does not listen");
+            thread::sleep(SECOND / 20);
+        }
+        Self(child)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn guest_on_a_macvtap_talks_to_a_third_host_and_not_to_its_own() {
+    lab::test(
+        "guest_on_a_macvtap_talks_to_a_third_host_and_not_to_its_own",
+        || {
+            let site = Site::new();
+            let mut vm = boot(
+                Some(&site.host),
+                &["--macvtap", "wire,mac=02:aa:00:00:00:0b"],
+            );
+            assert_eq!(vm.run("nproc").trim(), "1");
+            assert_eq!(
+                vm.run("cat /sys/class/net/eth0/address").trim(),
+                "02:aa:00:00:00:0b"
+            );
+            assert_eq!(vm.run("cat /sys/class/net/eth0/mtu").trim(), "1500");
+            address(&mut vm, "eth0", 11);
+
+            // The third host, by IPv4 and IPv6 with neighbour discovery, both ways.
+            for (guest, peer) in [("192.168.77.11", "192.168.77.3"), ("fd77::11", "fd77::3")] {
+                assert!(
+                    pings(&mut vm, peer),
+                    "the guest reaches {peer}\n{}",
+                    vm.transcript()
+                );
+                assert!(site.peer.pings(guest, 3), "the peer reaches {guest}");
+            }
+            site.peer.ip("neigh flush dev peer0");
+            assert!(
+                site.peer.pings("fd77::11", 3),
+                "the peer discovers the guest"
+            );
+            let neighbours = site.peer.ip("neigh show dev peer0");
+            assert!(neighbours.contains("02:aa:00:00:00:0b"), "{neighbours}");
+
+            // macvlan never carries frames between a link and its lower.
+            assert!(!pings(&mut vm, "192.168.77.1"));
+            assert!(!site.host.pings("192.168.77.11", 1));
+
+            acpi_is_clean(&mut vm);
+        },
+    );
+}
+
+/// Fails on any line of the kernel's log that blames our tables.
+fn acpi_is_clean(vm: &mut Vm) {
+    let log = vm.run("dmesg");
+    let bad = [
+        "ACPI Error",
+        "ACPI Warning",
+        "ACPI Exception",
+        "ACPI BIOS",
+        "Firmware Bug",
+        "Firmware Warn",
+    ];
+    let blames: Vec<_> = log
+        .lines()
+        .filter(|line| bad.iter().any(|word| line.contains(word)))
+        .collect();
+    assert!(blames.is_empty(), "{blames:#?}");
+}
+
+#[test]
+fn tcp_runs_both_ways_with_segmentation_offload() {
+    lab::test("tcp_runs_both_ways_with_segmentation_offload", || {
+        let site = Site::new();
+        let mut vm = boot(Some(&site.host), &["--macvtap", "wire", "--cpus", "2"]);
+        address(&mut vm, "eth0", 11);
+        assert!(pings(&mut vm, "192.168.77.3"));
+        let features = vm.run("cat /sys/class/net/eth0/device/features");
+        for (bit, name) in [
+            (0, "CSUM"),
+            (1, "GUEST_CSUM"),
+            (3, "MTU"),
+            (5, "MAC"),
+            (7, "GUEST_TSO4"),
+            (8, "GUEST_TSO6"),
+            (11, "HOST_TSO4"),
+            (12, "HOST_TSO6"),
+            (15, "MRG_RXBUF"),
+            (16, "STATUS"),
+            (28, "INDIRECT_DESC"),
+            (29, "EVENT_IDX"),
+            (32, "VERSION_1"),
+        ] {
+            assert_eq!(
+                features.as_bytes()[bit],
+                b'1',
+                "VIRTIO_NET_F_{name} in {features}"
+            );
+        }
+
+        let _server = Server::start(&site.peer);
+        for (direction, to, option) in [
+            ("tx", "192.168.77.3", ""),
+            ("rx", "192.168.77.3", "-R"),
+            ("tx", "fd77::3", ""),
+            ("rx", "fd77::3", "-R"),
+        ] {
+            let counter =
+                |what: &str| format!("cat /sys/class/net/eth0/statistics/{direction}_{what}");
+            let before = (
+                number(&mut vm, &counter("bytes")),
+                number(&mut vm, &counter("packets")),
+            );
+            let output = vm.run_for(&format!("iperf3 -c {to} {option} -t 2"), 30 * SECOND);
+            assert_eq!(output.status, 0, "{}\n{}", output.text, vm.transcript());
+            println!(
+                "{}",
+                output
+                    .text
+                    .lines()
+                    .filter(|line| line.contains("er"))
+                    .collect::<Vec<_>>()
+                    .join("\n")
+            );
+            let bytes = number(&mut vm, &counter("bytes")) - before.0;
+            let packets = number(&mut vm, &counter("packets")) - before.1;
+            assert!(bytes > 1_000_000, "{direction} {to}: {bytes} bytes");
+            // With segmentation offload most frames are many times as long as the MTU.
+            assert!(
+                bytes / packets > 3000,
+                "{direction} {to}: {bytes} bytes in {packets} frames"
+            );
+        }
+
+        vm.run("iperf3 -s -D");
+        thread::sleep(SECOND);
+        let client = site
+            .peer
+            .exec(&["iperf3", "-c", "192.168.77.11", "-t", "2"]);
+        assert!(
+            client.status.success(),
+            "{}",
+            String::from_utf8_lossy(&client.stdout)
+        );
+    });
+}
+
+#[test]
+fn two_guests_in_bridge_mode_talk_and_a_second_nic_works() {
+    lab::test(
+        "two_guests_in_bridge_mode_talk_and_a_second_nic_works",
+        || {
+            let site = Site::new();
+            let other = Netns::new();
+            site.host.veth("wire2", &other, "end2");
+            other.address("end2", "192.168.78.1/24");
+            let two_nics = [
+                "--macvtap",
+                "wire",
+                "--macvtap",
+                "wire2,mac=02:aa:00:00:00:22",
+            ];
+            let (mut a, mut b) = boot_two(&site.host, &two_nics, &["--macvtap", "wire"]);
+
+            address(&mut a, "eth0", 11);
+            address(&mut b, "eth0", 12);
+            assert!(
+                pings(&mut a, "192.168.77.12"),
+                "{}\n{}",
+                a.transcript(),
+                b.transcript()
+            );
+            assert!(pings(&mut b, "192.168.77.11"));
+            assert!(pings(&mut a, "fd77::12"));
+
+            assert_eq!(
+                a.run("cat /sys/class/net/eth1/address").trim(),
+                "02:aa:00:00:00:22"
+            );
+            a.run("ip link set eth1 up && ip addr add 192.168.78.11/24 dev eth1");
+            assert!(pings(&mut a, "192.168.78.1"));
+            assert!(other.pings("192.168.78.11", 3));
+        },
+    );
+}
+
+#[test]
+fn two_guests_in_private_mode_do_not_talk_and_leave_nothing_when_killed() {
+    lab::test(
+        "two_guests_in_private_mode_do_not_talk_and_leave_nothing_when_killed",
+        || {
+            let site = Site::new();
+            let nodes_before = tap_nodes();
+            let mac = "02:aa:00:00:00:0b";
+            let a_args = ["--macvtap", &format!("wire,mode=private,mac={mac}")];
+            let (mut a, mut b) = boot_two(&site.host, &a_args, &["--macvtap", "wire,mode=private"]);
+            address(&mut a, "eth0", 11);
+            address(&mut b, "eth0", 12);
+            assert!(!pings(&mut a, "192.168.77.12"));
+            assert!(!pings(&mut b, "192.168.77.11"));
+
+            let take_mac = || {
+                let add = format!(
+                    "link add link wire name probe address {mac} type macvlan mode private"
+                );
+                site.host.ip(&add);
+                let up = site
+                    .host
+                    .exec(&["ip", "link", "set", "probe", "up"])
+                    .status
+                    .success();
+                site.host.ip("link del probe");
+                up
+            };
+            assert!(!take_mac(), "the MAC is in use while the guest runs");
+            let links_before = site.host.links();
+            a.signal(Signal::KILL);
+            b.signal(Signal::KILL);
+            a.wait_exit(5 * SECOND);
+            b.wait_exit(5 * SECOND);
+            let start = Instant::now();
+            while !take_mac() || tap_nodes() != nodes_before {
+                assert!(
+                    start.elapsed() < 5 * SECOND,
+                    "left behind: {:?}, the MAC is free: {}",
+                    tap_nodes(),
+                    take_mac()
+                );
+                thread::sleep(SECOND / 20);
+            }
+            assert_eq!(site.host.links(), links_before);
+        },
+    );
+}
+
+/// The nodes of macvtaps in `/dev`.
+fn tap_nodes() -> Vec<String> {
+    let entries = std::fs::read_dir("/dev").expect("/dev is there").flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut nodes: Vec<_> = names.filter(|name| name.starts_with("tap")).collect();
+    nodes.sort();
+    nodes
+}
+
+#[test]
+fn existing_macvtap_is_used_as_it_is() {
+    lab::test("existing_macvtap_is_used_as_it_is", || {
+        let site = Site::new();
+        site.host.macvtap("mt0", "wire", "bridge");
+        let mac = site.host.mac("mt0");
+        let mut vm = boot(Some(&site.host), &["--macvtap", "mt0"]);
+        assert_eq!(vm.run("cat /sys/class/net/eth0/address").trim(), mac);
+        address(&mut vm, "eth0", 11);
+        assert!(pings(&mut vm, "192.168.77.3"));
+        vm.send("1 poweroff -f\n");
+        assert_eq!(
+            vm.wait_exit(20 * SECOND).code(),
+            Some(0),
+            "{}",
+            vm.transcript()
+        );
+        assert_eq!(site.host.mac("mt0"), mac, "it is still there");
+    });
+}
+
+#[test]
+fn carrier_of_the_lower_is_the_carrier_of_the_guests_card() {
+    lab::test(
+        "carrier_of_the_lower_is_the_carrier_of_the_guests_card",
+        || {
+            let site = Site::new();
+            let mut vm = boot(Some(&site.host), &["--macvtap", "wire"]);
+            address(&mut vm, "eth0", 11);
+            becomes(&mut vm, "cat /sys/class/net/eth0/carrier", "1");
+            let interrupts = "awk '/virtio0/ { print $2 }' /proc/interrupts | head -n1";
+            let changes = "cat /sys/class/net/eth0/carrier_changes";
+            let before = (number(&mut vm, interrupts), number(&mut vm, changes));
+
+            site.far.down("end");
+            becomes(&mut vm, "cat /sys/class/net/eth0/carrier", "0");
+            becomes(&mut vm, "cat /sys/class/net/eth0/operstate", "down");
+            let link = vm.run("ip link show eth0");
+            assert!(link.contains("NO-CARRIER"), "{link}");
+            assert!(number(&mut vm, interrupts) > before.0, "no interrupt came");
+
+            site.far.up("end");
+            becomes(&mut vm, "cat /sys/class/net/eth0/carrier", "1");
+            // The flags follow within a second (net/core/link_watch.c).
+            becomes(&mut vm, "cat /sys/class/net/eth0/operstate", "up");
+            let link = vm.run("ip link show eth0");
+            assert!(!link.contains("NO-CARRIER"), "{link}");
+            assert_eq!(number(&mut vm, changes), before.1 + 2);
+            assert!(
+                pings(&mut vm, "192.168.77.3"),
+                "the link works again\n{}",
+                vm.transcript()
+            );
+        },
+    );
+}
+
+/// Waits until a command in the guest writes a line.
+fn becomes(vm: &mut Vm, command: &str, line: &str) {
+    let wait = format!(
+        "for i in $(seq 50); do [ \"$({command})\" = {line} ] && exit; usleep 100000; done; exit 1"
+    );
+    let status = vm.run_for(&wait, 20 * SECOND).status;
+    assert_eq!(status, 0, "{command}: not {line}\n{}", vm.transcript());
+}
+
+#[test]
+fn every_kind_of_lower_carries_a_guest_and_others() {
+    lab::test("every_kind_of_lower_carries_a_guest_and_others", || {
+        let (host, far) = (Netns::new(), Netns::new());
+        for n in 0..3 {
+            host.veth(&format!("wire{n}"), &far, &format!("end{n}"));
+        }
+        host.ip("link add lower0 link wire0 type vlan id 5");
+        far.ip("link add tagged link end0 type vlan id 5");
+        host.ip("link add lower1 type bond mode active-backup");
+        host.ip("link add lower2 type bridge");
+        for n in 1..3 {
+            host.down(&format!("wire{n}"));
+            host.ip(&format!("link set wire{n} master lower{n}"));
+            host.up(&format!("wire{n}"));
+        }
+        host.ip("link add lower3 type dummy");
+        let peers = Netns::new();
+        for n in 0..4 {
+            host.up(&format!("lower{n}"));
+        }
+        // Nobody is behind a dummy but those who share it.
+        peers.macvlan("sibling", &host, "lower3");
+        let peer = |n: usize| match n {
+            0 => (&far, "tagged"),
+            1 => (&far, "end1"),
+            2 => (&far, "end2"),
+            _ => (&peers, "sibling"),
+        };
+        for n in 0..4 {
+            let (netns, link) = peer(n);
+            netns.up(link);
+            netns.address(link, &format!("192.168.{}.1/24", 80 + n));
+        }
+
+        let lowers: Vec<_> = (0..4).map(|n| format!("lower{n}")).collect();
+        let args: Vec<_> = lowers
+            .iter()
+            .flat_map(|lower| ["--macvtap", lower])
+            .collect();
+        let mut vm = boot(Some(&host), &args);
+        for n in 0..4 {
+            let net = 80 + n;
+            vm.run(&format!(
+                "ip link set eth{n} up && ip addr add 192.168.{net}.11/24 dev eth{n}"
+            ));
+            assert!(
+                pings(&mut vm, &format!("192.168.{net}.1")),
+                "lower{n}\n{}",
+                vm.transcript()
+            );
+            let (netns, _) = peer(n);
+            assert!(netns.pings(&format!("192.168.{net}.11"), 3), "lower{n}");
+        }
+
+        // And for other programs, in both placements.
+        let script = r#"[ -c /proc/self/fd/3 ] && echo "$MINIVMM_NET_LOWER""#;
+        for lower in &lowers {
+            for placement in ["private", "host"] {
+                let macvtap = format!("{lower},netns={placement}");
+                let output = host
+                    .command(vm::binary())
+                    .args(["net", "open", &macvtap, "--", "sh", "-c", script])
+                    .output()
+                    .expect("minivmm starts");
+                assert_eq!(
+                    String::from_utf8_lossy(&output.stdout).trim(),
+                    lower,
+                    "{macvtap}: {}",
+                    String::from_utf8_lossy(&output.stderr)
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn vmlinux_with_four_cpus_boots_and_powers_off() {
+    lab::test("vmlinux_with_four_cpus_boots_and_powers_off", || {
+        let vmlinux = assets().vmlinux();
+        let kernel = vmlinux.to_str().expect("the cache's path is UTF-8");
+        let mut vm = boot(None, &["--kernel", kernel, "--cpus", "4"]);
+        assert_eq!(vm.run("nproc").trim(), "4");
+        assert_eq!(
+            vm.run("ls /sys/class/net").trim(),
+            "lo",
+            "a guest without a NIC"
+        );
+        acpi_is_clean(&mut vm);
+        vm.send("1 poweroff -f\n");
+        assert_eq!(
+            vm.wait_exit(20 * SECOND).code(),
+            Some(0),
+            "{}",
+            vm.transcript()
+        );
+        assert!(!vm.log().to_lowercase().contains("reboot"), "{}", vm.log());
+    });
+}
+
+#[test]
+fn guest_with_80_mib_boots_and_its_reboot_ends_minivmm() {
+    lab::test(
+        "guest_with_80_mib_boots_and_its_reboot_ends_minivmm",
+        || {
+            // Less is not enough for this kernel, and its bzImage needs more to unpack itself.
+            let (kernel, initrd) = (assets().vmlinux(), small_initrd());
+            let [kernel, initrd] =
+                [&kernel, &initrd].map(|path| path.to_str().expect("the cache's path is UTF-8"));
+            let args = ["--memory", "80M", "--kernel", kernel, "--initrd", initrd];
+            let mut vm = boot(None, &args);
+            let total = number(
+                &mut vm,
+                "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo",
+            );
+            assert!(total < 64 << 10, "{total} KiB");
+            vm.send("1 reboot -f\n");
+            assert_eq!(
+                vm.wait_exit(20 * SECOND).code(),
+                Some(0),
+                "{}",
+                vm.transcript()
+            );
+            assert!(vm.log().to_lowercase().contains("reboot"), "{}", vm.log());
+        },
+    );
+}
+
+#[test]
+fn guest_with_memory_above_4_gib_uses_it_and_its_panic_is_told() {
+    lab::test(
+        "guest_with_memory_above_4_gib_uses_it_and_its_panic_is_told",
+        || {
+            let mut vm = boot(None, &["--memory", "4608M"]);
+            let total = number(
+                &mut vm,
+                "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo",
+            );
+            assert!(total > 4300 << 10, "{total} KiB");
+            vm.send("1 echo c >/proc/sysrq-trigger\n");
+            assert_eq!(
+                vm.wait_exit(20 * SECOND).code(),
+                Some(4),
+                "{}",
+                vm.transcript()
+            );
+            assert!(vm.log().to_lowercase().contains("panic"), "{}", vm.log());
+        },
+    );
+}
+
+#[test]
+fn guest_with_sixteen_cpus_brings_up_all() {
+    lab::test("guest_with_sixteen_cpus_brings_up_all", || {
+        let mut vm = boot(None, &["--cpus", "16"]);
+        assert_eq!(vm.run("nproc").trim(), "16");
+        acpi_is_clean(&mut vm);
+    });
+}
+
+#[test]
+fn sigterm_presses_the_power_button_also_with_stdin_closed() {
+    lab::test(
+        "sigterm_presses_the_power_button_also_with_stdin_closed",
+        || {
+            // A shell closes descriptor 0, which then is the first that minivmm opens itself.
+            let make = || {
+                let inner = command(None, &[]);
+                let mut shell = Command::new("sh");
+                shell
+                    .args(["-c", r#"exec "$0" "$@" <&-"#])
+                    .arg(inner.get_program())
+                    .args(inner.get_args());
+                shell
+            };
+            let mut vm = boot_command(make, Vm::console);
+            vm.wait_for("GUEST ready\n", 30 * SECOND);
+            vm.signal(Signal::TERM);
+            vm.wait_for("GUEST power button\n", 10 * SECOND);
+            assert_eq!(
+                vm.wait_exit(20 * SECOND).code(),
+                Some(0),
+                "{}",
+                vm.transcript()
+            );
+        },
+    );
+}
+
+#[test]
+fn second_sigterm_ends_a_deaf_guest_at_once() {
+    lab::test("second_sigterm_ends_a_deaf_guest_at_once", || {
+        let mut vm = boot(None, &[]);
+        vm.run("killall head");
+        vm.signal(Signal::TERM);
+        thread::sleep(2 * SECOND);
+        assert!(
+            !vm.has_ended(),
+            "the guest has its grace time\n{}",
+            vm.transcript()
+        );
+        let start = Instant::now();
+        vm.signal(Signal::TERM);
+        assert_eq!(
+            vm.wait_exit(10 * SECOND).code(),
+            Some(143),
+            "{}",
+            vm.transcript()
+        );
+        assert!(start.elapsed() < 2 * SECOND, "{:?}", start.elapsed());
+    });
+}
+
+#[test]
+fn console_to_a_file_keeps_stdout_empty() {
+    lab::test("console_to_a_file_keeps_stdout_empty", || {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("console");
+        let console = format!("file:{}", path.display());
+        let make = || {
+            let mut command = command(None, &["--console", &console]);
+            command.stdin(Stdio::null());
+            command
+        };
+        let read = || std::fs::read_to_string(&path).unwrap_or_default();
+        let mut vm = boot_command(make, |_| read());
+        let start = Instant::now();
+        while !read().contains("GUEST ready") {
+            assert!(start.elapsed() < 30 * SECOND, "{}", read());
+            thread::sleep(SECOND / 10);
+        }
+        vm.signal(Signal::TERM);
+        assert_eq!(
+            vm.wait_exit(20 * SECOND).code(),
+            Some(0),
+            "{}",
+            vm.transcript()
+        );
+        assert_eq!(vm.console(), "");
+    });
+}

@@ -1,0 +1,448 @@
+//! minivmm on this machine's `/dev/kvm` with the freestanding test guest (`guest/`), over a real macvtap on a veth pair
+//! in namespaces that each test makes.
+
+mod harness;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use harness::capture;
+use harness::guest::{
+    ECHO, Net, PATIENCE, PEER, addresses, elf, is_possible, power_off, stream_bytes, succeed,
+};
+use harness::netns::Netns;
+use harness::vm::{self, Vm};
+use rustix::process::Signal;
+
+/// How much the bulk streams carry.
+const BULK: usize = 50 << 20;
+
+/// The value of `key=` in the first line of the console that begins with `line`.
+fn value<'a>(console: &'a str, line: &str, key: &str) -> &'a str {
+    let line = console
+        .lines()
+        .find(|candidate| candidate.starts_with(line))
+        .unwrap_or_else(|| panic!("{console}"));
+    let found = line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+    found.unwrap_or_else(|| panic!("no {key} in {line:?}"))
+}
+
+#[test]
+fn info_shows_the_macvtaps_mac_and_the_links_mtu() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    net.host.ip("link set lower mtu 1400");
+    let vm = net.start_on("lower,mac=02:00:00:00:77:01", 2, "mode=info");
+    let console = succeed(vm);
+    assert_eq!(value(&console, "NIC 0", "mac"), "02:00:00:00:77:01");
+    assert_eq!(value(&console, "NIC 0", "mtu"), "1400");
+    assert_eq!(value(&console, "NIC 0", "status"), "1");
+    assert_eq!(value(&console, "OK info", "nics"), "1");
+}
+
+#[test]
+fn info_without_a_mac_shows_the_one_that_the_log_names() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start(2, "mode=info");
+    assert!(vm.wait_exit(PATIENCE).success(), "{}", vm.transcript());
+    let (console, log) = (vm.console(), vm.log());
+    let mac = value(&console, "NIC 0", "mac");
+    assert!(log.contains(mac), "{mac} is not in the log:\n{log}");
+}
+
+#[test]
+fn two_nics_are_both_there_and_work() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let other = Netns::new();
+    net.host.veth("lower2", &other, "wire2");
+    other.address("wire2", "10.77.0.9/24");
+    let start = |options: &str| {
+        let mut command = net.host.command(vm::binary());
+        command.arg("--kernel").arg(elf()).args([
+            "--memory",
+            "128M",
+            "--macvtap",
+            "lower",
+            "--macvtap",
+            "lower2",
+        ]);
+        command.args(["--cmdline", &format!("guest.ip=10.77.0.2/24 {options}")]);
+        Vm::spawn(command)
+    };
+    let console = succeed(start("guest.mode=info"));
+    assert_eq!(value(&console, "OK info", "nics"), "2");
+    assert_ne!(
+        value(&console, "NIC 0", "mac"),
+        value(&console, "NIC 1", "mac")
+    );
+    succeed(start("guest.mode=ping guest.index=0 guest.peer=10.77.0.1"));
+    succeed(start("guest.mode=ping guest.index=1 guest.peer=10.77.0.9"));
+}
+
+/// Everything that a guest serves, with either driver in it.
+fn serves_everything(driver: &str) {
+    let net = Net::new();
+    let vm = net.serve(2, &format!("nic={driver} bytes={BULK}"));
+    for ip in addresses(2) {
+        assert!(
+            net.far.pings(&ip, 3),
+            "no ping to {ip}\n{}",
+            vm.transcript()
+        );
+        let datagram = stream_bytes(0, 1400);
+        assert_eq!(net.datagram(&ip, &datagram), datagram);
+        echoes_a_stream(&net, &ip);
+        let received = net.fill_sink(&ip, BULK);
+        let sent = net.drain_source(&ip, BULK);
+        println!("nic={driver} {ip}: guest receives {received} Mbit/s, sends {sent} Mbit/s");
+    }
+    let console = net.quit(2, vm);
+    assert_eq!(value(&console, "OK echo", "connections"), "6");
+}
+
+fn echoes_a_stream(net: &Net, ip: &str) {
+    use std::io::{Read, Write};
+    net.connect(ip, ECHO, |stream| {
+        let data = stream_bytes(0, 1 << 20);
+        let (mut reader, mut writer) = (&stream, &stream);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                writer.write_all(&data).expect("the guest takes the stream");
+                stream
+                    .shutdown(std::net::Shutdown::Write)
+                    .expect("the connection is up");
+            });
+            let mut echo = Vec::new();
+            reader.read_to_end(&mut echo).expect("the guest answers");
+            assert!(
+                echo == data,
+                "{} of {} bytes came back, or wrong ones",
+                echo.len(),
+                data.len()
+            );
+        });
+    });
+}
+
+#[test]
+fn guest_with_virtio_drivers_serves_ping_udp_and_tcp() {
+    if is_possible() {
+        serves_everything("drivers");
+    }
+}
+
+#[test]
+fn guest_with_offloads_serves_ping_udp_and_tcp() {
+    if is_possible() {
+        serves_everything("own");
+    }
+}
+
+#[test]
+fn guest_pings_the_far_side() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    for (driver, peer) in [
+        ("drivers", PEER[0]),
+        ("drivers", PEER[1]),
+        ("own", PEER[0]),
+        ("own", PEER[1]),
+    ] {
+        let console =
+            succeed(net.start(2, &format!("mode=ping count=20 nic={driver} peer={peer}")));
+        println!(
+            "nic={driver} {peer}: {} us at least",
+            value(&console, "OK ping", "min_us")
+        );
+    }
+}
+
+#[test]
+fn received_frames_interrupt_the_guest() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    succeed(net.start(2, &format!("mode=interrupts count=20 peer={}", PEER[0])));
+}
+
+#[test]
+fn tso_frames_arrive_as_segments_with_right_checksums() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    capture::disable_offloads(&net.host, "lower");
+    let bytes = 2 << 20;
+    let vm = net.serve(2, &format!("nic=own bytes={bytes}"));
+    for ip in addresses(2) {
+        let frames = capture::during(&net.far, "wire", || net.drain_source(&ip, bytes));
+        let segments: Vec<_> = frames
+            .iter()
+            .filter_map(|frame| capture::Segment::from_source(frame))
+            .collect();
+        let carried: usize = segments.iter().map(|segment| segment.payload).sum();
+        assert!(
+            carried >= bytes,
+            "{ip}: only {carried} bytes in {} segments were seen",
+            segments.len()
+        );
+        for segment in &segments {
+            assert!(
+                segment.checksum_is_right,
+                "{ip}: a segment of {} bytes has a wrong checksum",
+                segment.payload
+            );
+            assert!(
+                segment.frame <= 1514,
+                "{ip}: a frame of {} bytes",
+                segment.frame
+            );
+        }
+    }
+    net.quit(2, vm);
+}
+
+#[test]
+fn two_guests_on_one_lower_talk_in_bridge_mode() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let server = net.serve(2, "nic=own");
+    for peer in addresses(2) {
+        succeed(net.start(3, &format!("mode=ping nic=drivers peer={peer}")));
+    }
+    let [peer, _] = addresses(2);
+    let console = succeed(net.start(
+        3,
+        &format!("mode=tcp-source nic=own bytes={BULK} peer={peer}"),
+    ));
+    println!(
+        "guest to guest: {BULK} bytes in {} us",
+        value(&console, "OK tcp-source", "us")
+    );
+    succeed(net.start(3, &format!("mode=tcp-sink nic=own peer={peer}")));
+    net.quit(2, server);
+}
+
+#[test]
+fn two_guests_on_one_lower_cannot_talk_in_private_mode() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut server = net.start_on("lower,mode=private", 2, "mode=echo");
+    server.wait_for("READY echo\n", PATIENCE);
+    let [peer, _] = addresses(2);
+    let console = power_off(net.start_on(
+        "lower,mode=private",
+        3,
+        &format!("mode=ping count=3 peer={peer}"),
+    ));
+    assert_eq!(value(&console, "FAIL ping", "received"), "0");
+    // The far side still reaches the server: it is there, only not for its sibling.
+    assert!(net.far.pings(&peer, 3));
+    net.quit(2, server);
+}
+
+#[test]
+fn hosts_own_address_on_the_lower_is_out_of_reach() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    net.host.address("lower", "10.77.0.8/24");
+    let console = net.run(2, "mode=ping count=3 peer=10.77.0.8");
+    assert_eq!(value(&console, "FAIL ping", "received"), "0");
+}
+
+#[test]
+fn reset_ends_with_0_and_the_log_says_so() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start(2, "mode=reset");
+    assert_eq!(
+        vm.wait_exit(PATIENCE).code(),
+        Some(0),
+        "{}",
+        vm.transcript()
+    );
+    assert!(vm.log().contains("reboot"), "{}", vm.transcript());
+}
+
+#[test]
+fn triple_fault_ends_with_3_and_names_the_instruction() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start(2, "mode=triple-fault");
+    assert_eq!(
+        vm.wait_exit(PATIENCE).code(),
+        Some(3),
+        "{}",
+        vm.transcript()
+    );
+    let log = vm.log().to_lowercase();
+    assert!(log.contains("triple fault") && log.contains("rip"), "{log}");
+    // The guest faults on purpose at a ud2.
+    assert!(
+        log.contains("0f 0b") || log.contains("0f0b"),
+        "no instruction bytes in the log:\n{log}"
+    );
+}
+
+#[test]
+fn exception_in_the_guest_is_reported_by_the_guest() {
+    if !is_possible() {
+        return;
+    }
+    let console = Net::new().run(2, "mode=exception");
+    assert_eq!(value(&console, "FAIL exception", "vector"), "6");
+    assert!(console.ends_with("END failures=1\n"), "{console}");
+}
+
+#[test]
+fn sigterm_twice_ends_a_deaf_guest_at_once_with_143() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start(2, "mode=hlt");
+    vm.wait_for("OK hlt", PATIENCE);
+    vm.signal(Signal::TERM);
+    vm.wait_for_log("power button", PATIENCE);
+    let start = Instant::now();
+    vm.signal(Signal::TERM);
+    assert_eq!(
+        vm.wait_exit(PATIENCE).code(),
+        Some(128 + 15),
+        "{}",
+        vm.transcript()
+    );
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "it took {:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn sigkill_leaves_no_link_no_node_and_the_mac_free() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    for _ in 0..3 {
+        // Were the last round's macvtap still there, this one with the same MAC could not come up.
+        let mut vm = net.start_on("lower,mac=02:00:00:00:77:02", 2, "mode=hlt");
+        vm.wait_for("OK hlt", PATIENCE);
+        let nodes = tap_nodes(vm.pid());
+        assert!(!nodes.is_empty(), "minivmm has no tap open");
+        vm.signal(Signal::KILL);
+        vm.wait_exit(PATIENCE);
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(net.host.links(), ["lower"]);
+        assert!(nodes.iter().all(|node| !node.exists()), "{nodes:?}");
+    }
+}
+
+/// The tap nodes that a process has open.
+fn tap_nodes(pid: u32) -> Vec<PathBuf> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).expect("minivmm runs");
+    fds.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
+        .filter(|path| path.to_string_lossy().contains("tap"))
+        .collect()
+}
+
+#[test]
+fn hostile_guest_harms_neither_the_monitor_nor_its_nic_nor_a_neighbour() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let neighbour = net.serve(3, "");
+    let mut vm = net.start(2, &format!("mode=hostile count=1000 peer={}", PEER[0]));
+    vm.wait_for("READY hostile\n", PATIENCE);
+    let [neighbours_ip, _] = addresses(3);
+    // One ping each 50 ms, as long as the attacks last, which is a few seconds.
+    let pings = net
+        .far
+        .exec(&["ping", "-n", "-q", "-i0.05", "-c80", "-W5", &neighbours_ip]);
+    vm.wait_for("END ", PATIENCE);
+    let console = succeed(vm);
+    assert!(
+        console
+            .lines()
+            .filter(|line| line.starts_with("OK "))
+            .count()
+            > 200,
+        "{console}"
+    );
+    let pings = String::from_utf8_lossy(&pings.stdout).into_owned();
+    assert!(
+        pings.contains(" 0% packet loss"),
+        "{pings}\n{}\n{console}",
+        neighbour.transcript()
+    );
+    net.quit(3, neighbour);
+}
+
+#[test]
+fn hostile_guest_does_not_make_the_monitor_grow() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    // The same attacks 100 times and 3,000 times.
+    let memory = |rounds: u32| {
+        let options = format!(
+            "mode=hostile count={rounds} only=life end=halt peer={}",
+            PEER[0]
+        );
+        let mut vm = net.start(2, &options);
+        // It halts then, and is killed when dropped.
+        vm.wait_for("END failures=0\n", PATIENCE);
+        own_memory(vm.pid())
+    };
+    let (short, long) = (memory(100), memory(3000));
+    println!("memory of the monitor: {short} kB after 100 resets, {long} kB after 3,000");
+    assert!(long < short + 512, "it grew from {short} kB to {long} kB");
+}
+
+/// The resident memory of a monitor in kB, its guest's left out (every mapping of 64 MiB or more).
+fn own_memory(pid: u32) -> u64 {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("minivmm runs");
+    let field = |line: &str, name: &str| -> Option<u64> {
+        line.strip_prefix(name)?
+            .trim()
+            .strip_suffix(" kB")?
+            .trim()
+            .parse()
+            .ok()
+    };
+    let (mut size, mut sum) = (0, 0);
+    for line in smaps.lines() {
+        size = field(line, "Size:").unwrap_or(size);
+        if let Some(resident) = field(line, "Rss:") {
+            sum += if size < 64 << 10 { resident } else { 0 };
+        }
+    }
+    sum
+}

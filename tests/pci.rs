@@ -1,0 +1,136 @@
+//! The network card as a PCI function, and with several queues, with Debian's stock kernel as the guest.
+
+mod harness;
+mod lab;
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::linux::boot;
+use harness::site::{Site, address, pings};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[test]
+fn stock_kernel_drives_two_cards_on_pci_by_interrupt_messages() {
+    let name = "stock_kernel_drives_two_cards_on_pci_by_interrupt_messages";
+    lab::test(name, || {
+        let site = Site::new();
+        let args = [
+            "--transport",
+            "pci",
+            "--cpus",
+            "2",
+            "--macvtap",
+            "wire",
+            "--macvtap",
+            "wire",
+        ];
+        let mut vm = boot(Some(&site.host), &args);
+        address(&mut vm, "eth0", 11);
+        for to in ["192.168.77.3", "fd77::3"] {
+            assert!(
+                pings(&mut vm, to),
+                "the guest reaches {to}\n{}",
+                vm.transcript()
+            );
+        }
+        for guest in ["192.168.77.11", "fd77::11"] {
+            assert!(site.peer.pings(guest, 3), "the peer reaches {guest}");
+        }
+
+        // The host bridge and two Ethernet controllers, as lspci would show them.
+        let functions = vm.run("cd /sys/bus/pci/devices && for d in *; do echo $d $(cat $d/vendor $d/device $d/class); done");
+        let expected = [
+            "0000:00:00.0 0x1b36 0x0008 0x060000",
+            "0000:00:01.0 0x1af4 0x1041 0x020000",
+            "0000:00:02.0 0x1af4 0x1041 0x020000",
+        ];
+        assert_eq!(functions.lines().collect::<Vec<_>>(), expected);
+        // A vector for the configuration and one for each queue, and those of eth0's queues were used.
+        let interrupts = vm.run("grep virtio0 /proc/interrupts");
+        for vector in ["virtio0-config", "virtio0-input.0", "virtio0-output.0"] {
+            assert!(interrupts.contains(vector), "{interrupts}");
+        }
+        let used = vm.run("awk '/virtio0-input/ {print $2 + $3}' /proc/interrupts");
+        assert!(
+            used.trim().parse::<u64>().is_ok_and(|count| count > 0),
+            "{interrupts}"
+        );
+
+        // Nothing that we made is complained of, and the enhanced configuration space is in use.
+        let log = vm.run("dmesg");
+        for bad in [
+            "ACPI Error",
+            "ACPI Warning",
+            "ACPI BIOS",
+            "Firmware",
+            "can't claim",
+            "not reserved",
+            "BAR 0: no space",
+        ] {
+            let blames: Vec<_> = log.lines().filter(|line| line.contains(bad)).collect();
+            assert!(blames.is_empty(), "{blames:#?}");
+        }
+        assert!(log.contains("MMCONFIG for domain 0000"), "{log}");
+
+        // The driver goes and comes back.
+        for _ in 0..3 {
+            vm.run("rmmod virtio_net && insmod /modules/virtio_net.ko");
+        }
+        address(&mut vm, "eth0", 11);
+        assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+        vm.start_command("poweroff -f");
+        assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    });
+}
+
+#[test]
+fn card_with_four_queue_pairs_spreads_its_traffic_over_all() {
+    lab::test(
+        "card_with_four_queue_pairs_spreads_its_traffic_over_all",
+        || {
+            for transport in ["mmio", "pci"] {
+                let site = Site::new();
+                let args = [
+                    "--transport",
+                    transport,
+                    "--cpus",
+                    "4",
+                    "--macvtap",
+                    "wire,queues=4",
+                ];
+                let mut vm = boot(Some(&site.host), &args);
+                address(&mut vm, "eth0", 11);
+                assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+                assert_eq!(vm.run("ls /sys/class/net/eth0/queues | wc -l").trim(), "8");
+
+                // The kernel spreads streams by their addresses and ports.
+                vm.run("iperf3 -s -D");
+                let client = ["iperf3", "-c", "192.168.77.11", "-P", "32", "-t", "3"];
+                let deadline = Instant::now() + 20 * SECOND;
+                while !site.peer.exec(&client).status.success() {
+                    assert!(Instant::now() < deadline, "{}", vm.transcript());
+                    thread::sleep(SECOND / 4);
+                }
+
+                // Without its driver the card has one queue again, which nobody reads.
+                vm.run("rmmod virtio_net");
+                let log = vm.log();
+                for pair in ["net0:", "net0.1:", "net0.2:", "net0.3:"] {
+                    let counters = log
+                        .lines()
+                        .find(|line| line.contains(&format!("{pair} RxCounters")));
+                    let counters = counters.unwrap_or_else(|| panic!("{pair} in {log}"));
+                    assert!(
+                        !counters.contains("RxCounters { frames: 0,"),
+                        "{transport}: {counters}"
+                    );
+                }
+                vm.run("insmod /modules/virtio_net.ko");
+                address(&mut vm, "eth0", 11);
+                assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+            }
+        },
+    );
+}

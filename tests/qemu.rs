@@ -1,0 +1,738 @@
+//! `minivmm qemu`, with Debian's QEMU: with its translator natively, for which no KVM is needed, and with KVM and
+//! vhost-net where Linux guests run, here or in the lab.
+
+mod harness;
+mod lab;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::assets::{assets, cache_dir, lock};
+use harness::linux::{boot_command, initrd};
+use harness::netns::{Netns, is_root};
+use harness::site::{Site, address, pings};
+use harness::vm::{Vm, binary};
+use rustix::fs::{Mode, OFlags, fcntl_getfl};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, tcgetattr};
+
+const SECOND: Duration = Duration::from_secs(1);
+/// From start to the prompt of our init; 5 s alone, more beside other tests.
+const BOOT: Duration = Duration::from_secs(120);
+const FIRMWARE: &str = "/usr/share/OVMF/OVMF_CODE.fd";
+const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS.fd";
+/// The reference client of QMP, from PyPI.
+const QMP_CLIENT: &str = "qemu.qmp==0.0.3";
+
+impl Site {
+    /// `minivmm qemu ARGS` in the host's namespace.
+    fn qemu<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = self.host.command(binary());
+        command.arg("qemu").args(args).stdin(Stdio::piped());
+        command
+    }
+
+    /// Boots the native monitor's guest in QEMU, and waits for its prompt.
+    fn boot(&self, args: &[&str]) -> Vm {
+        let (kernel, initrd) = (assets().bzimage(), initrd());
+        let mut command = self.qemu(["--kernel".as_ref(), kernel.as_os_str()]);
+        command.arg("--initrd").arg(initrd).args(args);
+        ready(command)
+    }
+
+    /// Whether a macvlan with this address comes up: not while another link has the address.
+    fn mac_is_free(&self, mac: &str) -> bool {
+        self.host.ip(&format!(
+            "link add link wire name probe address {mac} type macvlan mode private"
+        ));
+        let up = self.host.exec(&["ip", "link", "set", "probe", "up"]);
+        self.host.ip("link del probe");
+        up.status.success()
+    }
+}
+
+/// Whether the tests by translation run: with root, and not a second time inside the lab.
+fn here() -> bool {
+    lab::place() != lab::Place::InsideLab && is_root()
+}
+
+/// Starts a command whose guest has our init, and waits for its prompt.
+fn ready(command: Command) -> Vm {
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("GUEST ready\n", BOOT);
+    vm
+}
+
+/// The processes whose parent is `pid`.
+fn children(pid: u32) -> Vec<u32> {
+    let parent = |path: PathBuf| {
+        let status = fs::read_to_string(path.join("status")).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+        line.and_then(|text| text.trim().parse::<u32>().ok())
+    };
+    let entries = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+    entries
+        .filter(|entry| parent(entry.path()) == Some(pid))
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// When dropped, kills what a shell has started: it would live on when a failed test kills the shell.
+struct KillChildren(u32);
+
+impl Drop for KillChildren {
+    fn drop(&mut self) {
+        for child in children(self.0) {
+            if let Some(pid) = Pid::from_raw(child as i32) {
+                // It may have ended just now.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    }
+}
+
+/// Waits until `what` holds.
+fn eventually(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < limit, "{what}: not within {limit:?}");
+        thread::sleep(SECOND / 20);
+    }
+}
+
+/// Runs minivmm to an end that comes soon; its status, stdout and stderr.
+fn outcome(mut command: Command) -> Output {
+    command.stdin(Stdio::null());
+    command.output().expect("minivmm starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn kernel_guest_has_the_macvtaps_address_talks_and_powers_off() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let args = ["--macvtap", "wire,mac=02:aa:00:00:00:0b", "--accel", "auto"];
+    let mut vm = site.boot(&[&args[..], &["--cpus", "2", "--memory", "400M"]].concat());
+    assert_eq!(
+        vm.run("cat /sys/class/net/eth0/address").trim(),
+        "02:aa:00:00:00:0b"
+    );
+    assert_eq!(vm.run("nproc").trim(), "2");
+    let cmdline = vm.run("cat /proc/cmdline");
+    assert!(cmdline.starts_with("console=ttyS0 reboot=panic_warm panic=-1"));
+    assert!(site.host.links() == ["wire"], "{:?}", site.host.links());
+    address(&mut vm, "eth0", 11);
+    assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+    assert!(site.peer.pings("192.168.77.11", 3));
+    vm.send("1 poweroff -f\n");
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert!(vm.log().contains("powered off"), "{}", vm.log());
+    assert!(site.mac_is_free("02:aa:00:00:00:0b"));
+}
+
+#[test]
+fn two_guests_talk_and_one_has_several_queues() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let several = [
+        "--macvtap",
+        "wire,queues=2",
+        "--cpus",
+        "2",
+        "--accel",
+        "tcg",
+    ];
+    let (mut a, mut b) = thread::scope(|scope| {
+        let a = scope.spawn(|| site.boot(&several));
+        let b = site.boot(&["--macvtap", "wire", "--accel", "tcg"]);
+        (a.join().expect("the first guest boots"), b)
+    });
+    let queues = a.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l");
+    assert_eq!(queues.trim(), "2");
+    let vectors = a.run("grep -c virtio /proc/interrupts");
+    // The configuration's, and two for each pair of queues; the control queue's comes with its first use.
+    assert!(vectors.trim().parse::<u32>().unwrap() >= 5, "{vectors}");
+    address(&mut a, "eth0", 11);
+    address(&mut b, "eth0", 12);
+    assert!(pings(&mut a, "192.168.77.12"), "{}", a.transcript());
+    assert!(pings(&mut b, "192.168.77.11"));
+    // Several flows, so that each of the queues gets some.
+    for _ in 0..8 {
+        assert!(pings(&mut a, "192.168.77.3"));
+    }
+}
+
+#[test]
+fn kernel_guest_ends_as_in_the_native_monitor() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    for (command, status, words) in [
+        ("reboot -f", 0, "asked for a reboot"),
+        ("echo c >/proc/sysrq-trigger", 4, "panicked"),
+    ] {
+        let mut vm = site.boot(&["--accel", "tcg"]);
+        assert_eq!(vm.run("ls /sys/class/net").trim(), "lo");
+        vm.send(&format!("1 {command}\n"));
+        let code = vm.wait_exit(20 * SECOND).code();
+        assert_eq!(code, Some(status), "{command}\n{}", vm.transcript());
+        assert!(vm.log().contains(words), "{}", vm.log());
+    }
+}
+
+#[test]
+fn sigterm_presses_the_power_button_and_a_second_one_ends_a_deaf_guest() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("console");
+    let console = format!("file:{}", file.display());
+    let read = || fs::read_to_string(&file).unwrap_or_default();
+    let (kernel, initrd) = (assets().bzimage(), initrd());
+    let mut command = site.qemu(["--accel", "tcg", "--console", &console, "--kernel"]);
+    command.arg(&kernel).arg("--initrd").arg(&initrd);
+    let mut vm = Vm::spawn(command);
+    eventually(BOOT, "the guest boots", || read().contains("GUEST ready"));
+    vm.signal(Signal::TERM);
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert!(read().contains("GUEST power button"), "{}", read());
+    assert_eq!(vm.console(), "", "the console is in the file");
+
+    let mut vm = site.boot(&["--accel", "tcg"]);
+    vm.run("killall head");
+    vm.signal(Signal::TERM);
+    thread::sleep(2 * SECOND);
+    assert!(!vm.has_ended(), "{}", vm.transcript());
+    vm.signal(Signal::TERM);
+    assert_eq!(vm.wait_exit(5 * SECOND).code(), Some(143));
+}
+
+#[test]
+fn nothing_is_left_when_either_process_is_killed() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let mac = "02:aa:00:00:00:0c";
+    for (placement, victim) in [
+        ("private", "minivmm"),
+        ("private", "qemu"),
+        ("host", "qemu"),
+    ] {
+        let nic = format!("wire,mac={mac},netns={placement}");
+        let args = ["--macvtap", &nic, "--", "-M", "q35", "-nodefaults", "-S"];
+        let mut command = site.qemu(args);
+        command.args(["-display", "none", "-accel", "tcg", "-serial", "stdio"]);
+        let mut vm = Vm::spawn(command);
+        eventually(20 * SECOND, "QEMU runs", || {
+            children(vm.pid()).iter().any(|pid| {
+                fs::read_to_string(format!("/proc/{pid}/comm"))
+                    .is_ok_and(|comm| comm.starts_with("qemu"))
+            })
+        });
+        assert!(!site.mac_is_free(mac), "in use while QEMU runs");
+        let qemu = children(vm.pid())[0];
+        let links = site.host.links().len();
+        assert_eq!(links, if placement == "host" { 2 } else { 1 });
+        if victim == "qemu" {
+            kill_process(Pid::from_raw(qemu as i32).unwrap(), Signal::KILL).unwrap();
+            assert_eq!(vm.wait_exit(5 * SECOND).code(), Some(137));
+            assert!(vm.log().contains("killed by signal 9"), "{}", vm.log());
+        } else {
+            vm.signal(Signal::KILL);
+            vm.wait_exit(5 * SECOND);
+        }
+        let gone = || !Path::new(&format!("/proc/{qemu}")).exists();
+        eventually(5 * SECOND, "QEMU has ended", gone);
+        eventually(5 * SECOND, "the macvtap is gone", || site.mac_is_free(mac));
+        assert_eq!(site.host.links(), ["wire"]);
+    }
+}
+
+#[test]
+fn sigterm_reaches_a_qemu_of_args_alone() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let mut command = site.qemu(["--macvtap", "wire", "--", "-M", "q35", "-nodefaults", "-S"]);
+    command.args(["-display", "none", "-accel", "tcg", "-monitor", "stdio"]);
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("(qemu)", 20 * SECOND);
+    // The prompt comes before QEMU is ready for signals, the answer after.
+    vm.send("info status\n");
+    vm.wait_for("VM status", 20 * SECOND);
+    vm.signal(Signal::TERM);
+    // QEMU calls that a success.
+    assert_eq!(vm.wait_exit(5 * SECOND).code(), Some(0));
+    assert!(
+        vm.log().contains("terminating on signal 15"),
+        "{}",
+        vm.log()
+    );
+}
+
+#[test]
+fn script_of_a_dry_run_makes_the_same_guest() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let (kernel, initrd) = (assets().bzimage(), initrd());
+    let mac = "02:aa:00:00:00:0d";
+    let nic = format!("wire,mac={mac},queues=2");
+    let mut command = site.qemu([
+        "--dry-run",
+        "--macvtap",
+        &nic,
+        "--accel",
+        "tcg",
+        "--cpus",
+        "2",
+    ]);
+    command
+        .arg("--kernel")
+        .arg(&kernel)
+        .arg("--initrd")
+        .arg(&initrd);
+    command.args(["--cmdline", "quiet it's='quoted $HOME'"]);
+    let output = outcome(command);
+    let script = text(&output.stdout);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(site.host.links(), ["wire"], "nothing is done");
+
+    let mut shell = site.host.command("sh");
+    shell.args(["-c", &script]).stdin(Stdio::piped());
+    let mut vm = Vm::spawn(shell);
+    let _guard = KillChildren(vm.pid());
+    vm.wait_for("GUEST ready\n", BOOT);
+    assert_eq!(vm.run("cat /sys/class/net/eth0/address").trim(), mac);
+    let queues = vm.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l");
+    assert_eq!(queues.trim(), "2");
+    let cmdline = vm.run("cat /proc/cmdline");
+    assert!(cmdline.contains("it's='quoted $HOME'"), "{cmdline}");
+    address(&mut vm, "eth0", 11);
+    assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+    assert_eq!(site.host.links().len(), 2);
+    vm.send("1 poweroff -f\n");
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert_eq!(
+        site.host.links(),
+        ["wire"],
+        "the script has deleted its link"
+    );
+}
+
+/// A copy of UEFI's variables, which the guest writes.
+fn variables(dir: &Path) -> PathBuf {
+    let path = dir.join("vars.fd");
+    fs::copy(VARIABLES, &path).expect("the package ovmf is installed");
+    path
+}
+
+#[test]
+fn classic_command_works_with_its_macvtap_lines_replaced() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let disk = at("disk.qcow2");
+    let mut image = Command::new("qemu-img");
+    let made = image.args(["create", "-q", "-f", "qcow2", &disk, "64M"]);
+    assert!(made.status().expect("qemu-img is there").success());
+    let vars = variables(dir.path());
+    // Of the original, -enable-kvm and -cpu host are what the translator cannot do.
+    let args = format!(
+        "--macvtap wire,bus=pcie.0,addr=0x4,id=nic2,mac=02:aa:00:00:00:0e -- \
+         -M q35 -accel tcg -cpu max -smp 2 -m 512M -nodefaults \
+         -drive if=pflash,format=raw,readonly=on,file={FIRMWARE} -drive if=pflash,format=raw,file={} \
+         -serial mon:stdio -chardev socket,id=qmp,path={},server=on,wait=off -mon chardev=qmp,mode=control \
+         -netdev user,id=net0,hostfwd=tcp:127.0.0.1:2222-:22 \
+         -device virtio-net-pci,netdev=net0,bus=pcie.0,addr=0x3,mac=52:54:00:00:00:01,romfile= \
+         -device virtio-scsi-pci,id=scsi0 -drive if=none,id=hd,format=qcow2,file={disk} \
+         -device scsi-hd,drive=hd,bus=scsi0.0 -device virtio-gpu-pci -display none \
+         -device qemu-xhci -device usb-tablet \
+         -kernel {} -initrd {} -append console=ttyS0",
+        vars.display(),
+        at("qmp"),
+        assets().bzimage().display(),
+        initrd().display(),
+    );
+    let mut vm = ready(site.qemu(args.split_whitespace()));
+
+    // Each card is where it was put.
+    for (slot, mac) in [("3", "52:54:00:00:00:01"), ("4", "02:aa:00:00:00:0e")] {
+        let found = vm.run(&format!(
+            "cat /sys/bus/pci/devices/0000:00:0{slot}.0/virtio*/net/*/address"
+        ));
+        assert_eq!(found.trim(), mac);
+    }
+    let ids = vm.run("cat /sys/bus/pci/devices/*/device");
+    for (id, what) in [
+        ("0x1048", "virtio-scsi"),
+        ("0x1050", "virtio-gpu"),
+        ("0x000d", "xHCI"),
+    ] {
+        // A disk controller on an ordinary PCI slot is transitional, with the older id.
+        let found = ids.contains(id) || (id == "0x1048" && ids.contains("0x1004"));
+        assert!(found, "{what} in {ids}");
+    }
+    vm.run("[ -d /sys/firmware/efi ] || dmesg | grep -q 'efi: EFI v'");
+    let name = |vm: &mut Vm, slot: &str| {
+        let list = format!("ls /sys/bus/pci/devices/0000:00:0{slot}.0/virtio*/net");
+        vm.run(&list).trim().to_owned()
+    };
+    let (user, macvtap) = (name(&mut vm, "3"), name(&mut vm, "4"));
+
+    // The macvtap, and user networking with its forwarded port on the host's loopback.
+    address(&mut vm, &macvtap, 11);
+    assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+    vm.run(&format!(
+        "ip link set {user} up && ip addr add 10.0.2.15/24 dev {user}"
+    ));
+    vm.run("(while :; do echo hello from the guest | nc -l -p 22; done) >/dev/null 2>&1 &");
+    let greeting = || {
+        site.host.enter(|| {
+            let mut stream = TcpStream::connect("127.0.0.1:2222").ok()?;
+            stream.set_read_timeout(Some(5 * SECOND)).ok()?;
+            let mut text = String::new();
+            stream.write_all(b"\n").ok()?;
+            stream.read_to_string(&mut text).ok()?;
+            Some(text)
+        })
+    };
+    eventually(30 * SECOND, "the forwarded port answers", || {
+        greeting().is_some_and(|text| text.contains("hello from the guest"))
+    });
+
+    let answer = qmp(
+        &site.host,
+        &at("qmp"),
+        &["query-status", "query-block", "quit"],
+    );
+    assert!(answer.contains("running"), "{answer}");
+    assert!(answer.contains("qcow2"), "{answer}");
+    assert_eq!(
+        vm.wait_exit(10 * SECOND).code(),
+        Some(0),
+        "{}",
+        vm.transcript()
+    );
+    assert!(site.mac_is_free("02:aa:00:00:00:0e"));
+}
+
+/// Sends commands by the client of PyPI; its answers as text.
+fn qmp(netns: &Netns, socket: &str, commands: &[&str]) -> String {
+    const CLIENT: &str = "
+import asyncio, sys
+from qemu.qmp import QMPClient
+async def main():
+    client = QMPClient('test')
+    await client.connect(sys.argv[1])
+    for command in sys.argv[2:]:
+        print(command, await client.execute(command))
+    try:
+        await client.disconnect()
+    except (EOFError, ConnectionError):
+        pass # after a quit QEMU may be gone first
+asyncio.run(main())
+";
+    let library = cache_dir().join("qemu.qmp");
+    {
+        let _lock = lock("qemu.qmp.lock");
+        if !library.exists() {
+            let temp = cache_dir().join("qemu.qmp.new");
+            let mut pip = Command::new("python3");
+            pip.args(["-m", "pip", "install", "-q", "--no-deps"]);
+            pip.args(["--root-user-action=ignore", "--target"]);
+            // Of a download that was cut short.
+            let _ = fs::remove_dir_all(&temp);
+            let status = pip.arg(&temp).arg(QMP_CLIENT).status();
+            assert!(status.expect("python3 is there").success(), "{pip:?}");
+            fs::rename(&temp, &library).expect("the cache can be written");
+        }
+    }
+    let mut python = netns.command("python3");
+    python
+        .env("PYTHONPATH", &library)
+        .args(["-c", CLIENT, socket]);
+    let output = python.args(commands).output().expect("python3 starts");
+    let answers = text(&output.stdout) + &text(&output.stderr);
+    assert!(output.status.success(), "{answers}");
+    answers
+}
+
+#[test]
+fn uefi_firmware_reaches_its_shell_with_the_macvtap_as_its_card() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    // The firmware first tries what has a boot index, and then its shell: no network boot, which takes minutes to fail.
+    let disk = dir.path().join("empty");
+    fs::write(&disk, vec![0; 1 << 20]).expect("a file in the temporary directory");
+    let args = format!(
+        "--macvtap wire,mac=02:aa:00:00:00:0f,romfile= -- -M q35 -accel tcg -m 256M -nodefaults -display none \
+         -drive if=pflash,format=raw,readonly=on,file={FIRMWARE} -drive if=pflash,format=raw,file={} \
+         -drive if=none,id=empty,format=raw,file={} -device virtio-blk-pci,drive=empty,bootindex=1 -serial stdio",
+        variables(dir.path()).display(),
+        disk.display(),
+    );
+    let mut vm = Vm::spawn(site.qemu(args.split_whitespace()));
+    vm.wait_for("Shell>", BOOT);
+    vm.send("connect -r\r");
+    vm.wait_for("Shell>", 60 * SECOND);
+    vm.send("ifconfig -l\r");
+    vm.wait_for("02:AA:00:00:00:0F", 30 * SECOND);
+    vm.send("reset -s\r");
+    assert_eq!(
+        vm.wait_exit(20 * SECOND).code(),
+        Some(0),
+        "{}",
+        vm.transcript()
+    );
+}
+
+#[test]
+fn refusals_say_what_is_wrong_and_leave_nothing() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let old = dir.path().join("qemu-old");
+    fs::write(&old, "#!/bin/sh\necho QEMU emulator version 4.1.0\n").unwrap();
+    fs::set_permissions(&old, fs::Permissions::from_mode(0o755)).unwrap();
+    let too_old = format!("--qemu {} --macvtap wire -- -M q35", old.display());
+    let cases = [
+        (
+            "--macvtap wire -- -netdev user,id=macvtap0",
+            "the id macvtap0 is that of a --macvtap",
+        ),
+        (
+            "--macvtap wire -- -netdev tap,id=x,fd=3",
+            "file descriptor 3 is that of a --macvtap: use 4",
+        ),
+        (
+            "--macvtap wire -- -device e1000e,netdev=macvtap0,mac=52:54:00:12:34:56",
+            "but the macvtap's MAC address is",
+        ),
+        (
+            "--macvtap wire -- -device e1000e,netdev=macvtap0",
+            "without a usable mac=",
+        ),
+        ("--macvtap wire -- -daemonize", "-daemonize"),
+        ("--macvtap wire --accel tcg -- -enable-kvm", "choose one"),
+        (
+            "--qemu /no/such/qemu --macvtap wire -- -M q35",
+            "name a QEMU with --qemu",
+        ),
+        (too_old.as_str(), "is QEMU 4.1: 4.2 or newer is needed"),
+        ("--macvtap none -- -M q35", "none"),
+        ("--macvtap fd=9 -- -M q35", "fd 9 is not open"),
+    ];
+    for (args, expected) in cases {
+        let output = outcome(site.qemu(args.split_whitespace()));
+        let log = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args}: {log}");
+        assert!(log.contains(expected), "{args}: {log}");
+    }
+    if !Path::new("/dev/vhost-net").exists() {
+        let output = outcome(site.qemu(["--macvtap", "wire,vhost=on", "--", "-M", "q35"]));
+        assert!(text(&output.stderr).contains("modprobe vhost_net"));
+    }
+    let mut command = site.host.command("env");
+    command.arg(format!("PATH={}", dir.path().display()));
+    command
+        .arg(binary())
+        .args(["qemu", "--macvtap", "wire", "--", "-M", "q35"]);
+    let output = outcome(command);
+    let log = text(&output.stderr);
+    assert!(log.contains("no qemu-system-x86_64 in PATH"), "{log}");
+    let output = outcome(site.qemu(["--macvtap", "wire,script=no", "--", "-M", "q35"]));
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    assert_eq!(site.host.links(), ["wire"]);
+}
+
+#[test]
+fn failure_of_qemu_is_shown_with_a_hint_and_its_status() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let args = "--macvtap wire -- -M q35 -display none -drive if=pflash,format=raw,file=/none/OVMF_CODE.fd";
+    let output = outcome(site.qemu(args.split_whitespace()));
+    let log = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains("Could not open '/none/OVMF_CODE.fd'"), "{log}");
+    assert!(log.contains("apt install ovmf"), "{log}");
+
+    // The user's own tap, which is none.
+    let args = "--macvtap wire -- -M q35 -display none -accel tcg -netdev tap,id=own,fd=0";
+    let log = text(&outcome(site.qemu(args.split_whitespace())).stderr);
+    assert!(log.contains("is no tap queue"), "{log}");
+}
+
+#[test]
+fn queue_that_is_open_already_and_an_own_device_are_taken() {
+    if !here() {
+        return;
+    }
+    let site = Site::new();
+    let mac = "02:aa:00:00:00:10";
+    let (kernel, initrd) = (assets().bzimage(), initrd());
+    let mut command = site.host.command(binary());
+    command.args(["net", "open", &format!("wire,mac={mac}"), "--"]);
+    command
+        .arg(binary())
+        .args(["qemu", "--accel", "tcg", "--macvtap", "fd=3", "--kernel"]);
+    command.arg(kernel).arg("--initrd").arg(initrd);
+    let device = format!("virtio-net-pci,netdev=macvtap0,addr=0x9,mac={mac}");
+    command
+        .args(["--", "-device", &device])
+        .stdin(Stdio::piped());
+    let mut vm = ready(command);
+    let found = vm.run("cat /sys/bus/pci/devices/0000:00:09.0/virtio*/net/eth0/address");
+    assert_eq!(found.trim(), mac);
+    address(&mut vm, "eth0", 11);
+    assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+}
+
+#[test]
+fn guest_runs_by_kvm_with_vhost_net() {
+    lab::test("guest_runs_by_kvm_with_vhost_net", || {
+        let site = Site::new();
+        let make = || {
+            let (kernel, initrd) = (assets().bzimage(), initrd());
+            let mut command = site.qemu(["--macvtap", "wire,queues=2", "--cpus", "2", "-v"]);
+            command
+                .arg("--kernel")
+                .arg(kernel)
+                .arg("--initrd")
+                .arg(initrd);
+            command
+        };
+        let mut vm = boot_command(make, Vm::console);
+        vm.wait_for("GUEST ready\n", BOOT);
+        let log = vm.log();
+        assert!(!log.contains("TCG"), "auto takes KVM\n{log}");
+        if Path::new("/dev/vhost-net").exists() {
+            assert!(log.contains("fds=3:4,vhost=on,vhostfds=5:6"), "{log}");
+            let qemu = children(vm.pid())[0];
+            let open = fs::read_dir(format!("/proc/{qemu}/fd")).expect("QEMU runs");
+            let links = open
+                .flatten()
+                .filter_map(|fd| fs::read_link(fd.path()).ok());
+            let vhost = links.filter(|link| link == Path::new("/dev/vhost-net"));
+            assert_eq!(vhost.count(), 2);
+        } else {
+            println!("NOT TESTED: vhost-net, which this host lacks");
+        }
+        address(&mut vm, "eth0", 11);
+        assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+        assert!(site.peer.pings("192.168.77.11", 3));
+        vm.send("1 echo c >/proc/sysrq-trigger\n");
+        assert_eq!(
+            vm.wait_exit(20 * SECOND).code(),
+            Some(4),
+            "{}",
+            vm.transcript()
+        );
+    });
+}
+
+/// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the command's pid and the
+/// user's side of the terminal), and checks that the terminal is as before. Returns the exit status.
+fn on_a_terminal(mut command: Command, end: impl FnOnce(u32, &mut fs::File)) -> Option<i32> {
+    let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo-terminal");
+    grantpt(&keyboard).expect("it is ours");
+    unlockpt(&keyboard).expect("it is ours");
+    let name = ptsname(&keyboard, Vec::new()).expect("it has a name");
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = rustix::fs::open(name, flags, Mode::empty()).expect("its other side opens");
+    let stdio = || Stdio::from(terminal.try_clone().expect("a descriptor is free"));
+    command.stdin(stdio()).stdout(stdio()).stderr(stdio());
+    // SAFETY: both are plain system calls, which a child may make between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+            Ok(())
+        });
+    }
+    let is_raw = || {
+        let settings = tcgetattr(&terminal).expect("a terminal");
+        !settings.local_modes.contains(LocalModes::ICANON)
+    };
+    let nonblocking = || {
+        let flags = fcntl_getfl(&terminal).expect("it is open");
+        flags.contains(OFlags::NONBLOCK)
+    };
+    let mut child = command.spawn().expect("minivmm starts");
+    let mut keyboard = fs::File::from(keyboard);
+    let mut shown = keyboard.try_clone().expect("a descriptor is free");
+    // Ends with the terminal's other side.
+    thread::spawn(move || while shown.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
+    eventually(30 * SECOND, "the terminal becomes raw", is_raw);
+    // The mode changes before QEMU reads.
+    thread::sleep(SECOND);
+    end(child.id(), &mut keyboard);
+    let mut status = None;
+    eventually(20 * SECOND, "minivmm ends", || {
+        status = child.try_wait().expect("it is our child");
+        status.is_some()
+    });
+    assert!(!is_raw(), "the terminal is given back");
+    assert!(!nonblocking(), "and blocks");
+    status.and_then(|status| status.code())
+}
+
+#[test]
+fn terminal_is_given_back_by_ctrl_a_x_and_when_qemu_is_killed() {
+    if !here() {
+        return;
+    }
+    let with_kernel = || {
+        let mut command = Command::new(binary());
+        command.args(["qemu", "--accel", "tcg", "--kernel"]);
+        command.arg(assets().bzimage());
+        command
+    };
+    let of_args = || {
+        let mut command = Command::new(binary());
+        let args = "qemu -- -M q35 -accel tcg -nodefaults -display none -serial mon:stdio";
+        command.args(args.split_whitespace());
+        command
+    };
+    let quit = |_, keyboard: &mut fs::File| keyboard.write_all(b"\x01x").expect("it reads");
+    let kill = |minivmm, _: &mut fs::File| {
+        let qemu = Pid::from_raw(children(minivmm)[0] as i32).expect("a pid");
+        kill_process(qemu, Signal::KILL).expect("QEMU runs");
+    };
+    assert_eq!(on_a_terminal(with_kernel(), quit), Some(0));
+    assert_eq!(on_a_terminal(with_kernel(), kill), Some(137));
+    assert_eq!(on_a_terminal(of_args(), quit), Some(0));
+    assert_eq!(on_a_terminal(of_args(), kill), Some(137));
+}

@@ -1,0 +1,659 @@
+//! What minivmm tells about the host's network and follows in it: `net list`, `doctor`, the link of a running guest, and
+//! frames from a wrong MAC address. On this machine's `/dev/kvm` with the freestanding test guest (`guest/`).
+
+mod harness;
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::guest::{Net, PATIENCE, PEER, addresses, elf, is_possible};
+use harness::netns::{self, Netns};
+use harness::vm::{self, Vm};
+use rustix::process::Signal;
+use serde_json::Value;
+
+/// USER_HZ of x86 (include/asm-generic/param.h), the unit of times in /proc.
+const TICKS_PER_SECOND: f64 = 100.0;
+const MAC: &str = "02:00:00:00:78:01";
+
+/// Runs minivmm in a namespace to its end; returns its exit status and what it wrote on stdout.
+fn minivmm(netns: &Netns, args: &[&str]) -> (Option<i32>, String) {
+    let output = netns
+        .command(vm::binary())
+        .args(args)
+        .output()
+        .expect("minivmm starts");
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    (output.status.code(), text)
+}
+
+/// The same for a run that succeeds.
+fn tell(netns: &Netns, args: &[&str]) -> String {
+    let (status, text) = minivmm(netns, args);
+    assert_eq!(status, Some(0), "{args:?}: {text}");
+    text
+}
+
+fn tell_json(netns: &Netns, args: &[&str]) -> Value {
+    let text = tell(netns, args);
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?}: {e}\n{text}"))
+}
+
+/// The element of a JSON array whose `key` is `value`.
+fn find<'a>(array: &'a Value, key: &str, value: &Value) -> Option<&'a Value> {
+    let elements = array.as_array().expect("an array");
+    elements.iter().find(|element| &element[key] == value)
+}
+
+/// Asks until `what` is there, which may take the monitor a moment.
+fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(start.elapsed() < PATIENCE, "no {what} in {PATIENCE:?}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// What `net list` says of a guest; None when it does not know it.
+fn listed(net: &Net, pid: u32) -> Option<Value> {
+    let listing = tell_json(&net.host, &["net", "list", "--json"]);
+    find(&listing["guests"], "pid", &pid.into()).cloned()
+}
+
+/// Starts a guest in its mode `link`, with a card on each of the lowers, until it has told of all of them.
+fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
+    let [ip, ip6] = addresses(2);
+    let mut command = net.host.command(vm::binary());
+    command
+        .arg("--kernel")
+        .arg(elf())
+        .args(["--memory", "128M"]);
+    for lower in lowers {
+        command.args(["--macvtap", lower]);
+    }
+    let line = format!(
+        "guest.mode=link guest.peer={} guest.ip={ip}/24 guest.ip6={ip6}/64",
+        PEER[0]
+    );
+    command.args(["--cmdline", &line]).stdin(Stdio::null());
+    let mut vm = Vm::spawn(command);
+    for card in 0..lowers.len() {
+        let told = format!("LINK {card} status=1 generation=0 changes=0 ");
+        vm.wait_for(&told, PATIENCE);
+    }
+    vm.wait_for("READY link\n", PATIENCE);
+    vm
+}
+
+/// The CPU time in seconds that the monitor itself has used, its vCPUs left out: the test guest polls.
+fn own_cpu_time(pid: u32) -> f64 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("minivmm runs");
+    let ticks: u64 = tasks
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("stat")).ok())
+        .filter(|stat| !stat.contains("(vcpu"))
+        .map(|stat| {
+            // After the name in parentheses: state is the first, utime and stime the 12th and 13th.
+            let (_, rest) = stat.rsplit_once(") ").expect("proc(5)");
+            let fields = rest.split_whitespace().skip(11).take(2);
+            fields
+                .map(|field| field.parse::<u64>().expect("proc(5)"))
+                .sum::<u64>()
+        })
+        .sum();
+    ticks as f64 / TICKS_PER_SECOND
+}
+
+#[test]
+fn net_list_shows_each_link_with_mode_mac_mtu_state_and_owner() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    net.host.macvtap("byhand", "lower", "private");
+    net.host.ip(
+        "link add link lower name down0 mtu 1300 address 02:00:00:00:78:02 type macvlan mode vepa",
+    );
+    let mut vm = net.start_on(
+        &format!("lower,netns=host,name=vm0,mac={MAC},mtu=1400"),
+        2,
+        "mode=hlt",
+    );
+    vm.wait_for("OK hlt", PATIENCE);
+
+    let text = tell(&net.host, &["net", "list"]);
+    let pid = vm.pid();
+    for line in [
+        format!("lower  {}  mtu 1500  up", net.host.mac("lower")),
+        format!(
+            "  macvtap byhand  private  {}  mtu 1500  up",
+            net.host.mac("byhand")
+        ),
+        "  macvlan down0  vepa  02:00:00:00:78:02  mtu 1300  down".to_owned(),
+        format!("  macvtap vm0  bridge  {MAC}  mtu 1400  up  owner minivmm (pid {pid})"),
+        format!("guest of pid {pid}, {}", elf().display()),
+        format!("  macvtap vm0 on lower  {MAC}  mtu 1400  addresses not seen yet"),
+    ] {
+        assert!(
+            text.lines().any(|found| found == line),
+            "no line {line:?} in\n{text}"
+        );
+    }
+
+    let listing = tell_json(&net.host, &["net", "list", "lower", "--json"]);
+    let lower = find(&listing["interfaces"], "name", &"lower".into()).expect("the lower");
+    let links = &lower["links"];
+    assert_eq!(links.as_array().expect("an array").len(), 3, "{listing}");
+    let down = find(links, "name", &"down0".into()).expect("down0");
+    for (key, value) in [
+        ("kind", Value::from("macvlan")),
+        ("mode", "vepa".into()),
+        ("mac", "02:00:00:00:78:02".into()),
+        ("mtu", 1300.into()),
+        ("up", false.into()),
+        ("owner", Value::Null),
+        ("leaked", false.into()),
+        ("host_link", false.into()),
+    ] {
+        assert_eq!(down[key], value, "{key} in {down}");
+    }
+    let own = find(links, "name", &"vm0".into()).expect("vm0");
+    assert_eq!(own["owner"], format!("minivmm (pid {pid})"), "{own}");
+    assert_eq!((&own["up"], &own["carrier"]), (&true.into(), &true.into()));
+    assert!(find(&listing["guests"], "pid", &pid.into()).is_some());
+
+    let (status, _) = minivmm(&net.host, &["net", "list", "nosuch"]);
+    assert_eq!(status, Some(1));
+}
+
+#[test]
+fn net_list_shows_the_guests_addresses_until_it_is_killed() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.serve(2, "");
+    let entry = listed(&net, vm.pid()).expect("the guest is listed");
+    assert_eq!(
+        entry["nics"][0]["addresses"],
+        Value::Array(vec![]),
+        "it has said nothing yet"
+    );
+    // The guest answers ARP, then neighbour discovery.
+    for (n, ip) in addresses(2).iter().enumerate() {
+        assert!(net.far.pings(ip, 3), "{}", vm.transcript());
+        let found = eventually("address", || {
+            let entry = listed(&net, vm.pid())?;
+            let found = entry["nics"][0]["addresses"].as_array()?.clone();
+            (found.len() > n).then_some(found)
+        });
+        assert!(found.contains(&Value::from(ip.as_str())), "{ip}: {found:?}");
+    }
+    let text = tell(&net.host, &["net", "list"]);
+    let [ip, ip6] = addresses(2);
+    let line = text
+        .lines()
+        .skip_while(|line| !line.starts_with(&format!("guest of pid {},", vm.pid())))
+        .nth(1)
+        .expect("a line for its card");
+    assert!(line.contains(" on lower  "), "{text}");
+    for address in [ip, ip6] {
+        assert!(line.split(' ').any(|word| word == address), "{text}");
+    }
+
+    vm.signal(Signal::KILL);
+    vm.wait_exit(PATIENCE);
+    assert_eq!(listed(&net, vm.pid()), None, "it is dead");
+}
+
+#[test]
+fn carrier_of_the_lower_shows_in_the_guests_link() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = start_link_guest(&net, &["lower"]);
+    let interrupts = |line: &str| -> u64 {
+        let (_, count) = line.rsplit_once("interrupts=").expect("a LINK line");
+        count.trim().parse().expect("a number")
+    };
+    let mut before = 0;
+    for round in 0..3 {
+        net.far.down("wire");
+        let generation = 2 * round + 1;
+        vm.wait_for(
+            &format!("LINK 0 status=0 generation={generation} changes={generation} "),
+            PATIENCE,
+        );
+        let now = interrupts(&vm.wait_for("\n", PATIENCE));
+        assert!(now > before, "no interrupt came: {}", vm.transcript());
+        before = now;
+        net.far.up("wire");
+        let generation = generation + 1;
+        vm.wait_for(
+            &format!("LINK 0 status=1 generation={generation} changes={generation} "),
+            PATIENCE,
+        );
+    }
+    let [ip, _] = addresses(2);
+    assert!(net.far.pings(&ip, 5), "{}", vm.transcript());
+    let log = vm.log();
+    for line in ["the link is down", "the link is up"] {
+        assert_eq!(log.matches(line).count(), 3, "{line}:\n{log}");
+    }
+    net.quit(2, vm);
+}
+
+#[test]
+fn lower_without_a_carrier_starts_a_guest_without_a_link() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    net.far.down("wire");
+    // What the guest reads first may be from before the monitor's first look at the host.
+    let mut vm = net.start(2, "mode=link");
+    vm.wait_for("LINK 0 status=0 ", PATIENCE);
+    net.far.up("wire");
+    vm.wait_for("LINK 0 status=1 generation=2 ", PATIENCE);
+    net.quit(2, vm);
+}
+
+#[test]
+fn macvtap_that_somebody_takes_down_or_deletes_takes_the_guests_link_down() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start_on("lower,netns=host,name=vm0", 2, "mode=link");
+    vm.wait_for("READY link\n", PATIENCE);
+    net.host.down("vm0");
+    vm.wait_for("LINK 0 status=0 generation=1 ", PATIENCE);
+    net.host.up("vm0");
+    vm.wait_for("LINK 0 status=1 generation=2 ", PATIENCE);
+    // And the lower itself, which takes the macvtap with it.
+    net.host.down("lower");
+    vm.wait_for("LINK 0 status=0 generation=3 ", PATIENCE);
+    net.host.up("lower");
+    vm.wait_for("LINK 0 status=1 generation=4 ", PATIENCE);
+    // And when somebody deletes it, the end of the monitor, which would have, is none the worse.
+    net.host.ip("link delete vm0");
+    vm.wait_for("LINK 0 status=0 generation=5 ", PATIENCE);
+    vm.signal(Signal::TERM);
+    vm.wait_for_log("power button", PATIENCE);
+    vm.signal(Signal::TERM);
+    assert_eq!(
+        vm.wait_exit(PATIENCE).code(),
+        Some(128 + 15),
+        "{}",
+        vm.transcript()
+    );
+    // The signal's.
+    let errors = vm.log().matches("error: ").count();
+    assert_eq!(errors, 1, "{}", vm.transcript());
+}
+
+#[test]
+fn mtu_of_the_lower_that_changes_is_logged() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let vm = net.serve(2, "");
+    net.host.ip("link set lower mtu 1400");
+    vm.wait_for_log("is now 1400", PATIENCE);
+    // It has to be one line, with the card and what it means for the guest.
+    let log = vm.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("MTU of")).collect();
+    assert_eq!(lines.len(), 1, "{log}");
+    assert!(
+        lines[0].contains("net0") && lines[0].contains("the guest"),
+        "{log}"
+    );
+    net.quit(2, vm);
+}
+
+#[test]
+fn lower_that_vanishes_in_mid_traffic_takes_one_link_and_nothing_else() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let other = Netns::new();
+    net.host.veth("lower2", &other, "wire2");
+    // The same as on the first wire: the guest talks to it on both.
+    other.address("wire2", &format!("{}/24", PEER[0]));
+    let mut vm = start_link_guest(&net, &["lower", "lower2"]);
+    let [ip, _] = addresses(2);
+    assert!(net.far.pings(&ip, 3) && other.pings(&ip, 3));
+
+    flood(&net.far, &ip, || {
+        thread::sleep(Duration::from_millis(300));
+        net.host.ip("link delete lower");
+        vm.wait_for("LINK 0 status=0 generation=1 changes=1 ", PATIENCE);
+    });
+    vm.wait_for_log("is gone", PATIENCE);
+    let log = vm.log();
+    let warnings = log.lines().filter(|line| line.contains("warn: "));
+    let warnings: Vec<_> = warnings.filter(|line| line.contains("gone")).collect();
+    assert_eq!(warnings.len(), 1, "{log}");
+    assert!(warnings[0].contains("net0"), "{log}");
+
+    // The guest goes on sending by both cards. Whoever waits for the dead one in a loop would show.
+    let before = own_cpu_time(vm.pid());
+    thread::sleep(Duration::from_secs(1));
+    let used = own_cpu_time(vm.pid()) - before;
+    println!("the monitor used {used} s of a second");
+    assert!(used < 0.1, "the monitor used {used} s of a second");
+
+    assert!(other.pings(&ip, 3), "{}", vm.transcript());
+    assert!(
+        !vm.console().contains("LINK 1 status=0"),
+        "{}",
+        vm.transcript()
+    );
+    // `quit` by the other card: power-off works as ever.
+    let quit = Net {
+        host: Netns::new(),
+        far: other,
+    };
+    let console = quit.quit(2, vm);
+    assert!(console.ends_with("END failures=0\n"), "{console}");
+}
+
+/// Sends large datagrams, which come back, as fast as it goes while `work` runs.
+fn flood(netns: &Netns, ip: &str, work: impl FnOnce()) {
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            netns.enter(|| {
+                let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("a socket");
+                socket
+                    .set_read_timeout(Some(Duration::from_millis(10)))
+                    .expect("a timeout");
+                let mut answer = [0; 1500];
+                while !done.load(Ordering::Relaxed) {
+                    // It fails once the link is gone.
+                    let _ = socket.send_to(&[0; 1400], (ip, harness::guest::ECHO));
+                    let _ = socket.recv(&mut answer);
+                }
+            });
+        });
+        // Also when the work panics, or the flood would go on for ever.
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        done.store(true, Ordering::Relaxed);
+        if let Err(panic) = result {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+#[test]
+fn frames_from_another_mac_are_warned_of_once_and_counted() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let wrong = "02:00:00:00:99:99";
+    let options = format!("mode=ping count=5 end=halt mac={wrong} peer={}", PEER[0]);
+    let mut vm = net.start_on(&format!("lower,mac={MAC}"), 2, &options);
+    // Nobody's answer reaches it.
+    vm.wait_for("FAIL ping ", PATIENCE);
+    vm.wait_for("END failures=1\n", PATIENCE);
+
+    let log = vm.log();
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains(wrong)).collect();
+    assert_eq!(warnings.len(), 1, "{log}");
+    for part in ["warn: ", MAC, "mac=", "mode=passthru"] {
+        assert!(warnings[0].contains(part), "no {part} in {:?}", warnings[0]);
+    }
+    let count = eventually("count", || {
+        let entry = listed(&net, vm.pid())?;
+        entry["nics"][0]["wrong_source_frames"]
+            .as_u64()
+            .filter(|count| *count > 1)
+    });
+    let text = tell(&net.host, &["net", "list"]);
+    assert!(
+        text.contains("frames from a wrong MAC address)"),
+        "{count}: {text}"
+    );
+}
+
+/// A line of `doctor` with its status and message.
+fn check<'a>(checks: &'a Value, name: &str) -> &'a Value {
+    find(checks, "check", &name.into()).unwrap_or_else(|| panic!("no {name} in {checks:#}"))
+}
+
+/// What `doctor` says, as JSON, and its exit status. The text must be the same, one line a check.
+fn doctor(netns: &Netns, link: Option<&str>) -> (Option<i32>, Value) {
+    let args: Vec<&str> = std::iter::once("doctor").chain(link).collect();
+    let (status, text) = minivmm(netns, &args);
+    let (json_status, json) = minivmm(netns, &[&args[..], &["--json"]].concat());
+    assert_eq!(status, json_status);
+    let checks: Value = serde_json::from_str(&json).unwrap_or_else(|e| panic!("{e}: {json}"));
+    let all = checks.as_array().expect("an array");
+    assert_eq!(text.lines().count(), all.len(), "{text}\n{checks:#}");
+    for (line, check) in text.lines().zip(all) {
+        let (status, name) = (
+            check["status"].as_str().expect("a string"),
+            check["check"].as_str().expect("a string"),
+        );
+        // Nodes are one directory for all namespaces: those of other tests come and go in between.
+        let begin = match name {
+            "device nodes" => String::new(),
+            _ => format!("{status:4}  {name}: "),
+        };
+        assert!(line.starts_with(&begin), "{line:?} is not {check}");
+        assert!(["ok", "warn", "fail"].contains(&status), "{check}");
+        if status != "ok" {
+            println!("{line}");
+        }
+    }
+    let fails = all.iter().any(|check| check["status"] == "fail");
+    assert_eq!(status, Some(i32::from(fails)), "{text}");
+    (status, checks)
+}
+
+/// Fails unless the check has the status, and its message and remedy have these words.
+fn expect(checks: &Value, name: &str, status: &str, message: &str, remedy: &str) {
+    let found = check(checks, name);
+    let has = |key: &str, words: &str| found[key].as_str().unwrap_or_default().contains(words);
+    assert!(
+        found["status"] == status && has("message", message) && has("remedy", remedy),
+        "expected {status}, {message:?} and {remedy:?} in {found:#}"
+    );
+}
+
+#[test]
+fn doctor_finds_a_sound_host_and_link_sound() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let (status, checks) = doctor(&net.host, None);
+    assert_eq!(status, Some(0), "{checks:#}");
+    expect(&checks, "links", "ok", "lower", "");
+    expect(&checks, "macvtap driver", "ok", "", "");
+    for name in ["kvm", "vhost-net", "device nodes", "leaked links"] {
+        check(&checks, name);
+    }
+    let (status, checks) = doctor(&net.host, Some("lower"));
+    assert_eq!(status, Some(0), "{checks:#}");
+    for name in [
+        "link",
+        "wifi",
+        "membership",
+        "ipvlan",
+        "state",
+        "carrier",
+        "mtu",
+        "macvtaps",
+        "duplicate MACs",
+        "vepa",
+        "leaked links",
+    ] {
+        expect(&checks, name, "ok", "", "");
+    }
+}
+
+#[test]
+fn doctor_says_what_is_amiss_with_a_link_and_the_remedy() {
+    if !netns::is_root() {
+        return;
+    }
+    let net = Net::new();
+    let host = &net.host;
+    let fails = |link: &str| {
+        let (status, checks) = doctor(host, Some(link));
+        assert_eq!(status, Some(1), "{link}: {checks:#}");
+        checks
+    };
+    expect(&fails("lo"), "link", "fail", "loopback", "choose");
+    let remedy = "network namespace";
+    expect(&fails("nosuch"), "link", "fail", "`nosuch`", remedy);
+
+    net.far.down("wire");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "carrier", "warn", "no carrier", "cable");
+    host.down("lower");
+    let remedy = "ip link set lower up";
+    expect(&fails("lower"), "state", "fail", "is down", remedy);
+    host.up("lower");
+    net.far.up("wire");
+
+    host.ip("link set lower mtu 1000");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "mtu", "warn", "1000", "mtu 1500");
+    host.ip("link set lower mtu 1500");
+
+    host.bridge("br0", &["lower"]);
+    let remedy = "`br0`";
+    expect(&fails("lower"), "membership", "fail", "bridge", remedy);
+    host.ip("link delete br0");
+
+    if host.add_if_supported("link lower name ipv0 type ipvlan") {
+        expect(&fails("lower"), "ipvlan", "fail", "ipv0", "ip link delete");
+    }
+}
+
+#[test]
+fn doctor_warns_of_macvtaps_that_stand_in_each_others_way() {
+    if !netns::is_root() {
+        return;
+    }
+    let net = Net::new();
+    let host = &net.host;
+    host.macvtap("vepa0", "lower", "vepa");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "vepa", "ok", "", "");
+    host.macvtap("vepa1", "lower", "vepa");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "vepa", "warn", "`vepa0`", "mode bridge");
+    // The remedy is a command that works.
+    for link in ["vepa0", "vepa1"] {
+        host.ip(&format!("link set {link} type macvtap mode bridge"));
+    }
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "vepa", "ok", "", "");
+
+    let mac = host.mac("vepa0");
+    host.ip(&format!(
+        "link add link lower name twin address {mac} type macvtap mode bridge"
+    ));
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "duplicate MACs", "warn", &mac, "delete the one");
+
+    for link in ["twin", "vepa0", "vepa1"] {
+        host.ip(&format!("link delete {link}"));
+    }
+    host.macvtap("alone", "lower", "passthru");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(
+        &checks,
+        "macvtaps",
+        "warn",
+        "passthru",
+        "ip link delete alone",
+    );
+}
+
+#[test]
+fn link_that_a_killed_monitor_left_is_shown_and_collected() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start_on("lower,netns=host,name=vm0", 2, "mode=hlt");
+    vm.wait_for("OK hlt", PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    expect(&checks, "leaked links", "ok", "", "");
+    assert_eq!(tell(&net.host, &["net", "gc"]), "", "a live one stays");
+
+    vm.signal(Signal::KILL);
+    vm.wait_exit(PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    let pid = format!("pid {}", vm.pid());
+    expect(&checks, "leaked links", "warn", &pid, "vm0");
+    let text = tell(&net.host, &["net", "list"]);
+    assert!(
+        text.contains(&format!("({pid}), which has ended: minivmm net gc")),
+        "{text}"
+    );
+    let text = tell(&net.host, &["net", "gc"]);
+    assert!(text.starts_with("deleted vm0 (macvtap)"), "{text}");
+    assert_eq!(net.host.links(), ["lower"]);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    expect(&checks, "leaked links", "ok", "", "");
+}
+
+#[test]
+fn doctor_warns_of_a_node_that_is_another_namespaces_macvtap() {
+    if !netns::is_root() {
+        return;
+    }
+    let [one, other] = [Net::new(), Net::new()];
+    // Interface indexes repeat across namespaces, the names of nodes in /dev do not.
+    let index = 61_234;
+    for net in [&one, &other] {
+        net.host.ip(&format!(
+            "link add link lower name mt0 index {index} type macvtap mode bridge"
+        ));
+        net.host.up("mt0");
+    }
+    let misled = [&one, &other].map(|net| {
+        let (_, checks) = doctor(&net.host, None);
+        let found = check(&checks, "device nodes");
+        let message = found["message"].as_str().expect("a string");
+        message.contains(&format!("/dev/tap{index} is not `mt0`"))
+            && found["remedy"]
+                .as_str()
+                .is_some_and(|text| text.contains("by their names"))
+    });
+    assert_eq!(
+        misled.iter().filter(|misled| **misled).count(),
+        1,
+        "{misled:?}"
+    );
+}
+
+#[test]
+fn doctor_fails_without_a_usable_kvm() {
+    if !netns::is_root() {
+        return;
+    }
+    // In a mount namespace of its own, /dev/kvm is something else.
+    let script = r#"mount --bind /dev/null /dev/kvm && exec "$0" doctor"#;
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).arg(vm::binary());
+    let output = command.output().expect("unshare starts");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.starts_with("fail  kvm: "), "{text}");
+}

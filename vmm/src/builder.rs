@@ -1,0 +1,186 @@
+//! From a request to a guest that has ended: the way through the house.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use boot::{BootSpec, BootState};
+use event_manager::MutEventSubscriber;
+use vm_memory::GuestMemoryMmap;
+
+use crate::cards::Cards;
+use crate::config::{Config, ConsoleTarget};
+use crate::console::{self, Output, RawTerminal};
+use crate::cpuid;
+use crate::event_loop::Control;
+use crate::exit::{Exit, ExitRequest};
+use crate::machine::{Machine, MachineError};
+use crate::plan::{Plan, TooManyDevices, Transport};
+use crate::resources::{ResourceError, Resources};
+use crate::vcpu::{self, Board, Vcpu, VcpuThread};
+use crate::vm::{self, Hypervisor, Vm, VmError};
+
+/// Why a guest could not be started or kept running.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The machine cannot be laid out.
+    #[error(transparent)]
+    Plan(#[from] TooManyDevices),
+    /// The host does not give something.
+    #[error(transparent)]
+    Resources(#[from] ResourceError),
+    /// The kernel cannot be loaded.
+    #[error("cannot load the kernel {0:?}")]
+    Kernel(PathBuf, #[source] boot::kernel::Error),
+    /// The initrd cannot be loaded.
+    #[error("cannot load the initrd {0:?}")]
+    Initrd(PathBuf, #[source] boot::initrd::Error),
+    /// The rest of what a guest boots with cannot be prepared.
+    #[error(transparent)]
+    Boot(boot::Error),
+    /// KVM refuses something.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A device cannot be added.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The host refuses something small.
+    #[error("cannot {0}")]
+    Host(&'static str, #[source] io::Error),
+}
+
+fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |error| Error::Host(what, error)
+}
+
+/// Boots the guest and waits for its end. Whatever was taken from the host has been given back
+/// when this returns.
+///
+/// # Errors
+///
+/// Says why there was no guest.
+///
+/// # Safety
+///
+/// Nothing in this process may own the file descriptors that `config` names: call it before
+/// anything is opened.
+pub unsafe fn run(config: Config) -> Result<Exit, Error> {
+    let plan = Plan::new(config.cpus.get(), config.transport, config.nics.len())?;
+    // SAFETY: as for this function.
+    let host = unsafe { Resources::acquire(&config) }?;
+    let memory = vm::map_memory(config.memory)?;
+    let boot = load(&config, &plan, host.kernel, host.initrd, &memory)?;
+    let vm = Vm::new(&host.hypervisor, Arc::clone(&memory))?;
+    let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
+    let mut machine = Machine::new(&vm, memory, Arc::clone(&exit))?;
+    let output: Box<dyn Write + Send> = match host.console {
+        Some(file) => Box::new(Output::new(file, Arc::clone(&exit))),
+        None => Box::new(io::sink()),
+    };
+    let (serial, drained) = machine.add_serial(output)?;
+    let power_button = machine.add_power_button()?;
+    let mut cards = Cards::add(&mut machine, &plan, host.nics)?;
+    if plan.transport() == Transport::Pci {
+        machine.add_pci_bus()?;
+    }
+    let board = Arc::new(machine.finish());
+    let vcpus = create_vcpus(&vm, &config, &host.hypervisor, &boot, &board)?;
+
+    let control =
+        Control::new(Arc::clone(&exit), power_button).map_err(failed_to("catch signals"))?;
+    let watchers = cards
+        .watchers(config.kernel)
+        .map_err(failed_to("watch the network cards"))?;
+    let terminal = match config.console {
+        ConsoleTarget::Stdio => RawTerminal::enter().map_err(failed_to("set up the terminal"))?,
+        _ => None,
+    };
+    if config.console == ConsoleTarget::Stdio && console::may_read() {
+        console::spawn_input(serial, drained, Arc::clone(&exit), terminal.is_some())
+            .map_err(failed_to("start the console's thread"))?;
+    }
+    run_vcpus(vcpus, control, watchers, &exit)?;
+    // The devices' threads end with the board; only then are the macvtaps deleted.
+    drop(board);
+    drop((cards.leases, host.host_link));
+    Ok(exit.reason().cloned().unwrap_or(Exit::Quit))
+}
+
+fn load(
+    config: &Config,
+    plan: &Plan,
+    mut kernel: File,
+    mut initrd: Option<File>,
+    memory: &GuestMemoryMmap,
+) -> Result<BootState, Error> {
+    let mut spec = BootSpec {
+        kernel: &mut kernel,
+        initrd: initrd.as_mut(),
+        cmdline: &config.cmdline,
+        platform: &plan.platform(),
+    };
+    boot::load(memory, &mut spec).map_err(|error| name_file(config, error))
+}
+
+/// The boot crate knows files, not their paths.
+fn name_file(config: &Config, error: boot::Error) -> Error {
+    match (error, &config.initrd) {
+        (boot::Error::Kernel(source), _) => Error::Kernel(config.kernel.clone(), source),
+        (boot::Error::Initrd(source), Some(path)) => Error::Initrd(path.clone(), source),
+        (error, _) => Error::Boot(error),
+    }
+}
+
+fn create_vcpus(
+    vm: &Vm,
+    config: &Config,
+    hypervisor: &Hypervisor,
+    boot: &BootState,
+    board: &Arc<Board>,
+) -> Result<Vec<Vcpu>, VmError> {
+    let (supported, tsc_deadline) = hypervisor.supported_cpuid()?;
+    let mut vcpus = Vec::with_capacity(config.cpus.get().into());
+    for id in 0..config.cpus.get() {
+        let mut cpuid = supported.clone();
+        cpuid::for_vcpu(&mut cpuid, id, config.cpus.get(), tsc_deadline);
+        let vcpu = Vcpu::new(vm, id, &cpuid, boot, Arc::clone(board))?;
+        if id == 0 {
+            vcpu.set_entry(boot)?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// Runs the vCPUs until an exit is requested, and joins those that were started in any case.
+fn run_vcpus(
+    vcpus: Vec<Vcpu>,
+    control: Control,
+    watchers: Vec<Box<dyn MutEventSubscriber>>,
+    exit: &ExitRequest,
+) -> Result<(), Error> {
+    vcpu::prepare_kicks().map_err(failed_to("prepare the vCPUs' signal"))?;
+    let mut threads: Vec<VcpuThread> = Vec::with_capacity(vcpus.len());
+    let mut failure = None;
+    for vcpu in vcpus {
+        match vcpu.start() {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                failure = Some(Error::Host("start a vCPU's thread", error));
+                break;
+            }
+        }
+    }
+    if failure.is_none() {
+        failure = control
+            .run(watchers)
+            .err()
+            .map(|error| Error::Host("wait for events", error));
+    }
+    if let Some(error) = &failure {
+        exit.request(Exit::Failure(error.to_string()));
+    }
+    threads.into_iter().for_each(VcpuThread::join);
+    failure.map_or(Ok(()), Err)
+}

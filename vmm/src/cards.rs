@@ -1,0 +1,86 @@
+//! The network cards of a machine, and what the control thread does for them.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use devices::virtio::net::Net;
+use devices::virtio::net::link::LinkStatus;
+use devices::virtio::net::observe::Observer;
+use event_manager::MutEventSubscriber;
+use net::{Lease, LinkWatch};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::link_watch::LinkFollower;
+use crate::machine::{Machine, MachineError};
+use crate::nic::Nic;
+use crate::plan::Plan;
+use crate::registry::{Announcer, NicEntry, Registration};
+
+/// The cards, once they stand on the bus.
+#[derive(Debug)]
+pub struct Cards {
+    /// What keeps the macvtaps in being.
+    pub leases: Vec<Option<Lease>>,
+    /// Signalled when a guest's addresses have changed.
+    learnt: EventFd,
+    watched: Vec<(String, LinkWatch, Arc<LinkStatus>)>,
+    entries: Vec<NicEntry>,
+    observers: Vec<Arc<Observer>>,
+}
+
+impl Cards {
+    /// Puts each card at its place in the machine.
+    ///
+    /// # Errors
+    ///
+    /// See [`MachineError`].
+    pub fn add(machine: &mut Machine, plan: &Plan, nics: Vec<Nic>) -> Result<Self, MachineError> {
+        let eventfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let mut cards = Self {
+            leases: Vec::new(),
+            learnt: eventfd.map_err(MachineError::EventFd)?,
+            watched: Vec::new(),
+            entries: Vec::new(),
+            observers: Vec::new(),
+        };
+        for ((n, nic), slot) in (0..).zip(nics).zip(plan.virtio()) {
+            let name = format!("net{n}");
+            // As it was asked for: the macvtap's own name says little.
+            let label = format!("{name} on {}", nic.entry.lower);
+            let learnt = cards.learnt.try_clone().map_err(MachineError::EventFd)?;
+            let observer = Arc::new(Observer::new(label.clone(), nic.config.mac, learnt));
+            let device = Net::new(name, nic.config, nic.taps, Arc::clone(&observer));
+            let link = Arc::clone(device.link());
+            machine.add_virtio(*slot, Box::new(device))?;
+            cards.leases.push(nic.lease);
+            cards
+                .watched
+                .extend(nic.watch.map(|watch| (label, watch, link)));
+            cards.entries.push(nic.entry);
+            cards.observers.push(observer);
+        }
+        Ok(cards)
+    }
+
+    /// What the control thread does meanwhile: lets each card's link follow the host's, and tells
+    /// other programs of the guest.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no file descriptor left.
+    pub fn watchers(&mut self, kernel: PathBuf) -> io::Result<Vec<Box<dyn MutEventSubscriber>>> {
+        let mut watchers: Vec<Box<dyn MutEventSubscriber>> = Vec::new();
+        for (name, watch, link) in self.watched.drain(..) {
+            watchers.push(Box::new(LinkFollower::new(name, watch, link)));
+        }
+        let entries = std::mem::take(&mut self.entries);
+        let observers = std::mem::take(&mut self.observers);
+        let registration = Registration::new(kernel, entries, observers);
+        watchers.push(Box::new(Announcer::new(
+            registration,
+            self.learnt.try_clone()?,
+        )?));
+        Ok(watchers)
+    }
+}

@@ -1,0 +1,354 @@
+//! The command line, as typed. What it means is in [`crate::config`].
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use net::{InterfaceAddress, LinkName, MacvtapSpec};
+
+use crate::config::{ConsoleTarget, Cpus, MemorySize, NicSource, parse_macvtap, parse_nic};
+use crate::plan::Transport;
+
+mod qemu;
+
+pub use qemu::{Accel, MachineArgs, QemuArgs};
+
+const EXAMPLES: &str = "\
+Examples:
+  A guest on the network of eno1, with a MAC address of its own:
+      minivmm --kernel bzImage --initrd initrd.img --macvtap eno1
+  Two network cards, four CPUs, more memory:
+      minivmm --kernel vmlinux --cpus 4 --memory 2G --macvtap eno1 --macvtap eno2,mode=private
+  With addresses of its own for the host, so that it can talk to its guest:
+      minivmm --kernel bzImage --macvtap eno1 --host-link 192.168.0.5/24
+  Without root: a macvtap for an ordinary user
+      sudo minivmm net open eno1 -- minivmm --kernel bzImage --macvtap fd=3
+  What minivmm leaves out (UEFI, qcow2, graphics, USB), on the same network card:
+      minivmm qemu --macvtap eno1 -- -M q35 -accel kvm -m 2G disk.qcow2
+  In a CI job: console to a file, log of warnings only, ended by SIGTERM (power button):
+      minivmm --kernel bzImage --initrd test.img --console file:console.log -q
+
+At a terminal, Ctrl-A x ends the guest and Ctrl-A h shows the other keys.
+The host itself cannot talk to the guest over the same interface: that is how macvtap works.
+--host-link, or `minivmm net host-link`, makes the macvlan that it takes.
+
+Keys of --macvtap:
+  mode=MODE          bridge (default: guests of one interface talk to each other), private,
+                     vepa (through a switch that sends frames back), passthru, source
+  mac=ADDRESS        the guest's MAC address; a random one by default
+  mtu=BYTES          the interface's by default
+  txqueuelen=FRAMES  room for frames that the guest has not received yet, 500 by default
+  bcqueuelen=FRAMES  room for broadcasts on their way to all guests, 1000 by default
+  name=NAME          of the macvtap
+  netns=private      in a network namespace of its own, gone with minivmm (default), or
+  netns=host         in this one, where `ip link` shows it
+  lower-netns=PATH   network namespace of LINK, as in /run/netns/NAME
+  queues=N           queue pairs, each with a thread of its own; as many as CPUs is best
+  fd=N[:N...]        instead of LINK: queues that are open already, as by N<>/dev/tapM in a shell
+
+Exit status:
+    0  the guest powered off or rebooted (the log says which), or Ctrl-A x
+    1  minivmm could not start the guest, or failed while it ran
+    2  the command line is wrong
+    3  the guest crashed: a triple fault, or something that KVM cannot run
+    4  the guest's kernel panicked (told by the default command line's reboot=panic_warm)
+128+N  ended by signal N, before the guest powered off by itself";
+
+/// Boots a Linux kernel whose network card is a macvtap on one of the host's interfaces, so that
+/// the guest stands on the host's own Ethernet as a peer.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "minivmm",
+    version,
+    about,
+    long_about = None,
+    after_help = EXAMPLES,
+    max_term_width = 100,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
+pub struct Cli {
+    /// The guest, where no subcommand is given.
+    #[command(flatten)]
+    pub guest: GuestArgs,
+
+    /// How much is logged.
+    #[command(flatten)]
+    pub log: LogArgs,
+
+    /// What to do instead of running a guest.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// The guest to run.
+#[derive(Clone, Debug, Args)]
+pub struct GuestArgs {
+    /// Kernel to boot: a bzImage or an ELF vmlinux, for x86-64
+    #[arg(long, value_name = "PATH", required = true, help_heading = "Guest")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk, in any form that the kernel takes
+    #[arg(long, value_name = "PATH", help_heading = "Guest")]
+    pub initrd: Option<PathBuf>,
+
+    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1"
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true,
+        hide_default_value = true,
+        help_heading = "Guest"
+    )]
+    pub cmdline: String,
+
+    /// Number of CPUs, 1 to 254
+    #[arg(long, value_name = "N", default_value = "1", help_heading = "Guest")]
+    pub cpus: Cpus,
+
+    /// Memory, as in 512M or 2G
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "512M",
+        help_heading = "Guest"
+    )]
+    pub memory: MemorySize,
+
+    /// Network card on a new macvtap of the host's interface LINK, or on LINK if that is a
+    /// macvtap; or fd=N, a macvtap queue that is open already. May be repeated. The keys are below
+    #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = parse_nic, help_heading = "Network")]
+    pub macvtap: Vec<NicSource>,
+
+    /// How the guest reaches its network cards: mmio, or pci with an interrupt message per queue
+    #[arg(
+        long,
+        value_name = "pci|mmio",
+        default_value = "mmio",
+        help_heading = "Network"
+    )]
+    pub transport: Transport,
+
+    /// Lets the host talk to its guests for as long as this one runs: a macvlan with this address
+    /// on the interface of the first network card. May be repeated
+    #[arg(
+        long,
+        value_name = "ADDRESS/PREFIX",
+        requires = "macvtap",
+        help_heading = "Network"
+    )]
+    pub host_link: Vec<InterfaceAddress>,
+
+    /// Where the guest's serial console goes: stdio, none or file:PATH
+    #[arg(
+        long,
+        value_name = "WHERE",
+        default_value = "stdio",
+        help_heading = "Console and log"
+    )]
+    pub console: ConsoleTarget,
+}
+
+/// How much is logged.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct LogArgs {
+    /// Log more on stderr: -v debug, -vv trace; RUST_LOG overrules it
+    #[arg(short, long, action = ArgAction::Count, global = true, help_heading = "Console and log")]
+    pub verbose: u8,
+
+    /// Log less: -q warnings, -qq errors, -qqq nothing
+    #[arg(short, long, action = ArgAction::Count, global = true, conflicts_with = "verbose", help_heading = "Console and log")]
+    pub quiet: u8,
+}
+
+/// What to do instead of running a guest.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// The host's side of macvtap: links for other programs, the host's own access, what there is
+    #[command(subcommand)]
+    Net(NetCommand),
+    /// Runs a guest in QEMU on macvtaps: for UEFI, disk images, graphics, other machines
+    #[command(after_help = qemu::HELP)]
+    Qemu(Box<QemuArgs>),
+    /// Says what stands in the way of a guest on this host, and what to do about it
+    Doctor(DoctorArgs),
+}
+
+/// The subcommands of `minivmm net`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum NetCommand {
+    /// Makes a macvtap and runs a program with its queue as file descriptor 3
+    #[command(after_help = OPEN_HELP)]
+    Open(OpenArgs),
+    /// Makes the macvlan by which the host itself can talk to its guests, or deletes it
+    HostLink(HostLinkArgs),
+    /// Lists the macvtaps and macvlans of each interface, and the addresses of running guests
+    List(ListArgs),
+    /// Deletes the macvtaps that killed programs have left behind
+    Gc,
+}
+
+const OPEN_HELP: &str = "\
+The program finds in its environment:
+  MINIVMM_NET_FDS    the queues' file descriptors, as in 3 or 3:4
+  MINIVMM_NET_MAC    the MAC address that the guest has to use
+  MINIVMM_NET_MTU    the MTU in bytes
+  MINIVMM_NET_NAME   the macvtap's name
+  MINIVMM_NET_LOWER  the interface that it stands on
+
+Example, a guest without any right but to /dev/kvm:
+    minivmm net open eno1 --user me -- minivmm --kernel bzImage --macvtap fd=3
+
+The macvtap is gone when the program ends. The exit status is the program's.";
+
+/// `minivmm net open`.
+#[derive(Clone, Debug, Args)]
+pub struct OpenArgs {
+    /// The interface and the macvtap's keys, as for --macvtap
+    #[arg(value_name = "LINK[,KEY=VALUE...]", value_parser = parse_macvtap)]
+    pub macvtap: MacvtapSpec,
+
+    /// Run the program as this user, with all its groups; who called sudo by default
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
+
+    /// The program and its arguments
+    #[arg(value_name = "COMMAND", required = true, last = true)]
+    pub command: Vec<OsString>,
+}
+
+/// `minivmm net host-link`.
+#[derive(Clone, Debug, Args)]
+pub struct HostLinkArgs {
+    /// The interface of the guests; with --delete also the macvlan itself
+    pub link: LinkName,
+
+    /// An address of the host on the new macvlan. May be repeated
+    #[arg(
+        long,
+        value_name = "ADDRESS/PREFIX",
+        required_unless_present_any = ["move_address", "delete"]
+    )]
+    pub address: Vec<InterfaceAddress>,
+
+    /// Name of the macvlan; the first free macvlanN by default
+    #[arg(long)]
+    pub name: Option<LinkName>,
+
+    /// Move the interface's own addresses and routes onto the macvlan
+    #[arg(long)]
+    pub move_address: bool,
+
+    /// Delete the macvlan, and give addresses and routes that had been moved back
+    #[arg(long, conflicts_with_all = ["address", "name", "move_address"])]
+    pub delete: bool,
+}
+
+/// `minivmm net list`.
+#[derive(Clone, Debug, Args)]
+pub struct ListArgs {
+    /// Only this interface
+    pub link: Option<LinkName>,
+
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `minivmm doctor`.
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// The interface that guests are to stand on
+    pub link: Option<LinkName>,
+
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_line_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn command_line_of_the_mission_is_understood() {
+        let cli =
+            Cli::try_parse_from(["minivmm", "--kernel", "bzImage", "--macvtap", "eno1"]).unwrap();
+        assert_eq!(cli.guest.kernel.unwrap(), PathBuf::from("bzImage"));
+        let [NicSource::Macvtap(spec)] = &cli.guest.macvtap[..] else {
+            panic!("{:?}", cli.guest.macvtap)
+        };
+        assert_eq!((spec.link.as_str(), spec.mode), ("eno1", None));
+    }
+
+    #[test]
+    fn command_line_of_each_subcommand_is_understood() {
+        for line in [
+            "minivmm net open eno1,mode=private,queues=2 --user me -- qemu -netdev x",
+            "minivmm net host-link eno1 --address 10.0.0.1/24 --address fd00::1/64 --name host0",
+            "minivmm net host-link eno1 --move-address",
+            "minivmm net host-link eno1 --delete",
+            "minivmm net list",
+            "minivmm net list eno1 --json",
+            "minivmm net gc -v",
+            "minivmm doctor",
+            "minivmm doctor eno1 --json",
+            "minivmm --kernel k --macvtap fd=3 --host-link 10.0.0.1/24",
+            "minivmm qemu --macvtap eno1,bus=pcie.0,addr=0x4,id=nic2 --dry-run -- -M q35 -m 1G",
+            "minivmm qemu --kernel k --initrd i --cmdline c --cpus 2 --memory 1G --accel auto",
+        ] {
+            Cli::try_parse_from(line.split(' ')).unwrap();
+        }
+        for line in [
+            "minivmm",
+            "minivmm --kernel k net list",
+            "minivmm net",
+            "minivmm net open eno1",
+            "minivmm net host-link eno1",
+            "minivmm net host-link eno1 --address 10.0.0.1",
+            "minivmm net host-link eno1 --delete --move-address",
+            "minivmm --kernel k --host-link 10.0.0.1/24",
+            "minivmm qemu",
+            "minivmm qemu -M q35",
+            "minivmm qemu --cpus 2 -- -M q35",
+            "minivmm qemu --accel hvf -- -M q35",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn command_line_with_bad_values_is_refused() {
+        for (option, value) in [
+            ("--memory", "0"),
+            ("--memory", "lots"),
+            ("--memory", "-1G"),
+            ("--memory", "99999999999999999999"),
+            ("--cpus", "0"),
+            ("--cpus", "5000"),
+            ("--cpus", "two"),
+            ("--macvtap", ""),
+            ("--macvtap", ",mode=bridge"),
+            ("--macvtap", "abcdefghijklmnop"),
+            ("--macvtap", "eno1,mode=hub"),
+            ("--macvtap", "eno1,mode"),
+            ("--macvtap", "eno1,colour=red"),
+            ("--macvtap", "eno1,mac=01:00:5e:00:00:01"),
+            ("--macvtap", "eno1,mac=52:54:00"),
+            ("--macvtap", "eno1,mode=vepa,mode=bridge"),
+            ("--console", "telnet"),
+            ("--console", "file:"),
+        ] {
+            let parsed = Cli::try_parse_from(["minivmm", "--kernel", "k", option, value]);
+            assert!(parsed.is_err(), "{option} {value}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! `minivmm qemu`, as typed.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::config::{ConsoleTarget, Cpus, MemorySize};
+use crate::qemu::NicRequest;
+
+pub(super) const HELP: &str = "\
+Examples:
+  The classic command, its two macvtap lines replaced by --macvtap; all else is handed through:
+      minivmm qemu --macvtap eno1 -- -M q35 -enable-kvm -cpu host -m 2G -nodefaults \\
+          -drive if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE.fd \\
+          -serial mon:stdio -drive if=virtio,file=disk.qcow2
+  The network card in a place of its own; keys that are not the macvtap's go to -device:
+      minivmm qemu --macvtap eno1,bus=pcie.0,addr=0x4,id=nic2 -- -M q35 ...
+  The guest of the native monitor in QEMU instead, on a host without KVM too:
+      minivmm qemu --kernel bzImage --initrd initrd.img --macvtap eno1
+  What would be done, as a script for sh:
+      minivmm qemu --dry-run --macvtap eno1 -- -M q35 ...
+  Another model of card, which needs the macvtap's MAC address in both places:
+      minivmm qemu --macvtap eno1,mac=52:54:00:12:34:56 -- \\
+          -device e1000e,netdev=macvtap0,mac=52:54:00:12:34:56 ...
+
+Keys of --macvtap besides those of `minivmm --help`:
+  queues=N           several queues: fds=, mq=on and vectors= follow from it
+  vhost=on|off       the host kernel moves the frames; by default wherever /dev/vhost-net opens
+  fd=N[:N...]        instead of LINK: queues that are open already
+  id=, bus=, addr=, and any other key: properties of -device virtio-net-pci
+The n-th --macvtap is QEMU's netdev macvtapN, counted from 0; its descriptors begin at 3.
+
+Exit status: QEMU's own, or 128+N when signal N killed it; 1 when QEMU was not started, 2 when the
+command line is wrong. With --kernel as of `minivmm --help`, but a triple fault is a reboot.";
+
+/// `minivmm qemu`.
+#[derive(Clone, Debug, Args)]
+#[command(arg_required_else_help = true)]
+pub struct QemuArgs {
+    /// Network card on a new macvtap of the host's interface LINK, or on LINK if that is a
+    /// macvtap. May be repeated. The keys are below
+    #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = crate::qemu::parse_nic)]
+    pub macvtap: Vec<NicRequest>,
+
+    /// Print a script that does the same, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// The QEMU to run; qemu-system-x86_64 of PATH by default
+    #[arg(long, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
+
+    /// What runs the guest's code. auto takes KVM where QEMU really runs with it, else TCG;
+    /// it is the default with --kernel. Without --kernel nothing is added by default
+    #[arg(long, value_name = "auto|kvm|tcg")]
+    pub accel: Option<Accel>,
+
+    /// The guest that the native monitor would run.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// QEMU's options, handed through
+    #[arg(value_name = "ARGS", last = true)]
+    pub args: Vec<OsString>,
+}
+
+/// The options of the native monitor that describe a guest.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Instead of writing QEMU's options, as for the native monitor")]
+pub struct MachineArgs {
+    /// Kernel to boot: then QEMU gets a whole machine like the native monitor's, and ARGS may
+    /// change it
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+
+    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1"
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        requires = "kernel"
+    )]
+    pub cmdline: Option<String>,
+
+    /// Number of CPUs, 1 by default
+    #[arg(long, value_name = "N", requires = "kernel")]
+    pub cpus: Option<Cpus>,
+
+    /// Memory, 512M by default
+    #[arg(long, value_name = "SIZE", requires = "kernel")]
+    pub memory: Option<MemorySize>,
+
+    /// Where the guest's serial console goes: stdio (the default), none or file:PATH
+    #[arg(long, value_name = "WHERE", requires = "kernel")]
+    pub console: Option<ConsoleTarget>,
+}
+
+/// What runs the guest's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// KVM if QEMU runs with it here, else TCG.
+    Auto,
+    /// The processor.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}

@@ -1,0 +1,98 @@
+//! What minivmm does besides running a guest: one module for each subcommand.
+
+mod doctor;
+mod host_link;
+mod list;
+mod open;
+
+use std::io::{self, ErrorKind, Write};
+
+use crate::cli::{Command, NetCommand};
+use crate::qemu::{self, QemuError};
+
+pub use open::OpenError;
+
+/// Why a subcommand could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// `net open`.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// `net host-link`.
+    #[error(transparent)]
+    HostLink(#[from] net::HostLinkError),
+    /// `net list`.
+    #[error(transparent)]
+    List(#[from] net::InventoryError),
+    /// `net gc`.
+    #[error(transparent)]
+    Gc(#[from] net::Error),
+    /// `qemu`.
+    #[error(transparent)]
+    Qemu(#[from] QemuError),
+    /// stdout.
+    #[error("cannot write to stdout")]
+    Output(#[source] io::Error),
+}
+
+/// Runs a subcommand and returns the exit status.
+///
+/// # Errors
+///
+/// Says what could not be done.
+///
+/// # Safety
+///
+/// Nothing in this process may own the descriptors that the command names: call it before anything
+/// is opened.
+pub unsafe fn run(command: &Command) -> Result<u8, CommandError> {
+    match command {
+        Command::Net(NetCommand::Open(args)) => Ok(open::run(args)?),
+        Command::Net(NetCommand::HostLink(args)) => print(&host_link::run(args)?).map(|()| 0),
+        Command::Net(NetCommand::List(args)) => print(&list::run(args)?).map(|()| 0),
+        Command::Net(NetCommand::Gc) => print(&gc()?).map(|()| 0),
+        Command::Qemu(args) if args.dry_run => {
+            // SAFETY: as for this function.
+            print(&unsafe { qemu::dry_run(args) }?).map(|()| 0)
+        }
+        // SAFETY: as for this function.
+        Command::Qemu(args) => Ok(unsafe { qemu::run(args) }?),
+        Command::Doctor(args) => {
+            let (report, healthy) = doctor::run(args);
+            print(&report).map(|()| if healthy { 0 } else { 1 })
+        }
+    }
+}
+
+fn gc() -> Result<String, net::Error> {
+    // Reading the registry removes the files of the dead.
+    crate::registry::running();
+    let line = |link: net::Reaped| {
+        format!(
+            "deleted {} ({}), left by {}\n",
+            link.name,
+            link.kind,
+            owner(&link.owner)
+        )
+    };
+    Ok(net::reap()?.into_iter().map(line).collect())
+}
+
+/// An owner, for people.
+fn owner(owner: &net::Owner) -> String {
+    format!("{} (pid {})", owner.program(), owner.pid())
+}
+
+/// Writes to stdout; a reader that has seen enough is no error.
+fn print(text: &str) -> Result<(), CommandError> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(CommandError::Output(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Pretty JSON with a line end.
+fn json(value: &impl serde::Serialize) -> String {
+    // Plain data of our own: there is nothing in it that JSON could not say.
+    serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
+}

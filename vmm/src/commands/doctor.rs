@@ -1,0 +1,109 @@
+//! `minivmm doctor`: what stands in the way of a guest on this host.
+
+use std::fmt::Write;
+
+use net::{Check, Status};
+use serde::Serialize;
+
+use crate::cli::DoctorArgs;
+use crate::commands::json;
+use crate::probe::{self, Privileged};
+
+/// A check, as JSON shows it.
+#[derive(Debug, Serialize)]
+struct Line {
+    check: &'static str,
+    status: &'static str,
+    message: String,
+    remedy: Option<String>,
+}
+
+impl From<Check> for Line {
+    fn from(check: Check) -> Self {
+        let Check {
+            name,
+            status,
+            message,
+            remedy,
+            ..
+        } = check;
+        Self {
+            check: name,
+            status: status.as_str(),
+            message,
+            // The library does not know of this program.
+            remedy: remedy.map(|remedy| match name {
+                "leaked links" => format!("`minivmm net gc`, or {remedy}"),
+                _ => remedy,
+            }),
+        }
+    }
+}
+
+/// The report, and whether nothing failed.
+pub fn run(args: &DoctorArgs) -> (String, bool) {
+    let network = net::diagnose_host(args.link.as_ref())
+        .into_iter()
+        .map(Line::from);
+    let lines: Vec<Line> = std::iter::once(kvm()).chain(network).collect();
+    let healthy = lines
+        .iter()
+        .all(|line| line.status != Status::Fail.as_str());
+    (
+        if args.json {
+            json(&lines)
+        } else {
+            to_text(&lines)
+        },
+        healthy,
+    )
+}
+
+fn kvm() -> Line {
+    let line = |status: Status, message: &str, remedy: Option<String>| Line {
+        check: "kvm",
+        status: status.as_str(),
+        message: message.to_owned(),
+        remedy,
+    };
+    match probe::probe() {
+        Ok(Privileged::Native) => line(Status::Ok, "/dev/kvm runs guests on the processor", None),
+        Ok(Privileged::Emulated {
+            instructions_per_second,
+        }) => {
+            let millions = instructions_per_second as f64 / 1e6;
+            let message = format!(
+                "/dev/kvm emulates a guest's kernel, at {millions:.1} million instructions a second"
+            );
+            let remedy = "small guests run; for a stock Linux take a machine with hardware \
+                          virtualization (svm or vmx in /proc/cpuinfo)";
+            line(Status::Warn, &message, Some(remedy.to_owned()))
+        }
+        Err(error) => {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            let message =
+                cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"));
+            // The error says what to do.
+            line(Status::Fail, &message, None)
+        }
+    }
+}
+
+fn to_text(lines: &[Line]) -> String {
+    let mut text = String::new();
+    for Line {
+        check,
+        status,
+        message,
+        remedy,
+    } in lines
+    {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{status:4}  {check}: {message}");
+        if let Some(remedy) = remedy {
+            let _ = write!(text, " ({remedy})");
+        }
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,201 @@
+//! `minivmm net list`: who shares which interface, and which addresses the guests have.
+
+use std::fmt::Write;
+
+use net::{InventoryError, LinkState, LowerInfo, UpperInfo};
+use serde::Serialize;
+
+use crate::cli::ListArgs;
+use crate::commands::{json, owner};
+use crate::registry::{self, Entry, NicEntry};
+
+/// Everything, as JSON shows it.
+#[derive(Debug, Serialize)]
+struct Listing {
+    interfaces: Vec<Interface>,
+    guests: Vec<Entry>,
+}
+
+/// An interface that others stand on. What lies in another network namespace has an index alone.
+#[derive(Debug, Serialize)]
+struct Interface {
+    name: Option<String>,
+    index: u32,
+    mac: Option<String>,
+    mtu: Option<u32>,
+    up: Option<bool>,
+    carrier: Option<bool>,
+    links: Vec<Link>,
+}
+
+/// A macvtap, macvlan or ipvlan.
+#[derive(Debug, Serialize)]
+struct Link {
+    name: String,
+    index: u32,
+    kind: &'static str,
+    mode: Option<&'static str>,
+    mac: Option<String>,
+    mtu: u32,
+    up: bool,
+    carrier: bool,
+    /// The process that it belongs to.
+    owner: Option<String>,
+    /// That process has ended.
+    leaked: bool,
+    host_link: bool,
+}
+
+/// The report. A private macvtap is in no namespace that can be listed: it shows with its guest.
+pub fn run(args: &ListArgs) -> Result<String, InventoryError> {
+    let interfaces = net::inventory(args.link.as_ref())?
+        .into_iter()
+        .map(Interface::from)
+        .collect();
+    let mut guests = registry::running();
+    if let Some(link) = &args.link {
+        for guest in &mut guests {
+            guest
+                .nics
+                .retain(|nic| nic.lower == link.as_str() || nic.name == link.as_str());
+        }
+        guests.retain(|guest| !guest.nics.is_empty());
+    }
+    let listing = Listing { interfaces, guests };
+    Ok(if args.json {
+        json(&listing)
+    } else {
+        listing.to_text()
+    })
+}
+
+impl From<LowerInfo> for Interface {
+    fn from(lower: LowerInfo) -> Self {
+        Self {
+            name: lower.name,
+            index: lower.index,
+            mac: lower.mac.map(|mac| mac.to_string()),
+            mtu: lower.mtu,
+            up: lower.state.as_ref().map(|state| state.admin_up),
+            carrier: lower.state.as_ref().map(|state| state.carrier),
+            links: lower.uppers.into_iter().map(Link::from).collect(),
+        }
+    }
+}
+
+impl From<UpperInfo> for Link {
+    fn from(upper: UpperInfo) -> Self {
+        let LinkState {
+            admin_up, carrier, ..
+        } = upper.state;
+        Self {
+            name: upper.name,
+            index: upper.index,
+            kind: upper.kind.as_str(),
+            mode: upper.mode,
+            mac: upper.mac.map(|mac| mac.to_string()),
+            mtu: upper.mtu,
+            up: admin_up,
+            carrier,
+            owner: upper.owner.as_ref().map(owner),
+            leaked: upper.owner.is_some_and(|owner| owner.is_dead()),
+            host_link: upper.host_link,
+        }
+    }
+}
+
+impl Listing {
+    fn to_text(&self) -> String {
+        let mut text = String::new();
+        for interface in &self.interfaces {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{}", interface.line());
+            for link in &interface.links {
+                let _ = writeln!(text, "  {}", link.line());
+            }
+        }
+        for guest in &self.guests {
+            let kernel = guest.kernel.display();
+            let _ = writeln!(text, "guest of pid {}, {kernel}", guest.pid);
+            for nic in &guest.nics {
+                let _ = writeln!(text, "  {}", nic_line(nic));
+            }
+        }
+        if text.is_empty() {
+            text.push_str("no macvtap, no macvlan, no guest\n");
+        }
+        text
+    }
+}
+
+impl Interface {
+    fn line(&self) -> String {
+        let Some(name) = &self.name else {
+            return format!("interface {} of another network namespace", self.index);
+        };
+        let mac = self.mac.as_deref().unwrap_or("no MAC address");
+        let mtu = self.mtu.unwrap_or_default();
+        let state = state(
+            self.up.unwrap_or_default(),
+            self.carrier.unwrap_or_default(),
+        );
+        format!("{name}  {mac}  mtu {mtu}  {state}")
+    }
+}
+
+impl Link {
+    fn line(&self) -> String {
+        let Self {
+            name, kind, mtu, ..
+        } = self;
+        let mode = self.mode.unwrap_or("-");
+        let mac = self.mac.as_deref().unwrap_or("no MAC address");
+        let mut line = format!(
+            "{kind} {name}  {mode}  {mac}  mtu {mtu}  {}",
+            state(self.up, self.carrier)
+        );
+        if self.host_link {
+            line.push_str("  the host's own");
+        }
+        if let Some(owner) = &self.owner {
+            let _ = write!(line, "  owner {owner}");
+        }
+        if self.leaked {
+            line.push_str(", which has ended: minivmm net gc deletes it");
+        }
+        line
+    }
+}
+
+fn state(up: bool, carrier: bool) -> &'static str {
+    match (up, carrier) {
+        (true, true) => "up",
+        (true, false) => "no carrier",
+        (false, _) => "down",
+    }
+}
+
+fn nic_line(nic: &NicEntry) -> String {
+    let NicEntry {
+        name,
+        lower,
+        mac,
+        mtu,
+        addresses,
+        wrong_source_frames,
+    } = nic;
+    let mut line = format!("macvtap {name} on {lower}  {mac}  mtu {mtu}  addresses");
+    for address in addresses {
+        let _ = write!(line, " {address}");
+    }
+    if addresses.is_empty() {
+        line.push_str(" not seen yet");
+    }
+    if *wrong_source_frames > 0 {
+        let _ = write!(
+            line,
+            "  ({wrong_source_frames} frames from a wrong MAC address)"
+        );
+    }
+    line
+}

@@ -1,0 +1,157 @@
+//! `minivmm net open`: a macvtap for another program, which needs no rights of its own.
+
+use std::ffi::{CString, OsString};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use net::{Macvtap, Placement};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Uid, User, geteuid, getgrouplist, setgid, setgroups, setuid};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::child;
+use crate::cli::OpenArgs;
+use crate::handover::{self, Handover};
+
+/// Why the program was not run.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No such user.
+    #[error("there is no user {0:?}")]
+    NoUser(String),
+    /// The users or groups cannot be read.
+    #[error("cannot look up the user {0:?}")]
+    LookUp(String, #[source] io::Error),
+    /// The macvtap.
+    #[error(transparent)]
+    Macvtap(#[from] net::Error),
+    /// The queues cannot be prepared for the program.
+    #[error("cannot hand the queues over")]
+    Descriptors(#[source] io::Error),
+    /// Signals cannot be passed on.
+    #[error("cannot catch signals")]
+    Signals(#[source] io::Error),
+    /// The program.
+    #[error("cannot run {0:?}")]
+    Run(OsString, #[source] io::Error),
+}
+
+/// Runs the program and returns its exit status.
+///
+/// A macvtap in a private namespace ends with the last descriptor of its queues, so minivmm
+/// *becomes* the program: nothing is left to clean up, and signals, job control and exit status
+/// are the program's own. A macvtap in the host's namespace has to be deleted, so there minivmm
+/// waits for the program's end.
+///
+/// # Errors
+///
+/// Says why the program was not run. Nothing is left behind then.
+pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
+    let user = args.user.clone().or_else(caller_of_sudo);
+    if user.is_none() && geteuid().is_root() {
+        log::warn!("the program runs as root: choose an ordinary user with --user");
+    }
+    let user = user.map(Credentials::of).transpose()?;
+    let macvtap = Macvtap::open(&args.macvtap)?;
+    let mut command = program(&args.command, &macvtap);
+    let (queues, lease) = macvtap.into_parts();
+    let handover = hand_over(queues).map_err(OpenError::Descriptors)?;
+    handover.attach(&mut command);
+    let waits = args.macvtap.netns == Placement::Host;
+    // SAFETY: what runs between fork and exec makes system calls alone: it allocates nothing and
+    // takes no lock.
+    unsafe { command.pre_exec(move || enter_program(user.as_ref(), waits)) };
+    let failed = |error| OpenError::Run(args.command[0].clone(), error);
+    if !waits {
+        // Returns only when it fails.
+        let error = command.exec();
+        drop(lease);
+        return Err(failed(error));
+    }
+    // SIGINT and SIGQUIT of a terminal reach the program by themselves; here they are only not to
+    // be deadly.
+    let signals = Signals::new([SIGTERM, SIGHUP, SIGINT, SIGQUIT]).map_err(OpenError::Signals)?;
+    let child = command.spawn().map_err(failed)?;
+    drop(handover);
+    let status = child::wait(child, signals, &[SIGTERM, SIGHUP]).map_err(failed)?;
+    drop(lease);
+    Ok(child::exit_code(status))
+}
+
+/// Who called sudo, if anybody did.
+fn caller_of_sudo() -> Option<String> {
+    std::env::var("SUDO_USER")
+        .ok()
+        .filter(|name| name != "root")
+}
+
+/// Everything that makes a process a user's.
+#[derive(Debug)]
+struct Credentials {
+    user: Uid,
+    group: Gid,
+    groups: Vec<Gid>,
+}
+
+impl Credentials {
+    fn of(name: String) -> Result<Self, OpenError> {
+        let look_up = |errno: nix::Error| OpenError::LookUp(name.clone(), errno.into());
+        let user = User::from_name(&name).map_err(look_up)?;
+        let user = user.ok_or_else(|| OpenError::NoUser(name.clone()))?;
+        let c_name = CString::new(name.clone()).map_err(|_| OpenError::NoUser(name.clone()))?;
+        let groups = getgrouplist(&c_name, user.gid).map_err(look_up)?;
+        Ok(Self {
+            user: user.uid,
+            group: user.gid,
+            groups,
+        })
+    }
+}
+
+fn program(command: &[OsString], macvtap: &Macvtap) -> Command {
+    let mut program = Command::new(&command[0]);
+    let numbers: Vec<_> = (handover::FIRST..)
+        .take(macvtap.queues().len())
+        .map(|n| n.to_string())
+        .collect();
+    program
+        .args(&command[1..])
+        .env("MINIVMM_NET_FDS", numbers.join(":"))
+        .env("MINIVMM_NET_MAC", macvtap.mac().to_string())
+        .env("MINIVMM_NET_MTU", macvtap.mtu().to_string())
+        .env("MINIVMM_NET_NAME", macvtap.name())
+        .env("MINIVMM_NET_LOWER", macvtap.lower());
+    program
+}
+
+/// Makes the queues blocking, as programs expect of what a shell has opened, and gives them their numbers.
+fn hand_over(queues: Vec<OwnedFd>) -> io::Result<Handover> {
+    for queue in &queues {
+        rustix::io::ioctl_fionbio(queue, false)?;
+    }
+    Handover::new(queues)
+}
+
+/// Becomes the user. Runs between fork and exec; in a process of its own, if minivmm `waits` for its
+/// end.
+fn enter_program(user: Option<&Credentials>, waits: bool) -> io::Result<()> {
+    if let Some(Credentials {
+        user,
+        group,
+        groups,
+    }) = user
+    {
+        setgroups(groups)?;
+        setgid(*group)?;
+        setuid(*user)?;
+    }
+    if waits {
+        // The macvtap of a killed minivmm is anybody's to delete. (A change of user clears this.)
+        prctl::set_pdeathsig(Signal::SIGTERM)?;
+    }
+    Ok(())
+}

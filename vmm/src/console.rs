@@ -1,0 +1,268 @@
+//! The guest's serial console at the monitor's end: the terminal, the output, the input.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use devices::serial::Serial;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::stdio::{stdin, stdout};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
+
+use crate::exit::{Exit, ExitRequest};
+
+/// The terminal's settings before it became raw, for whoever has to give it back.
+static COOKED: Mutex<Option<Termios>> = Mutex::new(None);
+/// The cursor stands behind guest output that has not ended its line.
+static MID_LINE: AtomicBool = AtomicBool::new(false);
+
+/// How long a thread waits before it looks again whether it is still wanted.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+const KEYS: &str = "\n\
+Ctrl-A x       end the guest at once\n\
+Ctrl-A h       this help\n\
+Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
+
+/// Holds the terminal in raw mode, so that every key reaches the guest.
+#[derive(Debug)]
+pub struct RawTerminal(());
+
+impl RawTerminal {
+    /// Makes stdin's terminal raw. `None` when stdin is no terminal, or another job's.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the terminal's settings cannot be read or set.
+    pub fn enter() -> io::Result<Option<Self>> {
+        let terminal = stdin();
+        if !isatty(terminal) || !may_read() {
+            return Ok(None);
+        }
+        let cooked = tcgetattr(terminal)?;
+        let mut raw = cooked.clone();
+        raw.make_raw();
+        // Output stays as it was: the log's lines have to begin at the left margin.
+        raw.output_modes = cooked.output_modes;
+        *COOKED.lock().unwrap_or_else(PoisonError::into_inner) = Some(cooked);
+        let entered = Self(());
+        tcsetattr(terminal, OptionalActions::Now, &raw)?;
+        Ok(Some(entered))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore_terminal();
+    }
+}
+
+/// Whether stdin may be read: a terminal stops a job that is not in its foreground for that.
+pub fn may_read() -> bool {
+    let foreground = || tcgetpgrp(stdin()).is_ok_and(|group| group == rustix::process::getpgrp());
+    !isatty(stdin()) || foreground()
+}
+
+/// Gives the terminal back as it was; does nothing when it never became raw. For the panic hook
+/// too, whose message would otherwise be hard to read.
+pub fn restore_terminal() {
+    if let Some(cooked) = COOKED.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &cooked);
+    }
+}
+
+/// True once for each time that guest output left the cursor in mid-line on stdout: a log line
+/// on the same terminal has to begin with a line break then.
+pub fn take_mid_line() -> bool {
+    MID_LINE.swap(false, Ordering::Relaxed)
+}
+
+/// The serial port's output to a file, pipe or terminal.
+///
+/// Whoever does not read it may hold the guest up, but not the monitor: once the guest is to end,
+/// a blocked write (which the vCPU's kick interrupts) gives up.
+#[derive(Debug)]
+pub struct Output {
+    file: File,
+    exit: Arc<ExitRequest>,
+}
+
+impl Output {
+    /// Writes to `file` until `exit` is requested.
+    pub fn new(file: File, exit: Arc<ExitRequest>) -> Self {
+        Self { file, exit }
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.file.write(bytes) {
+                // Not the error itself: the caller would try again for ever if it was EINTR.
+                Err(_) if self.exit.reason().is_some() => return Err(ErrorKind::BrokenPipe.into()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // Somebody else made the pipe or terminal that we share non-blocking.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    wait(&self.file, PollFlags::OUT);
+                }
+                result => {
+                    MID_LINE.store(bytes.last() != Some(&b'\n'), Ordering::Relaxed);
+                    return result;
+                }
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A descriptor of its own for stdout.
+///
+/// # Errors
+///
+/// Fails when the process has no file descriptor left.
+pub fn stdout_file() -> io::Result<File> {
+    Ok(rustix::io::fcntl_dupfd_cloexec(stdout(), 3)?.into())
+}
+
+/// Hands stdin to `serial`, from a thread of its own: reading blocks, and not all that stdin may
+/// be can be polled. The thread is never joined and holds nothing that needs giving back.
+///
+/// `drained` receives when the guest has read everything; `keys` turns Ctrl-A into the
+/// monitor's prefix.
+///
+/// # Errors
+///
+/// Fails when the thread cannot be started.
+pub fn spawn_input(
+    serial: Arc<Mutex<Serial>>,
+    drained: Receiver<()>,
+    exit: Arc<ExitRequest>,
+    keys: bool,
+) -> io::Result<()> {
+    let mut escape = keys.then(Escape::default);
+    thread::Builder::new()
+        .name("console".into())
+        .spawn(move || {
+            let mut buffer = [0; 256];
+            loop {
+                // End of file: the guest gets no more input, and runs on.
+                let input = match rustix::io::read(stdin(), &mut buffer) {
+                    Ok(0) => return,
+                    Ok(length) => &buffer[..length],
+                    Err(rustix::io::Errno::INTR) => continue,
+                    Err(rustix::io::Errno::AGAIN) => {
+                        wait(stdin(), PollFlags::IN);
+                        continue;
+                    }
+                    Err(error) => return log::debug!("the console's input ended: {error}"),
+                };
+                let pushed = match &mut escape {
+                    None => push(&serial, &drained, input),
+                    Some(escape) => push(&serial, &drained, &escape.filter(input, &exit)),
+                };
+                if !pushed {
+                    return;
+                }
+            }
+        })?;
+    Ok(())
+}
+
+/// Hands `input` over as the guest reads it; false when there is no guest any more.
+fn push(serial: &Mutex<Serial>, drained: &Receiver<()>, mut input: &[u8]) -> bool {
+    loop {
+        let taken = serial
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_input(input);
+        input = &input[taken..];
+        if input.is_empty() {
+            return true;
+        }
+        // A guest that is probing the port takes nothing and signals nothing: look again then.
+        if drained.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Disconnected) {
+            return false;
+        }
+    }
+}
+
+/// Waits until the descriptor is ready, for [`PATIENCE`] at most.
+fn wait(fd: impl AsFd, flags: PollFlags) {
+    let timeout = Timespec {
+        tv_sec: 0,
+        tv_nsec: 100_000_000,
+    };
+    let _ = poll(&mut [PollFd::new(&fd, flags)], Some(&timeout));
+}
+
+/// The terminal's keys that are the monitor's.
+#[derive(Debug, Default)]
+struct Escape {
+    /// The last key was Ctrl-A.
+    armed: bool,
+}
+
+impl Escape {
+    const CTRL_A: u8 = 0x01;
+
+    /// Acts on the monitor's keys and returns the guest's.
+    fn filter(&mut self, input: &[u8], exit: &ExitRequest) -> Vec<u8> {
+        let mut guest = Vec::with_capacity(input.len());
+        for &key in input {
+            match (std::mem::take(&mut self.armed), key) {
+                (false, Self::CTRL_A) => self.armed = true,
+                (false, _) | (true, Self::CTRL_A) => guest.push(key),
+                (true, b'x' | b'X') => exit.request(Exit::Quit),
+                (true, b'h' | b'H' | b'?') => {
+                    let _ = io::stderr().write_all(KEYS.as_bytes());
+                }
+                (true, _) => {}
+            }
+        }
+        guest
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escape_x_ends_the_guest_even_when_split() {
+        let exit = ExitRequest::new().unwrap();
+        let mut escape = Escape::default();
+        assert_eq!(escape.filter(b"ls\x01", &exit), b"ls");
+        assert_eq!(exit.reason(), None);
+        assert_eq!(escape.filter(b"x", &exit), b"");
+        assert_eq!(exit.reason(), Some(&Exit::Quit));
+    }
+
+    #[test]
+    fn escape_twice_sends_one_ctrl_a() {
+        let exit = ExitRequest::new().unwrap();
+        assert_eq!(
+            Escape::default().filter(b"a\x01\x01b\x01zx", &exit),
+            b"a\x01bx"
+        );
+        assert_eq!(exit.reason(), None);
+    }
+
+    #[test]
+    fn output_to_a_full_pipe_gives_up_once_the_guest_ends() {
+        let exit = Arc::new(ExitRequest::new().unwrap());
+        let (_reader, writer) = io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        let mut output = Output::new(std::os::fd::OwnedFd::from(writer).into(), Arc::clone(&exit));
+        let blocked = thread::spawn(move || while output.write_all(&[b'x'; 4096]).is_ok() {});
+        exit.request(Exit::PowerOff);
+        blocked.join().unwrap();
+    }
+}

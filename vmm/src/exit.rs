@@ -1,0 +1,122 @@
+//! How a guest ends, and who said so first.
+
+use std::io;
+use std::sync::OnceLock;
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// Why the guest no longer runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It powered off.
+    PowerOff,
+    /// It asked for a reset.
+    Reboot,
+    /// Its kernel panicked, and asked for a reset.
+    Panic,
+    /// Somebody pressed Ctrl-A x.
+    Quit,
+    /// A signal came, and the guest did not power off in time.
+    Signal(i32),
+    /// It cannot go on: the text says what KVM said.
+    Crash(String),
+    /// The monitor cannot go on.
+    Failure(String),
+}
+
+impl Exit {
+    /// The exit status of the process.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::PowerOff | Self::Reboot | Self::Quit => 0,
+            Self::Failure(_) => 1,
+            Self::Crash(_) => 3,
+            Self::Panic => 4,
+            // Signal numbers go up to 64.
+            Self::Signal(number) => 128u8.saturating_add(*number as u8),
+        }
+    }
+
+    /// Says in the log how the guest ended.
+    pub fn log(&self) {
+        match self {
+            Self::PowerOff => log::info!("the guest powered off"),
+            Self::Reboot => log::info!("the guest asked for a reboot"),
+            Self::Panic => log::error!("the guest's kernel panicked"),
+            Self::Quit => log::info!("ended from the terminal"),
+            Self::Signal(number) => log::error!("ended by signal {number}"),
+            Self::Crash(what) => log::error!("the guest crashed: {what}"),
+            Self::Failure(what) => log::error!("{what}"),
+        }
+    }
+}
+
+/// The place where any thread may end the guest. The first reason is the one that counts.
+#[derive(Debug)]
+pub struct ExitRequest {
+    reason: OnceLock<Exit>,
+    event: EventFd,
+}
+
+impl ExitRequest {
+    /// Nobody has asked yet.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no file descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        Ok(Self {
+            reason: OnceLock::new(),
+            event,
+        })
+    }
+
+    /// Ends the guest.
+    pub fn request(&self, reason: Exit) {
+        // Set already: somebody was first.
+        let _ = self.reason.set(reason);
+        let _ = self.event.write(1);
+    }
+
+    /// The reason, once there is one.
+    pub fn reason(&self) -> Option<&Exit> {
+        self.reason.get()
+    }
+
+    /// Readable once somebody has asked.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_request_keeps_the_first_reason() {
+        let exit = ExitRequest::new().unwrap();
+        assert_eq!(exit.reason(), None);
+        exit.request(Exit::PowerOff);
+        exit.request(Exit::Signal(15));
+        assert_eq!(exit.reason(), Some(&Exit::PowerOff));
+        assert!(exit.event().read().is_ok());
+    }
+
+    #[test]
+    fn exit_codes_are_those_of_the_manual() {
+        for (exit, code) in [
+            (Exit::PowerOff, 0),
+            (Exit::Reboot, 0),
+            (Exit::Quit, 0),
+            (Exit::Failure(String::new()), 1),
+            (Exit::Crash(String::new()), 3),
+            (Exit::Panic, 4),
+            (Exit::Signal(libc::SIGINT), 130),
+            (Exit::Signal(libc::SIGTERM), 143),
+        ] {
+            assert_eq!(exit.code(), code, "{exit:?}");
+        }
+    }
+}

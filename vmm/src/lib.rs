@@ -1,0 +1,56 @@
+//! minivmm: a minimal virtual machine monitor whose guests stand on the host's own Ethernet.
+//!
+//! The way from a command line to a running guest, each step a call that hands on a finished
+//! value:
+//!
+//! | step | module | what it is |
+//! | --- | --- | --- |
+//! | command line | [`cli`] | what was typed |
+//! | config | [`config`] | validated types |
+//! | plan | [`plan`] | which device gets which window and interrupt |
+//! | resources | [`resources`] | what is taken from the host, given back on drop |
+//! | boot | the `boot` crate | kernel, tables and registers, as data |
+//! | vm, vcpu | [`vm`], [`vcpu`], [`cpuid`], [`msi`] | the only users of KVM |
+//! | devices | [`machine`] and the `devices` crate | what stands on the buses |
+//! | event loop | [`event_loop`] | the control thread |
+//!
+//! A network card's way through it: [`nic`] takes its queue from the host, [`cards`] puts it on the
+//! bus, and on the control thread [`link_watch`] follows the host's link and [`registry`] tells
+//! other programs of the guest. The subcommands that run no guest are in [`commands`], and [`qemu`]
+//! runs one in QEMU on the same macvtaps; [`handover`] and [`child`] are what starting another
+//! program takes.
+//!
+//! [`builder::run`] is that table as code. [`exit`] says how a guest ends, [`console`] is the
+//! terminal's side of it, and [`probe`] tells what a host's KVM can run.
+//!
+//! # Threads
+//!
+//! The main thread builds the guest and then waits for events. Each vCPU has a thread
+//! (`vcpuN`), each queue pair of a network card that its driver has started too (`netN`, `netN.1`,
+//! …), and the console's input one (`console`).
+
+pub mod builder;
+pub mod cards;
+pub mod child;
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod console;
+pub mod cpuid;
+pub mod event_loop;
+pub mod exit;
+pub mod handover;
+pub mod link_watch;
+pub mod machine;
+pub mod msi;
+pub mod nic;
+pub mod plan;
+pub mod probe;
+pub mod qemu;
+pub mod registry;
+pub mod resources;
+pub mod vcpu;
+pub mod vm;
+
+pub use builder::{Error, run};
+pub use exit::Exit;

@@ -1,0 +1,233 @@
+//! Puts the devices of a plan on the buses and connects them to the VM.
+
+use std::io;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
+
+use boot::layout::PCI_ECAM;
+use devices::bus::{Bus, Overlap, SharedDevice};
+use devices::irq::IrqLine;
+use devices::pci::{CONFIG_PORT, CONFIG_PORTS, ConfigPorts, ECAM_BUS_LEN, Ecam, PciBus};
+use devices::power::{AcpiPower, I8042, PowerRequest, PowerSink};
+use devices::serial::{self, Serial};
+use devices::virtio::VirtioDevice;
+use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use devices::virtio::pci::{BAR_LEN, NOTIFY, NOTIFY_STRIDE, PciTransport};
+use vm_memory::{Bytes, GuestMemoryMmap};
+
+use crate::exit::{Exit, ExitRequest};
+use crate::plan::{
+    Gsi, I8042_PORT, I8042_PORTS, MmioWindow, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS,
+    SERIAL_GSI, SERIAL_PORT, VirtioSlot,
+};
+use crate::vcpu::Board;
+use crate::vm::{Vm, VmError};
+
+/// What went wrong while the machine was put together.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Two devices in one place.
+    #[error("the plan of the machine is wrong")]
+    Overlap(#[from] Overlap),
+    /// Two devices with one number.
+    #[error("the plan of the machine has two PCI devices with the number {0}")]
+    PciSlot(u8),
+    /// No descriptor for an eventfd.
+    #[error("cannot create an eventfd")]
+    EventFd(#[source] io::Error),
+    /// KVM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+}
+
+// What the tables tell the guest to write is what the device understands. Neither crate knows the
+// other, so this is where they are held together.
+const _: () = assert!(
+    boot::layout::S5_SLEEP_TYPE == AcpiPower::SLP_TYP_S5
+        && boot::layout::RESET_VALUE == AcpiPower::RESET_VALUE
+);
+
+/// A machine that is being put together.
+#[derive(Debug)]
+pub struct Machine<'a> {
+    vm: &'a Vm,
+    memory: Arc<GuestMemoryMmap>,
+    exit: Arc<ExitRequest>,
+    ports: Bus,
+    mmio: Bus,
+    /// What stands on the PCI bus so far.
+    pci: Option<PciBus>,
+}
+
+impl<'a> Machine<'a> {
+    /// A machine that can be powered off and reset.
+    ///
+    /// # Errors
+    ///
+    /// See [`MachineError`].
+    pub fn new(
+        vm: &'a Vm,
+        memory: Arc<GuestMemoryMmap>,
+        exit: Arc<ExitRequest>,
+    ) -> Result<Self, MachineError> {
+        let mut machine = Self {
+            vm,
+            memory,
+            exit,
+            ports: Bus::default(),
+            mmio: Bus::default(),
+            pci: None,
+        };
+        let power = AcpiPower::new(machine.power_sink());
+        machine.add_ports(POWER_PORT, POWER_PORTS, Arc::new(Mutex::new(power)))?;
+        let i8042 = I8042::new(machine.power_sink());
+        machine.add_ports(I8042_PORT, I8042_PORTS, Arc::new(Mutex::new(i8042)))?;
+        Ok(machine)
+    }
+
+    /// Adds COM1. The receiver hears when the guest has read all input.
+    ///
+    /// # Errors
+    ///
+    /// See [`MachineError`].
+    pub fn add_serial(
+        &mut self,
+        output: Box<dyn io::Write + Send>,
+    ) -> Result<(Arc<Mutex<Serial>>, Receiver<()>), MachineError> {
+        let irq = IrqLine::new().map_err(MachineError::EventFd)?;
+        self.vm.connect_irq(irq.eventfd(), SERIAL_GSI)?;
+        let (signal, drained) = sync_channel(1);
+        let serial = Arc::new(Mutex::new(Serial::new(irq, signal, output)));
+        self.add_ports(SERIAL_PORT, serial::PORTS, serial.clone())?;
+        Ok((serial, drained))
+    }
+
+    /// Adds a virtio device at its place.
+    ///
+    /// # Errors
+    ///
+    /// See [`MachineError`].
+    pub fn add_virtio(
+        &mut self,
+        slot: VirtioSlot,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), MachineError> {
+        match slot {
+            VirtioSlot::Mmio { window, gsi } => self.add_mmio(window, gsi, device),
+            VirtioSlot::Pci {
+                device: number,
+                bar,
+            } => self.add_pci(number, bar.0, device),
+        }
+    }
+
+    fn add_mmio(
+        &mut self,
+        window: MmioWindow,
+        gsi: Gsi,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), MachineError> {
+        let irq = IrqLine::new().map_err(MachineError::EventFd)?;
+        self.vm.connect_irq(irq.eventfd(), gsi)?;
+        let transport = MmioTransport::new(device, Arc::clone(&self.memory), irq)
+            .map_err(MachineError::EventFd)?;
+        let base = window.base().0;
+        for (index, kick) in (0..).zip(transport.kicks()) {
+            self.vm
+                .connect_notify(kick, base + QUEUE_NOTIFY, Some(index))?;
+        }
+        let window = base..base + u64::from(MmioWindow::SIZE);
+        self.mmio.insert(window, Arc::new(Mutex::new(transport)))?;
+        Ok(())
+    }
+
+    fn add_pci(
+        &mut self,
+        number: u8,
+        bar: u64,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), MachineError> {
+        let vectors = PciTransport::vectors(device.as_ref());
+        let lines = (0..vectors)
+            .map(|_| IrqLine::new())
+            .collect::<io::Result<Vec<_>>>();
+        let lines = lines.map_err(MachineError::EventFd)?;
+        let messages = self.vm.messages(&lines).map_err(MachineError::EventFd)?;
+        let memory = Arc::clone(&self.memory);
+        // The plan puts BARs below 4 GiB.
+        let transport = PciTransport::new(device, memory, bar as u32, lines, Box::new(messages))
+            .map_err(MachineError::EventFd)?;
+        for (index, kick) in (0..).zip(transport.kicks()) {
+            let address = bar + u64::from(NOTIFY) + index * u64::from(NOTIFY_STRIDE);
+            self.vm.connect_notify(kick, address, None)?;
+        }
+        let function = Arc::new(Mutex::new(transport));
+        let bus = self.pci.get_or_insert_default();
+        if !bus.insert(number.into(), function.clone()) {
+            return Err(MachineError::PciSlot(number));
+        }
+        self.mmio.insert(bar..bar + u64::from(BAR_LEN), function)?;
+        Ok(())
+    }
+
+    /// Adds the PCI bus, with what has been put on it. To be called where the plan has one.
+    ///
+    /// # Errors
+    ///
+    /// See [`MachineError`].
+    pub fn add_pci_bus(&mut self) -> Result<(), MachineError> {
+        let bus = Arc::new(self.pci.take().unwrap_or_default());
+        let ports = ConfigPorts::new(Arc::clone(&bus));
+        self.add_ports(CONFIG_PORT, CONFIG_PORTS, Arc::new(Mutex::new(ports)))?;
+        let window = PCI_ECAM.0..PCI_ECAM.0 + ECAM_BUS_LEN;
+        self.mmio.insert(window, Arc::new(Mutex::new(Ecam(bus))))?;
+        Ok(())
+    }
+
+    /// Adds the power button and returns its line.
+    ///
+    /// # Errors
+    ///
+    /// See [`MachineError`].
+    pub fn add_power_button(&mut self) -> Result<IrqLine, MachineError> {
+        let line = IrqLine::new().map_err(MachineError::EventFd)?;
+        self.vm.connect_irq(line.eventfd(), POWER_BUTTON_GSI)?;
+        Ok(line)
+    }
+
+    /// The finished board, for the vCPUs.
+    pub fn finish(self) -> Board {
+        Board {
+            memory: self.memory,
+            ports: self.ports,
+            mmio: self.mmio,
+            exit: self.exit,
+        }
+    }
+
+    fn add_ports(&mut self, first: u16, count: u64, device: SharedDevice) -> Result<(), Overlap> {
+        self.ports
+            .insert(u64::from(first)..u64::from(first) + count, device)
+    }
+
+    /// Ends the guest as it asks, and tells a panic from a reboot.
+    fn power_sink(&self) -> PowerSink {
+        let (exit, memory) = (Arc::clone(&self.exit), Arc::clone(&self.memory));
+        Box::new(move |request| {
+            exit.request(match request {
+                PowerRequest::PowerOff => Exit::PowerOff,
+                PowerRequest::Reset if warm_reboot(&memory) => Exit::Panic,
+                PowerRequest::Reset => Exit::Reboot,
+            });
+        })
+    }
+}
+
+/// Whether the guest left the BIOS's mark of a warm reboot, which Linux does for the mode in force
+/// (arch/x86/kernel/reboot.c): under `reboot=panic_warm` after a panic and not otherwise.
+fn warm_reboot(memory: &GuestMemoryMmap) -> bool {
+    const WARM: u16 = 0x1234;
+    memory
+        .read_obj::<u16>(boot::layout::WARM_REBOOT_FLAG)
+        .is_ok_and(|mode| u16::from_le(mode) == WARM)
+}

@@ -1,0 +1,245 @@
+//! Which device gets which ports, window and interrupt. The boot tables and the devices both
+//! read it here, so that they cannot disagree.
+
+use boot::layout::{PCI_ECAM, PCI_WINDOW, PCI_WINDOW_SIZE, VIRTIO_MMIO_BASE, VIRTIO_MMIO_SIZE};
+use boot::{PciHost, Platform, PowerPorts, SerialPort, VirtioMmio};
+use devices::pci;
+use devices::virtio::pci::BAR_LEN;
+use vm_memory::GuestAddress;
+
+/// A global system interrupt: an input of the I/O APIC, which has 24.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gsi(u32);
+
+impl Gsi {
+    /// The number, as KVM and ACPI take it.
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
+/// The window of a virtio-mmio device; windows of one plan do not overlap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MmioWindow(GuestAddress);
+
+impl MmioWindow {
+    /// Bytes in every window.
+    pub const SIZE: u32 = VIRTIO_MMIO_SIZE;
+
+    /// Where it begins.
+    pub fn base(self) -> GuestAddress {
+        self.0
+    }
+}
+
+/// How the guest reaches its virtio devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// virtio-mmio: registers and an interrupt line for each device.
+    #[default]
+    Mmio,
+    /// virtio-pci: a function on the PCI bus with an interrupt message for each queue.
+    Pci,
+}
+
+/// Where a virtio device stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VirtioSlot {
+    /// Behind virtio-mmio.
+    Mmio {
+        /// Its registers.
+        window: MmioWindow,
+        /// Its interrupt.
+        gsi: Gsi,
+    },
+    /// On the PCI bus.
+    Pci {
+        /// The number of the device on the bus.
+        device: u8,
+        /// Where its BAR 0 lies.
+        bar: GuestAddress,
+    },
+}
+
+impl VirtioSlot {
+    /// The place in the boot tables' terms, where they have it: PCI finds its devices by itself.
+    fn as_mmio(&self) -> Option<VirtioMmio> {
+        let Self::Mmio { window, gsi } = *self else {
+            return None;
+        };
+        Some(VirtioMmio {
+            base: window.base(),
+            size: MmioWindow::SIZE,
+            gsi: gsi.get(),
+        })
+    }
+}
+
+/// First port of COM1.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// COM1's interrupt.
+pub const SERIAL_GSI: Gsi = Gsi(4);
+/// First port of the i8042.
+pub const I8042_PORT: u16 = 0x60;
+/// Ports of the i8042.
+pub const I8042_PORTS: u64 = 5;
+/// First port of the ACPI power registers: sleep control, sleep status, reset.
+pub const POWER_PORT: u16 = 0x600;
+/// ACPI power registers, a port each.
+pub const POWER_PORTS: u64 = 3;
+/// The power button's interrupt, through the ACPI generic event device.
+pub const POWER_BUTTON_GSI: Gsi = Gsi(5);
+const FIRST_VIRTIO_GSI: u32 = 6;
+/// Inputs of the I/O APIC that KVM emulates. Interrupt messages have numbers from here on.
+pub const GSIS: u32 = 24;
+/// The most virtio-mmio devices: each gets an interrupt of its own.
+pub const MAX_MMIO: usize = (GSIS - FIRST_VIRTIO_GSI) as usize;
+/// The most virtio-pci devices: the bus has 32, and the host bridge is one.
+pub const MAX_PCI: usize = pci::SLOTS - 1;
+
+impl Transport {
+    /// The most devices that it carries.
+    pub fn max_devices(self) -> usize {
+        match self {
+            Self::Mmio => MAX_MMIO,
+            Self::Pci => MAX_PCI,
+        }
+    }
+}
+
+/// More devices than the machine has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{wanted} network cards are more than the {max} that a guest can have: leave some --macvtap away"
+)]
+pub struct TooManyDevices {
+    wanted: usize,
+    max: usize,
+}
+
+/// The machine that the guest will find.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    cpus: u8,
+    transport: Transport,
+    virtio: Vec<VirtioSlot>,
+}
+
+impl Plan {
+    /// A machine with `cpus` vCPUs and `devices` virtio devices.
+    ///
+    /// # Errors
+    ///
+    /// Fails when there are more than [`Transport::max_devices`].
+    pub fn new(cpus: u8, transport: Transport, devices: usize) -> Result<Self, TooManyDevices> {
+        let max = transport.max_devices();
+        if devices > max {
+            return Err(TooManyDevices {
+                wanted: devices,
+                max,
+            });
+        }
+        let slot = |n: u32| match transport {
+            Transport::Mmio => VirtioSlot::Mmio {
+                window: MmioWindow(GuestAddress(
+                    VIRTIO_MMIO_BASE + u64::from(n) * u64::from(MmioWindow::SIZE),
+                )),
+                gsi: Gsi(FIRST_VIRTIO_GSI + n),
+            },
+            Transport::Pci => VirtioSlot::Pci {
+                device: n as u8 + 1,
+                bar: GuestAddress(PCI_WINDOW.0 + u64::from(n) * u64::from(BAR_LEN)),
+            },
+        };
+        Ok(Self {
+            cpus,
+            transport,
+            virtio: (0..devices as u32).map(slot).collect(),
+        })
+    }
+
+    /// How the guest reaches its devices.
+    pub fn transport(&self) -> Transport {
+        self.transport
+    }
+
+    /// The place of each virtio device, in order.
+    pub fn virtio(&self) -> &[VirtioSlot] {
+        &self.virtio
+    }
+
+    /// The machine in the boot tables' terms.
+    pub fn platform(&self) -> Platform {
+        Platform {
+            cpus: self.cpus,
+            serial: SerialPort {
+                port: SERIAL_PORT,
+                gsi: SERIAL_GSI.get(),
+            },
+            virtio_mmio: self.virtio.iter().filter_map(VirtioSlot::as_mmio).collect(),
+            pci: (self.transport == Transport::Pci).then_some(PciHost {
+                ecam: PCI_ECAM,
+                window: PCI_WINDOW,
+                window_size: PCI_WINDOW_SIZE,
+            }),
+            power: PowerPorts {
+                sleep_control: POWER_PORT,
+                sleep_status: POWER_PORT + 1,
+                reset: POWER_PORT + 2,
+            },
+            power_button_gsi: POWER_BUTTON_GSI.get(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use boot::layout::{IOAPIC, MMIO_HOLE_END, MMIO_HOLE_START};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn plan_with_too_many_devices_is_refused() {
+        for transport in [Transport::Mmio, Transport::Pci] {
+            let max = transport.max_devices();
+            assert!(Plan::new(1, transport, max).is_ok());
+            assert!(Plan::new(1, transport, max + 1).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn plan_windows_and_interrupts_are_disjoint(devices in 0..=MAX_MMIO, cpus in 1..=254u8) {
+            let platform = Plan::new(cpus, Transport::Mmio, devices).unwrap().platform();
+            let mut gsis = vec![platform.serial.gsi, platform.power_button_gsi];
+            let mut end = MMIO_HOLE_START.0;
+            for device in &platform.virtio_mmio {
+                prop_assert!(device.base.0 >= end);
+                end = device.base.0 + u64::from(device.size);
+                gsis.push(device.gsi);
+            }
+            prop_assert!(end <= PCI_ECAM.0);
+            gsis.sort_unstable();
+            prop_assert!(gsis.windows(2).all(|pair| pair[0] < pair[1]));
+            prop_assert!(gsis.iter().all(|&gsi| gsi < GSIS));
+        }
+
+        #[test]
+        fn plan_bars_lie_in_the_bridges_window(devices in 0..=MAX_PCI) {
+            let plan = Plan::new(1, Transport::Pci, devices).unwrap();
+            let host = plan.platform().pci.unwrap();
+            prop_assert!(host.ecam.0 + pci::ECAM_BUS_LEN <= host.window.0);
+            let last = host.window.0 + u64::from(host.window_size);
+            prop_assert!(last <= u64::from(IOAPIC) && last < MMIO_HOLE_END.0);
+            let mut end = host.window.0;
+            for (n, slot) in (1..).zip(plan.virtio()) {
+                let VirtioSlot::Pci { device, bar } = *slot else { panic!() };
+                prop_assert_eq!(device, n);
+                prop_assert!(bar.0 >= end && bar.0.is_multiple_of(BAR_LEN.into()));
+                end = bar.0 + u64::from(BAR_LEN);
+            }
+            prop_assert!(end <= last);
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! QEMU's command line, as a pure function of what is wanted.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use net::MacAddr;
+
+use super::accel::Engine;
+use crate::cli::MachineArgs;
+use crate::config::{ConsoleTarget, Cpus, MemorySize, whole_cmdline};
+
+/// Ethernet's MTU, which a guest takes for granted.
+pub(super) const USUAL_MTU: u32 = 1500;
+
+/// A whole machine that is like the native monitor's.
+#[derive(Clone, Debug)]
+pub(super) struct Machine {
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    pub cmdline: String,
+    pub cpus: u8,
+    pub memory: String,
+    pub console: ConsoleTarget,
+    /// Ctrl-A is the monitor's key: stdin is a terminal, and ours to read.
+    pub keys: bool,
+}
+
+impl Machine {
+    /// `None` without a kernel.
+    pub fn new(args: &MachineArgs, keys: bool) -> Option<Self> {
+        Some(Self {
+            kernel: args.kernel.clone()?,
+            initrd: args.initrd.clone(),
+            cmdline: whole_cmdline(args.cmdline.as_deref().unwrap_or_default()),
+            cpus: args.cpus.map_or(1, Cpus::get),
+            memory: args
+                .memory
+                .as_ref()
+                .map_or("512M".to_owned(), MemorySize::to_string),
+            console: args.console.clone().unwrap_or(ConsoleTarget::Stdio),
+            keys,
+        })
+    }
+}
+
+/// A network card: a netdev over open queues, and its device.
+#[derive(Clone, Debug)]
+pub(super) struct Card {
+    /// The netdev's id.
+    pub id: String,
+    /// The queues' numbers in QEMU.
+    pub fds: Vec<RawFd>,
+    /// Those of /dev/vhost-net, one for each queue; or none.
+    pub vhost: Vec<RawFd>,
+    pub mac: MacAddr,
+    pub mtu: u32,
+    /// Further properties; `None` when ARGS has the device.
+    pub device: Option<Vec<(String, String)>>,
+}
+
+/// Everything that QEMU's command line depends on.
+#[derive(Debug)]
+pub(super) struct Line<'a> {
+    pub machine: Option<&'a Machine>,
+    pub engine: Option<Engine>,
+    pub cards: &'a [Card],
+    /// The number of the socket by which minivmm follows the guest.
+    pub control: Option<RawFd>,
+    pub args: &'a [OsString],
+}
+
+impl Line<'_> {
+    /// The arguments. ARGS stand behind the machine, so that they can change it. QEMU places devices in order, so cards
+    /// with a slot stand before ARGS, whose devices then take others, and the rest behind them: on buses of ARGS, or
+    /// wherever ARGS leave room.
+    pub fn build(&self) -> Vec<OsString> {
+        let mut line = Vec::new();
+        if let Some(machine) = self.machine {
+            machine_args(&mut line, machine);
+            if !has_option(self.args, &["cpu"]) {
+                push(&mut line, &["-cpu", "max"]);
+            }
+        }
+        if let Some(engine) = self.engine {
+            push(&mut line, &["-accel", engine.name()]);
+        }
+        if let Some(fd) = self.control {
+            let socket = format!("socket,id=minivmm-control,fd={fd}");
+            push(&mut line, &["-chardev", &socket]);
+            push(&mut line, &["-mon", "chardev=minivmm-control,mode=control"]);
+            // The guest stands still at its end, until minivmm has seen why.
+            push(&mut line, &["-no-shutdown"]);
+        }
+        let (first, last): (Vec<_>, Vec<_>) = self.cards.iter().partition(|card| has_slot(card));
+        first
+            .into_iter()
+            .for_each(|card| self.push_card(&mut line, card));
+        line.extend_from_slice(self.args);
+        last.into_iter()
+            .for_each(|card| self.push_card(&mut line, card));
+        line
+    }
+
+    fn push_card(&self, line: &mut Vec<OsString>, card: &Card) {
+        push(line, &["-netdev", &netdev(card)]);
+        if let Some(properties) = &card.device {
+            let device = device(card, properties, self.machine.is_some());
+            push(line, &["-device", &device]);
+        }
+    }
+}
+
+/// Whether ARGS have one of these options, which QEMU takes with one or two dashes.
+pub(super) fn has_option(args: &[OsString], names: &[&str]) -> bool {
+    args.iter()
+        .any(|arg| option(arg).is_some_and(|name| names.contains(&name)))
+}
+
+/// The name of an option of QEMU's.
+pub(super) fn option(arg: &OsString) -> Option<&str> {
+    let name = arg.to_str()?.strip_prefix('-')?;
+    Some(name.strip_prefix('-').unwrap_or(name)).filter(|name| !name.is_empty())
+}
+
+fn push(line: &mut Vec<OsString>, args: &[&str]) {
+    line.extend(args.iter().map(OsString::from));
+}
+
+fn machine_args(line: &mut Vec<OsString>, machine: &Machine) {
+    push(line, &["-nodefaults", "-no-user-config", "-M", "q35"]);
+    push(line, &["-display", "none", "-no-reboot"]);
+    push(line, &["-smp", &machine.cpus.to_string()]);
+    push(line, &["-m", &machine.memory]);
+    line.push("-kernel".into());
+    line.push(machine.kernel.clone().into());
+    if let Some(initrd) = &machine.initrd {
+        line.push("-initrd".into());
+        line.push(initrd.clone().into());
+    }
+    push(line, &["-append", &machine.cmdline]);
+    line.push("-serial".into());
+    line.push(match &machine.console {
+        ConsoleTarget::Stdio if machine.keys => "mon:stdio".into(),
+        ConsoleTarget::Stdio => "stdio".into(),
+        ConsoleTarget::None => "null".into(),
+        ConsoleTarget::File(path) => {
+            let mut file = OsString::from("file:");
+            file.push(path);
+            file
+        }
+    });
+}
+
+/// Whether the card has a slot of its own on the machine's first bus, which is there before any device.
+fn has_slot(card: &Card) -> bool {
+    let get = |wanted| {
+        let mut properties = card.device.iter().flatten();
+        properties.find(|(key, _)| key == wanted)
+    };
+    get("addr").is_some() && get("bus").is_none_or(|(_, bus)| bus == "pcie.0" || bus == "pci.0")
+}
+
+/// Nothing else goes with fd=: QEMU refuses script=, downscript= and ifname= there.
+fn netdev(card: &Card) -> String {
+    let (fds, vhost) = (numbers(&card.fds), numbers(&card.vhost));
+    let plural = if card.fds.len() > 1 { "s" } else { "" };
+    let mut text = format!("tap,id={},fd{plural}={fds}", card.id);
+    if !vhost.is_empty() {
+        text += &format!(",vhost=on,vhostfd{plural}={vhost}");
+    }
+    text
+}
+
+fn numbers(fds: &[RawFd]) -> String {
+    let texts: Vec<_> = fds.iter().map(RawFd::to_string).collect();
+    texts.join(":")
+}
+
+/// The card with the user's properties, and ours where the user has none. A guest whose kernel is given (`direct`) needs
+/// no network boot from the card's ROM.
+fn device(card: &Card, properties: &[(String, String)], direct: bool) -> String {
+    let mut all = vec![
+        ("netdev".to_owned(), card.id.clone()),
+        ("mac".to_owned(), card.mac.to_string()),
+    ];
+    let mut default = |key: &str, value: String| {
+        if !properties.iter().any(|(given, _)| given == key) {
+            all.push((key.to_owned(), value));
+        }
+    };
+    if card.fds.len() > 1 {
+        default("mq", "on".into());
+        // One for each direction of each queue, one for the control queue, one for the configuration.
+        default("vectors", (2 * card.fds.len() + 2).to_string());
+    }
+    if card.mtu != USUAL_MTU {
+        default("host_mtu", card.mtu.to_string());
+    }
+    if direct {
+        default("romfile", String::new());
+    }
+    all.extend_from_slice(properties);
+    all.iter()
+        .fold("virtio-net-pci".to_owned(), |text, (key, value)| {
+            text + &format!(",{key}={value}")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card() -> Card {
+        Card {
+            id: "macvtap0".into(),
+            fds: vec![3],
+            vhost: vec![],
+            mac: "52:54:00:12:34:56".parse().unwrap(),
+            mtu: 1500,
+            device: Some(vec![]),
+        }
+    }
+
+    fn line(cards: &[Card], args: &[&str]) -> Vec<String> {
+        let args: Vec<_> = args.iter().map(OsString::from).collect();
+        let line = Line {
+            machine: None,
+            engine: None,
+            cards,
+            control: None,
+            args: &args,
+        };
+        let text = |arg: OsString| arg.into_string().unwrap();
+        line.build().into_iter().map(text).collect()
+    }
+
+    #[test]
+    fn line_without_a_kernel_is_args_untouched_and_the_card() {
+        assert_eq!(
+            line(&[card()], &["-M", "q35", "disk.qcow2"]),
+            [
+                "-M",
+                "q35",
+                "disk.qcow2",
+                "-netdev",
+                "tap,id=macvtap0,fd=3",
+                "-device",
+                "virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56"
+            ]
+        );
+    }
+
+    #[test]
+    fn line_hands_device_keys_through() {
+        let properties = [("bus", "pcie.0"), ("addr", "0x4"), ("id", "nic2")];
+        let properties = properties.map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let card = Card {
+            device: Some(properties.to_vec()),
+            ..card()
+        };
+        let line = line(&[card], &[]);
+        let device =
+            "virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,bus=pcie.0,addr=0x4,id=nic2";
+        assert_eq!(line.last().unwrap(), device);
+    }
+
+    #[test]
+    fn line_has_cards_with_a_slot_first_and_those_on_a_bus_of_args_last() {
+        for (properties, position) in [
+            (vec![("addr", "0x4")], 3),
+            (vec![("bus", "pcie.0"), ("addr", "0x4")], 3),
+            (vec![("bus", "port1"), ("addr", "0x0")], 7),
+            (vec![("bus", "pcie.0")], 7),
+        ] {
+            let properties = properties.into_iter();
+            let card = Card {
+                device: Some(properties.map(|(k, v)| (k.into(), v.into())).collect()),
+                ..card()
+            };
+            let args = ["-device", "qemu-xhci", "-device", "usb-tablet"];
+            let line = line(&[card], &args);
+            assert!(line[position].starts_with("virtio-net-pci"), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn line_of_several_queues_has_their_vectors() {
+        let card = Card {
+            fds: vec![3, 4, 5],
+            vhost: vec![6, 7, 8],
+            mtu: 9000,
+            ..card()
+        };
+        let line = line(&[card], &[]);
+        assert_eq!(line[1], "tap,id=macvtap0,fds=3:4:5,vhost=on,vhostfds=6:7:8");
+        assert_eq!(
+            line[3],
+            "virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,mq=on,vectors=8,host_mtu=9000"
+        );
+    }
+
+    #[test]
+    fn line_of_one_queue_never_has_plurals() {
+        let card = Card {
+            vhost: vec![4],
+            ..card()
+        };
+        assert_eq!(
+            line(&[card], &[])[1],
+            "tap,id=macvtap0,fd=3,vhost=on,vhostfd=4"
+        );
+    }
+
+    #[test]
+    fn line_with_the_device_in_args_has_the_netdev_alone() {
+        let card = Card {
+            device: None,
+            ..card()
+        };
+        let line = line(&[card], &["-device", "e1000e,netdev=macvtap0"]);
+        assert_eq!(line.len(), 4);
+    }
+
+    #[test]
+    fn line_of_a_kernel_is_a_whole_machine_that_args_may_change() {
+        let machine = Machine {
+            kernel: "bzImage".into(),
+            initrd: Some("initrd".into()),
+            cmdline: "console=ttyS0 quiet".into(),
+            cpus: 2,
+            memory: "1G".into(),
+            console: ConsoleTarget::Stdio,
+            keys: true,
+        };
+        let mut line = Line {
+            machine: Some(&machine),
+            engine: Some(Engine::Tcg),
+            cards: &[card()],
+            control: None,
+            args: &[],
+        };
+        let expected = "-nodefaults -no-user-config -M q35 -display none -no-reboot -smp 2 -m 1G -kernel bzImage \
+             -initrd initrd -append console=ttyS0+quiet -serial mon:stdio -cpu max -accel tcg -netdev tap,id=macvtap0,fd=3 \
+             -device virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,romfile=";
+        let expected: Vec<_> = expected
+            .split_whitespace()
+            .map(|word| OsString::from(word.replace('+', " ")))
+            .collect();
+        assert_eq!(line.build(), expected);
+        let args = ["-cpu", "Skylake-Client"].map(OsString::from);
+        line.args = &args;
+        line.cards = &[];
+        line.control = Some(4);
+        let built = line.build();
+        assert!(!built.contains(&"max".into()));
+        assert!(built.contains(&"-no-shutdown".into()));
+        assert!(built.contains(&"socket,id=minivmm-control,fd=4".into()));
+        assert!(built.ends_with(&args));
+    }
+}

@@ -1,0 +1,158 @@
+//! Which QEMU, and how old.
+
+use std::ffi::OsStr;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The oldest that is known to work.
+const OLDEST: (u32, u32) = (4, 2);
+/// How long it may take to tell its version; a first start reads it from disk.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Where it is outside PATH: Red Hat's.
+const ELSEWHERE: &str = "/usr/libexec/qemu-kvm";
+
+/// Why there is no QEMU to run.
+#[derive(Debug, thiserror::Error)]
+pub enum BinaryError {
+    /// Not in PATH.
+    #[error(
+        "there is no qemu-system-x86_64 in PATH: install it (Debian: apt install qemu-system-x86), or name one with --qemu"
+    )]
+    Missing,
+    /// Does not run.
+    #[error("cannot run {0:?}: name a QEMU with --qemu")]
+    Run(PathBuf, #[source] io::Error),
+    /// Runs, and says something else.
+    #[error("{0:?} does not tell its version as QEMU does: name a QEMU with --qemu")]
+    NotQemu(PathBuf),
+    /// Runs, and is too old.
+    #[error("{path:?} is QEMU {major}.{minor}: 4.2 or newer is needed")]
+    Old {
+        /// As found.
+        path: PathBuf,
+        /// Its version.
+        major: u32,
+        /// Its version.
+        minor: u32,
+    },
+}
+
+/// Finds QEMU and checks its version.
+pub(super) fn find(given: Option<&Path>) -> Result<PathBuf, BinaryError> {
+    let path = match given {
+        Some(path) => path.to_owned(),
+        None => {
+            in_path(&std::env::var_os("PATH").unwrap_or_default()).ok_or(BinaryError::Missing)?
+        }
+    };
+    let mut command = Command::new(&path);
+    command.arg("--version");
+    let output = output_within(command, b"", LIMIT)
+        .map_err(|error| BinaryError::Run(path.clone(), error))?;
+    let (major, minor) = match version(&String::from_utf8_lossy(&output.stdout)) {
+        Some(version) => version,
+        None => return Err(BinaryError::NotQemu(path)),
+    };
+    if (major, minor) < OLDEST {
+        return Err(BinaryError::Old { path, major, minor });
+    }
+    Ok(path)
+}
+
+fn in_path(directories: &OsStr) -> Option<PathBuf> {
+    let is_program = |path: &PathBuf| {
+        path.metadata()
+            .is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
+    };
+    std::env::split_paths(directories)
+        .map(|directory| directory.join("qemu-system-x86_64"))
+        .chain([ELSEWHERE.into()])
+        .find(is_program)
+}
+
+/// Of "QEMU emulator version 7.2.22 (Debian ...)".
+fn version(text: &str) -> Option<(u32, u32)> {
+    let (_, rest) = text.lines().next()?.split_once("QEMU emulator version ")?;
+    let mut numbers = rest.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Runs a command that says little, with `input` on its stdin, and kills it when it takes too long.
+pub(super) fn output_within(
+    mut command: Command,
+    input: &[u8],
+    limit: Duration,
+) -> io::Result<Output> {
+    command.stdin(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // It need not read it.
+        let _ = stdin.write_all(input);
+    }
+    let deadline = Instant::now() + limit;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill()?;
+            child.wait()?;
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    let mut output = Output {
+        status,
+        stdout: Vec::new(),
+        stderr: Vec::new(),
+    };
+    if let Some(mut stdout) = child.stdout.take() {
+        stdout.read_to_end(&mut output.stdout)?;
+    }
+    if let Some(mut stderr) = child.stderr.take() {
+        stderr.read_to_end(&mut output.stderr)?;
+    }
+    Ok(output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn version_is_read_from_what_distributions_print() {
+        for (text, expected) in [
+            (
+                "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright",
+                Some((7, 2)),
+            ),
+            ("QEMU emulator version 4.1.0\n", Some((4, 1))),
+            ("QEMU emulator version 10.0.2 (qemu-10)", Some((10, 0))),
+            ("busybox v1.35", None),
+            ("", None),
+        ] {
+            assert_eq!(version(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn program_that_is_no_qemu_is_refused() {
+        let error = find(Some(Path::new("/bin/true"))).unwrap_err();
+        assert!(matches!(error, BinaryError::NotQemu(_)), "{error}");
+        let error = find(Some(Path::new("/no/such"))).unwrap_err();
+        assert!(matches!(error, BinaryError::Run(..)), "{error}");
+    }
+
+    #[test]
+    fn command_that_takes_too_long_is_killed() {
+        let mut sleep = Command::new("sleep");
+        sleep.arg("60");
+        let error = output_within(sleep, b"", Duration::from_millis(50)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+}

@@ -1,0 +1,258 @@
+//! What in ARGS would clash with what minivmm adds.
+//!
+//! Only what stands in ARGS themselves is seen, not what a `-readconfig` file brings; QEMU then complains itself.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+
+use net::MacAddr;
+
+use super::args::{has_option, option};
+
+/// Why ARGS cannot be handed through.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConflictError {
+    /// The id of a netdev of ours.
+    #[error("ARGS have {0:?}, but the id {1} is that of a --macvtap: use another id")]
+    Id(String, String),
+    /// A descriptor of ours.
+    #[error(
+        "ARGS have {0:?}, but file descriptor {1} is that of a --macvtap: use {2} or higher, as in `{2}<>/dev/tapN`"
+    )]
+    Descriptor(String, RawFd, RawFd),
+    /// A device for our netdev with no address that could be checked.
+    #[error(
+        "ARGS have {0:?} without a usable mac=: give it and --macvtap the same one, as in mac=52:54:00:12:34:56"
+    )]
+    NoMac(String),
+    /// A device for our netdev with another address.
+    #[error(
+        "ARGS have {0:?}, but the macvtap's MAC address is {1}, and no other receives anything: give --macvtap the mac= of the device"
+    )]
+    Mac(String, MacAddr),
+    /// A device for our netdev, and properties for another.
+    #[error("ARGS have {0:?}, so the key {1} of --macvtap belongs there")]
+    Properties(String, String),
+    /// QEMU in the background.
+    #[error(
+        "ARGS have -daemonize, but minivmm waits for QEMU, to clean up: put minivmm itself into the background"
+    )]
+    Daemon,
+    /// Two ways to run the guest's code.
+    #[error(
+        "ARGS say what runs the guest's code (-accel, -enable-kvm), and --accel does too: choose one"
+    )]
+    Accel,
+}
+
+/// A `-device` of ARGS for a netdev of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct OwnDevice {
+    /// As given.
+    pub text: String,
+    pub mac: MacAddr,
+}
+
+impl OwnDevice {
+    /// Whether it has the macvtap's address.
+    pub fn check(&self, mac: MacAddr) -> Result<(), ConflictError> {
+        if self.mac == mac {
+            return Ok(());
+        }
+        Err(ConflictError::Mac(self.text.clone(), mac))
+    }
+}
+
+/// Whether ARGS say themselves what runs the guest's code.
+pub(super) fn chooses_accel(args: &[OsString]) -> bool {
+    let of_machine = |pair: &[OsString]| {
+        matches!(option(&pair[0]), Some("M" | "machine"))
+            && properties(&pair[1].to_string_lossy())
+                .iter()
+                .any(|(key, _)| key == "accel")
+    };
+    has_option(args, &["accel", "enable-kvm"]) || args.windows(2).any(of_machine)
+}
+
+/// Checks ARGS against the ids that minivmm gives and the descriptors `fds` (which follow one another).
+pub(super) fn check(args: &[OsString], ids: &[String], fds: &[RawFd]) -> Result<(), ConflictError> {
+    if has_option(args, &["daemonize"]) {
+        return Err(ConflictError::Daemon);
+    }
+    for (name, value) in values(args) {
+        // Free text.
+        if name == "append" {
+            continue;
+        }
+        for (key, text) in properties(&value) {
+            let is_id = key == "id" && ids.contains(&text);
+            if is_id && matches!(name, "netdev" | "net" | "nic" | "device") {
+                return Err(ConflictError::Id(value, text));
+            }
+            for fd in descriptors(&key, &text) {
+                if fds.contains(&fd) {
+                    let free = fds.last().map_or(fd, |last| last + 1);
+                    return Err(ConflictError::Descriptor(value, fd, free));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The device of ARGS for a netdev of ours, if there is one.
+pub(super) fn own_device(args: &[OsString], id: &str) -> Result<Option<OwnDevice>, ConflictError> {
+    for (name, text) in values(args) {
+        let properties = properties(&text);
+        let get = |wanted| properties.iter().find(|(key, _)| key == wanted);
+        if !matches!(name, "device" | "net") || get("netdev").is_none_or(|(_, of)| of != id) {
+            continue;
+        }
+        let key = if name == "net" { "macaddr" } else { "mac" };
+        return match get(key).and_then(|(_, mac)| mac.parse().ok()) {
+            Some(mac) => Ok(Some(OwnDevice { text, mac })),
+            None => Err(ConflictError::NoMac(text)),
+        };
+    }
+    Ok(None)
+}
+
+/// Each word with the option that stands before it (the empty name when there is none).
+fn values(args: &[OsString]) -> impl Iterator<Item = (&str, String)> {
+    let before = std::iter::once("").chain(args.iter().map(|arg| option(arg).unwrap_or_default()));
+    before
+        .zip(args)
+        .filter(|(_, arg)| option(arg).is_none())
+        .map(|(name, arg)| (name, arg.to_string_lossy().into_owned()))
+}
+
+/// The descriptors that a property names.
+fn descriptors(key: &str, value: &str) -> Vec<RawFd> {
+    match key {
+        "fd" | "fds" | "vhostfd" | "vhostfds" => {
+            value.split(':').filter_map(|fd| fd.parse().ok()).collect()
+        }
+        _ => ["/dev/fd/", "/proc/self/fd/", "fd:"]
+            .iter()
+            .filter_map(|prefix| value.strip_prefix(prefix)?.parse().ok())
+            .collect(),
+    }
+}
+
+/// Reads `a,b=c,d=e`, where two commas stand for one in a value, or a JSON object. A word without a value has the empty
+/// key.
+fn properties(text: &str) -> Vec<(String, String)> {
+    if let Ok(serde_json::Value::Object(object)) = serde_json::from_str(text) {
+        let plain = |value: serde_json::Value| match value {
+            serde_json::Value::String(text) => text,
+            other => other.to_string(),
+        };
+        return object.into_iter().map(|(k, v)| (k, plain(v))).collect();
+    }
+    // A comma that is part of a value becomes a character that no property has.
+    text.replace(",,", "\0")
+        .split(',')
+        .map(|part| part.split_once('=').unwrap_or(("", part)))
+        .map(|(key, value)| (key.to_owned(), value.replace('\0', ",")))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(text: &str) -> Vec<OsString> {
+        text.split_whitespace().map(OsString::from).collect()
+    }
+
+    fn checked(text: &str) -> Result<(), ConflictError> {
+        check(&args(text), &["macvtap0".into(), "nic2".into()], &[3, 4])
+    }
+
+    #[test]
+    fn args_of_the_classic_command_pass() {
+        checked(
+            "-M q35 -cpu host -enable-kvm -smp 4 -m 4G -nodefaults -drive if=pflash,file=/usr/share/OVMF/OVMF_CODE.fd \
+             -serial mon:stdio -chardev socket,id=qmp,path=/tmp/q,server=on,wait=off -mon chardev=qmp,mode=control \
+             -netdev user,id=net0,hostfwd=tcp::2222-:22 -device virtio-net-pci,netdev=net0,bus=pcie.0,addr=0x3 \
+             -append fd=3,id=macvtap0 -netdev tap,id=other,fd=5 -incoming fd:7",
+        )
+        .unwrap();
+    }
+
+    #[test]
+    fn args_with_an_id_in_use_are_refused() {
+        for text in [
+            "-netdev user,id=macvtap0",
+            "--netdev user,id=macvtap0",
+            "-nic user,id=macvtap0",
+            "-device virtio-rng-pci,id=nic2",
+            r#"-netdev {"type":"user","id":"macvtap0"}"#,
+        ] {
+            let error = checked(text).unwrap_err();
+            assert!(matches!(error, ConflictError::Id(..)), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn args_with_a_descriptor_in_use_are_refused() {
+        for text in [
+            "-netdev tap,id=x,fd=3",
+            "-netdev tap,id=x,fds=9:4",
+            "-netdev tap,id=x,fd=9,vhostfd=4",
+            "-add-fd fd=3,set=1",
+            "-chardev socket,id=s,fd=4",
+            "-drive file=/dev/fd/3",
+            "-incoming fd:3",
+            "/proc/self/fd/4",
+            r#"-netdev {"type":"tap","id":"x","fd":"3"}"#,
+        ] {
+            let error = checked(text).unwrap_err();
+            assert!(
+                matches!(error, ConflictError::Descriptor(_, _, 5)),
+                "{text}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn args_with_daemonize_are_refused() {
+        assert_eq!(checked("-daemonize"), Err(ConflictError::Daemon));
+    }
+
+    #[test]
+    fn device_of_ours_needs_the_macvtaps_address() {
+        let text = "-device e1000e,netdev=macvtap0,mac=52:54:00:12:34:56";
+        let device = own_device(&args(text), "macvtap0").unwrap().unwrap();
+        device.check("52:54:00:12:34:56".parse().unwrap()).unwrap();
+        let other = "52:54:00:12:34:57".parse().unwrap();
+        assert!(matches!(
+            device.check(other),
+            Err(ConflictError::Mac(_, mac)) if mac == other
+        ));
+        assert_eq!(own_device(&args(text), "macvtap1"), Ok(None));
+        let without = own_device(&args("-device e1000e,netdev=macvtap0"), "macvtap0");
+        assert!(matches!(without, Err(ConflictError::NoMac(_))));
+    }
+
+    #[test]
+    fn accel_in_args_is_seen_in_each_spelling() {
+        for text in [
+            "-enable-kvm",
+            "-accel tcg",
+            "--accel kvm",
+            "-M q35,accel=kvm",
+        ] {
+            assert!(chooses_accel(&args(text)), "{text}");
+        }
+        assert!(!chooses_accel(&args("-M q35 -cpu host")));
+    }
+
+    #[test]
+    fn properties_with_two_commas_have_one() {
+        assert_eq!(
+            properties("file,path=a,,b,id=c"),
+            [("", "file"), ("path", "a,b"), ("id", "c")].map(|(k, v)| (k.to_owned(), v.to_owned()))
+        );
+    }
+}

@@ -1,0 +1,238 @@
+//! Follows a guest that stands in for the native monitor's, so that it ends in the same ways and with the same status.
+//!
+//! minivmm holds the other end of a QMP monitor of QEMU's. At its end the guest is kept (`-no-shutdown`) until minivmm
+//! has looked at physical address 0x472, where a Linux that panicked writes 0x1234 before its reset
+//! (`reboot=panic_warm`; `native_machine_emergency_restart` in arch/x86/kernel/reboot.c). The first signal presses the
+//! power button; a second one, or ten seconds, end QEMU. QMP is docs/interop/qmp-spec of QEMU.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Child;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use signal_hook::iterator::Signals;
+
+use crate::exit::Exit;
+
+/// How long a guest has to power off after its button was pressed, as in the native monitor.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// What the main thread waits for.
+#[derive(Debug)]
+enum News {
+    Signal(i32),
+    Message(Value),
+    /// QEMU has closed the socket: it ends.
+    Closed,
+}
+
+/// Follows QEMU to its end. `None` when QEMU ended of itself: its status then tells.
+pub(super) fn follow(
+    child: &mut Child,
+    socket: UnixStream,
+    mut signals: Signals,
+) -> io::Result<Option<Exit>> {
+    let (sender, news) = mpsc::channel();
+    let (reader, handle, for_signals) = (socket.try_clone()?, signals.handle(), sender.clone());
+    let read = move || read_messages(reader, &sender);
+    let messages = thread::Builder::new().name("qmp".into()).spawn(read)?;
+    let pass_on = move || {
+        for signal in signals.forever() {
+            if for_signals.send(News::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    };
+    let signals = thread::Builder::new()
+        .name("signals".into())
+        .spawn(pass_on)?;
+
+    let mut guest = Guest::new(socket);
+    guest.command("qmp_capabilities", json!({}), Asked::Nothing);
+    while !guest.gone {
+        let patience = guest.deadline.map_or(Duration::MAX, |deadline| {
+            deadline.saturating_duration_since(Instant::now())
+        });
+        match news.recv_timeout(patience) {
+            Ok(News::Signal(signal)) => guest.signal(signal),
+            Ok(News::Message(message)) => guest.message(&message),
+            Ok(News::Closed) | Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => guest.gone = true,
+        }
+    }
+    if guest.gone {
+        child.kill()?;
+    }
+    child.wait()?;
+    drop(news);
+    handle.close();
+    let _ = (messages.join(), signals.join());
+    Ok(guest.exit())
+}
+
+fn read_messages(socket: UnixStream, news: &Sender<News>) {
+    for line in BufReader::new(socket).lines().map_while(Result::ok) {
+        if let Ok(message) = serde_json::from_str(&line) {
+            // The receiver has ended: QEMU was killed.
+            let _ = news.send(News::Message(message));
+        }
+    }
+    let _ = news.send(News::Closed);
+}
+
+/// What a command was sent for; its id.
+#[derive(Clone, Copy, Debug)]
+enum Asked {
+    Nothing,
+    Status,
+    ResetFlag,
+}
+
+impl Asked {
+    fn id(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::Status => "status",
+            Self::ResetFlag => "reset-flag",
+        }
+    }
+}
+
+/// The guest as QMP shows it.
+#[derive(Debug)]
+struct Guest {
+    socket: UnixStream,
+    end: Option<Exit>,
+    signal: Option<i32>,
+    deadline: Option<Instant>,
+    /// QEMU has to be killed.
+    gone: bool,
+}
+
+impl Guest {
+    fn new(socket: UnixStream) -> Self {
+        Self {
+            socket,
+            end: None,
+            signal: None,
+            deadline: None,
+            gone: false,
+        }
+    }
+
+    fn exit(self) -> Option<Exit> {
+        self.end.or(self.signal.map(Exit::Signal))
+    }
+
+    fn command(&mut self, name: &str, arguments: Value, asked: Asked) {
+        let command = json!({"execute": name, "arguments": arguments, "id": asked.id()});
+        // When QEMU has gone, the reader says so.
+        let _ = self.socket.write_all(format!("{command}\n").as_bytes());
+    }
+
+    fn signal(&mut self, signal: i32) {
+        if self.signal.replace(signal).is_some() {
+            self.gone = true;
+            return;
+        }
+        log::info!("signal {signal}: pressing the guest's power button");
+        self.command("system_powerdown", json!({}), Asked::Nothing);
+        self.deadline = Some(Instant::now() + GRACE);
+    }
+
+    fn message(&mut self, message: &Value) {
+        let (data, answer) = (&message["data"], &message["return"]);
+        match (message["event"].as_str(), message["id"].as_str()) {
+            (Some("SHUTDOWN"), _) => match data["reason"].as_str() {
+                Some("guest-reset") => {
+                    // The panic flag of the BIOS data area, in words of two bytes.
+                    let command = json!({"command-line": "xp /1hx 0x472"});
+                    self.command("human-monitor-command", command, Asked::ResetFlag);
+                }
+                Some("guest-panic") => self.quit(Exit::Panic),
+                Some("guest-shutdown") => self.quit(Exit::PowerOff),
+                // QEMU was told to end by somebody else, and does.
+                _ => self.command("quit", json!({}), Asked::Nothing),
+            },
+            (Some("STOP"), _) => self.command("query-status", json!({}), Asked::Status),
+            (_, Some("status")) if answer["status"] == "internal-error" => {
+                self.quit(Exit::Crash("QEMU calls it an internal error".into()));
+            }
+            (_, Some("reset-flag")) => {
+                let flag = answer.as_str().unwrap_or_default();
+                self.quit(if flag.contains("0x1234") {
+                    Exit::Panic
+                } else {
+                    Exit::Reboot
+                });
+            }
+            _ => {}
+        }
+    }
+
+    fn quit(&mut self, end: Exit) {
+        self.end.get_or_insert(end);
+        self.command("quit", json!({}), Asked::Nothing);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How a guest ends after these messages, and the commands that they brought about.
+    fn ended(messages: &[Value]) -> (Option<Exit>, String) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut guest = Guest::new(ours);
+        messages.iter().for_each(|message| guest.message(message));
+        let exit = guest.exit();
+        let mut sent = String::new();
+        io::Read::read_to_string(&mut theirs, &mut sent).unwrap();
+        (exit, sent)
+    }
+
+    fn shutdown(reason: &str) -> Value {
+        json!({"event": "SHUTDOWN", "data": {"guest": true, "reason": reason}})
+    }
+
+    #[test]
+    fn reset_with_the_flag_is_a_panic_and_without_a_reboot() {
+        for (flag, exit) in [("0x1234", Exit::Panic), ("0x0000", Exit::Reboot)] {
+            let text = format!("0000000000000472: {flag}\r\n");
+            let answer = json!({"return": text, "id": "reset-flag"});
+            let (end, sent) = ended(&[shutdown("guest-reset"), answer]);
+            assert_eq!(end, Some(exit));
+            assert!(sent.contains("xp /1hx 0x472"), "{sent}");
+            assert!(sent.contains("quit"), "{sent}");
+        }
+    }
+
+    #[test]
+    fn power_off_and_internal_error_are_told() {
+        assert_eq!(ended(&[shutdown("guest-shutdown")]).0, Some(Exit::PowerOff));
+        let answer = json!({"return": {"status": "internal-error"}, "id": "status"});
+        let (end, sent) = ended(&[json!({"event": "STOP"}), answer]);
+        assert!(matches!(end, Some(Exit::Crash(_))));
+        assert!(sent.contains("query-status"), "{sent}");
+    }
+
+    #[test]
+    fn pause_by_the_user_is_no_end() {
+        let answer = json!({"return": {"status": "paused"}, "id": "status"});
+        assert_eq!(ended(&[json!({"event": "STOP"}), answer]).0, None);
+    }
+
+    #[test]
+    fn first_signal_presses_the_button_and_the_second_kills() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut guest = Guest::new(ours);
+        guest.signal(15);
+        assert!(guest.deadline.is_some() && !guest.gone);
+        guest.signal(15);
+        assert!(guest.gone);
+        assert_eq!(guest.exit(), Some(Exit::Signal(15)));
+    }
+}

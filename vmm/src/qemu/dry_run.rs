@@ -1,0 +1,101 @@
+//! What a run would make, for a script.
+
+use std::io;
+use std::path::Path;
+
+use net::{MacAddr, MacvtapSpec, Mode};
+
+use super::args::USUAL_MTU;
+use super::nics::Queues;
+use super::script::{self, Origin, ScriptCard};
+use super::{Plan, QemuError, inherit};
+use crate::cli::QemuArgs;
+use crate::config::NicSource;
+
+/// The script that does what [`run`](super::run) would do.
+///
+/// # Errors
+///
+/// As for [`run`](super::run), as far as it shows without making anything.
+///
+/// # Safety
+///
+/// As for [`run`](super::run).
+pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
+    // SAFETY: as for this function.
+    let mut inherited = unsafe { inherit(args) }?.into_iter();
+    let plan = Plan::new(args, false)?;
+    let (mut cards, mut script_cards) = (Vec::new(), Vec::new());
+    for (n, nic) in args.macvtap.iter().enumerate() {
+        let (origin, mac, mtu) = match &nic.source {
+            NicSource::Macvtap(spec) => sketch(spec)?,
+            NicSource::Descriptors(fds) => {
+                let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect())?;
+                (Origin::Open(fds.clone()), queues.mac, queues.mtu)
+            }
+        };
+        cards.push(plan.card(n, nic, mac, mtu)?);
+        script_cards.push(ScriptCard {
+            origin,
+            numbers: plan.numbers[n].clone(),
+        });
+    }
+    let mut command = vec![plan.qemu.clone().into_os_string()];
+    command.extend(plan.line(&cards, &args.args));
+    Ok(script::script(&script_cards, &command))
+}
+
+/// What a macvtap would be: its origin, MAC address and MTU.
+fn sketch(spec: &MacvtapSpec) -> Result<(Origin, MacAddr, u32), QemuError> {
+    let link = spec.link.as_str();
+    if spec.lower_netns.is_some() {
+        // What is in another namespace is not looked at.
+        let (mac, mtu) = (spec.mac.map_or_else(random_mac, Ok)?, spec.mtu);
+        return Ok((new_origin(spec, mac)?, mac, mtu.unwrap_or(USUAL_MTU)));
+    }
+    let read = |what| {
+        std::fs::read_to_string(Path::new("/sys/class/net").join(link).join(what)).map_err(
+            |source| QemuError::Link {
+                what,
+                link: link.to_owned(),
+                source,
+            },
+        )
+    };
+    let invalid = |what| QemuError::Link {
+        what,
+        link: link.to_owned(),
+        source: io::ErrorKind::InvalidData.into(),
+    };
+    let lower_mac = read("address")?.trim().parse();
+    let mtu = read("mtu")?.trim().parse().map_err(|_| invalid("mtu"))?;
+    if Path::new("/sys/class/net")
+        .join(link)
+        .join("macvtap")
+        .exists()
+    {
+        let mac = lower_mac.map_err(|_| invalid("address"))?;
+        return Ok((Origin::Existing(link.to_owned()), mac, mtu));
+    }
+    let mac = match (spec.mac, spec.mode) {
+        (Some(mac), _) => mac,
+        (None, Some(Mode::Passthru)) => lower_mac.map_err(|_| invalid("address"))?,
+        (None, _) => random_mac()?,
+    };
+    Ok((new_origin(spec, mac)?, mac, spec.mtu.unwrap_or(mtu)))
+}
+
+fn random_mac() -> Result<MacAddr, QemuError> {
+    MacAddr::random().map_err(QemuError::Random)
+}
+
+fn new_origin(spec: &MacvtapSpec, mac: MacAddr) -> Result<Origin, QemuError> {
+    let [_, _, a, b, c, d] = random_mac()?.octets();
+    // As high as those that minivmm chooses: 2^30 and more.
+    let index = u32::from_be_bytes([a & 0x3f | 0x40, b, c, d]);
+    Ok(Origin::New {
+        spec: Box::new(spec.clone()),
+        mac,
+        index,
+    })
+}

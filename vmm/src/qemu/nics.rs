@@ -1,0 +1,214 @@
+//! The network cards: what was asked for, and the queues that QEMU gets.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+
+use net::{AdoptError, Lease, MacAddr, Macvtap, MacvtapSpec};
+
+use super::args::USUAL_MTU;
+use crate::config::{self, ConfigError, NicSource};
+
+/// The host kernel's data path.
+pub(super) const VHOST_NET: &str = "/dev/vhost-net";
+
+/// A value of `--macvtap`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NicRequest {
+    /// Where the queues come from.
+    pub source: NicSource,
+    /// `None` for vhost where the host has it.
+    pub vhost: Option<bool>,
+    /// Properties of the device, as they are.
+    pub device: Vec<(String, String)>,
+}
+
+impl NicRequest {
+    /// How many queues it has.
+    pub(super) fn queues(&self) -> usize {
+        match &self.source {
+            NicSource::Macvtap(spec) => spec.queues as usize,
+            NicSource::Descriptors(numbers) => numbers.len(),
+        }
+    }
+}
+
+/// Reads `LINK[,KEY=VALUE...]` or `fd=N[:N...][,KEY=VALUE...]`: keys of a macvtap, `vhost`, and the device's.
+///
+/// # Errors
+///
+/// Says which part is wrong.
+pub fn parse_nic(text: &str) -> Result<NicRequest, ConfigError> {
+    let (first, rest) = text.split_once(',').unwrap_or((text, ""));
+    let mut macvtap = vec![first];
+    let (mut vhost, mut device) = (None, Vec::<(String, String)>::new());
+    let parts = rest.split(',').filter(|_| text.contains(','));
+    for part in parts {
+        let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        match key {
+            "vhost" if vhost.is_some() => return Err(ConfigError::Twice(key.into())),
+            "vhost" => vhost = Some(switch(value)?),
+            "netdev" | "fd" | "fds" | "vhostfd" | "vhostfds" | "script" | "downscript"
+            | "ifname" => {
+                return Err(ConfigError::Value(format!(
+                    "{key}= is not yours to give: minivmm opens the queues and hands them over"
+                )));
+            }
+            _ if part.is_empty() || config::is_macvtap_key(key) => macvtap.push(part),
+            _ if !part.contains('=') => return Err(ConfigError::NoValue(part.into())),
+            _ if device.iter().any(|(given, _)| given == key) => {
+                return Err(ConfigError::Twice(key.into()));
+            }
+            _ => device.push((key.into(), value.into())),
+        }
+    }
+    let source = match first.strip_prefix("fd=") {
+        Some(_) if macvtap.len() > 1 => return Err(ConfigError::NotAlone),
+        Some(numbers) => NicSource::Descriptors(config::parse_descriptors(numbers)?),
+        None => NicSource::Macvtap(config::parse_macvtap(&macvtap.join(","))?),
+    };
+    Ok(NicRequest {
+        source,
+        vhost,
+        device,
+    })
+}
+
+fn switch(text: &str) -> Result<bool, ConfigError> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(ConfigError::Value(format!(
+            "vhost={text} is neither on nor off"
+        ))),
+    }
+}
+
+/// The numbers that a card's descriptors have in QEMU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Numbers {
+    pub fds: Vec<RawFd>,
+    pub vhost: Vec<RawFd>,
+}
+
+/// Numbers the descriptors of all cards from `first` on: a card's queues, then its vhost descriptors.
+pub(super) fn number(requests: &[NicRequest], vhost: bool, first: RawFd) -> Vec<Numbers> {
+    let mut free = first..;
+    let mut take = |count| free.by_ref().take(count).collect();
+    requests
+        .iter()
+        .map(|request| Numbers {
+            fds: take(request.queues()),
+            vhost: match request.vhost.unwrap_or(vhost) {
+                true => take(request.queues()),
+                false => Vec::new(),
+            },
+        })
+        .collect()
+}
+
+/// The queues of a card, open.
+#[derive(Debug)]
+pub(super) struct Queues {
+    pub descriptors: Vec<OwnedFd>,
+    pub mac: MacAddr,
+    pub mtu: u32,
+    /// Keeps a macvtap of our own in being.
+    pub lease: Option<Lease>,
+}
+
+impl Queues {
+    /// Makes the macvtap and opens its queues.
+    pub fn make(spec: &MacvtapSpec) -> Result<Self, net::Error> {
+        let macvtap = Macvtap::open(spec)?;
+        let (mac, mtu) = (macvtap.mac(), macvtap.mtu());
+        log::info!("network card on {}: MAC {mac}, MTU {mtu}", macvtap.lower());
+        let (descriptors, lease) = macvtap.into_parts();
+        Ok(Self {
+            descriptors,
+            mac,
+            mtu,
+            lease: Some(lease),
+        })
+    }
+
+    /// Takes over queues that somebody else has opened.
+    pub fn adopt(descriptors: Vec<OwnedFd>) -> Result<Self, AdoptError> {
+        let adopted = net::adopt(descriptors)?;
+        log::info!("network card on {}: MAC {}", adopted.name, adopted.mac);
+        Ok(Self {
+            descriptors: adopted.queues,
+            mac: adopted.mac,
+            mtu: adopted.mtu.unwrap_or(USUAL_MTU),
+            lease: None,
+        })
+    }
+}
+
+/// Opens vhost-net once: each open file serves one queue.
+pub(super) fn open_vhost() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(VHOST_NET)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_go_to_the_macvtap_or_to_the_device() {
+        let text = "eno1,bus=pcie.0,mode=private,addr=0x4,queues=2,id=nic2,vhost=off";
+        let nic = parse_nic(text).unwrap();
+        let NicSource::Macvtap(spec) = &nic.source else {
+            panic!("{nic:?}")
+        };
+        assert_eq!((spec.link.as_str(), spec.queues), ("eno1", 2));
+        assert_eq!(spec.mode, Some(net::Mode::Private));
+        assert_eq!(nic.vhost, Some(false));
+        let device = [("bus", "pcie.0"), ("addr", "0x4"), ("id", "nic2")];
+        assert_eq!(
+            nic.device,
+            device.map(|(k, v)| (k.to_owned(), v.to_owned()))
+        );
+    }
+
+    #[test]
+    fn descriptors_may_be_several_and_take_keys_of_the_device() {
+        let nic = parse_nic("fd=3:4,addr=0x4").unwrap();
+        assert_eq!(nic.source, NicSource::Descriptors(vec![3, 4]));
+        assert_eq!(nic.queues(), 2);
+        assert_eq!(parse_nic("fd=3,mode=bridge"), Err(ConfigError::NotAlone));
+    }
+
+    #[test]
+    fn keys_that_break_the_netdev_are_refused() {
+        for key in [
+            "script=no",
+            "downscript=no",
+            "ifname=x",
+            "vhostfds=4",
+            "fds=3:4",
+            "netdev=x",
+            "vhost=maybe",
+            "addr",
+            "",
+            "addr=1,addr=2",
+            "mode=hub",
+        ] {
+            assert!(parse_nic(&format!("eno1,{key}")).is_err(), "{key}");
+        }
+    }
+
+    #[test]
+    fn numbers_follow_one_another() {
+        let nics = ["a,queues=2", "b,vhost=off", "c"].map(|text| parse_nic(text).unwrap());
+        let numbers = number(&nics, true, 3);
+        assert_eq!(numbers[0].fds, [3, 4]);
+        assert_eq!(numbers[0].vhost, [5, 6]);
+        assert_eq!(
+            (numbers[1].fds.as_slice(), numbers[1].vhost.len()),
+            (&[7][..], 0)
+        );
+        assert_eq!((numbers[2].fds[0], numbers[2].vhost[0]), (8, 9));
+        assert!(number(&nics, false, 3)[0].vhost.is_empty());
+    }
+}

@@ -1,0 +1,223 @@
+//! Everything that is taken from the host, each as a value that gives it back when dropped.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use net::{HostLinkGuard, HostLinkSpec};
+
+use crate::config::{Config, ConsoleTarget, MemorySize};
+use crate::console;
+use crate::nic::{self, Nic, NicError};
+use crate::vm::{Hypervisor, VmError};
+
+/// What the host did not give.
+#[derive(Debug, thiserror::Error)]
+pub enum ResourceError {
+    /// A file that is to be read.
+    #[error("cannot open the {what} {path:?}")]
+    Open {
+        /// Kernel or initrd.
+        what: &'static str,
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory.
+    #[error("the {what} {path:?} is a directory: give the path of a file")]
+    Directory {
+        /// Kernel or initrd.
+        what: &'static str,
+        /// As given.
+        path: PathBuf,
+    },
+    /// Something else than a file.
+    #[error("the {what} {path:?} is not a regular file")]
+    NotAFile {
+        /// Kernel or initrd.
+        what: &'static str,
+        /// As given.
+        path: PathBuf,
+    },
+    /// The console's file.
+    #[error("cannot write the console to {0:?}")]
+    Console(PathBuf, #[source] io::Error),
+    /// The console's file is one that is read.
+    #[error("the console cannot go to {0:?}, which the guest boots from")]
+    ConsoleIsInput(PathBuf),
+    /// stdout.
+    #[error("cannot use stdout for the console")]
+    Stdout(#[source] io::Error),
+    /// More memory than there is.
+    #[error(
+        "{wanted} of guest memory is more than this host has ({have}, with swap): choose less with --memory"
+    )]
+    Memory {
+        /// As asked for.
+        wanted: MemorySize,
+        /// The host's, in MiB.
+        have: String,
+    },
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] VmError),
+    /// A network card.
+    #[error(transparent)]
+    Nic(#[from] NicError),
+    /// The host's own access.
+    #[error(transparent)]
+    HostLink(#[from] net::HostLinkError),
+    /// The first card stands on an interface that cannot be named here.
+    #[error("--host-link needs a card whose interface has a name in this network namespace")]
+    HostLinkName(#[source] net::ParseLinkNameError),
+}
+
+/// Everything from the host.
+#[derive(Debug)]
+pub struct Resources {
+    /// The kernel's image.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// KVM.
+    pub hypervisor: Hypervisor,
+    /// Where the console's output goes.
+    pub console: Option<File>,
+    /// The network cards.
+    pub nics: Vec<Nic>,
+    /// Lets the host talk to the guest.
+    pub host_link: Option<HostLinkGuard>,
+}
+
+impl Resources {
+    /// Takes it all: first the descriptors that this process was started with, then the cheapest,
+    /// and last what has to be made, so that a typing error is told before anything has been.
+    ///
+    /// # Errors
+    ///
+    /// Says what could not be had; what had been taken is given back.
+    ///
+    /// # Safety
+    ///
+    /// Nothing in this process may own the descriptors that `config` names: call it before
+    /// anything is opened.
+    pub unsafe fn acquire(config: &Config) -> Result<Self, ResourceError> {
+        // SAFETY: as for this function.
+        let inherited = unsafe { nic::inherit(&config.nics) }?;
+        let kernel = open("kernel", &config.kernel)?;
+        let initrd = config
+            .initrd
+            .as_deref()
+            .map(|path| open("initrd", path))
+            .transpose()?;
+        check_memory(config.memory)?;
+        let hypervisor = Hypervisor::open()?;
+        hypervisor.check_cpus(config.cpus)?;
+        let inputs: Vec<&File> = initrd.iter().chain([&kernel]).collect();
+        let console = open_console(&config.console, &inputs)?;
+        let nics = nic::acquire(&config.nics, inherited)?;
+        let host_link = host_link(config, &nics)?;
+        // With all else at hand, so that a failed start leaves an older file as it was.
+        if let (Some(file), ConsoleTarget::File(path)) = (&console, &config.console) {
+            empty(file).map_err(|source| ResourceError::Console(path.clone(), source))?;
+        }
+        Ok(Self {
+            kernel,
+            initrd,
+            hypervisor,
+            console,
+            nics,
+            host_link,
+        })
+    }
+}
+
+/// The host's own link, on the interface of the first card.
+fn host_link(config: &Config, nics: &[Nic]) -> Result<Option<HostLinkGuard>, ResourceError> {
+    let (Some(nic), false) = (nics.first(), config.host_link.is_empty()) else {
+        return Ok(None);
+    };
+    let lower = nic
+        .entry
+        .lower
+        .parse()
+        .map_err(ResourceError::HostLinkName)?;
+    let mut spec = HostLinkSpec::new(lower);
+    spec.addresses = config.host_link.clone();
+    let guard = HostLinkGuard::create(&spec)?;
+    log::info!("the host talks to its guests by {}", guard.link().name);
+    Ok(Some(guard))
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, ResourceError> {
+    let path = path.to_owned();
+    // Non-blocking: opening a FIFO would otherwise wait for somebody to write to it.
+    let options = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .to_owned();
+    let opened = options
+        .open(&path)
+        .and_then(|file| Ok((file.metadata()?, file)));
+    match opened {
+        Ok((metadata, file)) if metadata.is_file() => Ok(file),
+        Ok((metadata, _)) if metadata.is_dir() => Err(ResourceError::Directory { what, path }),
+        Ok(_) => Err(ResourceError::NotAFile { what, path }),
+        Err(source) => Err(ResourceError::Open { what, path, source }),
+    }
+}
+
+/// Opens where the console goes. A file is emptied only by [`Resources::acquire`], at its end.
+fn open_console(target: &ConsoleTarget, inputs: &[&File]) -> Result<Option<File>, ResourceError> {
+    let path = match target {
+        ConsoleTarget::Stdio => {
+            return console::stdout_file()
+                .map(Some)
+                .map_err(ResourceError::Stdout);
+        }
+        ConsoleTarget::None => return Ok(None),
+        ConsoleTarget::File(path) => path,
+    };
+    let failed = |source| ResourceError::Console(path.clone(), source);
+    let options = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .to_owned();
+    let file = options.open(path).map_err(failed)?;
+    let id = |file: &File| file.metadata().map(|m| (m.dev(), m.ino()));
+    let own = id(&file).map_err(failed)?;
+    for input in inputs {
+        if id(input).map_err(failed)? == own {
+            return Err(ResourceError::ConsoleIsInput(path.clone()));
+        }
+    }
+    Ok(Some(file))
+}
+
+/// Empties a console's file that has an end. Pipes and terminals have none.
+fn empty(file: &File) -> io::Result<()> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)
+    } else {
+        Ok(())
+    }
+}
+
+/// Refuses what the host could never back. Memory is promised, not taken, so that guests may
+/// together have more than there is, but none by itself.
+fn check_memory(wanted: MemorySize) -> Result<(), ResourceError> {
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit.max(1));
+    let have = (info.totalram + info.totalswap).saturating_mul(unit);
+    if wanted.bytes() > have {
+        return Err(ResourceError::Memory {
+            wanted,
+            have: format!("{} MiB", have >> 20),
+        });
+    }
+    Ok(())
+}

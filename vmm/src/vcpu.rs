@@ -1,0 +1,243 @@
+//! A vCPU and the thread that runs it.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use boot::BootState;
+use devices::bus::Bus;
+use kvm_bindings::{CpuId, Msrs};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::exit::{Exit, ExitRequest};
+use crate::vm::{Vm, VmError, call};
+
+/// The longest x86 instruction, in bytes.
+const MAX_INSTRUCTION: usize = 15;
+
+/// What every vCPU of a machine shares.
+#[derive(Debug)]
+pub struct Board {
+    /// Guest memory.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// Devices at I/O ports.
+    pub ports: Bus,
+    /// Devices in the memory hole.
+    pub mmio: Bus,
+    /// Where a vCPU says that the guest has ended.
+    pub exit: Arc<ExitRequest>,
+}
+
+/// A vCPU that does not run yet.
+#[derive(Debug)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    id: u8,
+    board: Arc<Board>,
+}
+
+impl Vcpu {
+    /// A vCPU with this APIC id, which KVM holds until it gets an INIT and a start-up IPI, unless
+    /// [`Vcpu::set_entry`] makes it the first to run.
+    ///
+    /// # Errors
+    ///
+    /// Says what KVM refused.
+    pub fn new(
+        vm: &Vm,
+        id: u8,
+        cpuid: &CpuId,
+        boot: &BootState,
+        board: Arc<Board>,
+    ) -> Result<Self, VmError> {
+        let fd = vm.create_vcpu(id)?;
+        fd.set_cpuid2(cpuid)
+            .map_err(call("set up a vCPU's CPUID"))?;
+        fd.set_fpu(&boot.fpu).map_err(call("set a vCPU's FPU"))?;
+        let msrs = Msrs::from_entries(&boot.msrs).map_err(|error| {
+            VmError::Call("take so many MSRs", io::Error::other(format!("{error:?}")))
+        })?;
+        let set = fd.set_msrs(&msrs).map_err(call("set a vCPU's MSRs"))?;
+        if let Some(refused) = boot.msrs.get(set) {
+            log::debug!(
+                "KVM does not know MSR {:#x} nor sets those after it",
+                refused.index
+            );
+        }
+        Ok(Self { fd, id, board })
+    }
+
+    /// Lets this vCPU begin at the kernel's entry.
+    ///
+    /// # Errors
+    ///
+    /// Says what KVM refused.
+    pub fn set_entry(&self, boot: &BootState) -> Result<(), VmError> {
+        let mut sregs = self
+            .fd
+            .get_sregs()
+            .map_err(call("tell a vCPU's system registers"))?;
+        boot.apply_sregs(&mut sregs);
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(call("set a vCPU's system registers"))?;
+        self.fd
+            .set_regs(&boot.regs)
+            .map_err(call("set a vCPU's registers"))
+    }
+
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the host has no thread left.
+    pub fn start(self) -> io::Result<VcpuThread> {
+        let name = format!("vcpu{}", self.id);
+        let exit = Arc::clone(&self.board.exit);
+        let body = move || {
+            let mut vcpu = self;
+            // A panic of one vCPU must end the others too, and be told.
+            if catch_unwind(AssertUnwindSafe(|| vcpu.run())).is_err() {
+                exit.request(Exit::Failure(format!(
+                    "the thread of vCPU {} panicked",
+                    vcpu.id
+                )));
+            }
+        };
+        thread::Builder::new()
+            .name(name)
+            .spawn(body)
+            .map(VcpuThread)
+    }
+
+    fn run(&mut self) {
+        while self.board.exit.reason().is_none() {
+            let reason = match self.fd.run() {
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    self.board.ports.read(port.into(), data);
+                    continue;
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    self.board.ports.write(port.into(), data);
+                    continue;
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    self.board.mmio.read(address, data);
+                    continue;
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    self.board.mmio.write(address, data);
+                    continue;
+                }
+                // A kick, or a signal of somebody else's.
+                Ok(VcpuExit::Intr | VcpuExit::Hlt) => continue,
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => continue,
+                Ok(VcpuExit::Shutdown) => "triple fault".to_owned(),
+                Ok(VcpuExit::InternalError) => "KVM internal error".to_owned(),
+                Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                    format!(
+                        "the CPU refused to enter the guest (reason {reason:#x}, host CPU {cpu})"
+                    )
+                }
+                Ok(other) => format!("unexpected exit from KVM: {other:?}"),
+                Err(error) => format!("KVM_RUN failed: {error}"),
+            };
+            let what = self.describe_crash(&reason);
+            self.board.exit.request(Exit::Crash(what));
+        }
+    }
+
+    /// The reason with where it happened, what stands there, and what may help.
+    fn describe_crash(&mut self, reason: &str) -> String {
+        let mut text = format!("{reason} on vCPU {}", self.id);
+        if reason == "KVM internal error" {
+            // SAFETY: KVM has just left with KVM_EXIT_INTERNAL_ERROR, for which it fills this
+            // member of the union; it holds integers only.
+            let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+            let _ = write!(text, " (suberror {suberror})");
+        }
+        if let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) {
+            let _ = write!(text, " at RIP {:#x}", regs.rip);
+            // In 64-bit mode the base is 0.
+            match self.instruction(sregs.cs.base.wrapping_add(regs.rip)) {
+                Some(bytes) => {
+                    text.push_str(", instruction bytes");
+                    for byte in bytes {
+                        let _ = write!(text, " {byte:02x}");
+                    }
+                }
+                None => text.push_str(", where there is no memory"),
+            }
+        }
+        if looks_emulated() {
+            text.push_str(
+                "\n  hint: this host's CPU shows neither svm nor vmx in /proc/cpuinfo, so its KVM is \
+                 emulated in software: it may lack instructions that the guest uses",
+            );
+        }
+        text
+    }
+
+    fn instruction(&self, linear: u64) -> Option<[u8; MAX_INSTRUCTION]> {
+        let translated = self
+            .fd
+            .translate_gva(linear)
+            .ok()
+            .filter(|t| t.valid != 0)?;
+        self.board
+            .memory
+            .read_obj(GuestAddress(translated.physical_address))
+            .ok()
+    }
+}
+
+fn looks_emulated() -> bool {
+    let Ok(cpuinfo) = fs::read_to_string("/proc/cpuinfo") else {
+        return false;
+    };
+    let flags = cpuinfo
+        .lines()
+        .find(|line| line.starts_with("flags"))
+        .unwrap_or_default();
+    !flags
+        .split_whitespace()
+        .any(|flag| flag == "svm" || flag == "vmx")
+}
+
+/// A running vCPU.
+#[derive(Debug)]
+pub struct VcpuThread(JoinHandle<()>);
+
+impl VcpuThread {
+    /// Waits for the thread's end, once an exit has been requested.
+    pub fn join(self) {
+        // The signal makes KVM_RUN and blocked writes return. One may come between the thread's
+        // look at the exit request and its next call into the kernel, so it is repeated.
+        while !self.0.is_finished() {
+            let _ = self.0.kill(kick_signal());
+            thread::sleep(Duration::from_millis(1));
+        }
+        // Its panic has been told already.
+        let _ = self.0.join();
+    }
+}
+
+fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+/// Makes the signal that [`VcpuThread::join`] uses harmless. Once, before any vCPU starts.
+///
+/// # Errors
+///
+/// Fails when the kernel refuses the handler.
+pub fn prepare_kicks() -> io::Result<()> {
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(kick_signal(), ignore).map_err(Into::into)
+}

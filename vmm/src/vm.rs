@@ -1,0 +1,242 @@
+//! The virtual machine as KVM sees it: memory, interrupts, notifications, vCPUs.
+
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+
+use boot::layout::{KVM_IDENTITY_MAP, KVM_TSS, ram_regions};
+use devices::irq::IrqLine;
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::config::{Cpus, MemorySize};
+use crate::msi::{Messages, Routes};
+use crate::plan::Gsi;
+
+/// What went wrong between KVM and us.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// There is no KVM.
+    #[error(
+        "there is no /dev/kvm: enable virtualization in the firmware (or nested virtualization on \
+         the host above) and load kvm_intel or kvm_amd"
+    )]
+    NoKvm,
+    /// There is one, for others.
+    #[error(
+        "no permission to use /dev/kvm: become root or a member of the group that owns it (often `kvm`)"
+    )]
+    KvmForbidden,
+    /// It is something else.
+    #[error(
+        "/dev/kvm is not KVM, or not of the version that programs of today use (it answers {0}, \
+         not 12): is it the host's own device?"
+    )]
+    NotKvm(i32),
+    /// It cannot be opened for another reason.
+    #[error("cannot open /dev/kvm")]
+    OpenKvm(#[source] io::Error),
+    /// More vCPUs than this KVM has.
+    #[error("{wanted} CPUs are more than the {max} that this host's KVM can run")]
+    TooManyCpus {
+        /// As asked for.
+        wanted: u8,
+        /// As KVM says.
+        max: usize,
+    },
+    /// Guest memory cannot be had.
+    #[error("cannot map {0} of guest memory: choose less with --memory")]
+    Memory(MemorySize, #[source] io::Error),
+    /// One of KVM's calls failed.
+    #[error("KVM cannot {0}")]
+    Call(&'static str, #[source] io::Error),
+}
+
+/// Names what KVM was asked to do, as it goes into the error.
+pub(crate) fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {
+    move |error| VmError::Call(what, error.into())
+}
+
+/// The host's KVM, opened.
+#[derive(Debug)]
+pub struct Hypervisor(Kvm);
+
+impl Hypervisor {
+    /// Opens /dev/kvm.
+    ///
+    /// # Errors
+    ///
+    /// Says what to do when there is none, or no right to it.
+    pub fn open() -> Result<Self, VmError> {
+        let kvm = Kvm::new().map_err(|error| match error.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => VmError::NoKvm,
+            libc::EACCES | libc::EPERM => VmError::KvmForbidden,
+            _ => VmError::OpenKvm(error.into()),
+        })?;
+        match kvm.get_api_version() {
+            version if version == KVM_API_VERSION as i32 => Ok(Self(kvm)),
+            other => Err(VmError::NotKvm(other)),
+        }
+    }
+
+    /// Makes sure that this KVM runs so many vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// Says how many it runs.
+    pub fn check_cpus(&self, cpus: Cpus) -> Result<(), VmError> {
+        let (wanted, max) = (cpus.get(), self.0.get_max_vcpus());
+        if usize::from(wanted) > max {
+            Err(VmError::TooManyCpus { wanted, max })
+        } else {
+            Ok(())
+        }
+    }
+
+    /// What the vCPUs may tell the guest of themselves, and whether their timers know the TSC
+    /// deadline mode, which is not part of it (Documentation/virt/kvm/api.rst, 4.46).
+    ///
+    /// # Errors
+    ///
+    /// Fails when KVM does not say.
+    pub fn supported_cpuid(&self) -> Result<(CpuId, bool), VmError> {
+        let cpuid = self
+            .0
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("tell what its CPUs can do"))?;
+        Ok((cpuid, self.0.check_extension(Cap::TscDeadlineTimer)))
+    }
+}
+
+/// Maps guest memory, which costs the host nothing until the guest touches it.
+///
+/// # Errors
+///
+/// Fails when the host refuses to promise so much.
+pub fn map_memory(size: MemorySize) -> Result<Arc<GuestMemoryMmap>, VmError> {
+    GuestMemoryMmap::from_ranges(&ram_regions(size.bytes()))
+        .map(Arc::new)
+        .map_err(|error| VmError::Memory(size, io::Error::other(innermost(&error).to_string())))
+}
+
+/// The cause of the causes: vm-memory's errors repeat theirs in their own text.
+fn innermost<'a>(mut error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error
+}
+
+/// A virtual machine with memory and interrupt controllers.
+#[derive(Debug)]
+pub struct Vm {
+    fd: Arc<VmFd>,
+    routes: Arc<Routes>,
+    /// KVM reads and writes it as long as the VM exists.
+    _memory: Arc<GuestMemoryMmap>,
+}
+
+impl Vm {
+    /// A machine with this memory, the interrupt controllers (APICs, PIC) and the PIT of a PC.
+    ///
+    /// # Errors
+    ///
+    /// Says what KVM refused.
+    pub fn new(hypervisor: &Hypervisor, memory: Arc<GuestMemoryMmap>) -> Result<Self, VmError> {
+        let fd = hypervisor
+            .0
+            .create_vm()
+            .map_err(call("create a virtual machine"))?;
+        fd.set_identity_map_address(KVM_IDENTITY_MAP)
+            .map_err(call("set the identity map"))?;
+        fd.set_tss_address(KVM_TSS as usize)
+            .map_err(call("set the TSS"))?;
+        fd.create_irq_chip()
+            .map_err(call("create the interrupt controllers"))?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        fd.create_pit2(pit).map_err(call("create the timer"))?;
+        for (slot, region) in (0..).zip(memory.iter()) {
+            add_memory(&fd, slot, region)?;
+        }
+        let fd = Arc::new(fd);
+        Ok(Self {
+            routes: Arc::new(Routes::new(Arc::clone(&fd))),
+            fd,
+            _memory: memory,
+        })
+    }
+
+    /// Connects an eventfd to an interrupt: each write raises one edge.
+    ///
+    /// # Errors
+    ///
+    /// Says what KVM refused.
+    pub fn connect_irq(&self, line: &EventFd, gsi: Gsi) -> Result<(), VmError> {
+        self.fd
+            .register_irqfd(line, gsi.get())
+            .map_err(call("connect an interrupt (irqfd)"))
+    }
+
+    /// Prepares interrupt messages, one for each of `lines`, to be connected as a guest sets up
+    /// MSI-X.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no file descriptor left.
+    pub fn messages(&self, lines: &[IrqLine]) -> io::Result<Messages> {
+        let lines = lines
+            .iter()
+            .map(|line| line.eventfd().try_clone())
+            .collect::<io::Result<_>>()?;
+        Ok(self.routes.messages(lines))
+    }
+
+    /// Has the guest's writes at `address` signal an eventfd, rather than stop the vCPU: those of
+    /// 32 bits with this value, or any where there is none.
+    ///
+    /// # Errors
+    ///
+    /// Says what KVM refused.
+    pub fn connect_notify(
+        &self,
+        kick: &EventFd,
+        address: u64,
+        value: Option<u32>,
+    ) -> Result<(), VmError> {
+        let address = IoEventAddress::Mmio(address);
+        let registered = match value {
+            Some(value) => self.fd.register_ioevent(kick, &address, value),
+            None => self.fd.register_ioevent(kick, &address, NoDatamatch),
+        };
+        registered.map_err(call("watch a notification (ioeventfd)"))
+    }
+
+    /// A new vCPU with this APIC id.
+    pub(crate) fn create_vcpu(&self, id: u8) -> Result<VcpuFd, VmError> {
+        self.fd
+            .create_vcpu(id.into())
+            .map_err(call("create a vCPU"))
+    }
+}
+
+fn add_memory(fd: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), VmError> {
+    let slot = kvm_userspace_memory_region {
+        slot,
+        guest_phys_addr: region.start_addr().0,
+        memory_size: region.len(),
+        userspace_addr: region.as_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the range is one mapping of our own, which `Vm` keeps alive longer than `fd`'s VM
+    // may use it (its vCPUs hold an Arc of the same memory through the devices and are joined
+    // before it is dropped); regions do not overlap, since `GuestMemoryMmap` refuses that.
+    unsafe { fd.set_user_memory_region(slot) }.map_err(call("take the guest's memory"))
+}
