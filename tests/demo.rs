@@ -70,15 +70,22 @@ fn in_lab() -> bool {
     let job = lab::machine::Job {
         program: &program,
         args: &[],
-        limit: LAB_LIMIT,
+        done: Vec::new(),
+        deadline: Instant::now() + LAB_LIMIT,
     };
-    match lab::machine::run(&job, |line| println!("{line}")) {
-        Ok(status) => status == 0,
-        Err(why) => {
-            eprintln!("{why}");
-            false
+    for _ in 0..lab::machine::TRIES {
+        match lab::machine::run(&job, |line| println!("{line}")) {
+            Ok(status) => return status == 0,
+            Err(lab::machine::Failure::Hung(_)) => {
+                println!("The emulator hangs, by a bug of its own. Once more:");
+            }
+            Err(lab::machine::Failure::Other(why)) => {
+                eprintln!("{why}");
+                return false;
+            }
         }
     }
+    false
 }
 
 /// The demo itself; returns whether all pings were answered.

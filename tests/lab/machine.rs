@@ -19,9 +19,26 @@ pub struct Job<'a> {
     pub program: &'a Path,
     /// Its arguments.
     pub args: &'a [String],
+    /// Tests that are not to be run again.
+    pub done: Vec<String>,
     /// When it is given up.
-    pub limit: Duration,
+    pub deadline: Instant,
 }
+
+/// How the lab ended without the program.
+#[derive(Debug)]
+pub enum Failure {
+    /// It has shown no sign of life for [`SILENCE`]: QEMU's bug, which hangs a guest of the lab more often, can hit the
+    /// lab itself. Its console's text.
+    Hung(String),
+    /// In another way, which this text tells.
+    Other(String),
+}
+
+/// How long a living lab is silent at most: its init shows a sign of life every 2 s.
+const SILENCE: Duration = Duration::from_secs(40);
+/// Labs that may hang before something else than QEMU is to blame.
+pub const TRIES: u32 = 3;
 
 /// The machine. Without XSAVE, since QEMU's nested SVM lets a guest's XSETBV through to the lab's own register.
 const MACHINE: &str = "-accel tcg,thread=multi -cpu max,+svm,-xsave -M q35 -smp 2 -m 5G \
@@ -64,21 +81,25 @@ const FIRMWARE: &[&str] = &[
 ///
 /// # Errors
 ///
-/// A text that says how the lab ended without one.
-pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, String> {
+/// How the lab ended without one.
+pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
+    let failed = |what: &str, error| Failure::Other(format!("{what}: {error}"));
     // Two labs at once would only slow each other down, into their limits.
     let _lock = lock("lab.lock");
-    let temp =
-        tempfile::tempdir().map_err(|e| format!("cannot make a temporary directory: {e}"))?;
+    let temp = tempfile::tempdir().map_err(|e| failed("cannot make a temporary directory", e))?;
     let initrd = temp.path().join("initrd");
     fs::write(&initrd, initramfs(job, assets()))
-        .map_err(|e| format!("cannot write {}: {e}", initrd.display()))?;
+        .map_err(|e| failed("cannot write the lab's ramdisk", e))?;
     let console = temp.path().join("console");
-    let mut qemu = Qemu::start(&assets().bzimage(), &initrd, &console)?;
+    let mut qemu = Qemu::start(&assets().bzimage(), &initrd, &console).map_err(Failure::Other)?;
     let lines = qemu.lines();
-    let deadline = Instant::now() + job.limit;
+    let text = || {
+        let text = fs::read(&console).unwrap_or_default();
+        String::from_utf8_lossy(&text).into_owned()
+    };
+    let mut last_sign = (0, Instant::now());
     loop {
-        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        match lines.recv_timeout(Duration::from_secs(1)) {
             Ok(text) => match text
                 .strip_prefix("LAB exit ")
                 .and_then(|status| status.parse().ok())
@@ -86,15 +107,22 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, String> {
                 Some(status) => return Ok(status),
                 None => line(&text),
             },
-            Err(why) => {
-                let console = fs::read(&console).unwrap_or_default();
-                let console = String::from_utf8_lossy(&console).into_owned();
-                let what = match why {
-                    RecvTimeoutError::Timeout => format!("was given up after {:?}", job.limit),
-                    RecvTimeoutError::Disconnected => "ended early".to_owned(),
-                };
-                return Err(format!("the lab {what}; its console:\n{console}"));
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                let why = format!("the lab ended early; its console:\n{}", text());
+                return Err(Failure::Other(why));
             }
+        }
+        let len = fs::metadata(&console).map_or(0, |file| file.len());
+        if len != last_sign.0 {
+            last_sign = (len, Instant::now());
+        }
+        if last_sign.1.elapsed() > SILENCE {
+            return Err(Failure::Hung(text()));
+        }
+        if Instant::now() > job.deadline {
+            let why = format!("the lab took too long; its console:\n{}", text());
+            return Err(Failure::Other(why));
         }
     }
 }
@@ -135,7 +163,9 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
         .map(|arg| format!("'{}'", arg.replace('\'', r"'\''")))
         .collect();
     let script = format!(
-        "export MINIVMM_IN_LAB=1 MINIVMM_BIN=/lab/bin/minivmm MINIVMM_CACHE=/lab/cache\ncd /lab\nexec job {}\n",
+        "export MINIVMM_IN_LAB=1 MINIVMM_BIN=/lab/bin/minivmm MINIVMM_CACHE=/lab/cache MINIVMM_LAB_DONE={}\ncd /lab\n\
+         exec job {}\n",
+        job.done.join(","),
         quoted.join(" ")
     );
     archive.bytes("/lab/run", script.as_bytes(), 0o755);
