@@ -8,6 +8,7 @@ use rustix::io::FdFlags;
 use thiserror::Error;
 
 use crate::mac::{MacAddr, ParseMacError};
+use crate::mode::Mode;
 use crate::netlink::{Link, Netlink};
 use crate::{diagnose, ioctl, netns};
 
@@ -26,6 +27,8 @@ pub struct Adopted {
     pub mtu: Option<u32>,
     /// Its interface index, when it is in the caller's network namespace.
     pub index: Option<u32>,
+    /// The macvtap's mode, when it is in the caller's network namespace.
+    pub mode: Option<Mode>,
 }
 
 /// Why descriptors are not the queues of one macvtap or tap.
@@ -162,7 +165,8 @@ pub fn adopt(fds: Vec<OwnedFd>) -> Result<Adopted, AdoptError> {
         name,
         mac,
         mtu: link.as_ref().map(|link| link.mtu),
-        index: link.map(|link| link.index),
+        index: link.as_ref().map(|link| link.index),
+        mode: link.and_then(|link| link.mode),
     })
 }
 

@@ -70,6 +70,7 @@ pub struct Macvtap {
     lower: String,
     mac: MacAddr,
     mtu: u32,
+    mode: Mode,
 }
 
 impl Macvtap {
@@ -127,6 +128,11 @@ impl Macvtap {
     /// In bytes, without the Ethernet header.
     pub fn mtu(&self) -> u32 {
         self.mtu
+    }
+
+    /// How it treats its siblings.
+    pub fn mode(&self) -> Mode {
+        self.mode
     }
 
     /// Its name in the network namespace that it lives in.
@@ -210,6 +216,8 @@ fn use_existing(links: &[Link], macvtap: &Link, spec: &MacvtapSpec) -> Result<Ma
         lower,
         mac,
         mtu: macvtap.mtu,
+        // The kernel tells it of every macvtap.
+        mode: macvtap.mode.unwrap_or_default(),
     })
 }
 
@@ -257,6 +265,7 @@ fn make_new(
         lower: real.name.clone(),
         mac,
         mtu: link.mtu,
+        mode,
     })
 }
 

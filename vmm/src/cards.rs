@@ -1,16 +1,23 @@
 //! The network cards of a machine, and what the control thread does for them.
 
+use std::error::Error;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use devices::virtio::net::Net;
-use devices::virtio::net::link::LinkStatus;
+use devices::virtio::net::capture::Capture;
+use devices::virtio::net::config::ConfigSpace;
 use devices::virtio::net::observe::Observer;
+use devices::virtio::net::tap::Tap;
+use devices::virtio::net::vhost::{VhostError, VhostPair};
+use devices::virtio::net::{Net, NetOptions};
 use event_manager::MutEventSubscriber;
 use net::{Lease, LinkWatch};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::config::{BackendChoice, NicOptions};
 use crate::link_watch::LinkFollower;
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
@@ -24,7 +31,7 @@ pub struct Cards {
     pub leases: Vec<Option<Lease>>,
     /// Signalled when a guest's addresses have changed.
     learnt: EventFd,
-    watched: Vec<(String, LinkWatch, Arc<LinkStatus>)>,
+    watched: Vec<(String, LinkWatch, Arc<ConfigSpace>)>,
     entries: Vec<NicEntry>,
     observers: Vec<Arc<Observer>>,
 }
@@ -50,13 +57,23 @@ impl Cards {
             let label = format!("{name} on {}", nic.entry.lower);
             let learnt = cards.learnt.try_clone().map_err(MachineError::EventFd)?;
             let observer = Arc::new(Observer::new(label.clone(), nic.config.mac, learnt));
-            let device = Net::new(name, nic.config, nic.taps, Arc::clone(&observer));
-            let link = Arc::clone(device.link());
+            let [rx_limit, tx_limit] = nic.options.limits();
+            let capture = nic.pcap.map(|file| start_capture(file, &name)).transpose();
+            let options = NetOptions {
+                observer: Arc::clone(&observer),
+                permissions: nic.permissions,
+                rx_limit,
+                tx_limit,
+                capture: capture.map_err(MachineError::Capture)?,
+            };
+            let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
+            let device = Net::new(name, nic.config, nic.taps, options).with_vhost(vhost);
+            let config = Arc::clone(device.config());
             machine.add_virtio(*slot, Box::new(device))?;
             cards.leases.push(nic.lease);
             cards
                 .watched
-                .extend(nic.watch.map(|watch| (label, watch, link)));
+                .extend(nic.watch.map(|watch| (label, watch, config)));
             cards.entries.push(nic.entry);
             cards.observers.push(observer);
         }
@@ -83,4 +100,39 @@ impl Cards {
         )?));
         Ok(watchers)
     }
+}
+
+fn start_capture(file: File, name: &str) -> io::Result<Capture> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
+    Capture::start(file, name)
+}
+
+/// vhost-net for each queue of a card, or none where threads of our own are to move its frames.
+fn vhost_pairs(
+    label: &str,
+    taps: &[Tap],
+    options: &NicOptions,
+    memory: &Arc<GuestMemoryMmap>,
+) -> Result<Vec<VhostPair>, VhostError> {
+    let open = || {
+        taps.iter()
+            .map(|tap| VhostPair::open(tap, Arc::clone(memory)))
+            .collect::<Result<Vec<_>, _>>()
+    };
+    let pairs = match options.backend {
+        BackendChoice::User => return Ok(Vec::new()),
+        BackendChoice::Vhost => open()?,
+        BackendChoice::Auto if options.needs_frames().is_some() => return Ok(Vec::new()),
+        BackendChoice::Auto => open().unwrap_or_else(|error| {
+            let why = error.source().map(ToString::to_string).unwrap_or_default();
+            log::debug!("{label}: {error}: {why}; threads of minivmm move the frames");
+            Vec::new()
+        }),
+    };
+    if !pairs.is_empty() {
+        log::info!("{label}: vhost-net moves the frames");
+    }
+    Ok(pairs)
 }

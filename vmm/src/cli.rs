@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use net::{InterfaceAddress, LinkName, MacvtapSpec};
 
-use crate::config::{ConsoleTarget, Cpus, MemorySize, NicSource, parse_macvtap, parse_nic};
+use crate::config::{ConsoleTarget, Cpus, MemorySize, NicConfig, parse_macvtap, parse_nic};
 use crate::plan::Transport;
 
 mod qemu;
@@ -44,6 +44,13 @@ Keys of --macvtap:
   netns=host         in this one, where `ip link` shows it
   lower-netns=PATH   network namespace of LINK, as in /run/netns/NAME
   queues=N           queue pairs, each with a thread of its own; as many as CPUs is best
+  backend=user       threads of minivmm move the frames, or
+  backend=vhost      the kernel does (vhost-net); auto, the default, takes it where it can be had
+  trust-mac=on       the guest may change its MAC address, and the macvtap's follows
+  rx-rate=RATE       what the guest may receive, as in 100Mbit, 20Kframes or 1Gbit:100Kframes a second
+  tx-rate=RATE       what the guest may send
+  burst=TIME         how long a rate may be exceeded after a pause, 10ms by default
+  pcap=FILE          records what passes, for tshark or Wireshark (pcapng)
   fd=N[:N...]        instead of LINK: queues that are open already, as by N<>/dev/tapM in a shell
 
 Exit status:
@@ -119,7 +126,7 @@ pub struct GuestArgs {
     /// Network card on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap; or fd=N, a macvtap queue that is open already. May be repeated. The keys are below
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = parse_nic, help_heading = "Network")]
-    pub macvtap: Vec<NicSource>,
+    pub macvtap: Vec<NicConfig>,
 
     /// How the guest reaches its network cards: mmio, or pci with an interrupt message per queue
     #[arg(
@@ -272,6 +279,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::config::NicSource;
 
     #[test]
     fn command_line_definition_is_sound() {
@@ -283,8 +291,11 @@ mod tests {
         let cli =
             Cli::try_parse_from(["minivmm", "--kernel", "bzImage", "--macvtap", "eno1"]).unwrap();
         assert_eq!(cli.guest.kernel.unwrap(), PathBuf::from("bzImage"));
-        let [NicSource::Macvtap(spec)] = &cli.guest.macvtap[..] else {
+        let [nic] = &cli.guest.macvtap[..] else {
             panic!("{:?}", cli.guest.macvtap)
+        };
+        let NicSource::Macvtap(spec) = &nic.source else {
+            panic!("{nic:?}")
         };
         assert_eq!((spec.link.as_str(), spec.mode), ("eno1", None));
     }

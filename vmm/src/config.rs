@@ -1,14 +1,21 @@
 //! The request, as validated types. Nothing here looks at the host.
 
 use std::fmt;
-use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use net::{InterfaceAddress, MacvtapSpec, Placement};
+use net::InterfaceAddress;
 
 use crate::cli::GuestArgs;
 use crate::plan::Transport;
+
+mod nic;
+
+pub use nic::{
+    BackendChoice, NicConfig, NicOptions, NicSource, is_card_key, is_macvtap_key,
+    parse_descriptors, parse_macvtap, parse_nic,
+};
+use nic::{CARD_KEYS, MACVTAP_KEYS, MAX_PAIRS};
 
 /// What every kernel is told: the console is COM1; after a panic reset at once, with the "warm"
 /// flag by which the monitor tells it from a reboot.
@@ -30,20 +37,11 @@ pub struct Config {
     /// Where the serial console goes.
     pub console: ConsoleTarget,
     /// The network cards, in order.
-    pub nics: Vec<NicSource>,
+    pub nics: Vec<NicConfig>,
     /// How the guest reaches its network cards.
     pub transport: Transport,
     /// The host's addresses among its guests, on the interface of the first card.
     pub host_link: Vec<InterfaceAddress>,
-}
-
-/// Where a network card's queue comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NicSource {
-    /// A macvtap of our own, or one that exists.
-    Macvtap(MacvtapSpec),
-    /// File descriptors that somebody else opened.
-    Descriptors(Vec<RawFd>),
 }
 
 impl From<GuestArgs> for Config {
@@ -67,16 +65,6 @@ impl From<GuestArgs> for Config {
 /// What the kernel is told, with the user's words behind what every kernel is told.
 pub fn whole_cmdline(users: &str) -> String {
     format!("{BASE_CMDLINE} {users}").trim_end().to_owned()
-}
-
-impl NicSource {
-    /// The descriptors that it names, if any.
-    pub fn descriptors(&self) -> Vec<RawFd> {
-        match self {
-            Self::Macvtap(_) => Vec::new(),
-            Self::Descriptors(numbers) => numbers.clone(),
-        }
-    }
 }
 
 /// A value of the command line that makes no sense. clap says to which option it was given.
@@ -109,12 +97,20 @@ pub enum ConfigError {
     /// A macvtap option that does not exist.
     #[error("unknown key `{0}`: the keys are {MACVTAP_KEYS}")]
     UnknownKey(String),
+    /// A card's option that does not exist.
+    #[error("unknown key `{0}`: the keys are {MACVTAP_KEYS}; and of the card {CARD_KEYS}")]
+    UnknownCardKey(String),
     /// A macvtap option given twice.
     #[error("the key `{0}` is given twice")]
     Twice(String),
     /// File descriptors and something else.
-    #[error("fd= stands alone: the macvtap behind it is as whoever opened it has made it")]
+    #[error(
+        "fd= goes without {MACVTAP_KEYS}: the macvtap behind it is as whoever opened it has made it"
+    )]
     NotAlone,
+    /// What needs the monitor to see the frames, and a kernel that moves them.
+    #[error("{0}= needs backend=user: with vhost-net the frames do not pass through minivmm")]
+    NotWithVhost(&'static str),
     /// More queues than a guest's card can have.
     #[error("a guest's card has 1 to {MAX_PAIRS} queues")]
     Queues,
@@ -241,115 +237,6 @@ impl FromStr for Transport {
     }
 }
 
-/// The most queue pairs of a card: with the control queue and the configuration they take as many
-/// interrupt messages as the pending bits of one MSI-X word have.
-const MAX_PAIRS: usize = 31;
-
-/// The keys of a macvtap, as they go into an error.
-const MACVTAP_KEYS: &str =
-    "mode, mac, mtu, queues, txqueuelen, bcqueuelen, name, netns and lower-netns";
-
-/// Whether [`parse_macvtap`] knows the key.
-pub fn is_macvtap_key(key: &str) -> bool {
-    MACVTAP_KEYS
-        .split([',', ' '])
-        .any(|word| word == key && word != "and")
-}
-
-/// Reads the value of `--macvtap`: `LINK[,KEY=VALUE...]` or `fd=N[:N...]`.
-///
-/// # Errors
-///
-/// Says which part is wrong.
-pub fn parse_nic(text: &str) -> Result<NicSource, ConfigError> {
-    let Some(descriptors) = text.strip_prefix("fd=") else {
-        let spec = parse_macvtap(text)?;
-        if !(1..=MAX_PAIRS as u32).contains(&spec.queues) {
-            return Err(ConfigError::Queues);
-        }
-        return Ok(NicSource::Macvtap(spec));
-    };
-    let descriptors = parse_descriptors(descriptors)?;
-    if descriptors.len() > MAX_PAIRS {
-        return Err(ConfigError::Queues);
-    }
-    Ok(NicSource::Descriptors(descriptors))
-}
-
-/// Reads `N[:N...]`.
-///
-/// # Errors
-///
-/// Says which part is wrong.
-pub fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, ConfigError> {
-    if text.contains(',') {
-        return Err(ConfigError::NotAlone);
-    }
-    let number = |text: &str| match text.parse() {
-        Ok(number @ 0..) => Ok(number),
-        _ => Err(ConfigError::Value(format!(
-            "`{text}` is not the number of a file descriptor"
-        ))),
-    };
-    text.split(':').map(number).collect()
-}
-
-/// Reads `LINK[,KEY=VALUE...]`.
-///
-/// # Errors
-///
-/// Says which part is wrong.
-pub fn parse_macvtap(text: &str) -> Result<MacvtapSpec, ConfigError> {
-    let mut parts = text.split(',');
-    let mut spec = MacvtapSpec::new(value(parts.next().unwrap_or_default())?);
-    let mut seen = Vec::new();
-    for part in parts {
-        if part.is_empty() {
-            return Err(ConfigError::Empty);
-        }
-        let (key, text) = part
-            .split_once('=')
-            .ok_or_else(|| ConfigError::NoValue(part.to_owned()))?;
-        if seen.contains(&key) {
-            return Err(ConfigError::Twice(key.to_owned()));
-        }
-        seen.push(key);
-        match key {
-            "mode" => spec.mode = Some(value(text)?),
-            "mac" => spec.mac = Some(value(text)?),
-            "mtu" => spec.mtu = Some(number(key, text)?),
-            "queues" => spec.queues = number(key, text)?,
-            "txqueuelen" => spec.tx_queue_len = Some(number(key, text)?),
-            "bcqueuelen" => spec.bc_queue_len = Some(number(key, text)?),
-            "name" => spec.name = Some(value(text)?),
-            "netns" => spec.netns = placement(text)?,
-            "lower-netns" => spec.lower_netns = Some(text.into()),
-            _ => return Err(ConfigError::UnknownKey(key.to_owned())),
-        }
-    }
-    Ok(spec)
-}
-
-fn value<T: FromStr<Err: fmt::Display>>(text: &str) -> Result<T, ConfigError> {
-    text.parse()
-        .map_err(|error: T::Err| ConfigError::Value(error.to_string()))
-}
-
-fn number(key: &str, text: &str) -> Result<u32, ConfigError> {
-    text.parse()
-        .map_err(|_| ConfigError::Value(format!("{key}={text} is not a number")))
-}
-
-fn placement(text: &str) -> Result<Placement, ConfigError> {
-    match text {
-        "private" => Ok(Placement::Private),
-        "host" => Ok(Placement::Host),
-        _ => Err(ConfigError::Value(format!(
-            "netns={text} is neither private nor host"
-        ))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -395,63 +282,6 @@ mod tests {
     fn memory_size_is_shown_in_the_largest_whole_unit() {
         for text in ["16M", "1536M", "2G", "3T", "20000K"] {
             assert_eq!(text.parse::<MemorySize>().unwrap().to_string(), text);
-        }
-    }
-
-    #[test]
-    fn macvtap_keys_are_read_in_any_order() {
-        let spec = parse_macvtap("eno1,mac=52:54:00:12:34:56,mode=private").unwrap();
-        assert_eq!(spec.link.as_str(), "eno1");
-        assert_eq!(spec.mode, Some(net::Mode::Private));
-        assert_eq!(
-            spec.mac.unwrap().octets(),
-            [0x52, 0x54, 0, 0x12, 0x34, 0x56]
-        );
-    }
-
-    #[test]
-    fn macvtap_keys_of_every_kind_are_understood() {
-        let text = "eno1,mtu=9000,queues=4,txqueuelen=1000,bcqueuelen=2000,name=vm1,netns=host,\
-                    lower-netns=/run/netns/lab";
-        let spec = parse_macvtap(text).unwrap();
-        assert_eq!((spec.mtu, spec.queues), (Some(9000), 4));
-        assert_eq!(
-            (spec.tx_queue_len, spec.bc_queue_len),
-            (Some(1000), Some(2000))
-        );
-        assert_eq!(spec.name.unwrap().as_str(), "vm1");
-        assert_eq!(spec.netns, Placement::Host);
-        assert_eq!(spec.lower_netns, Some(PathBuf::from("/run/netns/lab")));
-    }
-
-    #[test]
-    fn card_is_a_macvtap_or_a_descriptor() {
-        assert!(matches!(parse_nic("eno1"), Ok(NicSource::Macvtap(_))));
-        assert_eq!(parse_nic("fd=3"), Ok(NicSource::Descriptors(vec![3])));
-        assert_eq!(parse_nic("fd=3,mode=bridge"), Err(ConfigError::NotAlone));
-        assert_eq!(parse_nic("fd=3:4"), Ok(NicSource::Descriptors(vec![3, 4])));
-        assert_eq!(parse_nic("eno1,queues=0"), Err(ConfigError::Queues));
-        assert_eq!(parse_nic("eno1,queues=32"), Err(ConfigError::Queues));
-        for text in ["fd=", "fd=-1", "fd=x", "fd=3:"] {
-            assert!(
-                matches!(parse_nic(text), Err(ConfigError::Value(_))),
-                "{text}"
-            );
-        }
-    }
-
-    #[test]
-    fn macvtap_errors_name_the_part() {
-        for (text, needle) in [
-            ("eno1,colour=red", "unknown key `colour`"),
-            ("eno1,mode", "`mode` is not KEY=VALUE"),
-            ("eno1,", "nothing stands"),
-            ("eno1,mode=vepa,mode=vepa", "`mode` is given twice"),
-            ("eno1,mtu=big", "mtu=big is not a number"),
-            ("eno1,netns=other", "neither private nor host"),
-        ] {
-            let error = parse_macvtap(text).unwrap_err().to_string();
-            assert!(error.contains(needle), "{error}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use devices::virtio::net::link::LinkStatus;
+use devices::virtio::net::config::ConfigSpace;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use net::{LinkChange, LinkWatch};
 
@@ -13,7 +13,7 @@ pub struct LinkFollower {
     /// The card, in logs.
     name: String,
     watch: LinkWatch,
-    guest: Arc<LinkStatus>,
+    guest: Arc<ConfigSpace>,
     /// The macvtap exists, has been brought up, and has a carrier.
     exists: bool,
     admin: bool,
@@ -22,7 +22,7 @@ pub struct LinkFollower {
 
 impl LinkFollower {
     /// Lets `guest` follow what `watch` sees.
-    pub fn new(name: String, watch: LinkWatch, guest: Arc<LinkStatus>) -> Self {
+    pub fn new(name: String, watch: LinkWatch, guest: Arc<ConfigSpace>) -> Self {
         // As the watch takes a link to be until it says otherwise.
         Self {
             name,
@@ -39,9 +39,13 @@ impl LinkFollower {
         match change {
             LinkChange::Carrier(carrier) => self.carrier = carrier,
             LinkChange::Admin(up) => self.admin = up,
-            LinkChange::Mtu(mtu) => log::info!(
-                "{name}: the MTU of {link} is now {mtu}; the guest keeps the one that it was told"
-            ),
+            LinkChange::Mtu(mtu) => {
+                log::info!(
+                    "{name}: the MTU of {link} is now {mtu}; the guest is told, and Linux looks \
+                     only when its driver starts"
+                );
+                self.guest.set_mtu(u16::try_from(mtu).unwrap_or(u16::MAX));
+            }
             LinkChange::Deleted => {
                 self.exists = false;
                 log::warn!(

@@ -12,6 +12,7 @@ use devices::power::{AcpiPower, I8042, PowerRequest, PowerSink};
 use devices::serial::{self, Serial};
 use devices::virtio::VirtioDevice;
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use devices::virtio::net::vhost::VhostError;
 use devices::virtio::pci::{BAR_LEN, NOTIFY, NOTIFY_STRIDE, PciTransport};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
@@ -35,6 +36,12 @@ pub enum MachineError {
     /// No descriptor for an eventfd.
     #[error("cannot create an eventfd")]
     EventFd(#[source] io::Error),
+    /// The capture of a card.
+    #[error("cannot start to record what passes a network card")]
+    Capture(#[source] io::Error),
+    /// vhost-net, which was asked for.
+    #[error("cannot use vhost-net (load vhost_net, or leave backend=vhost away)")]
+    Vhost(#[from] VhostError),
     /// KVM.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -83,6 +90,11 @@ impl<'a> Machine<'a> {
         let i8042 = I8042::new(machine.power_sink());
         machine.add_ports(I8042_PORT, I8042_PORTS, Arc::new(Mutex::new(i8042)))?;
         Ok(machine)
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
+        &self.memory
     }
 
     /// Adds COM1. The receiver hears when the guest has read all input.

@@ -1,13 +1,17 @@
 //! A network card's share of the host: a queue, its interface, and what keeps and watches it.
 
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
 use devices::virtio::net::NetConfig;
+use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::tap::{Tap, TapError};
-use net::{AdoptError, Adopted, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec};
+use net::{AdoptError, Adopted, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode};
 
-use crate::config::NicSource;
+use crate::config::{NicConfig, NicOptions, NicSource};
 use crate::registry::NicEntry;
 
 /// The MTU of an interface that cannot be asked: Ethernet's.
@@ -22,6 +26,12 @@ pub enum NicError {
     /// Descriptors of somebody else's.
     #[error("cannot use the file descriptors of --macvtap fd=")]
     Adopt(#[from] AdoptError),
+    /// The file for what passes.
+    #[error("cannot record what passes in {0:?}")]
+    Pcap(PathBuf, #[source] io::Error),
+    /// One file for two cards.
+    #[error("two cards cannot record in one file, {0:?}: give each a pcap= of its own")]
+    SharedPcap(PathBuf),
     /// Descriptors of one interface for two cards.
     #[error(
         "two cards have file descriptors of {name} ({mac}), and each would get a part of its \
@@ -51,6 +61,12 @@ pub struct Nic {
     pub taps: Vec<Tap>,
     /// What the guest is told.
     pub config: NetConfig,
+    /// How the card is to behave.
+    pub options: NicOptions,
+    /// What the guest's commands may do on the host.
+    pub permissions: Permissions,
+    /// The file for what passes; emptied only when the guest starts.
+    pub pcap: Option<File>,
     /// What others are told.
     pub entry: NicEntry,
     /// News of the interface, where it can be seen.
@@ -60,7 +76,7 @@ pub struct Nic {
 }
 
 impl Nic {
-    fn make(spec: &MacvtapSpec) -> Result<Self, NicError> {
+    fn make(spec: &MacvtapSpec, options: &NicOptions) -> Result<Self, NicError> {
         let macvtap = Macvtap::open(spec)?;
         let entry = entry(
             macvtap.name(),
@@ -69,31 +85,42 @@ impl Nic {
             macvtap.mtu(),
         );
         let watch = watched(macvtap.name(), macvtap.watch());
-        let mac = macvtap.mac();
+        let (mac, mode) = (macvtap.mac(), macvtap.mode());
         let (queues, lease) = macvtap.into_parts();
-        Self::new(entry, mac, queues, watch, Some(lease))
+        let host = Host {
+            mode: Some(mode),
+            watch,
+            lease: Some(lease),
+        };
+        Self::new(entry, mac, queues, host, options)
     }
 
-    fn adopt(descriptors: Vec<OwnedFd>) -> Result<Self, NicError> {
+    fn adopt(descriptors: Vec<OwnedFd>, options: &NicOptions) -> Result<Self, NicError> {
         let Adopted {
             queues,
             name,
             mac,
             mtu,
             index,
+            mode,
             ..
         } = net::adopt(descriptors)?;
         let watch = index.and_then(|index| watched(&name, LinkWatch::new(&[index])));
         let entry = entry(&name, &name, mac, mtu.unwrap_or(USUAL_MTU));
-        Self::new(entry, mac, queues, watch, None)
+        let host = Host {
+            mode,
+            watch,
+            lease: None,
+        };
+        Self::new(entry, mac, queues, host, options)
     }
 
     fn new(
         entry: NicEntry,
         mac: MacAddr,
         queues: Vec<OwnedFd>,
-        watch: Option<LinkWatch>,
-        lease: Option<Lease>,
+        host: Host,
+        options: &NicOptions,
     ) -> Result<Self, NicError> {
         // An Ethernet interface's MTU is at most 65,535.
         let mtu = u16::try_from(entry.mtu).unwrap_or(u16::MAX);
@@ -110,17 +137,48 @@ impl Nic {
             mac: mac.octets(),
             mtu,
         };
+        let permissions = Permissions {
+            change_mac: options.trust_mac,
+            // The lower is promiscuous then, and all that it hears is for the macvtap.
+            any_address: host.mode == Some(Mode::Passthru),
+        };
         Ok(Self {
             taps,
             config,
+            options: options.clone(),
+            permissions,
+            pcap: options.pcap.as_deref().map(open_pcap).transpose()?,
             entry,
-            watch,
-            lease,
+            watch: host.watch,
+            lease: host.lease,
         })
     }
 }
 
-/// Takes over the descriptors that the sources name.
+/// What is known of a card's macvtap on the host.
+#[derive(Debug)]
+struct Host {
+    mode: Option<Mode>,
+    watch: Option<LinkWatch>,
+    lease: Option<Lease>,
+}
+
+fn open_pcap(path: &Path) -> Result<File, NicError> {
+    // Non-blocking: opening a FIFO that nobody reads would wait for a reader.
+    let options = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(libc::O_NONBLOCK)
+        .to_owned();
+    let opened = options.open(path).and_then(|file| {
+        rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::empty())?;
+        Ok(file)
+    });
+    opened.map_err(|source| NicError::Pcap(path.to_owned(), source))
+}
+
+/// Takes over the descriptors that the cards name.
 ///
 /// # Errors
 ///
@@ -129,8 +187,9 @@ impl Nic {
 /// # Safety
 ///
 /// Nothing in this process may own them: call it before anything is opened.
-pub unsafe fn inherit(sources: &[NicSource]) -> Result<Vec<OwnedFd>, NicError> {
-    let numbers: Vec<RawFd> = sources.iter().flat_map(NicSource::descriptors).collect();
+pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Vec<OwnedFd>, NicError> {
+    let sources = nics.iter().map(|nic| &nic.source);
+    let numbers: Vec<RawFd> = sources.flat_map(NicSource::descriptors).collect();
     // SAFETY: as for this function.
     Ok(unsafe { net::inherit(&numbers) }?)
 }
@@ -140,14 +199,17 @@ pub unsafe fn inherit(sources: &[NicSource]) -> Result<Vec<OwnedFd>, NicError> {
 /// # Errors
 ///
 /// Says what could not be had; what had been made is gone again.
-pub fn acquire(sources: &[NicSource], inherited: Vec<OwnedFd>) -> Result<Vec<Nic>, NicError> {
+pub fn acquire(nics: &[NicConfig], inherited: Vec<OwnedFd>) -> Result<Vec<Nic>, NicError> {
     let mut inherited = inherited.into_iter();
-    let make = |source: &NicSource| match source {
-        NicSource::Macvtap(spec) => Nic::make(spec),
-        NicSource::Descriptors(fds) => Nic::adopt(inherited.by_ref().take(fds.len()).collect()),
+    let make = |NicConfig { source, options }: &NicConfig| match source {
+        NicSource::Macvtap(spec) => Nic::make(spec, options),
+        NicSource::Descriptors(fds) => {
+            Nic::adopt(inherited.by_ref().take(fds.len()).collect(), options)
+        }
     };
-    let nics: Vec<Nic> = sources.iter().map(make).collect::<Result<_, _>>()?;
+    let nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;
     must_not_share(&nics)?;
+    must_not_share_files(&nics)?;
     Ok(nics)
 }
 
@@ -161,6 +223,25 @@ fn must_not_share(nics: &[Nic]) -> Result<(), NicError> {
             let (name, mac) = (entry.name.clone(), entry.mac.clone());
             return Err(NicError::Shared { name, mac });
         }
+    }
+    Ok(())
+}
+
+/// Refuses two cards that would write over each other. (What is no regular file has its own ways.)
+fn must_not_share_files(nics: &[Nic]) -> Result<(), NicError> {
+    let mut seen = Vec::new();
+    for nic in nics {
+        let (Some(file), Some(path)) = (&nic.pcap, &nic.options.pcap) else {
+            continue;
+        };
+        let metadata = file
+            .metadata()
+            .map_err(|source| NicError::Pcap(path.clone(), source))?;
+        let id = (metadata.dev(), metadata.ino());
+        if metadata.is_file() && seen.contains(&id) {
+            return Err(NicError::SharedPcap(path.clone()));
+        }
+        seen.push(id);
     }
     Ok(())
 }

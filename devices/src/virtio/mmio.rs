@@ -57,6 +57,9 @@ struct MmioInterrupt {
     line: IrqLine,
     /// The bits of InterruptStatus that the driver has not acknowledged yet.
     pending: AtomicU32,
+    /// The kernel raises the line by itself, so that nobody sets the bit for used buffers: the
+    /// driver then finds it set whenever it looks.
+    by_kernel: AtomicBool,
     /// DEVICE_NEEDS_RESET, as set by a device's own thread.
     needs_reset: AtomicBool,
 }
@@ -69,11 +72,26 @@ impl MmioInterrupt {
         self.pending.fetch_or(bit, Ordering::SeqCst);
         self.line.raise();
     }
+
+    /// The interrupt status register.
+    fn status(&self) -> u32 {
+        let used = if self.by_kernel.load(Ordering::SeqCst) {
+            Self::USED_BUFFER
+        } else {
+            0
+        };
+        self.pending.load(Ordering::SeqCst) | used
+    }
 }
 
 impl Interrupt for MmioInterrupt {
     fn queue(&self, _index: u16) {
         self.raise(Self::USED_BUFFER);
+    }
+
+    fn queue_line(&self, _index: u16) -> Option<&EventFd> {
+        self.by_kernel.store(true, Ordering::SeqCst);
+        Some(self.line.eventfd())
     }
 
     fn config(&self) {
@@ -93,6 +111,7 @@ impl TransportInterrupt for MmioInterrupt {
 
     fn clear(&self) {
         self.pending.store(0, Ordering::SeqCst);
+        self.by_kernel.store(false, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::SeqCst);
     }
 }
@@ -120,6 +139,7 @@ impl MmioTransport {
         let interrupt = MmioInterrupt {
             line,
             pending: AtomicU32::new(0),
+            by_kernel: AtomicBool::new(false),
             needs_reset: AtomicBool::new(false),
         };
         Ok(Self {
@@ -154,7 +174,7 @@ impl MmioTransport {
                 .queues
                 .get(self.queue_sel as usize)
                 .map_or(0, |queue| queue.ready.into()),
-            register::INTERRUPT_STATUS => core.interrupt.pending.load(Ordering::SeqCst),
+            register::INTERRUPT_STATUS => core.interrupt.status(),
             register::STATUS => core.status().bits().into(),
             // No shared memory regions: length and base are all ones (4.2.2).
             register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,

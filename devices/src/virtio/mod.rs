@@ -19,7 +19,7 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use queue::Ring;
+pub use queue::{QueueConfig, Ring};
 
 /// VIRTIO_F_VERSION_1: the device follows virtio 1.0 or later, and so must the driver.
 pub const VIRTIO_F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -71,6 +71,8 @@ pub struct Activation {
 pub struct ActiveQueue {
     /// The rings.
     pub ring: Ring,
+    /// Where the rings are, for a kernel that walks them itself.
+    pub config: QueueConfig,
     /// Readable when the driver notified the device (QueueNotify).
     pub kick: Arc<EventFd>,
 }
@@ -79,6 +81,10 @@ pub struct ActiveQueue {
 pub trait Interrupt: Send + Sync + fmt::Debug {
     /// Buffers of this queue have been used.
     fn queue(&self, index: u16);
+    /// The eventfd that does the same as [`Interrupt::queue`], for a kernel that interrupts by
+    /// itself. `None` where the driver wants no interrupt. What it is, is settled when the driver is
+    /// ready.
+    fn queue_line(&self, index: u16) -> Option<&EventFd>;
     /// The configuration space has changed.
     fn config(&self);
     /// The device met something that only a reset cures: sets DEVICE_NEEDS_RESET and notifies

@@ -80,10 +80,14 @@ struct PciInterrupt {
 
 impl PciInterrupt {
     fn raise(&self, vector: &AtomicU16) {
-        // NO_VECTOR is beyond all lines.
-        if let Some(line) = self.lines.get(usize::from(vector.load(Ordering::Acquire))) {
+        if let Some(line) = self.line(vector) {
             line.raise();
         }
+    }
+
+    fn line(&self, vector: &AtomicU16) -> Option<&IrqLine> {
+        // NO_VECTOR is beyond all lines.
+        self.lines.get(usize::from(vector.load(Ordering::Acquire)))
     }
 
     /// Gives an event a vector; one that does not exist reads back as none (4.1.5.1.2.1).
@@ -98,6 +102,11 @@ impl Interrupt for PciInterrupt {
         if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
             self.raise(vector);
         }
+    }
+
+    fn queue_line(&self, index: u16) -> Option<&EventFd> {
+        let vector = self.queue_vectors.get(usize::from(index))?;
+        self.line(vector).map(IrqLine::eventfd)
     }
 
     fn config(&self) {

@@ -64,6 +64,17 @@ pub enum Next {
     Broken,
 }
 
+/// A question of the driver's that wants an answer of one byte.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The index that gives the chain back to the driver.
+    head: u16,
+    /// What the driver wrote.
+    pub question: Vec<u8>,
+    /// Where the answer goes.
+    answer: GuestAddress,
+}
+
 /// A virtqueue whose rings lie in guest memory.
 #[derive(Debug)]
 pub struct Ring {
@@ -148,9 +159,15 @@ impl Ring {
     /// Takes the next request from a queue whose chains hold a question and room for an answer of
     /// one byte (a control queue): its head, up to `limit` bytes of the question, and where the
     /// answer goes. A chain without that room is completed and passed over.
-    pub fn next_request(&mut self, limit: usize) -> Option<(u16, Vec<u8>, GuestAddress)> {
+    ///
+    /// # Errors
+    ///
+    /// Fails when the ring makes no sense, which stays so until a reset.
+    pub fn next_request(&mut self, limit: usize) -> Result<Option<Request>, Error> {
         loop {
-            let chain = self.queue.iter(self.memory.as_ref()).ok()?.next()?;
+            let Some(chain) = self.queue.iter(self.memory.as_ref())?.next() else {
+                return Ok(None);
+            };
             let head = chain.head_index();
             let (mut question, mut answer) = (Vec::new(), None);
             for descriptor in chain {
@@ -170,16 +187,22 @@ impl Ring {
                 }
             }
             match answer {
-                Some(answer) => return Some((head, question, answer)),
+                Some(answer) => {
+                    return Ok(Some(Request {
+                        head,
+                        question,
+                        answer,
+                    }));
+                }
                 None => self.complete(head, 0),
             }
         }
     }
 
     /// Answers a request with one byte.
-    pub fn answer(&mut self, head: u16, at: GuestAddress, answer: u8) {
-        let written = self.memory.write_obj(answer, at).is_ok();
-        self.complete(head, written.into());
+    pub fn answer(&mut self, request: &Request, answer: u8) {
+        let written = self.memory.write_obj(answer, request.answer).is_ok();
+        self.complete(request.head, written.into());
     }
 
     /// Puts the chain that [`Ring::next`] returned last back, to be returned again.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::Interrupt;
 use super::queue::{QueueConfig, Ring};
@@ -177,6 +178,10 @@ pub struct Recorder {
 impl Interrupt for Recorder {
     fn queue(&self, _index: u16) {
         self.interrupts.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn queue_line(&self, _index: u16) -> Option<&EventFd> {
+        None
     }
 
     fn config(&self) {

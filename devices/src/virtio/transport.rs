@@ -177,6 +177,7 @@ impl<I: TransportInterrupt> Core<I> {
                 let ring = Ring::new(config, max_size, event_idx, Arc::clone(&self.memory))?;
                 Some(ActiveQueue {
                     ring,
+                    config: *config,
                     kick: Arc::clone(kick),
                 })
             } else {

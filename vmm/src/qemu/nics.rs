@@ -54,6 +54,13 @@ pub fn parse_nic(text: &str) -> Result<NicRequest, ConfigError> {
                     "{key}= is not yours to give: minivmm opens the queues and hands them over"
                 )));
             }
+            "backend" if vhost.is_some() => return Err(ConfigError::Twice(key.into())),
+            "backend" => vhost = backend(value)?,
+            _ if config::is_card_key(key) => {
+                return Err(ConfigError::Value(format!(
+                    "{key}= is for cards of the native monitor: QEMU has options of its own for this"
+                )));
+            }
             _ if part.is_empty() || config::is_macvtap_key(key) => macvtap.push(part),
             _ if !part.contains('=') => return Err(ConfigError::NoValue(part.into())),
             _ if device.iter().any(|(given, _)| given == key) => {
@@ -72,6 +79,18 @@ pub fn parse_nic(text: &str) -> Result<NicRequest, ConfigError> {
         vhost,
         device,
     })
+}
+
+/// The native monitor's word for `vhost`.
+fn backend(text: &str) -> Result<Option<bool>, ConfigError> {
+    match text {
+        "auto" => Ok(None),
+        "user" => Ok(Some(false)),
+        "vhost" => Ok(Some(true)),
+        _ => Err(ConfigError::Value(format!(
+            "backend={text} is not auto, user or vhost"
+        ))),
+    }
 }
 
 fn switch(text: &str) -> Result<bool, ConfigError> {

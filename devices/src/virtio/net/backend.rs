@@ -38,6 +38,9 @@ pub trait Backend: AsRawFd + Send + Sync + fmt::Debug + 'static {
     /// Each iovec must describe memory that may be read for as long as the call lasts.
     unsafe fn write_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize>;
 
+    /// What the kernel knows to leave to the reader of frames.
+    fn known_offloads(&self) -> Offloads;
+
     /// Says what may be left to the reader of frames.
     ///
     /// # Errors
@@ -51,4 +54,11 @@ pub trait Backend: AsRawFd + Send + Sync + fmt::Debug + 'static {
     ///
     /// Fails when the interface is gone.
     fn set_enabled(&self, enabled: bool) -> io::Result<()>;
+
+    /// Gives the interface another MAC address, by which it receives from now on.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the address is taken, or the interface gone.
+    fn set_mac(&self, mac: [u8; 6]) -> io::Result<()>;
 }

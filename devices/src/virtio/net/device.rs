@@ -9,43 +9,41 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
-use super::ctrl::{self, CtrlQueue};
+use super::capture::Capture;
+use super::config::{ConfigSpace, NetConfig};
+use super::counters::{self, PairCounters, SharedCounters};
+use super::ctrl::{self, Control, CtrlQueue, CtrlWorker, Permissions};
 use super::features::{Features, Offloads};
-use super::link::LinkStatus;
+use super::filter::{Filter, Rules};
 use super::observe::Observer;
+use super::rate::{Limiter, RateLimit};
 use super::rx::{RxLayout, RxQueue};
 use super::tx::TxQueue;
+use super::vhost::VhostPair;
 use super::worker::{Wakeups, Worker};
-use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice, read_at};
+use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 /// Descriptors in each queue.
 const QUEUE_SIZE: u16 = 256;
 
-/// The most that a tap gives with segmentation offloads: an IP packet of 65,535 bytes behind an
-/// Ethernet header with a VLAN tag, rounded up as the kernel's own virtio-net driver expects it.
-const LARGEST_SEGMENT: usize = 65_550;
-/// An Ethernet header with a VLAN tag.
-const ETHERNET_HEADER_LEN: usize = 18;
+/// The most that a tap gives: an IP packet of 65,535 bytes behind an Ethernet header with a VLAN
+/// tag, rounded up as the kernel's own virtio-net driver expects it.
+const LARGEST_FRAME: usize = HEADER_LEN + 65_550;
 
-/// What a network device tells its driver (`struct virtio_net_config`, virtio 1.2, 5.1.4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NetConfig {
-    /// The MAC address that the guest has to use.
-    pub mac: [u8; 6],
-    /// The largest IP packet that the link carries, in bytes.
-    pub mtu: u16,
-}
-
-impl NetConfig {
-    /// mac, status, max_virtqueue_pairs, mtu.
-    fn to_bytes(self, status: u16, pairs: u16) -> [u8; 12] {
-        let mut bytes = [0; 12];
-        bytes[..6].copy_from_slice(&self.mac);
-        bytes[6..8].copy_from_slice(&status.to_le_bytes());
-        bytes[8..10].copy_from_slice(&pairs.to_le_bytes());
-        bytes[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        bytes
-    }
+/// What a card does besides moving frames. Limits and captures are for cards without vhost-net:
+/// there the monitor sees no frame.
+#[derive(Debug)]
+pub struct NetOptions {
+    /// Sees what the guest sends.
+    pub observer: Arc<Observer>,
+    /// What the driver's commands may do on the host.
+    pub permissions: Permissions,
+    /// Bounds what the guest receives.
+    pub rx_limit: Option<RateLimit>,
+    /// Bounds what the guest sends.
+    pub tx_limit: Option<RateLimit>,
+    /// Records what passes.
+    pub capture: Option<Capture>,
 }
 
 /// A network device with one or more queue pairs.
@@ -53,16 +51,31 @@ impl NetConfig {
 pub struct Net<B> {
     /// The name in logs and of the threads.
     name: String,
-    config: NetConfig,
     /// One for each queue pair.
     pub(super) backends: Vec<Arc<B>>,
+    /// One for each queue pair, or none: then threads of our own move the frames.
+    vhost: Vec<VhostPair>,
+    features: Features,
     queue_sizes: Vec<u16>,
-    link: Arc<LinkStatus>,
-    observer: Arc<Observer>,
+    config: Arc<ConfigSpace>,
+    filter: Arc<Filter>,
+    services: Services,
+    counters: Vec<SharedCounters>,
+    is_active: bool,
     running: Vec<Running>,
 }
 
-/// The thread of a pair.
+/// What the threads of all pairs share.
+#[derive(Clone, Debug)]
+struct Services {
+    observer: Arc<Observer>,
+    permissions: Permissions,
+    rx_limiter: Option<Arc<Limiter>>,
+    tx_limiter: Option<Arc<Limiter>>,
+    capture: Option<Arc<Capture>>,
+}
+
+/// A thread of the device.
 #[derive(Debug)]
 struct Running {
     stop: EventFd,
@@ -71,19 +84,27 @@ struct Running {
 
 impl<B: Backend> Net<B> {
     /// A device named `name` with a queue pair for each of `backends`, of which there is at least
-    /// one. `observer` sees what its guest sends.
-    pub fn new(name: String, config: NetConfig, backends: Vec<B>, observer: Arc<Observer>) -> Self {
-        let ctrl = usize::from(backends.len() > 1);
-        let queue_sizes = vec![QUEUE_SIZE; 2 * backends.len() + ctrl];
-        let backends = backends.into_iter().map(Arc::new).collect();
-        let link = Arc::default();
+    /// one.
+    pub fn new(name: String, config: NetConfig, backends: Vec<B>, options: NetOptions) -> Self {
+        let pairs = backends.len();
         let new = Self {
             name,
-            config,
-            backends,
-            queue_sizes,
-            link,
-            observer,
+            features: Features::offered(pairs, backends[0].known_offloads()),
+            backends: backends.into_iter().map(Arc::new).collect(),
+            vhost: Vec::new(),
+            // The last is the control queue.
+            queue_sizes: vec![QUEUE_SIZE; 2 * pairs + 1],
+            config: Arc::new(ConfigSpace::new(config, pairs as u16)),
+            filter: Arc::default(),
+            services: Services {
+                observer: options.observer,
+                permissions: options.permissions,
+                rx_limiter: options.rx_limit.map(Limiter::new).map(Arc::new),
+                tx_limiter: options.tx_limit.map(Limiter::new).map(Arc::new),
+                capture: options.capture.map(Arc::new),
+            },
+            counters: vec![SharedCounters::default(); pairs],
+            is_active: false,
             running: Vec::new(),
         };
         // A queue that nobody reads must not take a share of the frames.
@@ -91,19 +112,30 @@ impl<B: Backend> Net<B> {
         new
     }
 
-    /// The link, for whoever watches the host's interface.
-    pub fn link(&self) -> &Arc<LinkStatus> {
-        &self.link
+    /// Lets the kernel move the frames: `pairs` are those of the backends, in the same order.
+    pub fn with_vhost(mut self, pairs: Vec<VhostPair>) -> Self {
+        self.vhost = pairs;
+        self
+    }
+
+    /// The configuration space, for whoever watches the host's interface.
+    pub fn config(&self) -> &Arc<ConfigSpace> {
+        &self.config
+    }
+
+    /// The counters of each pair, which live on when the device is on its bus.
+    pub fn counters(&self) -> &[SharedCounters] {
+        &self.counters
     }
 
     fn start(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
         let Activation {
-            memory: _,
-            features,
+            features: bits,
             mut queues,
             interrupt,
+            ..
         } = activation;
-        let features = Features::from_bits_truncate(features);
+        let features = Features::from_bits_truncate(bits);
         let pairs = if features.contains(Features::MQ) {
             self.backends.len()
         } else {
@@ -111,80 +143,119 @@ impl<B: Backend> Net<B> {
         };
         // The control queue's number depends on what was negotiated (5.1.2).
         let ctrl_index = 2 * pairs;
-        let with_ctrl = features.contains(Features::CTRL_VQ);
-        let mut ctrl = queues
+        let ctrl = queues
             .get_mut(ctrl_index)
             .and_then(Option::take)
-            .filter(|_| with_ctrl);
+            .filter(|_| features.contains(Features::CTRL_VQ));
         self.set_offloads(features.offloads())?;
-        let layout = RxLayout {
-            mergeable: features.contains(Features::MRG_RXBUF),
-            largest_frame: HEADER_LEN + self.largest_frame(features),
-        };
+        let rules = Rules::new(self.config.mac(), features.contains(Features::CTRL_VLAN));
+        self.filter.change(|filter| *filter = rules);
+
         let mut queues = queues.into_iter().take(2 * pairs);
         for pair in 0..pairs {
             let (Some(Some(rx)), Some(Some(tx))) = (queues.next(), queues.next()) else {
                 return Err("the driver left a queue disabled".into());
             };
-            let ctrl = ctrl.take().map(|queue| (queue, ctrl_index as u16));
-            let running = self.start_pair(pair, layout, [rx, tx], ctrl, &interrupt)?;
-            self.running.push(running);
+            match self.vhost.get(pair) {
+                Some(vhost) => {
+                    vhost.start(bits, [&rx, &tx], 2 * pair as u16, interrupt.as_ref())?;
+                }
+                None => self.start_pair(pair, features, [rx, tx], &interrupt)?,
+            }
         }
-        self.link.tell(Some(interrupt));
+        if let Some(queue) = ctrl {
+            self.start_ctrl(queue, ctrl_index as u16, features, &interrupt)?;
+        }
+        let announces = features.contains(Features::GUEST_ANNOUNCE | Features::CTRL_VQ);
+        self.config.attach(interrupt, announces);
         log::debug!("{}: driver ready with {features:?}", self.name);
         Ok(())
     }
 
     fn start_pair(
-        &self,
+        &mut self,
         pair: usize,
-        layout: RxLayout,
+        features: Features,
         [rx, tx]: [ActiveQueue; 2],
-        ctrl: Option<(ActiveQueue, u16)>,
         interrupt: &Arc<dyn Interrupt>,
-    ) -> io::Result<Running> {
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    ) -> io::Result<()> {
+        let layout = RxLayout {
+            mergeable: features.contains(Features::MRG_RXBUF),
+            largest_frame: LARGEST_FRAME,
+        };
+        let stop = stop_eventfd()?;
         let wakeups = Wakeups {
             rx_kick: rx.kick,
             tx_kick: tx.kick,
-            ctrl_kick: ctrl.as_ref().map(|(queue, _)| Arc::clone(&queue.kick)),
             stop: stop.try_clone()?,
         };
-        let name = if pair == 0 {
-            self.name.clone()
-        } else {
-            format!("{}.{pair}", self.name)
+        let Services {
+            observer,
+            rx_limiter,
+            tx_limiter,
+            capture,
+            ..
+        } = self.services.clone();
+        let (backend, filter) = (Arc::clone(&self.backends[pair]), Arc::clone(&self.filter));
+        let (interrupt, published) = (Arc::clone(interrupt), Arc::clone(&self.counters[pair]));
+        let name = match pair {
+            0 => self.name.clone(),
+            _ => format!("{}.{pair}", self.name),
         };
-        let (backends, observer) = (self.backends.clone(), Arc::clone(&self.observer));
-        let interrupt = Arc::clone(interrupt);
-        let thread = thread::Builder::new().name(name.clone()).spawn(move || {
+        self.spawn(name, stop, move || {
             // The queues hold pointers into guest memory, so they live on this thread alone.
-            let (rx, tx) = (
-                RxQueue::new(rx.ring, layout),
-                TxQueue::new(tx.ring, observer),
-            );
-            let backend = Arc::clone(&backends[pair]);
-            let mut worker = Worker::new(backend, rx, tx, wakeups, interrupt, pair as u16);
-            if let Some((queue, index)) = ctrl {
-                worker = worker.with_ctrl(CtrlQueue::new(queue.ring, backends), index);
-            }
-            match worker.run() {
-                Ok((rx, tx)) => log::debug!("{name}: {rx:?} {tx:?}"),
-                Err(error) => log::error!("{name} stopped: {error}"),
-            }
-        })?;
-        Ok(Running { stop, thread })
+            let rx = RxQueue::new(rx.ring, layout)
+                .with_filter(filter)
+                .with_limiter(rx_limiter)
+                .with_capture(capture.clone());
+            let tx = TxQueue::new(tx.ring, observer)
+                .with_limiter(tx_limiter)
+                .with_capture(capture);
+            let pair = pair as u16;
+            Worker::new(backend, (rx, tx), wakeups, interrupt, pair, published)?.run()
+        })
     }
 
-    fn stop(&mut self) {
-        for Running { stop, .. } in &self.running {
-            let _ = stop.write(1);
-        }
-        for Running { thread, .. } in self.running.drain(..) {
-            if thread.join().is_err() {
-                log::error!("{}: a thread panicked", self.name);
+    fn start_ctrl(
+        &mut self,
+        queue: ActiveQueue,
+        index: u16,
+        features: Features,
+        interrupt: &Arc<dyn Interrupt>,
+    ) -> io::Result<()> {
+        let stop = stop_eventfd()?;
+        let worker_stop = Arc::new(stop.try_clone()?);
+        let interrupt = Arc::clone(interrupt);
+        let errors = self.vhost.iter().map(|pair| pair.error().try_clone());
+        let errors = errors.collect::<io::Result<Vec<_>>>()?;
+        let control = Control {
+            backends: self.backends.clone(),
+            config: Arc::clone(&self.config),
+            filter: Arc::clone(&self.filter),
+            features,
+            permissions: self.services.permissions,
+        };
+        self.spawn(format!("{}.ctrl", self.name), stop, move || {
+            let kick = queue.kick;
+            let queue = CtrlQueue::new(queue.ring, control);
+            CtrlWorker::new(queue, index, [kick, worker_stop], errors, interrupt).run()
+        })
+    }
+
+    /// Starts a thread of the device.
+    fn spawn(
+        &mut self,
+        name: String,
+        stop: EventFd,
+        body: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        let thread = thread::Builder::new().name(name.clone()).spawn(move || {
+            if let Err(error) = body() {
+                log::error!("{name} stopped: {error}");
             }
-        }
+        })?;
+        self.running.push(Running { stop, thread });
+        Ok(())
     }
 
     /// Tells the backend. An interface that is gone has nothing to offload, and its card lives on
@@ -195,17 +266,25 @@ impl<B: Backend> Net<B> {
             result => result,
         }
     }
+}
 
-    fn largest_frame(&self, features: Features) -> usize {
-        if features
-            .offloads()
-            .intersects(Offloads::TSO4 | Offloads::TSO6)
-        {
-            LARGEST_SEGMENT
-        } else {
-            usize::from(self.config.mtu) + ETHERNET_HEADER_LEN
+impl<B> Net<B> {
+    /// Stops everything that moves frames or touches guest memory.
+    fn stop(&mut self) {
+        self.vhost.iter().for_each(VhostPair::stop);
+        for Running { stop, .. } in &self.running {
+            let _ = stop.write(1);
+        }
+        for Running { thread, .. } in self.running.drain(..) {
+            if thread.join().is_err() {
+                log::error!("{}: a thread panicked", self.name);
+            }
         }
     }
+}
+
+fn stop_eventfd() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
 }
 
 impl<B: Backend> VirtioDevice for Net<B> {
@@ -218,34 +297,25 @@ impl<B: Backend> VirtioDevice for Net<B> {
     }
 
     fn features(&self) -> u64 {
-        let mut features = Features::all();
-        if self.backends.len() == 1 {
-            features -= Features::MQ | Features::CTRL_VQ;
-        }
-        features.bits()
+        self.features.bits()
     }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
-        read_at(
-            &self
-                .config
-                .to_bytes(self.link.bits(), self.backends.len() as u16),
-            offset,
-            data,
-        );
+        self.config.read(offset, data);
     }
 
     fn config_generation(&self) -> u32 {
-        self.link.generation()
+        self.config.generation()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.is_active = true;
         self.start(activation).inspect_err(|_| self.stop())
     }
 
     fn reset(&mut self) {
-        self.link.tell(None);
-        if self.running.is_empty() {
+        let own_mac = self.config.detach();
+        if !std::mem::take(&mut self.is_active) {
             return;
         }
         self.stop();
@@ -254,16 +324,23 @@ impl<B: Backend> VirtioDevice for Net<B> {
         if let Err(error) = self.set_offloads(Offloads::empty()) {
             log::debug!("{}: cannot clear the offloads: {error}", self.name);
         }
+        if let Some(Err(error)) = own_mac.map(|mac| self.backends[0].set_mac(mac)) {
+            log::warn!(
+                "{}: cannot give the tap its own MAC address back: {error}",
+                self.name
+            );
+        }
     }
 }
 
 impl<B> Drop for Net<B> {
     fn drop(&mut self) {
-        for Running { stop, .. } in &self.running {
-            let _ = stop.write(1);
-        }
-        for Running { thread, .. } in self.running.drain(..) {
-            let _ = thread.join();
+        self.stop();
+        for (pair, counters) in self.counters.iter().enumerate() {
+            let counters = counters::read(counters);
+            if counters != PairCounters::default() {
+                log::info!("{} queue pair {pair}: {counters}", self.name);
+            }
         }
     }
 }

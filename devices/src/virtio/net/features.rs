@@ -11,6 +11,8 @@ bitflags! {
         const CSUM = 1 << virtio_net::VIRTIO_NET_F_CSUM;
         /// The driver takes frames with a partial checksum.
         const GUEST_CSUM = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
+        /// The driver may change at run time what it takes.
+        const CTRL_GUEST_OFFLOADS = 1 << virtio_net::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
         /// The device tells the MTU.
         const MTU = 1 << virtio_net::VIRTIO_NET_F_MTU;
         /// The device tells the MAC address.
@@ -19,16 +21,38 @@ bitflags! {
         const GUEST_TSO4 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO4;
         /// The driver takes TCP/IPv6 segments larger than the MTU.
         const GUEST_TSO6 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO6;
+        /// The driver takes TCP segments with explicit congestion notification.
+        const GUEST_ECN = 1 << virtio_net::VIRTIO_NET_F_GUEST_ECN;
+        /// The driver takes UDP datagrams that are still to be fragmented.
+        const GUEST_UFO = 1 << virtio_net::VIRTIO_NET_F_GUEST_UFO;
         /// The device takes TCP/IPv4 segments larger than the MTU.
         const HOST_TSO4 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO4;
         /// The device takes TCP/IPv6 segments larger than the MTU.
         const HOST_TSO6 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO6;
+        /// The device takes TCP segments with explicit congestion notification.
+        const HOST_ECN = 1 << virtio_net::VIRTIO_NET_F_HOST_ECN;
+        /// The device takes UDP datagrams that are still to be fragmented.
+        const HOST_UFO = 1 << virtio_net::VIRTIO_NET_F_HOST_UFO;
         /// A received frame may span several chains.
         const MRG_RXBUF = 1 << virtio_net::VIRTIO_NET_F_MRG_RXBUF;
         /// There is a control queue.
         const CTRL_VQ = 1 << virtio_net::VIRTIO_NET_F_CTRL_VQ;
+        /// The driver says which frames it wants to receive.
+        const CTRL_RX = 1 << virtio_net::VIRTIO_NET_F_CTRL_RX;
+        /// The driver says which VLANs it wants to receive.
+        const CTRL_VLAN = 1 << virtio_net::VIRTIO_NET_F_CTRL_VLAN;
+        /// The driver announces itself to the network when it is asked to.
+        const GUEST_ANNOUNCE = 1 << virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE;
         /// There are several queue pairs.
         const MQ = 1 << virtio_net::VIRTIO_NET_F_MQ;
+        /// The driver asks before it changes its MAC address.
+        const CTRL_MAC_ADDR = 1 << virtio_net::VIRTIO_NET_F_CTRL_MAC_ADDR;
+        /// The driver takes UDP/IPv4 datagrams that are still to be segmented.
+        const GUEST_USO4 = 1 << virtio_net::VIRTIO_NET_F_GUEST_USO4;
+        /// The driver takes UDP/IPv6 datagrams that are still to be segmented.
+        const GUEST_USO6 = 1 << virtio_net::VIRTIO_NET_F_GUEST_USO6;
+        /// The device takes UDP datagrams that are still to be segmented.
+        const HOST_USO = 1 << virtio_net::VIRTIO_NET_F_HOST_USO;
         /// The device tells the link's status.
         const STATUS = 1 << virtio_net::VIRTIO_NET_F_STATUS;
         /// A descriptor may point to a table of descriptors.
@@ -43,27 +67,80 @@ bitflags! {
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct Offloads: u32 {
         /// Checksums. Without it the kernel ignores the others.
-        const CSUM = 0x01;
+        const CSUM = libc::TUN_F_CSUM;
         /// Segmentation of TCP/IPv4.
-        const TSO4 = 0x02;
+        const TSO4 = libc::TUN_F_TSO4;
         /// Segmentation of TCP/IPv6.
-        const TSO6 = 0x04;
+        const TSO6 = libc::TUN_F_TSO6;
+        /// Segmentation of TCP with explicit congestion notification.
+        const TSO_ECN = libc::TUN_F_TSO_ECN;
+        /// Fragmentation of UDP.
+        const UFO = libc::TUN_F_UFO;
+        /// Segmentation of UDP. The kernel takes its two bits together or not at all.
+        const USO = libc::TUN_F_USO4 | libc::TUN_F_USO6;
     }
 }
 
+impl Offloads {
+    /// The offloads that every kernel with a usable macvtap knows.
+    pub const USUAL: Self = Self::CSUM
+        .union(Self::TSO4)
+        .union(Self::TSO6)
+        .union(Self::TSO_ECN);
+
+    /// The features that take this offload, of the driver's side and of the device's.
+    const FEATURES: [(Self, Features); 3] = [
+        (Self::TSO_ECN, Features::GUEST_ECN.union(Features::HOST_ECN)),
+        (Self::UFO, Features::GUEST_UFO.union(Features::HOST_UFO)),
+        (
+            Self::USO,
+            Features::GUEST_USO4
+                .union(Features::GUEST_USO6)
+                .union(Features::HOST_USO),
+        ),
+    ];
+}
+
 impl Features {
+    /// The features that CTRL_GUEST_OFFLOADS switches: each bit is at once its own in the command
+    /// (virtio 1.2, 5.1.6.5.6.1).
+    pub const GUEST_OFFLOADS: Self = Self::GUEST_CSUM
+        .union(Self::GUEST_TSO4)
+        .union(Self::GUEST_TSO6)
+        .union(Self::GUEST_ECN)
+        .union(Self::GUEST_UFO)
+        .union(Self::GUEST_USO4)
+        .union(Self::GUEST_USO6);
+
+    /// Everything that a device with so many queue pairs can do over a tap with these offloads.
+    pub fn offered(pairs: usize, offloads: Offloads) -> Self {
+        let mut features = Self::all();
+        features.set(Self::MQ, pairs > 1);
+        for (offload, needing) in Offloads::FEATURES {
+            if !offloads.contains(offload) {
+                features -= needing;
+            }
+        }
+        features
+    }
+
     /// The offloads of the tap under a driver that took these features: what the *driver* does
     /// for frames that it receives. What the device does for frames that the driver sends needs no
     /// setting, since each frame's header says it.
     pub fn offloads(self) -> Offloads {
-        // The guest segmentation features depend on GUEST_CSUM (virtio 1.2, 5.1.3.1); a driver
-        // that takes them without it gets none.
-        if !self.contains(Features::GUEST_CSUM) {
+        // All guest segmentation features depend on GUEST_CSUM, and GUEST_ECN on one of TCP's
+        // (virtio 1.2, 5.1.3.1); a driver that takes them without it gets none.
+        if !self.contains(Self::GUEST_CSUM) {
             return Offloads::empty();
         }
+        let tcp = self.intersects(Self::GUEST_TSO4 | Self::GUEST_TSO6);
         let mut offloads = Offloads::CSUM;
-        offloads.set(Offloads::TSO4, self.contains(Features::GUEST_TSO4));
-        offloads.set(Offloads::TSO6, self.contains(Features::GUEST_TSO6));
+        offloads.set(Offloads::TSO4, self.contains(Self::GUEST_TSO4));
+        offloads.set(Offloads::TSO6, self.contains(Self::GUEST_TSO6));
+        offloads.set(Offloads::TSO_ECN, tcp && self.contains(Self::GUEST_ECN));
+        offloads.set(Offloads::UFO, self.contains(Self::GUEST_UFO));
+        let uso = Self::GUEST_USO4 | Self::GUEST_USO6;
+        offloads.set(Offloads::USO, self.contains(uso));
         offloads
     }
 }
@@ -77,13 +154,21 @@ mod tests {
         const CSUM: Features = Features::GUEST_CSUM;
         const TSO4: Features = Features::GUEST_TSO4;
         const TSO6: Features = Features::GUEST_TSO6;
+        const ECN: Features = Features::GUEST_ECN;
         for (features, offloads) in [
             (Features::empty(), Offloads::empty()),
             (CSUM, Offloads::CSUM),
             (CSUM | TSO4, Offloads::CSUM | Offloads::TSO4),
             (CSUM | TSO6, Offloads::CSUM | Offloads::TSO6),
-            (CSUM | TSO4 | TSO6, Offloads::all()),
+            (CSUM | TSO4 | TSO6 | ECN, Offloads::USUAL),
+            (CSUM | ECN, Offloads::CSUM),
             (TSO4 | TSO6, Offloads::empty()),
+            (CSUM | Features::GUEST_UFO, Offloads::CSUM | Offloads::UFO),
+            (CSUM | Features::GUEST_USO4, Offloads::CSUM),
+            (
+                CSUM | Features::GUEST_USO4 | Features::GUEST_USO6,
+                Offloads::CSUM | Offloads::USO,
+            ),
             (Features::all() - CSUM, Offloads::empty()),
             (
                 Features::CSUM | Features::HOST_TSO4 | Features::HOST_TSO6,
@@ -93,5 +178,18 @@ mod tests {
         ] {
             assert_eq!(features.offloads(), offloads, "{features:?}");
         }
+    }
+
+    #[test]
+    fn features_that_the_tap_cannot_serve_are_not_offered() {
+        let all = Features::offered(2, Offloads::all());
+        assert_eq!(all, Features::all());
+        assert_eq!(all - Features::offered(1, Offloads::all()), Features::MQ);
+        let usual = Features::offered(2, Offloads::USUAL);
+        assert!(usual.contains(Features::GUEST_ECN | Features::HOST_TSO6));
+        assert!(!usual.intersects(Features::GUEST_UFO | Features::HOST_UFO | Features::HOST_USO));
+        assert!(!usual.intersects(Features::GUEST_USO4 | Features::GUEST_USO6));
+        // What is offered and taken is never more than what the tap can be set to.
+        assert!(Offloads::USUAL.contains(usual.offloads()));
     }
 }

@@ -3,26 +3,41 @@
 //! | file | what |
 //! | --- | --- |
 //! | `features` | feature bits, and which offloads of the tap follow from them |
-//! | `device` | the virtio device: configuration, activation, reset |
-//! | `link` | whether the guest sees a link |
+//! | `device` | the virtio device: activation, reset |
+//! | `config` | the configuration space: MAC address, link, MTU |
 //! | `worker` | the thread of a queue pair: maps wake-ups to queues |
 //! | `rx`, `tx` | the data path: chains to readv and writev, with no copy between |
+//! | `vhost` | the data path in the kernel |
+//! | `ctrl` | the control queue: what the driver commands |
+//! | `filter` | which frames the driver wants |
+//! | `rate` | a limit on what passes |
 //! | `observe` | what a guest's own frames tell about it |
-//! | `ctrl` | the control queue: how many pairs are in use |
+//! | `capture`, `pcapng` | what passes, recorded in a file |
+//! | `checksum` | DHCP answers for clients that read raw frames |
+//! | `counters` | what has passed |
 //! | `backend`, `tap` | where frames come from and go to |
 
 pub mod backend;
+pub mod capture;
+mod checksum;
+pub mod config;
+pub mod counters;
 pub mod ctrl;
 mod device;
 pub mod features;
-pub mod link;
+pub mod filter;
+mod iovec;
 pub mod observe;
+mod pcapng;
+pub mod rate;
 pub mod rx;
 pub mod tap;
 pub mod tx;
+pub mod vhost;
 pub mod worker;
 
-pub use device::{Net, NetConfig};
+pub use config::NetConfig;
+pub use device::{Net, NetOptions};
 
 #[cfg(test)]
 mod tests;

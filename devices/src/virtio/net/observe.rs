@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::HEADER_LEN;
+use super::iovec;
 
 /// Addresses that are remembered for one guest, the latest. A guest can make up any number.
 const MAX_ADDRESSES: usize = 16;
@@ -83,7 +84,7 @@ impl Observer {
     pub unsafe fn look(&self, iovecs: &[libc::iovec]) {
         let mut head = [0; HEAD_LEN];
         // SAFETY: as for this function.
-        if unsafe { copy_out(iovecs, HEADER_LEN, &mut head) } < ETHERNET_LEN {
+        if unsafe { iovec::gather(iovecs, HEADER_LEN, &mut head) } < ETHERNET_LEN {
             return;
         }
         if head[6..12] != self.mac {
@@ -102,7 +103,7 @@ impl Observer {
         }
         let mut frame = [0; LOOK_LEN];
         // SAFETY: as for this function.
-        let len = unsafe { copy_out(iovecs, HEADER_LEN, &mut frame) };
+        let len = unsafe { iovec::gather(iovecs, HEADER_LEN, &mut frame) };
         if let Some(address) = own_address(protocol, &frame[ETHERNET_LEN..len.max(ETHERNET_LEN)]) {
             self.learn(address);
         }
@@ -153,32 +154,6 @@ impl std::fmt::Display for Mac<'_> {
         }
         Ok(())
     }
-}
-
-/// Copies what lies from `skip` on into `to`, and returns how much there was.
-///
-/// # Safety
-///
-/// Each iovec must describe memory that may be read.
-unsafe fn copy_out(iovecs: &[libc::iovec], mut skip: usize, to: &mut [u8]) -> usize {
-    let mut copied = 0;
-    for iovec in iovecs {
-        let here = iovec.iov_len.saturating_sub(skip).min(to.len() - copied);
-        if here > 0 {
-            // SAFETY: `skip + here` is at most the iovec's length.
-            let from = unsafe { iovec.iov_base.cast::<u8>().add(skip) };
-            // SAFETY: `from` has `here` readable bytes by the caller's word, `to` has room for
-            // them, and the two are apart: one is guest memory, the other our stack. The guest may
-            // write meanwhile; whatever bytes that gives, each is a byte.
-            unsafe { std::ptr::copy_nonoverlapping(from, to[copied..].as_mut_ptr(), here) };
-            copied += here;
-        }
-        skip = skip.saturating_sub(iovec.iov_len);
-        if copied == to.len() {
-            break;
-        }
-    }
-    copied
 }
 
 /// The address that the sender of this packet says is its own.

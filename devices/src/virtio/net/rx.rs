@@ -3,29 +3,28 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::backend::{Backend, HEADER_LEN};
+use super::capture::{Capture, Direction as Way};
+use super::checksum;
+use super::counters::RxCounters;
+use super::filter::{Filter, Rules};
+use super::iovec::{self, scatter};
+use super::rate::Limiter;
 use crate::virtio::queue::{Chain, Direction, MAX_SEGMENTS, Next, Ring};
 
 /// Offset of `num_buffers` in `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6).
 const NUM_BUFFERS: usize = 10;
 
-/// What passed, and what did not.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RxCounters {
-    /// Frames given to the driver.
-    pub frames: u64,
-    /// Their bytes, with the headers.
-    pub bytes: u64,
-    /// Chains that could not hold a frame.
-    pub bad_chains: u64,
-    /// Times that the driver had no buffers left.
-    pub starved: u64,
-    /// Frames that the driver's whole ring could not hold.
-    pub too_large: u64,
-    /// Reads that failed.
-    pub errors: u64,
-}
+/// Reads that may fail in one turn.
+const MAX_ERRORS: u32 = 16;
+/// As much of a frame as is looked at: both headers, with a VLAN tag.
+const HEAD_LEN: usize = HEADER_LEN + ETHERNET_LEN + 2;
+const ETHERNET_LEN: usize = 14;
+/// The protocol that a VLAN tag has in its place (IEEE 802.1Q).
+const VLAN: [u8; 2] = [0x81, 0];
 
 /// Why [`RxQueue::receive`] stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +33,8 @@ pub enum RxStop {
     Idle,
     /// The driver has no buffers; it will notify.
     Starved,
+    /// The rate limit lets nothing pass for so long.
+    Limited(Duration),
     /// The budget is used up.
     Budget,
     /// The ring makes no sense.
@@ -80,6 +81,11 @@ pub struct RxQueue {
     spill: Option<Spill>,
     /// Its end.
     spare: Vec<u8>,
+    /// What the driver wants to receive, and this queue's copy of it with its number.
+    filter: Arc<Filter>,
+    rules: (u32, Rules),
+    limiter: Option<Arc<Limiter>>,
+    capture: Option<Arc<Capture>>,
     counters: RxCounters,
 }
 
@@ -95,8 +101,36 @@ impl RxQueue {
             capacity: 0,
             spill: None,
             spare: Vec::new(),
+            filter: Arc::default(),
+            rules: (0, Rules::default()),
+            limiter: None,
+            capture: None,
             counters: RxCounters::default(),
         }
+    }
+
+    /// Drops what `filter` says that the driver does not want.
+    pub fn with_filter(mut self, filter: Arc<Filter>) -> Self {
+        self.filter = filter;
+        self
+    }
+
+    /// Holds frames back as `limiter` says.
+    pub fn with_limiter(mut self, limiter: Option<Arc<Limiter>>) -> Self {
+        self.limiter = limiter;
+        self
+    }
+
+    /// Shows each frame to `capture`.
+    pub fn with_capture(mut self, capture: Option<Arc<Capture>>) -> Self {
+        self.capture = capture;
+        self
+    }
+
+    /// Counts on from `counters`.
+    pub fn counting_from(mut self, counters: RxCounters) -> Self {
+        self.counters = counters;
+        self
     }
 
     /// What passed so far.
@@ -107,6 +141,7 @@ impl RxQueue {
     /// Receives up to `budget` frames. Says why it stopped, and whether to interrupt the driver.
     pub fn receive(&mut self, backend: &impl Backend, budget: usize) -> (RxStop, bool) {
         self.ring.disable_notification();
+        self.filter.refresh(&mut self.rules.0, &mut self.rules.1);
         let before = (self.counters.frames, self.counters.bad_chains);
         let stop = self.fill(backend, budget);
         let worked = (self.counters.frames, self.counters.bad_chains) != before;
@@ -114,7 +149,7 @@ impl RxQueue {
     }
 
     fn fill(&mut self, backend: &impl Backend, budget: usize) -> RxStop {
-        let mut left = budget;
+        let (mut left, mut errors) = (budget, 0);
         while left > 0 {
             left -= 1;
             if let Some(stop) = self.gather(&mut left) {
@@ -124,9 +159,14 @@ impl RxQueue {
                 self.finish_spill(len, at);
                 continue;
             }
+            if let Some(wait) = self.limit() {
+                self.counters.limited += 1;
+                return RxStop::Limited(wait);
+            }
             match self.read(backend) {
                 // Not a frame; a tap never does this.
                 Ok(len) if len < HEADER_LEN => self.counters.errors += 1,
+                Ok(len) if !self.is_wanted(len) => self.counters.filtered += 1,
                 Ok(len) if len <= self.capacity => self.deliver(len),
                 Ok(len) => {
                     self.spill = Some(Spill {
@@ -140,10 +180,44 @@ impl RxQueue {
                         log::warn!("cannot receive from the network: {error}");
                     }
                     self.counters.errors += 1;
+                    // One frame may be at fault, or the interface is gone: then there is nothing
+                    // to do before its descriptor says more.
+                    errors += 1;
+                    if errors == MAX_ERRORS {
+                        return RxStop::Idle;
+                    }
                 }
             }
         }
         RxStop::Budget
+    }
+
+    fn limit(&self) -> Option<Duration> {
+        self.limiter.as_ref()?.admit(Instant::now()).err()
+    }
+
+    /// Whether the driver wants the frame of `len` bytes that has just been read. A checksum that
+    /// it would trip over is completed on the way.
+    fn is_wanted(&self, len: usize) -> bool {
+        let iovecs = &self.iovecs[self.first..];
+        let mut head = [0; HEAD_LEN];
+        // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
+        // mapped.
+        let seen = unsafe { iovec::gather(iovecs, 0, &mut head[..len.min(HEAD_LEN)]) };
+        if seen < HEADER_LEN + ETHERNET_LEN {
+            return true;
+        }
+        if checksum::is_left_open(&head) && len <= self.capacity {
+            // SAFETY: as above.
+            unsafe { checksum::complete_dhcp(iovecs, len) };
+        }
+        let rules = &self.rules.1;
+        !rules.may_drop() || {
+            let [.., a, b, c, d] = head;
+            let tag = ([a, b] == VLAN).then_some(u16::from_be_bytes([c, d]));
+            let to = std::array::from_fn(|n| head[HEADER_LEN + n]);
+            rules.pass(to, tag)
+        }
     }
 
     /// Takes chains from the ring until the largest frame fits, or the one that waits; fewer will
@@ -229,7 +303,10 @@ impl RxQueue {
             self.counters.too_large += 1;
             return;
         }
-        scatter(&self.iovecs[self.first..], at, &self.spare[..len - at]);
+        let end = &self.spare[..len - at];
+        // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
+        // mapped.
+        unsafe { scatter(&self.iovecs[self.first..], at, end) };
         self.deliver(len);
     }
 
@@ -250,11 +327,17 @@ impl RxQueue {
             }
         }
         // The tap leaves num_buffers out, and a driver may have split the header anywhere.
-        scatter(
-            &self.iovecs[header..],
-            NUM_BUFFERS,
-            &u16::to_le_bytes(count),
-        );
+        let iovecs = &self.iovecs[header..];
+        // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
+        // mapped.
+        unsafe { scatter(iovecs, NUM_BUFFERS, &u16::to_le_bytes(count)) };
+        if let Some(capture) = &self.capture {
+            // SAFETY: as above. The driver does not have them yet.
+            unsafe { capture.record(Way::Received, iovecs, HEADER_LEN, len) };
+        }
+        if let Some(limiter) = &self.limiter {
+            limiter.charge(len - HEADER_LEN);
+        }
         self.ring.publish();
         self.counters.frames += 1;
         self.counters.bytes += len as u64;
@@ -265,22 +348,5 @@ impl RxQueue {
             self.iovecs.drain(..self.first);
             self.first = 0;
         }
-    }
-}
-
-/// Writes `bytes` from offset `at` on into guest memory.
-fn scatter(iovecs: &[libc::iovec], mut at: usize, mut bytes: &[u8]) {
-    for iovec in iovecs {
-        let here = iovec.iov_len.saturating_sub(at).min(bytes.len());
-        if here > 0 {
-            // SAFETY: `at + here` is at most the iovec's length, so that this stays inside the one
-            // mapping of guest memory that the iovec describes.
-            let target = unsafe { iovec.iov_base.cast::<u8>().add(at) };
-            // SAFETY: `target` has `here` mapped, writable bytes of guest memory, which is no part
-            // of `bytes`. The guest may touch them meanwhile; any bytes it sees are its own doing.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, here) };
-            bytes = &bytes[here..];
-        }
-        at = at.saturating_sub(iovec.iov_len);
     }
 }

@@ -1,5 +1,6 @@
 //! A queue of a tap or macvtap interface as the backend of a network device.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +26,7 @@ pub enum TapError {
 #[derive(Debug)]
 pub struct Tap {
     fd: OwnedFd,
+    known_offloads: Offloads,
     /// The kernel refuses to attach what is attached, and to detach what is not.
     enabled: AtomicBool,
 }
@@ -66,14 +68,28 @@ impl Tap {
         check(unsafe { ioctl_with_ref(&fd, TUNSETSNDBUF, &libc::c_int::MAX) })
             .map_err(setting("the send buffer (TUNSETSNDBUF)"))?;
         set_nonblocking(&fd).map_err(setting("O_NONBLOCK"))?;
-        let tap = Self {
+        // Nothing tells which offloads a kernel knows but setting them. UDP's are the newest.
+        let known_offloads = [Offloads::USO | Offloads::UFO, Offloads::UFO]
+            .map(|newest| Offloads::USUAL | newest)
+            .into_iter()
+            .find(|&offloads| set_offloads(&fd, offloads).is_ok())
+            .unwrap_or(Offloads::USUAL);
+        // Those of the reader before us, and what was tried, would stay.
+        set_offloads(&fd, Offloads::empty()).map_err(setting("no offloads (TUNSETOFFLOAD)"))?;
+        Ok(Self {
             fd,
+            known_offloads,
             enabled: AtomicBool::new(true),
-        };
-        // They outlive the reader before us.
-        tap.set_offloads(Offloads::empty())
-            .map_err(setting("no offloads (TUNSETOFFLOAD)"))?;
-        Ok(tap)
+        })
+    }
+
+    /// Another descriptor of the same queue.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no file descriptor left.
+    pub fn try_clone(&self) -> io::Result<File> {
+        self.fd.try_clone().map(File::from)
     }
 }
 
@@ -108,9 +124,28 @@ impl Backend for Tap {
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 
+    fn known_offloads(&self) -> Offloads {
+        self.known_offloads
+    }
+
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        // SAFETY: TUNSETOFFLOAD takes its bits by value.
-        check(unsafe { ioctl_with_val(&self.fd, TUNSETOFFLOAD, offloads.bits().into()) })
+        set_offloads(&self.fd, offloads)
+    }
+
+    fn set_mac(&self, mac: [u8; 6]) -> io::Result<()> {
+        // SAFETY: all bytes zero is a valid value of `ifreq`, which has no invalid ones.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let mut address = libc::sockaddr {
+            sa_family: libc::ARPHRD_ETHER,
+            sa_data: [0; 14],
+        };
+        for (to, from) in address.sa_data.iter_mut().zip(mac) {
+            *to = from as libc::c_char;
+        }
+        // The name is ignored: the descriptor says which interface (drivers/net/tap.c, tap_ioctl).
+        request.ifr_ifru.ifru_hwaddr = address;
+        // SAFETY: SIOCSIFHWADDR reads one ifreq, and `request` is one.
+        check(unsafe { ioctl_with_ref(&self.fd, libc::SIOCSIFHWADDR, &request) })
     }
 
     fn set_enabled(&self, enabled: bool) -> io::Result<()> {
@@ -132,6 +167,11 @@ impl Backend for Tap {
     }
 }
 
+fn set_offloads(fd: &OwnedFd, offloads: Offloads) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its bits by value.
+    check(unsafe { ioctl_with_val(fd, TUNSETOFFLOAD, offloads.bits().into()) })
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 {
         Err(io::Error::last_os_error())
@@ -150,8 +190,6 @@ fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
     use super::*;
 
     #[test]

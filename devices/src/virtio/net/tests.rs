@@ -11,14 +11,17 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
-use super::ctrl::CtrlQueue;
+use super::ctrl::Permissions;
 use super::features::{Features, Offloads};
 use super::observe::Observer;
 use super::rx::{RxLayout, RxQueue, RxStop};
 use super::tx::{TxQueue, TxStop};
-use super::{Net, NetConfig};
+use super::{Net, NetConfig, NetOptions};
 use crate::virtio::testing::{Driver, Recorder, SIZE, WRITE};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
+
+mod ctrl;
+mod options;
 
 /// One end of a socketpair; each datagram is a frame.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ struct Wire {
     /// Errno that writing fails with, 0 for none.
     refuse: AtomicU32,
     enabled: AtomicBool,
+    /// The last address that it was given.
+    mac: Mutex<Option<[u8; 6]>>,
 }
 
 impl Wire {
@@ -41,6 +46,7 @@ impl Wire {
                 offloads: Mutex::default(),
                 refuse: AtomicU32::new(0),
                 enabled: AtomicBool::new(true),
+                mac: Mutex::default(),
             },
             far,
         )
@@ -73,6 +79,15 @@ impl Backend for Wire {
         }
     }
 
+    fn known_offloads(&self) -> Offloads {
+        Offloads::all()
+    }
+
+    fn set_mac(&self, mac: [u8; 6]) -> io::Result<()> {
+        *self.mac.lock().unwrap() = Some(mac);
+        Ok(())
+    }
+
     fn set_enabled(&self, enabled: bool) -> io::Result<()> {
         self.enabled.store(enabled, Ordering::SeqCst);
         Ok(())
@@ -102,13 +117,30 @@ fn observer() -> Arc<Observer> {
     Arc::new(Observer::new("net0".into(), MAC, changed))
 }
 
-fn device(wire: Wire, mtu: u16) -> Net<Wire> {
-    Net::new(
-        "net0".into(),
-        NetConfig { mac: MAC, mtu },
-        vec![wire],
-        observer(),
-    )
+fn options() -> NetOptions {
+    NetOptions {
+        observer: observer(),
+        permissions: Permissions::default(),
+        rx_limit: None,
+        tx_limit: None,
+        capture: None,
+    }
+}
+
+fn device(wires: Vec<Wire>, mtu: u16, options: NetOptions) -> Net<Wire> {
+    Net::new("net0".into(), NetConfig { mac: MAC, mtu }, wires, options)
+}
+
+fn kick() -> Arc<EventFd> {
+    Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())
+}
+
+fn queue(driver: &Driver, kick: &Arc<EventFd>) -> Option<ActiveQueue> {
+    Some(ActiveQueue {
+        ring: driver.ring(false),
+        config: Driver::config(),
+        kick: Arc::clone(kick),
+    })
 }
 
 const MERGEABLE: RxLayout = RxLayout {
@@ -341,31 +373,36 @@ struct Running {
 
 impl Running {
     fn start(features: Features) -> Self {
+        Self::with(features, options())
+    }
+
+    fn with(features: Features, options: NetOptions) -> Self {
         let (wire, far) = Wire::new();
-        let mut device = device(wire, 1500);
-        let (rx, tx, recorder) = (Driver::new(), Driver::new(), Arc::new(Recorder::default()));
-        let kicks = [(); 2].map(|()| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
-        let queue = |driver: &Driver, kick: &Arc<EventFd>| {
-            Some(ActiveQueue {
-                ring: driver.ring(false),
-                kick: Arc::clone(kick),
-            })
-        };
-        let activation = Activation {
-            memory: Arc::clone(&rx.memory),
-            features: features.bits(),
-            queues: vec![queue(&rx, &kicks[0]), queue(&tx, &kicks[1])],
-            interrupt: recorder.clone(),
-        };
-        device.activate(activation).unwrap();
-        Self {
-            device,
+        let mut running = Self {
+            device: device(vec![wire], 1500, options),
             far,
-            rx,
-            tx,
-            kicks,
-            recorder,
-        }
+            rx: Driver::new(),
+            tx: Driver::new(),
+            kicks: [(); 2].map(|()| kick()),
+            recorder: Arc::default(),
+        };
+        running.restart(features);
+        running
+    }
+
+    /// A driver with fresh rings.
+    fn restart(&mut self, features: Features) {
+        (self.rx, self.tx) = (Driver::new(), Driver::new());
+        let activation = Activation {
+            memory: Arc::clone(&self.rx.memory),
+            features: features.bits(),
+            queues: vec![
+                queue(&self.rx, &self.kicks[0]),
+                queue(&self.tx, &self.kicks[1]),
+            ],
+            interrupt: self.recorder.clone(),
+        };
+        self.device.activate(activation).unwrap();
     }
 }
 
@@ -433,7 +470,7 @@ fn device_sets_the_offloads_of_its_driver_and_clears_them_at_reset() {
 #[test]
 fn device_without_one_of_its_queues_does_not_start() {
     let (wire, _far) = Wire::new();
-    let mut device = device(wire, 1500);
+    let mut device = device(vec![wire], 1500, options());
     let activation = Activation {
         memory: Driver::new().memory,
         features: 0,
@@ -446,7 +483,7 @@ fn device_without_one_of_its_queues_does_not_start() {
 #[test]
 fn config_space_tells_mac_link_and_mtu() {
     let (wire, _far) = Wire::new();
-    let device = device(wire, 9000);
+    let device = device(vec![wire], 9000, options());
     let mut bytes = [0xff; 14];
     device.read_config(0, &mut bytes);
     assert_eq!(bytes, [2, 3, 4, 5, 6, 7, 1, 0, 1, 0, 0x28, 0x23, 0, 0]);
@@ -461,7 +498,7 @@ fn link_change_shows_in_the_config_space_and_interrupts_once() {
         bytes
     };
     let changes = || running.recorder.config_changes.load(Ordering::SeqCst);
-    let link = Arc::clone(running.device.link());
+    let link = Arc::clone(running.device.config());
     assert_eq!(
         (status(), changes(), running.device.config_generation()),
         ([1, 0], 0, 0)
@@ -476,89 +513,37 @@ fn link_change_shows_in_the_config_space_and_interrupts_once() {
 #[test]
 fn link_change_without_a_driver_is_seen_by_the_next_one() {
     let (wire, _far) = Wire::new();
-    let device = device(wire, 1500);
-    device.link().set_up(false);
+    let device = device(vec![wire], 1500, options());
+    device.config().set_up(false);
     let mut bytes = [0; 2];
     device.read_config(6, &mut bytes);
     assert_eq!(bytes, [0, 0]);
 }
 
-/// A command and its answer's place, as one chain.
-fn command(driver: &mut Driver, head: u16, bytes: &[u8]) {
-    driver.write(0x4000, bytes);
-    driver.write(0x5000, &[0xaa]);
-    driver.offer_chain(head, &[(0x4000, bytes.len() as u32, 0), (0x5000, 1, WRITE)]);
-}
-
-#[test]
-fn command_sets_how_many_pairs_take_frames() {
-    let wires: Vec<_> = (0..3).map(|_| Arc::new(Wire::new().0)).collect();
-    let mut driver = Driver::new();
-    let mut ctrl = CtrlQueue::new(driver.ring(false), wires.clone());
-    let enabled = || {
-        wires
-            .iter()
-            .filter(|wire| wire.enabled.load(Ordering::SeqCst))
-            .count()
-    };
-    for (bytes, answer, pairs) in [
-        (&[4, 0, 2, 0][..], 0, 2),
-        (&[4, 0, 1, 0], 0, 1),
-        (&[4, 0, 0, 0], 1, 1),
-        (&[4, 0, 4, 0], 1, 1),
-        (&[4, 0, 3], 1, 1),
-        (&[4, 1, 3, 0], 1, 1),
-        (&[0, 0, 1, 0], 1, 1),
-        (&[4, 0, 3, 0], 0, 3),
-    ] {
-        command(&mut driver, 0, bytes);
-        assert_eq!(ctrl.handle(), (false, true));
-        assert_eq!(
-            (driver.read(0x5000, 1)[0], enabled()),
-            (answer, pairs),
-            "{bytes:?}"
-        );
-        assert_eq!(driver.take_used(), [(0, 1)]);
-    }
-    // No room for the answer, or a question from nowhere.
-    driver.offer_chain(2, &[(0x4000, 4, 0)]);
-    driver.offer_chain(4, &[(u64::MAX - 1, 4, 0), (0x5000, 1, WRITE)]);
-    ctrl.handle();
-    assert_eq!(driver.take_used(), [(2, 0), (4, 0)]);
-}
-
 #[test]
 fn device_of_two_pairs_uses_the_second_when_told() {
     let (wires, fars): (Vec<_>, Vec<_>) = (0..2).map(|_| Wire::new()).unzip();
-    let config = NetConfig {
-        mac: MAC,
-        mtu: 1500,
-    };
-    let mut device = Net::new("net0".into(), config, wires, observer());
+    let mut device = device(wires, 1500, options());
     assert!(
         !device.backends[1].enabled.load(Ordering::SeqCst),
         "nobody reads it yet"
     );
     assert_eq!(device.queue_sizes().len(), 5);
     let mut drivers: Vec<_> = (0..5).map(|_| Driver::new()).collect();
-    let kicks: Vec<_> = (0..5)
-        .map(|_| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()))
-        .collect();
-    let queue = |(driver, kick): (&Driver, &Arc<EventFd>)| {
-        Some(ActiveQueue {
-            ring: driver.ring(false),
-            kick: Arc::clone(kick),
-        })
-    };
+    let kicks: Vec<_> = (0..5).map(|_| kick()).collect();
     device
         .activate(Activation {
             memory: Arc::clone(&drivers[0].memory),
             features: (Features::MQ | Features::CTRL_VQ).bits(),
-            queues: drivers.iter().zip(&kicks).map(queue).collect(),
+            queues: drivers
+                .iter()
+                .zip(&kicks)
+                .map(|(driver, kick)| queue(driver, kick))
+                .collect(),
             interrupt: Arc::new(Recorder::default()),
         })
         .unwrap();
-    command(&mut drivers[4], 0, &[4, 0, 2, 0]);
+    ctrl::command(&mut drivers[4], 0, &[4, 0, 2, 0]);
     kicks[4].write(1).unwrap();
     eventually("the answer", || drivers[4].take_used() == [(0, 1)]);
     assert!(device.backends[1].enabled.load(Ordering::SeqCst));

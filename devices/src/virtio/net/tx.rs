@@ -2,23 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::backend::Backend;
+use super::backend::{Backend, HEADER_LEN};
+use super::capture::{Capture, Direction as Way};
+use super::counters::TxCounters;
 use super::observe::Observer;
+use super::rate::Limiter;
 use crate::virtio::queue::{Direction, MAX_SEGMENTS, Next, Ring};
-
-/// What passed, and what did not.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TxCounters {
-    /// Frames that the backend took.
-    pub frames: u64,
-    /// Their bytes, with the headers.
-    pub bytes: u64,
-    /// Chains that were no frame to begin with.
-    pub bad_chains: u64,
-    /// Frames that the kernel refused (a header that lies, fewer than 14 bytes).
-    pub refused: u64,
-}
 
 /// Why [`TxQueue::send`] stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +18,8 @@ pub enum TxStop {
     Empty,
     /// The backend has no room; it will poll writable.
     Full,
+    /// The rate limit lets nothing pass for so long.
+    Limited(Duration),
     /// The budget is used up.
     Budget,
     /// The ring makes no sense.
@@ -38,6 +31,8 @@ pub enum TxStop {
 pub struct TxQueue {
     ring: Ring,
     observer: Arc<Observer>,
+    limiter: Option<Arc<Limiter>>,
+    capture: Option<Arc<Capture>>,
     iovecs: Vec<libc::iovec>,
     counters: TxCounters,
 }
@@ -48,9 +43,29 @@ impl TxQueue {
         Self {
             ring,
             observer,
+            limiter: None,
+            capture: None,
             iovecs: Vec::with_capacity(MAX_SEGMENTS),
             counters: TxCounters::default(),
         }
+    }
+
+    /// Holds frames back as `limiter` says.
+    pub fn with_limiter(mut self, limiter: Option<Arc<Limiter>>) -> Self {
+        self.limiter = limiter;
+        self
+    }
+
+    /// Shows each frame to `capture`.
+    pub fn with_capture(mut self, capture: Option<Arc<Capture>>) -> Self {
+        self.capture = capture;
+        self
+    }
+
+    /// Counts on from `counters`.
+    pub fn counting_from(mut self, counters: TxCounters) -> Self {
+        self.counters = counters;
+        self
     }
 
     /// What passed so far.
@@ -60,7 +75,8 @@ impl TxQueue {
 
     /// Sends up to `budget` frames. Says why it stopped, and whether to interrupt the driver.
     pub fn send(&mut self, backend: &impl Backend, budget: usize) -> (TxStop, bool) {
-        let before = self.counters;
+        let done = |counters: &TxCounters| counters.frames + counters.bad_chains + counters.refused;
+        let before = done(&self.counters);
         let mut left = budget;
         let stop = loop {
             self.ring.disable_notification();
@@ -72,12 +88,17 @@ impl TxQueue {
                 stop => break stop,
             }
         };
-        (stop, self.counters != before && self.ring.needs_interrupt())
+        let worked = done(&self.counters) != before;
+        (stop, worked && self.ring.needs_interrupt())
     }
 
     fn drain(&mut self, backend: &impl Backend, left: &mut usize) -> TxStop {
         while *left > 0 {
             *left -= 1;
+            if let Some(wait) = self.limit() {
+                self.counters.limited += 1;
+                return TxStop::Limited(wait);
+            }
             self.iovecs.clear();
             let chain = match self.ring.next(Direction::FromDriver, &mut self.iovecs) {
                 Next::Chain(chain) => chain,
@@ -91,13 +112,9 @@ impl TxQueue {
             // SAFETY: the iovecs are those of a chain that `Ring::next` resolved inside guest
             // memory, which the ring keeps mapped.
             match unsafe { backend.write_frame(&self.iovecs) } {
-                Ok(_) => {
-                    // SAFETY: as above.
-                    unsafe { self.observer.look(&self.iovecs) };
-                    self.counters.frames += 1;
-                    self.counters.bytes += chain.len as u64;
-                }
+                Ok(_) => self.sent(chain.len),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.counters.full += 1;
                     self.ring.undo_next();
                     return TxStop::Full;
                 }
@@ -111,5 +128,25 @@ impl TxQueue {
             self.ring.complete(chain.head, 0);
         }
         TxStop::Budget
+    }
+
+    /// What is to be done for a frame of `len` bytes with its header that the backend has taken.
+    fn sent(&mut self, len: usize) {
+        // SAFETY: the iovecs are those of a chain that `Ring::next` resolved inside guest memory,
+        // which the ring keeps mapped.
+        unsafe { self.observer.look(&self.iovecs) };
+        if let Some(capture) = &self.capture {
+            // SAFETY: as above.
+            unsafe { capture.record(Way::Sent, &self.iovecs, HEADER_LEN, len) };
+        }
+        if let Some(limiter) = &self.limiter {
+            limiter.charge(len.saturating_sub(HEADER_LEN));
+        }
+        self.counters.frames += 1;
+        self.counters.bytes += len as u64;
+    }
+
+    fn limit(&self) -> Option<Duration> {
+        self.limiter.as_ref()?.admit(Instant::now()).err()
     }
 }

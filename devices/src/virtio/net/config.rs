@@ -1,0 +1,168 @@
+//! The configuration space of the card: what the driver reads of it, and who changes it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
+
+use crate::virtio::{Interrupt, read_at};
+
+/// What a network device tells its driver (`struct virtio_net_config`, virtio 1.2, 5.1.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// The MAC address that the guest has to use.
+    pub mac: [u8; 6],
+    /// The largest IP packet that the link carries, in bytes.
+    pub mtu: u16,
+}
+
+/// The configuration space, which begins with a link. The control thread changes it as the host's
+/// interface changes, the control queue as the driver commands.
+#[derive(Debug)]
+pub struct ConfigSpace {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// As the driver sees it now.
+    config: NetConfig,
+    /// The address that the card has after a reset.
+    own_mac: [u8; 6],
+    pairs: u16,
+    up: bool,
+    announce: bool,
+    generation: u32,
+    driver: Option<Driver>,
+}
+
+/// The driver, while there is one.
+#[derive(Debug)]
+struct Driver {
+    interrupt: Arc<dyn Interrupt>,
+    /// It took GUEST_ANNOUNCE.
+    announces: bool,
+}
+
+impl ConfigSpace {
+    /// The space of a card with `pairs` queue pairs.
+    pub fn new(config: NetConfig, pairs: u16) -> Self {
+        Self {
+            state: Mutex::new(State {
+                config,
+                own_mac: config.mac,
+                pairs,
+                up: true,
+                announce: false,
+                generation: 0,
+                driver: None,
+            }),
+        }
+    }
+
+    /// Takes the link down or brings it up, and tells the driver when that is a change. With a link
+    /// that comes back the card may be somewhere else in the network: a driver that can is asked
+    /// to announce itself.
+    pub fn set_up(&self, up: bool) {
+        let mut state = self.lock();
+        if state.up == up {
+            return;
+        }
+        state.up = up;
+        state.announce = up && state.driver.as_ref().is_some_and(|driver| driver.announces);
+        state.changed();
+    }
+
+    /// Whether there is a link.
+    pub fn is_up(&self) -> bool {
+        self.lock().up
+    }
+
+    /// Tells a new MTU. Drivers of today read it only when they start.
+    pub fn set_mtu(&self, mtu: u16) {
+        let mut state = self.lock();
+        if state.config.mtu != mtu {
+            state.config.mtu = mtu;
+            state.changed();
+        }
+    }
+
+    /// The MTU as the driver finds it.
+    pub fn mtu(&self) -> u16 {
+        self.lock().config.mtu
+    }
+
+    /// The MAC address as the driver finds it.
+    pub(super) fn mac(&self) -> [u8; 6] {
+        self.lock().config.mac
+    }
+
+    /// The driver has changed the MAC address itself, and need not be told.
+    pub(super) fn set_mac(&self, mac: [u8; 6]) {
+        let mut state = self.lock();
+        state.config.mac = mac;
+        state.generation = state.generation.wrapping_add(1);
+    }
+
+    /// The driver has announced itself.
+    pub(super) fn announced(&self) {
+        self.lock().announce = false;
+    }
+
+    /// From now on changes are told to a driver.
+    pub(super) fn attach(&self, interrupt: Arc<dyn Interrupt>, announces: bool) {
+        self.lock().driver = Some(Driver {
+            interrupt,
+            announces,
+        });
+    }
+
+    /// The driver is gone. The card's own MAC address, where the driver has had another.
+    pub(super) fn detach(&self) -> Option<[u8; 6]> {
+        let mut state = self.lock();
+        state.driver = None;
+        state.announce = false;
+        let changed = state.config.mac != state.own_mac;
+        state.config.mac = state.own_mac;
+        changed.then_some(state.own_mac)
+    }
+
+    /// The driver reads.
+    pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
+        read_at(&self.lock().to_bytes(), offset, data);
+    }
+
+    /// Changes whenever what can be read has.
+    pub(super) fn generation(&self) -> u32 {
+        self.lock().generation
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn changed(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+        if let Some(driver) = &self.driver {
+            driver.interrupt.config();
+        }
+    }
+
+    /// mac, status, max_virtqueue_pairs, mtu.
+    fn to_bytes(&self) -> [u8; 12] {
+        let mut status = 0;
+        if self.up {
+            status |= VIRTIO_NET_S_LINK_UP as u16;
+        }
+        if self.announce {
+            status |= VIRTIO_NET_S_ANNOUNCE as u16;
+        }
+        let mut bytes = [0; 12];
+        bytes[..6].copy_from_slice(&self.config.mac);
+        bytes[6..8].copy_from_slice(&status.to_le_bytes());
+        bytes[8..10].copy_from_slice(&self.pairs.to_le_bytes());
+        bytes[10..].copy_from_slice(&self.config.mtu.to_le_bytes());
+        bytes
+    }
+}

@@ -1,0 +1,112 @@
+//! Copies between guest memory, as iovecs describe it, and memory of our own.
+
+/// Copies what lies from offset `at` on into `to`, and returns how much there was.
+///
+/// # Safety
+///
+/// Each iovec must describe memory that may be read, and none of it may be part of `to`.
+pub(super) unsafe fn gather(iovecs: &[libc::iovec], at: usize, to: &mut [u8]) -> usize {
+    let mut done = 0;
+    for (piece, len) in pieces(iovecs, at, to.len()) {
+        let target = to[done..done + len].as_mut_ptr();
+        // SAFETY: `piece` has `len` readable bytes by the caller's word, `target` has room for
+        // them, and the two are apart. The guest may write meanwhile; whatever bytes that gives,
+        // each is a byte.
+        unsafe { std::ptr::copy_nonoverlapping(piece, target, len) };
+        done += len;
+    }
+    done
+}
+
+/// Writes `bytes` from offset `at` on, as far as there is room.
+///
+/// # Safety
+///
+/// Each iovec must describe memory that may be written, and none of it may be part of `bytes`.
+pub(super) unsafe fn scatter(iovecs: &[libc::iovec], at: usize, bytes: &[u8]) {
+    let mut done = 0;
+    for (piece, len) in pieces(iovecs, at, bytes.len()) {
+        let source = bytes[done..done + len].as_ptr();
+        // SAFETY: `piece` has `len` writable bytes by the caller's word, `source` has as many, and
+        // the two are apart. The guest may touch them meanwhile; any bytes it sees are its own
+        // doing.
+        unsafe { std::ptr::copy_nonoverlapping(source, piece, len) };
+        done += len;
+    }
+}
+
+/// Where the `left` bytes from offset `at` on lie, or as many of them as there are: the beginning
+/// and the length of each piece, none of them empty.
+fn pieces(
+    iovecs: &[libc::iovec],
+    mut at: usize,
+    mut left: usize,
+) -> impl Iterator<Item = (*mut u8, usize)> {
+    let mut iovecs = iovecs.iter();
+    std::iter::from_fn(move || {
+        while left > 0 {
+            let iovec = iovecs.next()?;
+            let here = iovec.iov_len.saturating_sub(at).min(left);
+            // Inside the iovec, wherever `here` is not 0.
+            let piece = iovec.iov_base.cast::<u8>().wrapping_add(at);
+            at = at.saturating_sub(iovec.iov_len);
+            left -= here;
+            if here > 0 {
+                return Some((piece, here));
+            }
+        }
+        None
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Iovecs for `bytes`, cut into pieces of `piece` bytes with empty ones between.
+    pub(in super::super) fn iovecs(bytes: &mut [u8], piece: usize) -> Vec<libc::iovec> {
+        let empty = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        let pieces = bytes.chunks_mut(piece).map(|chunk| libc::iovec {
+            iov_base: chunk.as_mut_ptr().cast(),
+            iov_len: chunk.len(),
+        });
+        pieces.flat_map(|iovec| [empty, iovec]).collect()
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn gather_gives_what_lies_there(
+            bytes in proptest::collection::vec(0..=255u8, 0..60),
+            piece in 1..20usize,
+            at in 0..80usize,
+            len in 0..80usize,
+        ) {
+            let expected: Vec<u8> = bytes.iter().skip(at).take(len).copied().collect();
+            let mut lent = bytes;
+            let mut to = vec![0; len];
+            // SAFETY: the iovecs describe parts of `lent`.
+            let done = unsafe { gather(&iovecs(&mut lent, piece), at, &mut to) };
+            assert_eq!(&to[..done], expected);
+        }
+
+        #[test]
+        fn scatter_writes_there_and_nowhere_else(
+            written in proptest::collection::vec(1..=255u8, 0..80),
+            room in 0..60usize,
+            piece in 1..20usize,
+            at in 0..80usize,
+        ) {
+            let mut expected = vec![0; room];
+            for (to, byte) in expected.iter_mut().skip(at).zip(&written) {
+                *to = *byte;
+            }
+            let mut lent = vec![0; room];
+            // SAFETY: the iovecs describe parts of `lent`.
+            unsafe { scatter(&iovecs(&mut lent, piece), at, &written) };
+            assert_eq!(lent, expected);
+        }
+    }
+}

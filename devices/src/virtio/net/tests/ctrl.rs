@@ -1,0 +1,278 @@
+//! The control queue's commands.
+
+use super::*;
+use crate::virtio::net::config::ConfigSpace;
+use crate::virtio::net::ctrl::{Control, CtrlQueue, CtrlStop};
+use crate::virtio::net::filter::{Filter, Rules};
+
+/// A command and its answer's place, as one chain.
+pub fn command(driver: &mut Driver, head: u16, bytes: &[u8]) {
+    driver.write(0x8000, bytes);
+    driver.write(0x7000, &[0xaa]);
+    driver.offer_chain(head, &[(0x8000, bytes.len() as u32, 0), (0x7000, 1, WRITE)]);
+}
+
+/// A device's end of the control queue, without the device.
+struct Bench {
+    wires: Vec<Arc<Wire>>,
+    config: Arc<ConfigSpace>,
+    filter: Arc<Filter>,
+    driver: Driver,
+    queue: CtrlQueue<Wire>,
+}
+
+impl Bench {
+    fn new(features: Features, permissions: Permissions) -> Self {
+        let wires: Vec<_> = (0..3).map(|_| Arc::new(Wire::new().0)).collect();
+        let config = NetConfig {
+            mac: MAC,
+            mtu: 1500,
+        };
+        let (config, filter) = (
+            Arc::new(ConfigSpace::new(config, 3)),
+            Arc::<Filter>::default(),
+        );
+        filter.change(|rules| *rules = Rules::new(MAC, true));
+        let driver = Driver::new();
+        let control = Control {
+            backends: wires.clone(),
+            config: Arc::clone(&config),
+            filter: Arc::clone(&filter),
+            features,
+            permissions,
+        };
+        Self {
+            queue: CtrlQueue::new(driver.ring(false), control),
+            wires,
+            config,
+            filter,
+            driver,
+        }
+    }
+
+    fn any() -> Self {
+        Self::new(Features::all(), Permissions::default())
+    }
+
+    /// Sends a command; whether the answer is OK.
+    fn send(&mut self, bytes: &[u8]) -> bool {
+        command(&mut self.driver, 0, bytes);
+        assert_eq!(self.queue.handle(), (CtrlStop::Empty, true));
+        assert_eq!(self.driver.take_used(), [(0, 1)]);
+        match self.driver.read(0x7000, 1)[0] {
+            0 => true,
+            1 => false,
+            other => panic!("{bytes:?}: {other}"),
+        }
+    }
+
+    fn rules(&self) -> Rules {
+        self.filter.change(|rules| rules.clone())
+    }
+
+    fn enabled(&self) -> usize {
+        let is_enabled = |wire: &&Arc<Wire>| wire.enabled.load(Ordering::SeqCst);
+        self.wires.iter().filter(is_enabled).count()
+    }
+}
+
+#[test]
+fn command_sets_how_many_pairs_take_frames() {
+    let mut bench = Bench::any();
+    for (bytes, done, pairs) in [
+        (&[4, 0, 2, 0][..], true, 2),
+        (&[4, 0, 1, 0], true, 1),
+        (&[4, 0, 0, 0], false, 1),
+        (&[4, 0, 4, 0], false, 1),
+        (&[4, 0, 3], false, 1),
+        (&[4, 1, 3, 0], false, 1),
+        (&[9, 0, 1, 0], false, 1),
+        (&[4], false, 1),
+        (&[4, 0, 3, 0], true, 3),
+    ] {
+        assert_eq!(bench.send(bytes), done, "{bytes:?}");
+        assert_eq!(bench.enabled(), pairs, "{bytes:?}");
+    }
+    // No room for the answer, or a question from nowhere.
+    bench.driver.offer_chain(2, &[(0x4000, 4, 0)]);
+    bench
+        .driver
+        .offer_chain(4, &[(u64::MAX - 1, 4, 0), (0x5000, 1, WRITE)]);
+    bench.queue.handle();
+    assert_eq!(bench.driver.take_used(), [(2, 0), (4, 0)]);
+}
+
+#[test]
+fn broken_ring_of_the_control_queue_is_told() {
+    let mut bench = Bench::any();
+    bench.driver.set_available(SIZE + 1);
+    assert_eq!(bench.queue.handle(), (CtrlStop::Broken, false));
+}
+
+#[test]
+fn command_without_its_feature_is_refused() {
+    let mut bench = Bench::new(Features::CTRL_VQ, Permissions::default());
+    for bytes in [
+        &[0, 1, 1][..],
+        &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        &[1, 1, 2, 3, 4, 5, 6, 7],
+        &[2, 0, 5, 0],
+        &[3, 0],
+        &[4, 0, 1, 0],
+        &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ] {
+        assert!(!bench.send(bytes), "{bytes:?}");
+    }
+}
+
+#[test]
+fn receive_modes_are_acknowledged_where_the_host_delivers() {
+    let mut bench = Bench::any();
+    assert!(bench.send(&[0, 1, 1]) && bench.rules().all_multicast);
+    assert!(bench.send(&[0, 1, 0]) && !bench.rules().all_multicast);
+    // The host has no frames for others, but the driver gets what there is.
+    assert!(!bench.send(&[0, 0, 1]) && bench.rules().promiscuous);
+    assert!(bench.send(&[0, 0, 0]) && !bench.rules().promiscuous);
+    for wrong in [
+        &[0, 0, 2][..],
+        &[0, 0],
+        &[0, 0, 1, 1],
+        &[0, 2, 1],
+        &[0, 5, 1],
+    ] {
+        assert!(!bench.send(wrong), "{wrong:?}");
+    }
+    let permissions = Permissions {
+        any_address: true,
+        ..Permissions::default()
+    };
+    assert!(Bench::new(Features::all(), permissions).send(&[0, 0, 1]));
+}
+
+#[test]
+fn table_of_addresses_is_taken_whole_or_not_at_all() {
+    let group = [1, 0, 0x5e, 0, 0, 1];
+    let other = [2, 9, 9, 9, 9, 9];
+    let table = |unicast: &[[u8; 6]], multicast: &[[u8; 6]]| {
+        let list = |macs: &[[u8; 6]]| {
+            [&(macs.len() as u32).to_le_bytes()[..], macs.as_flattened()].concat()
+        };
+        [&[1, 0][..], &list(unicast), &list(multicast)].concat()
+    };
+    let mut bench = Bench::any();
+    assert!(bench.send(&table(&[], &[group])));
+    let rules = bench.rules();
+    assert!(rules.pass(group, None) && !rules.pass([1, 0, 0x5e, 0, 0, 2], None));
+    // Frames to another address would never come; the groups count all the same.
+    assert!(!bench.send(&table(&[MAC, other], &[])));
+    assert!(!bench.rules().pass(group, None));
+    assert!(bench.send(&table(&[MAC], &[group])));
+    let whole = table(&[MAC], &[group]);
+    for cut in 2..whole.len() {
+        assert!(!bench.send(&whole[..cut]), "{cut}");
+    }
+    assert!(!bench.send(&[&whole[..], &[0]].concat()));
+    assert!(!bench.send(&[1, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]));
+    assert!(
+        bench.rules().pass(group, None),
+        "what is wrong changes nothing"
+    );
+    let many = vec![group; 1400];
+    assert!(
+        !bench.send(&table(&[], &many)),
+        "longer than what is looked at"
+    );
+    let permissions = Permissions {
+        any_address: true,
+        ..Permissions::default()
+    };
+    let mut passthru = Bench::new(Features::all(), permissions);
+    assert!(passthru.send(&table(&[other], &[])));
+    assert!(passthru.rules().pass(other, None));
+}
+
+#[test]
+fn mac_address_changes_only_by_permission() {
+    let new = [2, 0, 0, 0, 0, 9];
+    let set = |mac: [u8; 6]| [&[1, 1][..], &mac].concat();
+    let mut bench = Bench::any();
+    assert!(!bench.send(&set(new)));
+    assert!(bench.send(&set(MAC)), "the one that it has");
+    let permissions = Permissions {
+        change_mac: true,
+        ..Permissions::default()
+    };
+    let mut bench = Bench::new(Features::all(), permissions);
+    for wrong in [[1, 0, 0, 0, 0, 9], [0; 6], [0xff; 6]] {
+        assert!(!bench.send(&set(wrong)));
+    }
+    assert!(!bench.send(&set(new)[..7]));
+    assert_eq!(*bench.wires[0].mac.lock().unwrap(), None);
+    assert!(bench.send(&set(new)));
+    assert_eq!(*bench.wires[0].mac.lock().unwrap(), Some(new));
+    let mut seen = [0; 6];
+    bench.config.read(0, &mut seen);
+    assert_eq!((seen, bench.rules().own), (new, new));
+    assert_eq!(bench.config.detach(), Some(MAC));
+}
+
+#[test]
+fn vlans_are_added_and_taken_away() {
+    let mut bench = Bench::any();
+    assert!(bench.send(&[2, 0, 5, 0]) && bench.rules().pass(MAC, Some(5)));
+    assert!(bench.send(&[2, 1, 5, 0]) && !bench.rules().pass(MAC, Some(5)));
+    for wrong in [&[2, 0, 0, 0x10][..], &[2, 0, 5], &[2, 2, 5, 0], &[2, 0]] {
+        assert!(!bench.send(wrong), "{wrong:?}");
+    }
+}
+
+#[test]
+fn offloads_change_within_what_was_agreed() {
+    let agreed = Features::CTRL_GUEST_OFFLOADS | Features::GUEST_CSUM | Features::GUEST_TSO4;
+    let mut bench = Bench::new(agreed, Permissions::default());
+    let set = |features: Features| [&[5, 0][..], &features.bits().to_le_bytes()].concat();
+    assert!(bench.send(&set(Features::GUEST_CSUM)));
+    assert!(bench.send(&set(Features::GUEST_CSUM | Features::GUEST_TSO4)));
+    assert!(bench.send(&set(Features::empty())));
+    for wrong in [Features::GUEST_TSO6, Features::MQ, Features::all()] {
+        assert!(!bench.send(&set(wrong)), "{wrong:?}");
+    }
+    assert!(!bench.send(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0x80]));
+    assert!(!bench.send(&[5, 0, 1]));
+    let seen = bench.wires[0].offloads.lock().unwrap().clone();
+    let csum = Offloads::CSUM;
+    assert_eq!(seen, [csum, csum | Offloads::TSO4, Offloads::empty()]);
+}
+
+#[test]
+fn link_that_comes_back_asks_the_driver_to_announce_itself() {
+    let mut bench = Bench::any();
+    let recorder = Arc::new(Recorder::default());
+    let status = |config: &ConfigSpace| {
+        let mut bytes = [0; 2];
+        config.read(6, &mut bytes);
+        bytes[0]
+    };
+    bench.config.attach(recorder.clone(), true);
+    bench.config.set_up(false);
+    assert_eq!(status(&bench.config), 0);
+    bench.config.set_up(true);
+    assert_eq!(status(&bench.config), 3);
+    assert!(bench.send(&[3, 0]));
+    assert_eq!(status(&bench.config), 1);
+    assert!(!bench.send(&[3, 1]));
+    // A driver that cannot is not asked.
+    bench.config.attach(recorder, false);
+    bench.config.set_up(false);
+    bench.config.set_up(true);
+    assert_eq!(status(&bench.config), 1);
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_command_is_too_odd(class in 0..8u8, kind in 0..4u8, operand: Vec<u8>) {
+        let permissions = Permissions { change_mac: true, any_address: true };
+        let mut bench = Bench::new(Features::all(), permissions);
+        bench.send(&[&[class, kind][..], &operand].concat());
+    }
+}

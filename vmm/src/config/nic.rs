@@ -1,0 +1,459 @@
+//! Network cards on the command line.
+
+use std::fmt;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use devices::virtio::net::rate::RateLimit;
+use net::{MacvtapSpec, Placement};
+
+use super::ConfigError;
+
+/// A network card that somebody wants the guest to have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NicConfig {
+    /// Where its queues come from.
+    pub source: NicSource,
+    /// How the guest's card behaves.
+    pub options: NicOptions,
+}
+
+/// Where a network card's queue comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NicSource {
+    /// A macvtap of our own, or one that exists.
+    Macvtap(MacvtapSpec),
+    /// File descriptors that somebody else opened.
+    Descriptors(Vec<RawFd>),
+}
+
+impl NicSource {
+    /// The descriptors that it names, if any.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        match self {
+            Self::Macvtap(_) => Vec::new(),
+            Self::Descriptors(numbers) => numbers.clone(),
+        }
+    }
+}
+
+/// Bits and frames a second.
+type Rate = (Option<u64>, Option<u64>);
+
+/// How the guest's card behaves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NicOptions {
+    /// Who moves the frames.
+    pub backend: BackendChoice,
+    /// The macvtap's MAC address follows the one that the guest gives its card.
+    pub trust_mac: bool,
+    /// What the guest may receive.
+    pub rx_rate: Option<Rate>,
+    /// What the guest may send.
+    pub tx_rate: Option<Rate>,
+    /// How long either may be exceeded after a pause.
+    pub burst: Option<Duration>,
+    /// The file that takes what passes.
+    pub pcap: Option<PathBuf>,
+}
+
+/// Who moves a card's frames between the guest and the macvtap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// The kernel, where it can and nothing is wanted that needs to see the frames.
+    #[default]
+    Auto,
+    /// Threads of the monitor.
+    User,
+    /// The kernel (vhost-net).
+    Vhost,
+}
+
+/// How long a rate may be exceeded after a pause, unless told otherwise.
+const DEFAULT_BURST: Duration = Duration::from_millis(10);
+/// More bits or frames a second than any link carries.
+const MAX_RATE: u64 = 1_000_000_000_000;
+
+/// The most queue pairs of a card: with the control queue and the configuration they take as many
+/// interrupt messages as the pending bits of one MSI-X word have.
+pub(super) const MAX_PAIRS: usize = 31;
+
+/// The keys of a macvtap, as they go into an error.
+pub(super) const MACVTAP_KEYS: &str =
+    "mode, mac, mtu, queues, txqueuelen, bcqueuelen, name, netns and lower-netns";
+
+/// The keys of the guest's card, as they go into an error.
+pub(super) const CARD_KEYS: &str = "backend, trust-mac, rx-rate, tx-rate, burst and pcap";
+
+/// Whether [`parse_macvtap`] knows the key.
+pub fn is_macvtap_key(key: &str) -> bool {
+    lists(MACVTAP_KEYS, key)
+}
+
+/// Whether the key is one of the native monitor's card.
+pub fn is_card_key(key: &str) -> bool {
+    lists(CARD_KEYS, key)
+}
+
+fn lists(keys: &str, key: &str) -> bool {
+    keys.split([',', ' '])
+        .any(|word| word == key && word != "and")
+}
+
+/// Reads the value of `--macvtap`: `LINK[,KEY=VALUE...]` or `fd=N[:N...][,KEY=VALUE...]`.
+///
+/// # Errors
+///
+/// Says which part is wrong.
+pub fn parse_nic(text: &str) -> Result<NicConfig, ConfigError> {
+    let mut options = NicOptions::default();
+    let (mut rest, mut seen) = (Vec::new(), Vec::new());
+    for part in text.split(',') {
+        match part.split_once('=').filter(|(key, _)| is_card_key(key)) {
+            Some((key, _)) if seen.contains(&key) => return Err(ConfigError::Twice(key.into())),
+            Some((key, value)) => {
+                options.set(key, value)?;
+                seen.push(key);
+            }
+            None => rest.push(part),
+        }
+    }
+    options.check()?;
+    let source = parse_source(&rest.join(",")).map_err(|error| match error {
+        ConfigError::UnknownKey(key) => ConfigError::UnknownCardKey(key),
+        other => other,
+    })?;
+    Ok(NicConfig { source, options })
+}
+
+fn parse_source(text: &str) -> Result<NicSource, ConfigError> {
+    let Some(descriptors) = text.strip_prefix("fd=") else {
+        let spec = parse_macvtap(text)?;
+        if !(1..=MAX_PAIRS as u32).contains(&spec.queues) {
+            return Err(ConfigError::Queues);
+        }
+        return Ok(NicSource::Macvtap(spec));
+    };
+    let descriptors = parse_descriptors(descriptors)?;
+    if descriptors.len() > MAX_PAIRS {
+        return Err(ConfigError::Queues);
+    }
+    Ok(NicSource::Descriptors(descriptors))
+}
+
+impl NicOptions {
+    fn set(&mut self, key: &str, text: &str) -> Result<(), ConfigError> {
+        match key {
+            "backend" => {
+                self.backend = match text {
+                    "auto" => BackendChoice::Auto,
+                    "user" => BackendChoice::User,
+                    "vhost" => BackendChoice::Vhost,
+                    _ => return Err(not(key, text, "auto, user or vhost")),
+                }
+            }
+            "trust-mac" => {
+                self.trust_mac = match text {
+                    "on" => true,
+                    "off" => false,
+                    _ => return Err(not(key, text, "on or off")),
+                }
+            }
+            "rx-rate" => self.rx_rate = Some(rate(key, text)?),
+            "tx-rate" => self.tx_rate = Some(rate(key, text)?),
+            "burst" => {
+                let wrong = || not(key, text, "a time from 1ms to 10000ms");
+                let ms = text.strip_suffix("ms").and_then(|ms| ms.parse().ok());
+                let ms = ms.filter(|ms| (1..=10_000).contains(ms));
+                self.burst = Some(Duration::from_millis(ms.ok_or_else(wrong)?));
+            }
+            _ if text.is_empty() => return Err(not(key, text, "the path of a file")),
+            _ => self.pcap = Some(text.into()),
+        }
+        Ok(())
+    }
+
+    /// Options that exclude each other.
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.burst.is_some() && self.rx_rate.is_none() && self.tx_rate.is_none() {
+            return Err(ConfigError::Value(
+                "burst= says nothing without rx-rate= or tx-rate=".into(),
+            ));
+        }
+        match self.needs_frames() {
+            Some(key) if self.backend == BackendChoice::Vhost => {
+                Err(ConfigError::NotWithVhost(key))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The option that only works where the frames pass through the monitor, if there is one.
+    pub fn needs_frames(&self) -> Option<&'static str> {
+        let rx = self.rx_rate.map(|_| "rx-rate");
+        let tx = self.tx_rate.map(|_| "tx-rate");
+        rx.or(tx).or(self.pcap.as_ref().map(|_| "pcap"))
+    }
+
+    /// The limits on what the guest receives and sends.
+    pub fn limits(&self) -> [Option<RateLimit>; 2] {
+        let burst = self.burst.unwrap_or(DEFAULT_BURST);
+        [self.rx_rate, self.tx_rate].map(|rate| {
+            rate.map(|(bits, frames)| RateLimit {
+                bits,
+                frames,
+                burst,
+            })
+        })
+    }
+}
+
+fn not(key: &str, text: &str, expected: &str) -> ConfigError {
+    ConfigError::Value(format!("{key}={text} is not {expected}"))
+}
+
+/// Reads `LIMIT[:LIMIT]`, a number with `bit` or `frames` behind it, and K, M or G between.
+fn rate(key: &str, text: &str) -> Result<Rate, ConfigError> {
+    let wrong = || {
+        not(
+            key,
+            text,
+            "a rate: as in 100Mbit, 20Kframes, or 1Gbit:100Kframes",
+        )
+    };
+    let (mut bits, mut frames) = (None, None);
+    for limit in text.split(':') {
+        let (place, number) = match (limit.strip_suffix("bit"), limit.strip_suffix("frames")) {
+            (Some(number), _) => (&mut bits, number),
+            (_, Some(number)) => (&mut frames, number),
+            _ => return Err(wrong()),
+        };
+        let value = scaled(number).filter(|value| (1..=MAX_RATE).contains(value));
+        let value = value.ok_or_else(wrong)?;
+        if place.replace(value).is_some() {
+            return Err(wrong());
+        }
+    }
+    Ok((bits, frames))
+}
+
+/// A number with the decimal suffix K, M or G.
+fn scaled(text: &str) -> Option<u64> {
+    let (number, factor) = match text.as_bytes().last()? {
+        b'k' | b'K' => (&text[..text.len() - 1], 1000),
+        b'm' | b'M' => (&text[..text.len() - 1], 1_000_000),
+        b'g' | b'G' => (&text[..text.len() - 1], 1_000_000_000),
+        _ => (text, 1),
+    };
+    number.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+/// Reads `N[:N...]`.
+///
+/// # Errors
+///
+/// Says which part is wrong.
+pub fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, ConfigError> {
+    if text.contains(',') {
+        return Err(ConfigError::NotAlone);
+    }
+    let number = |text: &str| match text.parse() {
+        Ok(number @ 0..) => Ok(number),
+        _ => Err(ConfigError::Value(format!(
+            "`{text}` is not the number of a file descriptor"
+        ))),
+    };
+    text.split(':').map(number).collect()
+}
+
+/// Reads `LINK[,KEY=VALUE...]`.
+///
+/// # Errors
+///
+/// Says which part is wrong.
+pub fn parse_macvtap(text: &str) -> Result<MacvtapSpec, ConfigError> {
+    let mut parts = text.split(',');
+    let mut spec = MacvtapSpec::new(value(parts.next().unwrap_or_default())?);
+    let mut seen = Vec::new();
+    for part in parts {
+        if part.is_empty() {
+            return Err(ConfigError::Empty);
+        }
+        let (key, text) = part
+            .split_once('=')
+            .ok_or_else(|| ConfigError::NoValue(part.to_owned()))?;
+        if seen.contains(&key) {
+            return Err(ConfigError::Twice(key.to_owned()));
+        }
+        seen.push(key);
+        match key {
+            "mode" => spec.mode = Some(value(text)?),
+            "mac" => spec.mac = Some(value(text)?),
+            "mtu" => spec.mtu = Some(number(key, text)?),
+            "queues" => spec.queues = number(key, text)?,
+            "txqueuelen" => spec.tx_queue_len = Some(number(key, text)?),
+            "bcqueuelen" => spec.bc_queue_len = Some(number(key, text)?),
+            "name" => spec.name = Some(value(text)?),
+            "netns" => spec.netns = placement(text)?,
+            "lower-netns" => spec.lower_netns = Some(text.into()),
+            _ => return Err(ConfigError::UnknownKey(key.to_owned())),
+        }
+    }
+    Ok(spec)
+}
+
+fn value<T: FromStr<Err: fmt::Display>>(text: &str) -> Result<T, ConfigError> {
+    text.parse()
+        .map_err(|error: T::Err| ConfigError::Value(error.to_string()))
+}
+
+fn number(key: &str, text: &str) -> Result<u32, ConfigError> {
+    text.parse()
+        .map_err(|_| ConfigError::Value(format!("{key}={text} is not a number")))
+}
+
+fn placement(text: &str) -> Result<Placement, ConfigError> {
+    match text {
+        "private" => Ok(Placement::Private),
+        "host" => Ok(Placement::Host),
+        _ => Err(ConfigError::Value(format!(
+            "netns={text} is neither private nor host"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn macvtap_keys_are_read_in_any_order() {
+        let spec = parse_macvtap("eno1,mac=52:54:00:12:34:56,mode=private").unwrap();
+        assert_eq!(spec.link.as_str(), "eno1");
+        assert_eq!(spec.mode, Some(net::Mode::Private));
+        assert_eq!(
+            spec.mac.unwrap().octets(),
+            [0x52, 0x54, 0, 0x12, 0x34, 0x56]
+        );
+    }
+
+    #[test]
+    fn macvtap_keys_of_every_kind_are_understood() {
+        let text = "eno1,mtu=9000,queues=4,txqueuelen=1000,bcqueuelen=2000,name=vm1,netns=host,\
+                    lower-netns=/run/netns/lab";
+        let spec = parse_macvtap(text).unwrap();
+        assert_eq!((spec.mtu, spec.queues), (Some(9000), 4));
+        assert_eq!(
+            (spec.tx_queue_len, spec.bc_queue_len),
+            (Some(1000), Some(2000))
+        );
+        assert_eq!(spec.name.unwrap().as_str(), "vm1");
+        assert_eq!(spec.netns, Placement::Host);
+        assert_eq!(spec.lower_netns, Some(PathBuf::from("/run/netns/lab")));
+    }
+
+    #[test]
+    fn card_is_a_macvtap_or_a_descriptor() {
+        assert!(matches!(
+            parse_nic("eno1"),
+            Ok(NicConfig {
+                source: NicSource::Macvtap(_),
+                ..
+            })
+        ));
+        let source = |text| parse_nic(text).map(|nic| nic.source);
+        assert_eq!(source("fd=3"), Ok(NicSource::Descriptors(vec![3])));
+        assert_eq!(parse_nic("fd=3,mode=bridge"), Err(ConfigError::NotAlone));
+        assert_eq!(source("fd=3:4"), Ok(NicSource::Descriptors(vec![3, 4])));
+        assert_eq!(
+            source("fd=3,backend=user"),
+            Ok(NicSource::Descriptors(vec![3]))
+        );
+        assert_eq!(parse_nic("eno1,queues=0"), Err(ConfigError::Queues));
+        assert_eq!(parse_nic("eno1,queues=32"), Err(ConfigError::Queues));
+        for text in ["fd=", "fd=-1", "fd=x", "fd=3:"] {
+            assert!(
+                matches!(parse_nic(text), Err(ConfigError::Value(_))),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn macvtap_errors_name_the_part() {
+        for (text, needle) in [
+            ("eno1,colour=red", "unknown key `colour`"),
+            ("eno1,mode", "`mode` is not KEY=VALUE"),
+            ("eno1,", "nothing stands"),
+            ("eno1,mode=vepa,mode=vepa", "`mode` is given twice"),
+            ("eno1,mtu=big", "mtu=big is not a number"),
+            ("eno1,netns=other", "neither private nor host"),
+        ] {
+            let error = parse_macvtap(text).unwrap_err().to_string();
+            assert!(error.contains(needle), "{error}");
+        }
+    }
+
+    fn options(text: &str) -> Result<NicOptions, String> {
+        parse_nic(text)
+            .map(|nic| nic.options)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn card_keys_of_every_kind_are_understood() {
+        let text =
+            "backend=user,eno1,trust-mac=on,rx-rate=100Mbit,tx-rate=2Gbit:20Kframes,burst=5ms";
+        assert!(options(text).is_err(), "the link comes first");
+        let text = "eno1,trust-mac=on,rx-rate=100Mbit,mode=vepa,tx-rate=2Gbit:20Kframes,burst=5ms";
+        let all = options(text).unwrap();
+        let burst = Duration::from_millis(5);
+        assert!(all.trust_mac);
+        let limit = |bits, frames| {
+            Some(RateLimit {
+                bits,
+                frames,
+                burst,
+            })
+        };
+        let (rx, tx) = (
+            limit(Some(100_000_000), None),
+            limit(Some(2_000_000_000), Some(20_000)),
+        );
+        assert_eq!(all.limits(), [rx, tx]);
+        assert_eq!(all.needs_frames(), Some("rx-rate"));
+        let plain = options("eno1").unwrap();
+        assert_eq!(plain, NicOptions::default());
+        assert_eq!((plain.limits(), plain.needs_frames()), ([None, None], None));
+        let capture = options("fd=3,pcap=/tmp/x").unwrap();
+        assert_eq!(capture.needs_frames(), Some("pcap"));
+    }
+
+    #[test]
+    fn card_errors_name_the_part() {
+        for (text, needle) in [
+            ("eno1,backend=dpdk", "auto, user or vhost"),
+            ("eno1,trust-mac=yes", "on or off"),
+            ("eno1,rx-rate=100", "is not a rate"),
+            ("eno1,rx-rate=0bit", "is not a rate"),
+            ("eno1,rx-rate=1bit:2bit", "is not a rate"),
+            ("eno1,rx-rate=99999999Gbit", "is not a rate"),
+            ("eno1,burst=5ms", "without rx-rate"),
+            ("eno1,tx-rate=1Gbit,burst=5", "1ms to 10000ms"),
+            ("eno1,pcap=", "path of a file"),
+            ("eno1,backend=user,backend=user", "given twice"),
+            ("eno1,backend=vhost,pcap=x", "pcap= needs backend=user"),
+            (
+                "eno1,backend=vhost,tx-rate=1Gbit",
+                "tx-rate= needs backend=user",
+            ),
+            ("eno1,colour=red", "of the card backend"),
+            ("fd=3,mtu=1", "fd= goes without"),
+        ] {
+            let error = options(text).unwrap_err();
+            assert!(error.contains(needle), "{text}: {error}");
+        }
+    }
+}
