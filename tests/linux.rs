@@ -5,11 +5,12 @@
 mod harness;
 mod lab;
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::assets::assets;
+use harness::iperf::Server;
 use harness::linux::{boot, boot_command, command, small_initrd};
 use harness::netns::Netns;
 use harness::site::{Site, address, pings};
@@ -32,37 +33,6 @@ fn boot_two(host: &Netns, first: &[&str], second: &[&str]) -> (Vm, Vm) {
         let second = boot(Some(host), second);
         (first.join().expect("the first guest boots"), second)
     })
-}
-
-/// What `iperf3` of the third host serves; killed when dropped.
-struct Server(Child);
-
-impl Server {
-    fn start(netns: &Netns) -> Self {
-        let mut command = netns.command("iperf3");
-        let child = command
-            .arg("-s")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("iperf3 starts");
-        // It has no way to tell that it listens, but a socket in the namespace shows.
-        let start = Instant::now();
-        while !String::from_utf8_lossy(&netns.exec(&["cat", "/proc/net/tcp6"]).stdout)
-            .contains(":1451 ")
-        {
-            assert!(start.elapsed() < 10 * SECOND, "iperf3 does not listen");
-            thread::sleep(SECOND / 20);
-        }
-        Self(child)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]

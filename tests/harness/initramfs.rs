@@ -10,16 +10,25 @@ const GUEST_MODULES: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_net", "but
 
 /// The guest's ramdisk: busybox, the modules for its devices and our init, `resources/guest-init`.
 ///
-/// `tools` adds iperf3 with its libraries (7 MB); without them it is small enough for a guest of 64 MiB.
+/// `tools` adds [`GUEST_TOOLS`] with their libraries (9 MB) and VLANs; without them it is small enough for a guest of 64
+/// MiB.
 pub fn guest(modules: &Path, tools: bool) -> Vec<u8> {
     let mut archive = Archive::new();
     archive.base(include_bytes!("../../resources/guest-init"));
-    archive.modules(modules, GUEST_MODULES);
-    if tools {
-        archive.program(&find("iperf3", "iperf3"), "/usr/bin/iperf3");
+    let more: &[&str] = if tools { &["8021q"] } else { &[] };
+    archive.modules(modules, &[GUEST_MODULES, more].concat());
+    for (program, package) in GUEST_TOOLS.iter().filter(|_| tools) {
+        archive.program(&find(program, package), &format!("/usr/bin/{program}"));
     }
     archive.finish()
 }
+
+/// Programs that tests run in the guest, and their packages.
+pub const GUEST_TOOLS: &[(&str, &str)] = &[
+    ("iperf3", "iperf3"),
+    ("ethtool", "ethtool"),
+    ("lspci", "pciutils"),
+];
 
 /// The path of an installed program; panics with the package to install.
 pub fn find(program: &str, package: &str) -> PathBuf {

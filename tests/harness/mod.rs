@@ -14,6 +14,7 @@ pub mod assets;
 pub mod capture;
 pub mod guest;
 pub mod initramfs;
+pub mod iperf;
 pub mod linux;
 pub mod netns;
 pub mod site;

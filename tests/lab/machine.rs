@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::harness::assets::{Assets, assets, lock};
-use crate::harness::initramfs::{Archive, find};
+use crate::harness::initramfs::{Archive, GUEST_TOOLS, find};
 use crate::harness::vm;
 
 /// What runs in the lab: a test binary or the demo.
@@ -69,6 +69,9 @@ impl Job<'_> {
         name.to_string_lossy().starts_with("qemu-")
     }
 }
+
+/// Programs that tests run in the lab, and their packages.
+const LAB_TOOLS: &[(&str, &str)] = &[("ip", "iproute2"), ("dnsmasq", "dnsmasq-base")];
 
 /// What QEMU reads for a PC whose kernel is given, where Debian has it.
 const FIRMWARE: &[&str] = &[
@@ -133,7 +136,7 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     archive.modules(&assets.modules(), MODULES);
     archive.program(&vm::binary(), "/lab/bin/minivmm");
     archive.program(job.program, "/lab/bin/job");
-    for (program, package) in [("ip", "iproute2"), ("iperf3", "iperf3")] {
+    for (program, package) in LAB_TOOLS.iter().chain(GUEST_TOOLS) {
         archive.program(&find(program, package), &format!("/lab/bin/{program}"));
     }
     if job.wants_qemu() {

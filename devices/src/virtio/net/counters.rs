@@ -22,6 +22,8 @@ pub struct RxCounters {
     pub errors: u64,
     /// Times that the rate limit held frames back.
     pub limited: u64,
+    /// DHCP answers whose checksum was completed.
+    pub dhcp_checksums: u64,
 }
 
 /// What passed from the driver, and what did not.
@@ -88,6 +90,7 @@ impl fmt::Display for PairCounters {
                 (rx.too_large, "too large"),
                 (rx.errors, "errors"),
                 (rx.limited, "times rate-limited"),
+                (rx.dhcp_checksums, "DHCP checksums completed"),
                 (self.rx_kicks, "kicks"),
                 (self.rx_interrupts, "interrupts"),
             ],

@@ -198,7 +198,7 @@ impl RxQueue {
 
     /// Whether the driver wants the frame of `len` bytes that has just been read. A checksum that
     /// it would trip over is completed on the way.
-    fn is_wanted(&self, len: usize) -> bool {
+    fn is_wanted(&mut self, len: usize) -> bool {
         let iovecs = &self.iovecs[self.first..];
         let mut head = [0; HEAD_LEN];
         // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
@@ -209,7 +209,8 @@ impl RxQueue {
         }
         if checksum::is_left_open(&head) && len <= self.capacity {
             // SAFETY: as above.
-            unsafe { checksum::complete_dhcp(iovecs, len) };
+            let completed = unsafe { checksum::complete_dhcp(iovecs, len) };
+            self.counters.dhcp_checksums += u64::from(completed);
         }
         let rules = &self.rules.1;
         !rules.may_drop() || {

@@ -1,0 +1,427 @@
+//! The network card as stock drivers see it, on each transport and with each backend: traffic, offloads, commands,
+//! resets.
+
+mod harness;
+mod lab;
+
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::capture;
+use harness::iperf::Server;
+use harness::linux::boot;
+use harness::netns::Netns;
+use harness::site::{Site, address, pings};
+use harness::vm::Vm;
+
+const SECOND: Duration = Duration::from_secs(1);
+/// The host at the far end of the wire.
+const FAR: [&str; 2] = ["192.168.77.4", "fd77::4"];
+const GUEST: [&str; 2] = ["192.168.77.11", "fd77::11"];
+
+/// A wire whose checksums are real: what arrives at its far end has been summed by the guest or, where that left it
+/// open, by the host's kernel as the guest's header says.
+fn site() -> Site {
+    let site = Site::new();
+    capture::disable_offloads(&site.host, "wire");
+    capture::disable_offloads(&site.far, "end");
+    site.far.address("end", "192.168.77.4/24");
+    site.far.address("end", "fd77::4/64");
+    site
+}
+
+#[test]
+fn user_threads_on_pci_carry_everything() {
+    lab::test("user_threads_on_pci_carry_everything", || {
+        carries_everything("pci", "user");
+    });
+}
+
+#[test]
+fn user_threads_on_mmio_carry_everything() {
+    lab::test("user_threads_on_mmio_carry_everything", || {
+        carries_everything("mmio", "user");
+    });
+}
+
+#[test]
+fn vhost_net_on_pci_carries_everything() {
+    lab::test("vhost_net_on_pci_carries_everything", || {
+        carries_everything("pci", "vhost");
+    });
+}
+
+#[test]
+fn vhost_net_on_mmio_carries_everything() {
+    lab::test("vhost_net_on_mmio_carries_everything", || {
+        carries_everything("mmio", "vhost");
+    });
+}
+
+/// Boots a guest with two CPUs and one card, and gives it its addresses.
+fn start(site: &Site, transport: &str, card: &str) -> Vm {
+    let args = ["--transport", transport, "--cpus", "2", "--macvtap", card];
+    let mut vm = boot(Some(&site.host), &args);
+    address(&mut vm, "eth0", 11);
+    vm
+}
+
+fn carries_everything(transport: &str, backend: &str) {
+    let site = site();
+    let mut vm = start(&site, transport, &format!("wire,backend={backend}"));
+    let by_kernel = vm.log().contains("vhost-net moves the frames");
+    assert_eq!(by_kernel, backend == "vhost", "{}", vm.log());
+    let reach_each_other = |vm: &mut Vm| {
+        for (guest, far) in GUEST.into_iter().zip(FAR) {
+            assert!(
+                pings(vm, far),
+                "the guest reaches {far}\n{}",
+                vm.transcript()
+            );
+            assert!(site.far.pings(guest, 3), "the far host reaches {guest}");
+        }
+    };
+    reach_each_other(&mut vm);
+    streams_with_every_offload(&site, &mut vm);
+    driver_comes_back(&site, &mut vm);
+    reach_each_other(&mut vm);
+    let log = vm.run("dmesg");
+    let bad = [
+        "WARNING:",
+        "BUG:",
+        "virtio_net virtio0: ",
+        "NETDEV WATCHDOG",
+    ];
+    let blames: Vec<_> = log
+        .lines()
+        .filter(|line| bad.iter().any(|word| line.contains(word)))
+        .collect();
+    assert!(blames.is_empty(), "{blames:#?}");
+    vm.start_command("poweroff -f");
+    assert_eq!(
+        vm.wait_exit(20 * SECOND).code(),
+        Some(0),
+        "{}",
+        vm.transcript()
+    );
+}
+
+/// TCP both ways at once, by IPv4 and IPv6, while the driver's offloads change, and UDP both ways.
+fn streams_with_every_offload(site: &Site, vm: &mut Vm) {
+    let _server = Server::start(&site.far);
+    for to in FAR {
+        let toggles = [
+            "tx",
+            "rx",
+            "tso",
+            "gso",
+            "gro",
+            "rx-gro-hw",
+            "tx-tcp6-segmentation",
+        ];
+        let toggles = toggles.map(|name| {
+            // Some are fixed where the host's kernel has no such offload.
+            format!("ethtool -K eth0 {name} off; usleep 300000; ethtool -K eth0 {name} on; usleep 100000")
+        });
+        let stream = format!(
+            "iperf3 -c {to} -t 5 --bidir >/tmp/out 2>&1 & {}; wait $!; status=$?; \
+                              tail -n 12 /tmp/out; exit $status",
+            toggles.join("; ")
+        );
+        let output = vm.run_for(&stream, 60 * SECOND);
+        assert_eq!(output.status, 0, "{}\n{}", output.text, vm.transcript());
+        for direction in ["TX-C", "RX-C"] {
+            let line = output
+                .text
+                .lines()
+                .find(|line| line.contains(direction) && line.contains("receiver"));
+            let line = line.unwrap_or_else(|| panic!("{}", output.text));
+            println!("{to} {}", line.trim());
+            assert!(!line.contains(" 0.00 Bytes"), "{}", output.text);
+        }
+    }
+    for reverse in ["", "-R"] {
+        let output = vm.run_for(
+            &format!("iperf3 -u -b 20M -c {} -t 1 {reverse}", FAR[0]),
+            30 * SECOND,
+        );
+        assert_eq!(output.status, 0, "{}\n{}", output.text, vm.transcript());
+    }
+    let theirs = site
+        .far
+        .exec(&["cat", "/proc/net/snmp", "/proc/net/snmp6"])
+        .stdout;
+    no_bad_checksums(&String::from_utf8_lossy(&theirs));
+    no_bad_checksums(&vm.run("cat /proc/net/snmp /proc/net/snmp6"));
+}
+
+/// Fails when a kernel has counted wrong checksums, of TCP, UDP or ICMP.
+fn no_bad_checksums(statistics: &str) {
+    let mut lines = statistics.lines().peekable();
+    let mut seen = 0;
+    while let Some(names) = lines.next() {
+        if names.starts_with("Udp6InCsumErrors") || names.starts_with("Icmp6InCsumErrors") {
+            assert!(names.ends_with("\t0") || names.ends_with(" 0"), "{names}");
+            seen += 1;
+        } else if names.contains("InCsumErrors") {
+            let values = lines.next().unwrap_or_default();
+            for (name, value) in names.split_whitespace().zip(values.split_whitespace()) {
+                assert!(name != "InCsumErrors" || value == "0", "{names}\n{values}");
+            }
+            seen += 1;
+        }
+    }
+    assert!(seen >= 5, "{statistics}");
+}
+
+/// The driver goes and comes back 20 times while frames arrive.
+fn driver_comes_back(site: &Site, vm: &mut Vm) {
+    let mac = vm.run("cat /sys/class/net/eth0/address");
+    let [v4, _] = GUEST;
+    site.far
+        .ip(&format!("neigh replace {v4} lladdr {} dev end", mac.trim()));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| site.far.enter(|| flood(v4, &done)));
+        let reload = "for i in $(seq 20); do rmmod virtio_net && insmod /modules/virtio_net.ko && \
+                      ip link set eth0 up || exit 1; done";
+        let output = vm.run_for(reload, 90 * SECOND);
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(output.status, 0, "{}\n{}", output.text, vm.transcript());
+    });
+    site.far.ip("neigh flush dev end");
+    address(vm, "eth0", 11);
+}
+
+/// Sends datagrams, some hundreds a second and for at most 90 s.
+fn flood(to: &str, done: &AtomicBool) {
+    let socket = UdpSocket::bind("192.168.77.4:0").expect("an address on the wire");
+    let start = Instant::now();
+    while !done.load(Ordering::Relaxed) && start.elapsed() < 90 * SECOND {
+        // Refusals come back as errors of the next call.
+        let _ = socket.send_to(&[0; 600], (to, 9));
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn jumbo_frames_pass_whole() {
+    lab::test("jumbo_frames_pass_whole", || {
+        for backend in ["user", "vhost"] {
+            let site = site();
+            for (netns, link) in [(&site.host, "wire"), (&site.far, "end")] {
+                netns.ip(&format!("link set {link} mtu 9000"));
+            }
+            let mut vm = start(&site, "pci", &format!("wire,backend={backend}"));
+            assert_eq!(vm.run("cat /sys/class/net/eth0/mtu").trim(), "9000");
+            for to in FAR {
+                // 8,900 bytes of a datagram or an echo do not fit a smaller MTU unfragmented, and nothing is offloaded.
+                vm.run(&format!("ping -c3 -W2 -s 8900 {to}"));
+            }
+            let _server = Server::start(&site.far);
+            vm.run("ethtool -K eth0 tso off gso off");
+            let output = vm.run_for(&format!("iperf3 -c {} -t 1 --bidir", FAR[0]), 30 * SECOND);
+            assert_eq!(output.status, 0, "{}", output.text);
+            let statistics = site
+                .far
+                .exec(&["cat", "/proc/net/snmp", "/proc/net/snmp6"])
+                .stdout;
+            let statistics = String::from_utf8_lossy(&statistics).into_owned();
+            no_bad_checksums(&statistics);
+            let reassembled = statistics
+                .lines()
+                .filter(|line| line.starts_with("Ip:"))
+                .nth(1);
+            // ReasmReqds is the 14th number.
+            assert_eq!(
+                reassembled.and_then(|line| line.split(' ').nth(14)),
+                Some("0"),
+                "{statistics}"
+            );
+        }
+    });
+}
+
+#[test]
+fn drivers_commands_take_effect_on_the_host_or_are_refused() {
+    lab::test(
+        "drivers_commands_take_effect_on_the_host_or_are_refused",
+        || {
+            let site = site();
+            let args = [
+                "--transport",
+                "pci",
+                "--macvtap",
+                "wire",
+                "--macvtap",
+                "wire,trust-mac=on",
+            ];
+            let mut vm = boot(Some(&site.host), &args);
+            address(&mut vm, "eth0", 11);
+            assert!(pings(&mut vm, FAR[0]), "{}", vm.transcript());
+
+            // A MAC address of its own.
+            let own = vm.run("cat /sys/class/net/eth0/address");
+            let refused = vm.run_for("ip link set eth0 address 02:aa:00:00:00:77", 10 * SECOND);
+            assert_ne!(refused.status, 0, "{}", refused.text);
+            assert_eq!(vm.run("cat /sys/class/net/eth0/address"), own);
+            let first = vm.run("cat /sys/class/net/eth1/address");
+            vm.run("ip link set eth0 down && ip link set eth1 address 02:aa:00:00:00:78");
+            address(&mut vm, "eth1", 12);
+            assert!(
+                pings(&mut vm, FAR[0]) && pings(&mut vm, FAR[1]),
+                "{}",
+                vm.transcript()
+            );
+            let neighbour = site.far.ip("neigh show 192.168.77.12");
+            assert!(neighbour.contains("02:aa:00:00:00:78"), "{neighbour}");
+            // The next driver finds the card as it was.
+            vm.run("rmmod virtio_net && insmod /modules/virtio_net.ko");
+            assert_eq!(vm.run("cat /sys/class/net/eth1/address"), first);
+            address(&mut vm, "eth0", 11);
+            assert!(pings(&mut vm, FAR[0]), "{}", vm.transcript());
+
+            // Groups are delivered as the driver lists them; frames for others the host never has.
+            vm.run("ip link set eth0 allmulticast on");
+            assert!(
+                !vm.run("dmesg").contains("Failed to"),
+                "{}",
+                vm.run("dmesg")
+            );
+            vm.run("ip link set eth0 promisc on");
+            let log = vm.run("dmesg");
+            assert!(log.contains("Failed to enable promisc mode"), "{log}");
+            vm.run("ip link set eth0 promisc off; ip link set eth0 allmulticast off");
+
+            // A VLAN over the same wire.
+            site.far.ip("link add link end name tagged type vlan id 5");
+            site.far.up("tagged");
+            site.far.address("tagged", "192.168.79.4/24");
+            vm.run("ip link add link eth0 name eth0.5 type vlan id 5 && ip link set eth0.5 up");
+            vm.run("ip addr add 192.168.79.11/24 dev eth0.5");
+            assert!(pings(&mut vm, "192.168.79.4"), "{}", vm.transcript());
+            assert!(vm.run("ethtool -k eth0").contains("rx-vlan-filter: on"));
+
+            announces_itself(&site, &mut vm);
+        },
+    );
+}
+
+/// When its wire comes back, the guest tells everybody where it is.
+fn announces_itself(site: &Site, vm: &mut Vm) {
+    site.far.down("end");
+    vm.run("for i in $(seq 50); do [ $(cat /sys/class/net/eth0/carrier) = 0 ] && exit; usleep 100000; done; exit 1");
+    let frames = capture::during(&site.far, "end", || {
+        site.far.up("end");
+        thread::sleep(3 * SECOND);
+        0
+    });
+    // An ARP request (RFC 826) that asks for the sender's own address.
+    let own = [192, 168, 77, 11];
+    let is_announcement = |frame: &&Vec<u8>| {
+        frame.get(12..14) == Some(&[8, 6])
+            && frame.get(28..32) == Some(&own)
+            && frame.get(38..42) == Some(&own)
+    };
+    assert!(
+        frames.iter().find(is_announcement).is_some(),
+        "no announcement in {} frames\n{}",
+        frames.len(),
+        vm.transcript()
+    );
+}
+
+#[test]
+fn vhost_net_uses_all_queues_of_a_card() {
+    lab::test("vhost_net_uses_all_queues_of_a_card", || {
+        let site = site();
+        let args = [
+            "--transport",
+            "pci",
+            "--cpus",
+            "4",
+            "--macvtap",
+            "wire,queues=4,backend=vhost",
+        ];
+        let mut vm = boot(Some(&site.host), &args);
+        address(&mut vm, "eth0", 11);
+        assert!(pings(&mut vm, FAR[0]), "{}", vm.transcript());
+        let _server = Server::start(&site.far);
+        let output = vm.run_for(
+            &format!("iperf3 -c {} -P 16 -t 2 --bidir", FAR[0]),
+            60 * SECOND,
+        );
+        assert_eq!(output.status, 0, "{}", output.text);
+        // A vector for each queue, and each of them has been used: the sum over the CPUs.
+        let counts =
+            vm.run("awk '/virtio0-(in|out)put/ { print $2 + $3 + $4 + $5 }' /proc/interrupts");
+        let counts: Vec<u64> = counts
+            .lines()
+            .map(|line| line.parse().expect("a number"))
+            .collect();
+        assert_eq!(counts.len(), 8, "{}", vm.run("cat /proc/interrupts"));
+        let inputs: Vec<_> = counts.iter().step_by(2).collect();
+        assert!(inputs.iter().all(|count| **count > 0), "{counts:?}");
+        // Fewer pairs: those that are out of use get nothing, and all streams still arrive.
+        vm.run("ethtool -L eth0 combined 1");
+        let output = vm.run_for(&format!("iperf3 -c {} -P 8 -t 1 -R", FAR[0]), 60 * SECOND);
+        assert_eq!(output.status, 0, "{}", output.text);
+        vm.run("ethtool -L eth0 combined 4");
+        assert!(pings(&mut vm, FAR[1]), "{}", vm.transcript());
+    });
+}
+
+#[test]
+fn dhcp_answer_of_a_server_on_the_same_host_has_a_whole_checksum() {
+    let name = "dhcp_answer_of_a_server_on_the_same_host_has_a_whole_checksum";
+    lab::test(name, || {
+        let site = Site::new();
+        let mut vm = boot(Some(&site.host), &["--macvtap", "wire,backend=user"]);
+        vm.run("ip link set eth0 up");
+        let _server = Dnsmasq::start(&site.peer);
+        let lease = vm.run_for("udhcpc -n -q -f -t 10 -i eth0 -s /bin/true", 60 * SECOND);
+        assert!(
+            lease.text.contains("192.168.77.5"),
+            "{}\n{}",
+            lease.text,
+            vm.transcript()
+        );
+        vm.start_command("poweroff -f");
+        vm.wait_exit(20 * SECOND);
+        assert!(
+            vm.log().contains("DHCP checksums completed"),
+            "{}",
+            vm.log()
+        );
+    });
+}
+
+/// A DHCP server on the third host's link; killed when dropped.
+struct Dnsmasq(std::process::Child);
+
+impl Dnsmasq {
+    fn start(netns: &Netns) -> Self {
+        let mut command = netns.command("dnsmasq");
+        command.args([
+            "--no-daemon",
+            "--conf-file=/dev/null",
+            "--port=0",
+            "--user=root",
+            "--interface=peer0",
+            "--bind-interfaces",
+            "--dhcp-range=192.168.77.50,192.168.77.59",
+            "--dhcp-leasefile=/tmp/leases",
+            "--pid-file=",
+        ]);
+        Self(command.spawn().expect("dnsmasq starts"))
+    }
+}
+
+impl Drop for Dnsmasq {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
