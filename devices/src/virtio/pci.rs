@@ -1,14 +1,16 @@
 //! The virtio-pci transport, without its legacy parts (virtio 1.2, 4.1).
 
+mod interrupt;
+
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::transport::{Core, TransportInterrupt, set_high, set_low};
-use super::{Interrupt, VirtioDevice, read_at};
+use self::interrupt::PciInterrupt;
+use super::transport::{Core, set_high, set_low};
+use super::{VirtioDevice, read_at};
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
 use crate::pci::{
@@ -36,8 +38,6 @@ const DEVICE_BASE: u16 = 0x1040;
 /// "Network controller, Ethernet": the class by which tools show it.
 const CLASS_ETHERNET: u32 = 0x02_0000;
 const CLASS_OTHER: u32 = 0xff_0000;
-/// No interrupt for this event (4.1.5.1.2).
-const NO_VECTOR: u16 = 0xffff;
 
 /// The kinds of structures that a capability points to (4.1.4).
 mod cfg_type {
@@ -67,70 +67,6 @@ mod common {
     pub const QUEUE_DRIVER: usize = 40;
     pub const QUEUE_DEVICE: usize = 48;
     pub const LEN: usize = 56;
-}
-
-/// The vectors, and which event has which.
-#[derive(Debug)]
-struct PciInterrupt {
-    lines: Vec<IrqLine>,
-    config_vector: AtomicU16,
-    queue_vectors: Vec<AtomicU16>,
-    needs_reset: AtomicBool,
-}
-
-impl PciInterrupt {
-    fn raise(&self, vector: &AtomicU16) {
-        if let Some(line) = self.line(vector) {
-            line.raise();
-        }
-    }
-
-    fn line(&self, vector: &AtomicU16) -> Option<&IrqLine> {
-        // NO_VECTOR is beyond all lines.
-        self.lines.get(usize::from(vector.load(Ordering::Acquire)))
-    }
-
-    /// Gives an event a vector; one that does not exist reads back as none (4.1.5.1.2.1).
-    fn assign(&self, event: &AtomicU16, vector: u16) {
-        let exists = usize::from(vector) < self.lines.len();
-        event.store(if exists { vector } else { NO_VECTOR }, Ordering::Release);
-    }
-}
-
-impl Interrupt for PciInterrupt {
-    fn queue(&self, index: u16) {
-        if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
-            self.raise(vector);
-        }
-    }
-
-    fn queue_line(&self, index: u16) -> Option<&EventFd> {
-        let vector = self.queue_vectors.get(usize::from(index))?;
-        self.line(vector).map(IrqLine::eventfd)
-    }
-
-    fn config(&self) {
-        self.raise(&self.config_vector);
-    }
-
-    fn needs_reset(&self) {
-        self.needs_reset.store(true, Ordering::SeqCst);
-        self.raise(&self.config_vector);
-    }
-}
-
-impl TransportInterrupt for PciInterrupt {
-    fn is_broken(&self) -> bool {
-        self.needs_reset.load(Ordering::SeqCst)
-    }
-
-    fn clear(&self) {
-        self.needs_reset.store(false, Ordering::SeqCst);
-        self.config_vector.store(NO_VECTOR, Ordering::Release);
-        for vector in &self.queue_vectors {
-            vector.store(NO_VECTOR, Ordering::Release);
-        }
-    }
 }
 
 /// A virtio device as a PCI function. On the memory bus it is BAR 0.
@@ -187,13 +123,7 @@ impl PciTransport {
         debug_assert!(table_len <= PAGE);
         let msix = Msix::new(&mut config, lines.len(), MSIX_TABLE, MSIX_PENDING, routes);
         let window = add_structures(&mut config, device.queue_sizes().len() as u32);
-        let none = |_: &u16| AtomicU16::new(NO_VECTOR);
-        let interrupt = PciInterrupt {
-            lines,
-            config_vector: AtomicU16::new(NO_VECTOR),
-            queue_vectors: device.queue_sizes().iter().map(none).collect(),
-            needs_reset: AtomicBool::new(false),
-        };
+        let interrupt = PciInterrupt::new(lines, device.queue_sizes().len());
         Ok(Self {
             core: Core::new(device, memory, interrupt)?,
             config,
@@ -236,8 +166,10 @@ impl PciTransport {
                 .driver_features(self.driver_feature_select)
                 .to_le_bytes(),
         );
-        let config_vector = core.interrupt.config_vector.load(Ordering::Acquire);
-        put(common::CONFIG_VECTOR, &config_vector.to_le_bytes());
+        put(
+            common::CONFIG_VECTOR,
+            &core.interrupt.config_vector.get().to_le_bytes(),
+        );
         put(
             common::NUM_QUEUES,
             &(core.queues.len() as u16).to_le_bytes(),
@@ -254,10 +186,7 @@ impl PciTransport {
             core.interrupt.queue_vectors.get(index),
         ) {
             put(common::QUEUE_SIZE, &queue.size.to_le_bytes());
-            put(
-                common::QUEUE_VECTOR,
-                &vector.load(Ordering::Acquire).to_le_bytes(),
-            );
+            put(common::QUEUE_VECTOR, &vector.get().to_le_bytes());
             put(common::QUEUE_ENABLE, &u16::from(queue.ready).to_le_bytes());
             put(common::QUEUE_NOTIFY_OFF, &self.queue_select.to_le_bytes());
             put(common::QUEUE_DESC, &queue.descriptors.to_le_bytes());
@@ -416,7 +345,7 @@ impl BusDevice for PciTransport {
             MSIX_PENDING => self
                 .msix
                 .read_pending(&self.core.interrupt.lines, within, data),
-            // The ISR status means interrupts by pin, of which there are none.
+            ISR if within == 0 => read_at(&[self.core.interrupt.take_status()], 0, data),
             _ => data.fill(0),
         }
     }

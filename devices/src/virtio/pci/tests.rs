@@ -5,7 +5,8 @@ use proptest::prelude::*;
 
 use super::super::queue::QueueConfig;
 use super::super::testing::Driver;
-use super::super::{Activation, VIRTIO_F_VERSION_1};
+use super::super::{Activation, Interrupt, VIRTIO_F_VERSION_1};
+use super::interrupt::NO_VECTOR;
 use super::*;
 
 #[derive(Debug, Default)]
@@ -163,6 +164,28 @@ fn driver_ok_hands_over_the_queues_and_their_vectors() {
     let lines = &guest.transport.core.interrupt.lines;
     let raised: Vec<_> = lines.iter().map(IrqLine::is_raised).collect();
     assert_eq!(raised, [true, false, true]);
+}
+
+#[test]
+fn isr_status_tells_what_happened_until_it_is_read() {
+    let mut guest = Guest::new();
+    let interrupt = Arc::clone(&guest.transport.core.interrupt);
+    let isr = u64::from(ISR);
+    assert_eq!(guest.read(isr), [0]);
+    // Without vectors too: a driver that polls has nothing else (4.1.4.5.1).
+    interrupt.queue(1);
+    assert_eq!(guest.read(isr + 1), [0]);
+    assert_eq!(guest.read(isr), [1, 0, 0, 0]);
+    interrupt.config();
+    interrupt.queue(0);
+    assert_eq!(guest.read(isr), [3]);
+    assert_eq!(guest.read(isr), [0]);
+    interrupt.needs_reset();
+    guest.write(ISR as usize, &[0xff]);
+    assert_eq!(guest.read(isr), [2]);
+    interrupt.config();
+    guest.set_status(0);
+    assert_eq!(guest.read(isr), [0]);
 }
 
 #[test]

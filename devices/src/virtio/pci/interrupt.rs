@@ -1,0 +1,121 @@
+//! How a device on the PCI bus reaches its driver: a vector for each event, and the ISR status.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::Interrupt;
+use super::super::transport::TransportInterrupt;
+use crate::irq::IrqLine;
+
+/// No interrupt for this event (virtio 1.2, 4.1.5.1.2).
+pub(super) const NO_VECTOR: u16 = 0xffff;
+
+/// The vector that the driver has given an event.
+#[derive(Debug)]
+pub(super) struct Vector(AtomicU16);
+
+impl Vector {
+    fn none() -> Self {
+        Self(AtomicU16::new(NO_VECTOR))
+    }
+
+    /// Its number, or [`NO_VECTOR`].
+    pub fn get(&self) -> u16 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn set(&self, number: u16) {
+        self.0.store(number, Ordering::Release);
+    }
+}
+
+/// The vectors, and which event has which.
+#[derive(Debug)]
+pub(super) struct PciInterrupt {
+    pub lines: Vec<IrqLine>,
+    pub config_vector: Vector,
+    pub queue_vectors: Vec<Vector>,
+    /// What has happened since the driver last looked (4.1.4.5).
+    status: AtomicU8,
+    needs_reset: AtomicBool,
+}
+
+/// ISR status: a queue has been used.
+const USED_BUFFER: u8 = 1;
+/// ISR status: the configuration has changed.
+const CONFIG_CHANGE: u8 = 2;
+
+impl PciInterrupt {
+    /// Events without vectors, for a device with so many queues.
+    pub fn new(lines: Vec<IrqLine>, queues: usize) -> Self {
+        Self {
+            lines,
+            config_vector: Vector::none(),
+            queue_vectors: (0..queues).map(|_| Vector::none()).collect(),
+            status: AtomicU8::new(0),
+            needs_reset: AtomicBool::new(false),
+        }
+    }
+
+    /// Gives an event a vector; one that does not exist reads back as none (4.1.5.1.2.1).
+    pub fn assign(&self, event: &Vector, vector: u16) {
+        let exists = usize::from(vector) < self.lines.len();
+        event.set(if exists { vector } else { NO_VECTOR });
+    }
+
+    /// The ISR status, which reading clears.
+    pub fn take_status(&self) -> u8 {
+        self.status.swap(0, Ordering::SeqCst)
+    }
+
+    fn raise(&self, event: u8, vector: &Vector) {
+        self.status.fetch_or(event, Ordering::SeqCst);
+        if let Some(line) = self.line(vector) {
+            line.raise();
+        }
+    }
+
+    fn line(&self, vector: &Vector) -> Option<&IrqLine> {
+        // NO_VECTOR is beyond all lines.
+        self.lines.get(usize::from(vector.get()))
+    }
+}
+
+impl Interrupt for PciInterrupt {
+    fn queue(&self, index: u16) {
+        if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
+            self.raise(USED_BUFFER, vector);
+        }
+    }
+
+    // Who signals it without us leaves the ISR status alone: with vectors a queue's bit is not needed (4.1.4.5.1).
+    fn queue_line(&self, index: u16) -> Option<&EventFd> {
+        let vector = self.queue_vectors.get(usize::from(index))?;
+        self.line(vector).map(IrqLine::eventfd)
+    }
+
+    fn config(&self) {
+        self.raise(CONFIG_CHANGE, &self.config_vector);
+    }
+
+    fn needs_reset(&self) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.config();
+    }
+}
+
+impl TransportInterrupt for PciInterrupt {
+    fn is_broken(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    fn clear(&self) {
+        self.status.store(0, Ordering::SeqCst);
+        self.needs_reset.store(false, Ordering::SeqCst);
+        self.config_vector.set(NO_VECTOR);
+        for vector in &self.queue_vectors {
+            vector.set(NO_VECTOR);
+        }
+    }
+}
