@@ -73,6 +73,13 @@ impl Bus {
         }
     }
 
+    /// Reads for a string instruction: fills `data` by accesses of `width` bytes to one address.
+    pub fn read_each(&self, address: u64, width: usize, data: &mut [u8]) {
+        for part in data.chunks_mut(width.max(1)) {
+            self.read(address, part);
+        }
+    }
+
     /// Writes for the guest; where there is no device nothing happens.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((offset, device)) = self.find(address) {
@@ -80,6 +87,13 @@ impl Bus {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .write(offset, data);
+        }
+    }
+
+    /// Writes for a string instruction: see [`Bus::read_each`].
+    pub fn write_each(&self, address: u64, width: usize, data: &[u8]) {
+        for part in data.chunks(width.max(1)) {
+            self.write(address, part);
         }
     }
 
@@ -137,6 +151,30 @@ mod tests {
         assert_eq!(read(&bus, 0x27), 0x27);
         bus.write(0x10, &[0x40]);
         assert_eq!(read(&bus, 0x11), 0x41);
+    }
+
+    #[test]
+    fn string_access_repeats_at_one_address() {
+        struct Counter(Vec<Vec<u8>>);
+        impl BusDevice for Counter {
+            fn read(&mut self, offset: u64, data: &mut [u8]) {
+                assert_eq!(offset, 4);
+                data.fill(self.0.len() as u8);
+                self.0.push(data.to_vec());
+            }
+            fn write(&mut self, offset: u64, data: &[u8]) {
+                assert_eq!(offset, 4);
+                self.0.push(data.to_vec());
+            }
+        }
+        let device = Arc::new(Mutex::new(Counter(Vec::new())));
+        let mut bus = Bus::default();
+        bus.insert(0x10..0x18, device.clone()).unwrap();
+        let mut data = [0xaa; 6];
+        bus.read_each(0x14, 2, &mut data);
+        assert_eq!(data, [0, 0, 1, 1, 2, 2]);
+        bus.write_each(0x14, 4, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(device.lock().unwrap().0[3..], [[1, 2, 3, 4], [5, 6, 7, 8]]);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::slice;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -120,11 +121,21 @@ impl Vcpu {
         while self.board.exit.reason().is_none() {
             let reason = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
-                    self.board.ports.read(port.into(), data);
+                    let (start, len) = (data.as_mut_ptr(), data.len());
+                    let width = self.port_width();
+                    // SAFETY: it is the slice that KVM_RUN gave, in memory that is mapped as long as
+                    // `fd`; until the next KVM_RUN nobody else accesses it, and `port_width` looks
+                    // at another part only.
+                    let data = unsafe { slice::from_raw_parts_mut(start, len) };
+                    self.board.ports.read_each(port.into(), width, data);
                     continue;
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
-                    self.board.ports.write(port.into(), data);
+                    let (start, len) = (data.as_ptr(), data.len());
+                    let width = self.port_width();
+                    // SAFETY: as above.
+                    let data = unsafe { slice::from_raw_parts(start, len) };
+                    self.board.ports.write_each(port.into(), width, data);
                     continue;
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
@@ -151,6 +162,15 @@ impl Vcpu {
             let what = self.describe_crash(&reason);
             self.board.exit.request(Exit::Crash(what));
         }
+    }
+
+    /// The width of the port access that KVM has just left with, which a string instruction may
+    /// repeat.
+    fn port_width(&mut self) -> usize {
+        // SAFETY: after KVM_EXIT_IO it is this member of the union that KVM has filled; it holds
+        // integers only.
+        let width = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io.size };
+        width.into()
     }
 
     /// The reason with where it happened, what stands there, and what may help.
