@@ -17,10 +17,10 @@ const GATE: u64 = 0x8e << 40;
 const GATE_LEVEL3: u64 = 0xee << 40;
 /// The vector of int3, our system calls.
 const SYSTEM_CALL: usize = 3;
-/// The vector of the IOAPIC's line 0; the others follow.
+/// The vector of line 0; the others follow.
 const INTERRUPT_VECTOR: usize = 0x40;
-/// The lines of an IOAPIC.
-const LINES: usize = 24;
+/// How many lines there are: the IOAPIC's 24, or the slots of a PCI bus, whose functions send messages.
+const LINES: usize = 32;
 
 const LOCAL_APIC: u64 = 0xfee0_0000;
 const SPURIOUS: u64 = LOCAL_APIC + 0xf0;
@@ -45,7 +45,7 @@ unsafe impl Sync for Table {}
 #[unsafe(no_mangle)]
 static IDT: Table = Table(UnsafeCell::new([[0; 2]; GATES]));
 
-/// How often each line of the IOAPIC interrupted; `entry.s` counts.
+/// How often each line interrupted; `entry.s` counts.
 #[unsafe(no_mangle)]
 static INTERRUPTS: [AtomicU64; LINES] = [const { AtomicU64::new(0) }; LINES];
 
@@ -108,11 +108,50 @@ pub fn halt() -> ! {
     unsafe { asm!("int3", in("rax") 0_u64, options(noreturn)) }
 }
 
-/// Writes a byte to a port.
-pub fn out8(port: u16, value: u8) {
-    // SAFETY: port I/O touches no memory of this program.
+/// Port I/O of one width.
+macro_rules! port {
+    ($out:ident, $in:ident, $word:ty, $register:tt) => {
+        /// Writes to a port.
+        pub fn $out(port: u16, value: $word) {
+            // SAFETY: port I/O touches no memory of this program.
+            unsafe {
+                asm!(concat!("out dx, ", $register), in("dx") port, in($register) value,
+                    options(nomem, nostack, preserves_flags))
+            };
+        }
+
+        /// Reads from a port.
+        pub fn $in(port: u16) -> $word {
+            let value;
+            // SAFETY: port I/O touches no memory of this program.
+            unsafe {
+                asm!(concat!("in ", $register, ", dx"), in("dx") port, out($register) value,
+                    options(nomem, nostack, preserves_flags))
+            };
+            value
+        }
+    };
+}
+
+port!(out8, in8, u8, "al");
+port!(out16, in16, u16, "ax");
+port!(out32, in32, u32, "eax");
+
+/// Reads a port again and again by one string instruction.
+pub fn in32_string(port: u16, words: &mut [u32]) {
+    // SAFETY: the instruction fills the slice and nothing else; the direction flag is clear.
     unsafe {
-        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+        asm!("rep insd", in("dx") port, inout("rdi") words.as_mut_ptr() => _, inout("rcx") words.len() => _,
+            options(nostack, preserves_flags))
+    };
+}
+
+/// Writes a port again and again by one string instruction.
+pub fn out32_string(port: u16, words: &[u32]) {
+    // SAFETY: the instruction reads the slice and nothing else; the direction flag is clear.
+    unsafe {
+        asm!("rep outsd", in("dx") port, inout("rsi") words.as_ptr() => _, inout("rcx") words.len() => _,
+            options(nostack, readonly, preserves_flags))
     };
 }
 
@@ -144,16 +183,26 @@ fn ticks() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// Lets a line of the IOAPIC interrupt this processor, edge-triggered, and turns interrupts on.
+/// Lets a line of the IOAPIC interrupt this processor, edge-triggered.
 pub fn enable_line(line: u32) {
     // The old interrupt controllers get the same lines: mask them.
     out8(0x21, 0xff);
     out8(0xa1, 0xff);
-    write_register(SPURIOUS, 0x1ff);
     write_register(IOAPIC_SELECT, IOAPIC_LINES + 2 * line + 1);
     write_register(IOAPIC_DATA, 0);
     write_register(IOAPIC_SELECT, IOAPIC_LINES + 2 * line);
     write_register(IOAPIC_DATA, INTERRUPT_VECTOR as u32 + line);
+    enable_interrupts();
+}
+
+/// The message by which a function on the PCI bus interrupts this processor as a line: address and data.
+pub fn message(line: u32) -> (u64, u32) {
+    (LOCAL_APIC, INTERRUPT_VECTOR as u32 + line)
+}
+
+/// Turns interrupts on.
+pub fn enable_interrupts() {
+    write_register(SPURIOUS, 0x1ff);
     // SAFETY: the system call and the handlers keep every register, and use a stack of their own.
     unsafe { asm!("int3", in("rax") 1_u64, options(nostack)) };
 }

@@ -88,11 +88,11 @@ exception:
     mov qword ptr [rsp + 32], DATA3
     iretq
 
-# One stub for each line of the IOAPIC, in the same manner.
+# One stub for each line, in the same manner.
 .balign 16
 .globl interrupt_stubs
 interrupt_stubs:
-.rept 24
+.rept 32
     call interrupt
     .balign 16
 .endr

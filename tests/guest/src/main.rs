@@ -2,7 +2,7 @@
 //!
 //! It is an ELF kernel entered by the 64-bit Linux boot protocol. It drops to privilege level 3 at once, so that it runs
 //! at native speed even on a KVM that emulates level 0, and it polls. Its NIC is found by scanning the virtio-mmio
-//! windows and driven either by the `virtio-drivers` crate, an implementation that is not minivmm's, or by hand, with
+//! windows and the PCI bus, and driven either by the `virtio-drivers` crate, an implementation that is not minivmm's, or by hand, with
 //! the offloads which that crate does not know. smoltcp is the TCP/IP stack on top.
 //!
 //! What it does is said on the kernel command line (`guest.mode=echo guest.ip=10.0.0.2/24`; see [`options`]). What it
@@ -15,8 +15,9 @@
 //! | `cpu.rs` | the IDT, port I/O, the APICs, the clock |
 //! | `boot.rs`, `options.rs` | the boot parameters and the command line |
 //! | `memory.rs` | the heap, memory shared with devices, memcpy and its kin |
+//! | `region.rs`, `pci.rs` | registers, and the PCI bus |
 //! | `serial.rs`, `report.rs`, `power.rs` | printing, results, the ways to end |
-//! | `virtio/` | the windows, and a driver and rings by hand |
+//! | `virtio/` | a card's registers on either transport, and a driver and rings by hand |
 //! | `nic/` | the two NICs as smoltcp sees them |
 //! | `net/` | the modes: info, echo, ping, tcp-source, tcp-sink, interrupts, link |
 //! | `hostile/` | the mode that does everything wrong |
@@ -32,7 +33,9 @@ mod memory;
 mod net;
 mod nic;
 mod options;
+mod pci;
 mod power;
+mod region;
 mod report;
 mod serial;
 mod virtio;

@@ -17,8 +17,8 @@ struct Place {
     good: u64,
     /// The first address after RAM.
     ram_end: u64,
-    /// The window of the device itself.
-    window: u64,
+    /// Where the registers of the device itself are.
+    registers: u64,
     /// The flag that descriptors of this queue should have.
     own: u16,
     /// Room for an indirect table.
@@ -105,8 +105,8 @@ const BUFFERS: &[(&str, Poison)] = &[
     ("address-overflow", |ring, place| {
         single(ring, place.buffer(u64::MAX - 100, 4096))
     }),
-    ("address-own-window", |ring, place| {
-        single(ring, place.buffer(place.window, 512))
+    ("address-own-registers", |ring, place| {
+        single(ring, place.buffer(place.registers, 512))
     }),
     ("address-own-rings", |ring, place| {
         let areas = ring.areas();
@@ -269,11 +269,11 @@ pub fn run(runner: &mut Runner<'_>) {
 
 /// Spoils one queue and makes the device use it.
 fn spoil(mut rig: Rig<'_>, queue: u16, poison: Poison) -> Result<(), Failure> {
-    let window = rig.bench.window;
+    let card = rig.bench.card;
     let mut place = Place {
         good: rig.scratch(),
         ram_end: rig.bench.ram_end,
-        window: window.base,
+        registers: card.base(),
         own: if queue == RX { WRITE } else { 0 },
         table: Shared::new(PAGE),
     };
@@ -283,7 +283,7 @@ fn spoil(mut rig: Rig<'_>, queue: u16, poison: Poison) -> Result<(), Failure> {
         &mut rig.tx
     };
     poison(ring, &mut place);
-    window.notify(queue);
+    card.notify(queue);
     if queue == RX {
         // Two frames: one for the bad chain, and one that finds out what it left behind.
         rig.prompt();

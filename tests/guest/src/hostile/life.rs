@@ -4,24 +4,25 @@ use alloc::format;
 
 use super::rig::{Bench, Rig};
 use super::{Failure, Runner};
+use crate::virtio::card::{Card, status};
 use crate::virtio::net::{RX, TX, feature, go, negotiate};
-use crate::virtio::registers::{Window, at, status};
 
 const STARTED: u32 = status::ACKNOWLEDGE | status::DRIVER;
 
-/// Runs them; the resets `rounds` times.
-pub fn run(runner: &mut Runner<'_>, rounds: u32) {
+/// Runs them; the resets as often as the runner says.
+pub fn run(runner: &mut Runner<'_>) {
+    let rounds = runner.rounds;
     runner.attack("life-driver-ok-at-once", |bench| {
-        bench.window.reset();
-        bench.window.set_status(status::DRIVER_OK);
-        notify_all(bench.window);
+        bench.card.reset();
+        bench.card.set_status(status::DRIVER_OK);
+        notify_all(bench.card);
         Ok(())
     });
     runner.attack("life-driver-ok-without-features-ok", |bench| {
-        bench.window.reset();
-        bench.window.set_status(STARTED);
-        bench.window.set_status(STARTED | status::DRIVER_OK);
-        notify_all(bench.window);
+        bench.card.reset();
+        bench.card.set_status(STARTED);
+        bench.card.set_status(STARTED | status::DRIVER_OK);
+        notify_all(bench.card);
         Ok(())
     });
     runner.attack("life-features-not-offered", |bench| {
@@ -32,17 +33,15 @@ pub fn run(runner: &mut Runner<'_>, rounds: u32) {
     });
     runner.attack("life-features-after-features-ok", |bench| {
         let rig = Rig::start(bench, feature::PLAIN)?;
-        bench.window.accept(u64::MAX);
-        notify_all(bench.window);
+        bench.card.accept(u64::MAX);
+        notify_all(bench.card);
         rig.settle();
         Ok(())
     });
     runner.attack("life-feature-selectors", |bench| {
         for selector in [2, 31, u32::MAX] {
-            bench.window.write(at::DEVICE_FEATURES_SEL, selector);
-            bench.window.write(at::DRIVER_FEATURES_SEL, selector);
-            bench.window.write(at::DRIVER_FEATURES, u32::MAX);
-            match bench.window.read::<u32>(at::DEVICE_FEATURES) {
+            bench.card.accept_word(selector, u32::MAX);
+            match bench.card.offered_word(selector) {
                 0 => {}
                 bits => return Err(format!("features {bits:#x} in word {selector}")),
             }
@@ -51,8 +50,8 @@ pub fn run(runner: &mut Runner<'_>, rounds: u32) {
     });
     runner.attack("life-status-garbage", |bench| {
         for value in [0xff, 0x80, 0x40, u32::MAX, 0x100, 0x0f] {
-            bench.window.set_status(value);
-            notify_all(bench.window);
+            bench.card.set_status(value);
+            notify_all(bench.card);
         }
         Ok(())
     });
@@ -60,44 +59,44 @@ pub fn run(runner: &mut Runner<'_>, rounds: u32) {
         let rig = Rig::start(bench, feature::PLAIN)?;
         [STARTED, status::ACKNOWLEDGE, status::DRIVER_OK]
             .into_iter()
-            .for_each(|value| bench.window.set_status(value));
-        go(bench.window);
+            .for_each(|value| bench.card.set_status(value));
+        go(bench.card);
         rig.settle();
         Ok(())
     });
     runner.attack("life-notify-before-anything", |bench| {
-        bench.window.reset();
-        notify_all(bench.window);
+        bench.card.reset();
+        notify_all(bench.card);
         Ok(())
     });
     runner.attack("life-notify-before-driver-ok", |bench| {
-        negotiate(bench.window, feature::PLAIN)?;
-        notify_all(bench.window);
+        negotiate(bench.card, feature::PLAIN)?;
+        notify_all(bench.card);
         Ok(())
     });
     runner.attack("life-notify-unknown-queues", |bench| {
         let rig = Rig::start(bench, feature::PLAIN)?;
         [2, 100, 0xffff, 0x1_0000, u32::MAX]
             .into_iter()
-            .for_each(|n| bench.window.write(at::QUEUE_NOTIFY, n));
+            .for_each(|n| bench.card.notify_any(n));
         rig.settle();
         Ok(())
     });
     runner.attack("life-interrupts-acknowledged", |bench| {
         let mut rig = Rig::start(bench, feature::PLAIN)?;
         rig.offer_buffers();
-        bench.window.write(at::INTERRUPT_ACK, u32::MAX);
+        bench.card.acknowledge(u32::MAX);
         if !rig.arp() {
             return Err("no answer to ARP".into());
         }
-        if bench.window.read::<u32>(at::INTERRUPT_STATUS) & 1 == 0 {
+        if bench.card.interrupt_status() & 1 == 0 {
             return Err("used buffers do not show in the interrupt status".into());
         }
-        bench.window.write(at::INTERRUPT_ACK, u32::MAX);
+        bench.card.acknowledge(u32::MAX);
         Ok(())
     });
     runner.attack("life-resets", |bench| {
-        (0..rounds).for_each(|_| bench.window.reset());
+        (0..rounds).for_each(|_| bench.card.reset());
         Ok(())
     });
     runner.attack("life-resets-in-traffic", |bench| {
@@ -107,13 +106,13 @@ pub fn run(runner: &mut Runner<'_>, rounds: u32) {
 
 /// Offers features that the device must not take: FEATURES_OK must not stay (virtio 1.2, 3.1.1 and 6.2).
 fn refused(bench: &Bench, features: u64) -> Result<(), Failure> {
-    bench.window.reset();
-    bench.window.set_status(STARTED);
-    bench.window.accept(features);
-    bench.window.set_status(STARTED | status::FEATURES_OK);
-    let taken = bench.window.read::<u32>(at::STATUS) & status::FEATURES_OK != 0;
-    go(bench.window);
-    notify_all(bench.window);
+    bench.card.reset();
+    bench.card.set_status(STARTED);
+    bench.card.accept(features);
+    bench.card.set_status(STARTED | status::FEATURES_OK);
+    let taken = bench.card.status() & status::FEATURES_OK != 0;
+    go(bench.card);
+    notify_all(bench.card);
     if taken {
         Err(format!("features {features:#x} were accepted"))
     } else {
@@ -136,8 +135,6 @@ fn resets_in_traffic(bench: &Bench, rounds: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-fn notify_all(window: Window) {
-    [RX, TX, 2]
-        .into_iter()
-        .for_each(|queue| window.notify(queue));
+fn notify_all(card: Card) {
+    [RX, TX, 2].into_iter().for_each(|queue| card.notify(queue));
 }

@@ -39,13 +39,14 @@ pub fn run(options: &Options, boot: &Boot) {
     let mut runner = Runner {
         bench: &bench,
         only: &options.only,
+        rounds: options.count,
         done: 0,
     };
     runner.attack("none", |_| Ok(()));
     chains::run(&mut runner);
     queues::run(&mut runner);
     registers::run(&mut runner);
-    life::run(&mut runner, options.count);
+    life::run(&mut runner);
     frames::run(&mut runner);
     report::ok("hostile", format_args!("attacks={}", runner.done));
 }
@@ -54,6 +55,8 @@ pub fn run(options: &Options, boot: &Boot) {
 struct Runner<'a> {
     bench: &'a Bench,
     only: &'a str,
+    /// How often to do what is done again and again.
+    rounds: u32,
     done: u32,
 }
 

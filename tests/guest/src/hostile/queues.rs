@@ -6,7 +6,6 @@ use super::rig::{Bench, RING};
 use super::{Failure, Runner};
 use crate::cpu;
 use crate::virtio::net::{RX, TX, feature, go, negotiate};
-use crate::virtio::registers::at;
 use crate::virtio::ring::{Ring, configure};
 use smoltcp::time::Duration;
 
@@ -38,8 +37,8 @@ const SETUPS: &[(&str, Spoil)] = &[
         areas[2] = bench.ram_end - 4
     }),
     ("all-at-top", |_, (_, areas)| *areas = [!15; 3]),
-    ("all-in-own-window", |bench, (_, areas)| {
-        *areas = [bench.window.base; 3]
+    ("all-in-own-registers", |bench, (_, areas)| {
+        *areas = [bench.card.base(); 3]
     }),
     ("table-misaligned", |_, (_, areas)| areas[0] += 1),
     ("available-misaligned", |_, (_, areas)| areas[1] += 1),
@@ -58,24 +57,23 @@ pub fn run(runner: &mut Runner<'_>) {
         }
     }
     runner.attack("queue-ready-unconfigured", |bench| {
-        negotiate(bench.window, feature::PLAIN)?;
+        negotiate(bench.card, feature::PLAIN)?;
         (0..3).for_each(|queue| ready(bench, queue, 1));
         finish(bench)
     });
     runner.attack("queue-unknown", |bench| {
-        negotiate(bench.window, feature::PLAIN)?;
+        negotiate(bench.card, feature::PLAIN)?;
         for queue in [2, 77, 0xffff, u32::MAX] {
             ready(bench, queue, 1);
-            bench.window.write(at::QUEUE_NUM, 16_u32);
-            let _ = bench.window.read::<u32>(at::QUEUE_NUM_MAX)
-                + bench.window.read::<u32>(at::QUEUE_READY);
+            bench.card.set_queue_size(16);
+            let _ = bench.card.queue_size() + bench.card.queue_ready();
         }
         finish(bench)
     });
     runner.attack("queue-changed-while-ready", |bench| {
         let rig = super::rig::Rig::start(bench, feature::PLAIN)?;
         for queue in [RX, TX] {
-            configure(bench.window, queue, 4, [bench.ram_end, 1, u64::MAX]);
+            configure(bench.card, queue, 4, [bench.ram_end, 1, u64::MAX]);
             ready(bench, queue.into(), 1);
             ready(bench, queue.into(), u32::MAX);
         }
@@ -103,14 +101,14 @@ pub fn run(runner: &mut Runner<'_>) {
 }
 
 fn with_queue(bench: &Bench, bad: u16, spoil: Spoil) -> Result<(), Failure> {
-    negotiate(bench.window, feature::PLAIN)?;
+    negotiate(bench.card, feature::PLAIN)?;
     let mut rings = [Ring::new(RX, RING), Ring::new(TX, RING)];
     for ring in &mut rings {
         let mut setup = (u32::from(RING), ring.areas());
         if ring.queue == bad {
             spoil(bench, &mut setup);
         }
-        configure(bench.window, ring.queue, setup.0, setup.1);
+        configure(bench.card, ring.queue, setup.0, setup.1);
         ready(bench, ring.queue.into(), 1);
         ring.offer(0);
     }
@@ -119,17 +117,17 @@ fn with_queue(bench: &Bench, bad: u16, spoil: Spoil) -> Result<(), Failure> {
 }
 
 fn ready(bench: &Bench, queue: u32, value: u32) {
-    bench.window.write(at::QUEUE_SEL, queue);
-    bench.window.write(at::QUEUE_READY, value);
+    bench.card.select_queue(queue);
+    bench.card.set_queue_ready(value);
 }
 
 /// Starts the device with what it has been told, has it use that, and resets it.
 fn finish(bench: &Bench) -> Result<(), Failure> {
-    go(bench.window);
-    bench.window.notify(RX);
-    bench.window.notify(TX);
+    go(bench.card);
+    bench.card.notify(RX);
+    bench.card.notify(TX);
     let end = cpu::now() + Duration::from_millis(3);
     while cpu::now() < end {}
-    bench.window.reset();
+    bench.card.reset();
     Ok(())
 }

@@ -7,8 +7,8 @@ use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::Shared;
 use crate::options::Options;
+use crate::virtio::card::Card;
 use crate::virtio::net::{Config, HEADER, Header, RX, TX, bring_up, feature};
-use crate::virtio::registers::Window;
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 /// The least size of a frame on Ethernet.
@@ -33,8 +33,8 @@ pub const TX_ROOM: usize = 160 * 1024;
 
 /// The NIC under attack, and its surroundings.
 pub struct Bench {
-    /// The device's window.
-    pub window: Window,
+    /// The device.
+    pub card: Card,
     /// The first address after RAM.
     pub ram_end: u64,
     mac: [u8; 6],
@@ -45,7 +45,7 @@ pub struct Bench {
 impl Bench {
     /// Looks for the NIC, and for the addresses in the options.
     pub fn new(options: &Options, boot: &Boot) -> Result<Self, &'static str> {
-        let window = Window::network_card(options.index)?;
+        let card = Card::find(options.index)?;
         let own = options.addresses.iter().find_map(|address| match address {
             IpCidr::Ipv4(own) => Some(own.address()),
             IpCidr::Ipv6(_) => None,
@@ -54,9 +54,9 @@ impl Bench {
             return Err("guest.peer must be of IPv4");
         };
         Ok(Self {
-            window,
+            card,
             ram_end: boot.ram.end,
-            mac: Config::read(window).mac,
+            mac: Config::read(card).mac,
             own: own.ok_or("guest.ip is missing")?,
             peer,
         })
@@ -67,7 +67,7 @@ impl Bench {
         let mut rig = Rig::start(self, feature::PLAIN)?;
         rig.offer_buffers();
         let alive = rig.arp();
-        self.window.reset();
+        self.card.reset();
         if alive {
             Ok(())
         } else {
@@ -107,7 +107,7 @@ pub struct Rig<'a> {
 impl<'a> Rig<'a> {
     /// Brings the NIC up with those of the features that it offers, and rings of [`RING`] descriptors.
     pub fn start(bench: &'a Bench, features: u64) -> Result<Self, &'static str> {
-        let (_, rx, tx) = bring_up(bench.window, features, RING)?;
+        let (_, rx, tx) = bring_up(bench.card, features, RING)?;
         Ok(Self {
             bench,
             rx,
@@ -129,7 +129,7 @@ impl<'a> Rig<'a> {
                 .describe(index, Descriptor::new(address, RX_BUFFER as u32, WRITE));
             self.rx.offer(index);
         }
-        self.bench.window.notify(RX);
+        self.bench.card.notify(RX);
     }
 
     /// Sends `length` bytes after the header: the frame, and then whatever is in the scratch memory.
@@ -140,7 +140,7 @@ impl<'a> Rig<'a> {
         self.tx
             .describe(0, Descriptor::new(address, (HEADER + length) as u32, 0));
         self.tx.offer(0);
-        self.bench.window.notify(TX);
+        self.bench.card.notify(TX);
     }
 
     /// Whether the device completes something on the transmit queue in time.
@@ -176,7 +176,7 @@ impl<'a> Rig<'a> {
                 let buffer = usize::from(head % RX_BUFFERS) * RX_BUFFER;
                 self.scratch.get(buffer + HEADER, &mut frame);
                 self.rx.offer(head);
-                self.bench.window.notify(RX);
+                self.bench.card.notify(RX);
                 if length as usize >= HEADER + 42 && self.bench.is_answer(&frame) {
                     return true;
                 }
@@ -194,6 +194,6 @@ impl<'a> Rig<'a> {
 
 impl Drop for Rig<'_> {
     fn drop(&mut self) {
-        self.bench.window.reset();
+        self.bench.card.reset();
     }
 }

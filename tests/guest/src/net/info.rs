@@ -3,27 +3,29 @@
 use crate::boot::Boot;
 use crate::report;
 use crate::serial::println;
+use crate::virtio::card::Card;
 use crate::virtio::net::{Config, RX, TX, queue_size};
-use crate::virtio::registers::{Window, at};
 
 /// One `NIC` line for each.
 pub fn run(boot: &Boot) {
     println!("CMDLINE {}", boot.command_line.text());
     println!("RAM {:#x}..{:#x}", boot.ram.start, boot.ram.end);
-    let cards = Window::network_cards();
+    let cards = Card::all();
     for (index, card) in cards.iter().enumerate() {
         let Config {
             mac: [a, b, c, d, e, f],
             status,
             mtu,
         } = Config::read(*card);
+        let transport = card.transport();
         let sizes = [RX, TX].map(|queue| queue_size(*card, queue, u16::MAX).unwrap_or(0));
         println!(
             "NIC {index} mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} features={:#x} status={status} mtu={mtu} \
-             version={} line={} rx={} tx={}",
+             transport={} version={} line={} rx={} tx={}",
             card.offered(),
-            card.read::<u32>(at::VERSION),
-            card.line,
+            transport.0,
+            transport.1,
+            card.line(),
             sizes[0],
             sizes[1],
         );

@@ -1,4 +1,4 @@
-//! Pings with the NIC's interrupt line open, and counts: the monitor's irqfd, the IOAPIC and our handler at work.
+//! Pings with the NIC's interrupts on, and counts: the monitor's irqfd, the IOAPIC or a message, and our handler at work.
 
 use alloc::format;
 use alloc::string::String;
@@ -7,7 +7,7 @@ use super::ping::{PATIENCE, Pinger};
 use super::{Stack, with_stack};
 use crate::cpu;
 use crate::options::Options;
-use crate::virtio::registers::Window;
+use crate::virtio::card::Card;
 
 /// Each of `count` pings must bring an interrupt, and acknowledging it must make room for the next one.
 pub fn run(options: &Options) {
@@ -15,9 +15,10 @@ pub fn run(options: &Options) {
 }
 
 fn count(stack: &mut Stack, options: &Options) -> Result<String, String> {
-    let line = Window::network_card(options.index)?.line;
+    let card = Card::find(options.index)?;
+    let line = card.line();
     let mut pinger = Pinger::start(stack, options.peer()?)?;
-    cpu::enable_line(line);
+    card.enable_interrupts();
     // This one also finds out the peer's address.
     pinger.ping(stack, 0).ok_or("a ping was not answered")?;
     let mut interrupted = 0;

@@ -12,11 +12,11 @@ use super::Stack;
 use super::echo::{ECHO, echo_datagrams};
 use crate::options::Options;
 use crate::serial::println;
+use crate::virtio::card::Card;
 use crate::virtio::net::Config;
-use crate::virtio::registers::{Window, at};
 use crate::{cpu, report};
 
-/// The bit of InterruptStatus that says that the configuration has changed (virtio 1.2, 4.2.2).
+/// The bit of the interrupt status that says that the configuration has changed (virtio 1.2, 4.2.2 and 4.1.4.5).
 const CONFIG_CHANGED: u32 = 2;
 /// How often a datagram leaves for the peer, from each NIC.
 const PERIOD: Duration = Duration::from_millis(10);
@@ -33,8 +33,8 @@ pub fn run(options: &Options) {
 
 fn watch(options: &Options) -> Result<(), String> {
     let mut cards = Vec::new();
-    for (index, window) in Window::network_cards().into_iter().enumerate() {
-        cards.push(Card::start(index, window, options)?);
+    for (index, card) in Card::all().into_iter().enumerate() {
+        cards.push(Watched::start(index, card, options)?);
     }
     println!("READY link");
     let end = cpu::now() + options.patience;
@@ -55,9 +55,9 @@ fn watch(options: &Options) -> Result<(), String> {
 }
 
 /// A NIC that is up.
-struct Card {
+struct Watched {
     index: usize,
-    window: Window,
+    card: Card,
     stack: Stack,
     socket: SocketHandle,
     datagrams: u64,
@@ -68,21 +68,21 @@ struct Card {
     changes: u32,
 }
 
-impl Card {
-    fn start(index: usize, window: Window, options: &Options) -> Result<Self, String> {
-        let mut stack = Stack::start_on(window, options)?;
+impl Watched {
+    fn start(index: usize, card: Card, options: &Options) -> Result<Self, String> {
+        let mut stack = Stack::start_on(card, options)?;
         let socket = stack.add_udp();
         let bound = stack.sockets.get_mut::<udp::Socket<'_>>(socket).bind(ECHO);
         bound.map_err(|error| alloc::format!("bind: {error}"))?;
-        cpu::enable_line(window.line);
+        card.enable_interrupts();
         let card = Self {
             index,
-            window,
+            card,
             stack,
             socket,
             datagrams: 0,
             next_chatter: cpu::now(),
-            told: state(window),
+            told: state(card),
             changes: 0,
         };
         card.tell();
@@ -90,14 +90,14 @@ impl Card {
     }
 
     fn tell_changes(&mut self) {
-        let pending: u32 = self.window.read(at::INTERRUPT_STATUS);
+        let pending = self.card.interrupt_status();
         let changed = pending & CONFIG_CHANGED;
         if changed != 0 {
-            self.window.write(at::INTERRUPT_ACK, changed);
+            self.card.acknowledge(changed);
             self.changes += 1;
         }
         // Looked at without being told too: so a change that nobody announced shows.
-        let state = state(self.window);
+        let state = state(self.card);
         if state != self.told || changed != 0 {
             self.told = state;
             self.tell();
@@ -110,7 +110,7 @@ impl Card {
             "LINK {} status={status} generation={generation} changes={} interrupts={}",
             self.index,
             self.changes,
-            cpu::interrupts(self.window.line)
+            cpu::interrupts(self.card.line())
         );
     }
 
@@ -130,11 +130,11 @@ impl Card {
 }
 
 /// The link's state and the generation of the configuration that it was read from.
-fn state(window: Window) -> (u16, u32) {
+fn state(card: Card) -> (u16, u32) {
     loop {
-        let before: u32 = window.read(at::CONFIG_GENERATION);
-        let status = Config::read(window).status;
-        if window.read::<u32>(at::CONFIG_GENERATION) == before {
+        let before = card.generation();
+        let status = Config::read(card).status;
+        if card.generation() == before {
             return (status, before);
         }
     }

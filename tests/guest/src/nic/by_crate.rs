@@ -7,13 +7,18 @@ use alloc::vec::Vec;
 use core::ptr::NonNull;
 
 use virtio_drivers::device::net::VirtIONetRaw;
+use virtio_drivers::transport::SomeTransport;
 use virtio_drivers::transport::mmio::MmioTransport;
+use virtio_drivers::transport::pci::PciTransport;
+use virtio_drivers::transport::pci::bus::{Cam, DeviceFunction, MmioCam, PciRoot};
 use virtio_drivers::{BufferDirection, Hal, PhysAddr};
 
 use super::FRAME;
 use crate::memory::Shared;
+use crate::pci::{ECAM, Function};
+use crate::virtio::card::Card;
+use crate::virtio::mmio::{WINDOW_SIZE, Window};
 use crate::virtio::net::HEADER;
-use crate::virtio::registers::{WINDOW_SIZE, Window};
 
 const QUEUE_SIZE: usize = 128;
 const BUFFER: usize = 2048;
@@ -50,7 +55,7 @@ unsafe impl Hal for Identity {
 
 /// The NIC and its buffers, by the token that the crate gave for each.
 pub struct CrateNic {
-    raw: VirtIONetRaw<Identity, MmioTransport<'static>, QUEUE_SIZE>,
+    raw: VirtIONetRaw<Identity, SomeTransport<'static>, QUEUE_SIZE>,
     receiving: [Option<Buffer>; QUEUE_SIZE],
     sending: [Option<(Buffer, usize)>; QUEUE_SIZE],
     spare: Vec<Buffer>,
@@ -58,11 +63,11 @@ pub struct CrateNic {
 
 impl CrateNic {
     /// Brings the device up and gives it buffers to receive into.
-    pub fn start(window: Window) -> Result<Self, String> {
-        let header = NonNull::new(window.base as *mut _).ok_or("the window is at address 0")?;
-        // SAFETY: the window is mapped, was probed as a virtio-mmio device, and is there as long as the machine.
-        let transport = unsafe { MmioTransport::new(header, WINDOW_SIZE as usize) };
-        let transport = transport.map_err(|error| format!("transport: {error}"))?;
+    pub fn start(card: Card) -> Result<Self, String> {
+        let transport = match card {
+            Card::Mmio(window) => by_window(window)?.into(),
+            Card::Pci(card) => by_bus(card.function)?.into(),
+        };
         let raw =
             VirtIONetRaw::new(transport).map_err(|error| format!("virtio-drivers: {error}"))?;
         let mut nic = Self {
@@ -135,4 +140,25 @@ impl CrateNic {
         self.receiving[usize::from(token)] = Some(buffer);
         Ok(())
     }
+}
+
+fn by_window(window: Window) -> Result<MmioTransport<'static>, String> {
+    let base = window.registers.base as *mut _;
+    let header = NonNull::new(base).ok_or("the window is at address 0")?;
+    // SAFETY: the window is mapped, was probed as a virtio-mmio device, and is there as long as the machine.
+    let transport = unsafe { MmioTransport::new(header, WINDOW_SIZE as usize) };
+    transport.map_err(|error| format!("transport: {error}"))
+}
+
+fn by_bus(function: Function) -> Result<PciTransport, String> {
+    // SAFETY: all of it is mapped and no RAM, and there as long as the machine; the crate looks at bus 0 only, where
+    // minivmm has the configuration space.
+    let access = unsafe { MmioCam::new(ECAM as *mut u8, Cam::Ecam) };
+    let place = DeviceFunction {
+        bus: 0,
+        device: function.slot,
+        function: 0,
+    };
+    PciTransport::new::<Identity, _>(&mut PciRoot::new(access), place)
+        .map_err(|error| format!("transport: {error}"))
 }

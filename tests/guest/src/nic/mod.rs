@@ -11,7 +11,7 @@ use smoltcp::phy::{Device, DeviceCapabilities, Medium, PacketMeta, RxToken, TxTo
 use smoltcp::time::Instant;
 
 use crate::options::Driver;
-use crate::virtio::registers::Window;
+use crate::virtio::card::Card;
 use by_crate::CrateNic;
 use own::OwnNic;
 
@@ -28,10 +28,10 @@ pub enum Nic {
 
 impl Nic {
     /// Brings a network card up.
-    pub fn start(window: Window, driver: Driver) -> Result<Self, String> {
+    pub fn start(card: Card, driver: Driver) -> Result<Self, String> {
         Ok(match driver {
-            Driver::Crate => Self::Crate(Box::new(CrateNic::start(window)?)),
-            Driver::Own => Self::Own(Box::new(OwnNic::start(window)?)),
+            Driver::Crate => Self::Crate(Box::new(CrateNic::start(card)?)),
+            Driver::Own => Self::Own(Box::new(OwnNic::start(card)?)),
         })
     }
 

@@ -1,6 +1,6 @@
 //! What is special to a network card, and its bring-up by hand (virtio 1.2, 5.1 and 3.1.1).
 
-use super::registers::{Window, at, status};
+use super::card::{Card, status};
 use super::ring::Ring;
 
 /// The receive and transmit queues of the first pair.
@@ -84,58 +84,53 @@ pub struct Config {
 
 impl Config {
     /// Reads it.
-    pub fn read(window: Window) -> Self {
+    pub fn read(card: Card) -> Self {
         Self {
-            mac: core::array::from_fn(|n| window.read(at::CONFIG + n as u64)),
-            status: window.read(at::CONFIG + 6),
-            mtu: window.read(at::CONFIG + 10),
+            mac: core::array::from_fn(|n| card.config(n as u64)),
+            status: card.config(6),
+            mtu: card.config(10),
         }
     }
 }
 
 /// Resets the device and takes it up to FEATURES_OK with those of the `wanted` features that it offers. Returns them.
-pub fn negotiate(window: Window, wanted: u64) -> Result<u64, &'static str> {
-    window.reset();
-    if window.read::<u32>(at::STATUS) != 0 {
+pub fn negotiate(card: Card, wanted: u64) -> Result<u64, &'static str> {
+    card.reset();
+    if card.status() != 0 {
         return Err("the status is not 0 after a reset");
     }
-    window.set_status(status::ACKNOWLEDGE);
-    window.set_status(status::ACKNOWLEDGE | status::DRIVER);
-    let features = window.offered() & wanted;
-    window.accept(features);
-    window.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
-    match window.read::<u32>(at::STATUS) & status::FEATURES_OK {
+    card.set_status(status::ACKNOWLEDGE);
+    card.set_status(status::ACKNOWLEDGE | status::DRIVER);
+    let features = card.offered() & wanted;
+    card.accept(features);
+    card.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
+    match card.status() & status::FEATURES_OK {
         0 => Err("FEATURES_OK does not stick"),
         _ => Ok(features),
     }
 }
 
 /// Says DRIVER_OK.
-pub fn go(window: Window) {
-    window
-        .set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK);
+pub fn go(card: Card) {
+    card.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK);
 }
 
 /// The size of a queue to use: what the device offers, at most `limit`.
-pub fn queue_size(window: Window, queue: u16, limit: u16) -> Result<u16, &'static str> {
-    window.write(at::QUEUE_SEL, u32::from(queue));
-    match window.read::<u32>(at::QUEUE_NUM_MAX) {
+pub fn queue_size(card: Card, queue: u16, limit: u16) -> Result<u16, &'static str> {
+    card.select_queue(queue.into());
+    match card.queue_size() {
         0 => Err("the device has no such queue"),
         offered => Ok(u16::try_from(offered).unwrap_or(limit).min(limit)),
     }
 }
 
 /// Brings the device up with two rings of at most `limit` descriptors each: receive, transmit.
-pub fn bring_up(
-    window: Window,
-    wanted: u64,
-    limit: u16,
-) -> Result<(u64, Ring, Ring), &'static str> {
-    let features = negotiate(window, wanted)?;
-    let rx = Ring::new(RX, queue_size(window, RX, limit)?);
-    let tx = Ring::new(TX, queue_size(window, TX, limit)?);
-    rx.enable(window);
-    tx.enable(window);
-    go(window);
+pub fn bring_up(card: Card, wanted: u64, limit: u16) -> Result<(u64, Ring, Ring), &'static str> {
+    let features = negotiate(card, wanted)?;
+    let rx = Ring::new(RX, queue_size(card, RX, limit)?);
+    let tx = Ring::new(TX, queue_size(card, TX, limit)?);
+    rx.enable(card);
+    tx.enable(card);
+    go(card);
     Ok((features, rx, tx))
 }

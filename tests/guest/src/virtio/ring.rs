@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{Ordering, fence};
 
-use super::registers::{Window, at};
+use super::card::Card;
 use crate::memory::{PAGE, Shared};
 
 /// Descriptor flags.
@@ -98,9 +98,9 @@ impl Ring {
     }
 
     /// Tells the device where it is, and that it is ready.
-    pub fn enable(&self, window: Window) {
-        configure(window, self.queue, self.size.into(), self.areas());
-        window.write(at::QUEUE_READY, 1_u32);
+    pub fn enable(&self, card: Card) {
+        configure(card, self.queue, self.size.into(), self.areas());
+        card.set_queue_ready(1);
     }
 
     /// Writes descriptor `index`.
@@ -159,10 +159,8 @@ impl Ring {
 }
 
 /// Tells the device about a queue, truth or not, without making it ready.
-pub fn configure(window: Window, queue: u16, size: u32, [table, available, used]: [u64; 3]) {
-    window.write(at::QUEUE_SEL, u32::from(queue));
-    window.write(at::QUEUE_NUM, size);
-    window.write_address(at::QUEUE_DESC, table);
-    window.write_address(at::QUEUE_DRIVER, available);
-    window.write_address(at::QUEUE_DEVICE, used);
+pub fn configure(card: Card, queue: u16, size: u32, areas: [u64; 3]) {
+    card.select_queue(queue.into());
+    card.set_queue_size(size);
+    card.set_queue_areas(areas);
 }

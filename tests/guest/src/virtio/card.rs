@@ -1,0 +1,248 @@
+//! A network card, whichever transport it is reached by: the same registers at different places and of different widths
+//! (virtio 1.2, 4.2.2 and 4.1.4).
+
+use alloc::vec::Vec;
+
+use super::mmio::{Window, at};
+use super::pci::{PciCard, common};
+use crate::cpu;
+use crate::memory::Word;
+use crate::pci;
+
+/// Bits of the device status (virtio 1.2, 2.1).
+pub mod status {
+    pub const ACKNOWLEDGE: u32 = 1;
+    pub const DRIVER: u32 = 2;
+    pub const DRIVER_OK: u32 = 4;
+    pub const FEATURES_OK: u32 = 8;
+}
+
+/// A network card. What is written is as wide as virtio-mmio has it, and cut off where virtio-pci has less.
+#[derive(Clone, Copy, Debug)]
+pub enum Card {
+    /// In a virtio-mmio window.
+    Mmio(Window),
+    /// On the PCI bus.
+    Pci(PciCard),
+}
+
+impl Card {
+    /// All there are.
+    pub fn all() -> Vec<Self> {
+        let windows = Window::network_cards().into_iter().map(Self::Mmio);
+        let functions = PciCard::network_cards().into_iter().map(Self::Pci);
+        windows.chain(functions).collect()
+    }
+
+    /// The card with this index.
+    pub fn find(index: usize) -> Result<Self, &'static str> {
+        Self::all()
+            .get(index)
+            .copied()
+            .ok_or("there is no such NIC")
+    }
+
+    /// The transport's name, and its version or revision.
+    pub fn transport(&self) -> (&'static str, u32) {
+        match self {
+            Self::Mmio(window) => ("mmio", window.registers.read(at::VERSION)),
+            Self::Pci(card) => {
+                let revision: u8 = card.function.config.read(pci::at::REVISION);
+                ("pci", revision.into())
+            }
+        }
+    }
+
+    /// The physical address of its registers.
+    pub fn base(&self) -> u64 {
+        match self {
+            Self::Mmio(window) => window.registers.base,
+            Self::Pci(card) => card.bar.base,
+        }
+    }
+
+    /// The device status.
+    pub fn status(&self) -> u32 {
+        match self {
+            Self::Mmio(window) => window.registers.read(at::STATUS),
+            Self::Pci(card) => card.common.read::<u8>(common::STATUS).into(),
+        }
+    }
+
+    /// Writes the device status.
+    pub fn set_status(&self, status: u32) {
+        match self {
+            Self::Mmio(window) => window.registers.write(at::STATUS, status),
+            Self::Pci(card) => card.common.write(common::STATUS, status as u8),
+        }
+    }
+
+    /// Resets the device.
+    pub fn reset(&self) {
+        self.set_status(0);
+    }
+
+    /// 32 bits of the features that the device offers.
+    pub fn offered_word(&self, select: u32) -> u32 {
+        match self {
+            Self::Mmio(window) => {
+                window.registers.write(at::DEVICE_FEATURES_SEL, select);
+                window.registers.read(at::DEVICE_FEATURES)
+            }
+            Self::Pci(card) => {
+                card.common.write(common::DEVICE_FEATURE_SELECT, select);
+                card.common.read(common::DEVICE_FEATURE)
+            }
+        }
+    }
+
+    /// All 64 bits of them.
+    pub fn offered(&self) -> u64 {
+        u64::from(self.offered_word(1)) << 32 | u64::from(self.offered_word(0))
+    }
+
+    /// Accepts 32 bits of features.
+    pub fn accept_word(&self, select: u32, word: u32) {
+        match self {
+            Self::Mmio(window) => {
+                window.registers.write(at::DRIVER_FEATURES_SEL, select);
+                window.registers.write(at::DRIVER_FEATURES, word);
+            }
+            Self::Pci(card) => {
+                card.common.write(common::DRIVER_FEATURE_SELECT, select);
+                card.common.write(common::DRIVER_FEATURE, word);
+            }
+        }
+    }
+
+    /// Accepts features.
+    pub fn accept(&self, features: u64) {
+        self.accept_word(0, features as u32);
+        self.accept_word(1, (features >> 32) as u32);
+    }
+
+    /// Chooses the queue that the following is about.
+    pub fn select_queue(&self, queue: u32) {
+        match self {
+            Self::Mmio(window) => window.registers.write(at::QUEUE_SEL, queue),
+            Self::Pci(card) => card.common.write(common::QUEUE_SELECT, queue as u16),
+        }
+    }
+
+    /// The most descriptors that the queue can have; 0 where there is none.
+    pub fn queue_size(&self) -> u32 {
+        match self {
+            Self::Mmio(window) => window.registers.read(at::QUEUE_NUM_MAX),
+            Self::Pci(card) => card.common.read::<u16>(common::QUEUE_SIZE).into(),
+        }
+    }
+
+    /// Says how many it has.
+    pub fn set_queue_size(&self, size: u32) {
+        match self {
+            Self::Mmio(window) => window.registers.write(at::QUEUE_NUM, size),
+            Self::Pci(card) => card.common.write(common::QUEUE_SIZE, size as u16),
+        }
+    }
+
+    /// Says where descriptor table, available ring and used ring are.
+    pub fn set_queue_areas(&self, areas: [u64; 3]) {
+        let (registers, offsets) = match self {
+            Self::Mmio(window) => (
+                window.registers,
+                [at::QUEUE_DESC, at::QUEUE_DRIVER, at::QUEUE_DEVICE],
+            ),
+            Self::Pci(card) => (
+                card.common,
+                [
+                    common::QUEUE_DESC,
+                    common::QUEUE_DRIVER,
+                    common::QUEUE_DEVICE,
+                ],
+            ),
+        };
+        for (offset, area) in offsets.into_iter().zip(areas) {
+            registers.write_address(offset, area);
+        }
+    }
+
+    /// Whether the queue is ready.
+    pub fn queue_ready(&self) -> u32 {
+        match self {
+            Self::Mmio(window) => window.registers.read(at::QUEUE_READY),
+            Self::Pci(card) => card.common.read::<u16>(common::QUEUE_ENABLE).into(),
+        }
+    }
+
+    /// Says that it is, or no longer is.
+    pub fn set_queue_ready(&self, value: u32) {
+        match self {
+            Self::Mmio(window) => window.registers.write(at::QUEUE_READY, value),
+            Self::Pci(card) => card.common.write(common::QUEUE_ENABLE, value as u16),
+        }
+    }
+
+    /// Tells the device to look at a queue.
+    pub fn notify(&self, queue: u16) {
+        self.notify_any(queue.into());
+    }
+
+    /// The same, of a queue that it need not have.
+    pub fn notify_any(&self, queue: u32) {
+        match self {
+            Self::Mmio(window) => window.registers.write(at::QUEUE_NOTIFY, queue),
+            Self::Pci(card) => card.notify(queue),
+        }
+    }
+
+    /// What has happened: bit 0, buffers were used; bit 1, the configuration has changed. On PCI, reading clears it.
+    pub fn interrupt_status(&self) -> u32 {
+        match self {
+            Self::Mmio(window) => window.registers.read(at::INTERRUPT_STATUS),
+            Self::Pci(card) => card.isr.read::<u8>(0).into(),
+        }
+    }
+
+    /// Says that it has been seen, where that needs saying.
+    pub fn acknowledge(&self, bits: u32) {
+        match self {
+            Self::Mmio(window) => window.registers.write(at::INTERRUPT_ACK, bits),
+            Self::Pci(card) => card.isr.write(0, bits as u8),
+        }
+    }
+
+    /// Reads the card's own configuration.
+    pub fn config<T: Word>(&self, offset: u64) -> T {
+        match self {
+            Self::Mmio(window) => window.registers.read(at::CONFIG + offset),
+            Self::Pci(card) => card.device.read(offset),
+        }
+    }
+
+    /// Changes whenever the configuration has changed.
+    pub fn generation(&self) -> u32 {
+        match self {
+            Self::Mmio(window) => window.registers.read(at::CONFIG_GENERATION),
+            Self::Pci(card) => card.common.read::<u8>(common::CONFIG_GENERATION).into(),
+        }
+    }
+
+    /// The line that it interrupts by, as `cpu` counts them: of the IOAPIC, or the slot on the bus.
+    pub fn line(&self) -> u32 {
+        match self {
+            Self::Mmio(window) => window.line,
+            Self::Pci(card) => card.function.slot.into(),
+        }
+    }
+
+    /// Lets the card, which is up, interrupt. A reset ends that on PCI.
+    pub fn enable_interrupts(&self) {
+        match self {
+            Self::Mmio(window) => cpu::enable_line(window.line),
+            Self::Pci(card) => {
+                cpu::enable_interrupts();
+                card.enable_messages(cpu::message(self.line()));
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! A virtio device on the PCI bus: where its structures are, and its interrupt messages (virtio 1.2, 4.1; PCI Local Bus
+//! Specification 3.0, 6.8.2).
+
+use alloc::vec::Vec;
+
+use super::NETWORK_CARD;
+use crate::memory::PAGE;
+use crate::pci::{Function, SLOTS, at};
+use crate::region::Region;
+
+const VENDOR: u16 = 0x1af4;
+/// The device id of a modern device is this and its virtio number.
+const DEVICE_BASE: u16 = 0x1040;
+
+/// Capabilities: of the vendor's own making, and MSI-X.
+const VENDOR_SPECIFIC: u8 = 0x09;
+const MSIX: u8 = 0x11;
+
+/// The kinds of structures that a capability of the vendor's points to.
+mod kind {
+    pub const COMMON: u8 = 1;
+    pub const NOTIFY: u8 = 2;
+    pub const ISR: u8 = 3;
+    pub const DEVICE: u8 = 4;
+    pub const WINDOW: u8 = 5;
+}
+
+/// Offsets in the common configuration.
+pub mod common {
+    pub const DEVICE_FEATURE_SELECT: u64 = 0;
+    pub const DEVICE_FEATURE: u64 = 4;
+    pub const DRIVER_FEATURE_SELECT: u64 = 8;
+    pub const DRIVER_FEATURE: u64 = 12;
+    pub const CONFIG_VECTOR: u64 = 16;
+    pub const NUM_QUEUES: u64 = 18;
+    pub const STATUS: u64 = 20;
+    pub const CONFIG_GENERATION: u64 = 21;
+    pub const QUEUE_SELECT: u64 = 22;
+    pub const QUEUE_SIZE: u64 = 24;
+    pub const QUEUE_VECTOR: u64 = 26;
+    pub const QUEUE_ENABLE: u64 = 28;
+    pub const QUEUE_NOTIFY_OFF: u64 = 30;
+    pub const QUEUE_DESC: u64 = 32;
+    pub const QUEUE_DRIVER: u64 = 40;
+    pub const QUEUE_DEVICE: u64 = 48;
+}
+
+/// No interrupt for this event.
+pub const NO_VECTOR: u16 = 0xffff;
+
+/// The queues whose notification addresses are known: one pair.
+const QUEUES: usize = 2;
+
+/// A network card on the bus. All its structures are in BAR 0.
+#[derive(Clone, Copy, Debug)]
+pub struct PciCard {
+    /// Its place on the bus.
+    pub function: Function,
+    /// What is behind BAR 0.
+    pub bar: Region,
+    /// The common configuration.
+    pub common: Region,
+    /// The notification addresses.
+    pub notify: Region,
+    /// How far they are apart.
+    pub multiplier: u64,
+    /// The ISR status.
+    pub isr: Region,
+    /// The card's own configuration.
+    pub device: Region,
+    /// The interrupt messages.
+    pub msix: Msix,
+    /// The capability that is a window into BAR 0.
+    pub window: u64,
+    notify_offsets: [u64; QUEUES],
+}
+
+impl PciCard {
+    /// The network cards on the bus, by slot.
+    pub fn network_cards() -> Vec<Self> {
+        let id = (VENDOR, DEVICE_BASE + NETWORK_CARD as u16);
+        (0..SLOTS)
+            .map(|slot| Function::new(slot, 0))
+            .filter(|function| function.ids() == id)
+            .filter_map(Self::at)
+            .collect()
+    }
+
+    /// The card that is this function, unless it lacks a structure.
+    fn at(function: Function) -> Option<Self> {
+        let bar = bar_0(function)?;
+        function.enable();
+        let structure = |wanted: u8| Structure::find(function, bar, wanted);
+        let (common, notify) = (structure(kind::COMMON)?, structure(kind::NOTIFY)?);
+        let mut card = Self {
+            function,
+            bar,
+            common: common.region?,
+            notify: notify.region?,
+            multiplier: function.config.read::<u32>(notify.capability + 16).into(),
+            isr: structure(kind::ISR)?.region?,
+            device: structure(kind::DEVICE)?.region?,
+            msix: Msix::find(function, bar)?,
+            window: structure(kind::WINDOW)?.capability,
+            notify_offsets: [0; QUEUES],
+        };
+        for (queue, offset) in (0_u16..).zip(&mut card.notify_offsets) {
+            card.common.write(common::QUEUE_SELECT, queue);
+            *offset = u64::from(card.common.read::<u16>(common::QUEUE_NOTIFY_OFF));
+        }
+        Some(card)
+    }
+
+    /// Tells the device to look at a queue; of one that it does not have, somewhere in the page of
+    /// the addresses.
+    pub fn notify(&self, queue: u32) {
+        let known = self.notify_offsets.get(queue as usize);
+        let offset = known.copied().unwrap_or(queue.into()) * self.multiplier;
+        let start = self.notify.base - self.bar.base;
+        self.bar.write(start + offset % PAGE as u64, queue as u16);
+    }
+
+    /// Has changes of the configuration and received frames told by the first two vectors, which send this message,
+    /// and what is sent by none.
+    pub fn enable_messages(&self, (address, data): (u64, u32)) {
+        for vector in 0..QUEUES as u64 {
+            self.msix.set(vector, address, data);
+            self.msix.mask(vector, false);
+        }
+        self.msix.control(Msix::ENABLE);
+        self.common.write(common::CONFIG_VECTOR, 0_u16);
+        for (queue, vector) in [(super::net::RX, 1), (super::net::TX, NO_VECTOR)] {
+            self.common.write(common::QUEUE_SELECT, queue);
+            self.common.write(common::QUEUE_VECTOR, vector);
+        }
+    }
+}
+
+/// Where BAR 0 is and how large: what stays 0 of ones written there. None where it is no memory below 4 GiB.
+fn bar_0(function: Function) -> Option<Region> {
+    let config = function.config;
+    let bar: u32 = config.read(at::BAR_0);
+    config.write(at::BAR_0, u32::MAX);
+    let mask: u32 = config.read(at::BAR_0);
+    config.write(at::BAR_0, bar);
+    let is_memory = bar & 7 == 0 && bar != 0 && mask != 0;
+    is_memory.then_some(Region {
+        base: u64::from(bar & !15),
+        size: u64::from(!(mask & !15)) + 1,
+    })
+}
+
+/// A structure, by its capability.
+struct Structure {
+    capability: u64,
+    /// Where it is, if that is inside BAR 0.
+    region: Option<Region>,
+}
+
+impl Structure {
+    fn find(function: Function, bar: Region, wanted: u8) -> Option<Self> {
+        let config = function.config;
+        let mut found = function
+            .capabilities()
+            .filter(|&(id, offset)| {
+                id == VENDOR_SPECIFIC && config.read::<u8>(offset + 3) == wanted
+            })
+            .map(|(_, offset)| offset);
+        let capability = found.next()?;
+        let [offset, length] = [8, 12].map(|field| config.read::<u32>(capability + field));
+        let is_in_bar_0 = config.read::<u8>(capability + 4) == 0;
+        let region = bar.part(offset.into(), length.into());
+        Some(Self {
+            capability,
+            region: region.filter(|_| is_in_bar_0),
+        })
+    }
+}
+
+/// The MSI-X capability, its table and its pending bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Msix {
+    config: Region,
+    capability: u64,
+    /// How many vectors there are.
+    pub vectors: u16,
+    /// The table.
+    pub table: Region,
+    /// The pending bits.
+    pub pending: Region,
+}
+
+impl Msix {
+    /// In the control register: on.
+    pub const ENABLE: u16 = 1 << 15;
+    /// In the control register: every vector is masked.
+    pub const MASK_ALL: u16 = 1 << 14;
+    /// The size of an entry of the table.
+    pub const ENTRY: u64 = 16;
+
+    fn find(function: Function, bar: Region) -> Option<Self> {
+        let config = function.config;
+        let mut found = function.capabilities().filter(|&(id, _)| id == MSIX);
+        let (_, capability) = found.next()?;
+        let vectors = (config.read::<u16>(capability + 2) & 0x7ff) + 1;
+        // The low bits say which BAR: 0.
+        let [table, pending] = [4, 8].map(|field| config.read::<u32>(capability + field));
+        Some(Self {
+            config,
+            capability,
+            vectors,
+            table: bar.part(table.into(), u64::from(vectors) * Self::ENTRY)?,
+            pending: bar.part(pending.into(), u64::from(vectors.div_ceil(64)) * 8)?,
+        })
+    }
+
+    /// Writes the control register.
+    pub fn control(&self, value: u16) {
+        self.config.write(self.capability + 2, value);
+    }
+
+    /// Gives a vector its message.
+    pub fn set(&self, vector: u64, address: u64, data: u32) {
+        self.table.write_address(vector * Self::ENTRY, address);
+        self.table.write(vector * Self::ENTRY + 8, data);
+    }
+
+    /// Masks a vector, or unmasks it.
+    pub fn mask(&self, vector: u64, masked: bool) {
+        self.table
+            .write(vector * Self::ENTRY + 12, u32::from(masked));
+    }
+
+    /// Whether a masked vector has something to tell.
+    pub fn is_pending(&self, vector: u64) -> bool {
+        self.pending.read::<u64>(vector / 64 * 8) >> (vector % 64) & 1 != 0
+    }
+}
