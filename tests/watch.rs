@@ -4,12 +4,12 @@
 mod harness;
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::guest::{Net, PATIENCE, PEER, addresses, elf, is_possible};
+use harness::guest::{Net, PATIENCE, PEER, addresses, elf, is_possible, on_both_transports};
 use harness::netns::{self, Netns};
 use harness::vm::{self, Vm};
 use rustix::process::Signal;
@@ -69,11 +69,7 @@ fn listed(net: &Net, pid: u32) -> Option<Value> {
 /// Starts a guest in its mode `link`, with a card on each of the lowers, until it has told of all of them.
 fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
     let [ip, ip6] = addresses(2);
-    let mut command = net.host.command(vm::binary());
-    command
-        .arg("--kernel")
-        .arg(elf())
-        .args(["--memory", "128M"]);
+    let mut command = net.command();
     for lower in lowers {
         command.args(["--macvtap", lower]);
     }
@@ -81,7 +77,7 @@ fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
         "guest.mode=link guest.peer={} guest.ip={ip}/24 guest.ip6={ip6}/64",
         PEER[0]
     );
-    command.args(["--cmdline", &line]).stdin(Stdio::null());
+    command.args(["--cmdline", &line]);
     let mut vm = Vm::spawn(command);
     for card in 0..lowers.len() {
         let told = format!("LINK {card} status=1 generation=0 changes=0 ");
@@ -212,12 +208,10 @@ fn net_list_shows_the_guests_addresses_until_it_is_killed() {
     assert_eq!(listed(&net, vm.pid()), None, "it is dead");
 }
 
-#[test]
-fn carrier_of_the_lower_shows_in_the_guests_link() {
-    if !is_possible() {
-        return;
-    }
-    let net = Net::new();
+on_both_transports! { carrier_of_the_lower_shows_in_the_guests_link }
+
+/// Each change reaches the guest by an interrupt, once, and the link works again afterwards.
+fn carrier_of_the_lower_shows_in_the_guests_link(net: Net) {
     let mut vm = start_link_guest(&net, &["lower"]);
     let interrupts = |line: &str| -> u64 {
         let (_, count) = line.rsplit_once("interrupts=").expect("a LINK line");
@@ -359,10 +353,7 @@ fn lower_that_vanishes_in_mid_traffic_takes_one_link_and_nothing_else() {
         vm.transcript()
     );
     // `quit` by the other card: power-off works as ever.
-    let quit = Net {
-        host: Netns::new(),
-        far: other,
-    };
+    let quit = Net { far: other, ..net };
     let console = quit.quit(2, vm);
     assert!(console.ends_with("END failures=0\n"), "{console}");
 }

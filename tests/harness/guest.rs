@@ -71,6 +71,49 @@ pub fn is_possible() -> bool {
     }
 }
 
+/// How the guest reaches its cards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// virtio-mmio.
+    Mmio,
+    /// virtio-pci.
+    Pci,
+}
+
+impl Transport {
+    /// The argument of `--transport`, which is the guest's word for it too.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mmio => "mmio",
+            Self::Pci => "pci",
+        }
+    }
+}
+
+/// Two tests of each function that takes a network: with guests on either transport, where that is possible.
+macro_rules! on_both_transports {
+    ($($test:ident)+) => {
+        $(mod $test {
+            use crate::harness::guest::{Net, Transport, is_possible};
+
+            #[test]
+            fn on_mmio() {
+                if is_possible() {
+                    super::$test(Net::with(Transport::Mmio));
+                }
+            }
+
+            #[test]
+            fn on_pci() {
+                if is_possible() {
+                    super::$test(Net::with(Transport::Pci));
+                }
+            }
+        })+
+    };
+}
+pub(crate) use on_both_transports;
+
 /// A host with the interface `lower`, which guests put their macvtap on, and a far side with addresses.
 #[derive(Debug)]
 pub struct Net {
@@ -78,16 +121,32 @@ pub struct Net {
     pub host: Netns,
     /// The other end of the wire.
     pub far: Netns,
+    /// The transport of the guests, where it matters; else they have minivmm's default.
+    pub transport: Option<Transport>,
 }
 
 impl Net {
-    /// Makes both, joined by a veth pair: `lower` and `wire`.
+    /// Makes both, for guests whose transport does not matter.
     pub fn new() -> Self {
+        Self::make(None)
+    }
+
+    /// Makes both, for guests with this transport.
+    pub fn with(transport: Transport) -> Self {
+        Self::make(Some(transport))
+    }
+
+    /// Makes both, joined by a veth pair: `lower` and `wire`.
+    fn make(transport: Option<Transport>) -> Self {
         let (host, far) = (Netns::new(), Netns::new());
         host.veth("lower", &far, "wire");
         far.address("wire", &format!("{}/24", PEER[0]));
         far.address("wire", &format!("{}/64", PEER[1]));
-        Self { host, far }
+        Self {
+            host,
+            far,
+            transport,
+        }
     }
 
     /// Starts the guest with the addresses numbered `number`; `options` are its own, without their `guest.`.
@@ -103,17 +162,20 @@ impl Net {
             .map(|option| format!("guest.{option} "))
             .collect::<String>();
         let line = format!("{options}guest.ip={ip}/24 guest.ip6={ip6}/64");
-        let mut command = self.host.command(vm::binary());
-        command.arg("--kernel").arg(elf()).args([
-            "--memory",
-            "128M",
-            "--macvtap",
-            macvtap,
-            "--cmdline",
-            &line,
-        ]);
-        command.stdin(Stdio::null());
+        let mut command = self.command();
+        command.args(["--macvtap", macvtap, "--cmdline", &line]);
         Vm::spawn(command)
+    }
+
+    /// The command that starts the guest, but for its cards and its command line.
+    pub fn command(&self) -> Command {
+        let mut command = self.host.command(vm::binary());
+        command.arg("--kernel").arg(elf()).stdin(Stdio::null());
+        command.args(["--memory", "128M"]);
+        if let Some(transport) = self.transport {
+            command.args(["--transport", transport.name()]);
+        }
+        command
     }
 
     /// Starts a guest that serves, and waits until it does.

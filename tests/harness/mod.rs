@@ -8,7 +8,7 @@
 //! - `initramfs`: archives for the Linux guest and for the lab
 //! - `site`: a wire with a third host, for Linux guests
 //! - `linux`: a minivmm with Debian's kernel in it
-#![allow(dead_code, unused_imports)] // Each test binary uses its own part of this module.
+#![allow(dead_code, unused_imports, unused_macros)] // Each test binary uses its own part of this module.
 
 pub mod assets;
 pub mod capture;
