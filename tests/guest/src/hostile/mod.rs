@@ -7,12 +7,14 @@
 //! | `chains.rs` | descriptor chains and the available ring |
 //! | `queues.rs` | sizes and addresses of queues |
 //! | `registers.rs` | each register with each width |
+//! | `pci/` | what there is on the PCI bus only |
 //! | `life.rs` | status bits, features, notifications, resets |
 //! | `frames.rs` | headers and lengths of frames to send |
 
 mod chains;
 mod frames;
 mod life;
+mod pci;
 mod queues;
 mod registers;
 mod rig;

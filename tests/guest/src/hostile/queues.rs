@@ -81,6 +81,19 @@ pub fn run(runner: &mut Runner<'_>) {
         drop(rig);
         finish(bench)
     });
+    runner.attack("queue-enabled-twice", |bench| {
+        negotiate(bench.card, feature::PLAIN)?;
+        let rings = [Ring::new(RX, RING), Ring::new(TX, RING)];
+        for ring in &rings {
+            ring.enable(bench.card);
+            ring.enable(bench.card);
+            configure(bench.card, ring.queue, 4, [bench.ram_end, 1, u64::MAX]);
+            [1, 2, u32::MAX, 1]
+                .into_iter()
+                .for_each(|value| ready(bench, ring.queue.into(), value));
+        }
+        finish(bench)
+    });
     runner.attack("queue-taken-away-while-running", |bench| {
         let mut rig = super::rig::Rig::start(bench, feature::PLAIN)?;
         rig.offer_buffers();

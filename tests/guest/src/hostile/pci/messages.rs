@@ -1,0 +1,170 @@
+//! MSI-X: messages to nobody, masks that flap, and pending bits (PCI Local Bus Specification 3.0, 6.8.2).
+
+use alloc::format;
+
+use super::super::registers::{VALUES, touch};
+use super::super::rig::{Bench, Rig};
+use super::bar::in_traffic;
+use super::{Failure, Runner};
+use crate::cpu;
+use crate::virtio::net::TX;
+use crate::virtio::pci::{Msix, PciCard, common};
+use smoltcp::time::Duration;
+
+/// Messages that reach no processor, or none that takes them: an APIC that does not exist, with different data; an
+/// address above 4 GiB, and everything set (which is the delivery mode of an old interrupt controller).
+const GARBAGE: [(u64, u32); 6] = [
+    (0xfee7_f000, 0x41),
+    (0xfee7_f000, 0xffff_c0ff),
+    (0xfee7_f00c, 0x8041),
+    (0xdead_0000_fee7_f000, 0x42),
+    (0, 0x0700),
+    (u64::MAX, u32::MAX),
+];
+
+/// The vector that tells of received frames.
+const RX_VECTOR: u64 = 1;
+/// How long an interrupt may take.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// Runs them; the repeated ones `rounds` times at most.
+pub fn run(runner: &mut Runner<'_>, card: PciCard) {
+    let rounds = runner.rounds.min(30);
+    runner.attack("msix-garbage", |bench| {
+        in_messages(bench, card, |rig| {
+            // What is sent shall be told of too.
+            card.common.write(common::QUEUE_SELECT, TX);
+            card.common.write(common::QUEUE_VECTOR, 2_u16);
+            for round in 0..rounds {
+                for vector in 0..card.msix.vectors.into() {
+                    card.msix.mask(vector, false);
+                    let garbage = GARBAGE[(round as usize + vector as usize) % GARBAGE.len()];
+                    card.msix.set(vector, garbage.0, garbage.1);
+                }
+                rig.arp();
+            }
+            Ok(())
+        })
+    });
+    runner.attack("msix-masks-flap", |bench| {
+        in_messages(bench, card, |rig| {
+            for round in 0..rounds {
+                for vector in 0..card.msix.vectors.into() {
+                    card.msix.mask(vector, round % 2 == 0);
+                }
+                rig.arp();
+            }
+            Ok(())
+        })
+    });
+    runner.attack("msix-control-flaps", |bench| {
+        in_messages(bench, card, |rig| {
+            let (on, masked) = (Msix::ENABLE, Msix::MASK_ALL);
+            for control in [0, on, masked, on | masked, on, 0x07ff, 0xffff].repeat(4) {
+                card.msix.control(control);
+                rig.arp();
+            }
+            Ok(())
+        })
+    });
+    for value in VALUES {
+        runner.attack(&format!("msix-table-{value:#x}"), |bench| {
+            in_messages(bench, card, |rig| {
+                rig.arp();
+                for offset in 0..card.msix.table.size - 8 {
+                    touch(card.msix.table, offset, value);
+                }
+                Ok(())
+            })
+        });
+    }
+    runner.attack("msix-pending-written", |bench| {
+        in_messages(bench, card, |rig| {
+            for value in VALUES {
+                rig.arp();
+                (0..=card.msix.pending.size - 8)
+                    .for_each(|offset| touch(card.msix.pending, offset, value));
+            }
+            Ok(())
+        })
+    });
+    runner.attack("msix-masked-is-pending", |bench| {
+        in_messages(bench, card, |rig| masked_is_pending(rig, card))
+    });
+}
+
+/// Runs an attack on a card whose frames interrupt, which they must do after it without a reset.
+fn in_messages(
+    bench: &Bench,
+    card: PciCard,
+    attack: impl FnOnce(&mut Rig<'_>) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    in_traffic(bench, |rig| {
+        bench.card.enable_interrupts();
+        let result = attack(rig);
+        bench.card.enable_interrupts();
+        let result = result.and_then(|()| interrupts_again(rig, card));
+        card.msix.control(0);
+        result
+    })
+}
+
+/// Whether a received frame interrupts.
+fn interrupts_again(rig: &mut Rig<'_>, card: PciCard) -> Result<(), Failure> {
+    // What was pending may come now.
+    rig.settle();
+    let before = count(card);
+    if !rig.arp() {
+        return Err("no answer to ARP".into());
+    }
+    if comes(card, before) {
+        Ok(())
+    } else {
+        Err("no interrupt".into())
+    }
+}
+
+/// A frame that comes in while its vector is masked must show in the pending bits, and interrupt afterwards.
+fn masked_is_pending(rig: &mut Rig<'_>, card: PciCard) -> Result<(), Failure> {
+    rig.settle();
+    card.msix.mask(RX_VECTOR, true);
+    let before = count(card);
+    if card.msix.is_pending(RX_VECTOR) {
+        return Err("it is pending before a frame came".into());
+    }
+    if !rig.arp() {
+        return Err("no answer to ARP".into());
+    }
+    if !in_time(|| card.msix.is_pending(RX_VECTOR)) {
+        return Err("it is not pending".into());
+    }
+    if count(card) != before {
+        return Err("it interrupts although it is masked".into());
+    }
+    card.msix.mask(RX_VECTOR, false);
+    if !comes(card, before) {
+        return Err("it does not interrupt when it is unmasked".into());
+    }
+    if card.msix.is_pending(RX_VECTOR) {
+        return Err("it is still pending".into());
+    }
+    Ok(())
+}
+
+fn count(card: PciCard) -> u64 {
+    cpu::interrupts(card.function.slot.into())
+}
+
+fn comes(card: PciCard, before: u64) -> bool {
+    in_time(|| count(card) > before)
+}
+
+fn in_time(is_true: impl Fn() -> bool) -> bool {
+    let end = cpu::now() + PATIENCE;
+    while cpu::now() < end {
+        if is_true() {
+            return true;
+        }
+    }
+    false
+}

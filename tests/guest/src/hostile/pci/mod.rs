@@ -1,0 +1,21 @@
+//! What is wrong on the PCI bus only.
+//!
+//! | file | attacks |
+//! | --- | --- |
+//! | `bar.rs` | the structures in BAR 0, and BAR 0 moved and switched off |
+//! | `messages.rs` | MSI-X: the table, the control register, the pending bits |
+//! | `config.rs` | configuration space by either mechanism, and the window that it has into BAR 0 |
+
+mod bar;
+mod config;
+mod messages;
+
+use super::{Failure, Runner};
+use crate::virtio::pci::PciCard;
+
+/// Runs all of them.
+pub fn run(runner: &mut Runner<'_>, card: PciCard) {
+    bar::run(runner, card);
+    messages::run(runner, card);
+    config::run(runner, card);
+}
