@@ -18,7 +18,8 @@
 //!
 //! The link and the macvtaps on it cannot hear each other. [`HostLink`] makes the macvlan by which the host talks with
 //! them all the same. [`inventory()`] lists who shares which wire, [`diagnose_host`] says what is amiss, and a
-//! [`LinkWatch`] tells an event loop of carrier, MTU and deletion; `examples/watch.rs` shows two of them.
+//! [`LinkWatch`] tells an event loop of carrier, MTU and deletion; `examples/watch.rs` shows two of them. A
+//! [`FrameListener`] hears which addresses the user of a macvtap says it has.
 //!
 //! The crate knows nothing of virtual machines: header size, offloads and buffer sizes of the queue are its user's to
 //! set.
@@ -33,6 +34,7 @@
 //! | `adopt.rs` | queues that somebody else has opened |
 //! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it; `address.rs` |
 //! | `inventory.rs`, `watch.rs` | who shares a wire, and news of links for an event loop |
+//! | `listen.rs` | what the user of a macvtap sends, where that tells about it |
 //! | `doctor.rs` | what stands in the way on this machine, one line a check |
 //! | `diagnose.rs` | what makes a lower link unfit, and what the kernel's error numbers mean; pure |
 //! | `netlink.rs` | rtnetlink, the only async code, behind blocking calls |
@@ -54,6 +56,7 @@ mod hostlink;
 mod inventory;
 mod ioctl;
 mod lease;
+mod listen;
 mod mac;
 mod macvtap;
 mod mode;
@@ -74,6 +77,7 @@ pub use doctor::{Check, Status, diagnose_host};
 pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
 pub use inventory::{InventoryError, LinkState, LowerInfo, Place, UpperInfo, UpperKind, inventory};
 pub use lease::Lease;
+pub use listen::{FrameListener, HEARD_LEN};
 pub use mac::{MacAddr, ParseMacError};
 pub use macvtap::{Error, Macvtap};
 pub use mode::{Mode, ParseModeError};

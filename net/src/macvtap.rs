@@ -11,6 +11,7 @@ use thiserror::Error;
 use crate::diagnose::{self, Problem, Wish};
 use crate::ioctl;
 use crate::lease::Lease;
+use crate::listen::FrameListener;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::LinkName;
@@ -112,6 +113,19 @@ impl Macvtap {
             Some(namespace) => LinkWatch::in_namespace(namespace, &[self.index]),
             // Without a right to other namespaces it can only be in this one.
             None => LinkWatch::new(&[self.index]),
+        }
+    }
+
+    /// Listens to what its user sends, where that tells about it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`FrameListener::in_namespace`].
+    pub fn listen(&self) -> io::Result<FrameListener> {
+        let existing = || self.namespace.as_ref().map(AsFd::as_fd);
+        match self.lease.namespace().or_else(existing) {
+            Some(namespace) => FrameListener::in_namespace(namespace, self.index, self.mac),
+            None => FrameListener::new(self.index, self.mac),
         }
     }
 

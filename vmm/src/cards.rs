@@ -13,11 +13,12 @@ use devices::virtio::net::tap::Tap;
 use devices::virtio::net::vhost::{VhostError, VhostPair};
 use devices::virtio::net::{Net, NetOptions};
 use event_manager::MutEventSubscriber;
-use net::{Lease, LinkWatch};
+use net::{FrameListener, Lease, LinkWatch};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{BackendChoice, NicOptions};
+use crate::guest_listener::GuestListener;
 use crate::link_watch::LinkFollower;
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
@@ -32,6 +33,7 @@ pub struct Cards {
     /// Signalled when a guest's addresses have changed.
     learnt: EventFd,
     watched: Vec<(String, LinkWatch, Arc<ConfigSpace>)>,
+    listeners: Vec<(FrameListener, Arc<Observer>)>,
     entries: Vec<NicEntry>,
     observers: Vec<Arc<Observer>>,
 }
@@ -48,6 +50,7 @@ impl Cards {
             leases: Vec::new(),
             learnt: eventfd.map_err(MachineError::EventFd)?,
             watched: Vec::new(),
+            listeners: Vec::new(),
             entries: Vec::new(),
             observers: Vec::new(),
         };
@@ -67,6 +70,9 @@ impl Cards {
                 capture: capture.map_err(MachineError::Capture)?,
             };
             let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
+            if let Some(listener) = nic.listener.filter(|_| !vhost.is_empty()) {
+                cards.listeners.push((listener, Arc::clone(&observer)));
+            }
             let device = Net::new(name, nic.config, nic.taps, options).with_vhost(vhost);
             let config = Arc::clone(device.config());
             machine.add_virtio(*slot, Box::new(device))?;
@@ -90,6 +96,9 @@ impl Cards {
         let mut watchers: Vec<Box<dyn MutEventSubscriber>> = Vec::new();
         for (name, watch, link) in self.watched.drain(..) {
             watchers.push(Box::new(LinkFollower::new(name, watch, link)));
+        }
+        for (listener, observer) in self.listeners.drain(..) {
+            watchers.push(Box::new(GuestListener::new(listener, observer)?));
         }
         let entries = std::mem::take(&mut self.entries);
         let observers = std::mem::take(&mut self.observers);

@@ -15,8 +15,8 @@
 //! | event loop | [`event_loop`] | the control thread |
 //!
 //! A network card's way through it: [`nic`] takes its queue from the host, [`cards`] puts it on the
-//! bus, and on the control thread [`link_watch`] follows the host's link and [`registry`] tells
-//! other programs of the guest. The subcommands that run no guest are in [`commands`], and [`qemu`]
+//! bus, and on the control thread [`link_watch`] follows the host's link, [`guest_listener`]
+//! hears a guest whose frames the kernel moves, and [`registry`] tells other programs of the guest. The subcommands that run no guest are in [`commands`], and [`qemu`]
 //! runs one in QEMU on the same macvtaps; [`handover`] and [`child`] are what starting another
 //! program takes.
 //!
@@ -39,6 +39,7 @@ pub mod console;
 pub mod cpuid;
 pub mod event_loop;
 pub mod exit;
+pub mod guest_listener;
 pub mod handover;
 pub mod link_watch;
 pub mod machine;

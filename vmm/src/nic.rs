@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::tap::{Tap, TapError};
-use net::{AdoptError, Adopted, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode};
+use net::{
+    AdoptError, Adopted, FrameListener, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode,
+};
 
-use crate::config::{NicConfig, NicOptions, NicSource};
+use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource};
 use crate::registry::NicEntry;
 
 /// The MTU of an interface that cannot be asked: Ethernet's.
@@ -71,6 +73,8 @@ pub struct Nic {
     pub entry: NicEntry,
     /// News of the interface, where it can be seen.
     pub watch: Option<LinkWatch>,
+    /// Hears what the guest sends, where its frames may pass through the kernel alone.
+    pub listener: Option<FrameListener>,
     /// Keeps a macvtap of our own in being.
     pub lease: Option<Lease>,
 }
@@ -86,10 +90,12 @@ impl Nic {
         );
         let watch = watched(macvtap.name(), macvtap.watch());
         let (mac, mode) = (macvtap.mac(), macvtap.mode());
+        let listener = wants_listener(options).then(|| listening(macvtap.name(), macvtap.listen()));
         let (queues, lease) = macvtap.into_parts();
         let host = Host {
             mode: Some(mode),
             watch,
+            listener: listener.flatten(),
             lease: Some(lease),
         };
         Self::new(entry, mac, queues, host, options)
@@ -106,10 +112,13 @@ impl Nic {
             ..
         } = net::adopt(descriptors)?;
         let watch = index.and_then(|index| watched(&name, LinkWatch::new(&[index])));
+        let listener = index.filter(|_| wants_listener(options));
+        let listener = listener.and_then(|index| listening(&name, FrameListener::new(index, mac)));
         let entry = entry(&name, &name, mac, mtu.unwrap_or(USUAL_MTU));
         let host = Host {
             mode,
             watch,
+            listener,
             lease: None,
         };
         Self::new(entry, mac, queues, host, options)
@@ -150,6 +159,7 @@ impl Nic {
             pcap: options.pcap.as_deref().map(open_pcap).transpose()?,
             entry,
             watch: host.watch,
+            listener: host.listener,
             lease: host.lease,
         })
     }
@@ -160,7 +170,24 @@ impl Nic {
 struct Host {
     mode: Option<Mode>,
     watch: Option<LinkWatch>,
+    listener: Option<FrameListener>,
     lease: Option<Lease>,
+}
+
+/// Whether vhost-net may get the frames.
+fn wants_listener(options: &NicOptions) -> bool {
+    options.backend != BackendChoice::User
+        && options.needs_frames().is_none()
+        && Path::new("/dev/vhost-net").exists()
+}
+
+/// A card works without being heard, so a failure is no more than a word.
+fn listening(name: &str, listener: io::Result<FrameListener>) -> Option<FrameListener> {
+    listener
+        .inspect_err(|error| {
+            log::info!("{name}: the guest's addresses will not be learnt from its frames: {error}");
+        })
+        .ok()
 }
 
 fn open_pcap(path: &Path) -> Result<File, NicError> {

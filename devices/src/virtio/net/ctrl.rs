@@ -12,6 +12,7 @@ use super::backend::Backend;
 use super::config::ConfigSpace;
 use super::features::Features;
 use super::filter::Filter;
+use super::observe::Observer;
 use super::worker;
 use crate::virtio::{Interrupt, Ring};
 
@@ -42,6 +43,8 @@ pub struct Control<B> {
     pub config: Arc<ConfigSpace>,
     /// Which frames the driver wants.
     pub filter: Arc<Filter>,
+    /// What watches for frames from another address than the card's.
+    pub observer: Arc<Observer>,
     /// What the driver has agreed to.
     pub features: Features,
     /// What it may do.
@@ -146,6 +149,7 @@ impl<B: Backend> Control<B> {
             Ok(()) => {
                 self.config.set_mac(mac);
                 self.filter.change(|rules| rules.own = mac);
+                self.observer.set_mac(mac);
                 true
             }
             Err(error) => {

@@ -232,6 +232,7 @@ impl<B: Backend> Net<B> {
             backends: self.backends.clone(),
             config: Arc::clone(&self.config),
             filter: Arc::clone(&self.filter),
+            observer: Arc::clone(&self.services.observer),
             features,
             permissions: self.services.permissions,
         };
@@ -324,11 +325,11 @@ impl<B: Backend> VirtioDevice for Net<B> {
         if let Err(error) = self.set_offloads(Offloads::empty()) {
             log::debug!("{}: cannot clear the offloads: {error}", self.name);
         }
-        if let Some(Err(error)) = own_mac.map(|mac| self.backends[0].set_mac(mac)) {
-            log::warn!(
-                "{}: cannot give the tap its own MAC address back: {error}",
-                self.name
-            );
+        let Some(mac) = own_mac else { return };
+        self.services.observer.set_mac(mac);
+        if let Err(error) = self.backends[0].set_mac(mac) {
+            let name = &self.name;
+            log::warn!("{name}: cannot give the tap its own MAC address back: {error}");
         }
     }
 }

@@ -42,7 +42,8 @@ const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 pub struct Observer {
     /// The name in logs.
     name: String,
-    mac: [u8; 6],
+    /// The card's address, as the low 48 bits: trust-mac lets it change.
+    mac: AtomicU64,
     wrong_source: AtomicU64,
     addresses: Mutex<VecDeque<IpAddr>>,
     changed: EventFd,
@@ -55,11 +56,21 @@ impl Observer {
         let (wrong_source, addresses) = (AtomicU64::new(0), Mutex::default());
         Self {
             name,
-            mac,
+            mac: AtomicU64::new(number(mac)),
             wrong_source,
             addresses,
             changed,
         }
+    }
+
+    /// The card has another MAC address.
+    pub fn set_mac(&self, mac: [u8; 6]) {
+        self.mac.store(number(mac), Ordering::Relaxed);
+    }
+
+    fn mac(&self) -> [u8; 6] {
+        let [mac @ .., _, _] = self.mac.load(Ordering::Relaxed).to_le_bytes();
+        mac
     }
 
     /// The addresses that the guest has said it has, the oldest first.
@@ -84,27 +95,47 @@ impl Observer {
     pub unsafe fn look(&self, iovecs: &[libc::iovec]) {
         let mut head = [0; HEAD_LEN];
         // SAFETY: as for this function.
-        if unsafe { iovec::gather(iovecs, HEADER_LEN, &mut head) } < ETHERNET_LEN {
-            return;
-        }
-        if head[6..12] != self.mac {
-            self.count_wrong_source(&head[6..12]);
-        }
-        let protocol = u16::from_be_bytes([head[12], head[13]]);
+        let len = unsafe { iovec::gather(iovecs, HEADER_LEN, &mut head) };
         // Most frames are of no interest, and end here.
-        let may_tell = match protocol {
-            ARP => true,
-            IPV4 => head[ETHERNET_LEN + IPV4_PROTOCOL] == UDP,
-            IPV6 => head[ETHERNET_LEN + IPV6_NEXT_HEADER] == ICMPV6,
-            _ => false,
-        };
-        if !may_tell {
+        if !self.may_tell(&head[..len]) {
             return;
         }
         let mut frame = [0; LOOK_LEN];
         // SAFETY: as for this function.
         let len = unsafe { iovec::gather(iovecs, HEADER_LEN, &mut frame) };
-        if let Some(address) = own_address(protocol, &frame[ETHERNET_LEN..len.max(ETHERNET_LEN)]) {
+        self.learn_from(&frame[..len]);
+    }
+
+    /// Looks at a frame, or as much of it as tells something, without a virtio-net header.
+    pub fn see(&self, frame: &[u8]) {
+        if self.may_tell(&frame[..frame.len().min(HEAD_LEN)]) {
+            self.learn_from(frame);
+        }
+    }
+
+    /// Counts a wrong source, and says whether the rest of the frame may name an address.
+    fn may_tell(&self, head: &[u8]) -> bool {
+        if head.len() < ETHERNET_LEN {
+            return false;
+        }
+        if head[6..12] != self.mac() {
+            self.count_wrong_source(&head[6..12]);
+        }
+        let byte = |at: usize| head.get(ETHERNET_LEN + at).copied();
+        match u16::from_be_bytes([head[12], head[13]]) {
+            ARP => true,
+            IPV4 => byte(IPV4_PROTOCOL) == Some(UDP),
+            IPV6 => byte(IPV6_NEXT_HEADER) == Some(ICMPV6),
+            _ => false,
+        }
+    }
+
+    fn learn_from(&self, frame: &[u8]) {
+        let Some((head, packet)) = frame.split_at_checked(ETHERNET_LEN) else {
+            return;
+        };
+        let protocol = u16::from_be_bytes([head[12], head[13]]);
+        if let Some(address) = own_address(protocol, packet) {
             self.learn(address);
         }
     }
@@ -122,7 +153,7 @@ impl Observer {
                  more than one address takes mode=passthru",
                 self.name,
                 Mac(source),
-                Mac(&self.mac),
+                Mac(&self.mac()),
             );
         }
     }
@@ -141,6 +172,10 @@ impl Observer {
         addresses.push_back(address);
         let _ = self.changed.write(1);
     }
+}
+
+fn number([a, b, c, d, e, f]: [u8; 6]) -> u64 {
+    u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
 }
 
 /// A MAC address, as one writes it.

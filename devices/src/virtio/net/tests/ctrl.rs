@@ -38,6 +38,7 @@ impl Bench {
             backends: wires.clone(),
             config: Arc::clone(&config),
             filter: Arc::clone(&filter),
+            observer: observer(),
             features,
             permissions,
         };
