@@ -6,7 +6,7 @@ GUEST := tests/guest
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-build demo-tools test lint clean
+.PHONY: help build demo demo-build demo-tools test fuzz lint clean
 
 help: ## Lists these targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -30,11 +30,20 @@ test: ## Runs all tests (as root: those with a network need namespaces)
 	resources/install-tools iasl qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE.fd
 	$(CARGO) test --workspace
 
+# Sanitizer and coverage are flags that only a nightly compiler admits to; this one has them too.
+FUZZ_SECONDS ?= 60
+fuzz: ## Lets a fuzzer be the guest: rings, commands, registers, a minute each (FUZZ_SECONDS)
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install cargo-fuzz
+	cd tests/fuzz && for target in rx tx ctrl mmio pci; do \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir . $$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=4096 || exit 1; done
+
 lint: ## Checks formatting, clippy, documentation and shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc -q --workspace --no-deps
 	cd $(GUEST) && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
+	cd tests/fuzz && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
 	@if command -v shellcheck >/dev/null; then shellcheck -x resources/install-tools resources/guest-init \
 		resources/lab-init .ci/run; else echo "no shellcheck here: shell scripts not checked"; fi
 

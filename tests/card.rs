@@ -284,16 +284,16 @@ fn drivers_commands_take_effect_on_the_host_or_are_refused() {
             assert!(pings(&mut vm, FAR[0]), "{}", vm.transcript());
 
             // Groups are delivered as the driver lists them; frames for others the host never has.
-            vm.run("ip link set eth0 allmulticast on");
+            vm.run("ifconfig eth0 allmulti");
             assert!(
                 !vm.run("dmesg").contains("Failed to"),
                 "{}",
                 vm.run("dmesg")
             );
-            vm.run("ip link set eth0 promisc on");
+            vm.run("ifconfig eth0 promisc");
             let log = vm.run("dmesg");
             assert!(log.contains("Failed to enable promisc mode"), "{log}");
-            vm.run("ip link set eth0 promisc off; ip link set eth0 allmulticast off");
+            vm.run("ifconfig eth0 -promisc -allmulti");
 
             // A VLAN over the same wire.
             site.far.ip("link add link end name tagged type vlan id 5");
@@ -409,6 +409,7 @@ impl Dnsmasq {
             "--conf-file=/dev/null",
             "--port=0",
             "--user=root",
+            "--group=root",
             "--interface=peer0",
             "--bind-interfaces",
             "--dhcp-range=192.168.77.50,192.168.77.59",

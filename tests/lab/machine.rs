@@ -134,6 +134,9 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     let mut archive = Archive::new();
     archive.base(include_bytes!("../../resources/lab-init"));
     archive.modules(&assets.modules(), MODULES);
+    // dnsmasq wants to know who it is.
+    archive.bytes("/etc/passwd", b"root:x:0:0::/root:/bin/sh\n", 0o644);
+    archive.bytes("/etc/group", b"root:x:0:\n", 0o644);
     archive.program(&vm::binary(), "/lab/bin/minivmm");
     archive.program(job.program, "/lab/bin/job");
     for (program, package) in LAB_TOOLS.iter().chain(GUEST_TOOLS) {

@@ -1,0 +1,41 @@
+//! The control queue: any memory, any ring, and any command by itself.
+#![no_main]
+
+use std::sync::Arc;
+
+use devices::virtio::net::NetConfig;
+use devices::virtio::net::config::ConfigSpace;
+use devices::virtio::net::ctrl::{Control, CtrlQueue, Permissions};
+use devices::virtio::net::features::Features;
+use devices::virtio::net::filter::Filter;
+use fuzz::{MAC, Queue, Script, memory, observer};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: (Queue, u64, Vec<u8>, Vec<u8>)| {
+    let (queue, features, command, bytes) = input;
+    let config = NetConfig {
+        mac: MAC,
+        mtu: 1500,
+    };
+    let backends = [(); 3].map(|()| Arc::new(Script::new(Vec::new())));
+    let control = Control {
+        backends: backends.to_vec(),
+        config: Arc::new(ConfigSpace::new(config, 3)),
+        filter: Arc::new(Filter::default()),
+        observer: observer(),
+        features: Features::from_bits_truncate(features),
+        permissions: Permissions {
+            change_mac: true,
+            any_address: true,
+        },
+    };
+    control.execute(&command);
+    let memory = memory(&bytes);
+    let Some(ring) = queue.ring(&memory) else {
+        return;
+    };
+    let mut queue = CtrlQueue::new(ring, control);
+    for _ in 0..4 {
+        queue.handle();
+    }
+});

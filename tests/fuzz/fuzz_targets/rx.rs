@@ -1,0 +1,33 @@
+//! The receive queue: any memory, any ring, any frames.
+#![no_main]
+
+use std::sync::Arc;
+
+use devices::virtio::net::filter::{Filter, Rules};
+use devices::virtio::net::rx::{RxLayout, RxQueue};
+use fuzz::{MAC, Queue, Script, memory};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: (Queue, bool, bool, Vec<Vec<u8>>, Vec<u8>)| {
+    let (queue, mergeable, filtering, frames, bytes) = input;
+    let memory = memory(&bytes);
+    let Some(ring) = queue.ring(&memory) else {
+        return;
+    };
+    let layout = RxLayout {
+        mergeable,
+        largest_frame: 65_562,
+    };
+    let filter = Arc::new(Filter::default());
+    if filtering {
+        filter.change(|rules| {
+            *rules = Rules::new(MAC, true);
+            rules.set_table(&[], &[]);
+        });
+    }
+    let backend = Script::new(frames);
+    let mut rx = RxQueue::new(ring, layout).with_filter(filter);
+    for _ in 0..4 {
+        rx.receive(&backend, 64);
+    }
+});

@@ -1,0 +1,222 @@
+//! What the targets share: a guest's memory full of the fuzzer's bytes, a network that is the fuzzer's too, and a
+//! card between the two.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex};
+
+use arbitrary::Arbitrary;
+use devices::bus::BusDevice;
+use devices::virtio::net::backend::Backend;
+use devices::virtio::net::ctrl::Permissions;
+use devices::virtio::net::features::Offloads;
+use devices::virtio::net::observe::Observer;
+use devices::virtio::net::{Net, NetConfig, NetOptions};
+use devices::virtio::{Interrupt, QueueConfig, Ring};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Two regions that touch, and nothing behind them.
+const REGION: usize = 0x8000;
+
+/// Guest memory that begins with `bytes`, over and over.
+pub fn memory(bytes: &[u8]) -> Arc<GuestMemoryMmap> {
+    let ranges = [
+        (GuestAddress(0), REGION),
+        (GuestAddress(REGION as u64), REGION),
+    ];
+    let memory = GuestMemoryMmap::from_ranges(&ranges).expect("64 KiB can be mapped");
+    let mut at = 0;
+    while !bytes.is_empty() && at < 2 * REGION {
+        let here = bytes.len().min(2 * REGION - at);
+        memory
+            .write_slice(&bytes[..here], GuestAddress(at as u64))
+            .expect("it is inside");
+        at += here;
+    }
+    Arc::new(memory)
+}
+
+/// A queue of the fuzzer's making.
+#[derive(Debug, Arbitrary)]
+pub struct Queue {
+    size: u8,
+    descriptors: u16,
+    available: u16,
+    used: u16,
+    event_idx: bool,
+}
+
+impl Queue {
+    /// The ring, if it is one that a transport would hand to a device.
+    pub fn ring(&self, memory: &Arc<GuestMemoryMmap>) -> Option<Ring> {
+        let config = QueueConfig {
+            size: 1 << (self.size % 9),
+            ready: true,
+            descriptors: u64::from(self.descriptors & !15),
+            available: u64::from(self.available & !1),
+            used: u64::from(self.used & !3),
+        };
+        Ring::new(&config, 256, self.event_idx, Arc::clone(memory)).ok()
+    }
+}
+
+/// A network that has these frames to give, and takes any.
+#[derive(Debug)]
+pub struct Script {
+    /// Readable and writable for ever, as far as an event loop is concerned.
+    event: EventFd,
+    frames: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Script {
+    /// The frames come last one first.
+    pub fn new(frames: Vec<Vec<u8>>) -> Self {
+        Self {
+            event: EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd can be had"),
+            frames: Mutex::new(frames),
+        }
+    }
+}
+
+impl AsRawFd for Script {
+    fn as_raw_fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}
+
+impl Backend for Script {
+    unsafe fn read_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        let frame = self.frames.lock().expect("no holder panics").pop();
+        let frame = frame.ok_or(io::ErrorKind::WouldBlock)?;
+        let mut rest = &frame[..];
+        for iovec in iovecs {
+            let here = iovec.iov_len.min(rest.len());
+            // SAFETY: the caller vouches for the iovecs, and `here` is at most the length of this one.
+            unsafe { std::ptr::copy_nonoverlapping(rest.as_ptr(), iovec.iov_base.cast(), here) };
+            rest = &rest[here..];
+        }
+        Ok(frame.len() - rest.len())
+    }
+
+    unsafe fn write_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        let mut sum = 0;
+        for iovec in iovecs {
+            // SAFETY: the caller vouches for the iovecs.
+            let bytes =
+                unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), iovec.iov_len) };
+            // The sanitizer is to see each byte read.
+            sum += bytes.iter().map(|&byte| usize::from(byte)).sum::<usize>();
+        }
+        match sum % 7 {
+            0 => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            _ => Ok(iovecs.iter().map(|iovec| iovec.iov_len).sum()),
+        }
+    }
+
+    fn known_offloads(&self) -> Offloads {
+        Offloads::all()
+    }
+
+    fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_enabled(&self, _enabled: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_mac(&self, _mac: [u8; 6]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The card's MAC address.
+pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// Watches the guest.
+pub fn observer() -> Arc<Observer> {
+    let changed = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd can be had");
+    Arc::new(Observer::new("net0".into(), MAC, changed))
+}
+
+/// A card with two queue pairs.
+pub fn card(frames: Vec<Vec<u8>>) -> Net<Script> {
+    let options = NetOptions {
+        observer: observer(),
+        permissions: Permissions {
+            change_mac: true,
+            any_address: true,
+        },
+        rx_limit: None,
+        tx_limit: None,
+        capture: None,
+    };
+    let config = NetConfig {
+        mac: MAC,
+        mtu: 1500,
+    };
+    let backends = vec![Script::new(frames), Script::new(Vec::new())];
+    Net::new("net0".into(), config, backends, options)
+}
+
+/// Interrupts that nobody waits for.
+#[derive(Debug)]
+pub struct Deaf;
+
+impl Interrupt for Deaf {
+    fn queue(&self, _index: u16) {}
+    fn queue_line(&self, _index: u16) -> Option<&EventFd> {
+        None
+    }
+    fn config(&self) {}
+    fn needs_reset(&self) {}
+}
+
+/// What a guest does to a device and to its own memory.
+#[derive(Debug, Arbitrary)]
+pub enum Access {
+    /// Reads so many bytes of a register.
+    Read(u16, u8),
+    /// Writes a register.
+    Write(u16, Value),
+    /// Writes its memory.
+    Memory(u16, u64),
+}
+
+/// A value of each width that a guest can write.
+#[derive(Debug, Arbitrary)]
+pub enum Value {
+    Byte(u8),
+    Word(u16),
+    Double(u32),
+    Quad(u64),
+}
+
+impl Value {
+    /// As the bus hands it over.
+    pub fn bytes(&self) -> Vec<u8> {
+        match self {
+            Self::Byte(value) => value.to_le_bytes().to_vec(),
+            Self::Word(value) => value.to_le_bytes().to_vec(),
+            Self::Double(value) => value.to_le_bytes().to_vec(),
+            Self::Quad(value) => value.to_le_bytes().to_vec(),
+        }
+    }
+}
+
+impl Access {
+    /// Does it.
+    pub fn make(&self, device: &mut dyn BusDevice, memory: &GuestMemoryMmap) {
+        match self {
+            Self::Read(offset, len) => {
+                let mut data = [0; 8];
+                device.read(u64::from(*offset), &mut data[..usize::from(len % 8) + 1]);
+            }
+            Self::Write(offset, value) => device.write(u64::from(*offset), &value.bytes()),
+            Self::Memory(at, value) => {
+                let _ = memory.write_obj(*value, GuestAddress(u64::from(*at)));
+            }
+        }
+    }
+}
