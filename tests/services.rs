@@ -1,0 +1,254 @@
+//! What a card does besides moving frames, over a real macvtap: rate limits, the capture, the counters in the log.
+
+mod harness;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::guest::{
+    Net, PATIENCE, PEER, addresses, is_possible, on_both_transports, power_off, succeed,
+};
+use harness::initramfs::find;
+use harness::vm::Vm;
+
+on_both_transports!(rate_limits_hold_in_both_directions);
+
+fn rate_limits_hold_in_both_directions(net: Net) {
+    const BYTES: usize = 4 << 20;
+    // 40 Mbit/s: 4 MiB take 0.84 s.
+    let card = "lower,tx-rate=40Mbit,rx-rate=40Mbit";
+    let mut vm = net.start_on(card, 2, &format!("mode=echo nic=own bytes={BYTES}"));
+    vm.wait_for("READY echo\n", PATIENCE);
+    let [ip, _] = addresses(2);
+    for (direction, rate) in [
+        ("received", net.fill_sink(&ip, BYTES)),
+        ("sent", net.drain_source(&ip, BYTES)),
+    ] {
+        println!("{direction} {rate} Mbit/s");
+        // TCP's own share, and what a burst lets pass, stay below a tenth.
+        assert!((25..=44).contains(&rate), "{direction} {rate} Mbit/s");
+    }
+    // What is still held back when the guest powers off is lost.
+    thread::sleep(Duration::from_millis(300));
+    let pair = ended(&net, vm);
+    assert!(pair.matches("times rate-limited").count() == 2, "{pair}");
+}
+
+on_both_transports!(limited_frames_wait_without_a_spinning_thread);
+
+fn limited_frames_wait_without_a_spinning_thread(net: Net) {
+    // Ten frames a second, and more that wait to be received all the time.
+    let mut vm = net.start_on("lower,rx-rate=10frames,burst=1ms", 2, "mode=echo nic=own");
+    vm.wait_for("READY echo\n", PATIENCE);
+    let [ip, _] = addresses(2);
+    let flood = |count: &str| {
+        net.far
+            .exec(&["ping", "-n", "-q", "-i0.005", "-c", count, "-W1", &ip])
+    };
+    let before = (cpu_time_of_card(vm.pid()), Instant::now());
+    let output = flood("400");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (used, passed) = (cpu_time_of_card(vm.pid()) - before.0, before.1.elapsed());
+    println!("the card's thread ran {used:?} of {passed:?}");
+    assert!(used < passed / 10, "{used:?} of {passed:?}\n{text}");
+    let answered: u32 = text
+        .split(", ")
+        .find_map(|part| part.strip_suffix(" received")?.parse().ok())
+        .unwrap_or_else(|| panic!("{text}"));
+    let most = 12 * (passed.as_secs() as u32 + 2);
+    assert!(
+        (5..most).contains(&answered),
+        "{answered} of at most {most}\n{text}"
+    );
+}
+
+/// CPU time of the thread that moves a guest's frames.
+fn cpu_time_of_card(pid: u32) -> Duration {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("minivmm runs");
+    let card = threads
+        .flatten()
+        .map(|thread| thread.path())
+        .find(|thread| {
+            fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim() == "net0")
+        });
+    let card = card.expect("the card has a thread");
+    let schedstat = fs::read_to_string(card.join("schedstat")).expect("the kernel counts");
+    let ran = schedstat.split(' ').next().and_then(|ns| ns.parse().ok());
+    Duration::from_nanos(ran.expect("a number"))
+}
+
+/// Ends a guest that serves; the line of the log that tells what its first pair has done.
+fn ended(net: &Net, mut vm: Vm) -> String {
+    let [ip, _] = addresses(2);
+    assert_eq!(net.datagram(&ip, b"quit"), b"quit");
+    vm.wait_exit(PATIENCE);
+    let log = vm.log();
+    let line = log.lines().find(|line| line.contains("net0 queue pair 0"));
+    line.unwrap_or_else(|| panic!("{log}")).to_owned()
+}
+
+on_both_transports!(counters_are_told_at_the_end);
+
+fn counters_are_told_at_the_end(net: Net) {
+    let vm = net.serve(2, "nic=own");
+    let [ip, _] = addresses(2);
+    assert!(net.far.pings(&ip, 3));
+    let line = ended(&net, vm);
+    for part in ["received ", "; sent ", " kicks", " wake-ups"] {
+        assert!(line.contains(part), "{line}");
+    }
+    assert!(
+        !line.contains("sent 0 frames") && !line.contains("received 0 frames"),
+        "{line}"
+    );
+}
+
+/// What tshark says of a file, one line for each frame.
+fn tshark(file: &Path, args: &[&str]) -> String {
+    let mut command = Command::new(find("tshark", "tshark"));
+    command.arg("-r").arg(file).args(args);
+    let output = command.output().expect("tshark starts");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+on_both_transports!(capture_is_read_by_tshark);
+
+fn capture_is_read_by_tshark(net: Net) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("net0.pcapng");
+    // What an earlier guest left is replaced.
+    fs::write(&file, vec![0; 1 << 20]).expect("there is room");
+    let card = format!("lower,pcap={}", file.display());
+    power_off(net.start_on(
+        &card,
+        2,
+        &format!("mode=ping nic=own count=5 peer={}", PEER[0]),
+    ));
+    let frames = tshark(
+        &file,
+        &[
+            "-T",
+            "fields",
+            "-e",
+            "frame.len",
+            "-e",
+            "frame.packet_flags_direction",
+            "-e",
+            "icmp.type",
+        ],
+    );
+    for (direction, icmp) in [("0x00000001", "0"), ("0x00000002", "8")] {
+        let wanted = |line: &&str| {
+            let fields: Vec<_> = line.split('\t').collect();
+            fields.get(1) == Some(&direction) && fields.get(2) == Some(&icmp)
+        };
+        assert!(
+            frames.lines().filter(wanted).count() >= 5,
+            "{direction} {icmp} in\n{frames}"
+        );
+    }
+    assert!(tshark(&file, &["-q", "-z", "io,phs"]).contains("arp"));
+}
+
+#[test]
+fn full_disk_ends_the_capture_and_not_the_guest() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start_on(
+        "lower,pcap=/dev/full",
+        2,
+        &format!("mode=ping count=5 peer={}", PEER[0]),
+    );
+    assert!(vm.wait_exit(PATIENCE).success(), "{}", vm.transcript());
+    assert_eq!(
+        vm.log().matches("No space left").count(),
+        1,
+        "{}",
+        vm.transcript()
+    );
+}
+
+#[test]
+fn slow_reader_of_a_capture_does_not_slow_the_guest() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let fifo = dir.path().join("fifo");
+    rustix::fs::mkfifoat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+    )
+    .expect("a FIFO can be made");
+    // Opened, and never read.
+    let _reader = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&fifo)
+        .expect("it opens");
+    let card = format!("lower,pcap={}", fifo.display());
+    let mut vm = net.start_on(&card, 2, "mode=echo nic=own bytes=33554432");
+    vm.wait_for("READY echo\n", PATIENCE);
+    let [ip, _] = addresses(2);
+    let rate = net.drain_source(&ip, 32 << 20);
+    println!("{rate} Mbit/s");
+    let start = Instant::now();
+    ended(&net, vm);
+    assert!(
+        start.elapsed() < Duration::from_secs(6),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn bad_card_keys_are_told_before_anything_is_made() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("x");
+    let nowhere = dir.path().join("none/x");
+    let (one, none) = (
+        format!("lower,pcap={}", file.display()),
+        format!("lower,pcap={}", nowhere.display()),
+    );
+    let without_vhost = if Path::new("/dev/vhost-net").exists() {
+        Vec::new()
+    } else {
+        vec![(vec!["lower,backend=vhost"], "cannot use vhost-net")]
+    };
+    let cases = [
+        (vec![none.as_str()], "cannot record what passes"),
+        (
+            vec![one.as_str(), one.as_str()],
+            "cannot record in one file",
+        ),
+    ];
+    for (cards, why) in cases.into_iter().chain(without_vhost) {
+        let mut command = net.command();
+        for card in &cards {
+            command.args(["--macvtap", card]);
+        }
+        let output = command.output().expect("minivmm starts");
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{cards:?}: {log}");
+        assert!(log.contains(why), "{cards:?}: {log}");
+        assert_eq!(net.host.links(), ["lower"]);
+    }
+    // A guest that has it all all the same.
+    succeed(net.start_on(&one, 2, "mode=info"));
+}
