@@ -53,8 +53,10 @@ const HEADER_LEN: usize = 0x40;
 
 /// Status: there is a list of capabilities.
 const STATUS_CAPABILITIES: u8 = 1 << 4;
+/// Command: bus master.
+const COMMAND_MASTER: u16 = 1 << 2;
 /// Command: memory space, bus master, interrupt disable.
-const COMMAND_WRITABLE: u16 = 1 << 1 | 1 << 2 | 1 << 10;
+const COMMAND_WRITABLE: u16 = 1 << 1 | COMMAND_MASTER | 1 << 10;
 
 impl ConfigSpace {
     /// Bytes that a function of this kind has.
@@ -120,6 +122,11 @@ impl ConfigSpace {
     /// Sets bytes, writable or not.
     pub fn set(&mut self, offset: usize, bytes: &[u8]) {
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Whether the guest lets the function reach memory by itself (6.2.2).
+    pub fn is_master(&self) -> bool {
+        self.word(COMMAND) & COMMAND_MASTER != 0
     }
 
     /// A 16-bit register.

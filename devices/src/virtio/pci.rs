@@ -324,8 +324,14 @@ impl PciFunction for PciTransport {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let was_master = self.config.is_master();
         self.config.write(offset, data);
         self.msix.update(&self.config);
+        // Linux takes this right away from all functions before kexec: what lies where the rings were is then the next
+        // kernel's, long before its driver resets the device.
+        if was_master && !self.config.is_master() {
+            self.core.halt();
+        }
         if offset == self.window + WINDOW_DATA
             && let Some((target, len)) = self.window_target()
             && let Some(data) = data.get(..len)

@@ -128,6 +128,14 @@ impl<I: TransportInterrupt> Core<I> {
         }
     }
 
+    /// Stops the device where it may not touch memory any more. The driver finds DRIVER_OK gone, and has to reset it.
+    pub fn halt(&mut self) {
+        if self.status.contains(Status::DRIVER_OK) {
+            self.device.reset();
+            self.status -= Status::DRIVER_OK;
+        }
+    }
+
     /// The driver notifies a queue by a register write that no ioeventfd has caught.
     pub fn notify(&self, queue: usize) {
         if let Some(kick) = self.kicks.get(queue) {

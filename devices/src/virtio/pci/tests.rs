@@ -227,6 +227,27 @@ fn reset_takes_everything_back() {
 }
 
 #[test]
+fn device_stops_when_it_may_not_reach_memory_any_more() {
+    const COMMAND: usize = 4;
+    let mut guest = Guest::new();
+    guest.transport.write_config(COMMAND, &[6, 0]);
+    guest.negotiate(VIRTIO_F_VERSION_1);
+    guest.set_up_queue(0, Driver::config(), 1);
+    guest.set_status(15);
+    guest.transport.write_config(COMMAND, &[6, 4]);
+    assert!(guest.active.lock().unwrap().is_some());
+    guest.transport.write_config(COMMAND, &[2, 4]);
+    assert!(guest.active.lock().unwrap().is_none());
+    assert_eq!(guest.status(), 11);
+    // The next driver begins as always.
+    guest.transport.write_config(COMMAND, &[6, 0]);
+    guest.negotiate(VIRTIO_F_VERSION_1);
+    guest.set_up_queue(0, Driver::config(), 1);
+    guest.set_status(15);
+    assert!(guest.active.lock().unwrap().is_some());
+}
+
+#[test]
 fn notification_without_ioeventfd_reaches_its_queue() {
     let mut guest = Guest::new();
     guest.write((NOTIFY + NOTIFY_STRIDE) as usize, &1u16.to_le_bytes());
