@@ -14,7 +14,7 @@ use harness::iperf::Server;
 use harness::linux::boot;
 use harness::netns::Netns;
 use harness::site::{Site, address, pings};
-use harness::vm::Vm;
+use harness::vm::{self, Vm};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// The host at the far end of the wire.
@@ -84,6 +84,18 @@ fn carries_everything(transport: &str, backend: &str) {
         }
     };
     reach_each_other(&mut vm);
+    let list = site
+        .host
+        .command(vm::binary())
+        .args(["net", "list"])
+        .output();
+    let list = String::from_utf8_lossy(&list.expect("minivmm starts").stdout).into_owned();
+    for address in GUEST {
+        assert!(
+            list.contains(address),
+            "{address} has been learnt from what the guest sends\n{list}"
+        );
+    }
     streams_with_every_offload(&site, &mut vm);
     driver_comes_back(&site, &mut vm);
     reach_each_other(&mut vm);

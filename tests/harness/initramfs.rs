@@ -23,6 +23,18 @@ pub fn guest(modules: &Path, tools: bool) -> Vec<u8> {
     archive.finish()
 }
 
+/// The guest's ramdisk with another kernel in it, `/kexec/bzImage`, whose own ramdisk is `/kexec/initrd`, and what starts
+/// that.
+pub fn guest_with_kexec(modules: &Path, bzimage: &Path, initrd: &Path) -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.base(include_bytes!("../../resources/guest-init"));
+    archive.modules(modules, GUEST_MODULES);
+    archive.program(&find("kexec", "kexec-tools"), "/usr/bin/kexec");
+    archive.file(bzimage, "/kexec/bzImage");
+    archive.file(initrd, "/kexec/initrd");
+    archive.finish()
+}
+
 /// Programs that tests run in the guest, and their packages.
 pub const GUEST_TOOLS: &[(&str, &str)] = &[
     ("iperf3", "iperf3"),

@@ -65,20 +65,34 @@ pub fn command(netns: Option<&Netns>, args: &[&str]) -> Command {
 /// The guest's ramdisk with iperf3.
 pub fn initrd() -> PathBuf {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| write("guest-tools.cpio", true)).clone()
+    PATH.get_or_init(|| write("guest-tools.cpio", &guest(true)))
+        .clone()
 }
 
 /// The guest's ramdisk without iperf3, for guests with little memory.
 pub fn small_initrd() -> PathBuf {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| write("guest.cpio", false)).clone()
+    PATH.get_or_init(|| write("guest.cpio", &guest(false)))
+        .clone()
 }
 
-fn write(name: &str, tools: bool) -> PathBuf {
+fn guest(tools: bool) -> Vec<u8> {
+    initramfs::guest(&assets().modules(), tools)
+}
+
+/// The guest's ramdisk with a second kernel to go on with.
+pub fn kexec_initrd() -> PathBuf {
+    let assets = assets();
+    let (bzimage, small) = (assets.bzimage(), small_initrd());
+    let archive = initramfs::guest_with_kexec(&assets.modules(), &bzimage, &small);
+    write("guest-kexec.cpio", &archive)
+}
+
+fn write(name: &str, archive: &[u8]) -> PathBuf {
     let path = cache_dir().join(name);
     // Another test process may be booting from the old one: it is replaced, not overwritten.
     let temp = cache_dir().join(format!("{name}.{}", std::process::id()));
-    fs::write(&temp, initramfs::guest(&assets().modules(), tools))
+    fs::write(&temp, archive)
         .and_then(|()| fs::rename(&temp, &path))
         .unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
     path

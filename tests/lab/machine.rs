@@ -71,7 +71,11 @@ impl Job<'_> {
 }
 
 /// Programs that tests run in the lab, and their packages.
-const LAB_TOOLS: &[(&str, &str)] = &[("ip", "iproute2"), ("dnsmasq", "dnsmasq-base")];
+const LAB_TOOLS: &[(&str, &str)] = &[
+    ("ip", "iproute2"),
+    ("dnsmasq", "dnsmasq-base"),
+    ("kexec", "kexec-tools"),
+];
 
 /// What QEMU reads for a PC whose kernel is given, where Debian has it.
 const FIRMWARE: &[&str] = &[

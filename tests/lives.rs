@@ -1,0 +1,86 @@
+//! The card's lives under stock kernels: a guest that sleeps and wakes, and one that goes on with another kernel.
+
+mod harness;
+mod lab;
+
+use std::thread;
+use std::time::Duration;
+
+use harness::linux::{boot, kexec_initrd};
+use harness::site::{Site, address, pings};
+use harness::vm::Vm;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Boots a guest with an address that its peer answers.
+fn start(site: &Site, args: &[&str]) -> Vm {
+    let mut vm = boot(Some(&site.host), args);
+    address(&mut vm, "eth0", 11);
+    assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+    vm
+}
+
+#[test]
+fn card_works_again_when_its_guest_has_slept() {
+    lab::test("card_works_again_when_its_guest_has_slept", || {
+        for (transport, backend) in [("mmio", "user"), ("pci", "user"), ("pci", "vhost")] {
+            let site = Site::new();
+            let card = format!("wire,backend={backend}");
+            let mut vm = start(&site, &["--transport", transport, "--macvtap", &card]);
+            for _ in 0..2 {
+                // The serial console wakes it.
+                let sleep = vm.start_command(
+                    "echo enabled >/sys/class/tty/ttyS0/power/wakeup; echo freeze >/sys/power/state",
+                );
+                thread::sleep(3 * SECOND);
+                vm.send("\n");
+                let output = vm.finish_command(sleep, 30 * SECOND);
+                assert_eq!(output.status, 0, "{}\n{}", output.text, vm.transcript());
+                assert!(
+                    pings(&mut vm, "192.168.77.3") && pings(&mut vm, "fd77::3"),
+                    "{transport} {backend}\n{}",
+                    vm.transcript()
+                );
+                assert!(site.peer.pings("192.168.77.11", 3), "{transport} {backend}");
+            }
+            let log = vm.run("dmesg");
+            assert!(log.contains("PM: suspend exit"), "{log}");
+            assert!(!log.contains("PM: failed"), "{log}");
+        }
+    });
+}
+
+#[test]
+fn card_works_again_under_the_next_kernel() {
+    lab::test("card_works_again_under_the_next_kernel", || {
+        let initrd = kexec_initrd();
+        let initrd = initrd.to_str().expect("the cache's path is UTF-8");
+        for backend in ["user", "vhost"] {
+            let site = Site::new();
+            let card = format!("wire,backend={backend}");
+            let args = ["--transport", "pci", "--initrd", initrd, "--macvtap", &card];
+            let mut vm = start(&site, &args);
+            let mac = vm.run("cat /sys/class/net/eth0/address");
+            // Frames that come meanwhile must not end up in the next kernel's memory.
+            site.peer.ip(&format!(
+                "neigh replace 192.168.77.11 lladdr {} dev peer0 nud permanent",
+                mac.trim()
+            ));
+            vm.run("kexec -s -l /kexec/bzImage --initrd=/kexec/initrd --reuse-cmdline");
+            vm.start_command("kexec -e");
+            let deadline = std::time::Instant::now() + 60 * SECOND;
+            while vm.console().matches("GUEST ready").count() < 2 {
+                assert!(std::time::Instant::now() < deadline, "{}", vm.transcript());
+                site.peer.pings("192.168.77.11", 1);
+            }
+            address(&mut vm, "eth0", 11);
+            assert_eq!(vm.run("cat /sys/class/net/eth0/address"), mac);
+            assert!(
+                pings(&mut vm, "192.168.77.3"),
+                "{backend}\n{}",
+                vm.transcript()
+            );
+            assert!(site.peer.pings("192.168.77.11", 3), "{backend}");
+        }
+    });
+}
