@@ -21,6 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::netns::{self, Netns};
+use harness::skip::has_kvm;
 use harness::vm::{Vm, binary};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -125,16 +126,6 @@ impl Files {
 
 fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
-}
-
-/// Whether there is a KVM for us. Without it the test fails where `CI` is set, and is left out aloud elsewhere.
-fn has_kvm() -> bool {
-    let usable = File::options().read(true).write(true).open("/dev/kvm");
-    if let Err(error) = &usable {
-        assert!(std::env::var_os("CI").is_none(), "/dev/kvm: {error}");
-        eprintln!("NOT TESTED: this test needs /dev/kvm, which cannot be opened: {error}");
-    }
-    usable.is_ok()
 }
 
 /// The macvtaps' device nodes, whoever's they are.
@@ -813,6 +804,39 @@ fn console_none_leaves_stdout_empty() {
         (status, stdout.as_str(), stderr.as_str()),
         (Some(0), "", "")
     );
+}
+
+// ---- tests that are left out ----
+
+/// What a test does that cannot run here, twice; run by the test below.
+#[test]
+#[ignore = "a child of left_out_tests_are_told_aloud_and_fail_in_ci"]
+fn left_out_child() {
+    harness::skip::leave_out("reason one");
+    harness::skip::leave_out("reason one");
+    harness::skip::leave_out("reason two");
+}
+
+#[test]
+fn left_out_tests_are_told_aloud_and_fail_in_ci() {
+    let child = |ci: bool| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--ignored", "--exact", "left_out_child"]);
+        command.env_remove("CI").env_remove("RUST_TEST_NOCAPTURE");
+        if ci {
+            command.env("CI", "true");
+        }
+        run(command)
+    };
+    let aloud = child(false);
+    assert_eq!(aloud.status, Some(0), "{aloud:?}");
+    for reason in ["NOT TESTED: reason one", "NOT TESTED: reason two"] {
+        let times = aloud.stderr.matches(reason).count();
+        assert_eq!(times, 1, "{reason}: {aloud:?}");
+    }
+    let failed = child(true);
+    assert_eq!(failed.status, Some(101), "{failed:?}");
+    assert!(failed.stdout.contains("reason one"), "{failed:?}");
 }
 
 // ---- help ----

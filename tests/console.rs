@@ -18,6 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use harness::skip::has_kvm;
 use harness::vm::{Vm, binary};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
@@ -32,16 +33,6 @@ use tiny::{CRASH, POWER_OFF, RESET, Tiny};
 const LIMIT: Duration = Duration::from_secs(30);
 /// Shorter than that time: an end within it came at once.
 const AT_ONCE: Duration = Duration::from_secs(8);
-
-/// Whether there is a KVM for us. Without it the test fails where `CI` is set, and is left out aloud elsewhere.
-fn has_kvm() -> bool {
-    let usable = File::options().read(true).write(true).open("/dev/kvm");
-    if let Err(error) = &usable {
-        assert!(std::env::var_os("CI").is_none(), "/dev/kvm: {error}");
-        eprintln!("NOT TESTED: this test needs /dev/kvm, which cannot be opened: {error}");
-    }
-    usable.is_ok()
-}
 
 /// minivmm with a guest of ours. The file lives as long as the directory.
 fn minivmm(guest: Tiny) -> (Command, TempDir) {

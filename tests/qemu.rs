@@ -19,6 +19,7 @@ use harness::assets::{assets, cache_dir, lock};
 use harness::linux::{boot_command, initrd};
 use harness::netns::{Netns, is_root};
 use harness::site::{Site, address, pings};
+use harness::skip;
 use harness::vm::{Vm, binary};
 use rustix::fs::{Mode, OFlags, fcntl_getfl};
 use rustix::process::{Pid, Signal, kill_process};
@@ -648,7 +649,7 @@ fn guest_runs_by_kvm_with_vhost_net() {
             let vhost = links.filter(|link| link == Path::new("/dev/vhost-net"));
             assert_eq!(vhost.count(), 2);
         } else {
-            println!("NOT TESTED: vhost-net, which this host lacks");
+            skip::not_tested("vhost-net, which this host lacks");
         }
         address(&mut vm, "eth0", 11);
         assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());

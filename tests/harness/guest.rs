@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use super::netns::{self, Netns};
+use super::netns::{self, Netns, skip};
 use super::vm::{self, Vm};
 
 /// How long anything in these tests may take: much more than it does.
@@ -50,25 +50,7 @@ pub fn elf() -> &'static Path {
 
 /// Whether guests can be started over a network made by the test: root and `/dev/kvm`. Where `CI` is set both must be.
 pub fn is_possible() -> bool {
-    if !netns::is_root() {
-        return false;
-    }
-    match std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-    {
-        Ok(_) => true,
-        Err(error) => {
-            assert!(
-                std::env::var_os("CI").is_none(),
-                "/dev/kvm: {error}, and in CI this test must run"
-            );
-            let test = std::thread::current().name().unwrap_or("a test").to_owned();
-            eprintln!("NOT TESTED: {test} needs /dev/kvm: {error}");
-            false
-        }
-    }
+    netns::is_root() && skip::has_kvm()
 }
 
 /// How the guest reaches its cards.

@@ -2,6 +2,7 @@
 //!
 //! - `vm`: a running minivmm, its console, log and end
 //! - `netns`: network namespaces with links and addresses for a test
+//! - `skip`: says which tests cannot run here, and why
 //! - `guest`: the freestanding test guest
 //! - `capture`: frames on a link, and their checksums
 //! - `assets`: Debian's kernel and tools, downloaded once
@@ -19,3 +20,5 @@ pub mod linux;
 pub mod netns;
 pub mod site;
 pub mod vm;
+
+pub use netns::skip;

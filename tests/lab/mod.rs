@@ -208,6 +208,9 @@ impl Collector<'_> {
                 self.last = Some((name, Outcome { passed, output }));
             }
         } else {
+            if line.starts_with("NOT TESTED: ") {
+                say(line);
+            }
             if let Some(hang) = line.strip_prefix("LAB hang ") {
                 self.hangs += 1;
                 say(hang);
