@@ -871,6 +871,46 @@ fn help_shows_groups_examples_and_exit_codes_in_100_columns() {
 }
 
 #[test]
+fn help_ends_with_the_examples() {
+    for (arguments, last) in [
+        (&["--help"][..], "--console file:console.log -q\n"),
+        (
+            &["qemu", "--help"],
+            "netdev=macvtap0,mac=52:54:00:12:34:56 ...\n",
+        ),
+    ] {
+        let help = run(minivmm(arguments)).stdout;
+        let at = |part: &str| {
+            help.find(part)
+                .unwrap_or_else(|| panic!("no {part}:\n{help}"))
+        };
+        assert!(at("\nKeys of --macvtap") < at("\nExit status:"), "{help}");
+        assert!(at("\nExit status:") < at("\nExamples:"), "{help}");
+        assert!(help.ends_with(last), "{help}");
+    }
+}
+
+#[test]
+fn rust_log_overrules_the_options() {
+    if !has_kvm() {
+        return;
+    }
+    let files = Files::new();
+    let with = |value: &str, option: &str| {
+        let mut command = files.boot(&[option]);
+        command.env("RUST_LOG", value);
+        let guest = run(command);
+        assert_eq!((guest.status, guest.stdout.as_str()), (Some(0), "hi\n"));
+        guest.stderr
+    };
+    assert_eq!(with("error", "-vv"), "");
+    let told = with("vmm=info", "-qqq");
+    assert!(told.contains("the guest powered off"), "{told:?}");
+    // One part alone: another one's level stays what it is without a word about it.
+    assert_eq!(with("boot=trace", "-q"), "");
+}
+
+#[test]
 fn version_is_the_packages() {
     let version = run(minivmm(["--version"]));
     let expected = format!("minivmm {}\n", env!("CARGO_PKG_VERSION"));

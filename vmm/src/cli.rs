@@ -14,20 +14,6 @@ mod qemu;
 pub use qemu::{Accel, MachineArgs, QemuArgs};
 
 const EXAMPLES: &str = "\
-Examples:
-  A guest on the network of eno1, with a MAC address of its own:
-      minivmm --kernel bzImage --initrd initrd.img --macvtap eno1
-  Two network cards, four CPUs, more memory:
-      minivmm --kernel vmlinux --cpus 4 --memory 2G --macvtap eno1 --macvtap eno2,mode=private
-  With addresses of its own for the host, so that it can talk to its guest:
-      minivmm --kernel bzImage --macvtap eno1 --host-link 192.168.0.5/24
-  Without root: a macvtap for an ordinary user
-      sudo minivmm net open eno1 -- minivmm --kernel bzImage --macvtap fd=3
-  What minivmm leaves out (UEFI, qcow2, graphics, USB), on the same network card:
-      minivmm qemu --macvtap eno1 -- -M q35 -accel kvm -m 2G disk.qcow2
-  In a CI job: console to a file, log of warnings only, ended by SIGTERM (power button):
-      minivmm --kernel bzImage --initrd test.img --console file:console.log -q
-
 At a terminal, Ctrl-A x ends the guest and Ctrl-A h shows the other keys.
 The host itself cannot talk to the guest over the same interface: that is how macvtap works.
 --host-link, or `minivmm net host-link`, makes the macvlan that it takes.
@@ -59,7 +45,21 @@ Exit status:
     2  the command line is wrong
     3  the guest crashed: a triple fault, or something that KVM cannot run
     4  the guest's kernel panicked (told by the default command line's reboot=panic_warm)
-128+N  ended by signal N, before the guest powered off by itself";
+128+N  ended by signal N, before the guest powered off by itself
+
+Examples:
+  A guest on the network of eno1, with a MAC address of its own:
+      minivmm --kernel bzImage --initrd initrd.img --macvtap eno1
+  Two network cards, four CPUs, more memory:
+      minivmm --kernel vmlinux --cpus 4 --memory 2G --macvtap eno1 --macvtap eno2,mode=private
+  With addresses of its own for the host, so that it can talk to its guest:
+      minivmm --kernel bzImage --macvtap eno1 --host-link 192.168.0.5/24
+  Without root: a macvtap for an ordinary user
+      sudo minivmm net open eno1 -- minivmm --kernel bzImage --macvtap fd=3
+  What minivmm leaves out (UEFI, qcow2, graphics, USB), on the same network card:
+      minivmm qemu --macvtap eno1 -- -M q35 -accel kvm -m 2G disk.qcow2
+  In a CI job: console to a file, log of warnings only, ended by SIGTERM (power button):
+      minivmm --kernel bzImage --initrd test.img --console file:console.log -q";
 
 /// Boots a Linux kernel whose network card is a macvtap on one of the host's interfaces, so that
 /// the guest stands on the host's own Ethernet as a peer.

@@ -9,6 +9,16 @@ use crate::config::{ConsoleTarget, Cpus, MemorySize};
 use crate::qemu::NicRequest;
 
 pub(super) const HELP: &str = "\
+Keys of --macvtap besides those of `minivmm --help`:
+  queues=N           several queues: fds=, mq=on and vectors= follow from it
+  vhost=on|off       the host kernel moves the frames; by default wherever /dev/vhost-net opens
+  fd=N[:N...]        instead of LINK: queues that are open already
+  id=, bus=, addr=, and any other key: properties of -device virtio-net-pci
+The n-th --macvtap is QEMU's netdev macvtapN, counted from 0; its descriptors begin at 3.
+
+Exit status: QEMU's own, or 128+N when signal N killed it; 1 when QEMU was not started, 2 when the
+command line is wrong. With --kernel as of `minivmm --help`, but a triple fault is a reboot.
+
 Examples:
   The classic command, its two macvtap lines replaced by --macvtap; all else is handed through:
       minivmm qemu --macvtap eno1 -- -M q35 -enable-kvm -cpu host -m 2G -nodefaults \\
@@ -22,17 +32,7 @@ Examples:
       minivmm qemu --dry-run --macvtap eno1 -- -M q35 ...
   Another model of card, which needs the macvtap's MAC address in both places:
       minivmm qemu --macvtap eno1,mac=52:54:00:12:34:56 -- \\
-          -device e1000e,netdev=macvtap0,mac=52:54:00:12:34:56 ...
-
-Keys of --macvtap besides those of `minivmm --help`:
-  queues=N           several queues: fds=, mq=on and vectors= follow from it
-  vhost=on|off       the host kernel moves the frames; by default wherever /dev/vhost-net opens
-  fd=N[:N...]        instead of LINK: queues that are open already
-  id=, bus=, addr=, and any other key: properties of -device virtio-net-pci
-The n-th --macvtap is QEMU's netdev macvtapN, counted from 0; its descriptors begin at 3.
-
-Exit status: QEMU's own, or 128+N when signal N killed it; 1 when QEMU was not started, 2 when the
-command line is wrong. With --kernel as of `minivmm --help`, but a triple fault is a reboot.";
+          -device e1000e,netdev=macvtap0,mac=52:54:00:12:34:56 ...";
 
 /// `minivmm qemu`.
 #[derive(Clone, Debug, Args)]
