@@ -56,10 +56,10 @@ impl Serial {
 
 impl BusDevice for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        // Registers are a byte wide, and there are eight of them.
-        for (n, byte) in data.iter_mut().enumerate() {
-            *byte =
-                u8::try_from(offset + n as u64).map_or(0xff, |register| self.uart.read(register));
+        // Registers are a byte wide, and reading one may change it: nothing else is answered.
+        match (u8::try_from(offset), data) {
+            (Ok(register), [value]) => *value = self.uart.read(register),
+            (_, data) => data.fill(0xff),
         }
     }
 
@@ -76,5 +76,26 @@ impl BusDevice for Serial {
 impl fmt::Debug for Serial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Serial").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+
+    #[test]
+    fn wide_access_touches_no_register() {
+        let (signal, drained) = sync_channel(1);
+        let mut serial = Serial::new(IrqLine::new().unwrap(), signal, Box::new(Vec::new()));
+        assert_eq!(serial.push_input(b"k"), 1);
+        let mut wide = [0; 2];
+        serial.read(0, &mut wide);
+        assert_eq!(wide, [0xff; 2]);
+        assert!(drained.try_recv().is_err(), "the input is still there");
+        let mut byte = [0];
+        serial.read(0, &mut byte);
+        assert_eq!(byte, *b"k");
     }
 }
