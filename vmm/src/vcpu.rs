@@ -185,14 +185,14 @@ impl Vcpu {
         if let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) {
             let _ = write!(text, " at RIP {:#x}", regs.rip);
             // In 64-bit mode the base is 0.
-            match self.instruction(sregs.cs.base.wrapping_add(regs.rip)) {
-                Some(bytes) => {
-                    text.push_str(", instruction bytes");
-                    for byte in bytes {
-                        let _ = write!(text, " {byte:02x}");
-                    }
-                }
-                None => text.push_str(", where there is no memory"),
+            let bytes = self.instruction(sregs.cs.base.wrapping_add(regs.rip));
+            text.push_str(if bytes.is_empty() {
+                ", where there is no memory"
+            } else {
+                ", instruction bytes"
+            });
+            for byte in bytes {
+                let _ = write!(text, " {byte:02x}");
             }
         }
         if looks_emulated() {
@@ -204,17 +204,36 @@ impl Vcpu {
         text
     }
 
-    fn instruction(&self, linear: u64) -> Option<[u8; MAX_INSTRUCTION]> {
-        let translated = self
-            .fd
-            .translate_gva(linear)
-            .ok()
-            .filter(|t| t.valid != 0)?;
-        self.board
-            .memory
-            .read_obj(GuestAddress(translated.physical_address))
-            .ok()
+    fn instruction(&self, linear: u64) -> Vec<u8> {
+        let translate = |linear| {
+            let translated = self.fd.translate_gva(linear).ok()?;
+            (translated.valid != 0).then_some(GuestAddress(translated.physical_address))
+        };
+        read_linear(&self.board.memory, linear, MAX_INSTRUCTION, translate)
     }
+}
+
+/// Up to `len` bytes at a linear address, fewer where the memory ends; `translate` knows where its
+/// pages are.
+fn read_linear(
+    memory: &GuestMemoryMmap,
+    linear: u64,
+    len: usize,
+    translate: impl Fn(u64) -> Option<GuestAddress>,
+) -> Vec<u8> {
+    const PAGE: u64 = 0x1000;
+    let mut bytes = Vec::with_capacity(len);
+    while bytes.len() < len {
+        let next = linear.wrapping_add(bytes.len() as u64);
+        let rest = (PAGE - next % PAGE).min((len - bytes.len()) as u64) as usize;
+        let mut part = [0; PAGE as usize];
+        let read = translate(next).map(|at| memory.read_slice(&mut part[..rest], at));
+        match read {
+            Some(Ok(())) => bytes.extend(&part[..rest]),
+            _ => break,
+        }
+    }
+    bytes
 }
 
 fn looks_emulated() -> bool {
@@ -260,4 +279,34 @@ fn kick_signal() -> libc::c_int {
 pub fn prepare_kicks() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     register_signal_handler(kick_signal(), ignore).map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_over_the_end_of_a_page_are_those_of_the_next_linear_one() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        memory
+            .write_slice(&[1, 2, 3], GuestAddress(0x1ffd))
+            .unwrap();
+        memory.write_slice(&[9; 16], GuestAddress(0x2000)).unwrap();
+        memory
+            .write_slice(&[4, 5, 6], GuestAddress(0x3000))
+            .unwrap();
+        // The second page is in another place, the third in none, the fourth beyond the memory.
+        let translate = |linear| match linear & !0xfff {
+            0x7000 => Some(GuestAddress(0x1000 + linear % 0x1000)),
+            0x8000 => Some(GuestAddress(0x3000 + linear % 0x1000)),
+            0xa000 => Some(GuestAddress(0x10_0000)),
+            _ => None,
+        };
+        let read = |linear| read_linear(&memory, linear, 6, translate);
+        assert_eq!(read(0x7ffd), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(read(0x7ffa), [0, 0, 0, 1, 2, 3]);
+        assert_eq!(read(0x8ffe), [0, 0]);
+        assert!(read(0x9000).is_empty());
+        assert!(read(0xa000).is_empty());
+    }
 }
