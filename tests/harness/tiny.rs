@@ -17,6 +17,10 @@ pub enum Tiny {
     Echo,
     /// Writes lines of x, and never stops.
     Flood,
+    /// Reads and writes ports by string instructions, and powers off if they do what they have to.
+    Strings,
+    /// Does what no KVM can run for it: `lock cmpxchg16b`, which emulated ones lack, then code in the memory hole.
+    Unrunnable,
 }
 
 /// An [`Tiny::Echo`] guest powers off when it reads this.
@@ -89,6 +93,29 @@ tiny_flood:
     mov al, '\n'
     out dx, al
     jmp 7b
+
+// The line status three times, which is not what the next two ports say; then a line.
+tiny_strings:
+    mov dx, 0x3fd
+    mov edi, 0x300000
+    mov ecx, 3
+    rep insb
+    mov eax, [rdi - 3]
+    and eax, 0xffffff
+    cmp eax, 0x606060
+    jne 2b
+    mov dx, 0x3f8
+    lea rsi, [rip + 9f]
+    mov ecx, 3
+    rep outsb
+    jmp tiny_power_off
+9:  .ascii "hi\n"
+
+tiny_unrunnable:
+    mov edi, 0x300000
+    lock cmpxchg16b [rdi]
+    mov eax, 0xdffff000
+    jmp rax
 tiny_end:
     .popsection
     "#
@@ -100,6 +127,8 @@ unsafe extern "C" {
     static tiny_greeter: u8;
     static tiny_echo: u8;
     static tiny_flood: u8;
+    static tiny_strings: u8;
+    static tiny_unrunnable: u8;
     static tiny_end: u8;
 }
 
@@ -115,6 +144,8 @@ impl Tiny {
             Self::Greeter => &raw const tiny_greeter,
             Self::Echo => &raw const tiny_echo,
             Self::Flood => &raw const tiny_flood,
+            Self::Strings => &raw const tiny_strings,
+            Self::Unrunnable => &raw const tiny_unrunnable,
         };
         let size = (&raw const tiny_end).addr() - begin.addr();
         // SAFETY: the bytes from the first to the last label are one read-only section of this program.
