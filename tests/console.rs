@@ -13,7 +13,7 @@ mod tiny;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -303,6 +303,121 @@ fn terminal_is_given_back_at_the_second_signal() {
         session.signal_twice(signal);
         session.assert_ends(128 + signal.as_raw());
     }
+}
+
+/// Signals that nobody sends to end a guest, but that end minivmm.
+const KILLERS: [Signal; 17] = [
+    Signal::ABORT,
+    Signal::ALARM,
+    Signal::BUS,
+    Signal::FPE,
+    Signal::ILL,
+    Signal::IO,
+    Signal::PROF,
+    Signal::POWER,
+    Signal::SEGV,
+    Signal::STKFLT,
+    Signal::SYS,
+    Signal::TRAP,
+    Signal::USR1,
+    Signal::USR2,
+    Signal::VTALARM,
+    Signal::XCPU,
+    Signal::XFSZ,
+];
+
+#[test]
+fn terminal_is_given_back_by_a_signal_that_kills() {
+    if !has_kvm() {
+        return;
+    }
+    for signal in KILLERS {
+        let line = "ulimit -c 0; exec \"$@\"";
+        let mut session = Session::start(by_shell(line, Tiny::Echo));
+        session.wait_for("ready");
+        session.assert_raw();
+        session.signal(signal);
+        assert_eq!(session.wait_exit(AT_ONCE), None, "{signal:?}");
+        let status = session.child.wait().unwrap();
+        assert_eq!(status.signal(), Some(signal.as_raw()));
+        assert_eq!(settings(&session.terminal), session.before, "{signal:?}");
+    }
+}
+
+#[test]
+fn terminal_is_given_back_while_stopped_and_taken_again() {
+    if !has_kvm() {
+        return;
+    }
+    // The shell takes the terminal when its job stops, and waits for a line.
+    let line = "set -m; \"$@\"; echo \"stopped $?.\"; read x; fg >/dev/null; echo \"ended $?.\"";
+    let mut session = Session::start(by_shell(line, Tiny::Echo));
+    session.wait_for("ready");
+    session.assert_raw();
+    let group = foreground(&session);
+    kill_process(group, Signal::TSTP).unwrap();
+    session.wait_for(&format!("stopped {}.", 128 + Signal::TSTP.as_raw()));
+    assert_eq!(settings(&session.terminal), session.before);
+    session.type_keys("\n");
+    let deadline = Instant::now() + LIMIT;
+    while settings(&session.terminal) == session.before {
+        assert!(Instant::now() < deadline, "not raw: {:?}", session.shown());
+        session.look();
+    }
+    session.assert_raw();
+    session.type_keys("again");
+    session.wait_for("again");
+    // A second time, as the first.
+    kill_process(group, Signal::TSTP).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    session.wait_for("ended");
+    while settings(&session.terminal) != session.before {
+        assert!(Instant::now() < deadline, "raw: {:?}", session.shown());
+        session.look();
+    }
+    kill_process(group, Signal::KILL).unwrap();
+}
+
+/// The process group that has the terminal, which is told to those on it alone (proc_pid_stat(5)).
+fn foreground(session: &Session) -> Pid {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", session.child.id())).unwrap();
+    let fields = stat.rsplit(") ").next().unwrap();
+    let tpgid = fields.split(' ').nth(5).unwrap();
+    Pid::from_raw(tpgid.parse().unwrap()).unwrap()
+}
+
+/// What the monitor does around a guest, with a panic in the end; run on a terminal by the test below.
+#[test]
+#[ignore = "a child of terminal_is_given_back_by_a_panic"]
+fn panic_child() {
+    let _terminal = vmm::terminal::RawTerminal::enter()
+        .unwrap()
+        .expect("stdin is a terminal");
+    vmm::terminal::restore_on_panic();
+    let thread = thread::spawn(|| {
+        println!("ready");
+        let mut key = [0];
+        io::stdin().read_exact(&mut key).unwrap();
+        panic!("of the test");
+    });
+    assert!(thread.join().is_err());
+    println!("survived");
+    thread::sleep(LIMIT);
+}
+
+#[test]
+fn terminal_is_given_back_by_a_panic() {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", "--nocapture", "panic_child"]);
+    let mut session = Session::start((command, TempDir::new().unwrap()));
+    session.wait_for("ready");
+    session.assert_raw();
+    session.type_keys("x");
+    session.wait_for("of the test");
+    // By the hook, before anything is unwound: its owner lives on.
+    session.wait_for("survived");
+    assert_eq!(settings(&session.terminal), session.before);
+    assert_eq!(session.child.try_wait().unwrap(), None);
 }
 
 #[test]

@@ -11,13 +11,14 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::cards::Cards;
 use crate::config::{Config, ConsoleTarget};
-use crate::console::{self, Output, RawTerminal};
+use crate::console::{self, Output};
 use crate::cpuid;
 use crate::event_loop::Control;
 use crate::exit::{Exit, ExitRequest};
 use crate::machine::{Machine, MachineError};
 use crate::plan::{Plan, TooManyDevices, Transport};
 use crate::resources::{ResourceError, Resources};
+use crate::terminal::{self, RawTerminal};
 use crate::vcpu::{self, Board, Vcpu, VcpuThread};
 use crate::vm::{self, Hypervisor, Vm, VmError};
 
@@ -96,7 +97,7 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
         ConsoleTarget::Stdio => RawTerminal::enter().map_err(failed_to("set up the terminal"))?,
         _ => None,
     };
-    if config.console == ConsoleTarget::Stdio && console::may_read() {
+    if config.console == ConsoleTarget::Stdio && terminal::may_read() {
         console::spawn_input(serial, drained, Arc::clone(&exit), terminal.is_some())
             .map_err(failed_to("start the console's thread"))?;
     }

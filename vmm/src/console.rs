@@ -1,4 +1,4 @@
-//! The guest's serial console at the monitor's end: the terminal, the output, the input.
+//! The guest's serial console at the monitor's end: output, input, and the monitor's own keys.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
@@ -12,12 +12,9 @@ use std::time::Duration;
 use devices::serial::Serial;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::stdio::{stdin, stdout};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
 
 use crate::exit::{Exit, ExitRequest};
 
-/// The terminal's settings before it became raw, for whoever has to give it back.
-static COOKED: Mutex<Option<Termios>> = Mutex::new(None);
 /// The cursor stands behind guest output that has not ended its line.
 static MID_LINE: AtomicBool = AtomicBool::new(false);
 
@@ -28,53 +25,6 @@ const KEYS: &str = "\n\
 Ctrl-A x       end the guest at once\n\
 Ctrl-A h       this help\n\
 Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
-
-/// Holds the terminal in raw mode, so that every key reaches the guest.
-#[derive(Debug)]
-pub struct RawTerminal(());
-
-impl RawTerminal {
-    /// Makes stdin's terminal raw. `None` when stdin is no terminal, or another job's.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the terminal's settings cannot be read or set.
-    pub fn enter() -> io::Result<Option<Self>> {
-        let terminal = stdin();
-        if !isatty(terminal) || !may_read() {
-            return Ok(None);
-        }
-        let cooked = tcgetattr(terminal)?;
-        let mut raw = cooked.clone();
-        raw.make_raw();
-        // Output stays as it was: the log's lines have to begin at the left margin.
-        raw.output_modes = cooked.output_modes;
-        *COOKED.lock().unwrap_or_else(PoisonError::into_inner) = Some(cooked);
-        let entered = Self(());
-        tcsetattr(terminal, OptionalActions::Now, &raw)?;
-        Ok(Some(entered))
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        restore_terminal();
-    }
-}
-
-/// Whether stdin may be read: a terminal stops a job that is not in its foreground for that.
-pub fn may_read() -> bool {
-    let foreground = || tcgetpgrp(stdin()).is_ok_and(|group| group == rustix::process::getpgrp());
-    !isatty(stdin()) || foreground()
-}
-
-/// Gives the terminal back as it was; does nothing when it never became raw. For the panic hook
-/// too, whose message would otherwise be hard to read.
-pub fn restore_terminal() {
-    if let Some(cooked) = COOKED.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        let _ = tcsetattr(stdin(), OptionalActions::Now, &cooked);
-    }
-}
 
 /// True once for each time that guest output left the cursor in mid-line on stdout: a log line
 /// on the same terminal has to begin with a line break then.

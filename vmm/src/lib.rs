@@ -20,8 +20,8 @@
 //! runs one in QEMU on the same macvtaps; [`handover`] and [`child`] are what starting another
 //! program takes.
 //!
-//! [`builder::run`] is that table as code. [`exit`] says how a guest ends, [`console`] is the
-//! terminal's side of it, and [`probe`] tells what a host's KVM can run.
+//! [`builder::run`] is that table as code. [`exit`] says how a guest ends, [`console`] is its serial
+//! port's other end, [`terminal`] keeps the terminal raw meanwhile, and [`probe`] tells what a host's KVM can run.
 //!
 //! # Threads
 //!
@@ -50,6 +50,7 @@ pub mod probe;
 pub mod qemu;
 pub mod registry;
 pub mod resources;
+pub mod terminal;
 pub mod vcpu;
 pub mod vm;
 

@@ -2,14 +2,13 @@
 
 use std::error::Error;
 use std::io::{IsTerminal, Write, stderr, stdout};
-use std::panic;
 use std::process::ExitCode;
 
 use clap::Parser;
 use env_logger::Env;
 use vmm::cli::Cli;
 use vmm::config::Config;
-use vmm::{Exit, builder, commands, console};
+use vmm::{Exit, builder, commands, console, terminal};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -22,11 +21,7 @@ fn main() -> ExitCode {
             1
         }));
     }
-    let default_hook = panic::take_hook();
-    panic::set_hook(Box::new(move |info| {
-        console::restore_terminal();
-        default_hook(info);
-    }));
+    terminal::restore_on_panic();
     // SAFETY: this process has opened nothing yet that it would keep, so whatever is open under
     // the numbers that the command line names was handed to it.
     let exit = unsafe { builder::run(Config::from(cli.guest)) };

@@ -41,11 +41,12 @@ use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::child;
 use crate::cli::{Accel, QemuArgs};
 use crate::config::{ConsoleTarget, NicSource};
 use crate::exit::Exit;
 use crate::handover::{self, Handover};
-use crate::{child, console};
+use crate::terminal::may_read;
 
 use accel::Engine;
 use args::{Card, Line, Machine};
@@ -124,7 +125,7 @@ impl Plan {
         let ids: Vec<_> = (0..args.macvtap.len())
             .map(|n| format!("macvtap{n}"))
             .collect();
-        let keys = io::stdin().is_terminal() && console::may_read();
+        let keys = io::stdin().is_terminal() && may_read();
         let machine = Machine::new(&args.machine, keys);
         let vhost = nics::open_vhost();
         if args.macvtap.iter().any(|nic| nic.vhost == Some(true)) {

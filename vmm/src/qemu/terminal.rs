@@ -6,7 +6,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::stdio::{stderr, stdin, stdout};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-use crate::console::may_read;
+use crate::terminal::{give_back_when_killed, may_read};
 
 /// Gives the terminal back when dropped.
 #[derive(Debug)]
@@ -22,6 +22,9 @@ fn standard() -> [BorrowedFd<'static>; 3] {
 impl SavedTerminal {
     /// Remembers the settings, if stdin is a terminal, and the flags.
     pub fn save() -> Self {
+        if let Err(error) = give_back_when_killed() {
+            log::debug!("cannot catch the signals that kill: {error}");
+        }
         Self {
             settings: tcgetattr(stdin()).ok(),
             flags: standard().map(|fd| fcntl_getfl(fd).ok()),

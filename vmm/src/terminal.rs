@@ -1,0 +1,135 @@
+//! The terminal on stdin: raw while the guest runs, and given back on every way out.
+//!
+//! The ways out: the guest's end (drop), a panic (its hook), and a signal that kills (a handler gives
+//! the terminal back and lets the signal do its work). SIGTSTP stops with the terminal given back,
+//! and SIGCONT takes it again. Only SIGKILL and SIGSTOP leave no time for that.
+
+use std::io;
+use std::panic;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::stdio::stdin;
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
+
+mod signals;
+
+/// The terminal's settings before it became raw, and since. Signal handlers read them, so they
+/// stay: a process has one terminal.
+static SETTINGS: OnceLock<Settings> = OnceLock::new();
+/// The terminal is to be raw.
+static WANTED: AtomicBool = AtomicBool::new(false);
+
+struct Settings {
+    cooked: Termios,
+    raw: Termios,
+}
+
+/// Holds the terminal in raw mode, so that every key reaches the guest.
+#[derive(Debug)]
+pub struct RawTerminal(());
+
+impl RawTerminal {
+    /// Makes stdin's terminal raw. `None` when stdin is no terminal, or another job's. From then on
+    /// every signal that kills, and that nobody has caught or ignored before, gives it back first.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the terminal's settings cannot be read or set, or signals cannot be caught.
+    pub fn enter() -> io::Result<Option<Self>> {
+        let Some(settings) = settings()? else {
+            return Ok(None);
+        };
+        signals::catch_fatal()?;
+        signals::catch_stop()?;
+        WANTED.store(true, Ordering::SeqCst);
+        let entered = Self(());
+        tcsetattr(stdin(), OptionalActions::Now, &settings.raw)?;
+        Ok(Some(entered))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore_terminal();
+    }
+}
+
+/// Has every signal that kills, and that nobody has caught or ignored before, give the terminal back
+/// as it is now: for the time in which a child has it. Does nothing when it is not ours.
+///
+/// # Errors
+///
+/// Fails when the terminal's settings cannot be read, or signals cannot be caught.
+pub fn give_back_when_killed() -> io::Result<()> {
+    match settings()? {
+        Some(_) => signals::catch_fatal(),
+        None => Ok(()),
+    }
+}
+
+/// The terminal's settings, as they were at the first call; `None` when stdin is no terminal of ours.
+fn settings() -> io::Result<Option<&'static Settings>> {
+    if !isatty(stdin()) || !may_read() {
+        return Ok(None);
+    }
+    let cooked = tcgetattr(stdin())?;
+    let settings = SETTINGS.get_or_init(|| Settings {
+        raw: raw(&cooked),
+        cooked,
+    });
+    Ok(Some(settings))
+}
+
+fn raw(cooked: &Termios) -> Termios {
+    let mut raw = cooked.clone();
+    raw.make_raw();
+    // Output stays as it was: the log's lines have to begin at the left margin.
+    raw.output_modes = cooked.output_modes;
+    raw
+}
+
+/// Whether stdin may be read: a terminal stops a job that is not in its foreground for that.
+pub fn may_read() -> bool {
+    let foreground = || tcgetpgrp(stdin()).is_ok_and(|group| group == rustix::process::getpgrp());
+    !isatty(stdin()) || foreground()
+}
+
+/// Gives the terminal back before a panic's message, which would be hard to read otherwise, also
+/// when the panic ends the program.
+pub fn restore_on_panic() {
+    let default_hook = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        restore_terminal();
+        default_hook(info);
+    }));
+}
+
+/// Gives the terminal back as it was, if it ever became raw.
+fn restore_terminal() {
+    WANTED.store(false, Ordering::SeqCst);
+    cook();
+}
+
+// What follows runs in signal handlers too: atomics and single system calls, no lock, no memory.
+
+/// Sets the terminal to what it was. Not by whether it is raw: another thread may be just about to.
+fn cook() {
+    if let (Some(settings), true) = (SETTINGS.get(), may_read()) {
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &settings.cooked);
+    }
+}
+
+/// Makes the terminal raw again, after somebody else had it.
+fn take_again() {
+    let Some(settings) = SETTINGS.get() else {
+        return;
+    };
+    if WANTED.load(Ordering::SeqCst) && may_read() {
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &settings.raw);
+        // Given back meanwhile, by another thread.
+        if !WANTED.load(Ordering::SeqCst) {
+            cook();
+        }
+    }
+}
