@@ -711,7 +711,7 @@ fn on_a_terminal(mut command: Command, end: impl FnOnce(u32, &mut fs::File)) -> 
 }
 
 #[test]
-fn terminal_is_given_back_by_ctrl_a_x_and_when_qemu_is_killed() {
+fn terminal_is_given_back_by_ctrl_a_x_and_when_either_process_is_killed() {
     if !here() {
         return;
     }
@@ -736,4 +736,9 @@ fn terminal_is_given_back_by_ctrl_a_x_and_when_qemu_is_killed() {
     assert_eq!(on_a_terminal(with_kernel(), kill), Some(137));
     assert_eq!(on_a_terminal(of_args(), quit), Some(0));
     assert_eq!(on_a_terminal(of_args(), kill), Some(137));
+    let kill_us = |minivmm, _: &mut fs::File| {
+        let minivmm = Pid::from_raw(minivmm as i32).expect("a pid");
+        kill_process(minivmm, Signal::USR1).expect("it runs");
+    };
+    assert_eq!(on_a_terminal(of_args(), kill_us), None, "of the signal");
 }

@@ -5,11 +5,13 @@
 //! and SIGCONT takes it again. Only SIGKILL and SIGSTOP leave no time for that.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::panic;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::stdio::stdin;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::stdio::{stderr, stdin, stdout};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
 
 mod signals;
@@ -19,6 +21,9 @@ mod signals;
 static SETTINGS: OnceLock<Settings> = OnceLock::new();
 /// The terminal is to be raw.
 static WANTED: AtomicBool = AtomicBool::new(false);
+
+/// The flags of the standard descriptors, where a child may change them.
+static FLAGS: OnceLock<[Option<OFlags>; 3]> = OnceLock::new();
 
 struct Settings {
     cooked: Termios,
@@ -56,16 +61,17 @@ impl Drop for RawTerminal {
 }
 
 /// Has every signal that kills, and that nobody has caught or ignored before, give the terminal back
-/// as it is now: for the time in which a child has it. Does nothing when it is not ours.
+/// as it is now, with its flags: for the time in which a child has it. Does nothing when it is not ours.
 ///
 /// # Errors
 ///
 /// Fails when the terminal's settings cannot be read, or signals cannot be caught.
 pub fn give_back_when_killed() -> io::Result<()> {
-    match settings()? {
-        Some(_) => signals::catch_fatal(),
-        None => Ok(()),
+    if settings()?.is_some() {
+        FLAGS.get_or_init(|| standard().map(|fd| fcntl_getfl(fd).ok()));
+        signals::catch_fatal()?;
     }
+    Ok(())
 }
 
 /// The terminal's settings, as they were at the first call; `None` when stdin is no terminal of ours.
@@ -79,6 +85,11 @@ fn settings() -> io::Result<Option<&'static Settings>> {
         cooked,
     });
     Ok(Some(settings))
+}
+
+/// stdin, stdout and stderr.
+pub(crate) fn standard() -> [BorrowedFd<'static>; 3] {
+    [stdin(), stdout(), stderr()]
 }
 
 fn raw(cooked: &Termios) -> Termios {
@@ -115,6 +126,14 @@ fn restore_terminal() {
 
 /// Sets the terminal to what it was. Not by whether it is raw: another thread may be just about to.
 fn cook() {
+    for (fd, flags) in standard()
+        .into_iter()
+        .zip(FLAGS.get().into_iter().flatten())
+    {
+        if let Some(flags) = flags {
+            let _ = fcntl_setfl(fd, *flags);
+        }
+    }
     if let (Some(settings), true) = (SETTINGS.get(), may_read()) {
         let _ = tcsetattr(stdin(), OptionalActions::Now, &settings.cooked);
     }

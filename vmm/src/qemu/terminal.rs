@@ -1,22 +1,16 @@
 //! The terminal as it was before QEMU: QEMU makes it raw and non-blocking, and gives it back only when it ends by itself.
 
-use std::os::fd::BorrowedFd;
-
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::stdio::{stderr, stdin, stdout};
+use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-use crate::terminal::{give_back_when_killed, may_read};
+use crate::terminal::{give_back_when_killed, may_read, standard};
 
 /// Gives the terminal back when dropped.
 #[derive(Debug)]
 pub(super) struct SavedTerminal {
     settings: Option<Termios>,
     flags: [Option<OFlags>; 3],
-}
-
-fn standard() -> [BorrowedFd<'static>; 3] {
-    [stdin(), stdout(), stderr()]
 }
 
 impl SavedTerminal {
