@@ -21,6 +21,7 @@ use crate::virtio::testing::{Driver, Recorder, SIZE, WRITE};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
 mod ctrl;
+mod idle;
 mod options;
 
 /// One end of a socketpair; each datagram is a frame.
