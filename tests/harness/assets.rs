@@ -1,10 +1,12 @@
 //! Debian's stock kernel, downloaded once and kept outside the tree; never installed.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
+use std::thread;
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -101,13 +103,19 @@ pub fn assets() -> &'static Assets {
     static ASSETS: OnceLock<Assets> = OnceLock::new();
     ASSETS.get_or_init(|| {
         let dir = cache_dir().join("linux");
-        if !is_complete(&dir) {
+        // What is wanted today may be more than when the cache was filled.
+        if !missing(&dir).is_empty() {
             let _lock = lock("linux.lock");
-            if !is_complete(&dir) {
-                fetch(&dir).unwrap_or_else(|why| {
+            if !missing(&dir).is_empty() {
+                let complete = fetch(&dir).and_then(|()| match &missing(&dir)[..] {
+                    [] => Ok(()),
+                    files => Err(format!("its package has no {}", files.join(", no "))),
+                });
+                complete.unwrap_or_else(|why| {
                     panic!(
                         "no test kernel: {why}\nIt comes from Debian's linux-image-cloud-amd64 by apt-get and dpkg-deb. \
-                         On another system put bzImage, vmlinux and modules/*.ko of such a kernel into {}",
+                         On another system put bzImage, vmlinux and modules/*.ko of such a kernel into {}, and the \
+                         names of modules that it has built in into modules/{BUILT_IN}",
                         dir.display()
                     )
                 });
@@ -117,10 +125,26 @@ pub fn assets() -> &'static Assets {
     })
 }
 
-/// Whether the cache has all that is wanted today, which may be more than when it was filled.
-fn is_complete(dir: &Path) -> bool {
-    let has = |module| dir.join(format!("modules/{module}.ko")).exists();
-    MODULES.iter().all(has)
+/// The file among the modules that names those that the kernel has built in, one a line.
+const BUILT_IN: &str = "built-in";
+
+/// What the cache lacks.
+pub fn missing(dir: &Path) -> Vec<String> {
+    let modules = dir.join("modules");
+    let images = ["bzImage", "vmlinux"].map(str::to_owned);
+    let images = images.into_iter().filter(|name| !dir.join(name).exists());
+    let absent =
+        |name: &&&str| !modules.join(format!("{name}.ko")).exists() && !is_built_in(&modules, name);
+    let absent = MODULES.iter().filter(absent);
+    images
+        .chain(absent.map(|name| format!("{name}.ko")))
+        .collect()
+}
+
+/// Whether the kernel of these modules has this one built in.
+pub fn is_built_in(modules: &Path, name: &str) -> bool {
+    let names = fs::read_to_string(modules.join(BUILT_IN)).unwrap_or_default();
+    names.lines().any(|line| line == name)
 }
 
 fn fetch(dir: &Path) -> Result<(), String> {
@@ -143,19 +167,23 @@ fn fetch(dir: &Path) -> Result<(), String> {
             let bzimage = read(&file)?;
             write(&out.join("vmlinux"), &vmlinux(&bzimage)?)?;
             write(&out.join("bzImage"), &bzimage)?;
+        } else if name == "modules.builtin" {
+            let list = String::from_utf8_lossy(&read(&file)?).into_owned();
+            write(
+                &out.join("modules").join(BUILT_IN),
+                built_in(&list).as_bytes(),
+            )?;
         } else if let Some((module, suffix)) = name.split_once(".ko")
             && MODULES.contains(&module)
         {
             let bytes = match suffix {
                 "" => read(&file)?,
                 ".xz" => run(Command::new("xz").arg("-dc").arg(&file))?,
+                ".zst" => run(Command::new("zstd").arg("-dc").arg(&file))?,
                 other => return Err(format!("{name} is compressed in an unknown way, {other}")),
             };
             write(&out.join(format!("modules/{module}.ko")), &bytes)?;
         }
-    }
-    if !out.join("vmlinux").exists() {
-        return Err("the package has no vmlinuz".into());
     }
     if dir.exists() {
         // It goes with the temporary directory.
@@ -165,6 +193,14 @@ fn fetch(dir: &Path) -> Result<(), String> {
     // Whoever sees the directory sees all of it.
     fs::rename(&out, dir)
         .map_err(|e| format!("cannot rename {} to {}: {e}", out.display(), dir.display()))
+}
+
+/// The names in a `modules.builtin`, whose lines are paths such as `kernel/net/llc/llc.ko`.
+pub fn built_in(list: &str) -> String {
+    let names = list
+        .lines()
+        .filter_map(|path| path.rsplit('/').next()?.strip_suffix(".ko"));
+    names.map(|name| format!("{name}\n")).collect()
 }
 
 /// Downloads the package that the metapackage depends on into `dir`; returns its path.
@@ -205,37 +241,91 @@ fn package_name() -> Result<Option<String>, String> {
         .map(|version| format!("linux-image-{version}")))
 }
 
-/// The ELF file inside a bzImage whose payload is LZ4 (the "legacy" frame that the kernel's build uses).
+/// How a kernel's payload begins, what unpacks it, and the package of that.
+const PACKERS: &[(&[u8], &[&str], &str)] = &[
+    (b"\x1f\x8b", &["gzip", "-dc"], "gzip"),
+    (b"\xfd7zXZ\0", &["xz", "-dc", "--single-stream"], "xz-utils"),
+    (b"\x5d\0\0", &["xz", "-dc", "--format=lzma"], "xz-utils"),
+    (b"\x28\xb5\x2f\xfd", &["zstd", "-dc"], "zstd"),
+    (b"BZh", &["bzip2", "-dc"], "bzip2"),
+];
+
+/// The ELF file inside a bzImage.
 ///
 /// Source: Documentation/arch/x86/boot.rst, payload_offset and payload_length.
-fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>, String> {
-    const LEGACY_MAGIC: u32 = 0x184c_2102;
-    const BLOCK_SIZE: usize = 8 << 20;
-    let word = |bytes: &[u8], at: usize| -> Option<u32> {
-        Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
-    };
+pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>, String> {
     let payload = || {
         let setup_sectors = usize::from(*bzimage.get(0x1f1)?);
         let start = (setup_sectors + 1) * 512 + word(bzimage, 0x248)? as usize;
-        // The last four bytes are the unpacked size, written by the kernel's build.
-        bzimage.get(start..start + word(bzimage, 0x24c)? as usize - 4)
+        let payload = bzimage.get(start..start + word(bzimage, 0x24c)? as usize)?;
+        // The last four bytes are the unpacked size. The kernel's build adds it, but to gzip, which ends with it anyway.
+        let added = if payload.starts_with(b"\x1f\x8b") {
+            0
+        } else {
+            4
+        };
+        payload.get(..payload.len().checked_sub(added)?)
     };
     let payload = payload().ok_or("the bzImage is truncated")?;
-    if word(payload, 0) != Some(LEGACY_MAGIC) {
-        return Err("the bzImage's payload is not LZ4".into());
+    if let Some(blocks) = payload.strip_prefix(&LZ4_LEGACY) {
+        return unpack_lz4(blocks);
     }
+    let packer = PACKERS
+        .iter()
+        .find(|(magic, ..)| payload.starts_with(magic));
+    let (_, command, package) = packer.ok_or_else(|| {
+        let magic = &payload[..payload.len().min(8)];
+        format!("the bzImage is compressed in an unknown way: its payload begins with {magic:02x?}")
+    })?;
+    filter(command, payload).map_err(|e| {
+        format!("cannot unpack the bzImage: {e} (is the package {package} installed?)")
+    })
+}
+
+/// The frame that the kernel's build uses for LZ4.
+const LZ4_LEGACY: [u8; 4] = 0x184c_2102_u32.to_le_bytes();
+
+fn unpack_lz4(mut blocks: &[u8]) -> Result<Vec<u8>, String> {
+    const BLOCK_SIZE: usize = 8 << 20;
     let mut elf = Vec::new();
-    let mut rest = &payload[4..];
-    while let Some(size) = word(rest, 0) {
-        let block = rest
+    while let Some(size) = word(blocks, 0) {
+        let block = blocks
             .get(4..4 + size as usize)
             .ok_or("the bzImage's payload is truncated")?;
         elf.extend(
             lz4_flex::block::decompress(block, BLOCK_SIZE).map_err(|e| format!("bzImage: {e}"))?,
         );
-        rest = &rest[4 + size as usize..];
+        blocks = &blocks[4 + size as usize..];
     }
     Ok(elf)
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+/// What a program makes of `input`.
+fn filter(command: &[&str], input: &[u8]) -> Result<Vec<u8>, String> {
+    let mut child = Command::new(command[0])
+        .args(&command[1..])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|e| format!("cannot run {}: {e}", command[0]))?;
+    let mut stdin = child.stdin.take().expect("stdin is piped");
+    let output = thread::scope(|scope| {
+        // A program that gives up early says why.
+        scope.spawn(move || drop(stdin.write_all(input)));
+        child.wait_with_output()
+    });
+    let output = output.map_err(|e| format!("{}: {e}", command[0]))?;
+    if output.status.success() {
+        Ok(output.stdout)
+    } else {
+        let why = String::from_utf8_lossy(&output.stderr);
+        Err(format!("{}: {}", command[0], why.trim()))
+    }
 }
 
 fn files_below(dir: &Path) -> Vec<PathBuf> {

@@ -5,6 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::assets::is_built_in;
+
 /// What the guest's init loads, dependencies first: `virtio_ring` has to precede `virtio`.
 const GUEST_MODULES: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_net", "button", "evdev"];
 
@@ -197,7 +199,7 @@ impl Archive {
 
 /// Appends `name` to `order` after what it depends on, by the `depends=` of the module's own `.modinfo`.
 fn resolve(dir: &Path, name: &str, order: &mut Vec<String>) {
-    if order.iter().any(|known| known == name) {
+    if order.iter().any(|known| known == name) || is_built_in(dir, name) {
         return;
     }
     let path = dir.join(format!("{name}.ko"));
