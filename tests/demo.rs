@@ -21,7 +21,8 @@ use harness::netns::{Netns, is_root};
 use harness::vm::{self, Vm};
 use lab::Place;
 
-const LAB_LIMIT: Duration = Duration::from_secs(180);
+/// The demo promises two minutes, and its build has taken some of them.
+const LAB_LIMIT: Duration = Duration::from_secs(100);
 
 fn main() -> ExitCode {
     let start = Instant::now();
