@@ -390,9 +390,10 @@ fn foreground(session: &Session) -> Pid {
 #[test]
 #[ignore = "a child of terminal_is_given_back_by_a_panic"]
 fn panic_child() {
-    let _terminal = vmm::terminal::RawTerminal::enter()
-        .unwrap()
-        .expect("stdin is a terminal");
+    // Run by somebody who asked for all ignored tests, it has no terminal.
+    let Some(_terminal) = vmm::terminal::RawTerminal::enter().unwrap() else {
+        return;
+    };
     vmm::terminal::restore_on_panic();
     let thread = thread::spawn(|| {
         println!("ready");
