@@ -1,0 +1,384 @@
+//! The guest's console on a terminal: raw while the guest runs, given back on every way out, and with keys of its own.
+//!
+//! The guests are a few instructions each (`harness/tiny.rs`), so this needs /dev/kvm, but neither root nor a network.
+
+// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+#[path = "harness/session.rs"]
+mod session;
+#[path = "harness/tiny.rs"]
+mod tiny;
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::skip::has_kvm;
+use rustix::process::{Pid, Signal, kill_process};
+use session::{AT_ONCE, LIMIT, Session, by_shell, minivmm, settings};
+use tempfile::TempDir;
+use tiny::{CRASH, POWER_OFF, RESET, Tiny};
+
+// ---- a terminal: raw, and given back ----
+
+#[test]
+fn terminal_is_raw_until_the_guest_powers_off() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    session.assert_raw();
+    session.type_keys("abc");
+    session.wait_for("abc");
+    session.type_keys(POWER_OFF);
+    session.assert_ends(0);
+    // The log has a line of its own, though the guest did not end its last one.
+    assert!(
+        session.shown().contains("abc\r\nminivmm: "),
+        "{:?}",
+        session.shown()
+    );
+}
+
+#[test]
+fn terminal_with_settings_of_its_own_gets_them_back() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::start(by_shell(
+        "stty -echo min 3 time 7 erase x; exec \"$@\"",
+        Tiny::Echo,
+    ));
+    session.wait_for("ready");
+    session.assert_raw();
+    session.before = {
+        let shell = Session::start(by_shell(
+            "stty -echo min 3 time 7 erase x; exec cat",
+            Tiny::Echo,
+        ));
+        let plain = shell.before.clone();
+        let deadline = Instant::now() + LIMIT;
+        while settings(&shell.terminal) == plain && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+        settings(&shell.terminal)
+    };
+    session.type_keys(POWER_OFF);
+    session.assert_ends(0);
+}
+
+#[test]
+fn terminal_is_given_back_when_the_guest_resets() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    session.type_keys(RESET);
+    session.assert_ends(0);
+    assert!(session.shown().contains("reboot"), "{:?}", session.shown());
+}
+
+#[test]
+fn terminal_is_given_back_when_the_guest_crashes() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    session.type_keys(CRASH);
+    session.assert_ends(3);
+    let shown = session.shown();
+    assert!(
+        shown.contains("crashed") && shown.contains("RIP 0x2000"),
+        "{shown:?}"
+    );
+    // mov al, [rax]
+    assert!(shown.contains("bytes 8a 00"), "{shown:?}");
+}
+
+#[test]
+fn terminal_is_given_back_at_ctrl_a_x() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    session.type_keys("\x01x");
+    session.assert_ends(0);
+}
+
+#[test]
+fn terminal_is_given_back_at_the_second_signal() {
+    if !has_kvm() {
+        return;
+    }
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
+        let mut session = Session::with_echo();
+        session.assert_raw();
+        session.signal_twice(signal);
+        session.assert_ends(128 + signal.as_raw());
+    }
+}
+
+/// Signals that nobody sends to end a guest, but that end minivmm.
+const KILLERS: [Signal; 17] = [
+    Signal::ABORT,
+    Signal::ALARM,
+    Signal::BUS,
+    Signal::FPE,
+    Signal::ILL,
+    Signal::IO,
+    Signal::PROF,
+    Signal::POWER,
+    Signal::SEGV,
+    Signal::STKFLT,
+    Signal::SYS,
+    Signal::TRAP,
+    Signal::USR1,
+    Signal::USR2,
+    Signal::VTALARM,
+    Signal::XCPU,
+    Signal::XFSZ,
+];
+
+#[test]
+fn terminal_is_given_back_by_a_signal_that_kills() {
+    if !has_kvm() {
+        return;
+    }
+    for signal in KILLERS {
+        let line = "ulimit -c 0; exec \"$@\"";
+        let mut session = Session::start(by_shell(line, Tiny::Echo));
+        session.wait_for("ready");
+        session.assert_raw();
+        session.signal(signal);
+        assert_eq!(session.wait_exit(AT_ONCE), None, "{signal:?}");
+        let status = session.child.wait().unwrap();
+        assert_eq!(status.signal(), Some(signal.as_raw()));
+        assert_eq!(settings(&session.terminal), session.before, "{signal:?}");
+    }
+}
+
+#[test]
+fn terminal_is_given_back_while_stopped_and_taken_again() {
+    if !has_kvm() {
+        return;
+    }
+    // The shell takes the terminal when its job stops, and waits for a line.
+    let line = "set -m; \"$@\"; echo \"stopped $?.\"; read x; fg >/dev/null; echo \"ended $?.\"";
+    let mut session = Session::start(by_shell(line, Tiny::Echo));
+    session.wait_for("ready");
+    session.assert_raw();
+    let group = foreground(&session);
+    kill_process(group, Signal::TSTP).unwrap();
+    session.wait_for(&format!("stopped {}.", 128 + Signal::TSTP.as_raw()));
+    assert_eq!(settings(&session.terminal), session.before);
+    session.type_keys("\n");
+    let deadline = Instant::now() + LIMIT;
+    while settings(&session.terminal) == session.before {
+        assert!(Instant::now() < deadline, "not raw: {:?}", session.shown());
+        session.look();
+    }
+    session.assert_raw();
+    session.type_keys("again");
+    session.wait_for("again");
+    // A second time, as the first.
+    kill_process(group, Signal::TSTP).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    session.wait_for("ended");
+    while settings(&session.terminal) != session.before {
+        assert!(Instant::now() < deadline, "raw: {:?}", session.shown());
+        session.look();
+    }
+    kill_process(group, Signal::KILL).unwrap();
+}
+
+/// The process group that has the terminal, which is told to those on it alone (proc_pid_stat(5)).
+fn foreground(session: &Session) -> Pid {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", session.child.id())).unwrap();
+    let fields = stat.rsplit(") ").next().unwrap();
+    let tpgid = fields.split(' ').nth(5).unwrap();
+    Pid::from_raw(tpgid.parse().unwrap()).unwrap()
+}
+
+/// What the monitor does around a guest, with a panic in the end; run on a terminal by the test below.
+#[test]
+#[ignore = "a child of terminal_is_given_back_by_a_panic"]
+fn panic_child() {
+    // Run by somebody who asked for all ignored tests, it has no terminal.
+    let Some(_terminal) = vmm::terminal::RawTerminal::enter().unwrap() else {
+        return;
+    };
+    vmm::terminal::restore_on_panic();
+    let thread = thread::spawn(|| {
+        println!("ready");
+        let mut key = [0];
+        io::stdin().read_exact(&mut key).unwrap();
+        panic!("of the test");
+    });
+    assert!(thread.join().is_err());
+    println!("survived");
+    thread::sleep(LIMIT);
+}
+
+#[test]
+fn terminal_is_given_back_by_a_panic() {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", "--nocapture", "panic_child"]);
+    let mut session = Session::start((command, TempDir::new().unwrap()));
+    session.wait_for("ready");
+    session.assert_raw();
+    session.type_keys("x");
+    session.wait_for("of the test");
+    // By the hook, before anything is unwound: its owner lives on.
+    session.wait_for("survived");
+    assert_eq!(settings(&session.terminal), session.before);
+    assert_eq!(session.child.try_wait().unwrap(), None);
+}
+
+#[test]
+fn terminal_is_given_back_when_the_time_after_one_signal_is_over() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    session.signal(Signal::TERM);
+    assert_eq!(session.wait_exit(LIMIT), Some(143), "{:?}", session.shown());
+    assert_eq!(settings(&session.terminal), session.before);
+}
+
+#[test]
+fn terminal_stays_as_it_is_when_there_is_no_guest() {
+    let (mut command, directory) = minivmm(Tiny::Echo);
+    command.args(["--initrd", "/nosuch"]);
+    let mut session = Session::start((command, directory));
+    session.assert_ends(1);
+}
+
+#[test]
+fn terminal_that_hangs_up_is_a_signal() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    session.keyboard = None;
+    // The kernel has sent the first SIGHUP by now; two that come together are one.
+    thread::sleep(Duration::from_secs(1));
+    session.signal(Signal::HUP);
+    assert_eq!(session.wait_exit(AT_ONCE), Some(129));
+}
+
+// ---- keys ----
+
+#[test]
+fn keys_that_would_signal_reach_the_guest() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    let keys = "\x03\x04\x1a\x1c\x11\x13\x7fok";
+    session.type_keys(keys);
+    session.wait_for(keys);
+    session.type_keys(POWER_OFF);
+    session.assert_ends(0);
+}
+
+#[test]
+fn ctrl_a_twice_sends_one_to_the_guest() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    session.type_keys("[\x01\x01x]");
+    session.wait_for("[\x01x]");
+    session.type_keys(POWER_OFF);
+    session.assert_ends(0);
+}
+
+#[test]
+fn ctrl_a_h_shows_the_keys_and_the_guest_runs_on() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    session.type_keys("\x01h");
+    session.wait_for("Ctrl-A x");
+    session.wait_for("end the guest");
+    session.wait_for("Ctrl-A Ctrl-A");
+    session.type_keys("ok");
+    session.wait_for("ok");
+    session.type_keys(POWER_OFF);
+    session.assert_ends(0);
+}
+
+#[test]
+fn paste_longer_than_the_serial_ports_buffer_arrives_whole() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::with_echo();
+    let line = "0123456789 abcdefghijklm";
+    let pasted = line.repeat(40);
+    session.type_keys(&pasted);
+    session.wait_for(&pasted);
+    session.type_keys(POWER_OFF);
+    session.assert_ends(0);
+}
+
+// ---- a terminal that is somebody else's ----
+
+#[test]
+fn background_job_is_not_stopped_and_leaves_the_terminal_alone() {
+    if !has_kvm() {
+        return;
+    }
+    let line = "set -m; \"$@\" & echo \"pid $!.\"; wait $!; echo \"status $?.\"";
+    let mut session = Session::start(by_shell(line, Tiny::Echo));
+    let pid = {
+        session.wait_for("pid ");
+        let from = session.seen;
+        session.wait_for(".");
+        let digits = &session.shown[from..session.seen - 1];
+        Pid::from_raw(std::str::from_utf8(digits).unwrap().parse().unwrap()).unwrap()
+    };
+    let _killed_in_the_end = Killed(pid);
+    session.wait_for("ready");
+    thread::sleep(Duration::from_millis(300));
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it still runs");
+    let state = stat.rsplit(") ").next().unwrap();
+    assert!(!state.starts_with('T'), "stopped: {stat}");
+    assert_eq!(settings(&session.terminal), session.before);
+    kill_process(pid, Signal::TERM).unwrap();
+    session.wait_for("power button");
+    kill_process(pid, Signal::TERM).unwrap();
+    session.wait_for("status 143.");
+    session.assert_ends(0);
+}
+
+/// Kills a process that is not a child of ours, at the end of a test that may have failed.
+struct Killed(Pid);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
+    }
+}
+
+#[test]
+fn terminal_as_stdin_with_stdout_elsewhere_is_raw_and_given_back() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::start(by_shell("exec \"$@\" >/dev/null", Tiny::Echo));
+    let deadline = Instant::now() + LIMIT;
+    while settings(&session.terminal) == session.before {
+        assert!(Instant::now() < deadline, "it never became raw");
+        session.look();
+    }
+    session.assert_raw();
+    session.type_keys("\x01x");
+    session.assert_ends(0);
+}
