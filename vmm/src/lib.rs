@@ -27,7 +27,8 @@
 //!
 //! The main thread builds the guest and then waits for events. Each vCPU has a thread
 //! (`vcpuN`), each queue pair of a network card that its driver has started too (`netN`, `netN.1`,
-//! …), and the console's input one (`console`).
+//! …) unless vhost-net moves its frames, the card's control queue one (`netN.ctrl`), its capture one
+//! (`netN.pcap`), and the console's input one (`console`).
 
 pub mod builder;
 pub mod cards;
