@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use harness::assets::generic;
 use harness::capture;
 use harness::iperf::Server;
-use harness::linux::boot;
+use harness::linux::{boot, generic_initrd};
 use harness::netns::Netns;
 use harness::site::{Site, address, pings};
 use harness::vm::{self, Vm};
@@ -60,6 +61,43 @@ fn vhost_net_on_mmio_carries_everything() {
     });
 }
 
+#[test]
+fn generic_kernel_on_pci_with_vhost_net_carries_everything() {
+    let name = "generic_kernel_on_pci_with_vhost_net_carries_everything";
+    lab::test(name, || generic_carries_everything("pci", "vhost"));
+}
+
+#[test]
+fn generic_kernel_on_mmio_with_user_threads_carries_everything() {
+    let name = "generic_kernel_on_mmio_with_user_threads_carries_everything";
+    lab::test(name, || generic_carries_everything("mmio", "user"));
+}
+
+/// With Debian's kernel for all machines, whose configuration is not the cloud's.
+fn generic_carries_everything(transport: &str, backend: &str) {
+    let (kernel, initrd) = (generic().bzimage(), generic_initrd());
+    let [kernel, initrd] =
+        [&kernel, &initrd].map(|path| path.to_str().expect("the cache's path is UTF-8"));
+    let site = site();
+    let card = format!("wire,backend={backend}");
+    let args = [
+        "--transport",
+        transport,
+        "--cpus",
+        "2",
+        "--kernel",
+        kernel,
+        "--initrd",
+        initrd,
+        "--macvtap",
+        &card,
+    ];
+    let mut vm = boot(Some(&site.host), &args);
+    address(&mut vm, "eth0", 11);
+    assert!(!vm.run("uname -r").contains("cloud"));
+    carries(&site, vm, backend);
+}
+
 /// Boots a guest with two CPUs and one card, and gives it its addresses.
 fn start(site: &Site, transport: &str, card: &str) -> Vm {
     let args = ["--transport", transport, "--cpus", "2", "--macvtap", card];
@@ -70,7 +108,11 @@ fn start(site: &Site, transport: &str, card: &str) -> Vm {
 
 fn carries_everything(transport: &str, backend: &str) {
     let site = site();
-    let mut vm = start(&site, transport, &format!("wire,backend={backend}"));
+    let vm = start(&site, transport, &format!("wire,backend={backend}"));
+    carries(&site, vm, backend);
+}
+
+fn carries(site: &Site, mut vm: Vm, backend: &str) {
     let by_kernel = vm.log().contains("vhost-net moves the frames");
     assert_eq!(by_kernel, backend == "vhost", "{}", vm.log());
     let reach_each_other = |vm: &mut Vm| {
@@ -96,8 +138,8 @@ fn carries_everything(transport: &str, backend: &str) {
             "{address} has been learnt from what the guest sends\n{list}"
         );
     }
-    streams_with_every_offload(&site, &mut vm);
-    driver_comes_back(&site, &mut vm);
+    streams_with_every_offload(site, &mut vm);
+    driver_comes_back(site, &mut vm);
     reach_each_other(&mut vm);
     let log = vm.run("dmesg");
     let bad = [

@@ -98,31 +98,40 @@ pub fn lock(name: &str) -> fs::File {
     file
 }
 
-/// The kernel, fetched when the cache has none. Panics with the remedy when it cannot be had.
+/// The cloud kernel, fetched when the cache has none. Panics with the remedy when it cannot be had.
 pub fn assets() -> &'static Assets {
     static ASSETS: OnceLock<Assets> = OnceLock::new();
-    ASSETS.get_or_init(|| {
-        let dir = cache_dir().join("linux");
-        // What is wanted today may be more than when the cache was filled.
+    ASSETS.get_or_init(|| cached("linux", "linux-image-cloud-amd64"))
+}
+
+/// Debian's kernel for all machines, whose configuration is another, likewise.
+pub fn generic() -> &'static Assets {
+    static ASSETS: OnceLock<Assets> = OnceLock::new();
+    ASSETS.get_or_init(|| cached("linux-generic", "linux-image-amd64"))
+}
+
+/// A kernel of the cache, which comes from the package that this metapackage depends on.
+fn cached(name: &str, meta: &str) -> Assets {
+    let dir = cache_dir().join(name);
+    // What is wanted today may be more than when the cache was filled.
+    if !missing(&dir).is_empty() {
+        let _lock = lock(&format!("{name}.lock"));
         if !missing(&dir).is_empty() {
-            let _lock = lock("linux.lock");
-            if !missing(&dir).is_empty() {
-                let complete = fetch(&dir).and_then(|()| match &missing(&dir)[..] {
-                    [] => Ok(()),
-                    files => Err(format!("its package has no {}", files.join(", no "))),
-                });
-                complete.unwrap_or_else(|why| {
-                    panic!(
-                        "no test kernel: {why}\nIt comes from Debian's linux-image-cloud-amd64 by apt-get and dpkg-deb. \
-                         On another system put bzImage, vmlinux and modules/*.ko of such a kernel into {}, and the \
-                         names of modules that it has built in into modules/{BUILT_IN}",
-                        dir.display()
-                    )
-                });
-            }
+            let complete = fetch(&dir, meta).and_then(|()| match &missing(&dir)[..] {
+                [] => Ok(()),
+                files => Err(format!("its package has no {}", files.join(", no "))),
+            });
+            complete.unwrap_or_else(|why| {
+                panic!(
+                    "no test kernel: {why}\nIt comes from Debian's {meta} by apt-get and dpkg-deb. On another system put \
+                     bzImage, vmlinux and modules/*.ko of such a kernel into {}, and the names of modules that it has \
+                     built in into modules/{BUILT_IN}",
+                    dir.display()
+                )
+            });
         }
-        Assets { dir }
-    })
+    }
+    Assets { dir }
 }
 
 /// The file among the modules that names those that the kernel has built in, one a line.
@@ -147,11 +156,11 @@ pub fn is_built_in(modules: &Path, name: &str) -> bool {
     names.lines().any(|line| line == name)
 }
 
-fn fetch(dir: &Path) -> Result<(), String> {
+fn fetch(dir: &Path, meta: &str) -> Result<(), String> {
     let temp = tempfile::tempdir_in(cache_dir())
         .map_err(|e| format!("cannot make a directory in the cache: {e}"))?;
     let root = temp.path().join("root");
-    let package = download(temp.path())?;
+    let package = download(temp.path(), meta)?;
     run(Command::new("dpkg-deb").arg("-x").arg(package).arg(&root))?;
 
     let out = temp.path().join("linux");
@@ -204,15 +213,15 @@ pub fn built_in(list: &str) -> String {
 }
 
 /// Downloads the package that the metapackage depends on into `dir`; returns its path.
-fn download(dir: &Path) -> Result<PathBuf, String> {
+fn download(dir: &Path, meta: &str) -> Result<PathBuf, String> {
     // Root's apt downloads as the user _apt, who has to reach the directory.
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755))
         .map_err(|e| format!("{}: {e}", dir.display()))?;
-    let name = match package_name()? {
+    let name = match package_name(meta)? {
         Some(name) => name,
         None => {
             run(Command::new("apt-get").args(["-q", "update"]))?;
-            package_name()?.ok_or("apt knows no linux-image-cloud-amd64")?
+            package_name(meta)?.ok_or(format!("apt knows no {meta}"))?
         }
     };
     run(Command::new("apt-get")
@@ -227,8 +236,7 @@ fn download(dir: &Path) -> Result<PathBuf, String> {
         ))
 }
 
-fn package_name() -> Result<Option<String>, String> {
-    let meta = "linux-image-cloud-amd64";
+fn package_name(meta: &str) -> Result<Option<String>, String> {
     // Without package lists this ends with an error, which is an answer, too.
     let output = Command::new("apt-cache").args(["depends", meta]).output();
     let output = output.map_err(|e| format!("cannot run apt-cache: {e}"))?;

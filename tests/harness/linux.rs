@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::assets::{assets, cache_dir};
+use super::assets::{assets, cache_dir, generic};
 use super::initramfs;
 use super::netns::Netns;
 use super::vm::{Vm, binary};
@@ -78,6 +78,18 @@ pub fn small_initrd() -> PathBuf {
 
 fn guest(tools: bool) -> Vec<u8> {
     initramfs::guest(&assets().modules(), tools)
+}
+
+/// The same as [`initrd`] for Debian's kernel for all machines.
+pub fn generic_initrd() -> PathBuf {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        write(
+            "guest-generic.cpio",
+            &initramfs::guest(&generic().modules(), true),
+        )
+    };
+    PATH.get_or_init(make).clone()
 }
 
 /// The guest's ramdisk with a second kernel to go on with.

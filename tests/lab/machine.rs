@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::assets::{Assets, assets, lock};
+use crate::harness::assets::{Assets, assets, generic, lock};
 use crate::harness::initramfs::{Archive, GUEST_TOOLS, find};
 use crate::harness::vm;
 
@@ -65,8 +65,17 @@ const MODULES: &[&str] = &[
 impl Job<'_> {
     /// Whether the program itself runs QEMU, as the tests of `minivmm qemu` do.
     fn wants_qemu(&self) -> bool {
-        let name = self.program.file_name().unwrap_or_default();
-        name.to_string_lossy().starts_with("qemu-")
+        self.is("qemu-")
+    }
+
+    /// Whether it boots Debian's kernel for all machines too.
+    fn wants_generic(&self) -> bool {
+        self.is("card-")
+    }
+
+    fn is(&self, name: &str) -> bool {
+        let program = self.program.file_name().unwrap_or_default();
+        program.to_string_lossy().starts_with(name)
     }
 }
 
@@ -154,18 +163,9 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
             archive.file(Path::new(file), file);
         }
     }
-    archive.file(&assets.bzimage(), "/lab/cache/linux/bzImage");
-    archive.file(&assets.vmlinux(), "/lab/cache/linux/vmlinux");
-    for module in fs::read_dir(assets.modules())
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let name = module.file_name();
-        archive.file(
-            &module.path(),
-            &format!("/lab/cache/linux/modules/{}", name.to_string_lossy()),
-        );
+    kernel(&mut archive, assets, "linux");
+    if job.wants_generic() {
+        kernel(&mut archive, generic(), "linux-generic");
     }
     let quoted: Vec<_> = job
         .args
@@ -180,6 +180,22 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     );
     archive.bytes("/lab/run", script.as_bytes(), 0o755);
     archive.finish()
+}
+
+/// Puts a kernel for guests into the lab's cache.
+fn kernel(archive: &mut Archive, assets: &Assets, name: &str) {
+    let cache = format!("/lab/cache/{name}");
+    archive.file(&assets.bzimage(), &format!("{cache}/bzImage"));
+    archive.file(&assets.vmlinux(), &format!("{cache}/vmlinux"));
+    let modules = fs::read_dir(assets.modules())
+        .into_iter()
+        .flatten()
+        .flatten();
+    for module in modules {
+        let name = module.file_name();
+        let to = format!("{cache}/modules/{}", name.to_string_lossy());
+        archive.file(&module.path(), &to);
+    }
 }
 
 /// The emulator; killed when dropped, and by the kernel when the thread that started it ends.
