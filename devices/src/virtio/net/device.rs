@@ -15,6 +15,7 @@ use super::counters::{self, PairCounters, SharedCounters};
 use super::ctrl::{self, Control, CtrlQueue, CtrlWorker, Permissions};
 use super::features::{Features, Offloads};
 use super::filter::{Filter, Rules};
+use super::hooks::Hooks;
 use super::observe::Observer;
 use super::rate::{Limiter, RateLimit};
 use super::rx::{RxLayout, RxQueue};
@@ -70,9 +71,8 @@ pub struct Net<B> {
 struct Services {
     observer: Arc<Observer>,
     permissions: Permissions,
-    rx_limiter: Option<Arc<Limiter>>,
-    tx_limiter: Option<Arc<Limiter>>,
-    capture: Option<Arc<Capture>>,
+    rx: Hooks,
+    tx: Hooks,
 }
 
 /// A thread of the device.
@@ -87,6 +87,11 @@ impl<B: Backend> Net<B> {
     /// one.
     pub fn new(name: String, config: NetConfig, backends: Vec<B>, options: NetOptions) -> Self {
         let pairs = backends.len();
+        let capture = options.capture.map(Arc::new);
+        let hooks = |limit: Option<RateLimit>| Hooks {
+            limiter: limit.map(Limiter::new).map(Arc::new),
+            capture: capture.clone(),
+        };
         let new = Self {
             name,
             features: Features::offered(pairs, backends[0].known_offloads()),
@@ -99,9 +104,8 @@ impl<B: Backend> Net<B> {
             services: Services {
                 observer: options.observer,
                 permissions: options.permissions,
-                rx_limiter: options.rx_limit.map(Limiter::new).map(Arc::new),
-                tx_limiter: options.tx_limit.map(Limiter::new).map(Arc::new),
-                capture: options.capture.map(Arc::new),
+                rx: hooks(options.rx_limit),
+                tx: hooks(options.tx_limit),
             },
             counters: vec![SharedCounters::default(); pairs],
             is_active: false,
@@ -189,13 +193,7 @@ impl<B: Backend> Net<B> {
             tx_kick: tx.kick,
             stop: stop.try_clone()?,
         };
-        let Services {
-            observer,
-            rx_limiter,
-            tx_limiter,
-            capture,
-            ..
-        } = self.services.clone();
+        let services = self.services.clone();
         let (backend, filter) = (Arc::clone(&self.backends[pair]), Arc::clone(&self.filter));
         let (interrupt, published) = (Arc::clone(interrupt), Arc::clone(&self.counters[pair]));
         let name = match pair {
@@ -206,11 +204,8 @@ impl<B: Backend> Net<B> {
             // The queues hold pointers into guest memory, so they live on this thread alone.
             let rx = RxQueue::new(rx.ring, layout)
                 .with_filter(filter)
-                .with_limiter(rx_limiter)
-                .with_capture(capture.clone());
-            let tx = TxQueue::new(tx.ring, observer)
-                .with_limiter(tx_limiter)
-                .with_capture(capture);
+                .with_hooks(services.rx);
+            let tx = TxQueue::new(tx.ring, services.observer).with_hooks(services.tx);
             let pair = pair as u16;
             Worker::new(backend, (rx, tx), wakeups, interrupt, pair, published)?.run()
         })

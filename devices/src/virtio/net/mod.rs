@@ -10,6 +10,7 @@
 //! | `vhost` | the data path in the kernel |
 //! | `ctrl` | the control queue: what the driver commands |
 //! | `filter` | which frames the driver wants |
+//! | `hooks` | what happens to each frame besides |
 //! | `rate` | a limit on what passes |
 //! | `observe` | what a guest's own frames tell about it |
 //! | `capture`, `pcapng` | what passes, recorded in a file |
@@ -26,6 +27,7 @@ pub mod ctrl;
 mod device;
 pub mod features;
 pub mod filter;
+pub mod hooks;
 mod iovec;
 pub mod observe;
 mod pcapng;

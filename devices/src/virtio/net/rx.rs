@@ -4,15 +4,15 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::backend::{Backend, HEADER_LEN};
-use super::capture::{Capture, Direction as Way};
+use super::capture::Direction as Way;
 use super::checksum;
 use super::counters::RxCounters;
 use super::filter::{Filter, Rules};
+use super::hooks::Hooks;
 use super::iovec::{self, scatter};
-use super::rate::Limiter;
 use crate::virtio::queue::{Chain, Direction, MAX_SEGMENTS, Next, Ring};
 
 /// Offset of `num_buffers` in `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6).
@@ -84,8 +84,7 @@ pub struct RxQueue {
     /// What the driver wants to receive, and this queue's copy of it with its number.
     filter: Arc<Filter>,
     rules: (u32, Rules),
-    limiter: Option<Arc<Limiter>>,
-    capture: Option<Arc<Capture>>,
+    hooks: Hooks,
     counters: RxCounters,
 }
 
@@ -103,8 +102,7 @@ impl RxQueue {
             spare: Vec::new(),
             filter: Arc::default(),
             rules: (0, Rules::default()),
-            limiter: None,
-            capture: None,
+            hooks: Hooks::default(),
             counters: RxCounters::default(),
         }
     }
@@ -115,15 +113,9 @@ impl RxQueue {
         self
     }
 
-    /// Holds frames back as `limiter` says.
-    pub fn with_limiter(mut self, limiter: Option<Arc<Limiter>>) -> Self {
-        self.limiter = limiter;
-        self
-    }
-
-    /// Shows each frame to `capture`.
-    pub fn with_capture(mut self, capture: Option<Arc<Capture>>) -> Self {
-        self.capture = capture;
+    /// Does with each frame what `hooks` says.
+    pub fn with_hooks(mut self, hooks: Hooks) -> Self {
+        self.hooks = hooks;
         self
     }
 
@@ -159,7 +151,7 @@ impl RxQueue {
                 self.finish_spill(len, at);
                 continue;
             }
-            if let Some(wait) = self.limit() {
+            if let Some(wait) = self.hooks.wait() {
                 self.counters.limited += 1;
                 return RxStop::Limited(wait);
             }
@@ -190,10 +182,6 @@ impl RxQueue {
             }
         }
         RxStop::Budget
-    }
-
-    fn limit(&self) -> Option<Duration> {
-        self.limiter.as_ref()?.admit(Instant::now()).err()
     }
 
     /// Whether the driver wants the frame of `len` bytes that has just been read. A checksum that
@@ -332,13 +320,8 @@ impl RxQueue {
         // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
         // mapped.
         unsafe { scatter(iovecs, NUM_BUFFERS, &u16::to_le_bytes(count)) };
-        if let Some(capture) = &self.capture {
-            // SAFETY: as above. The driver does not have them yet.
-            unsafe { capture.record(Way::Received, iovecs, HEADER_LEN, len) };
-        }
-        if let Some(limiter) = &self.limiter {
-            limiter.charge(len - HEADER_LEN);
-        }
+        // SAFETY: as above. The driver does not have them yet.
+        unsafe { self.hooks.passed(Way::Received, iovecs, len) };
         self.ring.publish();
         self.counters.frames += 1;
         self.counters.bytes += len as u64;

@@ -2,13 +2,13 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::backend::{Backend, HEADER_LEN};
-use super::capture::{Capture, Direction as Way};
+use super::backend::Backend;
+use super::capture::Direction as Way;
 use super::counters::TxCounters;
+use super::hooks::Hooks;
 use super::observe::Observer;
-use super::rate::Limiter;
 use crate::virtio::queue::{Direction, MAX_SEGMENTS, Next, Ring};
 
 /// Why [`TxQueue::send`] stopped.
@@ -31,8 +31,7 @@ pub enum TxStop {
 pub struct TxQueue {
     ring: Ring,
     observer: Arc<Observer>,
-    limiter: Option<Arc<Limiter>>,
-    capture: Option<Arc<Capture>>,
+    hooks: Hooks,
     iovecs: Vec<libc::iovec>,
     counters: TxCounters,
 }
@@ -43,22 +42,15 @@ impl TxQueue {
         Self {
             ring,
             observer,
-            limiter: None,
-            capture: None,
+            hooks: Hooks::default(),
             iovecs: Vec::with_capacity(MAX_SEGMENTS),
             counters: TxCounters::default(),
         }
     }
 
-    /// Holds frames back as `limiter` says.
-    pub fn with_limiter(mut self, limiter: Option<Arc<Limiter>>) -> Self {
-        self.limiter = limiter;
-        self
-    }
-
-    /// Shows each frame to `capture`.
-    pub fn with_capture(mut self, capture: Option<Arc<Capture>>) -> Self {
-        self.capture = capture;
+    /// Does with each frame what `hooks` says.
+    pub fn with_hooks(mut self, hooks: Hooks) -> Self {
+        self.hooks = hooks;
         self
     }
 
@@ -95,7 +87,7 @@ impl TxQueue {
     fn drain(&mut self, backend: &impl Backend, left: &mut usize) -> TxStop {
         while *left > 0 {
             *left -= 1;
-            if let Some(wait) = self.limit() {
+            if let Some(wait) = self.hooks.wait() {
                 self.counters.limited += 1;
                 return TxStop::Limited(wait);
             }
@@ -135,18 +127,9 @@ impl TxQueue {
         // SAFETY: the iovecs are those of a chain that `Ring::next` resolved inside guest memory,
         // which the ring keeps mapped.
         unsafe { self.observer.look(&self.iovecs) };
-        if let Some(capture) = &self.capture {
-            // SAFETY: as above.
-            unsafe { capture.record(Way::Sent, &self.iovecs, HEADER_LEN, len) };
-        }
-        if let Some(limiter) = &self.limiter {
-            limiter.charge(len.saturating_sub(HEADER_LEN));
-        }
+        // SAFETY: as above.
+        unsafe { self.hooks.passed(Way::Sent, &self.iovecs, len) };
         self.counters.frames += 1;
         self.counters.bytes += len as u64;
-    }
-
-    fn limit(&self) -> Option<Duration> {
-        self.limiter.as_ref()?.admit(Instant::now()).err()
     }
 }

@@ -4,6 +4,7 @@ use std::thread::JoinHandle;
 
 use super::*;
 use crate::virtio::net::counters::{self, SharedCounters};
+use crate::virtio::net::hooks::Hooks;
 use crate::virtio::net::rate::{Limiter, RateLimit};
 use crate::virtio::net::worker::{Wakeups, Worker};
 
@@ -52,10 +53,13 @@ impl Watched {
         let thread = thread::spawn(move || {
             // The driver's side of the sending queue lives as long as the worker.
             let _tx = tx;
-            let limiter = limit.map(|limit| Arc::new(Limiter::new(limit)));
+            let hooks = Hooks {
+                limiter: limit.map(|limit| Arc::new(Limiter::new(limit))),
+                capture: None,
+            };
             let [rx, tx] = rings;
             let queues = (
-                RxQueue::new(rx, SINGLE).with_limiter(limiter),
+                RxQueue::new(rx, SINGLE).with_hooks(hooks),
                 TxQueue::new(tx, observer()),
             );
             let recorder = Arc::new(Recorder::default());

@@ -4,6 +4,7 @@ use super::*;
 use crate::virtio::net::capture::Capture;
 use crate::virtio::net::counters;
 use crate::virtio::net::filter::{Filter, Rules};
+use crate::virtio::net::hooks::Hooks;
 use crate::virtio::net::rate::{Limiter, RateLimit};
 
 /// A frame to `to`, with the protocol and what follows, behind an empty header.
@@ -91,8 +92,11 @@ fn limited_queues_hold_frames_back_and_let_them_pass_later() {
 fn tx_held_back_takes_nothing_from_the_ring() {
     let (wire, _far) = Wire::new();
     let mut driver = Driver::new();
-    let limiter = Some(Arc::new(Limiter::new(ONE_AT_ONCE)));
-    let mut tx = TxQueue::new(driver.ring(false), observer()).with_limiter(limiter);
+    let hooks = Hooks {
+        limiter: Some(Arc::new(Limiter::new(ONE_AT_ONCE))),
+        capture: None,
+    };
+    let mut tx = TxQueue::new(driver.ring(false), observer()).with_hooks(hooks);
     for head in 0..2 {
         driver.offer_chain(head, &[(0x4000, 60, 0)]);
     }
