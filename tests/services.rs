@@ -106,6 +106,35 @@ fn counters_are_told_at_the_end(net: Net) {
     );
 }
 
+on_both_transports!(offered_features_follow_the_hosts_kernel);
+
+fn offered_features_follow_the_hosts_kernel(net: Net) {
+    let console = net.run(2, "mode=info");
+    let offered = console
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("features=0x"))
+        .and_then(|digits| u64::from_str_radix(digits, 16).ok())
+        .unwrap_or_else(|| panic!("{console}"));
+    let bits = |bits: &[u32]| bits.iter().fold(0u64, |sum, bit| sum | 1 << bit);
+    // virtio 1.2, 5.1.3: offloads, then the control queue's; no MQ for a single pair.
+    let usual = bits(&[0, 1, 3, 5, 7, 8, 9, 11, 12, 13, 15, 16])
+        | bits(&[2, 17, 18, 19, 21, 23, 28, 29, 32]);
+    assert_eq!(offered & usual, usual, "{offered:#x}");
+    assert_eq!(offered & bits(&[22]), 0, "{offered:#x}");
+    // Taps know UDP segmentation since 6.2 (include/uapi/linux/if_tun.h).
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let mut numbers = release
+        .split(['.', '-'])
+        .map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let uso = bits(&[54, 55, 56]);
+    let expected = if version >= (6, 2) { uso } else { 0 };
+    assert_eq!(offered & uso, expected, "{offered:#x} on Linux {release}");
+}
+
 /// What tshark says of a file, one line for each frame.
 fn tshark(file: &Path, args: &[&str]) -> String {
     let mut command = Command::new(find("tshark", "tshark"));
