@@ -3,12 +3,12 @@
 //! minivmm holds the other end of a QMP monitor of QEMU's. At its end the guest is kept (`-no-shutdown`) until minivmm
 //! has looked at physical address 0x472, where a Linux that panicked writes 0x1234 before its reset
 //! (`reboot=panic_warm`; `native_machine_emergency_restart` in arch/x86/kernel/reboot.c). The first signal presses the
-//! power button; a second one, or ten seconds, end QEMU. QMP is docs/interop/qmp-spec of QEMU.
+//! power button; a second one, or ten seconds, end QEMU, also when it hangs in its own end. QMP is docs/interop/qmp-spec of QEMU.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Child;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,10 @@ use crate::exit::Exit;
 
 /// How long a guest has to power off after its button was pressed, as in the native monitor.
 const GRACE: Duration = Duration::from_secs(10);
+/// How long QEMU has to end after it was told to: it may have a disk's cache to write.
+const QUIT_GRACE: Duration = Duration::from_secs(60);
+/// How often it is looked whether a QEMU that has closed its socket has ended.
+const POLL: Duration = Duration::from_millis(20);
 
 /// What the main thread waits for.
 #[derive(Debug)]
@@ -52,25 +56,36 @@ pub(super) fn follow(
 
     let mut guest = Guest::new(socket);
     guest.command("qmp_capabilities", json!({}), Asked::Nothing);
-    while !guest.gone {
-        let patience = guest.deadline.map_or(Duration::MAX, |deadline| {
-            deadline.saturating_duration_since(Instant::now())
-        });
-        match news.recv_timeout(patience) {
-            Ok(News::Signal(signal)) => guest.signal(signal),
-            Ok(News::Message(message)) => guest.message(&message),
-            Ok(News::Closed) | Err(RecvTimeoutError::Disconnected) => break,
-            Err(RecvTimeoutError::Timeout) => guest.gone = true,
-        }
-    }
-    if guest.gone {
-        child.kill()?;
-    }
-    child.wait()?;
+    attend(&mut guest, child, &news)?;
     drop(news);
     handle.close();
     let _ = (messages.join(), signals.join());
     Ok(guest.exit())
+}
+
+/// Acts on the news until QEMU has ended. One that has closed its socket may still have long to go, and hang: signals
+/// and the deadline count to the end.
+fn attend(guest: &mut Guest, child: &mut Child, news: &Receiver<News>) -> io::Result<()> {
+    let mut closed = false;
+    while !guest.gone {
+        let patience = guest.deadline.map_or(Duration::MAX, |deadline| {
+            deadline.saturating_duration_since(Instant::now())
+        });
+        let poll = if closed { POLL } else { Duration::MAX };
+        match news.recv_timeout(patience.min(poll)) {
+            Ok(News::Signal(signal)) => guest.signal(signal),
+            Ok(News::Message(message)) => guest.message(&message),
+            Ok(News::Closed) | Err(RecvTimeoutError::Disconnected) => closed = true,
+            Err(RecvTimeoutError::Timeout) if patience <= poll => guest.gone = true,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if closed && child.try_wait()?.is_some() {
+            return Ok(());
+        }
+    }
+    child.kill()?;
+    child.wait()?;
+    Ok(())
 }
 
 fn read_messages(socket: UnixStream, news: &Sender<News>) {
@@ -155,7 +170,7 @@ impl Guest {
                 Some("guest-panic") => self.quit(Exit::Panic),
                 Some("guest-shutdown") => self.quit(Exit::PowerOff),
                 // QEMU was told to end by somebody else, and does.
-                _ => self.command("quit", json!({}), Asked::Nothing),
+                _ => self.end_qemu(),
             },
             (Some("STOP"), _) => self.command("query-status", json!({}), Asked::Status),
             (_, Some("status")) if answer["status"] == "internal-error" => {
@@ -175,7 +190,12 @@ impl Guest {
 
     fn quit(&mut self, end: Exit) {
         self.end.get_or_insert(end);
+        self.end_qemu();
+    }
+
+    fn end_qemu(&mut self) {
         self.command("quit", json!({}), Asked::Nothing);
+        self.deadline = Some(Instant::now() + QUIT_GRACE);
     }
 }
 
@@ -234,5 +254,64 @@ mod tests {
         guest.signal(15);
         assert!(guest.gone);
         assert_eq!(guest.exit(), Some(Exit::Signal(15)));
+    }
+
+    /// A QEMU that goes on for a minute after it has closed its socket, and its guest.
+    fn deaf() -> (Guest, Child, Sender<News>, Receiver<News>) {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let (sender, news) = mpsc::channel();
+        sender.send(News::Closed).unwrap();
+        (Guest::new(ours), child, sender, news)
+    }
+
+    #[test]
+    fn qemu_that_hangs_in_its_end_is_killed_by_the_second_signal() {
+        let (mut guest, mut child, sender, news) = deaf();
+        let start = Instant::now();
+        let later = thread::spawn(move || {
+            for signal in [15, 2] {
+                thread::sleep(Duration::from_millis(100));
+                sender.send(News::Signal(signal)).unwrap();
+            }
+            sender
+        });
+        attend(&mut guest, &mut child, &news).unwrap();
+        assert!(
+            start.elapsed() < GRACE,
+            "the signal counts, not the deadline"
+        );
+        later.join().unwrap();
+        assert_eq!(guest.exit(), Some(Exit::Signal(2)));
+    }
+
+    #[test]
+    fn qemu_that_hangs_in_its_end_is_killed_at_the_deadline() {
+        let (mut guest, mut child, _sender, news) = deaf();
+        guest.message(&shutdown("guest-shutdown"));
+        let deadline = guest.deadline.expect("quit sets one");
+        assert!(deadline <= Instant::now() + QUIT_GRACE);
+        guest.deadline = Some(Instant::now() + 5 * POLL);
+        let start = Instant::now();
+        attend(&mut guest, &mut child, &news).unwrap();
+        assert!(start.elapsed() < GRACE);
+        assert_eq!(guest.exit(), Some(Exit::PowerOff));
+    }
+
+    #[test]
+    fn qemu_that_ends_soon_after_its_socket_is_waited_for() {
+        let (mut guest, mut sleep, _sender, news) = deaf();
+        sleep.kill().unwrap();
+        sleep.wait().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("0.2")
+            .spawn()
+            .unwrap();
+        attend(&mut guest, &mut child, &news).unwrap();
+        assert!(child.wait().unwrap().success());
+        assert_eq!(guest.exit(), None);
     }
 }
