@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 
 use net::MacAddr;
+use serde_json::Value;
 
 use super::args::{has_option, option};
 
@@ -17,7 +18,7 @@ pub enum ConflictError {
     Id(String, String),
     /// A descriptor of ours.
     #[error(
-        "ARGS have {0:?}, but file descriptor {1} is that of a --macvtap: use {2} or higher, as in `{2}<>/dev/tapN`"
+        "ARGS have {0:?}, but file descriptor {1} is one of those that minivmm gives to QEMU: use {2} or higher, as in `{2}<>/dev/tapN`"
     )]
     Descriptor(String, RawFd, RawFd),
     /// A device for our netdev with no address that could be checked.
@@ -30,6 +31,16 @@ pub enum ConflictError {
         "ARGS have {0:?}, but the macvtap's MAC address is {1}, and no other receives anything: give --macvtap the mac= of the device"
     )]
     Mac(String, MacAddr),
+    /// A device for our netdev with an address, and a macvtap with none.
+    #[error(
+        "ARGS have {0:?}, but the macvtap gets a random MAC address, and no other receives anything: give --macvtap the same mac={1}"
+    )]
+    RandomMac(String, MacAddr),
+    /// Another address for a device on our netdev.
+    #[error(
+        "ARGS have -set {0:?}, but a card has its macvtap's MAC address, since no other receives anything: give it to --macvtap as mac="
+    )]
+    SetMac(String),
     /// A device for our netdev, and properties for another.
     #[error("ARGS have {0:?}, so the key {1} of --macvtap belongs there")]
     Properties(String, String),
@@ -38,6 +49,12 @@ pub enum ConflictError {
         "ARGS have -daemonize, but minivmm waits for QEMU, to clean up: put minivmm itself into the background"
     )]
     Daemon,
+    /// QEMU as another user.
+    #[error(
+        "ARGS have {0}, but a QEMU that changes its user would outlive a minivmm that is killed: run both as that user, by \
+         `minivmm net open LINK --user NAME -- minivmm qemu --macvtap fd=3 ...`"
+    )]
+    User(String),
     /// Two ways to run the guest's code.
     #[error(
         "ARGS say what runs the guest's code (-accel, -enable-kvm), and --accel does too: choose one"
@@ -79,25 +96,61 @@ pub(super) fn check(args: &[OsString], ids: &[String], fds: &[RawFd]) -> Result<
     if has_option(args, &["daemonize"]) {
         return Err(ConflictError::Daemon);
     }
+    let devices = devices_of(args, ids);
     for (name, value) in values(args) {
         // Free text.
         if name == "append" {
             continue;
         }
-        for (key, text) in properties(&value) {
-            let is_id = key == "id" && ids.contains(&text);
+        let properties = properties(&value);
+        changes_user(name, &value, &properties)?;
+        for (key, text) in &properties {
+            let is_id = key == "id" && ids.contains(text);
             if is_id && matches!(name, "netdev" | "net" | "nic" | "device") {
-                return Err(ConflictError::Id(value, text));
+                return Err(ConflictError::Id(value, text.clone()));
             }
-            for fd in descriptors(&key, &text) {
-                if fds.contains(&fd) {
-                    let free = fds.last().map_or(fd, |last| last + 1);
-                    return Err(ConflictError::Descriptor(value, fd, free));
-                }
+            if name == "set" && sets_mac(key, ids.iter().chain(&devices)) {
+                return Err(ConflictError::SetMac(value));
             }
+        }
+        if let Some(fd) = descriptors(&properties).find(|fd| fds.contains(fd)) {
+            let free = fds.last().map_or(fd, |last| last + 1);
+            return Err(ConflictError::Descriptor(value, fd, free));
         }
     }
     Ok(())
+}
+
+/// The kernel forgets at a change of user that QEMU is to die with minivmm (PR_SET_PDEATHSIG).
+fn changes_user(
+    name: &str,
+    value: &str,
+    properties: &[(String, String)],
+) -> Result<(), ConflictError> {
+    let user = properties.iter().any(|(key, _)| key == "user");
+    if name == "runas" || name == "run-with" && user {
+        return Err(ConflictError::User(format!("-{name} {value}")));
+    }
+    Ok(())
+}
+
+/// The ids of the devices in ARGS that stand on a netdev of ours.
+fn devices_of(args: &[OsString], netdevs: &[String]) -> Vec<String> {
+    let id = |(name, text): (&str, String)| {
+        let properties = properties(&text);
+        let get = |wanted| properties.iter().find(|(key, _)| key == wanted);
+        let ours = name == "device" && get("netdev").is_some_and(|(_, of)| netdevs.contains(of));
+        get("id").filter(|_| ours).map(|(_, id)| id.clone())
+    };
+    values(args).filter_map(id).collect()
+}
+
+/// Whether the key of a `-set`, as in `device.ID.mac`, is the MAC address of one of these devices.
+fn sets_mac<'a>(key: &str, mut ids: impl Iterator<Item = &'a String>) -> bool {
+    let id = key
+        .strip_prefix("device.")
+        .and_then(|key| key.strip_suffix(".mac"));
+    id.is_some_and(|id| ids.any(|ours| ours == id))
 }
 
 /// The device of ARGS for a netdev of ours, if there is one.
@@ -126,28 +179,36 @@ fn values(args: &[OsString]) -> impl Iterator<Item = (&str, String)> {
         .map(|(name, arg)| (name, arg.to_string_lossy().into_owned()))
 }
 
-/// The descriptors that a property names.
-fn descriptors(key: &str, value: &str) -> Vec<RawFd> {
-    match key {
-        "fd" | "fds" | "vhostfd" | "vhostfds" => {
-            value.split(':').filter_map(|fd| fd.parse().ok()).collect()
-        }
-        _ => ["/dev/fd/", "/proc/self/fd/", "fd:"]
+/// The descriptors that properties name.
+fn descriptors(properties: &[(String, String)]) -> impl Iterator<Item = RawFd> {
+    let is_fd = |address: &str| {
+        let kind = format!("{address}type");
+        properties
             .iter()
-            .filter_map(|prefix| value.strip_prefix(prefix)?.parse().ok())
-            .collect(),
-    }
+            .any(|(key, value)| *key == kind && value == "fd")
+    };
+    properties.iter().flat_map(move |(key, value)| {
+        let last = key.rsplit('.').next().unwrap_or_default();
+        let numbers = match last {
+            "fd" | "fds" | "vhostfd" | "vhostfds" | "sock_fd" => Some(value.as_str()),
+            // A socket's address, as in addr.type=fd,addr.str=3.
+            "str" if is_fd(key.trim_end_matches("str")) => Some(value.as_str()),
+            _ => ["/dev/fd/", "/proc/self/fd/", "fd:"]
+                .iter()
+                .find_map(|prefix| value.strip_prefix(prefix)),
+        };
+        let numbers = numbers.unwrap_or_default().split(':');
+        numbers.filter_map(|fd| fd.parse().ok())
+    })
 }
 
-/// Reads `a,b=c,d=e`, where two commas stand for one in a value, or a JSON object. A word without a value has the empty
-/// key.
+/// Reads `a,b=c,d=e`, where two commas stand for one in a value, or a JSON object, whose objects' members become keys
+/// with dots, as in the other form. A word without a value has the empty key.
 fn properties(text: &str) -> Vec<(String, String)> {
-    if let Ok(serde_json::Value::Object(object)) = serde_json::from_str(text) {
-        let plain = |value: serde_json::Value| match value {
-            serde_json::Value::String(text) => text,
-            other => other.to_string(),
-        };
-        return object.into_iter().map(|(k, v)| (k, plain(v))).collect();
+    if let Ok(object @ Value::Object(_)) = serde_json::from_str(text) {
+        let mut properties = Vec::new();
+        flatten(String::new(), object, &mut properties);
+        return properties;
     }
     // A comma that is part of a value becomes a character that no property has.
     text.replace(",,", "\0")
@@ -155,6 +216,23 @@ fn properties(text: &str) -> Vec<(String, String)> {
         .map(|part| part.split_once('=').unwrap_or(("", part)))
         .map(|(key, value)| (key.to_owned(), value.replace('\0', ",")))
         .collect()
+}
+
+fn flatten(key: String, value: Value, properties: &mut Vec<(String, String)>) {
+    let below = |name: &str| match key.as_str() {
+        "" => name.to_owned(),
+        key => format!("{key}.{name}"),
+    };
+    match value {
+        Value::Object(members) => members
+            .into_iter()
+            .for_each(|(name, member)| flatten(below(&name), member, properties)),
+        Value::Array(members) => (0..)
+            .zip(members)
+            .for_each(|(n, member): (u32, _)| flatten(below(&n.to_string()), member, properties)),
+        Value::String(text) => properties.push((key, text)),
+        other => properties.push((key, other.to_string())),
+    }
 }
 
 #[cfg(test)]
@@ -206,6 +284,11 @@ mod tests {
             "-incoming fd:3",
             "/proc/self/fd/4",
             r#"-netdev {"type":"tap","id":"x","fd":"3"}"#,
+            "-netdev stream,id=x,addr.type=fd,addr.str=3",
+            "-netdev dgram,id=x,local.type=fd,local.str=4",
+            r#"-netdev {"type":"stream","id":"x","addr":{"type":"fd","str":"3"}}"#,
+            r#"-blockdev {"driver":"raw","file":{"driver":"file","filename":"/dev/fd/4"}}"#,
+            "-fsdev proxy,id=x,sock_fd=3",
         ] {
             let error = checked(text).unwrap_err();
             assert!(
@@ -213,6 +296,42 @@ mod tests {
                 "{text}: {error}"
             );
         }
+    }
+
+    #[test]
+    fn args_with_a_string_that_is_no_descriptor_pass() {
+        checked("-netdev stream,id=x,addr.type=unix,addr.str=3 -device x,str=3").unwrap();
+    }
+
+    #[test]
+    fn args_that_change_the_user_are_refused() {
+        for text in [
+            "-runas nobody",
+            "--run-with user=nobody",
+            "-run-with chroot=/x,user=1:1",
+        ] {
+            let error = checked(text).unwrap_err();
+            assert!(matches!(error, ConflictError::User(_)), "{text}: {error}");
+        }
+        checked("-run-with chroot=/x -netdev user,id=user -device x,user=y").unwrap();
+    }
+
+    #[test]
+    fn args_that_set_another_address_are_refused() {
+        for text in [
+            "-set device.nic2.mac=52:54:00:12:34:56",
+            "-device e1000e,netdev=macvtap0,id=own,mac=52:54:00:12:34:56 -set device.own.mac=52:54:00:12:34:57",
+        ] {
+            let error = checked(text).unwrap_err();
+            assert!(matches!(error, ConflictError::SetMac(_)), "{text}: {error}");
+        }
+        checked("-set device.other.mac=52:54:00:12:34:56 -set device.nic2.romfile=").unwrap();
+    }
+
+    #[test]
+    fn args_with_a_descriptor_in_use_and_no_card_name_none() {
+        let error = check(&args("-add-fd fd=3,set=1"), &[], &[3]).unwrap_err();
+        assert!(!error.to_string().contains("--macvtap"), "{error}");
     }
 
     #[test]
