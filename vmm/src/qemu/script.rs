@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 use std::os::fd::RawFd;
+use std::os::unix::ffi::OsStrExt;
 
 use net::{MacAddr, MacvtapSpec, Mode};
 
@@ -38,40 +39,68 @@ pub(super) fn script(cards: &[ScriptCard], command: &[OsString]) -> String {
     for (n, card) in cards.iter().enumerate() {
         let link = match &card.origin {
             Origin::New { spec, mac, index } => {
-                names.push(format!("\"$tap{n}\""));
+                names.push(format!("tap{n}"));
                 made += &new_macvtap(n, spec, *mac, *index);
                 format!("\"$tap{n}\"")
             }
-            Origin::Existing(link) => quote(link),
+            Origin::Existing(link) => {
+                made += &need_up("", &quote(link));
+                quote(link)
+            }
             Origin::Open(_) => String::new(),
         };
         redirect(&mut redirections, card, &link);
     }
     let text = command.iter().map(quote).collect::<Vec<_>>().join(" ");
+    let stdin = stdin_number(cards);
     // dash knows descriptors of one digit alone.
-    let highest = cards
-        .iter()
-        .flat_map(|card| card.numbers.fds.iter().chain(&card.numbers.vhost))
-        .max();
-    let shell = if highest > Some(&9) { "bash" } else { "sh" };
+    let shell = if stdin > 9 { "bash" } else { "sh" };
     let mut script = format!(
         "#!/bin/{shell}\n# What `minivmm qemu` would do; run it as root with {shell}. minivmm itself makes the macvtap in a network\n\
          # namespace of its own unless netns=host is given, so that nothing remains even after SIGKILL, and follows the\n\
-         # guest of --kernel by QMP, to press its power button and to tell a panic from a reboot.\nset -eu\n"
+         # guest of --kernel by QMP, to press its power button and to tell a panic from a reboot.\nset -eu\nqemu=\n"
     );
-    if !names.is_empty() {
-        let delete: String = names
-            .iter()
-            .map(|name| format!("ip link delete {name} 2>/dev/null || :; "))
-            .collect();
-        // A variable that is not set yet stands for a link that is not there yet.
-        for n in (0..cards.len()).filter(|n| names.contains(&format!("\"$tap{n}\""))) {
-            let _ = writeln!(script, "tap{n}=");
-        }
-        let _ = writeln!(script, "trap '{}' EXIT", delete.trim_end_matches("; "));
-        script += "trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM\n";
+    // A variable that is not set yet stands for a link that is not there yet.
+    for name in &names {
+        let _ = writeln!(script, "{name}=");
     }
-    script + &made + &text + &redirections + "\n"
+    script += "terminal=$(stty -g 2>/dev/null) || terminal=\nclean() {\n    [ -z \"$terminal\" ] || stty \"$terminal\"\n";
+    for name in &names {
+        let _ = writeln!(script, "    ip link delete \"${name}\" 2>/dev/null || :");
+    }
+    script += "}\nend() {\n    [ -z \"$qemu\" ] || { kill \"$qemu\" && wait \"$qemu\"; } 2>/dev/null || :\n    exit \"$1\"\n}\n\
+         trap clean EXIT\ntrap 'end 129' HUP; trap 'end 130' INT; trap 'end 131' QUIT; trap 'end 143' TERM\n";
+    script += &made;
+    script += "# In the background, since a shell that waits for a program in the foreground is deaf to signals.\n";
+    // A shell gives such a program /dev/null to read, and dash does so before it would take <&0.
+    let _ = write!(
+        script,
+        "exec {stdin}<&0\n{text} <&{stdin} {stdin}<&-{redirections} &\nqemu=$!\n"
+    );
+    script + "status=0\nwait \"$qemu\" || status=$?\nexit \"$status\"\n"
+}
+
+/// A number for a copy of stdin, away from those of the cards and, as far as possible, of ARGS.
+fn stdin_number(cards: &[ScriptCard]) -> RawFd {
+    let taken = cards.iter().flat_map(|card| {
+        let sources: &[RawFd] = match &card.origin {
+            Origin::Open(sources) => sources,
+            _ => &[],
+        };
+        card.numbers
+            .fds
+            .iter()
+            .chain(&card.numbers.vhost)
+            .chain(sources)
+    });
+    taken.max().map_or(9, |highest| 9.max(highest + 1))
+}
+
+/// A test that a link is up: no frame passes one that is down, and the kernel does not say so.
+fn need_up(enter: &str, link: &str) -> String {
+    format!(
+        "[ -n \"$({enter}ip link show up dev {link})\" ] || {{ echo {link} is down: frames would vanish in it >&2; exit 1; }}\n"
+    )
 }
 
 fn new_macvtap(n: usize, spec: &MacvtapSpec, mac: MacAddr, index: u32) -> String {
@@ -102,6 +131,7 @@ fn new_macvtap(n: usize, spec: &MacvtapSpec, mac: MacAddr, index: u32) -> String
     if let Some(frames) = spec.bc_queue_len {
         let _ = write!(type_keys, " bcqueuelen {frames}");
     }
+    text += &need_up(&enter, &lower);
     let _ = write!(
         text,
         "# The high index makes /dev/tapN unique: low ones repeat in each network namespace.\n\
@@ -139,14 +169,27 @@ fn redirect(text: &mut String, card: &ScriptCard, link: &str) {
     }
 }
 
-/// A word for sh.
+/// A word for sh. Bytes that are no UTF-8 are left to printf, so that the script itself can be shown and copied.
 fn quote(word: impl AsRef<OsStr>) -> String {
-    let word = word.as_ref().to_string_lossy();
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,:=+@%".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.into_owned();
+    let word = word.as_ref().as_bytes();
+    let plain = |c: &u8| c.is_ascii_alphanumeric() || b"-_./,:=+@%".contains(c);
+    let mut text = String::new();
+    for chunk in word.utf8_chunks() {
+        let valid = chunk.valid();
+        if valid.bytes().all(|c| plain(&c)) {
+            text += valid;
+        } else {
+            let _ = write!(text, "'{}'", valid.replace('\'', r"'\''"));
+        }
+        if !chunk.invalid().is_empty() {
+            text += "\"$(printf '";
+            for byte in chunk.invalid() {
+                let _ = write!(text, "\\{byte:03o}");
+            }
+            text += "')\"";
+        }
     }
-    format!("'{}'", word.replace('\'', r"'\''"))
+    if text.is_empty() { "''".into() } else { text }
 }
 
 #[cfg(test)]
@@ -180,6 +223,17 @@ mod tests {
     }
 
     #[test]
+    fn word_of_any_bytes_comes_back_from_sh() {
+        let bytes: Vec<u8> = (1..=255).chain(*b"\xff\n\xc3").collect();
+        let word = OsStr::from_bytes(&bytes);
+        for shell in ["sh", "bash"] {
+            let mut command = std::process::Command::new(shell);
+            command.args(["-c", &format!("printf %s {}", quote(word))]);
+            assert_eq!(command.output().unwrap().stdout, bytes, "{shell}");
+        }
+    }
+
+    #[test]
     fn script_makes_the_link_and_deletes_it() {
         let command = ["qemu", "-append", "a b"].map(OsString::from);
         let text = script(&[card("eno1,mtu=1400,mode=private", vec![3])], &command);
@@ -188,9 +242,9 @@ mod tests {
             "tap0=mvt$$",
             "ip link add link eno1 name mvt$$ index 1000000 address 52:54:00:12:34:56 mtu 1400 type macvtap mode private",
             "ip link set \"$tap0\" up",
-            "trap 'ip link delete \"$tap0\" 2>/dev/null || :' EXIT",
-            "qemu -append 'a b' \\",
-            "    3<>\"/dev/tap$(cat /sys/class/net/\"$tap0\"/ifindex)\"",
+            "    ip link delete \"$tap0\" 2>/dev/null || :",
+            "qemu -append 'a b' <&9 9<&- \\",
+            "    3<>\"/dev/tap$(cat /sys/class/net/\"$tap0\"/ifindex)\" &",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
@@ -206,7 +260,9 @@ mod tests {
             },
         };
         let text = script(&[card], &["qemu".into()]);
-        assert!(!text.contains("ip link"), "{text}");
+        assert!(!text.contains("ip link add"), "{text}");
+        assert!(!text.contains("ip link delete"), "{text}");
+        assert!(text.contains("ip link show up dev mt0"), "{text}");
         assert!(
             text.contains("3<>\"/dev/tap$(cat /sys/class/net/mt0/ifindex)\" 4<>/dev/vhost-net")
         );
@@ -221,7 +277,56 @@ mod tests {
                 vhost: vec![],
             },
         };
-        assert!(script(&[card], &["qemu".into()]).ends_with("\nqemu 3<&7\n"));
+        assert!(script(&[card], &["qemu".into()]).contains("\nqemu <&9 9<&- 3<&7 &\n"));
+    }
+
+    #[test]
+    fn script_ends_its_program_at_once_by_a_signal() {
+        use std::process::{Command, Stdio};
+
+        use nix::sys::signal::{Signal, kill};
+
+        for shell in ["sh", "bash"] {
+            let text = script(&[], &["sleep", "60"].map(OsString::from));
+            let mut command = Command::new(shell);
+            command.args(["-c", &text]).stdin(Stdio::null());
+            command.stdout(Stdio::piped());
+            let start = std::time::Instant::now();
+            let mut child = command.spawn().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            kill(crate::child::pid(&child), Signal::SIGTERM).unwrap();
+            assert_eq!(child.wait().unwrap().code(), Some(143), "{shell}");
+            // At end of file nobody has it open any more.
+            let mut stdout = child.stdout.take().unwrap();
+            std::io::Read::read_to_end(&mut stdout, &mut Vec::new()).unwrap();
+            assert!(start.elapsed().as_secs() < 30, "{shell}");
+        }
+    }
+
+    #[test]
+    fn script_hands_on_stdin_and_the_status() {
+        for shell in ["sh", "bash"] {
+            let text = script(&[], &["sh", "-c", "read -r n; exit $n"].map(OsString::from));
+            let (reader, mut writer) = std::io::pipe().unwrap();
+            std::io::Write::write_all(&mut writer, b"7\n").unwrap();
+            let mut command = std::process::Command::new(shell);
+            command.args(["-c", &text]).stdin(reader);
+            assert_eq!(command.status().unwrap().code(), Some(7), "{shell}");
+        }
+    }
+
+    #[test]
+    fn script_of_two_cards_with_two_queues_numbers_all_descriptors() {
+        let cards = [
+            card("eno1,queues=2", vec![3, 4]),
+            card("eno2,queues=2", vec![5, 6]),
+        ];
+        let text = script(&cards, &["qemu".into()]);
+        for (fd, tap) in [(3, "tap0"), (4, "tap0"), (5, "tap1"), (6, "tap1")] {
+            let line = format!("    {fd}<>\"/dev/tap$(cat /sys/class/net/\"${tap}\"/ifindex)\"");
+            assert!(text.contains(&line), "{line}\n{text}");
+        }
+        assert!(text.contains("tap1=mvt$$x1\n"), "{text}");
     }
 
     #[test]
