@@ -6,6 +6,7 @@
 //! | `args.rs` | QEMU's command line; pure |
 //! | `conflict.rs` | what in ARGS would clash with it; pure |
 //! | `binary.rs`, `accel.rs` | which QEMU, and what runs the guest's code |
+//! | `process.rs` | QEMU as a process, from its start to its end |
 //! | `control.rs` | the end of a guest that was asked for by `--kernel`, by QMP |
 //! | `hints.rs`, `terminal.rs` | QEMU's stderr, and the terminal after it |
 //! | `dry_run.rs`, `script.rs` | `--dry-run`: what would be made, and the script of it |
@@ -25,6 +26,7 @@ mod control;
 mod dry_run;
 mod hints;
 mod nics;
+mod process;
 mod script;
 mod terminal;
 
@@ -32,26 +34,20 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::Command;
 
-use net::{AdoptError, Lease, MacAddr};
-use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use signal_hook::iterator::Signals;
+use net::{AdoptError, HostLinkGuard, HostLinkSpec, MacAddr, MacvtapSpec};
 
-use crate::child;
 use crate::cli::{Accel, QemuArgs};
-use crate::config::{ConsoleTarget, NicSource};
-use crate::exit::Exit;
-use crate::handover::{self, Handover};
+use crate::config::NicSource;
+use crate::handover;
 use crate::terminal::may_read;
 
 use accel::Engine;
 use args::{Card, Line, Machine};
 use conflict::OwnDevice;
-use nics::{Numbers, Queues};
+use nics::{Expected, Numbers, Queues};
 
 pub use binary::BinaryError;
 pub use conflict::ConflictError;
@@ -70,6 +66,12 @@ pub enum QemuError {
     /// A macvtap.
     #[error(transparent)]
     Macvtap(#[from] net::Error),
+    /// The host's own access.
+    #[error(transparent)]
+    HostLink(#[from] net::HostLinkError),
+    /// The first card stands on an interface that cannot be named here.
+    #[error("--host-link needs a card whose interface has a name in this network namespace")]
+    HostLinkName(#[source] net::ParseLinkNameError),
     /// Descriptors of somebody else's.
     #[error("cannot use the file descriptors of --macvtap fd=")]
     Adopt(#[from] AdoptError),
@@ -141,6 +143,10 @@ impl Plan {
         taken.extend(control);
         conflict::check(&args.args, &all_ids(args, &ids), &taken)?;
         let own_devices = own_devices(args, &ids)?;
+        for (own, nic) in own_devices.iter().zip(&args.macvtap) {
+            own.as_ref()
+                .map_or(Ok(()), |own| check_expected(own, nic))?;
+        }
         let engine = engine(args, machine.is_some())?;
         let qemu = binary::find(args.qemu.as_deref())?;
         Ok(Self {
@@ -156,16 +162,21 @@ impl Plan {
 
     /// The n-th card, once its address is known.
     fn card(&self, n: usize, nic: &NicRequest, mac: MacAddr, mtu: u32) -> Result<Card, QemuError> {
-        let own = self.own_devices[n].as_ref();
-        own.map_or(Ok(()), |own| own.check(mac))?;
+        self.check_mac(n, mac)?;
         Ok(Card {
             id: self.ids[n].clone(),
             fds: self.numbers[n].fds.clone(),
             vhost: self.numbers[n].vhost.clone(),
             mac,
             mtu,
-            device: own.is_none().then(|| nic.device.clone()),
+            device: self.own_devices[n].is_none().then(|| nic.device.clone()),
         })
+    }
+
+    /// Whether the n-th card's device, if ARGS have one, has this address.
+    fn check_mac(&self, n: usize, mac: MacAddr) -> Result<(), ConflictError> {
+        let own = self.own_devices[n].as_ref();
+        own.map_or(Ok(()), |own| own.check(mac))
     }
 
     fn line(&self, cards: &[Card], args: &[OsString]) -> Vec<OsString> {
@@ -203,6 +214,18 @@ fn own_devices(args: &QemuArgs, ids: &[String]) -> Result<Vec<Option<OwnDevice>>
     ids.iter().zip(&args.macvtap).map(own_device).collect()
 }
 
+/// Checks a device's address against that of a macvtap still to be made, as far as it is known.
+fn check_expected(own: &OwnDevice, nic: &NicRequest) -> Result<(), ConflictError> {
+    match &nic.source {
+        NicSource::Macvtap(spec) => match nics::expected_mac(spec) {
+            Expected::Known(mac) => own.check(mac),
+            Expected::Random => Err(ConflictError::RandomMac(own.text.clone(), own.mac)),
+            Expected::Unknown => Ok(()),
+        },
+        NicSource::Descriptors(_) => Ok(()),
+    }
+}
+
 /// What to settle, unless ARGS do it.
 fn engine(args: &QemuArgs, machine: bool) -> Result<Option<Accel>, ConflictError> {
     match (args.accel, conflict::chooses_accel(&args.args)) {
@@ -238,14 +261,17 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     let mut inherited = unsafe { inherit(args) }?.into_iter();
     let plan = Plan::new(args, true)?;
     let (mut cards, mut descriptors, mut leases) = (Vec::new(), Vec::new(), Vec::new());
-    for (n, nic) in args.macvtap.iter().enumerate() {
-        let queues = match &nic.source {
-            NicSource::Macvtap(spec) => Queues::make(spec)?,
-            NicSource::Descriptors(fds) => {
-                Queues::adopt(inherited.by_ref().take(fds.len()).collect())?
-            }
+    let mut lowers = Vec::new();
+    for (n, origin) in origins(args, &plan, &mut inherited)?
+        .into_iter()
+        .enumerate()
+    {
+        let queues = match origin {
+            Origin::ToMake(spec) => Queues::make(spec)?,
+            Origin::Open(queues) => queues,
         };
-        cards.push(plan.card(n, nic, queues.mac, queues.mtu)?);
+        lowers.push(queues.lower);
+        cards.push(plan.card(n, &args.macvtap[n], queues.mac, queues.mtu)?);
         descriptors.extend(queues.descriptors);
         for _ in &plan.numbers[n].vhost {
             descriptors.push(nics::open_vhost().map_err(QemuError::Vhost)?.into());
@@ -263,94 +289,46 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     });
     let mut command = Command::new(&plan.qemu);
     command.args(plan.line(&cards, &args.args));
+    let host_link = host_link(args, lowers.first())?;
     log::debug!("running {command:?}");
-    supervise(command, descriptors, control, &plan, leases)
+    let status = process::supervise(command, descriptors, control, &plan);
+    drop((leases, host_link));
+    status
 }
 
-/// Starts QEMU and follows it to its end, when the macvtaps go.
-fn supervise(
-    mut command: Command,
-    descriptors: Vec<OwnedFd>,
-    control: Option<UnixStream>,
+/// Where a card's queues come from.
+#[derive(Debug)]
+enum Origin<'a> {
+    ToMake(&'a MacvtapSpec),
+    Open(Queues),
+}
+
+/// Takes over the queues that somebody else has opened: what is wrong with them is told before anything is made.
+fn origins<'a>(
+    args: &'a QemuArgs,
     plan: &Plan,
-    leases: Vec<Lease>,
-) -> Result<u8, QemuError> {
-    let handover = Handover::new(descriptors).map_err(QemuError::Descriptors)?;
-    handover.attach(&mut command);
-    die_together(&mut command);
-    command.stderr(Stdio::piped());
-    if let Some(machine) = &plan.machine
-        && (!machine.keys || machine.console != ConsoleTarget::Stdio)
-    {
-        // Ctrl-C of the terminal is for minivmm, which presses the power button.
-        command.process_group(0);
-        if io::stdin().is_terminal() {
-            command.stdin(Stdio::null());
-        }
-    }
-    let signals = Signals::new([SIGTERM, SIGHUP, SIGINT, SIGQUIT]).map_err(QemuError::Signals)?;
-    let terminal = terminal::SavedTerminal::save();
-    let mut qemu = command
-        .spawn()
-        .map_err(|error| QemuError::Run(plan.qemu.clone(), error))?;
-    drop(handover);
-    // It holds QEMU's end of the control socket no longer than QEMU does.
-    drop(command);
-    let stderr = qemu.stderr.take().map(hints::Relay::start);
-    let stderr = stderr.transpose().map_err(QemuError::Follow)?;
-    let (exit, status) = end_of(qemu, control, signals).map_err(QemuError::Follow)?;
-    drop(terminal);
-    drop(leases);
-    let hint = stderr.and_then(hints::Relay::hint);
-    let code = match exit {
-        Some(exit) => {
-            exit.log();
-            exit.code()
-        }
-        None => {
-            let code = child::exit_code(status);
-            if code > 128 {
-                log::error!("QEMU was killed by signal {}", code - 128);
-            }
-            code
+    inherited: &mut impl Iterator<Item = OwnedFd>,
+) -> Result<Vec<Origin<'a>>, QemuError> {
+    let origin = |(n, nic): (usize, &'a NicRequest)| match &nic.source {
+        NicSource::Macvtap(spec) => Ok(Origin::ToMake(spec)),
+        NicSource::Descriptors(fds) => {
+            let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect())?;
+            plan.check_mac(n, queues.mac)?;
+            Ok(Origin::Open(queues))
         }
     };
-    if let (Some(hint), true) = (hint, code != 0) {
-        log::error!("{hint}");
-    }
-    Ok(code)
+    args.macvtap.iter().enumerate().map(origin).collect()
 }
 
-/// Waits for QEMU's end: as the native monitor's guest over the control socket, else as any program's.
-fn end_of(
-    mut qemu: Child,
-    control: Option<UnixStream>,
-    signals: Signals,
-) -> io::Result<(Option<Exit>, ExitStatus)> {
-    match control {
-        Some(socket) => {
-            let exit = control::follow(&mut qemu, socket, signals)?;
-            Ok((exit, qemu.wait()?))
-        }
-        None => {
-            let forwarded = [SIGTERM, SIGHUP, SIGINT, SIGQUIT];
-            Ok((None, child::wait(qemu, signals, &forwarded)?))
-        }
-    }
-}
-
-/// Has the kernel kill the program when this process dies.
-fn die_together(command: &mut Command) {
-    let parent = getpid();
-    let arm = move || {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        // It may have died before that.
-        if getppid() == Some(parent) {
-            Ok(())
-        } else {
-            Err(io::Error::from_raw_os_error(libc::ESRCH))
-        }
+/// The host's own link, on the interface of the first card.
+fn host_link(args: &QemuArgs, lower: Option<&String>) -> Result<Option<HostLinkGuard>, QemuError> {
+    let (Some(lower), false) = (lower, args.host_link.is_empty()) else {
+        return Ok(None);
     };
-    // SAFETY: what runs between fork and exec makes system calls alone: it allocates nothing and takes no lock.
-    unsafe { command.pre_exec(arm) };
+    let lower = lower.parse().map_err(QemuError::HostLinkName)?;
+    let mut spec = HostLinkSpec::new(lower);
+    spec.addresses = args.host_link.clone();
+    let guard = HostLinkGuard::create(&spec)?;
+    log::info!("the host talks to its guests by {}", guard.link().name);
+    Ok(Some(guard))
 }

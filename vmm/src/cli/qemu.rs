@@ -4,8 +4,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use net::InterfaceAddress;
 
 use crate::config::{ConsoleTarget, Cpus, MemorySize};
+use crate::plan::Transport;
 use crate::qemu::NicRequest;
 
 pub(super) const HELP: &str = "\
@@ -42,6 +44,11 @@ pub struct QemuArgs {
     /// macvtap. May be repeated. The keys are below
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = crate::qemu::parse_nic)]
     pub macvtap: Vec<NicRequest>,
+
+    /// Lets the host talk to its guests for as long as this one runs, as in the native monitor. May
+    /// be repeated
+    #[arg(long, value_name = "ADDRESS/PREFIX", requires = "macvtap")]
+    pub host_link: Vec<InterfaceAddress>,
 
     /// Print a script that does the same, and do nothing
     #[arg(long)]
@@ -98,6 +105,23 @@ pub struct MachineArgs {
     /// Where the guest's serial console goes: stdio (the default), none or file:PATH
     #[arg(long, value_name = "WHERE", requires = "kernel")]
     pub console: Option<ConsoleTarget>,
+
+    /// How the guest reaches its network cards: only pci, which QEMU's machine has
+    #[arg(long, value_name = "pci", requires = "kernel", value_parser = transport)]
+    pub transport: Option<Transport>,
+}
+
+/// The one transport that a guest has in QEMU.
+fn transport(text: &str) -> Result<Transport, String> {
+    match text.parse() {
+        Ok(Transport::Pci) => Ok(Transport::Pci),
+        Ok(Transport::Mmio) => Err(
+            "in QEMU the network cards are on the PCI bus: leave --transport out, or give the native monitor \
+             pci too, for which the guest needs the driver virtio_pci"
+                .into(),
+        ),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// What runs the guest's code.

@@ -25,12 +25,17 @@ pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
     // SAFETY: as for this function.
     let mut inherited = unsafe { inherit(args) }?.into_iter();
     let plan = Plan::new(args, false)?;
-    let (mut cards, mut script_cards) = (Vec::new(), Vec::new());
+    let (mut cards, mut script_cards, mut lower) = (Vec::new(), Vec::new(), None);
     for (n, nic) in args.macvtap.iter().enumerate() {
         let (origin, mac, mtu) = match &nic.source {
-            NicSource::Macvtap(spec) => sketch(spec)?,
+            NicSource::Macvtap(spec) => {
+                // The kernel makes a macvlan on a macvtap on the macvtap's own lower link.
+                lower.get_or_insert_with(|| spec.link.to_string());
+                sketch(spec)?
+            }
             NicSource::Descriptors(fds) => {
                 let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect())?;
+                lower.get_or_insert(queues.lower);
                 (Origin::Open(fds.clone()), queues.mac, queues.mtu)
             }
         };
@@ -42,7 +47,11 @@ pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
     }
     let mut command = vec![plan.qemu.clone().into_os_string()];
     command.extend(plan.line(&cards, &args.args));
-    Ok(script::script(&script_cards, &command))
+    let host_link = script::HostLink {
+        lower: lower.filter(|_| !args.host_link.is_empty()),
+        addresses: &args.host_link,
+    };
+    Ok(script::script(&script_cards, &host_link, &command))
 }
 
 /// What a macvtap would be: its origin, MAC address and MTU.

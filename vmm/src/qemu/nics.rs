@@ -3,8 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
 
-use net::{AdoptError, Lease, MacAddr, Macvtap, MacvtapSpec};
+use net::{AdoptError, Lease, MacAddr, Macvtap, MacvtapSpec, Mode};
 
 use super::args::USUAL_MTU;
 use crate::config::{self, ConfigError, NicSource};
@@ -132,6 +133,8 @@ pub(super) struct Queues {
     pub descriptors: Vec<OwnedFd>,
     pub mac: MacAddr,
     pub mtu: u32,
+    /// The interface that it stands on, or its own name.
+    pub lower: String,
     /// Keeps a macvtap of our own in being.
     pub lease: Option<Lease>,
 }
@@ -142,11 +145,13 @@ impl Queues {
         let macvtap = Macvtap::open(spec)?;
         let (mac, mtu) = (macvtap.mac(), macvtap.mtu());
         log::info!("network card on {}: MAC {mac}, MTU {mtu}", macvtap.lower());
+        let lower = macvtap.lower().to_owned();
         let (descriptors, lease) = macvtap.into_parts();
         Ok(Self {
             descriptors,
             mac,
             mtu,
+            lower,
             lease: Some(lease),
         })
     }
@@ -159,8 +164,40 @@ impl Queues {
             descriptors: adopted.queues,
             mac: adopted.mac,
             mtu: adopted.mtu.unwrap_or(USUAL_MTU),
+            lower: adopted.name,
             lease: None,
         })
+    }
+}
+
+/// What is known of the address of a macvtap that is still to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Expected {
+    Known(MacAddr),
+    Random,
+    /// It is the link's, which cannot be looked at from here.
+    Unknown,
+}
+
+/// The address that a macvtap will have.
+pub(super) fn expected_mac(spec: &MacvtapSpec) -> Expected {
+    if let Some(mac) = spec.mac {
+        return Expected::Known(mac);
+    }
+    if spec.lower_netns.is_some() {
+        return Expected::Unknown;
+    }
+    let link = Path::new("/sys/class/net").join(spec.link.as_str());
+    if spec.mode == Some(Mode::Passthru) || link.join("macvtap").exists() {
+        let address = std::fs::read_to_string(link.join("address"));
+        let mac = address.ok().and_then(|mac| mac.trim().parse().ok());
+        return mac.map_or(Expected::Unknown, Expected::Known);
+    }
+    // What does not exist is told by its own error.
+    if link.exists() {
+        Expected::Random
+    } else {
+        Expected::Unknown
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 
-use net::{MacAddr, MacvtapSpec, Mode};
+use net::{InterfaceAddress, MacAddr, MacvtapSpec, Mode};
 
 use super::nics::{Numbers, VHOST_NET};
 
@@ -31,8 +31,20 @@ pub(super) struct ScriptCard {
     pub numbers: Numbers,
 }
 
+/// The host's own link among its guests.
+#[derive(Clone, Debug, Default)]
+pub(super) struct HostLink<'a> {
+    /// What it stands on; `None` for no such link.
+    pub lower: Option<String>,
+    pub addresses: &'a [InterfaceAddress],
+}
+
 /// The script; `command` is QEMU with its arguments.
-pub(super) fn script(cards: &[ScriptCard], command: &[OsString]) -> String {
+pub(super) fn script(
+    cards: &[ScriptCard],
+    host_link: &HostLink<'_>,
+    command: &[OsString],
+) -> String {
     let mut made = String::new();
     let mut redirections = String::new();
     let mut names = Vec::new();
@@ -50,6 +62,10 @@ pub(super) fn script(cards: &[ScriptCard], command: &[OsString]) -> String {
             Origin::Open(_) => String::new(),
         };
         redirect(&mut redirections, card, &link);
+    }
+    if let Some(lower) = &host_link.lower {
+        names.push("host".into());
+        made += &new_host_link(lower, host_link.addresses);
     }
     let text = command.iter().map(quote).collect::<Vec<_>>().join(" ");
     let stdin = stdin_number(cards);
@@ -141,6 +157,18 @@ fn new_macvtap(n: usize, spec: &MacvtapSpec, mac: MacAddr, index: u32) -> String
          [ ! -e \"/proc/sys/net/ipv6/conf/$tap{n}/disable_ipv6\" ] || echo 1 >\"/proc/sys/net/ipv6/conf/$tap{n}/disable_ipv6\"\n\
          ip link set {tap} up\n"
     );
+    text
+}
+
+fn new_host_link(lower: &str, addresses: &[InterfaceAddress]) -> String {
+    let lower = quote(lower);
+    let mut text = format!(
+        "ip link add link {lower} name mvl$$ type macvlan mode bridge\nhost=mvl$$\nip link set \"$host\" up\n"
+    );
+    for address in addresses {
+        let usable = if address.ip().is_ipv6() { " nodad" } else { "" };
+        let _ = writeln!(text, "ip address add {address} dev \"$host\"{usable}");
+    }
     text
 }
 
@@ -236,7 +264,11 @@ mod tests {
     #[test]
     fn script_makes_the_link_and_deletes_it() {
         let command = ["qemu", "-append", "a b"].map(OsString::from);
-        let text = script(&[card("eno1,mtu=1400,mode=private", vec![3])], &command);
+        let text = script(
+            &[card("eno1,mtu=1400,mode=private", vec![3])],
+            &HostLink::default(),
+            &command,
+        );
         for line in [
             "#!/bin/sh",
             "tap0=mvt$$",
@@ -259,7 +291,7 @@ mod tests {
                 vhost: vec![4],
             },
         };
-        let text = script(&[card], &["qemu".into()]);
+        let text = script(&[card], &HostLink::default(), &["qemu".into()]);
         assert!(!text.contains("ip link add"), "{text}");
         assert!(!text.contains("ip link delete"), "{text}");
         assert!(text.contains("ip link show up dev mt0"), "{text}");
@@ -277,7 +309,10 @@ mod tests {
                 vhost: vec![],
             },
         };
-        assert!(script(&[card], &["qemu".into()]).contains("\nqemu <&9 9<&- 3<&7 &\n"));
+        assert!(
+            script(&[card], &HostLink::default(), &["qemu".into()])
+                .contains("\nqemu <&9 9<&- 3<&7 &\n")
+        );
     }
 
     #[test]
@@ -287,7 +322,11 @@ mod tests {
         use nix::sys::signal::{Signal, kill};
 
         for shell in ["sh", "bash"] {
-            let text = script(&[], &["sleep", "60"].map(OsString::from));
+            let text = script(
+                &[],
+                &HostLink::default(),
+                &["sleep", "60"].map(OsString::from),
+            );
             let mut command = Command::new(shell);
             command.args(["-c", &text]).stdin(Stdio::null());
             command.stdout(Stdio::piped());
@@ -306,7 +345,11 @@ mod tests {
     #[test]
     fn script_hands_on_stdin_and_the_status() {
         for shell in ["sh", "bash"] {
-            let text = script(&[], &["sh", "-c", "read -r n; exit $n"].map(OsString::from));
+            let text = script(
+                &[],
+                &HostLink::default(),
+                &["sh", "-c", "read -r n; exit $n"].map(OsString::from),
+            );
             let (reader, mut writer) = std::io::pipe().unwrap();
             std::io::Write::write_all(&mut writer, b"7\n").unwrap();
             let mut command = std::process::Command::new(shell);
@@ -321,7 +364,7 @@ mod tests {
             card("eno1,queues=2", vec![3, 4]),
             card("eno2,queues=2", vec![5, 6]),
         ];
-        let text = script(&cards, &["qemu".into()]);
+        let text = script(&cards, &HostLink::default(), &["qemu".into()]);
         for (fd, tap) in [(3, "tap0"), (4, "tap0"), (5, "tap1"), (6, "tap1")] {
             let line = format!("    {fd}<>\"/dev/tap$(cat /sys/class/net/\"${tap}\"/ifindex)\"");
             assert!(text.contains(&line), "{line}\n{text}");
@@ -330,8 +373,30 @@ mod tests {
     }
 
     #[test]
+    fn script_makes_the_hosts_link_and_deletes_it() {
+        let addresses = ["10.0.0.1/24", "fd00::1/64"].map(|text| text.parse().unwrap());
+        let host_link = HostLink {
+            lower: Some("eno1".into()),
+            addresses: &addresses,
+        };
+        let text = script(&[card("eno1", vec![3])], &host_link, &["qemu".into()]);
+        for line in [
+            "ip link add link eno1 name mvl$$ type macvlan mode bridge",
+            "ip address add 10.0.0.1/24 dev \"$host\"",
+            "ip address add fd00::1/64 dev \"$host\" nodad",
+            "    ip link delete \"$host\" 2>/dev/null || :",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
     fn script_with_many_descriptors_is_for_bash() {
-        let text = script(&[card("eno1", (3..11).collect())], &["qemu".into()]);
+        let text = script(
+            &[card("eno1", (3..11).collect())],
+            &HostLink::default(),
+            &["qemu".into()],
+        );
         assert!(text.starts_with("#!/bin/bash"));
     }
 }
