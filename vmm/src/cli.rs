@@ -3,7 +3,9 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use net::{InterfaceAddress, LinkName, MacvtapSpec};
 
 use crate::config::{ConsoleTarget, Cpus, MemorySize, NicConfig, parse_macvtap, parse_nic};
@@ -71,7 +73,7 @@ Examples:
     long_about = None,
     after_help = EXAMPLES,
     max_term_width = 100,
-    args_conflicts_with_subcommands = true,
+    override_usage = "minivmm [OPTIONS] --kernel <PATH>\n       minivmm [-v|-q] <COMMAND>",
     subcommand_negates_reqs = true
 )]
 pub struct Cli {
@@ -86,6 +88,33 @@ pub struct Cli {
     /// What to do instead of running a guest.
     #[command(subcommand)]
     pub command: Option<Command>,
+}
+
+impl Cli {
+    /// Reads the command line. The options of a guest do not go with a subcommand; those of the log go with all, where
+    /// clap's own `args_conflicts_with_subcommands` would refuse them too.
+    ///
+    /// # Errors
+    ///
+    /// What to print, and the exit status.
+    pub fn read<T: Into<OsString> + Clone>(
+        words: impl IntoIterator<Item = T>,
+    ) -> Result<Self, clap::Error> {
+        let mut command = Self::command();
+        let matches = command.try_get_matches_from_mut(words)?;
+        let typed = |arg: &&clap::Arg| {
+            let typed =
+                matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
+            typed && !arg.is_global_set()
+        };
+        let option = command.get_arguments().find(typed).map(ToString::to_string);
+        if let (Some(option), Some(name)) = (option, matches.subcommand_name()) {
+            let text =
+                format!("the argument '{option}' cannot be used with the subcommand '{name}'");
+            return Err(command.error(ErrorKind::ArgumentConflict, text));
+        }
+        Self::from_arg_matches(&matches)
+    }
 }
 
 /// The guest to run.
@@ -276,8 +305,6 @@ pub struct DoctorArgs {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
     use crate::config::NicSource;
 
@@ -288,8 +315,7 @@ mod tests {
 
     #[test]
     fn command_line_of_the_mission_is_understood() {
-        let cli =
-            Cli::try_parse_from(["minivmm", "--kernel", "bzImage", "--macvtap", "eno1"]).unwrap();
+        let cli = Cli::read(["minivmm", "--kernel", "bzImage", "--macvtap", "eno1"]).unwrap();
         assert_eq!(cli.guest.kernel.unwrap(), PathBuf::from("bzImage"));
         let [nic] = &cli.guest.macvtap[..] else {
             panic!("{:?}", cli.guest.macvtap)
@@ -315,8 +341,11 @@ mod tests {
             "minivmm --kernel k --macvtap fd=3 --host-link 10.0.0.1/24",
             "minivmm qemu --macvtap eno1,bus=pcie.0,addr=0x4,id=nic2 --dry-run -- -M q35 -m 1G",
             "minivmm qemu --kernel k --initrd i --cmdline c --cpus 2 --memory 1G --accel auto",
+            "minivmm qemu --kernel k --macvtap eno1 --host-link 10.0.0.1/24 --transport pci",
+            "minivmm -q qemu -q --macvtap eno1 -- -M q35",
+            "minivmm -v net list",
         ] {
-            Cli::try_parse_from(line.split(' ')).unwrap();
+            Cli::read(line.split(' ')).unwrap();
         }
         for line in [
             "minivmm",
@@ -329,10 +358,16 @@ mod tests {
             "minivmm --kernel k --host-link 10.0.0.1/24",
             "minivmm qemu",
             "minivmm qemu -M q35",
+            "minivmm -q qemu",
+            "minivmm --kernel k qemu -- -M q35",
+            "minivmm --cpus 2 qemu --kernel k",
+            "minivmm qemu --host-link 10.0.0.1/24 -- -M q35",
+            "minivmm qemu --kernel k --transport mmio",
+            "minivmm qemu --kernel k --transport isa",
             "minivmm qemu --cpus 2 -- -M q35",
             "minivmm qemu --accel hvf -- -M q35",
         ] {
-            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+            assert!(Cli::read(line.split(' ')).is_err(), "{line}");
         }
     }
 
@@ -358,7 +393,7 @@ mod tests {
             ("--console", "telnet"),
             ("--console", "file:"),
         ] {
-            let parsed = Cli::try_parse_from(["minivmm", "--kernel", "k", option, value]);
+            let parsed = Cli::read(["minivmm", "--kernel", "k", option, value]);
             assert!(parsed.is_err(), "{option} {value}");
         }
     }

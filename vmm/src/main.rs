@@ -4,14 +4,13 @@ use std::error::Error;
 use std::io::{IsTerminal, Write, stderr, stdout};
 use std::process::ExitCode;
 
-use clap::Parser;
 use env_logger::Env;
 use vmm::cli::Cli;
 use vmm::config::Config;
 use vmm::{Exit, builder, commands, console, terminal};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     start_log(i16::from(cli.log.verbose) - i16::from(cli.log.quiet));
     if let Some(command) = &cli.command {
         // SAFETY: as below.
