@@ -6,17 +6,24 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
+const NO_QUEUE: &str = "a descriptor in -netdev tap is no tap queue, or its interface is gone; open one as by `9<>/dev/tapN`";
+
 /// A text of QEMU's, all words of which stand in one line, and what to do about it.
 const KNOWN: &[(&[&str], &str)] = &[
-    (
-        &["tap", "Unable to query TUNGETIFF"],
-        "a descriptor in -netdev tap is no tap queue; open one as by `9<>/dev/tapN`",
-    ),
+    (&["tap", "Unable to query TUNGETIFF"], NO_QUEUE),
     (
         &["netdev", "tap", "Invalid argument"],
         "a descriptor in -netdev tap is no tap queue; /dev/tapN has to be that of this network namespace, and \
          script=, downscript= and ifname= never go with fd=",
     ),
+    (
+        &["TUNSETOFFLOAD ioctl() failed"],
+        "the kernel's macvtap lacks an offload that the guest's driver chose: add guest_ufo=off, or \
+         guest_tso4=off,guest_tso6=off,guest_ufo=off, to --macvtap",
+    ),
+    (&["TUNSETVNETHDRSZ ioctl() failed"], NO_QUEUE),
+    (&["TUNGETVNETHDRSZ ioctl() failed"], NO_QUEUE),
+    (&["TUNGETIFF ioctl() failed"], NO_QUEUE),
     (
         &["failed to set MSR"],
         "this KVM lacks a register that QEMU sets: try -cpu host,-arch-capabilities, -cpu qemu64, or --accel tcg",
@@ -24,6 +31,10 @@ const KNOWN: &[(&[&str], &str)] = &[
     (
         &["OVMF", "No such file"],
         "UEFI's firmware is not there: apt install ovmf, and see /usr/share/OVMF for the names (newer ones end in _4M.fd)",
+    ),
+    (
+        &["could not load PC BIOS"],
+        "the firmware of -bios is not there: for UEFI apt install ovmf, whose file is /usr/share/ovmf/OVMF.fd",
     ),
     (
         &["Could not access KVM kernel module"],
@@ -101,13 +112,26 @@ mod tests {
     fn hints_are_found_in_qemus_own_words() {
         for (line, expected) in [
             (
-                "qemu-system-x86_64: -netdev tap,id=n,fd=3: TUNSETOFFLOAD: Invalid argument",
+                "TUNSETOFFLOAD ioctl() failed: Invalid argument",
+                "guest_tso4=off",
+            ),
+            (
+                "TUNSETVNETHDRSZ ioctl() failed: Invalid argument. Exiting.",
                 "no tap queue",
             ),
             (
-                "qemu-system-x86_64: error: failed to set MSR 0x10a to 0x0",
+                "TUNGETIFF ioctl() failed: Inappropriate ioctl for device",
+                "no tap queue",
+            ),
+            (
+                "qemu-system-x86_64: -netdev tap,id=own,fd=0: Unable to query TUNGETIFF on FD 0: Invalid argument",
+                "no tap queue",
+            ),
+            (
+                "qemu-system-x86_64: error: failed to set MSR 0x10a to 0x69",
                 "-arch-capabilities",
             ),
+            ("qemu: could not load PC BIOS 'OVMF.fd'", "apt install ovmf"),
             (
                 "qemu-system-x86_64: Could not open '/usr/share/OVMF/OVMF_CODE.fd': No such file or directory",
                 "apt install ovmf",
