@@ -57,6 +57,8 @@ const ROUND_LENGTH: u32 = 2;
 const LIMIT: Duration = Duration::from_millis(15);
 /// Tries before a slow result is believed: another load on the machine may have delayed the first.
 const TRIES: u32 = 3;
+/// Further tries are made for as long, since on a loaded machine each of the first may be delayed.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Where the code lies, and the page's address.
 const CODE: GuestAddress = GuestAddress(0);
 const PAGE_SIZE: usize = 0x1000;
@@ -69,14 +71,20 @@ const PAGE_SIZE: usize = 0x1000;
 /// When there is no usable `/dev/kvm`, or a request to it fails.
 pub fn probe() -> Result<Privileged, Error> {
     let kvm = Kvm::new().map_err(Error::Open)?;
-    let mut best = run_loop(&kvm)?;
-    for _ in 1..TRIES {
-        if best < LIMIT {
-            break;
-        }
-        best = best.min(run_loop(&kvm)?);
+    Ok(judge(best_time(|| run_loop(&kvm))?))
+}
+
+/// The shortest time of the loop, tried again as long as that may help.
+fn best_time(mut run: impl FnMut() -> Result<Duration, Error>) -> Result<Duration, Error> {
+    let mut best = run()?;
+    let (mut tries, mut spent) = (1, best);
+    while best >= LIMIT && (tries < TRIES || spent < PATIENCE) {
+        let time = run()?;
+        best = best.min(time);
+        spent += time;
+        tries += 1;
     }
-    Ok(judge(best))
+    Ok(best)
 }
 
 fn judge(time: Duration) -> Privileged {
@@ -166,6 +174,24 @@ mod tests {
     #[test]
     fn loop_within_the_limit_is_native() {
         assert_eq!(judge(Duration::from_micros(200)), Privileged::Native);
+    }
+
+    #[test]
+    fn loop_that_is_delayed_several_times_is_tried_again() {
+        let mut times = [40, 30, 25, 60, 1].map(Duration::from_millis).into_iter();
+        let best = best_time(|| Ok(times.next().unwrap())).unwrap();
+        assert_eq!(judge(best), Privileged::Native);
+    }
+
+    #[test]
+    fn loop_that_is_always_slow_is_given_up() {
+        let mut tries = 0;
+        let run = || {
+            tries += 1;
+            Ok(Duration::from_millis(400))
+        };
+        best_time(run).unwrap();
+        assert_eq!(tries, 3);
     }
 
     #[test]

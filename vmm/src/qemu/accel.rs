@@ -25,8 +25,8 @@ impl Engine {
     }
 }
 
-/// How long QEMU may take for a machine that does nothing.
-const LIMIT: Duration = Duration::from_secs(5);
+/// How long QEMU may take for a machine that does nothing, on a loaded host too.
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// Settles `auto`, with a warning when KVM is of no use.
 pub(super) fn choose(wanted: Accel, qemu: &Path) -> Engine {
