@@ -27,7 +27,7 @@ demo-tools:
 	@resources/install-tools $$(grep -qwE 'vmx|svm' /proc/cpuinfo && [ -w /dev/kvm ] || echo qemu-system-x86_64)
 
 test: ## Runs all tests (as root: those with a network need namespaces)
-	resources/install-tools iasl qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE.fd
+	resources/install-tools iasl qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE_4M.fd
 	$(CARGO) test --workspace
 
 # Sanitizer and coverage are flags that only a nightly compiler admits to; this one has them too.
