@@ -1,0 +1,100 @@
+//! The terminal is as before, whichever way QEMU ends.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::thread;
+
+use rustix::fs::{Mode, OFlags, fcntl_getfl};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, tcgetattr};
+
+use super::harness::assets::assets;
+use super::harness::vm::binary;
+use super::{BOOT, SECOND, children, eventually, here};
+
+/// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the command's pid and the
+/// user's side of the terminal), and checks that the terminal is as before. Returns the exit status.
+fn on_a_terminal(mut command: Command, end: impl FnOnce(u32, &mut fs::File)) -> Option<i32> {
+    let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo-terminal");
+    grantpt(&keyboard).expect("it is ours");
+    unlockpt(&keyboard).expect("it is ours");
+    let name = ptsname(&keyboard, Vec::new()).expect("it has a name");
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = rustix::fs::open(name, flags, Mode::empty()).expect("its other side opens");
+    let stdio = || Stdio::from(terminal.try_clone().expect("a descriptor is free"));
+    command.stdin(stdio()).stdout(stdio()).stderr(stdio());
+    // SAFETY: both are plain system calls, which a child may make between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+            Ok(())
+        });
+    }
+    let is_raw = || {
+        let settings = tcgetattr(&terminal).expect("a terminal");
+        !settings.local_modes.contains(LocalModes::ICANON)
+    };
+    let nonblocking = || {
+        let flags = fcntl_getfl(&terminal).expect("it is open");
+        flags.contains(OFlags::NONBLOCK)
+    };
+    let mut child = command.spawn().expect("minivmm starts");
+    let mut keyboard = fs::File::from(keyboard);
+    let mut shown = keyboard.try_clone().expect("a descriptor is free");
+    // Ends with the terminal's other side.
+    thread::spawn(move || while shown.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
+    eventually(BOOT, "the terminal becomes raw", is_raw);
+    // The mode changes before QEMU reads.
+    thread::sleep(SECOND);
+    end(child.id(), &mut keyboard);
+    let mut status = None;
+    eventually(20 * SECOND, "minivmm ends", || {
+        status = child.try_wait().expect("it is our child");
+        status.is_some()
+    });
+    assert!(!is_raw(), "the terminal is given back");
+    assert!(!nonblocking(), "and blocks");
+    status.and_then(|status| status.code())
+}
+
+#[test]
+fn terminal_is_given_back_by_ctrl_a_x_and_when_either_process_is_killed() {
+    let Some(_permit) = here() else { return };
+    let with_kernel = || {
+        let mut command = Command::new(binary());
+        // Without an initrd the guest panics, and would end by itself.
+        command.args([
+            "qemu",
+            "--accel",
+            "tcg",
+            "--cmdline",
+            "panic=0 no_timer_check",
+        ]);
+        command.arg("--kernel").arg(assets().bzimage());
+        command
+    };
+    let of_args = || {
+        let mut command = Command::new(binary());
+        let args = "qemu -- -M q35 -accel tcg -nodefaults -display none -serial mon:stdio";
+        command.args(args.split_whitespace());
+        command
+    };
+    let quit = |_, keyboard: &mut fs::File| keyboard.write_all(b"\x01x").expect("it reads");
+    let kill = |minivmm, _: &mut fs::File| {
+        let qemu = Pid::from_raw(children(minivmm)[0] as i32).expect("a pid");
+        kill_process(qemu, Signal::KILL).expect("QEMU runs");
+    };
+    assert_eq!(on_a_terminal(with_kernel(), quit), Some(0));
+    assert_eq!(on_a_terminal(with_kernel(), kill), Some(137));
+    assert_eq!(on_a_terminal(of_args(), quit), Some(0));
+    assert_eq!(on_a_terminal(of_args(), kill), Some(137));
+    let kill_us = |minivmm, _: &mut fs::File| {
+        let minivmm = Pid::from_raw(minivmm as i32).expect("a pid");
+        kill_process(minivmm, Signal::USR1).expect("it runs");
+    };
+    assert_eq!(on_a_terminal(of_args(), kill_us), None, "of the signal");
+}
