@@ -90,7 +90,7 @@ fn classic_command_runs_by_kvm() {
             let args = format!(
                 "-v --macvtap wire,vhost={vhost},bus=pcie.0,addr=0x4,id=nic2,romfile= -- \
                  -M q35 -enable-kvm -cpu host -smp 2 -m 512M -nodefaults -display none -serial mon:stdio \
-                 -device virtio-gpu-pci -kernel {} -initrd {} -append console=ttyS0",
+                 -device virtio-scsi-pci,id=scsi0 -kernel {} -initrd {} -append console=ttyS0",
                 assets().bzimage().display(),
                 initrd().display(),
             );
