@@ -6,6 +6,7 @@
 //! power button; a second one, or ten seconds, end QEMU, also when it hangs in its own end. QMP is docs/interop/qmp-spec of QEMU.
 
 use std::io::{self, BufRead, BufReader, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::process::Child;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -13,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
 use crate::exit::Exit;
@@ -33,7 +35,7 @@ enum News {
     Closed,
 }
 
-/// Follows QEMU to its end. `None` when QEMU ended of itself: its status then tells.
+/// Follows QEMU to its end; `signals` has SIGCHLD too. `None` when QEMU ended of itself: its status then tells.
 pub(super) fn follow(
     child: &mut Child,
     socket: UnixStream,
@@ -59,6 +61,8 @@ pub(super) fn follow(
     attend(&mut guest, child, &news)?;
     drop(news);
     handle.close();
+    // A helper of QEMU's may still hold the other end.
+    let _ = guest.socket.shutdown(Shutdown::Both);
     let _ = (messages.join(), signals.join());
     Ok(guest.exit())
 }
@@ -73,13 +77,15 @@ fn attend(guest: &mut Guest, child: &mut Child, news: &Receiver<News>) -> io::Re
         });
         let poll = if closed { POLL } else { Duration::MAX };
         match news.recv_timeout(patience.min(poll)) {
+            // QEMU's end, or a stop of it.
+            Ok(News::Signal(SIGCHLD)) => {}
             Ok(News::Signal(signal)) => guest.signal(signal),
             Ok(News::Message(message)) => guest.message(&message),
             Ok(News::Closed) | Err(RecvTimeoutError::Disconnected) => closed = true,
             Err(RecvTimeoutError::Timeout) if patience <= poll => guest.gone = true,
             Err(RecvTimeoutError::Timeout) => {}
         }
-        if closed && child.try_wait()?.is_some() {
+        if child.try_wait()?.is_some() {
             return Ok(());
         }
     }
@@ -313,5 +319,16 @@ mod tests {
         attend(&mut guest, &mut child, &news).unwrap();
         assert!(child.wait().unwrap().success());
         assert_eq!(guest.exit(), None);
+    }
+
+    #[test]
+    fn qemu_that_ends_while_a_helper_holds_its_socket_is_noticed() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let signals = Signals::new([SIGCHLD]).unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("0.2")
+            .spawn()
+            .unwrap();
+        assert_eq!(follow(&mut child, ours, signals).unwrap(), None);
     }
 }

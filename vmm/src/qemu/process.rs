@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::{Plan, QemuError, control, hints, terminal};
@@ -39,7 +39,8 @@ pub(super) fn supervise(
             command.stdin(Stdio::null());
         }
     }
-    let signals = Signals::new(SIGNALS).map_err(QemuError::Signals)?;
+    let signals =
+        Signals::new([SIGNALS.as_slice(), &[SIGCHLD]].concat()).map_err(QemuError::Signals)?;
     let terminal = terminal::SavedTerminal::save();
     let mut qemu = command
         .spawn()
