@@ -157,11 +157,11 @@ pub struct GuestArgs {
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = parse_nic, help_heading = "Network")]
     pub macvtap: Vec<NicConfig>,
 
-    /// How the guest reaches its network cards: mmio, or pci with an interrupt message per queue
+    /// How the guest reaches its network cards: pci with an interrupt message per queue, or mmio
     #[arg(
         long,
         value_name = "pci|mmio",
-        default_value = "mmio",
+        default_value = "pci",
         help_heading = "Network"
     )]
     pub transport: Transport,

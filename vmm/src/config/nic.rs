@@ -109,8 +109,11 @@ fn lists(keys: &str, key: &str) -> bool {
 /// Says which part is wrong.
 pub fn parse_nic(text: &str) -> Result<NicConfig, ConfigError> {
     let mut options = NicOptions::default();
-    let (mut rest, mut seen) = (Vec::new(), Vec::new());
-    for part in text.split(',') {
+    let mut parts = text.split(',');
+    // The link or the descriptors.
+    let mut rest = Vec::from_iter(parts.next());
+    let mut seen = Vec::new();
+    for part in parts {
         match part.split_once('=').filter(|(key, _)| is_card_key(key)) {
             Some((key, _)) if seen.contains(&key) => return Err(ConfigError::Twice(key.into())),
             Some((key, value)) => {
