@@ -7,6 +7,7 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::FdFlags;
 use thiserror::Error;
 
+use crate::identity::LinkId;
 use crate::mac::{MacAddr, ParseMacError};
 use crate::mode::Mode;
 use crate::netlink::{Link, Netlink};
@@ -25,8 +26,10 @@ pub struct Adopted {
     /// In bytes, without the Ethernet header. The descriptor cannot tell it (`tap_ioctl` in drivers/net/tap.c has no
     /// SIOCGIFMTU), so it is None unless the interface is in the caller's network namespace. 1500 fits most links.
     pub mtu: Option<u32>,
-    /// Its interface index, when it is in the caller's network namespace.
-    pub index: Option<u32>,
+    /// Which link it is, when it is in the caller's network namespace.
+    pub id: Option<LinkId>,
+    /// The link that it sits on, with its name, when both are in the caller's network namespace.
+    pub lower: Option<(String, LinkId)>,
     /// The macvtap's mode, when it is in the caller's network namespace.
     pub mode: Option<Mode>,
 }
@@ -150,23 +153,25 @@ pub fn adopt(fds: Vec<OwnedFd>) -> Result<Adopted, AdoptError> {
         queues.push(queue);
     }
     let Queue { name, mac, .. } = queues.into_iter().next().ok_or(AdoptError::None)?;
-    let link = visible_link(&name, mac);
-    if let Some(link) = link.as_ref().filter(|link| !link.up) {
+    let seen = visible_link(&name, mac);
+    let link = seen.as_ref().map(|seen| &seen.link);
+    if let Some(link) = link.filter(|link| !link.up) {
         log::warn!(
             "{name} is down, and frames vanish in it silently: bring it up with `ip link set {} up`",
             link.name
         );
     }
-    if let Some(link) = &link {
+    if let Some(link) = link {
         diagnose::warn_of_filter(link);
     }
     Ok(Adopted {
         queues: fds,
         name,
         mac,
-        mtu: link.as_ref().map(|link| link.mtu),
-        index: link.as_ref().map(|link| link.index),
+        mtu: link.map(|link| link.mtu),
         mode: link.and_then(|link| link.mode),
+        id: seen.as_ref().map(|seen| seen.id),
+        lower: seen.and_then(|seen| seen.lower),
     })
 }
 
@@ -261,16 +266,36 @@ fn prepare(queue: BorrowedFd<'_>) -> rustix::io::Result<()> {
     rustix::io::fcntl_setfd(queue, FdFlags::CLOEXEC)
 }
 
+/// An interface of the caller's network namespace.
+struct Seen {
+    link: Link,
+    id: LinkId,
+    lower: Option<(String, LinkId)>,
+}
+
 /// The interface, if it is in the caller's network namespace.
-fn visible_link(name: &str, mac: MacAddr) -> Option<Link> {
-    let is_it = |link: &Link| {
+fn visible_link(name: &str, mac: MacAddr) -> Option<Seen> {
+    let is_it = |link: &&Link| {
         link.name == name
             && link.mac == Some(mac.octets())
             && (link.is_macvtap() || link.kind == "tun")
     };
-    let find = || Ok::<_, io::Error>(Netlink::connect()?.links()?.into_iter().find(is_it));
+    let find = || {
+        let links = Netlink::connect()?.links()?;
+        let Some(link) = links.iter().find(is_it) else {
+            return Ok(None);
+        };
+        let namespace = netns::inode_of_current()?;
+        let id = |index| LinkId { namespace, index };
+        let lower = diagnose::by_index(&links, link.lower);
+        Ok::<_, io::Error>(Some(Seen {
+            id: id(link.index),
+            lower: lower.map(|lower| (lower.name.clone(), id(lower.index))),
+            link: link.clone(),
+        }))
+    };
     match netns::on_own_thread(find).and_then(|found| found) {
-        Ok(link) => link,
+        Ok(seen) => seen,
         Err(error) => {
             log::debug!("cannot look for {name} in this network namespace: {error}");
             None

@@ -32,6 +32,7 @@
 //! | `macvtap.rs` | the way through the house: check, make, bring up, open |
 //! | `lease.rs`, `owner.rs`, `reap.rs` | giving back: at the end, and what the dead could not |
 //! | `adopt.rs` | queues that somebody else has opened |
+//! | `identity.rs` | which link is meant, in whichever namespace |
 //! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it; `address.rs` |
 //! | `inventory.rs`, `watch.rs` | who shares a wire, and news of links for an event loop |
 //! | `listen.rs` | what the user of a macvtap sends, where that tells about it |
@@ -53,6 +54,7 @@ mod adopt;
 mod diagnose;
 mod doctor;
 mod hostlink;
+mod identity;
 mod inventory;
 mod ioctl;
 mod lease;
@@ -75,6 +77,7 @@ pub use adopt::{AdoptError, Adopted, adopt, inherit};
 pub use diagnose::Problem;
 pub use doctor::{Check, Status, diagnose_host};
 pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
+pub use identity::{LinkId, this_namespace};
 pub use inventory::{InventoryError, LinkState, LowerInfo, Place, UpperInfo, UpperKind, inventory};
 pub use lease::Lease;
 pub use listen::{FrameListener, HEARD_LEN};

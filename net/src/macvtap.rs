@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::diagnose::{self, Problem, Wish};
+use crate::identity::LinkId;
 use crate::ioctl;
 use crate::lease::Lease;
 use crate::listen::FrameListener;
@@ -66,9 +67,10 @@ pub struct Macvtap {
     lease: Lease,
     /// Of an existing macvtap; that of a new one is the lease's.
     namespace: Option<OwnedFd>,
-    index: u32,
+    id: LinkId,
     name: String,
     lower: String,
+    lower_id: Option<LinkId>,
     mac: MacAddr,
     mtu: u32,
     mode: Mode,
@@ -110,9 +112,9 @@ impl Macvtap {
     pub fn watch(&self) -> io::Result<LinkWatch> {
         let existing = || self.namespace.as_ref().map(AsFd::as_fd);
         match self.lease.namespace().or_else(existing) {
-            Some(namespace) => LinkWatch::in_namespace(namespace, &[self.index]),
+            Some(namespace) => LinkWatch::in_namespace(namespace, &[self.id.index]),
             // Without a right to other namespaces it can only be in this one.
-            None => LinkWatch::new(&[self.index]),
+            None => LinkWatch::new(&[self.id.index]),
         }
     }
 
@@ -157,6 +159,16 @@ impl Macvtap {
     /// The name of the link that it sits on; the macvtap's own when that link is in a namespace out of sight.
     pub fn lower(&self) -> &str {
         &self.lower
+    }
+
+    /// Which link it is.
+    pub fn id(&self) -> LinkId {
+        self.id
+    }
+
+    /// Which link it sits on; None when that is in a namespace out of sight.
+    pub fn lower_id(&self) -> Option<LinkId> {
+        self.lower_id
     }
 }
 
@@ -218,6 +230,8 @@ fn use_existing(links: &[Link], macvtap: &Link, spec: &MacvtapSpec) -> Result<Ma
     log::info!("{} is a macvtap already and is used as it is", macvtap.name);
     diagnose::warn_of_filter(macvtap);
     let lower = diagnose::real_device(links, macvtap).name.clone();
+    let namespace = this_namespace()?;
+    let id = |index| LinkId { namespace, index };
     Ok(Macvtap {
         queues,
         lease: Lease::of_nothing(),
@@ -225,9 +239,10 @@ fn use_existing(links: &[Link], macvtap: &Link, spec: &MacvtapSpec) -> Result<Ma
             .lower_netns
             .as_ref()
             .and_then(|_| netns::current().ok()),
-        index: macvtap.index,
+        id: id(macvtap.index),
         name: macvtap.name.clone(),
         lower,
+        lower_id: macvtap.lower.map(id),
         mac,
         mtu: macvtap.mtu,
         // The kernel tells it of every macvtap.
@@ -257,6 +272,10 @@ fn make_new(
         mtu: spec.mtu,
     };
     wish.check()?;
+    let lower_id = LinkId {
+        namespace: this_namespace()?,
+        index: real.index,
+    };
 
     // From here on this thread is in the new namespace; `host` still speaks to the lower's.
     let namespace = netns::enter_new().map_err(Problem::from_step("make a network namespace"))?;
@@ -274,13 +293,21 @@ fn make_new(
         queues,
         lease,
         namespace: None,
-        index: link.index,
+        id: LinkId {
+            namespace: this_namespace()?,
+            index: link.index,
+        },
         name: link.name,
         lower: real.name.clone(),
+        lower_id: Some(lower_id),
         mac,
         mtu: link.mtu,
         mode,
     })
+}
+
+fn this_namespace() -> Result<u64, Problem> {
+    netns::inode_of_current().map_err(Problem::from_step("show this thread's network namespace"))
 }
 
 /// Makes the macvtap in `namespace`, and tells its index.

@@ -37,6 +37,16 @@ pub(crate) fn current() -> io::Result<OwnedFd> {
     Ok(File::open("/proc/thread-self/ns/net")?.into())
 }
 
+/// The inode of the calling thread's network namespace.
+pub(crate) fn inode_of_current() -> io::Result<u64> {
+    inode(current()?)
+}
+
+/// The inode of a network namespace.
+pub(crate) fn inode(namespace: impl AsFd) -> io::Result<u64> {
+    Ok(rustix::fs::fstat(namespace)?.st_ino)
+}
+
 /// Moves the calling thread into an existing network namespace.
 pub(crate) fn enter(namespace: impl AsFd) -> io::Result<()> {
     Ok(rustix::thread::move_into_link_name_space(

@@ -232,9 +232,12 @@ The program finds in its environment:
   MINIVMM_NET_MTU    the MTU in bytes
   MINIVMM_NET_NAME   the macvtap's name
   MINIVMM_NET_LOWER  the interface that it stands on
+  MINIVMM_NET_LOWER_ID  the inode of that one's network namespace, and its index there, as in
+                     4026531840:2
 
 Example, a guest without any right but to /dev/kvm:
     minivmm net open eno1 --user me -- minivmm --kernel bzImage --macvtap fd=3
+There minivmm takes from the environment what the descriptor does not tell, the MTU above all.
 
 The macvtap is gone when the program ends. The exit status is the program's.";
 

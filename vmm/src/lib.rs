@@ -40,7 +40,7 @@ pub mod console;
 pub mod cpuid;
 pub mod event_loop;
 pub mod exit;
-pub mod guest_listener;
+pub mod handed;
 pub mod handover;
 pub mod link_watch;
 pub mod machine;

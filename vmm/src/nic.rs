@@ -9,11 +9,10 @@ use std::path::{Path, PathBuf};
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::tap::{Tap, TapError};
-use net::{
-    AdoptError, Adopted, FrameListener, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode,
-};
+use net::{AdoptError, Adopted, Lease, LinkId, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode};
 
-use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource};
+use crate::config::{NicConfig, NicOptions, NicSource};
+use crate::handed::Handed;
 use crate::registry::NicEntry;
 
 /// The MTU of an interface that cannot be asked: Ethernet's.
@@ -71,6 +70,8 @@ pub struct Nic {
     pub pcap: Option<File>,
     /// What others are told.
     pub entry: NicEntry,
+    /// Which interface it stands on, where that is known.
+    pub lower: Option<LinkId>,
     /// News of the interface, where it can be seen.
     pub watch: Option<LinkWatch>,
     /// Hears what the guest sends, where its frames may pass through the kernel alone.
@@ -89,11 +90,11 @@ impl Nic {
             macvtap.mtu(),
         );
         let watch = watched(macvtap.name(), macvtap.watch());
-        let (mac, mode) = (macvtap.mac(), macvtap.mode());
-        let listener = wants_listener(options).then(|| listening(macvtap.name(), macvtap.listen()));
+        let (mac, mode, lower) = (macvtap.mac(), macvtap.mode(), macvtap.lower_id());
         let (queues, lease) = macvtap.into_parts();
         let host = Host {
             mode: Some(mode),
+            lower,
             watch,
             listener: listener.flatten(),
             lease: Some(lease),
@@ -101,22 +102,36 @@ impl Nic {
         Self::new(entry, mac, queues, host, options)
     }
 
-    fn adopt(descriptors: Vec<OwnedFd>, options: &NicOptions) -> Result<Self, NicError> {
+    /// `numbers` are those that the descriptors had on the command line.
+    fn adopt(
+        descriptors: Vec<OwnedFd>,
+        numbers: &[RawFd],
+        handed: Option<&Handed>,
+        options: &NicOptions,
+    ) -> Result<Self, NicError> {
         let Adopted {
             queues,
             name,
             mac,
             mtu,
-            index,
+            id,
+            lower,
             mode,
             ..
         } = net::adopt(descriptors)?;
-        let watch = index.and_then(|index| watched(&name, LinkWatch::new(&[index])));
-        let listener = index.filter(|_| wants_listener(options));
-        let listener = listener.and_then(|index| listening(&name, FrameListener::new(index, mac)));
-        let entry = entry(&name, &name, mac, mtu.unwrap_or(USUAL_MTU));
+        // What can be seen counts more than what was told, which may have changed since.
+        let told = handed.filter(|handed| handed.is_of(numbers, mac));
+        let mtu = mtu.or(told.map(|told| told.mtu)).unwrap_or(USUAL_MTU);
+        let (lower, lower_id) = match (lower, told) {
+            (Some((lower, id)), _) => (lower, Some(id)),
+            (None, Some(told)) => (told.lower.clone(), told.lower_id),
+            (None, None) => (name.clone(), None),
+        };
+        let watch = id.and_then(|id| watched(&name, LinkWatch::new(&[id.index])));
+        let entry = entry(&name, &lower, mac, mtu);
         let host = Host {
             mode,
+            lower: lower_id,
             watch,
             listener,
             lease: None,
@@ -158,6 +173,7 @@ impl Nic {
             permissions,
             pcap: options.pcap.as_deref().map(open_pcap).transpose()?,
             entry,
+            lower: host.lower,
             watch: host.watch,
             listener: host.listener,
             lease: host.lease,
@@ -169,6 +185,7 @@ impl Nic {
 #[derive(Debug)]
 struct Host {
     mode: Option<Mode>,
+    lower: Option<LinkId>,
     watch: Option<LinkWatch>,
     listener: Option<FrameListener>,
     lease: Option<Lease>,
@@ -228,10 +245,12 @@ pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Vec<OwnedFd>, NicError> {
 /// Says what could not be had; what had been made is gone again.
 pub fn acquire(nics: &[NicConfig], inherited: Vec<OwnedFd>) -> Result<Vec<Nic>, NicError> {
     let mut inherited = inherited.into_iter();
+    let handed = Handed::from_environment();
     let make = |NicConfig { source, options }: &NicConfig| match source {
         NicSource::Macvtap(spec) => Nic::make(spec, options),
         NicSource::Descriptors(fds) => {
-            Nic::adopt(inherited.by_ref().take(fds.len()).collect(), options)
+            let descriptors = inherited.by_ref().take(fds.len()).collect();
+            Nic::adopt(descriptors, fds, handed.as_ref(), options)
         }
     };
     let nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;

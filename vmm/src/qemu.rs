@@ -261,14 +261,12 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     let mut inherited = unsafe { inherit(args) }?.into_iter();
     let plan = Plan::new(args, true)?;
     let (mut cards, mut descriptors, mut leases) = (Vec::new(), Vec::new(), Vec::new());
-    let mut lowers = Vec::new();
-    for (n, origin) in origins(args, &plan, &mut inherited)?
-        .into_iter()
-        .enumerate()
-    {
-        let queues = match origin {
-            Origin::ToMake(spec) => Queues::make(spec)?,
-            Origin::Open(queues) => queues,
+    for (n, nic) in args.macvtap.iter().enumerate() {
+        let queues = match &nic.source {
+            NicSource::Macvtap(spec) => Queues::make(spec)?,
+            NicSource::Descriptors(fds) => {
+                Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?
+            }
         };
         lowers.push(queues.lower);
         cards.push(plan.card(n, &args.macvtap[n], queues.mac, queues.mtu)?);

@@ -15,7 +15,8 @@ use signal_hook::iterator::Signals;
 
 use crate::child;
 use crate::cli::OpenArgs;
-use crate::handover::{self, Handover};
+use crate::handed::Handed;
+use crate::handover::Handover;
 
 /// Why the program was not run.
 #[derive(Debug, thiserror::Error)]
@@ -114,17 +115,8 @@ impl Credentials {
 
 fn program(command: &[OsString], macvtap: &Macvtap) -> Command {
     let mut program = Command::new(&command[0]);
-    let numbers: Vec<_> = (handover::FIRST..)
-        .take(macvtap.queues().len())
-        .map(|n| n.to_string())
-        .collect();
-    program
-        .args(&command[1..])
-        .env("MINIVMM_NET_FDS", numbers.join(":"))
-        .env("MINIVMM_NET_MAC", macvtap.mac().to_string())
-        .env("MINIVMM_NET_MTU", macvtap.mtu().to_string())
-        .env("MINIVMM_NET_NAME", macvtap.name())
-        .env("MINIVMM_NET_LOWER", macvtap.lower());
+    program.args(&command[1..]);
+    Handed::of(macvtap).tell(&mut program);
     program
 }
 

@@ -34,8 +34,7 @@ pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
                 sketch(spec)?
             }
             NicSource::Descriptors(fds) => {
-                let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect())?;
-                lower.get_or_insert(queues.lower);
+                let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?;
                 (Origin::Open(fds.clone()), queues.mac, queues.mtu)
             }
         };

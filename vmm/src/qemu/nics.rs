@@ -9,6 +9,7 @@ use net::{AdoptError, Lease, MacAddr, Macvtap, MacvtapSpec, Mode};
 
 use super::args::USUAL_MTU;
 use crate::config::{self, ConfigError, NicSource};
+use crate::handed::Handed;
 
 /// The host kernel's data path.
 pub(super) const VHOST_NET: &str = "/dev/vhost-net";
@@ -156,15 +157,18 @@ impl Queues {
         })
     }
 
-    /// Takes over queues that somebody else has opened.
-    pub fn adopt(descriptors: Vec<OwnedFd>) -> Result<Self, AdoptError> {
+    /// Takes over queues that somebody else has opened, under these numbers.
+    pub fn adopt(descriptors: Vec<OwnedFd>, numbers: &[RawFd]) -> Result<Self, AdoptError> {
         let adopted = net::adopt(descriptors)?;
+        let told = Handed::from_environment().filter(|told| told.is_of(numbers, adopted.mac));
         log::info!("network card on {}: MAC {}", adopted.name, adopted.mac);
         Ok(Self {
             descriptors: adopted.queues,
             mac: adopted.mac,
-            mtu: adopted.mtu.unwrap_or(USUAL_MTU),
-            lower: adopted.name,
+            mtu: adopted
+                .mtu
+                .or(told.map(|told| told.mtu))
+                .unwrap_or(USUAL_MTU),
             lease: None,
         })
     }

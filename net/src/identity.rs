@@ -1,0 +1,45 @@
+//! Which link is meant, whatever it is called and wherever one looks from: names repeat across network namespaces, and
+//! indexes do too.
+
+use std::io;
+
+use crate::netlink::Netlink;
+use crate::netns;
+
+/// A link of some network namespace, for as long as both exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LinkId {
+    /// The namespace's inode, as `stat -L -c %i /proc/PID/ns/net` shows it.
+    pub namespace: u64,
+    /// The link's interface index there.
+    pub index: u32,
+}
+
+impl LinkId {
+    /// The link's name now, if it is in the caller's network namespace and exists.
+    ///
+    /// # Errors
+    ///
+    /// When /proc does not show the namespace, or the kernel refuses to list the links.
+    pub fn name_here(self) -> io::Result<Option<String>> {
+        netns::on_own_thread(|| {
+            if netns::inode_of_current()? != self.namespace {
+                return Ok(None);
+            }
+            match Netlink::connect()?.link(self.index) {
+                Ok(link) => Ok(Some(link.name)),
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })?
+    }
+}
+
+/// The inode of the caller's network namespace, which [`LinkId::namespace`] is to be compared with.
+///
+/// # Errors
+///
+/// When /proc does not show it.
+pub fn this_namespace() -> io::Result<u64> {
+    netns::inode_of_current()
+}
