@@ -685,6 +685,8 @@ fn unprivileged_minivmm_in_net_open_serves_its_guest() {
         return;
     }
     let place = Place::new();
+    // No descriptor tells its interface's MTU, and the usual one would be too much.
+    place.net.host.ip("link set lower mtu 1400");
     for (keys, fds) in [
         ("netns=private", "fd=3"),
         ("netns=host", "fd=3"),
@@ -701,7 +703,9 @@ fn unprivileged_minivmm_in_net_open_serves_its_guest() {
         };
         let console = guest::succeed(start("mode=info"));
         assert_eq!(mac_in_guest(&console), MAC);
+        assert!(console.contains(" mtu=1400"), "{console}");
         let vm = place.until_it_serves(start("mode=echo"));
+        vm.wait_for_log("network card on lower: ", PATIENCE);
         for ip in addresses(2) {
             assert!(place.net.far.pings(&ip, 3), "{ip}\n{}", vm.transcript());
         }
@@ -1079,6 +1083,39 @@ fn host_link_of_a_guest_lives_as_long_as_the_guest() {
         "{deleted}"
     );
     assert_eq!(place.net.host.links(), ["lower"], "after gc");
+}
+
+#[test]
+fn host_link_on_an_interface_of_another_namespace_is_refused() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    // Where minivmm runs, the same names mean something else.
+    let elsewhere = Netns::new();
+    elsewhere.wire("lower");
+    elsewhere.wire("mine");
+    let before = elsewhere.links();
+    let guest = place.guest(2, "mode=info");
+    let spec = format!("lower,lower-netns={}", place.net.host.path().display());
+    let options = ["--macvtap", &spec, "--host-link", "10.77.0.9/24"];
+    let texts = ["--host-link", "not in this network namespace"];
+    let refused = |command| {
+        is_refused(command, FAILED, &texts);
+        assert_eq!(elsewhere.links(), before);
+        assert_eq!(place.net.host.links()[0], "lower");
+    };
+    refused(minivmm(&elsewhere, &with(&guest, &options)));
+    let node = place.macvtap("mine");
+    let script = format!("exec \"$@\" 3<>{}", node.display());
+    let mut command = elsewhere.command("sh");
+    command.args(["-ec", &script, "sh"]).arg(binary());
+    command.args(with(
+        &guest,
+        &["--macvtap", "fd=3", "--host-link", "10.77.0.9/24"],
+    ));
+    command.env_remove("RUST_LOG").stdin(Stdio::null());
+    refused(command);
 }
 
 #[test]

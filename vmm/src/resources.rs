@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use net::{HostLinkGuard, HostLinkSpec};
+use net::{HostLinkGuard, HostLinkSpec, LinkId};
 
 use crate::config::{Config, ConsoleTarget, MemorySize};
 use crate::console;
@@ -70,9 +70,30 @@ pub enum ResourceError {
     /// The host's own access.
     #[error(transparent)]
     HostLink(#[from] net::HostLinkError),
-    /// The first card stands on an interface that cannot be named here.
-    #[error("--host-link needs a card whose interface has a name in this network namespace")]
+    /// The first card stands on an interface of another network namespace, or on one that nobody
+    /// has told of.
+    #[error(
+        "--host-link makes its link on the interface under {nic}, and that is not in this network \
+         namespace{}: run minivmm in the one that has it, or make a link there with `minivmm net \
+         host-link`", of(.lower)
+    )]
+    HostLinkElsewhere {
+        /// The first card.
+        nic: String,
+        /// The interface's name, where it is known.
+        lower: Option<String>,
+    },
+    /// Where the interface of the first card is cannot be told.
+    #[error("cannot look for the interface that --host-link is to be on")]
+    HostLinkLook(#[source] io::Error),
+    /// The interface has a name that none can have.
+    #[error("--host-link cannot use the interface by its name")]
     HostLinkName(#[source] net::ParseLinkNameError),
+}
+
+fn of(lower: &Option<String>) -> String {
+    let words = |lower: &String| format!(" (it is called `{lower}` in its own)");
+    lower.as_ref().map(words).unwrap_or_default()
 }
 
 /// Everything from the host.
@@ -140,12 +161,14 @@ fn host_link(config: &Config, nics: &[Nic]) -> Result<Option<HostLinkGuard>, Res
     let (Some(nic), false) = (nics.first(), config.host_link.is_empty()) else {
         return Ok(None);
     };
-    let lower = nic
-        .entry
-        .lower
-        .parse()
-        .map_err(ResourceError::HostLinkName)?;
-    let mut spec = HostLinkSpec::new(lower);
+    // By its identity: another interface here may have the same name.
+    let here = nic.lower.map(LinkId::name_here).transpose();
+    let here = here.map_err(ResourceError::HostLinkLook)?.flatten();
+    let lower = here.ok_or_else(|| ResourceError::HostLinkElsewhere {
+        nic: nic.entry.name.clone(),
+        lower: nic.lower.map(|_| nic.entry.lower.clone()),
+    })?;
+    let mut spec = HostLinkSpec::new(lower.parse().map_err(ResourceError::HostLinkName)?);
     spec.addresses = config.host_link.clone();
     let guard = HostLinkGuard::create(&spec)?;
     log::info!("the host talks to its guests by {}", guard.link().name);
