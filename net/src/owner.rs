@@ -44,7 +44,7 @@ impl Owner {
         let program = std::env::current_exe()?;
         let program = program.file_name().unwrap_or_default().to_string_lossy();
         Ok(Self {
-            program: program.chars().take(64).collect(),
+            program: shortened(program.into_owned()),
             pid,
             start: Status::of(pid)?.start,
             pid_namespace: namespace("self", "pid")?,
@@ -61,6 +61,18 @@ impl Owner {
     /// Its number in its own pid namespace.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// The user that it runs as. None when it has ended, and when it is out of the calling process's sight.
+    pub fn user(&self) -> Option<u32> {
+        let judge = Self::this_process().ok()?;
+        if self.pid_namespace != judge.pid_namespace || self.is_dead_to(&judge) {
+            return None;
+        }
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+        // Real, effective, saved and file system's.
+        line.split_whitespace().nth(1)?.parse().ok()
     }
 
     /// Whether it has certainly ended, as the calling process sees it. In doubt, as for most processes of other
@@ -83,6 +95,16 @@ impl Owner {
         Status::of(self.pid)
             .is_ok_and(|now| now.has_ended || (same_clock && now.start != self.start))
     }
+}
+
+/// At most 64 bytes of a program's name: the alias has room for 255 (IFALIASZ).
+fn shortened(mut name: String) -> String {
+    let mut end = name.len().min(64);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    name.truncate(end);
+    name
 }
 
 impl fmt::Display for Owner {
@@ -208,7 +230,13 @@ mod tests {
             program: "a pid=7 start=1 in=x,y)".to_owned(),
             ..me()
         };
-        for owner in [me(), odd] {
+        // As many bytes as a file's name can have.
+        let long = Owner {
+            program: shortened("\u{1f5a7}".repeat(63) + "abc"),
+            ..me()
+        };
+        assert_eq!(long.program.chars().count(), 16);
+        for owner in [me(), odd, long] {
             let tag = owner.to_string();
             assert_eq!(tag.parse(), Ok(owner));
             assert!(tag.len() < 256, "{tag}");
@@ -241,6 +269,17 @@ mod tests {
             ..me()
         };
         assert!(!init.is_dead());
+    }
+
+    #[test]
+    fn owner_alive_has_a_user_and_a_dead_one_has_none() {
+        let user = rustix::process::geteuid().as_raw();
+        assert_eq!(me().user(), Some(user));
+        let before = Owner {
+            start: me().start - 1,
+            ..me()
+        };
+        assert_eq!(before.user(), None);
     }
 
     #[test]
