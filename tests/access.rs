@@ -448,8 +448,36 @@ fn descriptor_with_keys_or_twice_is_refused() {
     let shared = ["--macvtap", "fd=3", "--macvtap", "fd=4"];
     for other in ["4<&3".to_owned(), format!("4<>{node}")] {
         let both = format!("{one} {other}");
-        refused(&both, &shared, FAILED, &["two cards", "of mine"]);
+        refused(&both, &shared, FAILED, &["two cards", "on mine"]);
     }
+    let by_name = ["--macvtap", "mine", "--macvtap", "mine"];
+    refused("3<&-", &by_name, FAILED, &["two cards are on mine"]);
+    let both = ["--macvtap", "fd=3", "--macvtap", "mine"];
+    refused(&one, &both, FAILED, &["two cards are on mine"]);
+}
+
+#[test]
+fn macvtap_of_a_running_guest_is_refused_to_a_second_one() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    place.macvtap("mine");
+    let vm = place.serve(2, &["--macvtap", "mine"]);
+    let guest = place.guest(3, "mode=info");
+    let texts = [
+        "mine (",
+        &format!("(pid {})", vm.pid()),
+        "a part of its frames",
+    ];
+    let second = with(&guest, &["--macvtap", "mine"]);
+    is_refused(place.minivmm(&second), FAILED, &texts);
+    let open = ["net", "open", "mine", "--user", "nobody", "--", "true"];
+    is_refused(place.minivmm(&open), FAILED, &texts);
+    // The first one has had all of its frames back since.
+    assert!(place.net.far.pings(&addresses(2)[0], 3));
+    kill(vm);
+    guest::succeed(Vm::spawn(place.minivmm(&second)));
 }
 
 // net open.

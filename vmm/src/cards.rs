@@ -23,7 +23,7 @@ use crate::link_watch::LinkFollower;
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
 use crate::plan::Plan;
-use crate::registry::{Announcer, NicEntry, Registration};
+use crate::registry::{Announcer, NicEntry, Registration, Runs};
 
 /// The cards, once they stand on the bus.
 #[derive(Debug)]
@@ -102,7 +102,7 @@ impl Cards {
         }
         let entries = std::mem::take(&mut self.entries);
         let observers = std::mem::take(&mut self.observers);
-        let registration = Registration::new(kernel, entries, observers);
+        let registration = Registration::new(Runs::Kernel(kernel), entries, observers);
         watchers.push(Box::new(Announcer::new(
             registration,
             self.learnt.try_clone()?,

@@ -51,7 +51,7 @@ pub mod probe;
 pub mod qemu;
 pub mod registry;
 pub mod resources;
-pub mod terminal;
+pub mod sharing;
 pub mod vcpu;
 pub mod vm;
 

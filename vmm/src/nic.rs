@@ -14,6 +14,7 @@ use net::{AdoptError, Adopted, Lease, LinkId, LinkWatch, MacAddr, Macvtap, Macvt
 use crate::config::{NicConfig, NicOptions, NicSource};
 use crate::handed::Handed;
 use crate::registry::NicEntry;
+use crate::sharing::{self, Interface, SharedError};
 
 /// The MTU of an interface that cannot be asked: Ethernet's.
 const USUAL_MTU: u32 = 1500;
@@ -33,17 +34,9 @@ pub enum NicError {
     /// One file for two cards.
     #[error("two cards cannot record in one file, {0:?}: give each a pcap= of its own")]
     SharedPcap(PathBuf),
-    /// Descriptors of one interface for two cards.
-    #[error(
-        "two cards have file descriptors of {name} ({mac}), and each would get a part of its \
-         frames: give each card an interface of its own"
-    )]
-    Shared {
-        /// The interface.
-        name: String,
-        /// Its MAC address.
-        mac: String,
-    },
+    /// One interface for two cards.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
     /// A queue that cannot be set up.
     #[error("the queue of {name} is of no use")]
     Tap {
@@ -72,6 +65,8 @@ pub struct Nic {
     pub entry: NicEntry,
     /// Which interface it stands on, where that is known.
     pub lower: Option<LinkId>,
+    /// Which interface it is.
+    pub interface: Interface,
     /// News of the interface, where it can be seen.
     pub watch: Option<LinkWatch>,
     /// Hears what the guest sends, where its frames may pass through the kernel alone.
@@ -90,11 +85,14 @@ impl Nic {
             macvtap.mtu(),
         );
         let watch = watched(macvtap.name(), macvtap.watch());
-        let (mac, mode, lower) = (macvtap.mac(), macvtap.mode(), macvtap.lower_id());
+        let (mac, mode) = (macvtap.mac(), macvtap.mode());
+        let (id, lower) = (macvtap.id(), macvtap.lower_id());
         let (queues, lease) = macvtap.into_parts();
         let host = Host {
             mode: Some(mode),
+            id: Some(id),
             lower,
+            is_handed: false,
             watch,
             listener: listener.flatten(),
             lease: Some(lease),
@@ -131,7 +129,9 @@ impl Nic {
         let entry = entry(&name, &lower, mac, mtu);
         let host = Host {
             mode,
+            id,
             lower: lower_id,
+            is_handed: told.is_some(),
             watch,
             listener,
             lease: None,
@@ -140,7 +140,7 @@ impl Nic {
     }
 
     fn new(
-        entry: NicEntry,
+        mut entry: NicEntry,
         mac: MacAddr,
         queues: Vec<OwnedFd>,
         host: Host,
@@ -149,14 +149,16 @@ impl Nic {
         // An Ethernet interface's MTU is at most 65,535.
         let mtu = u16::try_from(entry.mtu).unwrap_or(u16::MAX);
         log::info!("network card on {}: MAC {mac}, MTU {mtu}", entry.lower);
+        let name = entry.name.clone();
+        let interface = Interface::of(&queues[0], &name, mac, host.id, host.is_handed)?;
+        entry.device = interface.device;
+        entry.id = host.id.map(Into::into);
+        entry.lower_id = host.lower.map(Into::into);
         let taps = queues
             .into_iter()
             .map(Tap::new)
             .collect::<Result<Vec<_>, _>>();
-        let taps = taps.map_err(|source| NicError::Tap {
-            name: entry.name.clone(),
-            source,
-        })?;
+        let taps = taps.map_err(|source| NicError::Tap { name, source })?;
         let config = NetConfig {
             mac: mac.octets(),
             mtu,
@@ -174,6 +176,7 @@ impl Nic {
             pcap: options.pcap.as_deref().map(open_pcap).transpose()?,
             entry,
             lower: host.lower,
+            interface,
             watch: host.watch,
             listener: host.listener,
             lease: host.lease,
@@ -185,7 +188,9 @@ impl Nic {
 #[derive(Debug)]
 struct Host {
     mode: Option<Mode>,
+    id: Option<LinkId>,
     lower: Option<LinkId>,
+    is_handed: bool,
     watch: Option<LinkWatch>,
     listener: Option<FrameListener>,
     lease: Option<Lease>,
@@ -254,23 +259,10 @@ pub fn acquire(nics: &[NicConfig], inherited: Vec<OwnedFd>) -> Result<Vec<Nic>, 
         }
     };
     let nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;
-    must_not_share(&nics)?;
+    let interfaces: Vec<_> = nics.iter().map(|nic| nic.interface.clone()).collect();
+    sharing::check(&interfaces)?;
     must_not_share_files(&nics)?;
     Ok(nics)
-}
-
-/// Refuses cards by descriptors of the same interface. (A name alone may occur in two namespaces.)
-fn must_not_share(nics: &[Nic]) -> Result<(), NicError> {
-    let mut adopted: Vec<_> = nics.iter().filter(|nic| nic.lease.is_none()).collect();
-    while let Some(Nic { entry, .. }) = adopted.pop() {
-        let is_same =
-            |other: &&Nic| (&other.entry.name, &other.entry.mac) == (&entry.name, &entry.mac);
-        if adopted.iter().any(is_same) {
-            let (name, mac) = (entry.name.clone(), entry.mac.clone());
-            return Err(NicError::Shared { name, mac });
-        }
-    }
-    Ok(())
 }
 
 /// Refuses two cards that would write over each other. (What is no regular file has its own ways.)
@@ -300,6 +292,9 @@ fn entry(name: &str, lower: &str, mac: MacAddr, mtu: u32) -> NicEntry {
         mtu,
         addresses: Vec::new(),
         wrong_source_frames: 0,
+        device: 0,
+        id: None,
+        lower_id: None,
     }
 }
 

@@ -40,9 +40,11 @@ use std::process::Command;
 use net::{AdoptError, HostLinkGuard, HostLinkSpec, MacAddr, MacvtapSpec};
 
 use crate::cli::{Accel, QemuArgs};
-use crate::config::NicSource;
-use crate::handover;
-use crate::terminal::may_read;
+use crate::config::{ConsoleTarget, NicSource};
+use crate::exit::Exit;
+use crate::handover::{self, Handover};
+use crate::sharing::{self, SharedError};
+use crate::{child, console};
 
 use accel::Engine;
 use args::{Card, Line, Machine};
@@ -75,6 +77,9 @@ pub enum QemuError {
     /// Descriptors of somebody else's.
     #[error("cannot use the file descriptors of --macvtap fd=")]
     Adopt(#[from] AdoptError),
+    /// One interface for two cards.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
     /// vhost-net that was asked for.
     #[error(
         "cannot open {} for vhost=on: `modprobe vhost_net`, or leave vhost=on out",
@@ -261,6 +266,7 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     let mut inherited = unsafe { inherit(args) }?.into_iter();
     let plan = Plan::new(args, true)?;
     let (mut cards, mut descriptors, mut leases) = (Vec::new(), Vec::new(), Vec::new());
+    let mut interfaces = Vec::new();
     for (n, nic) in args.macvtap.iter().enumerate() {
         let queues = match &nic.source {
             NicSource::Macvtap(spec) => Queues::make(spec)?,
@@ -275,7 +281,9 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
             descriptors.push(nics::open_vhost().map_err(QemuError::Vhost)?.into());
         }
         leases.extend(queues.lease);
+        interfaces.push(queues.interface);
     }
+    sharing::check(&interfaces)?;
     let control = plan
         .control
         .map(|_| UnixStream::pair())

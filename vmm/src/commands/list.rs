@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::cli::ListArgs;
 use crate::commands::{json, owner};
-use crate::registry::{self, Entry, NicEntry};
+use crate::registry::{self, Entry, NicEntry, Runs};
 
 /// Everything, as JSON shows it.
 #[derive(Debug, Serialize)]
@@ -115,8 +115,8 @@ impl Listing {
             }
         }
         for guest in &self.guests {
-            let kernel = guest.kernel.display();
-            let _ = writeln!(text, "guest of pid {}, {kernel}", guest.pid);
+            let (Runs::Kernel(runs) | Runs::Program(runs)) = &guest.runs;
+            let _ = writeln!(text, "guest of pid {}, {}", guest.pid, runs.display());
             for nic in &guest.nics {
                 let _ = writeln!(text, "  {}", nic_line(nic));
             }
@@ -183,6 +183,7 @@ fn nic_line(nic: &NicEntry) -> String {
         mtu,
         addresses,
         wrong_source_frames,
+        ..
     } = nic;
     let mut line = format!("macvtap {name} on {lower}  {mac}  mtu {mtu}  addresses");
     for address in addresses {

@@ -17,6 +17,7 @@ use crate::child;
 use crate::cli::OpenArgs;
 use crate::handed::Handed;
 use crate::handover::Handover;
+use crate::sharing::{self, Interface, SharedError};
 
 /// Why the program was not run.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +31,9 @@ pub enum OpenError {
     /// The macvtap.
     #[error(transparent)]
     Macvtap(#[from] net::Error),
+    /// Another process's card.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
     /// The queues cannot be prepared for the program.
     #[error("cannot hand the queues over")]
     Descriptors(#[source] io::Error),
@@ -58,6 +62,9 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     }
     let user = user.map(Credentials::of).transpose()?;
     let macvtap = Macvtap::open(&args.macvtap)?;
+    let (queue, name, mac) = (macvtap.queue(), macvtap.name(), macvtap.mac());
+    let interface = Interface::of(queue, name, mac, Some(macvtap.id()), false)?;
+    sharing::check(std::slice::from_ref(&interface))?;
     let mut command = program(&args.command, &macvtap);
     let (queues, lease) = macvtap.into_parts();
     let handover = hand_over(queues).map_err(OpenError::Descriptors)?;

@@ -5,11 +5,13 @@ use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
-use net::{AdoptError, Lease, MacAddr, Macvtap, MacvtapSpec, Mode};
+use net::{Lease, MacAddr, Macvtap, MacvtapSpec};
 
+use super::QemuError;
 use super::args::USUAL_MTU;
 use crate::config::{self, ConfigError, NicSource};
 use crate::handed::Handed;
+use crate::sharing::Interface;
 
 /// The host kernel's data path.
 pub(super) const VHOST_NET: &str = "/dev/vhost-net";
@@ -134,21 +136,23 @@ pub(super) struct Queues {
     pub descriptors: Vec<OwnedFd>,
     pub mac: MacAddr,
     pub mtu: u32,
-    /// The interface that it stands on, or its own name.
-    pub lower: String,
+    /// Which interface they belong to.
+    pub interface: Interface,
     /// Keeps a macvtap of our own in being.
     pub lease: Option<Lease>,
 }
 
 impl Queues {
     /// Makes the macvtap and opens its queues.
-    pub fn make(spec: &MacvtapSpec) -> Result<Self, net::Error> {
+    pub fn make(spec: &MacvtapSpec) -> Result<Self, QemuError> {
         let macvtap = Macvtap::open(spec)?;
         let (mac, mtu) = (macvtap.mac(), macvtap.mtu());
         log::info!("network card on {}: MAC {mac}, MTU {mtu}", macvtap.lower());
-        let lower = macvtap.lower().to_owned();
+        let id = Some(macvtap.id());
+        let interface = Interface::of(macvtap.queue(), macvtap.name(), mac, id, false)?;
         let (descriptors, lease) = macvtap.into_parts();
         Ok(Self {
+            interface,
             descriptors,
             mac,
             mtu,
@@ -158,11 +162,19 @@ impl Queues {
     }
 
     /// Takes over queues that somebody else has opened, under these numbers.
-    pub fn adopt(descriptors: Vec<OwnedFd>, numbers: &[RawFd]) -> Result<Self, AdoptError> {
+    pub fn adopt(descriptors: Vec<OwnedFd>, numbers: &[RawFd]) -> Result<Self, QemuError> {
         let adopted = net::adopt(descriptors)?;
         let told = Handed::from_environment().filter(|told| told.is_of(numbers, adopted.mac));
         log::info!("network card on {}: MAC {}", adopted.name, adopted.mac);
+        let interface = Interface::of(
+            &adopted.queues[0],
+            &adopted.name,
+            adopted.mac,
+            adopted.id,
+            told.is_some(),
+        )?;
         Ok(Self {
+            interface,
             descriptors: adopted.queues,
             mac: adopted.mac,
             mtu: adopted
