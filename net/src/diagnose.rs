@@ -34,9 +34,9 @@ pub enum Problem {
     #[error("`{name}` is not an Ethernet interface, and a macvtap needs one: choose another")]
     NotEthernet { name: String },
     #[error(
-        "`{name}` is a Wi-Fi interface, and access points drop frames from any MAC address but the card's own: choose a wired interface"
+        "`{name}` {}, and access points drop frames from any MAC address but the card's own: choose a wired interface", wifi(.name, .card)
     )]
-    Wireless { name: String },
+    Wireless { name: String, card: String },
     #[error(
         "`{name}` is a port of the {kind} `{master}`, which takes all of its frames: use `{master}` instead, or free it with `ip link set {name} nomaster`"
     )]
@@ -231,7 +231,13 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// Whether `lower` can carry a macvtap at all, as far as its own state tells.
-pub(crate) fn check_lower(links: &[Link], lower: &Link, wireless: bool) -> Result<(), Problem> {
+///
+/// `wireless` is the Wi-Fi interface that carries its frames, if there is one.
+pub(crate) fn check_lower(
+    links: &[Link],
+    lower: &Link,
+    wireless: Option<&Link>,
+) -> Result<(), Problem> {
     let name = lower.name.clone();
     if lower.loopback {
         return Err(Problem::Loopback { name });
@@ -239,8 +245,9 @@ pub(crate) fn check_lower(links: &[Link], lower: &Link, wireless: bool) -> Resul
     if !lower.ethernet {
         return Err(Problem::NotEthernet { name });
     }
-    if wireless {
-        return Err(Problem::Wireless { name });
+    if let Some(card) = wireless {
+        let card = card.name.clone();
+        return Err(Problem::Wireless { name, card });
     }
     if let Some(master) = by_index(links, lower.master) {
         check_master(name, master)?;
@@ -445,6 +452,13 @@ pub(crate) fn real_device<'a>(links: &'a [Link], link: &'a Link) -> &'a Link {
 
 pub(crate) fn by_index(links: &[Link], index: Option<u32>) -> Option<&Link> {
     links.iter().find(|link| Some(link.index) == index)
+}
+
+fn wifi(name: &str, card: &str) -> String {
+    if name == card {
+        return "is a Wi-Fi interface".to_owned();
+    }
+    format!("goes over the Wi-Fi interface `{card}`")
 }
 
 fn list_or(names: &[String], otherwise: &str) -> String {

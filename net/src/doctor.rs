@@ -8,12 +8,12 @@ use std::path::Path;
 
 use rustix::fs::{FileType, OFlags};
 
-use crate::macvtap::is_wireless;
 use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
 use crate::sysfs::Sysfs;
+use crate::wifi;
 
 mod lower;
 mod verdicts;
@@ -121,7 +121,8 @@ impl Facts {
         let seen = links.as_deref().unwrap_or_default();
         let sysfs = Sysfs::of_this_namespace().ok();
         let hardware = |link: &Link| Hardware {
-            wireless: is_wireless(&link.name).unwrap_or(false),
+            wireless: wifi::carrying(std::slice::from_ref(link), link)
+                .is_ok_and(|card| card.is_some()),
             driver: sysfs.as_ref().and_then(|sysfs| sysfs.driver(&link.name)),
         };
         let dead = |link: &Link| {
@@ -146,6 +147,15 @@ impl Facts {
         // Last: it moves this thread to another namespace.
         facts.driver = Driver::look();
         facts
+    }
+
+    /// The Wi-Fi interface that carries the frames of `link`.
+    fn wireless_under<'a>(&self, links: &'a [Link], link: &'a Link) -> Option<&'a Link> {
+        let is_wireless = |link: &Link| {
+            let hardware = self.hardware.get(&link.index);
+            hardware.is_some_and(|hardware| hardware.wireless)
+        };
+        wifi::first(links, link, is_wireless)
     }
 }
 

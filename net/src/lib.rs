@@ -41,6 +41,7 @@
 //! | `netlink.rs` | rtnetlink, the only async code, behind blocking calls |
 //! | `netns.rs` | the private network namespace |
 //! | `queue.rs` | finds the right device node, opens it and proves it |
+//! | `wifi.rs` | whether frames go over the air |
 //! | `sysfs.rs`, `ioctl.rs` | what only sysfs and ioctls can tell |
 //!
 //! # Threads
@@ -71,6 +72,7 @@ mod reap;
 mod spec;
 mod sysfs;
 mod watch;
+mod wifi;
 
 pub use address::{InterfaceAddress, ParseAddressError};
 pub use adopt::{AdoptError, Adopted, adopt, inherit};

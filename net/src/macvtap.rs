@@ -10,7 +10,6 @@ use thiserror::Error;
 
 use crate::diagnose::{self, Problem, Wish};
 use crate::identity::LinkId;
-use crate::ioctl;
 use crate::lease::Lease;
 use crate::listen::FrameListener;
 use crate::mac::MacAddr;
@@ -21,7 +20,7 @@ use crate::owner::Owner;
 use crate::spec::{MacvtapSpec, Placement};
 use crate::sysfs::Sysfs;
 use crate::watch::LinkWatch;
-use crate::{netns, queue, reap};
+use crate::{netns, queue, reap, wifi};
 
 /// A macvtap that could not be had.
 #[derive(Debug, Error)]
@@ -257,7 +256,7 @@ fn make_new(
     spec: &MacvtapSpec,
     home: OwnedFd,
 ) -> Result<Macvtap, Problem> {
-    diagnose::check_lower(links, lower, is_wireless(&lower.name)?)?;
+    diagnose::check_lower(links, lower, wifi::carrying(links, lower)?)?;
     let real = diagnose::real_device(links, lower);
     if real.index != lower.index {
         let (macvlan, real) = (&lower.name, &real.name);
@@ -445,12 +444,4 @@ fn random_index() -> io::Result<u32> {
     let mut bytes = [0; 4];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     Ok(u32::from_ne_bytes(bytes) & 0x3fff_ffff | 0x4000_0000)
-}
-
-pub(crate) fn is_wireless(link: &str) -> Result<bool, Problem> {
-    let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok();
-    let by_ioctl =
-        |socket: std::net::UdpSocket| ioctl::has_wireless_extensions(socket.as_fd(), link);
-    Ok(sysfs.is_wireless(link) || socket.is_some_and(by_ioctl))
 }

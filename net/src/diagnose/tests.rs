@@ -98,17 +98,18 @@ fn distance_counts_changed_added_and_dropped_letters() {
 #[test]
 fn lower_in_working_order_passes() {
     let links = [card(1, "eno1")];
-    check_lower(&links, &links[0], false).unwrap();
+    check_lower(&links, &links[0], None).unwrap();
     let unplugged = Link {
         carrier: false,
         ..card(1, "eno1")
     };
-    check_lower(&links, &unplugged, false).unwrap();
+    check_lower(&links, &unplugged, None).unwrap();
 }
 
 #[test]
 fn lower_that_cannot_carry_is_refused_with_the_reason() {
-    let refusal = |link: Link, wireless| {
+    let refusal = |link: Link, wireless: bool| {
+        let wireless = Some(&link).filter(|_| wireless);
         check_lower(std::slice::from_ref(&link), &link, wireless).unwrap_err()
     };
     let lo = Link {
@@ -130,7 +131,15 @@ fn lower_that_cannot_carry_is_refused_with_the_reason() {
     assert!(text.ends_with("`ip link set eno1 up`"), "{text}");
     let text = refusal(card(1, "wlan0"), true).to_string();
     assert!(
-        text.contains("Wi-Fi") && text.contains("access points"),
+        text.contains("`wlan0` is a Wi-Fi") && text.contains("access points"),
+        "{text}"
+    );
+    let (vlan, under) = (card(2, "wlan0.5"), card(1, "wlan0"));
+    let text = check_lower(&[], &vlan, Some(&under))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.contains("`wlan0.5` goes over the Wi-Fi interface `wlan0`"),
         "{text}"
     );
 }
@@ -155,7 +164,7 @@ fn lower_with_a_master_names_it_and_the_way_out() {
             ..card(2, "m0")
         };
         let links = [port, master];
-        let text = check_lower(&links, &links[0], false)
+        let text = check_lower(&links, &links[0], None)
             .unwrap_err()
             .to_string();
         assert!(text.contains(expected), "{kind}: {text}");
@@ -174,7 +183,7 @@ fn lower_in_a_vrf_passes() {
             ..card(2, "red")
         },
     ];
-    check_lower(&links, &links[0], false).unwrap();
+    check_lower(&links, &links[0], None).unwrap();
 }
 
 #[test]
@@ -185,7 +194,7 @@ fn lower_macvlan_stands_for_the_device_under_it() {
     };
     let links = [real, on(1, "macvlan", card(2, "mv0"))];
     assert_eq!(real_device(&links, &links[1]).name, "eno1");
-    let refusal = check_lower(&links, &links[1], false).unwrap_err();
+    let refusal = check_lower(&links, &links[1], None).unwrap_err();
     assert!(matches!(refusal, Problem::Down { name } if name == "eno1"));
     // A veth's IFLA_LINK is its other end, which is no lower.
     let links = [card(1, "v0"), on(1, "veth", card(2, "v1"))];

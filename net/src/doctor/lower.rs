@@ -1,11 +1,11 @@
 //! Whether a link can carry macvtaps. Pure.
 
-use super::{Check, Hardware};
+use super::{Check, Facts};
 use crate::diagnose::{self, Problem};
 use crate::netlink::Link;
 
 /// Whether `link` can carry a macvtap, one line for each thing that can be wrong.
-pub(super) fn lower(links: &[Link], link: &Link, hardware: Option<&Hardware>) -> Vec<Check> {
+pub(super) fn lower(facts: &Facts, links: &[Link], link: &Link) -> Vec<Check> {
     let name = link.name.clone();
     if link.loopback {
         return vec![Check::from_problem("link", &Problem::Loopback { name })];
@@ -13,7 +13,7 @@ pub(super) fn lower(links: &[Link], link: &Link, hardware: Option<&Hardware>) ->
     if !link.ethernet {
         return vec![Check::from_problem("link", &Problem::NotEthernet { name })];
     }
-    let hardware = hardware.cloned().unwrap_or_default();
+    let hardware = facts.hardware.get(&link.index).cloned().unwrap_or_default();
     let real = diagnose::real_device(links, link);
     let what = match (&hardware.driver, link.kind.as_str()) {
         (Some(driver), _) => format!("`{name}` is an Ethernet card with the driver {driver}"),
@@ -28,7 +28,7 @@ pub(super) fn lower(links: &[Link], link: &Link, hardware: Option<&Hardware>) ->
     };
     vec![
         Check::ok("link", what),
-        wifi(&name, hardware.wireless),
+        wifi(&name, facts.wireless_under(links, link)),
         membership(links, link),
         ipvlan(links, link),
         state(link),
@@ -49,7 +49,7 @@ fn membership(links: &[Link], link: &Link) -> Check {
         carrier: true,
         ..link.clone()
     };
-    match diagnose::check_lower(links, &as_if_up, false) {
+    match diagnose::check_lower(links, &as_if_up, None) {
         Err(problem) if !matches!(problem, Problem::Down { .. }) => {
             Check::from_problem("membership", &problem)
         }
@@ -97,12 +97,13 @@ fn mtu(link: &Link) -> Check {
     }
 }
 
-fn wifi(name: &str, wireless: bool) -> Check {
-    if wireless {
+fn wifi(name: &str, card: Option<&Link>) -> Check {
+    if let Some(card) = card {
         Check::from_problem(
             "wifi",
             &Problem::Wireless {
                 name: name.to_owned(),
+                card: card.name.clone(),
             },
         )
     } else {

@@ -149,6 +149,17 @@ fn doctor_of_a_lower_says_what_makes_it_unfit() {
     assert_complaint((Fail, "choose a wired interface"), "eno1", |facts, _| {
         facts.hardware.get_mut(&2).unwrap().wireless = true;
     });
+    let over = "goes over the Wi-Fi interface `eno1`";
+    assert_complaint((Fail, over), "eno1.5", |facts, links| {
+        facts.hardware.get_mut(&2).unwrap().wireless = true;
+        links.push(Link {
+            index: 9,
+            name: "eno1.5".to_owned(),
+            kind: "vlan".to_owned(),
+            lower: Some(2),
+            ..links[0].clone()
+        });
+    });
     assert_complaint((Fail, "ip link set eno1 up"), "eno1", |_, links| {
         links[0].up = false
     });

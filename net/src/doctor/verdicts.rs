@@ -20,7 +20,7 @@ pub(super) fn all(facts: &Facts, link: Option<&str>) -> Vec<Check> {
         return checks;
     };
     match link.map(|name| diagnose::find(links, name)) {
-        Some(Ok(link)) => checks.extend(lower(links, link, facts.hardware.get(&link.index))),
+        Some(Ok(link)) => checks.extend(lower(facts, links, link)),
         Some(Err(problem)) => {
             let remedy = "name one that is here, or run this in the network namespace that has it";
             checks.push(Check::fail("link", problem.to_string(), remedy));
@@ -121,10 +121,7 @@ fn vhost_net(vhost_net: VhostNet) -> Check {
 /// Which links could carry a macvtap.
 fn candidates(facts: &Facts, links: &[Link]) -> Check {
     let fits = |link: &&Link| {
-        let wireless = facts
-            .hardware
-            .get(&link.index)
-            .is_some_and(|hardware| hardware.wireless);
+        let wireless = facts.wireless_under(links, link);
         let alone = !link.is_macvlan() && link.carrier;
         alone && diagnose::check_lower(links, link, wireless).is_ok()
     };

@@ -10,10 +10,10 @@ use super::{HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, host_links_o
 use crate::address::InterfaceAddress;
 use crate::diagnose::{self, Wish};
 use crate::mac::MacAddr;
-use crate::macvtap::is_wireless;
 use crate::mode::Mode;
 use crate::netlink::{Link, Netlink};
 use crate::owner::Owner;
+use crate::wifi;
 
 /// A link that was just made, and is deleted when something fails.
 struct Made<'a> {
@@ -39,7 +39,7 @@ pub(super) fn make(
 ) -> Result<HostLink, HostLinkProblem> {
     let links = list(host)?;
     let link = diagnose::find(&links, spec.link.as_str())?;
-    diagnose::check_lower(&links, link, is_wireless(&link.name)?)?;
+    diagnose::check_lower(&links, link, wifi::carrying(&links, link)?)?;
     let lower = diagnose::real_device(&links, link);
     let addresses = host
         .addresses()
