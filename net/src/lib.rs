@@ -74,6 +74,10 @@ mod sysfs;
 mod watch;
 mod wifi;
 
+#[cfg(test)]
+#[path = "../../tests/harness/netns.rs"]
+mod harness;
+
 pub use address::{InterfaceAddress, ParseAddressError};
 pub use adopt::{AdoptError, Adopted, adopt, inherit};
 pub use diagnose::Problem;

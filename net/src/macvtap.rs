@@ -3,24 +3,24 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::diagnose::{self, Problem, Wish};
+use crate::diagnose::{self, Problem};
 use crate::identity::LinkId;
 use crate::lease::Lease;
 use crate::listen::FrameListener;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::LinkName;
-use crate::netlink::{Link, Netlink, NewMacvtap};
-use crate::owner::Owner;
-use crate::spec::{MacvtapSpec, Placement};
+use crate::netlink::{Link, Netlink};
+use crate::spec::MacvtapSpec;
 use crate::sysfs::Sysfs;
 use crate::watch::LinkWatch;
-use crate::{netns, queue, reap, wifi};
+use crate::{netns, queue, reap};
+
+mod making;
+use making::make_new;
 
 /// A macvtap that could not be had.
 #[derive(Debug, Error)]
@@ -249,199 +249,6 @@ fn use_existing(links: &[Link], macvtap: &Link, spec: &MacvtapSpec) -> Result<Ma
     })
 }
 
-fn make_new(
-    host: &Netlink,
-    links: &[Link],
-    lower: &Link,
-    spec: &MacvtapSpec,
-    home: OwnedFd,
-) -> Result<Macvtap, Problem> {
-    diagnose::check_lower(links, lower, wifi::carrying(links, lower)?)?;
-    let real = diagnose::real_device(links, lower);
-    if real.index != lower.index {
-        let (macvlan, real) = (&lower.name, &real.name);
-        log::info!("{macvlan} is a macvlan: the macvtap goes straight onto {real} under it");
-    }
-    let mode = spec.mode.unwrap_or_default();
-    let wish = Wish {
-        links,
-        lower: real,
-        mode,
-        mac: spec.mac,
-        mtu: spec.mtu,
-    };
-    wish.check()?;
-    let lower_id = LinkId {
-        namespace: this_namespace()?,
-        index: real.index,
-    };
-
-    // From here on this thread is in the new namespace; `host` still speaks to the lower's.
-    let namespace = netns::enter_new().map_err(Problem::from_step("make a network namespace"))?;
-    forbid_ipv6("default");
-    let index = create(host, &wish, spec, namespace.as_fd())?;
-    let lease = match spec.netns {
-        Placement::Private => Lease::new(namespace, index, String::new()),
-        Placement::Host => move_home(spec, index, home)?,
-    };
-    let (link, queues, mac) = start(&wish, spec, index)?;
-    if mode == Mode::Source {
-        log::warn!("in source mode the macvtap hears only listed senders, and its list is empty");
-    }
-    Ok(Macvtap {
-        queues,
-        lease,
-        namespace: None,
-        id: LinkId {
-            namespace: this_namespace()?,
-            index: link.index,
-        },
-        name: link.name,
-        lower: real.name.clone(),
-        lower_id: Some(lower_id),
-        mac,
-        mtu: link.mtu,
-        mode,
-    })
-}
-
 fn this_namespace() -> Result<u64, Problem> {
     netns::inode_of_current().map_err(Problem::from_step("show this thread's network namespace"))
-}
-
-/// Makes the macvtap in `namespace`, and tells its index.
-fn create(
-    host: &Netlink,
-    wish: &Wish<'_>,
-    spec: &MacvtapSpec,
-    namespace: BorrowedFd<'_>,
-) -> Result<u32, Problem> {
-    let random = Problem::from_step("give random bytes for a MAC address and an interface index");
-    let (mac, index) = chosen_mac(wish.mode, spec.mac)
-        .and_then(|mac| Ok((mac, random_index()?)))
-        .map_err(random)?;
-    let new = NewMacvtap {
-        name: &new_name(spec, index),
-        index,
-        lower: wish.lower.index,
-        namespace,
-        mode: wish.mode,
-        mac,
-        mtu: spec.mtu,
-        tx_queue_len: spec.tx_queue_len,
-        bc_queue_len: spec.bc_queue_len,
-    };
-    host.create(&new)
-        .map_err(|error| match error.raw_os_error() {
-            Some(libc::EEXIST) => name_taken(spec, index),
-            _ => wish.explain_create(error),
-        })?;
-    Ok(index)
-}
-
-/// Moves the macvtap with this index from this thread's private namespace to `home`, and the thread too. It is tagged
-/// before: whenever this process is killed, either the private namespace ends with the macvtap, or a tagged link stays.
-fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<Lease, Problem> {
-    let owner = Owner::this_process()
-        .map_err(Problem::from_step("tell from /proc who this process is"))?
-        .to_string();
-    let private = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
-    private
-        .set_alias(index, &owner)
-        .map_err(Problem::from_step("tag the macvtap with its owner"))?;
-    let free_name = spec.name.is_none().then_some(FREE_NAME);
-    private
-        .move_to(home.as_fd(), index, free_name)
-        .map_err(|error| match error.raw_os_error() {
-            Some(libc::EEXIST) => name_taken(spec, index),
-            _ => Problem::from_step("move the macvtap to this network namespace")(error),
-        })?;
-    netns::enter(&home).map_err(Problem::from_step("return to this network namespace"))?;
-    Ok(Lease::new(home, index, owner))
-}
-
-/// Brings up the macvtap with this index, in the namespace of this thread, and opens its queues.
-fn start(
-    wish: &Wish<'_>,
-    spec: &MacvtapSpec,
-    index: u32,
-) -> Result<(Link, Vec<OwnedFd>, MacAddr), Problem> {
-    let here = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
-    let look = || {
-        here.link(index)
-            .map_err(Problem::from_step("show the new macvtap"))
-    };
-    let made = look()?;
-    if spec.netns == Placement::Host {
-        forbid_ipv6(&made.name);
-    }
-    bring_up(&here, index).map_err(|error| wish.explain_up(&made, error))?;
-    // Once more: with an old udev or a passthru lower the address may have changed since.
-    let link = look()?;
-    let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
-    let (queues, mac) = queue::open(&sysfs, &link, spec.queues)?;
-    Ok((link, queues, mac))
-}
-
-/// How long a MAC address that is taken may take to become free.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Brings the link up. When its MAC address is taken, that is tried again for a moment: the kernel removes the links of
-/// a process that has just ended in the background, and whoever starts it again at once asks for the same address.
-fn bring_up(here: &Netlink, index: u32) -> io::Result<()> {
-    let start = Instant::now();
-    loop {
-        match here.bring_up(index) {
-            Err(error)
-                if matches!(error.raw_os_error(), Some(libc::EADDRINUSE | libc::EBUSY))
-                    && start.elapsed() < PATIENCE =>
-            {
-                thread::sleep(PATIENCE / 50);
-            }
-            result => return result,
-        }
-    }
-}
-
-fn forbid_ipv6(link: &str) {
-    if let Err(error) = netns::forbid_ipv6(link) {
-        log::warn!(
-            "cannot keep the host's IPv6 off the macvtap, its multicast may suffer: {error}"
-        );
-    }
-}
-
-/// Its name in the caller's namespace: the kernel puts the first number there that is free.
-const FREE_NAME: &str = "mvt%d";
-
-/// Its name in the private namespace, where there is no other but `lo`.
-fn new_name(spec: &MacvtapSpec, index: u32) -> String {
-    match (&spec.name, spec.netns) {
-        (Some(name), _) => name.to_string(),
-        (None, Placement::Private) => "macvtap0".to_owned(),
-        // One that is nobody's in the caller's namespace, until it gets its number there.
-        (None, Placement::Host) => format!("new{index:08x}"),
-    }
-}
-
-fn name_taken(spec: &MacvtapSpec, index: u32) -> Problem {
-    let name = new_name(spec, index);
-    Problem::NameTaken { name }
-}
-
-/// What to ask the kernel for. A random address is chosen here, so that the kernel counts it as set on purpose and udev
-/// leaves it; in passthru mode it is the lower's, unasked.
-fn chosen_mac(mode: Mode, wanted: Option<MacAddr>) -> io::Result<Option<MacAddr>> {
-    match (mode, wanted) {
-        (Mode::Passthru, _) => Ok(None),
-        (_, Some(mac)) => Ok(Some(mac)),
-        (_, None) => MacAddr::random().map(Some),
-    }
-}
-
-/// A high one: `/dev/tap<index>` then is nobody else's, whatever namespaces the machine has.
-fn random_index() -> io::Result<u32> {
-    let mut bytes = [0; 4];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    Ok(u32::from_ne_bytes(bytes) & 0x3fff_ffff | 0x4000_0000)
 }

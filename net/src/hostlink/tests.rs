@@ -4,9 +4,7 @@ use super::making::new_address;
 use super::moving::End;
 use super::*;
 
-#[path = "../../../tests/harness/netns.rs"]
-mod netns;
-use netns::Netns;
+use crate::harness::{self, Netns};
 
 fn spec(addresses: &[&str], move_addresses: bool) -> HostLinkSpec {
     let addresses = addresses.iter().map(|text| text.parse().unwrap());
@@ -99,7 +97,7 @@ fn unmake_with(host: &Netlink, patience: Option<usize>) -> Result<HostLink, Host
 
 #[test]
 fn move_that_fails_at_any_step_puts_all_back() {
-    if !netns::is_root() {
+    if !harness::is_root() {
         return;
     }
     let (host, _peer) = host_with_much();
@@ -139,7 +137,7 @@ fn move_that_fails_at_any_step_puts_all_back() {
 
 #[test]
 fn move_takes_everything_but_the_link_local_along() {
-    if !netns::is_root() {
+    if !harness::is_root() {
         return;
     }
     let (host, peer) = host_with_much();
@@ -177,7 +175,7 @@ fn move_takes_everything_but_the_link_local_along() {
 
 #[test]
 fn move_of_advertised_addresses_turns_advertisements_off_meanwhile() {
-    if !netns::is_root() {
+    if !harness::is_root() {
         return;
     }
     let host = Netns::new();
@@ -194,7 +192,7 @@ fn move_of_advertised_addresses_turns_advertisements_off_meanwhile() {
 
 #[test]
 fn unmoved_link_takes_only_its_own_addresses_away() {
-    if !netns::is_root() {
+    if !harness::is_root() {
         return;
     }
     let (host, _peer) = host_with_much();

@@ -1,0 +1,234 @@
+//! Making a macvtap: in its namespace, up, with its queues open.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Macvtap, this_namespace};
+use crate::diagnose::{self, Problem, Wish};
+use crate::identity::LinkId;
+use crate::lease::Lease;
+use crate::mac::MacAddr;
+use crate::mode::Mode;
+use crate::netlink::{Link, Netlink, NewMacvtap};
+use crate::owner::Owner;
+use crate::spec::{MacvtapSpec, Placement};
+use crate::sysfs::Sysfs;
+use crate::{netns, queue, wifi};
+
+pub(super) fn make_new(
+    host: &Netlink,
+    links: &[Link],
+    lower: &Link,
+    spec: &MacvtapSpec,
+    home: OwnedFd,
+) -> Result<Macvtap, Problem> {
+    diagnose::check_lower(links, lower, wifi::carrying(links, lower)?)?;
+    let real = diagnose::real_device(links, lower);
+    if real.index != lower.index {
+        let (macvlan, real) = (&lower.name, &real.name);
+        log::info!("{macvlan} is a macvlan: the macvtap goes straight onto {real} under it");
+    }
+    let mode = spec.mode.unwrap_or_default();
+    let wish = Wish {
+        links,
+        lower: real,
+        mode,
+        mac: spec.mac,
+        mtu: spec.mtu,
+    };
+    wish.check()?;
+    let lower_id = LinkId {
+        namespace: this_namespace()?,
+        index: real.index,
+    };
+
+    // From here on this thread is in the new namespace; `host` still speaks to the lower's.
+    let namespace = netns::enter_new().map_err(Problem::from_step("make a network namespace"))?;
+    forbid_ipv6("default");
+    let index = create(host, &wish, spec, namespace.as_fd(), random_index)?;
+    let lease = match spec.netns {
+        Placement::Private => Lease::new(namespace, index, String::new()),
+        Placement::Host => move_home(spec, index, home)?,
+    };
+    let (link, queues, mac) = start(&wish, spec, index)?;
+    if mode == Mode::Source {
+        log::warn!("in source mode the macvtap hears only listed senders, and its list is empty");
+    }
+    Ok(Macvtap {
+        queues,
+        lease,
+        namespace: None,
+        id: LinkId {
+            namespace: this_namespace()?,
+            index: link.index,
+        },
+        name: link.name,
+        lower: real.name.clone(),
+        lower_id: Some(lower_id),
+        mac,
+        mtu: link.mtu,
+        mode,
+    })
+}
+
+/// Makes the macvtap in `namespace` with an index that `draw` gives, and tells it.
+fn create(
+    host: &Netlink,
+    wish: &Wish<'_>,
+    spec: &MacvtapSpec,
+    namespace: BorrowedFd<'_>,
+    mut draw: impl FnMut() -> io::Result<u32>,
+) -> Result<u32, Problem> {
+    let mac = chosen_mac(wish.mode, spec.mac)
+        .map_err(Problem::from_step("give random bytes for a MAC address"))?;
+    let mut may_redraw = true;
+    loop {
+        let index = draw().map_err(Problem::from_step(
+            "give random bytes for an interface index",
+        ))?;
+        let new = NewMacvtap {
+            name: &new_name(spec, index),
+            index,
+            lower: wish.lower.index,
+            namespace,
+            mode: wish.mode,
+            mac,
+            mtu: spec.mtu,
+            tx_queue_len: spec.tx_queue_len,
+            bc_queue_len: spec.bc_queue_len,
+        };
+        match host.create(&new) {
+            Ok(()) => return Ok(index),
+            // The name, or the index: the kernel has one word for both.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                if !std::mem::take(&mut may_redraw) {
+                    return Err(name_taken(spec, index));
+                }
+            }
+            Err(error) => return Err(wish.explain_create(error)),
+        }
+    }
+}
+
+/// Moves the macvtap with this index from this thread's private namespace to `home`, and the thread too. It is tagged
+/// before: whenever this process is killed, either the private namespace ends with the macvtap, or a tagged link stays.
+fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<Lease, Problem> {
+    let owner = Owner::this_process()
+        .map_err(Problem::from_step("tell from /proc who this process is"))?
+        .to_string();
+    let private = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
+    private
+        .set_alias(index, &owner)
+        .map_err(Problem::from_step("tag the macvtap with its owner"))?;
+    let free_name = spec.name.is_none().then_some(FREE_NAME);
+    private
+        .move_to(home.as_fd(), index, free_name)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::EEXIST) => name_taken(spec, index),
+            _ => Problem::from_step("move the macvtap to this network namespace")(error),
+        })?;
+    netns::enter(&home).map_err(Problem::from_step("return to this network namespace"))?;
+    Ok(Lease::new(home, index, owner))
+}
+
+/// Brings up the macvtap with this index, in the namespace of this thread, and opens its queues.
+fn start(
+    wish: &Wish<'_>,
+    spec: &MacvtapSpec,
+    index: u32,
+) -> Result<(Link, Vec<OwnedFd>, MacAddr), Problem> {
+    let here = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
+    let look = || {
+        here.link(index)
+            .map_err(Problem::from_step("show the new macvtap"))
+    };
+    let made = look()?;
+    if spec.netns == Placement::Host {
+        forbid_ipv6(&made.name);
+    }
+    bring_up(&here, index).map_err(|error| wish.explain_up(&made, error))?;
+    // Once more: with an old udev or a passthru lower the address may have changed since.
+    let link = look()?;
+    let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
+    let (queues, mac) = queue::open(&sysfs, &link, spec.queues)?;
+    if let Some(wanted) = spec.mac.filter(|wanted| *wanted != mac) {
+        log::warn!("{}", other_mac(&link.name, wanted, mac));
+    }
+    Ok((link, queues, mac))
+}
+
+/// For a new macvtap that has another address than the one it was made with.
+fn other_mac(name: &str, wanted: MacAddr, has: MacAddr) -> String {
+    format!(
+        "{name} was made with the MAC address {wanted} and now has {has}, which it is used with: something here changes \
+         new interfaces, such as a .link file of udev (MACAddressPolicy=)"
+    )
+}
+
+/// How long a MAC address that is taken may take to become free.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Brings the link up. When its MAC address is taken, that is tried again for a moment: the kernel removes the links of
+/// a process that has just ended in the background, and whoever starts it again at once asks for the same address.
+fn bring_up(here: &Netlink, index: u32) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match here.bring_up(index) {
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EADDRINUSE | libc::EBUSY))
+                    && start.elapsed() < PATIENCE =>
+            {
+                thread::sleep(PATIENCE / 50);
+            }
+            result => return result,
+        }
+    }
+}
+
+fn forbid_ipv6(link: &str) {
+    if let Err(error) = netns::forbid_ipv6(link) {
+        log::warn!(
+            "cannot keep the host's IPv6 off the macvtap, its multicast may suffer: {error}"
+        );
+    }
+}
+
+/// Its name in the caller's namespace: the kernel puts the first number there that is free.
+const FREE_NAME: &str = "mvt%d";
+
+/// Its name in the private namespace, where there is no other but `lo`.
+fn new_name(spec: &MacvtapSpec, index: u32) -> String {
+    match (&spec.name, spec.netns) {
+        (Some(name), _) => name.to_string(),
+        (None, Placement::Private) => "macvtap0".to_owned(),
+        // One that is nobody's in the caller's namespace, until it gets its number there.
+        (None, Placement::Host) => format!("new{index:08x}"),
+    }
+}
+
+fn name_taken(spec: &MacvtapSpec, index: u32) -> Problem {
+    let name = new_name(spec, index);
+    Problem::NameTaken { name }
+}
+
+/// What to ask the kernel for. A random address is chosen here, so that the kernel counts it as set on purpose and udev
+/// leaves it; in passthru mode it is the lower's, unasked.
+fn chosen_mac(mode: Mode, wanted: Option<MacAddr>) -> io::Result<Option<MacAddr>> {
+    match (mode, wanted) {
+        (Mode::Passthru, _) => Ok(None),
+        (_, Some(mac)) => Ok(Some(mac)),
+        (_, None) => MacAddr::random().map(Some),
+    }
+}
+
+/// A high one: `/dev/tap<index>` then is nobody else's, whatever namespaces the machine has.
+fn random_index() -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(u32::from_ne_bytes(bytes) & 0x3fff_ffff | 0x4000_0000)
+}
+
+#[cfg(test)]
+mod tests;
