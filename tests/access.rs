@@ -484,6 +484,7 @@ fn macvtap_of_a_running_guest_is_refused_to_a_second_one() {
 
 /// Shows what it has, and stays until it is killed.
 const SHOW: &str = "echo uid=$(id -u) gid=$(id -g) groups=$(id -G); env | grep ^MINIVMM_NET_; \
+                    echo home=$HOME user=$USER,$LOGNAME runtime=$XDG_RUNTIME_DIR; \
                     grep ^Cap /proc/self/status; echo pid=$$; exec sleep 60";
 
 /// The descriptor `number` of another process.
@@ -545,6 +546,7 @@ fn net_open_gives_the_program_queue_and_environment_and_the_users_rights() {
             let (user, more) = (USER_ID, USER_ID + 1);
             for line in [
                 format!("uid={user} gid={user} groups={user} {more}\n"),
+                format!("home=/ user={USER},{USER} runtime=\n"),
                 format!("MINIVMM_NET_FDS={fds}\n"),
                 format!("MINIVMM_NET_MAC={MAC}\n"),
                 "MINIVMM_NET_MTU=1400\n".to_owned(),

@@ -239,6 +239,7 @@ Example, a guest without any right but to /dev/kvm:
     minivmm net open eno1 --user me -- minivmm --kernel bzImage --macvtap fd=3
 There minivmm takes from the environment what the descriptor does not tell, the MTU above all.
 
+With --user, HOME, USER, LOGNAME and XDG_RUNTIME_DIR are that user's.
 The macvtap is gone when the program ends. The exit status is the program's.";
 
 /// `minivmm net open`.

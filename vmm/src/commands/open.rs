@@ -4,12 +4,15 @@ use std::ffi::{CString, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use net::{Macvtap, Placement};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Uid, User, geteuid, getgrouplist, setgid, setgroups, setuid};
+use nix::unistd::{
+    Gid, Pid, Uid, User, geteuid, getgrouplist, getpid, getppid, setgid, setgroups, setuid,
+};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -70,9 +73,14 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     let handover = hand_over(queues).map_err(OpenError::Descriptors)?;
     handover.attach(&mut command);
     let waits = args.macvtap.netns == Placement::Host;
+    if let Some(user) = &user {
+        user.settle(&mut command, Path::new("/run/user"));
+    }
+    // None is what the program does not die with.
+    let parent = waits.then(getpid);
     // SAFETY: what runs between fork and exec makes system calls alone: it allocates nothing and
     // takes no lock.
-    unsafe { command.pre_exec(move || enter_program(user.as_ref(), waits)) };
+    unsafe { command.pre_exec(move || enter_program(user.as_ref(), parent)) };
     let failed = |error| OpenError::Run(args.command[0].clone(), error);
     if !waits {
         // Returns only when it fails.
@@ -100,6 +108,8 @@ fn caller_of_sudo() -> Option<String> {
 /// Everything that makes a process a user's.
 #[derive(Debug)]
 struct Credentials {
+    name: String,
+    home: PathBuf,
     user: Uid,
     group: Gid,
     groups: Vec<Gid>,
@@ -113,10 +123,29 @@ impl Credentials {
         let c_name = CString::new(name.clone()).map_err(|_| OpenError::NoUser(name.clone()))?;
         let groups = getgrouplist(&c_name, user.gid).map_err(look_up)?;
         Ok(Self {
+            name: user.name,
+            home: user.dir,
             user: user.uid,
             group: user.gid,
             groups,
         })
+    }
+}
+
+impl Credentials {
+    /// Tells the program whose it is: root's directories are not open to it. `runtime` is where
+    /// users' own ones are, if they are logged in.
+    fn settle(&self, program: &mut Command, runtime: &Path) {
+        program
+            .env("USER", &self.name)
+            .env("LOGNAME", &self.name)
+            .env("HOME", &self.home);
+        let runtime = runtime.join(self.user.to_string());
+        if runtime.is_dir() {
+            program.env("XDG_RUNTIME_DIR", runtime);
+        } else {
+            program.env_remove("XDG_RUNTIME_DIR");
+        }
     }
 }
 
@@ -135,22 +164,71 @@ fn hand_over(queues: Vec<OwnedFd>) -> io::Result<Handover> {
     Handover::new(queues)
 }
 
-/// Becomes the user. Runs between fork and exec; in a process of its own, if minivmm `waits` for its
-/// end.
-fn enter_program(user: Option<&Credentials>, waits: bool) -> io::Result<()> {
+/// Becomes the user. Runs between fork and exec; in a process of its own, if there is a `parent`
+/// that waits for its end.
+fn enter_program(user: Option<&Credentials>, parent: Option<Pid>) -> io::Result<()> {
     if let Some(Credentials {
         user,
         group,
         groups,
+        ..
     }) = user
     {
         setgroups(groups)?;
         setgid(*group)?;
         setuid(*user)?;
     }
-    if waits {
-        // The macvtap of a killed minivmm is anybody's to delete. (A change of user clears this.)
-        prctl::set_pdeathsig(Signal::SIGTERM)?;
+    let Some(parent) = parent else { return Ok(()) };
+    // The macvtap of a killed minivmm is anybody's to delete. (A change of user clears this.)
+    prctl::set_pdeathsig(Signal::SIGTERM)?;
+    // It may have been killed before that.
+    if getppid() == parent {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(libc::ESRCH))
     }
-    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn program_whose_parent_is_dead_already_is_not_run() {
+        let run = |parent: Pid| {
+            let mut program = Command::new("true");
+            // SAFETY: as for `run`.
+            unsafe { program.pre_exec(move || enter_program(None, Some(parent))) };
+            program.status()
+        };
+        assert!(run(getpid()).unwrap().success());
+        let error = run(Pid::from_raw(i32::MAX)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+    }
+
+    #[test]
+    fn program_is_told_whose_it_is() {
+        let user = Credentials {
+            name: "me".into(),
+            home: "/home/me".into(),
+            user: Uid::from_raw(4711),
+            group: Gid::from_raw(4711),
+            groups: Vec::new(),
+        };
+        let runtime = tempfile::tempdir().unwrap();
+        let told = |name: &str| {
+            let mut program = Command::new("true");
+            program.env("XDG_RUNTIME_DIR", "/run/user/0");
+            user.settle(&mut program, runtime.path());
+            let found = program.get_envs().find(|(variable, _)| *variable == name);
+            found.unwrap().1.map(ToOwned::to_owned)
+        };
+        for (name, value) in [("USER", "me"), ("LOGNAME", "me"), ("HOME", "/home/me")] {
+            assert_eq!(told(name), Some(value.into()), "{name}");
+        }
+        assert_eq!(told("XDG_RUNTIME_DIR"), None);
+        let own = runtime.path().join("4711");
+        std::fs::create_dir(&own).unwrap();
+        assert_eq!(told("XDG_RUNTIME_DIR"), Some(own.into()));
+    }
 }
