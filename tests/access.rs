@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use harness::guest::{self, Net, PATIENCE, PEER, addresses, elf, is_possible};
 use harness::netns::Netns;
-use harness::vm::{Vm, binary};
+use harness::vm::{Vm, binary, copy_program};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 use tempfile::TempDir;
 
@@ -59,7 +59,7 @@ impl Place {
         let files = TempDir::new().unwrap();
         let path = |name: &str| files.path().join(name);
         fs::set_permissions(files.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::copy(binary(), path("minivmm")).unwrap();
+        copy_program(binary(), path("minivmm"));
         fs::copy(elf(), path("guest")).unwrap();
         fs::create_dir(path("dev")).unwrap();
         let add = |file: &str, lines: String| {
@@ -241,7 +241,9 @@ fn finish(mut vm: Vm) -> Run {
 fn succeeds(command: Command) -> String {
     let run = run(command);
     assert_eq!(run.status.code(), Some(0), "{run:?}");
-    assert!(!run.stderr.contains("error: "), "{run:?}");
+    for word in ["error: ", "warn: "] {
+        assert!(!run.stderr.contains(word), "{run:?}");
+    }
     run.stdout
 }
 

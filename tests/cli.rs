@@ -21,8 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::netns::{self, Netns};
-use harness::skip::has_kvm;
-use harness::vm::{Vm, binary};
+use harness::vm::{Vm, binary, copy_program};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tiny::Tiny;
@@ -427,7 +426,7 @@ fn with_dev(make: &str, nobody: bool, command: &Command) -> Command {
 /// minivmm's place may be closed to nobody: this makes `command` run a copy in the test's directory.
 fn copied(files: &Files, command: &Command) -> Command {
     let copy = files.path("minivmm");
-    fs::copy(binary(), &copy).unwrap();
+    copy_program(binary(), &copy);
     let mut copied = Command::new(copy);
     copied.args(command.get_args());
     copied

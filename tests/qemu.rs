@@ -26,8 +26,8 @@ use harness::assets::{assets, cache_dir, lock};
 use harness::linux::initrd;
 use harness::netns::{Netns, is_root};
 use harness::site::{Site, address, pings};
-use harness::skip;
-use harness::vm::{Vm, binary};
+use harness::vm::{Vm, binary, copy_program};
+use rustix::fs::{Mode, OFlags, fcntl_getfl};
 use rustix::process::{Pid, Signal, kill_process};
 use vmm::probe::{Privileged, probe};
 
@@ -610,9 +610,10 @@ fn refusals_say_what_is_wrong_and_leave_nothing() {
     let Some(_permit) = here() else { return };
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let old = dir.path().join("qemu-old");
-    fs::write(&old, "#!/bin/sh\necho QEMU emulator version 4.1.0\n").unwrap();
-    fs::set_permissions(&old, fs::Permissions::from_mode(0o755)).unwrap();
+    let (script, old) = (dir.path().join("text"), dir.path().join("qemu-old"));
+    fs::write(&script, "#!/bin/sh\necho QEMU emulator version 4.1.0\n").unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    copy_program(&script, &old);
     let too_old = format!("--qemu {} --macvtap wire -- -M q35", old.display());
     let cases = [
         (

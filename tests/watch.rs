@@ -611,7 +611,8 @@ fn doctor_warns_of_a_node_that_is_another_namespaces_macvtap() {
     }
     let [one, other] = [Net::new(), Net::new()];
     // Interface indexes repeat across namespaces, the names of nodes in /dev do not.
-    let index = 61_234;
+    // Another run of this test may be under way.
+    let index = 2_000_000 + std::process::id();
     for net in [&one, &other] {
         net.host.ip(&format!(
             "link add link lower name mt0 index {index} type macvtap mode bridge"

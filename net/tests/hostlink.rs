@@ -70,6 +70,7 @@ fn guest_that_the_host_cannot_reach_is_reached_by_a_host_link() {
     );
     guest.address("eth0", "10.7.0.2/24");
     guest.address("eth0", "fd00::2/64");
+    host.detect_duplicates(true);
     let made = create(&host, &spec(&["10.7.0.1/24", "fd00::1/64"]));
     assert_eq!(
         (made.name.as_str(), made.lower.as_str()),
@@ -142,9 +143,16 @@ fn neighbours_learn_of_moved_addresses_at_once() {
     let mut wanted = spec(&[]);
     wanted.move_addresses = true;
     let made = create(&host, &wanted);
-    std::thread::sleep(std::time::Duration::from_millis(200));
-    let known = far.ip("neigh show 192.0.2.1");
-    assert!(known.contains(&host.mac(&made.name)), "{known}");
+    let new = host.mac(&made.name);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        let known = far.ip("neigh show 192.0.2.1");
+        if known.contains(&new) {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "not {new}: {known}");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
 }
 
 #[test]

@@ -421,43 +421,21 @@ fn passthru_gives_the_lower_its_mac_and_promiscuity_back() {
             spec.mode = Some(Mode::Passthru);
         });
         let macvtap = open(&netns, &passthru);
-        set_mac(&macvtap, MAC);
+        child::set_mac(&macvtap, MAC);
         assert_eq!(netns.mac("v0"), MAC);
         assert!(details(&netns, "v0").contains("promiscuity 1 "));
         drop(macvtap);
         assert!(is_as_before(), "{placement:?}");
 
-        let killed = child::start(&netns, &passthru);
+        let killed = child::start_and_change(&netns, &passthru, MAC);
         assert!(details(&netns, "v0").contains("promiscuity 1 "));
-        if placement == Placement::Host {
-            netns.ip(&format!("link set {} address {MAC}", killed.link));
-            assert_eq!(netns.mac("v0"), MAC);
-        }
+        assert_eq!(netns.mac("v0"), MAC);
         killed.kill();
         if placement == Placement::Host {
             assert_eq!(netns.enter(net::reap).unwrap().len(), 1);
         }
         soon("the lower is as it was", is_as_before);
     }
-}
-
-/// Gives a macvtap another MAC through its queue, as a VMM does for its guest (SIOCSIFHWADDR).
-fn set_mac(macvtap: &Macvtap, mac: &str) {
-    let mac: net::MacAddr = mac.parse().unwrap();
-    // SAFETY: all bytes zero is a value of ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    let mut address = libc::sockaddr {
-        sa_family: libc::ARPHRD_ETHER,
-        sa_data: [0; 14],
-    };
-    for (to, from) in address.sa_data.iter_mut().zip(mac.octets()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_hwaddr = address;
-    let fd = macvtap.queue().as_raw_fd();
-    // SAFETY: the request reads one ifreq, which this is.
-    let result = unsafe { libc::ioctl(fd, libc::SIOCSIFHWADDR, &request) };
-    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 #[test]

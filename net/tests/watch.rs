@@ -10,6 +10,7 @@ mod netns;
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use net::{LinkChange, LinkWatch};
 use netns::Netns;
@@ -25,23 +26,40 @@ fn watch(netns: &Netns, indexes: &[u32]) -> LinkWatch {
     LinkWatch::in_namespace(namespace.as_fd(), indexes).unwrap()
 }
 
-/// All that comes until nothing has come for a while.
-fn changes(watch: &mut LinkWatch) -> Vec<(u32, LinkChange)> {
+type Change = (u32, LinkChange);
+
+/// All that has come when it is `enough`, within some seconds, and then nothing more has come for a moment.
+fn changes_until(watch: &mut LinkWatch, enough: impl Fn(&[Change]) -> bool) -> Vec<Change> {
     let mut found = Vec::new();
-    let patience = Timespec {
-        tv_sec: 0,
-        tv_nsec: 300_000_000,
-    };
+    let start = Instant::now();
     loop {
         while let Some(event) = watch.next().unwrap() {
             found.push((event.index, event.change));
         }
+        let patience = if enough(&found) {
+            Duration::from_millis(200)
+        } else {
+            Duration::from_secs(10).saturating_sub(start.elapsed())
+        };
+        let patience = Timespec::try_from(patience).unwrap();
         let fd = watch.as_fd();
         let mut ready = [PollFd::new(&fd, PollFlags::IN)];
         if rustix::event::poll(&mut ready, Some(&patience)).unwrap() == 0 {
             return found;
         }
     }
+}
+
+#[track_caller]
+fn expect(watch: &mut LinkWatch, expected: &[Change]) {
+    let found = changes_until(watch, |found| found.len() >= expected.len());
+    assert_eq!(found, expected);
+}
+
+#[track_caller]
+fn expect_last(watch: &mut LinkWatch, last: Change) {
+    let found = changes_until(watch, |found| found.last() == Some(&last));
+    assert_eq!(found.last(), Some(&last), "{found:?}");
 }
 
 #[test]
@@ -55,13 +73,13 @@ fn healthy_links_are_silent_and_unhealthy_ones_say_so_at_first() {
     netns.down("v1");
     let (good, bad, absent) = (index(&netns, "v0"), index(&netns, "v1"), 4_000_000);
     let mut watch = watch(&netns, &[good, bad, absent]);
-    assert_eq!(
-        changes(&mut watch),
-        [
+    expect(
+        &mut watch,
+        &[
             (bad, LinkChange::Admin(false)),
             (bad, LinkChange::Carrier(false)),
-            (absent, LinkChange::Deleted)
-        ]
+            (absent, LinkChange::Deleted),
+        ],
     );
 }
 
@@ -74,22 +92,21 @@ fn carrier_mtu_and_deletion_are_told_of_watched_links_alone() {
     netns.wire("v0");
     let v0 = index(&netns, "v0");
     let mut watch = watch(&netns, &[v0]);
-    assert_eq!(changes(&mut watch), []);
+    expect(&mut watch, &[]);
 
     netns.down("v0-far");
-    assert_eq!(changes(&mut watch), [(v0, LinkChange::Carrier(false))]);
+    expect(&mut watch, &[(v0, LinkChange::Carrier(false))]);
     netns.up("v0-far");
-    assert_eq!(changes(&mut watch), [(v0, LinkChange::Carrier(true))]);
+    expect(&mut watch, &[(v0, LinkChange::Carrier(true))]);
     netns.ip("link set v0 mtu 1400");
-    assert_eq!(changes(&mut watch), [(v0, LinkChange::Mtu(1400))]);
+    expect(&mut watch, &[(v0, LinkChange::Mtu(1400))]);
     // Joining and leaving a bridge is no deletion.
     netns.bridge("br0", &["v0"]);
     netns.ip("link set v0 nomaster");
-    assert_eq!(changes(&mut watch), []);
+    expect(&mut watch, &[]);
     netns.ip("link delete v0");
-    let last = changes(&mut watch);
-    assert_eq!(last.last(), Some(&(v0, LinkChange::Deleted)), "{last:?}");
-    assert_eq!(changes(&mut watch), []);
+    expect_last(&mut watch, (v0, LinkChange::Deleted));
+    expect(&mut watch, &[]);
 }
 
 #[test]
@@ -101,9 +118,9 @@ fn link_that_moves_to_another_namespace_is_gone() {
     netns.wire("v0");
     let v0 = index(&netns, "v0");
     let mut watch = watch(&netns, &[v0]);
-    assert_eq!(changes(&mut watch), []);
+    expect(&mut watch, &[]);
     netns.ip(&format!("link set v0 netns {}", other.name()));
-    assert_eq!(changes(&mut watch).last(), Some(&(v0, LinkChange::Deleted)));
+    expect_last(&mut watch, (v0, LinkChange::Deleted));
 }
 
 #[test]
@@ -116,7 +133,7 @@ fn overrun_ends_in_the_state_that_is() {
     netns.wire("v1");
     let (v0, v1) = (index(&netns, "v0"), index(&netns, "v1"));
     let mut watch = watch(&netns, &[v0, v1]);
-    assert_eq!(changes(&mut watch), []);
+    expect(&mut watch, &[]);
     // Far more than a socket buffer holds, in one process.
     let batch: String = (0..4000)
         .map(|n| format!("link set v0 mtu {}\n", 1300 + n % 2))
@@ -126,12 +143,15 @@ fn overrun_ends_in_the_state_that_is() {
     netns.ip(&format!("-batch {}", file.path().display()));
     netns.ip("link delete v1");
     netns.ip("link set v0 mtu 1280");
-    let found = changes(&mut watch);
+    let last = (v0, LinkChange::Mtu(1280));
+    let found = changes_until(&mut watch, |found| {
+        found.contains(&last) && found.contains(&(v1, LinkChange::Deleted))
+    });
     assert!(found.len() < 4000, "nothing was lost: {}", found.len());
     let mut of_v0 = found.iter().filter(|(index, _)| *index == v0);
-    assert_eq!(of_v0.next_back(), Some(&(v0, LinkChange::Mtu(1280))));
+    assert_eq!(of_v0.next_back(), Some(&last));
     assert!(found.contains(&(v1, LinkChange::Deleted)));
     // And it goes on.
     netns.down("v0-far");
-    assert_eq!(changes(&mut watch), [(v0, LinkChange::Carrier(false))]);
+    expect(&mut watch, &[(v0, LinkChange::Carrier(false))]);
 }

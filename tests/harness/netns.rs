@@ -68,6 +68,8 @@ impl Netns {
         let name = format!("mvt-{}-{n}", std::process::id());
         run(Command::new("ip").args(["netns", "add", &name]));
         let netns = Self { name };
+        // Nobody else is in it, and `tentative` in a listing would come and go by itself.
+        netns.detect_duplicates(false);
         netns.ip("link set lo up");
         netns
     }
@@ -181,6 +183,19 @@ impl Netns {
             "link add link {lower} name {name} type macvtap mode {mode}"
         ));
         self.up(name);
+    }
+
+    /// Whether links that are made from now on look for another owner of each new IPv6 address, as they do on most
+    /// machines: for a second that address is of no use.
+    pub fn detect_duplicates(&self, on: bool) {
+        let value = if on { "1" } else { "0" };
+        self.enter(|| {
+            for which in ["all", "default"] {
+                // A kernel without IPv6 has no such setting.
+                let path = format!("/proc/sys/net/ipv6/conf/{which}/accept_dad");
+                let _ = std::fs::write(path, value);
+            }
+        });
     }
 
     /// Brings a link up.

@@ -19,6 +19,13 @@ pub fn binary() -> PathBuf {
     }
 }
 
+/// Copies a program that is to be run, by another process: one that this process has had open for writing is busy as long
+/// as any child that was forked meanwhile has not called exec (ETXTBSY).
+pub fn copy_program(from: impl AsRef<OsStr>, to: impl AsRef<OsStr>) {
+    let status = Command::new("cp").arg(from).arg(to).status();
+    assert!(status.expect("cp starts").success());
+}
+
 /// A minivmm with pipes for its console and its log; killed when dropped.
 #[derive(Debug)]
 pub struct Vm {

@@ -18,6 +18,7 @@ fn spec(addresses: &[&str], move_addresses: bool) -> HostLinkSpec {
 /// A host with all kinds of addresses and routes on `v0`, and a neighbour behind it.
 fn host_with_much() -> (Netns, Netns) {
     let (host, peer) = (Netns::new(), Netns::new());
+    host.detect_duplicates(true);
     host.veth("v0", &peer, "v1");
     peer.address("v1", "192.0.2.1/24");
     peer.address("v1", "2001:db8::1/64");
