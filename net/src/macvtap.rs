@@ -16,7 +16,7 @@ use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::spec::MacvtapSpec;
 use crate::sysfs::Sysfs;
-use crate::watch::LinkWatch;
+use crate::watch::{self, LinkWatch};
 use crate::{netns, queue, reap};
 
 mod making;
@@ -109,25 +109,26 @@ impl Macvtap {
     ///
     /// As for [`LinkWatch::in_namespace`].
     pub fn watch(&self) -> io::Result<LinkWatch> {
-        let existing = || self.namespace.as_ref().map(AsFd::as_fd);
-        match self.lease.namespace().or_else(existing) {
+        match self.namespace() {
             Some(namespace) => LinkWatch::in_namespace(namespace, &[self.id.index]),
             // Without a right to other namespaces it can only be in this one.
             None => LinkWatch::new(&[self.id.index]),
         }
     }
 
-    /// Listens to what its user sends, where that tells about it.
+    /// A socket by which another process, one without privileges, can watch the macvtap: see [`LinkWatch::adopt`].
     ///
     /// # Errors
     ///
-    /// As for [`FrameListener::in_namespace`].
-    pub fn listen(&self) -> io::Result<FrameListener> {
+    /// As for [`LinkWatch::in_namespace`].
+    pub fn watch_socket(&self) -> io::Result<OwnedFd> {
+        watch::open_socket_in(self.namespace())
+    }
+
+    /// The namespace that it lives in, if that may not be the caller's.
+    fn namespace(&self) -> Option<BorrowedFd<'_>> {
         let existing = || self.namespace.as_ref().map(AsFd::as_fd);
-        match self.lease.namespace().or_else(existing) {
-            Some(namespace) => FrameListener::in_namespace(namespace, self.index, self.mac),
-            None => FrameListener::new(self.index, self.mac),
-        }
+        self.lease.namespace().or_else(existing)
     }
 
     /// Queues and macvtap apart, for a user that gives the queues away: keep the lease as long as they are used.

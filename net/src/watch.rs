@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use rtnetlink::packet_core::{
     NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -74,10 +74,30 @@ impl LinkWatch {
     ///
     /// When the kernel refuses the socket, the subscription or the list of links.
     pub fn new(indexes: &[u32]) -> io::Result<Self> {
-        // A netlink socket stays in the namespace that it was made in.
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind(&SocketAddr::new(0, LINK_GROUP))?;
+        Self::over(open_socket()?, indexes)
+    }
+
+    /// Watches by a socket that somebody else has opened, by [`Macvtap::watch_socket`](crate::Macvtap::watch_socket), the
+    /// links with these indexes in its network namespace. That takes no privilege.
+    ///
+    /// # Errors
+    ///
+    /// When it is no such socket, or the kernel refuses the list of links.
+    pub fn adopt(socket: OwnedFd, indexes: &[u32]) -> io::Result<Self> {
+        use rustix::net::{AddressFamily, sockopt};
+        let is_netlink = sockopt::socket_domain(&socket)? == AddressFamily::NETLINK;
+        // NETLINK_ROUTE is 0, which is no protocol elsewhere.
+        if !is_netlink || sockopt::socket_protocol(&socket)?.is_some() {
+            return Err(io::Error::other("not a socket of rtnetlink"));
+        }
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+        // SAFETY: it is an open socket, and from here on the new owner's.
+        let socket = unsafe { Socket::from_raw_fd(socket.into_raw_fd()) };
         socket.set_non_blocking(true)?;
+        Self::over(socket, indexes)
+    }
+
+    fn over(socket: Socket, indexes: &[u32]) -> io::Result<Self> {
         let mut watch = Self {
             socket,
             // As a link should be, so that the dump makes events of all else.
@@ -259,6 +279,25 @@ impl LinkWatch {
             });
         }
     }
+}
+
+/// A socket that hears of the links of this thread's network namespace, and stays in it.
+fn open_socket() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind(&SocketAddr::new(0, LINK_GROUP))?;
+    socket.set_non_blocking(true)?;
+    Ok(socket)
+}
+
+/// The same in the network namespace that `namespace` is a descriptor of.
+pub(crate) fn open_socket_in(namespace: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+    let open = || {
+        namespace.map_or(Ok(()), netns::enter)?;
+        let socket = open_socket()?;
+        // SAFETY: it is open, and the socket gives it up.
+        Ok(unsafe { OwnedFd::from_raw_fd(socket.into_raw_fd()) })
+    };
+    netns::on_own_thread(open)?
 }
 
 /// Size of the header before each message (`struct nlmsghdr`).

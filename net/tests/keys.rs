@@ -14,7 +14,7 @@ mod netns;
 mod wire;
 
 use std::error::Error as _;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 

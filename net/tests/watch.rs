@@ -12,7 +12,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use net::{LinkChange, LinkWatch};
+use net::{LinkChange, LinkWatch, Macvtap, MacvtapSpec};
 use netns::Netns;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -107,6 +107,30 @@ fn carrier_mtu_and_deletion_are_told_of_watched_links_alone() {
     netns.ip("link delete v0");
     expect_last(&mut watch, (v0, LinkChange::Deleted));
     expect(&mut watch, &[]);
+}
+
+#[test]
+fn socket_of_another_process_is_watched_by_and_nothing_else_is() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    let spec = MacvtapSpec::new("v0".parse().unwrap());
+    let macvtap = netns.enter(|| Macvtap::open(&spec)).unwrap();
+    let index = macvtap.id().index;
+    // The macvtap's namespace is neither this thread's nor a name's.
+    let mut watch = LinkWatch::adopt(macvtap.watch_socket().unwrap(), &[index]).unwrap();
+    expect(&mut watch, &[]);
+    netns.down("v0-far");
+    expect(&mut watch, &[(index, LinkChange::Carrier(false))]);
+    netns.ip("link delete v0");
+    expect_last(&mut watch, (index, LinkChange::Deleted));
+
+    let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
+    for other in [socket.into(), File::open("/dev/null").unwrap().into()] {
+        assert!(LinkWatch::adopt(other, &[index]).is_err());
+    }
 }
 
 #[test]
