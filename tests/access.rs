@@ -537,7 +537,9 @@ fn net_open_gives_the_program_queue_and_environment_and_the_users_rights() {
     }
     let place = Place::new();
     place.net.host.ip("link set lower mtu 1400");
+    // The queues, and behind them the socket that watches.
     for (keys, fds, numbers) in [("", "3", vec![3]), (",queues=2", "3:4", vec![3, 4])] {
+        let watch = 3 + numbers.len() as i32;
         for netns in ["private", "host"] {
             let spec = format!("lower,mac={MAC},netns={netns},name=mine{keys}");
             let open = ["net", "open", &spec, "--user", USER];
@@ -554,6 +556,8 @@ fn net_open_gives_the_program_queue_and_environment_and_the_users_rights() {
                 "MINIVMM_NET_MTU=1400\n".to_owned(),
                 "MINIVMM_NET_NAME=mine\n".to_owned(),
                 "MINIVMM_NET_LOWER=lower\n".to_owned(),
+                "MINIVMM_NET_MODE=bridge\n".to_owned(),
+                format!("MINIVMM_NET_WATCH={watch}\n"),
             ] {
                 assert!(shown.contains(&line), "no {line:?} in {shown}");
             }
@@ -564,8 +568,12 @@ fn net_open_gives_the_program_queue_and_environment_and_the_users_rights() {
                 assert_eq!(mac_of_queue(&descriptor_of(pid, number)), MAC);
             }
             // A program that has just started has its libraries open.
-            let has_no_other = eventually(|| descriptors(pid) == numbers);
-            assert!(has_no_other, "{:?}, not {numbers:?}", descriptors(pid));
+            let all = [&numbers[..], &[watch]].concat();
+            let has_no_other = eventually(|| descriptors(pid) == all);
+            assert!(has_no_other, "{:?}, not {all:?}", descriptors(pid));
+            let listing = succeeds(place.minivmm(&["net", "list", "lower"]));
+            let own = format!("macvtap mine on lower  bridge  {MAC}  mtu 1400  not watched");
+            assert!(listing.contains(&own), "{listing}");
             vm.signal(Signal::TERM);
             vm.wait_exit(PATIENCE);
             assert!(place.mac_gets_free(), "{spec}");
@@ -741,8 +749,31 @@ fn unprivileged_minivmm_in_net_open_serves_its_guest() {
         for ip in addresses(2) {
             assert!(place.net.far.pings(&ip, 3), "{ip}\n{}", vm.transcript());
         }
+        // Everybody's `net list` knows it, once, with what it says of itself.
+        let listing = || succeeds(place.minivmm(&["net", "list", "lower"]));
+        let is_listed = eventually(|| {
+            let text = listing();
+            let line = text
+                .lines()
+                .find(|line| line.contains(&format!("  bridge  {MAC}  mtu 1400  up  addr")));
+            line.is_some_and(|line| addresses(2).iter().all(|ip| line.contains(ip)))
+        });
+        assert!(is_listed, "{}", listing());
+        assert_eq!(listing().matches(" of pid ").count(), 1, "{}", listing());
+        // The wire of a macvtap that it cannot see.
+        place.net.far.down("wire");
+        vm.wait_for_log("the link is down", PATIENCE);
+        assert!(
+            eventually(|| listing().contains("no carrier  addr")),
+            "{}",
+            listing()
+        );
+        place.net.far.up("wire");
+        vm.wait_for_log("the link is up", PATIENCE);
+        place.net.far.address("wire", &format!("{}/64", PEER[1]));
         place.net.quit(2, vm);
         assert_eq!(place.net.host.links(), ["lower"]);
+        assert_eq!(listing().matches(" of pid ").count(), 0, "{}", listing());
     }
 }
 
@@ -1147,7 +1178,12 @@ fn host_link_on_an_interface_of_another_namespace_is_refused() {
         &["--macvtap", "fd=3", "--host-link", "10.77.0.9/24"],
     ));
     command.env_remove("RUST_LOG").stdin(Stdio::null());
-    refused(command);
+    let run = run(command);
+    assert_eq!(run.status.code(), Some(FAILED), "{run:?}");
+    for text in [&texts[..], &["its carrier and its end will not show"]].concat() {
+        assert_eq!(run.stderr.matches(text).count(), 1, "{text}: {run:?}");
+    }
+    assert_eq!(elsewhere.links(), before);
 }
 
 #[test]

@@ -134,7 +134,7 @@ fn net_list_shows_each_link_with_mode_mac_mtu_state_and_owner() {
         "  macvlan down0  vepa  02:00:00:00:78:02  mtu 1300  down".to_owned(),
         format!("  macvtap vm0  bridge  {MAC}  mtu 1400  up  owner minivmm (pid {pid})"),
         format!("guest of pid {pid}, {}", elf().display()),
-        format!("  macvtap vm0 on lower  {MAC}  mtu 1400  addresses not seen yet"),
+        format!("  macvtap vm0 on lower  bridge  {MAC}  mtu 1400  up  addresses not seen yet"),
     ] {
         assert!(
             text.lines().any(|found| found == line),

@@ -18,12 +18,11 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{BackendChoice, NicOptions};
-use crate::guest_listener::GuestListener;
-use crate::link_watch::LinkFollower;
+use crate::link_watch::{FollowedLink, LinkFollower};
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
 use crate::plan::Plan;
-use crate::registry::{Announcer, NicEntry, Registration, Runs};
+use crate::registry::{Announcer, RegisteredCard, Registration, Runs};
 
 /// The cards, once they stand on the bus.
 #[derive(Debug)]
@@ -32,10 +31,17 @@ pub struct Cards {
     pub leases: Vec<Option<Lease>>,
     /// Signalled when a guest's addresses have changed.
     learnt: EventFd,
-    watched: Vec<(String, LinkWatch, Arc<ConfigSpace>)>,
-    listeners: Vec<(FrameListener, Arc<Observer>)>,
-    entries: Vec<NicEntry>,
-    observers: Vec<Arc<Observer>>,
+    watched: Vec<Watched>,
+    registered: Vec<RegisteredCard>,
+}
+
+/// A card whose interface can be watched.
+#[derive(Debug)]
+struct Watched {
+    label: String,
+    watch: LinkWatch,
+    guest: Arc<ConfigSpace>,
+    link: Arc<FollowedLink>,
 }
 
 impl Cards {
@@ -50,9 +56,7 @@ impl Cards {
             leases: Vec::new(),
             learnt: eventfd.map_err(MachineError::EventFd)?,
             watched: Vec::new(),
-            listeners: Vec::new(),
-            entries: Vec::new(),
-            observers: Vec::new(),
+            registered: Vec::new(),
         };
         for ((n, nic), slot) in (0..).zip(nics).zip(plan.virtio()) {
             let name = format!("net{n}");
@@ -77,11 +81,19 @@ impl Cards {
             let config = Arc::clone(device.config());
             machine.add_virtio(*slot, Box::new(device))?;
             cards.leases.push(nic.lease);
-            cards
-                .watched
-                .extend(nic.watch.map(|watch| (label, watch, config)));
-            cards.entries.push(nic.entry);
-            cards.observers.push(observer);
+            let link = nic.watch.is_some().then(Arc::<FollowedLink>::default);
+            cards.registered.push(RegisteredCard {
+                nic: nic.entry,
+                observer: Some(observer),
+                link: link.clone(),
+            });
+            let watched = nic.watch.zip(link).map(|(watch, link)| Watched {
+                label,
+                watch,
+                guest: config,
+                link,
+            });
+            cards.watched.extend(watched);
         }
         Ok(cards)
     }
@@ -94,15 +106,19 @@ impl Cards {
     /// Fails when the process has no file descriptor left.
     pub fn watchers(&mut self, kernel: PathBuf) -> io::Result<Vec<Box<dyn MutEventSubscriber>>> {
         let mut watchers: Vec<Box<dyn MutEventSubscriber>> = Vec::new();
-        for (name, watch, link) in self.watched.drain(..) {
-            watchers.push(Box::new(LinkFollower::new(name, watch, link)));
+        for Watched {
+            label,
+            watch,
+            guest,
+            link,
+        } in self.watched.drain(..)
+        {
+            let changed = self.learnt.try_clone()?;
+            let follower = LinkFollower::new(label, watch, guest, link, changed);
+            watchers.push(Box::new(follower));
         }
-        for (listener, observer) in self.listeners.drain(..) {
-            watchers.push(Box::new(GuestListener::new(listener, observer)?));
-        }
-        let entries = std::mem::take(&mut self.entries);
-        let observers = std::mem::take(&mut self.observers);
-        let registration = Registration::new(Runs::Kernel(kernel), entries, observers);
+        let cards = std::mem::take(&mut self.registered);
+        let registration = Registration::new(Runs::Kernel(kernel), cards);
         watchers.push(Box::new(Announcer::new(
             registration,
             self.learnt.try_clone()?,

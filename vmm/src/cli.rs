@@ -230,14 +230,19 @@ The program finds in its environment:
   MINIVMM_NET_FDS    the queues' file descriptors, as in 3 or 3:4
   MINIVMM_NET_MAC    the MAC address that the guest has to use
   MINIVMM_NET_MTU    the MTU in bytes
+  MINIVMM_NET_MODE   the macvtap's mode
   MINIVMM_NET_NAME   the macvtap's name
   MINIVMM_NET_LOWER  the interface that it stands on
   MINIVMM_NET_LOWER_ID  the inode of that one's network namespace, and its index there, as in
                      4026531840:2
+  MINIVMM_NET_ID     the same of the macvtap
+  MINIVMM_NET_WATCH  file descriptor of a netlink socket (rtnetlink, group link) in the macvtap's
+                     network namespace, which hears of its carrier, its MTU and its end
 
 Example, a guest without any right but to /dev/kvm:
     minivmm net open eno1 --user me -- minivmm --kernel bzImage --macvtap fd=3
-There minivmm takes from the environment what the descriptor does not tell, the MTU above all.
+There minivmm takes from the environment what the descriptor does not tell, the MTU
+above all, and watches the link by the socket.
 
 With --user, HOME, USER, LOGNAME and XDG_RUNTIME_DIR are that user's.
 The macvtap is gone when the program ends. The exit status is the program's.";

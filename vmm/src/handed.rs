@@ -3,16 +3,19 @@
 use std::os::fd::RawFd;
 use std::process::Command;
 
-use net::{LinkId, MacAddr, Macvtap};
+use net::{LinkId, MacAddr, Macvtap, Mode};
 
 use crate::handover;
 
 const FDS: &str = "MINIVMM_NET_FDS";
 const MAC: &str = "MINIVMM_NET_MAC";
+const MODE: &str = "MINIVMM_NET_MODE";
 const MTU: &str = "MINIVMM_NET_MTU";
 const NAME: &str = "MINIVMM_NET_NAME";
 const LOWER: &str = "MINIVMM_NET_LOWER";
 const LOWER_ID: &str = "MINIVMM_NET_LOWER_ID";
+const ID: &str = "MINIVMM_NET_ID";
+const WATCH: &str = "MINIVMM_NET_WATCH";
 
 /// A macvtap whose queues were handed over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +24,8 @@ pub struct Handed {
     pub fds: Vec<RawFd>,
     /// Its address.
     pub mac: MacAddr,
+    /// How it treats its siblings.
+    pub mode: Option<Mode>,
     /// In bytes.
     pub mtu: u32,
     /// Its name.
@@ -29,14 +34,23 @@ pub struct Handed {
     pub lower: String,
     /// Which interface that is.
     pub lower_id: Option<LinkId>,
+    /// Which interface it is.
+    pub id: Option<LinkId>,
+    /// The number of a socket that hears of it, see [`net::LinkWatch::adopt`].
+    pub watch: Option<RawFd>,
 }
 
 impl Handed {
-    /// Describes a macvtap whose queues a program will have from [`handover::FIRST`] on.
-    pub fn of(macvtap: &Macvtap) -> Self {
+    /// Describes a macvtap whose queues a program will have from [`handover::FIRST`] on, and behind them a socket
+    /// that watches it, if `is_watched`.
+    pub fn of(macvtap: &Macvtap, is_watched: bool) -> Self {
+        let queues = macvtap.queues().len();
         Self {
-            fds: (handover::FIRST..).take(macvtap.queues().len()).collect(),
+            fds: (handover::FIRST..).take(queues).collect(),
+            watch: is_watched.then_some(handover::FIRST + queues as RawFd),
+            id: Some(macvtap.id()),
             mac: macvtap.mac(),
+            mode: Some(macvtap.mode()),
             mtu: macvtap.mtu(),
             name: macvtap.name().to_owned(),
             lower: macvtap.lower().to_owned(),
@@ -53,10 +67,19 @@ impl Handed {
             .env(MTU, self.mtu.to_string())
             .env(NAME, &self.name)
             .env(LOWER, &self.lower);
-        match self.lower_id {
-            Some(id) => program.env(LOWER_ID, format!("{}:{}", id.namespace, id.index)),
-            None => program.env_remove(LOWER_ID),
-        };
+        let text = |id: LinkId| format!("{}:{}", id.namespace, id.index);
+        for (name, value) in [
+            (MODE, self.mode.map(|mode| mode.to_string())),
+            (LOWER_ID, self.lower_id.map(text)),
+            (ID, self.id.map(text)),
+            (WATCH, self.watch.map(|number| number.to_string())),
+        ] {
+            match value {
+                Some(value) => program.env(name, value),
+                // An outer `net open` may have told of another.
+                None => program.env_remove(name),
+            };
+        }
     }
 
     /// What this process was told, if anything.
@@ -70,6 +93,7 @@ impl Handed {
         Some(Self {
             fds: numbers.collect::<Option<_>>()?,
             mac: variable(MAC)?.parse().ok()?,
+            mode: variable(MODE).and_then(|mode| mode.parse().ok()),
             // An Ethernet interface's, whatever else the environment may say.
             mtu: variable(MTU)?
                 .parse()
@@ -77,14 +101,18 @@ impl Handed {
                 .filter(|mtu| (68..=65_535).contains(mtu))?,
             name: variable(NAME)?,
             lower: variable(LOWER)?,
-            lower_id: variable(LOWER_ID).and_then(|text| {
-                let (namespace, index) = text.split_once(':')?;
-                Some(LinkId {
-                    namespace: namespace.parse().ok()?,
-                    index: index.parse().ok()?,
-                })
-            }),
+            lower_id: variable(LOWER_ID).and_then(|text| link_id(&text)),
+            id: variable(ID).and_then(|text| link_id(&text)),
+            watch: variable(WATCH).and_then(|number| number.parse().ok()),
         })
+    }
+
+    /// The number of the socket that watches it, if the queues with these numbers are its: none of them, nor one that
+    /// every program has.
+    pub fn watch_beside(&self, numbers: &[RawFd]) -> Option<RawFd> {
+        let is_ours = numbers.iter().any(|number| self.fds.contains(number));
+        let free = |number: &RawFd| *number >= handover::FIRST && !numbers.contains(number);
+        self.watch.filter(free).filter(|_| is_ours)
     }
 
     /// Whether it is the interface with this address whose queues have these numbers: an environment is inherited by
@@ -92,6 +120,14 @@ impl Handed {
     pub fn is_of(&self, numbers: &[RawFd], mac: MacAddr) -> bool {
         self.mac == mac && numbers.iter().all(|number| self.fds.contains(number))
     }
+}
+
+fn link_id(text: &str) -> Option<LinkId> {
+    let (namespace, index) = text.split_once(':')?;
+    Some(LinkId {
+        namespace: namespace.parse().ok()?,
+        index: index.parse().ok()?,
+    })
 }
 
 #[cfg(test)]
@@ -104,6 +140,7 @@ mod tests {
         Handed {
             fds: vec![3, 4],
             mac: "02:00:00:00:00:01".parse().unwrap(),
+            mode: Some(Mode::Passthru),
             mtu: 1400,
             name: "mine".into(),
             lower: "eno1".into(),
@@ -111,6 +148,11 @@ mod tests {
                 namespace: 4_026_531_840,
                 index: 2,
             }),
+            id: Some(LinkId {
+                namespace: 4_026_532_000,
+                index: 7,
+            }),
+            watch: Some(5),
         }
     }
 
@@ -132,7 +174,8 @@ mod tests {
     fn handed_is_read_as_it_was_told() {
         let mut handed = handed();
         assert_eq!(read(&told(&handed)), Some(handed.clone()));
-        handed.lower_id = None;
+        (handed.lower_id, handed.id, handed.watch) = (None, None, None);
+        handed.mode = None;
         assert_eq!(read(&told(&handed)), Some(handed));
     }
 
@@ -158,6 +201,9 @@ mod tests {
         let handed = handed();
         assert!(handed.is_of(&[3, 4], handed.mac) && handed.is_of(&[4], handed.mac));
         assert!(!handed.is_of(&[3, 5], handed.mac));
+        assert_eq!(handed.watch_beside(&[3, 4, 7]), Some(5));
+        assert_eq!(handed.watch_beside(&[7]), None);
+        assert_eq!(handed.watch_beside(&[3, 5]), None);
         assert!(!handed.is_of(&[3, 4], "02:00:00:00:00:02".parse().unwrap()));
     }
 }

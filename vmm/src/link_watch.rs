@@ -1,11 +1,14 @@
 //! Follows the macvtap of a network card: what happens to the host's link shows in the guest's.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::virtio::net::config::ConfigSpace;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use net::{LinkChange, LinkWatch};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::registry::LinkSeen;
 
 /// The watcher of one card, on the control thread.
 #[derive(Debug)]
@@ -14,31 +17,63 @@ pub struct LinkFollower {
     name: String,
     watch: LinkWatch,
     guest: Arc<ConfigSpace>,
-    /// The macvtap exists, has been brought up, and has a carrier.
-    exists: bool,
-    admin: bool,
-    carrier: bool,
+    link: LinkSeen,
+    /// Where others read it, and what wakes them.
+    shown: Arc<FollowedLink>,
+    changed: EventFd,
+}
+
+/// What was last seen of a link, for those who tell of it.
+#[derive(Debug)]
+pub struct FollowedLink(Mutex<LinkSeen>);
+
+impl Default for FollowedLink {
+    fn default() -> Self {
+        // As the watch takes a link to be until it says otherwise.
+        Self(Mutex::new(LinkSeen {
+            exists: true,
+            up: true,
+            carrier: true,
+        }))
+    }
+}
+
+impl FollowedLink {
+    /// What was last seen.
+    pub fn seen(&self) -> LinkSeen {
+        *self.lock()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, LinkSeen> {
+        // It is as good as before: nobody leaves it half-written.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl LinkFollower {
-    /// Lets `guest` follow what `watch` sees.
-    pub fn new(name: String, watch: LinkWatch, guest: Arc<ConfigSpace>) -> Self {
-        // As the watch takes a link to be until it says otherwise.
+    /// Lets `guest` and `shown` follow what `watch` sees, and signals `changed` then.
+    pub fn new(
+        name: String,
+        watch: LinkWatch,
+        guest: Arc<ConfigSpace>,
+        shown: Arc<FollowedLink>,
+        changed: EventFd,
+    ) -> Self {
         Self {
             name,
             watch,
             guest,
-            exists: true,
-            admin: true,
-            carrier: true,
+            link: shown.seen(),
+            shown,
+            changed,
         }
     }
 
     fn follow(&mut self, change: LinkChange, link: &str) {
         let name = &self.name;
         match change {
-            LinkChange::Carrier(carrier) => self.carrier = carrier,
-            LinkChange::Admin(up) => self.admin = up,
+            LinkChange::Carrier(carrier) => self.link.carrier = carrier,
+            LinkChange::Admin(up) => self.link.up = up,
             LinkChange::Mtu(mtu) => {
                 log::info!(
                     "{name}: the MTU of {link} is now {mtu}; the guest is told, and Linux looks \
@@ -47,7 +82,7 @@ impl LinkFollower {
                 self.guest.set_mtu(u16::try_from(mtu).unwrap_or(u16::MAX));
             }
             LinkChange::Deleted => {
-                self.exists = false;
+                self.link.exists = false;
                 log::warn!(
                     "{name}: {link} is gone, perhaps with the interface under it: the guest runs \
                      on without this network card's link"
@@ -55,7 +90,10 @@ impl LinkFollower {
             }
             _ => {}
         }
-        let up = self.exists && self.admin && self.carrier;
+        *self.shown.lock() = self.link;
+        // Only a counter at its end could refuse.
+        let _ = self.changed.write(1);
+        let up = self.link.exists && self.link.up && self.link.carrier;
         if up != self.guest.is_up() {
             log::info!("{name}: the link is {}", if up { "up" } else { "down" });
             self.guest.set_up(up);

@@ -9,15 +9,12 @@ use std::path::{Path, PathBuf};
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::tap::{Tap, TapError};
-use net::{AdoptError, Adopted, Lease, LinkId, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode};
+use net::{AdoptError, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode};
 
 use crate::config::{NicConfig, NicOptions, NicSource};
 use crate::handed::Handed;
 use crate::registry::NicEntry;
 use crate::sharing::{self, Interface, SharedError};
-
-/// The MTU of an interface that cannot be asked: Ethernet's.
-const USUAL_MTU: u32 = 1500;
 
 /// Why there is no network card.
 #[derive(Debug, thiserror::Error)]
@@ -63,8 +60,6 @@ pub struct Nic {
     pub pcap: Option<File>,
     /// What others are told.
     pub entry: NicEntry,
-    /// Which interface it stands on, where that is known.
-    pub lower: Option<LinkId>,
     /// Which interface it is.
     pub interface: Interface,
     /// News of the interface, where it can be seen.
@@ -78,82 +73,70 @@ pub struct Nic {
 impl Nic {
     fn make(spec: &MacvtapSpec, options: &NicOptions) -> Result<Self, NicError> {
         let macvtap = Macvtap::open(spec)?;
-        let entry = entry(
-            macvtap.name(),
-            macvtap.lower(),
-            macvtap.mac(),
-            macvtap.mtu(),
-        );
-        let watch = watched(macvtap.name(), macvtap.watch());
-        let (mac, mode) = (macvtap.mac(), macvtap.mode());
-        let (id, lower) = (macvtap.id(), macvtap.lower_id());
-        let (queues, lease) = macvtap.into_parts();
+        let interface = Interface::of_macvtap(&macvtap)?;
         let host = Host {
-            mode: Some(mode),
-            id: Some(id),
-            lower,
-            is_handed: false,
-            watch,
-            listener: listener.flatten(),
-            lease: Some(lease),
+            entry: NicEntry::of(&macvtap, interface.device),
+            interface,
+            mac: macvtap.mac(),
+            mode: Some(macvtap.mode()),
+            watch: watched(macvtap.name(), macvtap.watch()),
         };
-        Self::new(entry, mac, queues, host, options)
+        let (queues, lease) = macvtap.into_parts();
+        Self::new(host, queues, Some(lease), options)
     }
 
     /// `numbers` are those that the descriptors had on the command line.
     fn adopt(
         descriptors: Vec<OwnedFd>,
         numbers: &[RawFd],
-        handed: Option<&Handed>,
+        given: &mut Given,
         options: &NicOptions,
     ) -> Result<Self, NicError> {
-        let Adopted {
-            queues,
-            name,
-            mac,
-            mtu,
-            id,
-            lower,
-            mode,
-            ..
-        } = net::adopt(descriptors)?;
-        // What can be seen counts more than what was told, which may have changed since.
-        let told = handed.filter(|handed| handed.is_of(numbers, mac));
-        let mtu = mtu.or(told.map(|told| told.mtu)).unwrap_or(USUAL_MTU);
-        let (lower, lower_id) = match (lower, told) {
-            (Some((lower, id)), _) => (lower, Some(id)),
-            (None, Some(told)) => (told.lower.clone(), told.lower_id),
-            (None, None) => (name.clone(), None),
+        let adopted = net::adopt(descriptors)?;
+        let told = given.handed.as_ref();
+        let told = told.filter(|told| told.is_of(numbers, adopted.mac));
+        let interface = Interface::of_adopted(&adopted, told)?;
+        let name = &adopted.name;
+        let watch = match (adopted.id, told.and_then(|told| told.id), &mut given.watch) {
+            (Some(id), _, _) => watched(name, LinkWatch::new(&[id.index])),
+            (None, Some(id), socket @ Some(_)) => socket
+                .take()
+                .and_then(|socket| watched(name, LinkWatch::adopt(socket, &[id.index]))),
+            _ => {
+                log::info!(
+                    "{name} is in a network namespace that minivmm does not see: its carrier and its \
+                     end will not show in the guest"
+                );
+                None
+            }
         };
-        let watch = id.and_then(|id| watched(&name, LinkWatch::new(&[id.index])));
-        let entry = entry(&name, &lower, mac, mtu);
         let host = Host {
-            mode,
-            id,
-            lower: lower_id,
-            is_handed: told.is_some(),
+            entry: NicEntry::of_adopted(&adopted, told, interface.device),
+            interface,
+            mac: adopted.mac,
+            mode: adopted.mode.or(told.and_then(|told| told.mode)),
             watch,
-            listener,
-            lease: None,
         };
-        Self::new(entry, mac, queues, host, options)
+        Self::new(host, adopted.queues, None, options)
     }
 
     fn new(
-        mut entry: NicEntry,
-        mac: MacAddr,
-        queues: Vec<OwnedFd>,
         host: Host,
+        queues: Vec<OwnedFd>,
+        lease: Option<Lease>,
         options: &NicOptions,
     ) -> Result<Self, NicError> {
+        let Host {
+            entry,
+            interface,
+            mac,
+            mode,
+            watch,
+        } = host;
         // An Ethernet interface's MTU is at most 65,535.
         let mtu = u16::try_from(entry.mtu).unwrap_or(u16::MAX);
         log::info!("network card on {}: MAC {mac}, MTU {mtu}", entry.lower);
         let name = entry.name.clone();
-        let interface = Interface::of(&queues[0], &name, mac, host.id, host.is_handed)?;
-        entry.device = interface.device;
-        entry.id = host.id.map(Into::into);
-        entry.lower_id = host.lower.map(Into::into);
         let taps = queues
             .into_iter()
             .map(Tap::new)
@@ -166,7 +149,7 @@ impl Nic {
         let permissions = Permissions {
             change_mac: options.trust_mac,
             // The lower is promiscuous then, and all that it hears is for the macvtap.
-            any_address: host.mode == Some(Mode::Passthru),
+            any_address: mode == Some(Mode::Passthru),
         };
         Ok(Self {
             taps,
@@ -175,11 +158,9 @@ impl Nic {
             permissions,
             pcap: options.pcap.as_deref().map(open_pcap).transpose()?,
             entry,
-            lower: host.lower,
             interface,
-            watch: host.watch,
-            listener: host.listener,
-            lease: host.lease,
+            watch,
+            lease,
         })
     }
 }
@@ -187,13 +168,22 @@ impl Nic {
 /// What is known of a card's macvtap on the host.
 #[derive(Debug)]
 struct Host {
+    entry: NicEntry,
+    interface: Interface,
+    mac: MacAddr,
     mode: Option<Mode>,
-    id: Option<LinkId>,
-    lower: Option<LinkId>,
-    is_handed: bool,
     watch: Option<LinkWatch>,
-    listener: Option<FrameListener>,
-    lease: Option<Lease>,
+}
+
+/// What this process was started with.
+#[derive(Debug)]
+pub struct Given {
+    /// The queues of the cards that name descriptors.
+    queues: Vec<OwnedFd>,
+    /// What is told of them.
+    handed: Option<Handed>,
+    /// The socket that comes with them.
+    watch: Option<OwnedFd>,
 }
 
 /// Whether vhost-net may get the frames.
@@ -236,26 +226,34 @@ fn open_pcap(path: &Path) -> Result<File, NicError> {
 /// # Safety
 ///
 /// Nothing in this process may own them: call it before anything is opened.
-pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Vec<OwnedFd>, NicError> {
+pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Given, NicError> {
     let sources = nics.iter().map(|nic| &nic.source);
-    let numbers: Vec<RawFd> = sources.flat_map(NicSource::descriptors).collect();
+    let mut numbers: Vec<RawFd> = sources.flat_map(NicSource::descriptors).collect();
+    let handed = Handed::from_environment();
+    let count = numbers.len();
+    numbers.extend(handed.as_ref().and_then(|told| told.watch_beside(&numbers)));
     // SAFETY: as for this function.
-    Ok(unsafe { net::inherit(&numbers) }?)
+    let mut queues = unsafe { net::inherit(&numbers) }?;
+    let watch = (numbers.len() > count).then(|| queues.pop()).flatten();
+    Ok(Given {
+        queues,
+        handed,
+        watch,
+    })
 }
 
-/// Makes what each card needs, in order, or takes it from `inherited`.
+/// Makes what each card needs, in order, or takes it from what was `given`.
 ///
 /// # Errors
 ///
 /// Says what could not be had; what had been made is gone again.
-pub fn acquire(nics: &[NicConfig], inherited: Vec<OwnedFd>) -> Result<Vec<Nic>, NicError> {
-    let mut inherited = inherited.into_iter();
-    let handed = Handed::from_environment();
+pub fn acquire(nics: &[NicConfig], mut given: Given) -> Result<Vec<Nic>, NicError> {
+    let mut inherited = std::mem::take(&mut given.queues).into_iter();
     let make = |NicConfig { source, options }: &NicConfig| match source {
         NicSource::Macvtap(spec) => Nic::make(spec, options),
         NicSource::Descriptors(fds) => {
             let descriptors = inherited.by_ref().take(fds.len()).collect();
-            Nic::adopt(descriptors, fds, handed.as_ref(), options)
+            Nic::adopt(descriptors, fds, &mut given, options)
         }
     };
     let nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;
@@ -282,20 +280,6 @@ fn must_not_share_files(nics: &[Nic]) -> Result<(), NicError> {
         seen.push(id);
     }
     Ok(())
-}
-
-fn entry(name: &str, lower: &str, mac: MacAddr, mtu: u32) -> NicEntry {
-    NicEntry {
-        name: name.to_owned(),
-        lower: lower.to_owned(),
-        mac: mac.to_string(),
-        mtu,
-        addresses: Vec::new(),
-        wrong_source_frames: 0,
-        device: 0,
-        id: None,
-        lower_id: None,
-    }
 }
 
 /// A card works without being watched, so a failure is no more than a warning.

@@ -43,6 +43,7 @@ use crate::cli::{Accel, QemuArgs};
 use crate::config::{ConsoleTarget, NicSource};
 use crate::exit::Exit;
 use crate::handover::{self, Handover};
+use crate::registry::{RegisteredCard, Registration, Runs};
 use crate::sharing::{self, SharedError};
 use crate::{child, console};
 
@@ -266,7 +267,7 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     let mut inherited = unsafe { inherit(args) }?.into_iter();
     let plan = Plan::new(args, true)?;
     let (mut cards, mut descriptors, mut leases) = (Vec::new(), Vec::new(), Vec::new());
-    let mut interfaces = Vec::new();
+    let (mut interfaces, mut registered) = (Vec::new(), Vec::new());
     for (n, nic) in args.macvtap.iter().enumerate() {
         let queues = match &nic.source {
             NicSource::Macvtap(spec) => Queues::make(spec)?,
@@ -274,16 +275,22 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
                 Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?
             }
         };
-        lowers.push(queues.lower);
-        cards.push(plan.card(n, &args.macvtap[n], queues.mac, queues.mtu)?);
+        cards.push(plan.card(n, nic, queues.mac, queues.entry.mtu)?);
         descriptors.extend(queues.descriptors);
         for _ in &plan.numbers[n].vhost {
             descriptors.push(nics::open_vhost().map_err(QemuError::Vhost)?.into());
         }
         leases.extend(queues.lease);
         interfaces.push(queues.interface);
+        registered.push(RegisteredCard::new(queues.entry));
     }
     sharing::check(&interfaces)?;
+    let runs = match &args.machine.kernel {
+        Some(kernel) => Runs::Kernel(kernel.clone()),
+        None => Runs::Program(plan.qemu.clone()),
+    };
+    // Removed when QEMU has ended.
+    let _registration = Registration::new(runs, registered);
     let control = plan
         .control
         .map(|_| UnixStream::pair())

@@ -4,13 +4,19 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use net::LinkId;
+use net::{Adopted, LinkId, Macvtap};
 use serde::{Deserialize, Serialize};
+
+use crate::handed::Handed;
 
 mod announce;
 mod store;
 
-pub use announce::{Announcer, Registration};
+pub use announce::{Announcer, RegisteredCard, Registration};
+pub use store::make_directory_for;
+
+/// The MTU of an interface that cannot be asked: Ethernet's.
+const USUAL_MTU: u32 = 1500;
 
 /// A running monitor, or another program that has its network card by minivmm.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +66,73 @@ pub struct NicEntry {
     /// Which link it stands on, where that is known.
     #[serde(default)]
     pub lower_id: Option<Id>,
+    /// The macvtap's mode, where that is known.
+    #[serde(default)]
+    pub mode: Option<String>,
+    /// What the host last said of the macvtap, where that is watched.
+    #[serde(default)]
+    pub link: Option<LinkSeen>,
+}
+
+/// A link of the host, as it was last seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkSeen {
+    /// It has not been deleted.
+    pub exists: bool,
+    /// Somebody has brought it up.
+    pub up: bool,
+    /// The wire is there.
+    pub carrier: bool,
+}
+
+impl NicEntry {
+    /// Of a macvtap with the character device `device`.
+    pub fn of(macvtap: &Macvtap, device: u64) -> Self {
+        Self {
+            name: macvtap.name().to_owned(),
+            lower: macvtap.lower().to_owned(),
+            mac: macvtap.mac().to_string(),
+            mtu: macvtap.mtu(),
+            addresses: Vec::new(),
+            wrong_source_frames: 0,
+            device,
+            id: Some(macvtap.id().into()),
+            lower_id: macvtap.lower_id().map(Into::into),
+            mode: Some(macvtap.mode().to_string()),
+            link: None,
+        }
+    }
+
+    /// Of queues that somebody else has opened, and of which somebody may have `told`.
+    pub fn of_adopted(adopted: &Adopted, told: Option<&Handed>, device: u64) -> Self {
+        // What can be seen counts more than what was told, which may have changed since.
+        let (lower, lower_id) = match (&adopted.lower, told) {
+            (Some((lower, id)), _) => (lower, Some(*id)),
+            (None, Some(told)) => (&told.lower, told.lower_id),
+            (None, None) => (&adopted.name, None),
+        };
+        let mtu = adopted.mtu.or(told.map(|told| told.mtu));
+        let mode = adopted.mode.or(told.and_then(|told| told.mode));
+        let id = adopted.id.or(told.and_then(|told| told.id));
+        Self {
+            name: adopted.name.clone(),
+            lower: lower.clone(),
+            mac: adopted.mac.to_string(),
+            mtu: mtu.unwrap_or(USUAL_MTU),
+            addresses: Vec::new(),
+            wrong_source_frames: 0,
+            device,
+            id: id.map(Into::into),
+            lower_id: lower_id.map(Into::into),
+            mode: mode.map(|mode| mode.to_string()),
+            link: None,
+        }
+    }
+
+    /// Whether it is the card that `other` is.
+    fn is(&self, other: &Self) -> bool {
+        (self.device, &self.name, &self.mac) == (other.device, &other.name, &other.mac)
+    }
 }
 
 /// A [`LinkId`] in a file.
@@ -73,6 +146,12 @@ pub struct Id {
 
 impl From<LinkId> for Id {
     fn from(LinkId { namespace, index }: LinkId) -> Self {
+        Self { namespace, index }
+    }
+}
+
+impl From<Id> for LinkId {
+    fn from(Id { namespace, index }: Id) -> Self {
         Self { namespace, index }
     }
 }
@@ -92,9 +171,8 @@ impl Entry {
     fn tame(&mut self) {
         let tame = |text: &mut String| text.retain(|c| !c.is_control());
         for nic in &mut self.nics {
-            [&mut nic.name, &mut nic.lower, &mut nic.mac]
-                .into_iter()
-                .for_each(tame);
+            let texts = [&mut nic.name, &mut nic.lower, &mut nic.mac];
+            texts.into_iter().chain(&mut nic.mode).for_each(tame);
         }
         let (Runs::Kernel(path) | Runs::Program(path)) = &mut self.runs;
         let mut text = path.to_string_lossy().into_owned();
@@ -116,7 +194,19 @@ pub struct InUse {
 
 /// The monitors that run now. Files of those that were killed are removed on the way.
 pub fn running() -> Vec<Entry> {
-    found().into_iter().map(|found| found.entry).collect()
+    without_givers(found().into_iter().map(|found| found.entry).collect())
+}
+
+/// Leaves out the programs whose cards are those of a guest: `net open` and the minivmm in it tell of the same.
+fn without_givers(mut entries: Vec<Entry>) -> Vec<Entry> {
+    let is_guest = |entry: &&Entry| matches!(entry.runs, Runs::Kernel(_));
+    let guests = entries.iter().filter(is_guest);
+    let cards: Vec<_> = guests.flat_map(|guest| guest.nics.clone()).collect();
+    entries.retain(|entry| {
+        let is_in_guest = |nic: &NicEntry| cards.iter().any(|card| card.is(nic));
+        is_guest(&entry) || !entry.nics.iter().all(is_in_guest)
+    });
+    entries
 }
 
 /// The cards of other processes than this one.

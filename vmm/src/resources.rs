@@ -162,11 +162,12 @@ fn host_link(config: &Config, nics: &[Nic]) -> Result<Option<HostLinkGuard>, Res
         return Ok(None);
     };
     // By its identity: another interface here may have the same name.
-    let here = nic.lower.map(LinkId::name_here).transpose();
+    let id = nic.entry.lower_id.map(LinkId::from);
+    let here = id.map(LinkId::name_here).transpose();
     let here = here.map_err(ResourceError::HostLinkLook)?.flatten();
     let lower = here.ok_or_else(|| ResourceError::HostLinkElsewhere {
         nic: nic.entry.name.clone(),
-        lower: nic.lower.map(|_| nic.entry.lower.clone()),
+        lower: id.map(|_| nic.entry.lower.clone()),
     })?;
     let mut spec = HostLinkSpec::new(lower.parse().map_err(ResourceError::HostLinkName)?);
     spec.addresses = config.host_link.clone();

@@ -4,8 +4,9 @@
 use std::io;
 use std::os::fd::AsFd;
 
-use net::{LinkId, MacAddr};
+use net::{Adopted, LinkId, MacAddr, Macvtap};
 
+use crate::handed::Handed;
 use crate::registry::{self, InUse, NicEntry, Runs};
 
 /// Two for one interface.
@@ -55,12 +56,28 @@ pub struct Interface {
 }
 
 impl Interface {
-    /// The one that `queue` belongs to.
+    /// Of a macvtap that was made or opened here.
     ///
     /// # Errors
     ///
-    /// When the queue cannot be asked.
-    pub fn of(
+    /// When its queue cannot be looked at.
+    pub fn of_macvtap(macvtap: &Macvtap) -> Result<Self, SharedError> {
+        let (name, mac, id) = (macvtap.name(), macvtap.mac(), Some(macvtap.id()));
+        Self::of(macvtap.queue(), name, mac, id, false)
+    }
+
+    /// Of queues that somebody else has opened, and of which somebody may have `told`.
+    ///
+    /// # Errors
+    ///
+    /// When a queue cannot be looked at.
+    pub fn of_adopted(adopted: &Adopted, told: Option<&Handed>) -> Result<Self, SharedError> {
+        let (name, mac) = (&adopted.name, adopted.mac);
+        let id = adopted.id.or(told.and_then(|told| told.id));
+        Self::of(&adopted.queues[0], name, mac, id, told.is_some())
+    }
+
+    fn of(
         queue: impl AsFd,
         name: &str,
         mac: MacAddr,
@@ -85,10 +102,7 @@ impl Interface {
     }
 
     fn is_card(&self, nic: &NicEntry) -> bool {
-        let id = nic.id.map(|id| LinkId {
-            namespace: id.namespace,
-            index: id.index,
-        });
+        let id = nic.id.map(LinkId::from);
         let other = nic.mac.parse().map(|mac| Self {
             device: nic.device,
             name: nic.name.clone(),
@@ -173,6 +187,8 @@ mod tests {
             device: 7,
             id: None,
             lower_id: None,
+            mode: None,
+            link: None,
         };
         InUse {
             entry: Entry {

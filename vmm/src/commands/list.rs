@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use net::{InventoryError, LinkState, LowerInfo, UpperInfo};
+use net::{InventoryError, LinkName, LinkState, LowerInfo, UpperInfo};
 use serde::Serialize;
 
 use crate::cli::ListArgs;
 use crate::commands::{json, owner};
-use crate::registry::{self, Entry, NicEntry, Runs};
+use crate::registry::{self, Entry, Id, LinkSeen, NicEntry, Runs};
 
 /// Everything, as JSON shows it.
 #[derive(Debug, Serialize)]
@@ -48,18 +48,13 @@ struct Link {
 
 /// The report. A private macvtap is in no namespace that can be listed: it shows with its guest.
 pub fn run(args: &ListArgs) -> Result<String, InventoryError> {
-    let interfaces = net::inventory(args.link.as_ref())?
+    let interfaces: Vec<_> = net::inventory(args.link.as_ref())?
         .into_iter()
         .map(Interface::from)
         .collect();
     let mut guests = registry::running();
     if let Some(link) = &args.link {
-        for guest in &mut guests {
-            guest
-                .nics
-                .retain(|nic| nic.lower == link.as_str() || nic.name == link.as_str());
-        }
-        guests.retain(|guest| !guest.nics.is_empty());
+        keep_those_on(&mut guests, &lowers(&interfaces), link);
     }
     let listing = Listing { interfaces, guests };
     Ok(if args.json {
@@ -67,6 +62,35 @@ pub fn run(args: &ListArgs) -> Result<String, InventoryError> {
     } else {
         listing.to_text()
     })
+}
+
+/// The interfaces of this namespace in a listing.
+fn lowers(interfaces: &[Interface]) -> Vec<Id> {
+    let Ok(namespace) = net::this_namespace() else {
+        return Vec::new();
+    };
+    let here = interfaces.iter().filter(|found| found.name.is_some());
+    let id = |found: &Interface| Id {
+        namespace,
+        index: found.index,
+    };
+    here.map(id).collect()
+}
+
+/// Leaves the cards that stand on one of `lowers`, or are one. Where it is not known which interface a card is on, the
+/// name has to do: it may be that of another namespace.
+fn keep_those_on(guests: &mut Vec<Entry>, lowers: &[Id], link: &LinkName) {
+    let is_on = |nic: &NicEntry| match (nic.lower_id, nic.id) {
+        (None, None) => [&nic.lower, &nic.name].contains(&&link.to_string()),
+        ids => [ids.0, ids.1]
+            .iter()
+            .flatten()
+            .any(|id| lowers.contains(id)),
+    };
+    for guest in guests.iter_mut() {
+        guest.nics.retain(is_on);
+    }
+    guests.retain(|guest| !guest.nics.is_empty());
 }
 
 impl From<LowerInfo> for Interface {
@@ -115,8 +139,11 @@ impl Listing {
             }
         }
         for guest in &self.guests {
-            let (Runs::Kernel(runs) | Runs::Program(runs)) = &guest.runs;
-            let _ = writeln!(text, "guest of pid {}, {}", guest.pid, runs.display());
+            let (what, runs) = match &guest.runs {
+                Runs::Kernel(kernel) => ("guest", kernel),
+                Runs::Program(program) => ("program", program),
+            };
+            let _ = writeln!(text, "{what} of pid {}, {}", guest.pid, runs.display());
             for nic in &guest.nics {
                 let _ = writeln!(text, "  {}", nic_line(nic));
             }
@@ -183,9 +210,18 @@ fn nic_line(nic: &NicEntry) -> String {
         mtu,
         addresses,
         wrong_source_frames,
+        mode,
+        link,
         ..
     } = nic;
-    let mut line = format!("macvtap {name} on {lower}  {mac}  mtu {mtu}  addresses");
+    let mode = mode.as_deref().unwrap_or("-");
+    let link = match link {
+        Some(LinkSeen { exists: false, .. }) => "gone",
+        Some(link) => state(link.up, link.carrier),
+        None => "not watched",
+    };
+    let mut line =
+        format!("macvtap {name} on {lower}  {mode}  {mac}  mtu {mtu}  {link}  addresses");
     for address in addresses {
         let _ = write!(line, " {address}");
     }
@@ -199,4 +235,43 @@ fn nic_line(nic: &NicEntry) -> String {
         );
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_of_another_interface_with_the_same_name_are_left_out() {
+        let id = |namespace| Id {
+            namespace,
+            index: 2,
+        };
+        let guest = |pid, lower_id| Entry {
+            pid,
+            owner: String::new(),
+            runs: Runs::Kernel("bzImage".into()),
+            nics: vec![NicEntry {
+                name: "macvtap0".into(),
+                lower: "eno1".into(),
+                mac: "02:00:00:00:00:01".into(),
+                mtu: 1500,
+                addresses: Vec::new(),
+                wrong_source_frames: 0,
+                device: 1,
+                id: None,
+                lower_id,
+                mode: None,
+                link: None,
+            }],
+        };
+        let mut guests = vec![
+            guest(1, Some(id(10))),
+            guest(2, Some(id(11))),
+            guest(3, None),
+        ];
+        keep_those_on(&mut guests, &[id(10)], &"eno1".parse().unwrap());
+        let pids: Vec<_> = guests.iter().map(|guest| guest.pid).collect();
+        assert_eq!(pids, [1, 3]);
+    }
 }

@@ -20,6 +20,7 @@ use crate::child;
 use crate::cli::OpenArgs;
 use crate::handed::Handed;
 use crate::handover::Handover;
+use crate::registry::{self, NicEntry, RegisteredCard, Registration, Runs};
 use crate::sharing::{self, Interface, SharedError};
 
 /// Why the program was not run.
@@ -65,12 +66,16 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     }
     let user = user.map(Credentials::of).transpose()?;
     let macvtap = Macvtap::open(&args.macvtap)?;
-    let (queue, name, mac) = (macvtap.queue(), macvtap.name(), macvtap.mac());
-    let interface = Interface::of(queue, name, mac, Some(macvtap.id()), false)?;
+    let interface = Interface::of_macvtap(&macvtap)?;
     sharing::check(std::slice::from_ref(&interface))?;
-    let mut command = program(&args.command, &macvtap);
+    let watch = macvtap.watch_socket();
+    if let Err(error) = &watch {
+        log::warn!("the program cannot watch {}: {error}", macvtap.name());
+    }
+    let mut command = program(&args.command, &Handed::of(&macvtap, watch.is_ok()));
+    let registration = register(&args.command[0], &macvtap, &interface, user.as_ref());
     let (queues, lease) = macvtap.into_parts();
-    let handover = hand_over(queues).map_err(OpenError::Descriptors)?;
+    let handover = hand_over(queues, watch.ok()).map_err(OpenError::Descriptors)?;
     handover.attach(&mut command);
     let waits = args.macvtap.netns == Placement::Host;
     if let Some(user) = &user {
@@ -85,7 +90,7 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     if !waits {
         // Returns only when it fails.
         let error = command.exec();
-        drop(lease);
+        drop((registration, lease));
         return Err(failed(error));
     }
     // SIGINT and SIGQUIT of a terminal reach the program by themselves; here they are only not to
@@ -94,7 +99,7 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     let child = command.spawn().map_err(failed)?;
     drop(handover);
     let status = child::wait(child, signals, &[SIGTERM, SIGHUP]).map_err(failed)?;
-    drop(lease);
+    drop((registration, lease));
     Ok(child::exit_code(status))
 }
 
@@ -149,18 +154,41 @@ impl Credentials {
     }
 }
 
-fn program(command: &[OsString], macvtap: &Macvtap) -> Command {
+fn program(command: &[OsString], handed: &Handed) -> Command {
     let mut program = Command::new(&command[0]);
     program.args(&command[1..]);
-    Handed::of(macvtap).tell(&mut program);
+    handed.tell(&mut program);
     program
 }
 
-/// Makes the queues blocking, as programs expect of what a shell has opened, and gives them their numbers.
-fn hand_over(queues: Vec<OwnedFd>) -> io::Result<Handover> {
+/// Tells `net list` and others of the macvtap: by its process and start time, which outlive exec. A
+/// user's minivmm will tell of its guest itself, and gets a directory for that.
+fn register(
+    program: &OsString,
+    macvtap: &Macvtap,
+    interface: &Interface,
+    user: Option<&Credentials>,
+) -> Registration {
+    if let Some(Credentials { user, group, .. }) = user
+        && !user.is_root()
+        && let Err(error) = registry::make_directory_for(user.as_raw(), group.as_raw())
+    {
+        log::debug!("minivmm cannot tell of a guest of the user {user}: {error}");
+    }
+    let nic = NicEntry::of(macvtap, interface.device);
+    Registration::new(
+        Runs::Program(program.into()),
+        vec![RegisteredCard::new(nic)],
+    )
+}
+
+/// Makes the queues blocking, as programs expect of what a shell has opened, and gives them and the
+/// socket behind them their numbers.
+fn hand_over(mut queues: Vec<OwnedFd>, watch: Option<OwnedFd>) -> io::Result<Handover> {
     for queue in &queues {
         rustix::io::ioctl_fionbio(queue, false)?;
     }
+    queues.extend(watch);
     Handover::new(queues)
 }
 

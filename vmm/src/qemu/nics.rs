@@ -8,9 +8,9 @@ use std::path::Path;
 use net::{Lease, MacAddr, Macvtap, MacvtapSpec};
 
 use super::QemuError;
-use super::args::USUAL_MTU;
 use crate::config::{self, ConfigError, NicSource};
 use crate::handed::Handed;
+use crate::registry::NicEntry;
 use crate::sharing::Interface;
 
 /// The host kernel's data path.
@@ -135,7 +135,8 @@ pub(super) fn number(requests: &[NicRequest], vhost: bool, first: RawFd) -> Vec<
 pub(super) struct Queues {
     pub descriptors: Vec<OwnedFd>,
     pub mac: MacAddr,
-    pub mtu: u32,
+    /// What others are told.
+    pub entry: NicEntry,
     /// Which interface they belong to.
     pub interface: Interface,
     /// Keeps a macvtap of our own in being.
@@ -148,15 +149,14 @@ impl Queues {
         let macvtap = Macvtap::open(spec)?;
         let (mac, mtu) = (macvtap.mac(), macvtap.mtu());
         log::info!("network card on {}: MAC {mac}, MTU {mtu}", macvtap.lower());
-        let id = Some(macvtap.id());
-        let interface = Interface::of(macvtap.queue(), macvtap.name(), mac, id, false)?;
+        let interface = Interface::of_macvtap(&macvtap)?;
+        let entry = NicEntry::of(&macvtap, interface.device);
         let (descriptors, lease) = macvtap.into_parts();
         Ok(Self {
-            interface,
             descriptors,
             mac,
-            mtu,
-            lower,
+            entry,
+            interface,
             lease: Some(lease),
         })
     }
@@ -165,22 +165,14 @@ impl Queues {
     pub fn adopt(descriptors: Vec<OwnedFd>, numbers: &[RawFd]) -> Result<Self, QemuError> {
         let adopted = net::adopt(descriptors)?;
         let told = Handed::from_environment().filter(|told| told.is_of(numbers, adopted.mac));
-        log::info!("network card on {}: MAC {}", adopted.name, adopted.mac);
-        let interface = Interface::of(
-            &adopted.queues[0],
-            &adopted.name,
-            adopted.mac,
-            adopted.id,
-            told.is_some(),
-        )?;
+        let interface = Interface::of_adopted(&adopted, told.as_ref())?;
+        let entry = NicEntry::of_adopted(&adopted, told.as_ref(), interface.device);
+        log::info!("network card on {}: MAC {}", entry.lower, adopted.mac);
         Ok(Self {
-            interface,
             descriptors: adopted.queues,
             mac: adopted.mac,
-            mtu: adopted
-                .mtu
-                .or(told.map(|told| told.mtu))
-                .unwrap_or(USUAL_MTU),
+            entry,
+            interface,
             lease: None,
         })
     }

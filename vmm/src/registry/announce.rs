@@ -14,24 +14,61 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::{Entry, NicEntry, Runs, store};
+use crate::link_watch::FollowedLink;
 
 /// The file of this process. Dropping it removes the file.
 #[derive(Debug)]
 pub struct Registration {
     path: Option<PathBuf>,
     entry: Entry,
-    observers: Vec<Arc<Observer>>,
+    /// What each of the entry's cards is learnt by.
+    sources: Vec<Source>,
+}
+
+#[derive(Debug)]
+struct Source {
+    observer: Option<Arc<Observer>>,
+    link: Option<Arc<FollowedLink>>,
+}
+
+/// A card to tell of.
+#[derive(Debug)]
+pub struct RegisteredCard {
+    /// What is known at the start.
+    pub nic: NicEntry,
+    /// Tells what its guest says.
+    pub observer: Option<Arc<Observer>>,
+    /// Tells what becomes of the macvtap.
+    pub link: Option<Arc<FollowedLink>>,
+}
+
+impl RegisteredCard {
+    /// One of which nothing more will be known.
+    pub fn new(nic: NicEntry) -> Self {
+        Self {
+            nic,
+            observer: None,
+            link: None,
+        }
+    }
 }
 
 impl Registration {
-    /// Tells of this process, and of the cards that `observers` watch, in the same order. Where no
-    /// file can be written, nothing is told, and nothing else is different.
-    pub fn new(runs: Runs, nics: Vec<NicEntry>, observers: Vec<Arc<Observer>>) -> Self {
+    /// Tells of this process and its cards. Where no file can be written, nothing is told, and
+    /// nothing else is different.
+    pub fn new(runs: Runs, cards: Vec<RegisteredCard>) -> Self {
+        let split = |RegisteredCard {
+                         nic,
+                         observer,
+                         link,
+                     }| (nic, Source { observer, link });
+        let (nics, sources) = cards.into_iter().map(split).unzip();
         let mut new = Self {
             path: None,
             entry: Entry::new(runs, nics),
-            observers,
+            sources,
         };
+        new.learn();
         match Owner::this_process() {
             Ok(owner) => new.entry.owner = owner.to_string(),
             Err(error) => {
@@ -58,12 +95,21 @@ impl Registration {
         }
     }
 
+    fn learn(&mut self) {
+        for (nic, Source { observer, link }) in self.entry.nics.iter_mut().zip(&self.sources) {
+            if let Some(observer) = observer {
+                nic.addresses = observer.addresses();
+                nic.wrong_source_frames = observer.wrong_source();
+            }
+            if let Some(link) = link {
+                nic.link = Some(link.seen());
+            }
+        }
+    }
+
     /// Writes what has been learnt since.
     pub fn update(&mut self) {
-        for (nic, observer) in self.entry.nics.iter_mut().zip(&self.observers) {
-            nic.addresses = observer.addresses();
-            nic.wrong_source_frames = observer.wrong_source();
-        }
+        self.learn();
         if let Some(path) = &self.path
             && let Err(error) = store::write(path, &self.entry)
         {

@@ -1,6 +1,7 @@
 //! The files: where they are, and how they are read and written.
 //!
-//! Root's are in `/run/minivmm`, a user's in `/run/minivmm/UID` where root has made that, or in `XDG_RUNTIME_DIR`. What users write is data and no more: it is read without following a
+//! Root's are in `/run/minivmm`, a user's in `/run/minivmm/UID`, which `minivmm net open` makes for
+//! the user that it changes to, or in `XDG_RUNTIME_DIR`. What users write is data and no more: it is read without following a
 //! link, up to a length, and believed only while the process that it names is that user's.
 
 use std::ffi::CStr;
@@ -77,6 +78,18 @@ pub(super) fn all_directories() -> Vec<PathBuf> {
         })
     });
     all
+}
+
+/// Makes the directory for the files of a user without rights, which only root can.
+///
+/// # Errors
+///
+/// When it cannot be made.
+pub fn make_directory_for(user: u32, group: u32) -> io::Result<()> {
+    make_readable(Path::new(SYSTEM))?;
+    let directory = Path::new(SYSTEM).join(user.to_string());
+    make_readable(&directory)?;
+    std::os::unix::fs::lchown(directory, Some(user), Some(group))
 }
 
 /// Makes a directory that all may read, whatever the umask. Those above it have to exist.

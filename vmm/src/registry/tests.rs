@@ -19,6 +19,12 @@ fn nic() -> NicEntry {
             namespace: 4_026_531_840,
             index: 2,
         }),
+        mode: Some("bridge".into()),
+        link: Some(LinkSeen {
+            exists: true,
+            up: true,
+            carrier: false,
+        }),
     }
 }
 
@@ -126,4 +132,25 @@ fn text_of_a_user_cannot_drive_the_terminal() {
     entry.tame();
     assert_eq!(entry.nics[0].name, "a[2Jb");
     assert_eq!(entry.runs, Runs::Program("xy".into()));
+}
+
+#[test]
+fn card_that_a_program_hands_to_a_guest_is_told_of_once() {
+    let guest = entry("guest");
+    let program = Entry {
+        runs: Runs::Program("minivmm".into()),
+        ..entry("program")
+    };
+    let mut other = program.clone();
+    other.nics[0].mac = "02:00:00:00:00:09".into();
+    let told = without_givers(vec![program, guest.clone(), other.clone()]);
+    assert_eq!(told, [guest, other]);
+}
+
+#[test]
+fn entry_of_an_older_minivmm_is_read() {
+    let old = r#"{"pid":1,"owner":"o","kernel":"k","nics":[{"name":"m","lower":"l",
+        "mac":"02:00:00:00:00:01","mtu":1500,"addresses":[],"wrong_source_frames":0}]}"#;
+    let entry: Entry = serde_json::from_str(old).unwrap();
+    assert_eq!(entry.runs, Runs::Kernel("k".into()));
 }
