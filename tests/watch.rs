@@ -576,6 +576,44 @@ fn doctor_warns_of_macvtaps_that_stand_in_each_others_way() {
 }
 
 #[test]
+fn doctor_and_list_know_private_macvtaps() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start_on("lower,mode=vepa", 2, "mode=hlt");
+    vm.wait_for("OK hlt", PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    expect(&checks, "vepa", "ok", "", "");
+    let mut other = net.start_on(&format!("lower,mac={MAC}"), 3, "mode=hlt");
+    other.wait_for("OK hlt", PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    let own = format!("of pid {}`", vm.pid());
+    expect(&checks, "vepa", "warn", &own, "bridge mode");
+    // Down, it can have an address that is taken.
+    net.host.ip(&format!(
+        "link add link lower name twin address {MAC} type macvtap mode bridge"
+    ));
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    let remedy = "ip link set twin address";
+    expect(&checks, "duplicate MACs", "warn", MAC, remedy);
+    for (mut vm, lowers) in [(vm, 1), (other, 0)] {
+        vm.signal(Signal::KILL);
+        vm.wait_exit(PATIENCE);
+        let listing = tell_json(&net.host, &["net", "list", "lower", "--json"]);
+        let guests = listing["guests"].as_array().expect("an array");
+        assert_eq!(guests.len(), lowers, "{listing}");
+    }
+
+    net.host.ip("link delete twin");
+    let mut vm = net.start_on("lower,mode=passthru", 2, "mode=hlt");
+    vm.wait_for("OK hlt", PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    let remedy = format!("end the process {}", vm.pid());
+    expect(&checks, "macvtaps", "warn", "passthru", &remedy);
+}
+
+#[test]
 fn link_that_a_killed_monitor_left_is_shown_and_collected() {
     if !is_possible() {
         return;
@@ -648,4 +686,10 @@ fn doctor_fails_without_a_usable_kvm() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.starts_with("fail  kvm: "), "{text}");
+    let script = r#"mount --bind /dev/null /dev/kvm && exec "$0" doctor --json"#;
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).arg(vm::binary());
+    let output = command.output().expect("unshare starts");
+    let checks: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    expect(&checks, "kvm", "fail", "KVM", "c 10 232");
 }

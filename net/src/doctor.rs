@@ -16,7 +16,10 @@ use crate::sysfs::Sysfs;
 use crate::wifi;
 
 mod lower;
+mod neighbour;
 mod verdicts;
+
+pub use neighbour::Neighbour;
 
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +69,8 @@ struct Facts {
     /// Links whose owner is dead, by interface index.
     leaked: BTreeMap<u32, Owner>,
     nodes: Vec<Node>,
+    /// Macvtaps on links of this namespace that are in others, and whose they are.
+    neighbours: Vec<(Link, u32)>,
 }
 
 /// What is known of the macvtap driver.
@@ -109,14 +114,16 @@ struct Node {
 /// Looks at whatever macvtaps need of the host's network, in the caller's network namespace: the driver, vhost-net, what
 /// is wrong with the macvtaps that there are; and with a link, whether that can carry one.
 ///
+/// What is in other namespaces does not show: `neighbours` are those that the caller knows of.
+///
 /// It changes nothing, except that the kernel may load the macvtap driver. Without privileges it sees a little less.
-pub fn diagnose_host(link: Option<&LinkName>) -> Vec<Check> {
-    let facts = netns::on_own_thread(Facts::collect).unwrap_or_default();
+pub fn diagnose_host(link: Option<&LinkName>, neighbours: &[Neighbour]) -> Vec<Check> {
+    let facts = netns::on_own_thread(|| Facts::collect(neighbours)).unwrap_or_default();
     verdicts::all(&facts, link.map(LinkName::as_str))
 }
 
 impl Facts {
-    fn collect() -> Self {
+    fn collect(neighbours: &[Neighbour]) -> Self {
         let links = Netlink::connect().and_then(|host| host.links()).ok();
         let seen = links.as_deref().unwrap_or_default();
         let sysfs = Sysfs::of_this_namespace().ok();
@@ -141,6 +148,9 @@ impl Facts {
                 .filter_map(dead)
                 .collect(),
             nodes: nodes(seen, sysfs.as_ref(), Path::new("/dev")),
+            neighbours: netns::inode_of_current()
+                .map(|namespace| neighbour::out_of_sight(neighbours, seen, namespace))
+                .unwrap_or_default(),
             ..Self::default()
         };
         facts.links = links;

@@ -81,7 +81,7 @@ mod harness;
 pub use address::{InterfaceAddress, ParseAddressError};
 pub use adopt::{AdoptError, Adopted, adopt, inherit};
 pub use diagnose::Problem;
-pub use doctor::{Check, Status, diagnose_host};
+pub use doctor::{Check, Neighbour, Status, diagnose_host};
 pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
 pub use identity::{LinkId, this_namespace};
 pub use inventory::{InventoryError, LinkState, LowerInfo, Place, UpperInfo, UpperKind, inventory};

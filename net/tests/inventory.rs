@@ -13,7 +13,7 @@ use netns::Netns;
 
 fn diagnose(netns: &Netns, link: Option<&str>) -> Vec<Check> {
     let link = link.map(|link| link.parse().unwrap());
-    let checks = netns.enter(|| diagnose_host(link.as_ref()));
+    let checks = netns.enter(|| diagnose_host(link.as_ref(), &[]));
     for check in &checks {
         eprintln!(
             "{} {}: {} {:?}",

@@ -27,7 +27,7 @@ pub enum Privileged {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// `/dev/kvm` is absent, or not for this user.
-    #[error("cannot open /dev/kvm: load kvm-intel or kvm-amd, and be root or in the group kvm")]
+    #[error("cannot open /dev/kvm")]
     Open(#[source] kvm_ioctls::Error),
     /// A page of memory for the guest could not be had.
     #[error("cannot allocate a page for the KVM probe")]
@@ -47,6 +47,35 @@ pub enum Error {
     /// The guest did something else than to run its loop and halt.
     #[error("the KVM probe's guest ended with {0}, not with HLT")]
     UnexpectedExit(String),
+}
+
+const NOT_KVM: &str = "see that it is KVM's device, as by `mknod /dev/kvm c 10 232`";
+
+impl Error {
+    /// What to do about it.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Open(error) => match error.errno() {
+                libc::ENOENT | libc::ENODEV | libc::ENXIO => {
+                    "turn virtualization on in the firmware, and load it with `modprobe kvm-intel` or \
+                     `modprobe kvm-amd`; in a container or VM have it passed in"
+                }
+                libc::EACCES | libc::EPERM => {
+                    "run this as root, or join its group with `sudo usermod -aG kvm $USER` and log \
+                     in again"
+                }
+                _ => NOT_KVM,
+            },
+            Self::Request { source, .. } if source.errno() == libc::ENOTTY => NOT_KVM,
+            Self::Memory(_) => "free some memory, or raise the limit (`ulimit -v`)",
+            Self::Request { source, .. } if source.errno() == libc::EBUSY => {
+                "end what else uses the processor's virtualization, such as VirtualBox or VMware"
+            }
+            Self::Code(_) | Self::Request { .. } | Self::UnexpectedExit(_) => {
+                "look for KVM's reason with `dmesg | grep -i kvm`, and try another kernel"
+            }
+        }
+    }
 }
 
 /// Rounds of the loop.
@@ -177,21 +206,23 @@ mod tests {
     }
 
     #[test]
-    fn loop_that_is_delayed_several_times_is_tried_again() {
-        let mut times = [40, 30, 25, 60, 1].map(Duration::from_millis).into_iter();
-        let best = best_time(|| Ok(times.next().unwrap())).unwrap();
-        assert_eq!(judge(best), Privileged::Native);
-    }
-
-    #[test]
-    fn loop_that_is_always_slow_is_given_up() {
-        let mut tries = 0;
-        let run = || {
-            tries += 1;
-            Ok(Duration::from_millis(400))
+    fn every_failure_has_a_remedy_of_its_own() {
+        let request = |number| Error::Request {
+            what: "create a VM",
+            source: kvm_ioctls::Error::new(number),
         };
-        best_time(run).unwrap();
-        assert_eq!(tries, 3);
+        let open = |number| Error::Open(kvm_ioctls::Error::new(number));
+        for (error, remedy) in [
+            (open(libc::ENOENT), "modprobe kvm-intel"),
+            (open(libc::EACCES), "usermod -aG kvm"),
+            (open(libc::EIO), "c 10 232"),
+            (request(libc::ENOTTY), "c 10 232"),
+            (request(libc::EBUSY), "VirtualBox"),
+            (request(libc::EIO), "dmesg"),
+            (Error::UnexpectedExit("Shutdown".into()), "dmesg"),
+        ] {
+            assert!(error.remedy().contains(remedy), "{error:?}");
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
 use super::*;
-use crate::Mode;
+use crate::{LinkId, Mode};
 
 /// A namespace where all is well: `eno1` up, with the bridge-mode macvtap `mvt0` on it.
 fn healthy() -> Facts {
@@ -37,6 +37,7 @@ fn healthy() -> Facts {
             found: Some(99),
             expected: Some(99),
         }],
+        neighbours: Vec::new(),
     }
 }
 
@@ -240,6 +241,89 @@ fn doctor_of_macvtaps_says_which_disturb_each_other() {
     assert_complaint((Warn, "`ip link delete mvt0`"), "eno1", |facts, _| {
         facts.leaked.insert(7, Owner::this_process().unwrap());
     });
+}
+
+/// A guest's private macvtap on `eno1` of the namespace 1.
+fn private(mode: Mode) -> Neighbour {
+    Neighbour {
+        name: "macvtap0".to_owned(),
+        id: Some(LinkId {
+            namespace: 7,
+            index: 7,
+        }),
+        lower: LinkId {
+            namespace: 1,
+            index: 2,
+        },
+        mac: "02:00:00:00:02:01".parse().unwrap(),
+        mode: Some(mode),
+        pid: 4711,
+    }
+}
+
+#[test]
+fn doctor_knows_macvtaps_of_other_namespaces() {
+    use Status::Warn;
+    let with = |facts: &mut Facts, neighbour: Neighbour| {
+        facts.neighbours = neighbour::out_of_sight(&[neighbour], &[], 1);
+    };
+    assert_eq!(
+        complaints("eno1", |facts, _| with(facts, private(Mode::Bridge))),
+        []
+    );
+    let taker = "`macvtap0 of pid 4711` has `eno1` for itself alone";
+    for text in [taker, "end the process 4711"] {
+        assert_complaint((Warn, text), "eno1", |facts, _| {
+            with(facts, private(Mode::Passthru))
+        });
+    }
+    for text in [
+        "hairpin",
+        "`macvtap0 of pid 4711` is in VEPA",
+        "made again in bridge mode",
+    ] {
+        assert_complaint((Warn, text), "eno1", |facts, _| {
+            with(facts, private(Mode::Vepa))
+        });
+    }
+    // One that is here depends on a switch because of one that is not.
+    assert_complaint((Warn, "`ip link set mvt0 type"), "eno1", |facts, links| {
+        links[1].mode = Some(Mode::Vepa);
+        with(facts, private(Mode::Bridge));
+    });
+    assert_complaint(
+        (Warn, "`ip link set mvt0 address MAC`"),
+        "eno1",
+        |facts, links| {
+            with(facts, private(Mode::Bridge));
+            links[1].mac = facts.neighbours[0].0.mac;
+        },
+    );
+}
+
+#[test]
+fn neighbours_of_other_lowers_and_those_in_sight_are_left_out() {
+    let found = |neighbour: Neighbour| {
+        neighbour::out_of_sight(&[neighbour], &healthy().links.unwrap(), 1).len()
+    };
+    let bridge = || private(Mode::Bridge);
+    assert_eq!(found(bridge()), 1);
+    let lower = LinkId {
+        namespace: 2,
+        index: 2,
+    };
+    assert_eq!(found(Neighbour { lower, ..bridge() }), 0);
+    let id = Some(LinkId {
+        namespace: 1,
+        index: 7,
+    });
+    assert_eq!(found(Neighbour { id, ..bridge() }), 0);
+    let seen = Neighbour {
+        id: None,
+        name: "mvt0".to_owned(),
+        ..bridge()
+    };
+    assert_eq!(found(seen), 0);
 }
 
 #[test]

@@ -30,11 +30,13 @@ pub(super) fn all(facts: &Facts, link: Option<&str>) -> Vec<Check> {
     }
     let only = link.and_then(|name| links.iter().find(|link| link.name == name));
     let only = only.map(|link| diagnose::real_device(links, link).index);
-    let mut uppers: Vec<&Link> = links.iter().filter(|link| link.is_macvlan()).collect();
-    uppers.retain(|upper| only.is_none() || upper.lower == only);
-    checks.push(macvtaps(links, &uppers));
-    checks.push(duplicate_macs(links, &uppers));
-    checks.push(vepa(&uppers));
+    let neighbours = facts.neighbours.iter().map(|(link, _)| link);
+    let all: Vec<&Link> = links.iter().chain(neighbours).collect();
+    let mut uppers = all.clone();
+    uppers.retain(|link| link.is_macvlan() && (only.is_none() || link.lower == only));
+    checks.push(macvtaps(facts, links, &uppers));
+    checks.push(duplicate_macs(facts, &all, &uppers));
+    checks.push(vepa(facts, &uppers));
     checks.push(leaked(facts, &uppers));
     checks.push(nodes(links, &facts.nodes));
     checks
@@ -142,7 +144,7 @@ fn candidates(facts: &Facts, links: &[Link]) -> Check {
 }
 
 /// Which macvtaps there are, and whether one of them wants its lower for itself.
-fn macvtaps(links: &[Link], uppers: &[&Link]) -> Check {
+fn macvtaps(facts: &Facts, links: &[Link], uppers: &[&Link]) -> Check {
     let name = "macvtaps";
     if let Some(taker) = uppers
         .iter()
@@ -157,10 +159,13 @@ fn macvtaps(links: &[Link], uppers: &[&Link]) -> Check {
         return Check::warn(
             name,
             message,
-            format!(
-                "delete it with `ip link delete {}`, or use another interface",
-                taker.name
-            ),
+            match facts.user_of(taker) {
+                Some(pid) => format!("end the process {pid}, or use another interface"),
+                None => format!(
+                    "delete it with `ip link delete {}`, or use another interface",
+                    taker.name
+                ),
+            },
         );
     }
     match uppers.len() {
@@ -172,7 +177,7 @@ fn macvtaps(links: &[Link], uppers: &[&Link]) -> Check {
     }
 }
 
-fn duplicate_macs(links: &[Link], uppers: &[&Link]) -> Check {
+fn duplicate_macs(facts: &Facts, all: &[&Link], uppers: &[&Link]) -> Check {
     let name = "duplicate MACs";
     let same_wire = |one: &Link, other: &Link| {
         one.mac.is_some()
@@ -184,8 +189,12 @@ fn duplicate_macs(links: &[Link], uppers: &[&Link]) -> Check {
             && one.mode != Some(Mode::Passthru)
     };
     let pair = uppers.iter().find_map(|upper| {
-        let twin = links.iter().find(|link| same_wire(upper, link))?;
-        Some((upper, twin))
+        let twin = all.iter().find(|link| same_wire(upper, link))?;
+        // The first is the one to change.
+        match facts.user_of(upper) {
+            Some(_) if facts.user_of(twin).is_none() && twin.is_macvlan() => Some((twin, upper)),
+            _ => Some((upper, twin)),
+        }
     });
     match pair {
         Some((one, other)) => {
@@ -198,17 +207,20 @@ fn duplicate_macs(links: &[Link], uppers: &[&Link]) -> Check {
             Check::warn(
                 name,
                 message,
-                format!(
-                    "delete the one that is not needed, or give it another with `ip link set {} address MAC`",
-                    one.name
-                ),
+                match facts.user_of(one) {
+                    Some(pid) => format!("end the process {pid}, or start it with another address"),
+                    None => format!(
+                        "delete the one that is not needed, or give it another with `ip link set {} address MAC`",
+                        one.name
+                    ),
+                },
             )
         }
         None => Check::ok(name, "no two links on a wire have the same MAC address"),
     }
 }
 
-fn vepa(uppers: &[&Link]) -> Check {
+fn vepa(facts: &Facts, uppers: &[&Link]) -> Check {
     let name = "vepa";
     let with_sibling = uppers.iter().find(|upper| {
         let is_sibling = |other: &&Link| other.lower == upper.lower && other.index != upper.index;
@@ -223,10 +235,15 @@ fn vepa(uppers: &[&Link]) -> Check {
                 "`{}` is in VEPA mode and has siblings, which it reaches only through a switch that sends frames back (hairpin); most don't",
                 upper.name
             ),
-            format!(
-                "turn hairpin on at the switch, or change it with `ip link set {} type {} mode bridge`",
-                upper.name, upper.kind
-            ),
+            match facts.user_of(upper) {
+                Some(_) => {
+                    "turn hairpin on at the switch, or have it made again in bridge mode".to_owned()
+                }
+                None => format!(
+                    "turn hairpin on at the switch, or change it with `ip link set {} type {} mode bridge`",
+                    upper.name, upper.kind
+                ),
+            },
         ),
         None => Check::ok(name, "no link depends on a hairpin switch"),
     }

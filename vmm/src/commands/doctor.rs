@@ -2,12 +2,13 @@
 
 use std::fmt::Write;
 
-use net::{Check, Status};
+use net::{Check, Neighbour, Status};
 use serde::Serialize;
 
 use crate::cli::DoctorArgs;
 use crate::commands::json;
 use crate::probe::{self, Privileged};
+use crate::registry::{self, NicEntry};
 
 /// A check, as JSON shows it.
 #[derive(Debug, Serialize)]
@@ -42,7 +43,7 @@ impl From<Check> for Line {
 
 /// The report, and whether nothing failed.
 pub fn run(args: &DoctorArgs) -> (String, bool) {
-    let network = net::diagnose_host(args.link.as_ref())
+    let network = net::diagnose_host(args.link.as_ref(), &neighbours())
         .into_iter()
         .map(Line::from);
     let lines: Vec<Line> = std::iter::once(kvm()).chain(network).collect();
@@ -57,6 +58,25 @@ pub fn run(args: &DoctorArgs) -> (String, bool) {
         },
         healthy,
     )
+}
+
+/// The macvtaps of running guests. A private one shows nowhere else.
+fn neighbours() -> Vec<Neighbour> {
+    let of = |pid: u32, nic: &NicEntry| {
+        Some(Neighbour {
+            name: nic.name.clone(),
+            id: nic.id.map(Into::into),
+            lower: nic.lower_id?.into(),
+            mac: nic.mac.parse().ok()?,
+            mode: nic.mode.as_deref().and_then(|mode| mode.parse().ok()),
+            pid,
+        })
+    };
+    let guests = registry::running();
+    let cards = guests
+        .iter()
+        .flat_map(|guest| guest.nics.iter().map(|nic| (guest.pid, nic)));
+    cards.filter_map(|(pid, nic)| of(pid, nic)).collect()
 }
 
 fn kvm() -> Line {
@@ -83,8 +103,7 @@ fn kvm() -> Line {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             let message =
                 cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"));
-            // The error says what to do.
-            line(Status::Fail, &message, None)
+            line(Status::Fail, &message, Some(error.remedy().to_owned()))
         }
     }
 }
