@@ -9,6 +9,7 @@
 //! all before it back. What is needed for the way back is remembered in the alias of the host link.
 
 use rtnetlink::packet_route::address::AddressMessage;
+use rtnetlink::packet_route::route::RouteMessage;
 
 use crate::address::InterfaceAddress;
 use crate::diagnose;
@@ -173,6 +174,11 @@ fn list(host: &Netlink) -> Result<Vec<Link>, HostLinkProblem> {
         .map_err(HostLinkProblem::from_step("list the network interfaces"))
 }
 
+fn list_routes(host: &Netlink) -> Result<Vec<RouteMessage>, HostLinkProblem> {
+    host.routes()
+        .map_err(HostLinkProblem::from_step("list the routes"))
+}
+
 fn announce(host: &Netlink, index: u32, addresses: &[InterfaceAddress]) {
     if let Ok(Link { mac: Some(mac), .. }) = host.link(index) {
         announce::announce(index, mac, addresses.iter().map(InterfaceAddress::ip));
@@ -261,8 +267,12 @@ fn unmake(
         // Their routes went with them, so only now is it clear what is left to move.
         let mut left = addresses()?;
         left.retain(|message| of_link(message) && !moving::is_autoconfigured(message));
+        // A move that was interrupted has left some of it on both links.
+        let (there, routes) = (addresses()?, list_routes(host)?);
         for step in move_steps(host, link.into(), lower.into(), &left)? {
-            take(step)?;
+            if !moving::is_done(&step, lower.into(), &there, &routes) {
+                take(step)?;
+            }
         }
         if let Some(value) = tag.accept_ra {
             take(Step::Write {

@@ -6,7 +6,9 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 
 use super::moving::{self, End, Journal, Step};
-use super::{HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, host_links_on, list};
+use super::{
+    HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, host_links_on, list, list_routes,
+};
 use crate::address::InterfaceAddress;
 use crate::diagnose::{self, Wish};
 use crate::mac::MacAddr;
@@ -245,9 +247,7 @@ pub(super) fn move_steps(
     to: End<'_>,
     addresses: &[AddressMessage],
 ) -> Result<Vec<Step>, HostLinkProblem> {
-    let routes = host
-        .routes()
-        .map_err(HostLinkProblem::from_step("list the routes"))?;
+    let routes = list_routes(host)?;
     moving::plan(from, to, addresses, &routes).map_err(|_| HostLinkProblem::NextHopObject {
         name: from.name.to_owned(),
     })

@@ -157,6 +157,22 @@ impl<'a> From<&'a Link> for End<'a> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct UsesNextHopObject;
 
+/// Whether `to` has what the step would add: a move there was interrupted, or is taken back after it was.
+pub(super) fn is_done(
+    step: &Step,
+    to: End<'_>,
+    addresses: &[AddressMessage],
+    routes: &[RouteMessage],
+) -> bool {
+    match step {
+        Step::AddAddress(new) => addresses
+            .iter()
+            .any(|old| old.header.index == new.header.index && ip_of(old) == ip_of(new)),
+        Step::AddRoute(new) => routes.iter().any(|old| route_over(old, to, to) == *new),
+        _ => false,
+    }
+}
+
 /// What has to be done to move all of `addresses` and `routes` that are `from`'s and not link-local ones.
 ///
 /// A route through a gateway can be made only where another route leads to that gateway, and that goes for the way back
@@ -189,8 +205,15 @@ pub(super) fn plan(
             .map(|route| Step::AddRoute(route_over(route, from, to))),
     );
     for route in through {
-        steps.push(Step::DeleteRoute(route_over(route, from, from)));
-        steps.push(Step::AddRoute(route_over(route, from, to)));
+        let mut change = [
+            Step::AddRoute(route_over(route, from, to)),
+            Step::DeleteRoute(route_over(route, from, from)),
+        ];
+        // IPv6 would make one route with two next hops of both. So whoever is killed in between loses it.
+        if route.header.address_family == AddressFamily::Inet6 {
+            change.reverse();
+        }
+        steps.extend(change);
     }
     let gone = direct.iter().rev();
     steps.extend(gone.map(|route| Step::DeleteRoute(route_over(route, from, from))));

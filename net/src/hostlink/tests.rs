@@ -1,3 +1,4 @@
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressScope;
 
 use super::making::new_address;
@@ -78,6 +79,16 @@ fn snapshot(netns: &Netns) -> Vec<String> {
     lines
 }
 
+/// The kernel makes an IPv6 address's own route a moment after the address.
+#[track_caller]
+fn becomes(netns: &Netns, expected: &[String], when: &str) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while snapshot(netns) != expected && std::time::Instant::now() < deadline {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(snapshot(netns), expected, "{when}");
+}
+
 fn make_with(
     host: &Netlink,
     spec: &HostLinkSpec,
@@ -114,7 +125,7 @@ fn move_that_fails_at_any_step_puts_all_back() {
             }
             Err(other) => panic!("{other}"),
         }
-        assert_eq!(snapshot(&host), before, "after a failure at step {steps}");
+        becomes(&host, &before, &format!("after a failure at step {steps}"));
         assert_eq!(host.links(), ["v0"]);
         steps += 1;
     }
@@ -126,14 +137,79 @@ fn move_that_fails_at_any_step_puts_all_back() {
         if result.is_ok() {
             break;
         }
-        assert_eq!(
-            snapshot(&host),
-            moved,
-            "after a failure at step {patience} of the way back"
-        );
+        let step = format!("after a failure at step {patience} of the way back");
+        becomes(&host, &moved, &step);
     }
-    assert_eq!(snapshot(&host), before);
+    becomes(&host, &before, "after the way back");
     assert_eq!(host.links(), ["v0"]);
+}
+
+#[test]
+fn move_that_was_killed_at_any_step_is_undone_by_delete() {
+    if !harness::is_root() {
+        return;
+    }
+    let (host, _peer) = host_with_much();
+    let before = snapshot(&host);
+    host.enter(|| {
+        let netlink = Netlink::connect().unwrap();
+        for killed_after in 0.. {
+            let (length, lost) = half_a_move(&netlink, killed_after);
+            let half = snapshot(&host);
+            // And should that fail, all is as it was found.
+            let fails = killed_after % 5 == 1;
+            if !fails || unmake_with(&netlink, Some(killed_after / 2)).is_err() {
+                becomes(&host, &half, &format!("killed after step {killed_after}"));
+                unmake_with(&netlink, None).unwrap();
+            }
+            if let Some(route) = lost {
+                netlink.add_route(&route).unwrap();
+            }
+            becomes(&host, &before, &format!("killed after step {killed_after}"));
+            assert_eq!(host.links(), ["v0"]);
+            if killed_after == length {
+                return;
+            }
+        }
+    });
+}
+
+/// What a killed `make` leaves behind that had taken so many steps; returns how many it would have taken, and a route
+/// that was on neither link just then.
+fn half_a_move(host: &Netlink, count: usize) -> (usize, Option<RouteMessage>) {
+    let lower = diagnose::find(&list(host).unwrap(), "v0").unwrap().clone();
+    let mac = MacAddr::random().unwrap();
+    host.create_macvlan("half", lower.index, mac).unwrap();
+    let link = diagnose::find(&list(host).unwrap(), "half")
+        .unwrap()
+        .clone();
+    let tag = Tag {
+        moved: true,
+        ..Tag::default()
+    };
+    host.set_alias(link.index, &tag.to_alias().unwrap())
+        .unwrap();
+    host.up(link.index).unwrap();
+    let addresses = host.addresses().unwrap();
+    let steps = move_steps(host, (&lower).into(), (&link).into(), &addresses).unwrap();
+    let length = steps.len();
+    let lost = match (
+        count.checked_sub(1).map(|last| &steps[last]),
+        steps.get(count),
+    ) {
+        (Some(Step::DeleteRoute(old)), Some(Step::AddRoute(_)))
+            if old.header.address_family == AddressFamily::Inet6 =>
+        {
+            Some(old.clone())
+        }
+        _ => None,
+    };
+    let mut journal = Journal::new(host);
+    for step in steps.into_iter().take(count) {
+        journal.take(step).unwrap();
+    }
+    journal.commit();
+    (length, lost)
 }
 
 #[test]
