@@ -1106,11 +1106,29 @@ fn host_link_that_cannot_be_is_refused_and_changes_nothing() {
         FAILED,
         &["cannot delete the host link", "no host link on `lower`"],
     );
+    refused(&["--delete"], FAILED, &["there is no host link"]);
     refused(
         &[&["lower", "--name", "lower"], &address[..]].concat(),
         FAILED,
         &["already an interface `lower`"],
     );
+}
+
+#[test]
+fn host_link_to_delete_needs_no_name_when_it_is_the_only_one() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let host_link = |args: &[&str]| place.minivmm(&[&["net", "host-link"], args].concat());
+    for (name, address) in [("one", "10.98.0.8/24"), ("two", "10.99.0.8/24")] {
+        succeeds(host_link(&["lower", "--name", name, "--address", address]));
+    }
+    let both = ["`one` on `lower`", "`two` on `lower`", "name one of them"];
+    is_refused(host_link(&["--delete"]), FAILED, &both);
+    succeeds(host_link(&["one", "--delete"]));
+    let told = succeeds(host_link(&["--delete"]));
+    assert_eq!(told, "deleted two on lower\n");
 }
 
 #[test]

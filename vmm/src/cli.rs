@@ -266,8 +266,10 @@ pub struct OpenArgs {
 /// `minivmm net host-link`.
 #[derive(Clone, Debug, Args)]
 pub struct HostLinkArgs {
-    /// The interface of the guests; with --delete also the macvlan itself
-    pub link: LinkName,
+    /// The interface of the guests; with --delete also the macvlan itself, or nothing if there is
+    /// only one
+    #[arg(required_unless_present = "delete")]
+    pub link: Option<LinkName>,
 
     /// An address of the host on the new macvlan. May be repeated
     #[arg(
@@ -342,6 +344,7 @@ mod tests {
             "minivmm net host-link eno1 --address 10.0.0.1/24 --address fd00::1/64 --name host0",
             "minivmm net host-link eno1 --move-address",
             "minivmm net host-link eno1 --delete",
+            "minivmm net host-link --delete",
             "minivmm net list",
             "minivmm net list eno1 --json",
             "minivmm net gc -v",
@@ -362,6 +365,7 @@ mod tests {
             "minivmm net",
             "minivmm net open eno1",
             "minivmm net host-link eno1",
+            "minivmm net host-link --address 10.0.0.1/24",
             "minivmm net host-link eno1 --address 10.0.0.1",
             "minivmm net host-link eno1 --delete --move-address",
             "minivmm --kernel k --host-link 10.0.0.1/24",

@@ -10,6 +10,7 @@ use std::io::{self, ErrorKind, Write};
 use crate::cli::{Command, NetCommand};
 use crate::qemu::{self, QemuError};
 
+pub use host_link::HostLinkCommandError;
 pub use open::OpenError;
 
 /// Why a subcommand could not do its work.
@@ -20,7 +21,7 @@ pub enum CommandError {
     Open(#[from] OpenError),
     /// `net host-link`.
     #[error(transparent)]
-    HostLink(#[from] net::HostLinkError),
+    HostLink(#[from] HostLinkCommandError),
     /// `net list`.
     #[error(transparent)]
     List(#[from] net::InventoryError),

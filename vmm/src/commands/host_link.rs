@@ -1,21 +1,79 @@
 //! `minivmm net host-link`: the macvlan by which the host itself talks to its guests.
 
-use net::{HostLink, HostLinkError, HostLinkSpec};
+use std::io;
+
+use net::{HostLink, HostLinkError, HostLinkSpec, InventoryError, LinkName};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
 use crate::cli::HostLinkArgs;
 
+/// Why there is no host link, or why it stays.
+#[derive(Debug, thiserror::Error)]
+pub enum HostLinkCommandError {
+    /// It could not be made or deleted.
+    #[error(transparent)]
+    HostLink(#[from] HostLinkError),
+    /// The links that there are cannot be listed.
+    #[error(transparent)]
+    List(#[from] InventoryError),
+    /// No link is named.
+    #[error("name the interface of the guests, as in `minivmm net host-link eno1`")]
+    NoName,
+    /// There is nothing to delete.
+    #[error("there is no host link in this network namespace that could be deleted")]
+    None,
+    /// There is a choice.
+    #[error("there are several host links: {}: name one of them", .0.join(", "))]
+    Several(Vec<String>),
+    /// Signals cannot be held back.
+    #[error("cannot hold signals back")]
+    Signals(#[source] io::Error),
+}
+
 /// Makes or deletes it, and says what was done.
-pub fn run(args: &HostLinkArgs) -> Result<String, HostLinkError> {
-    if args.delete {
-        let gone = HostLink::delete(&args.link)?;
-        let moved = if gone.moved {
-            ", and its addresses and routes are back there"
-        } else {
-            ""
-        };
-        return Ok(format!("deleted {} on {}{moved}\n", gone.name, gone.lower));
+pub fn run(args: &HostLinkArgs) -> Result<String, HostLinkCommandError> {
+    // Whoever is ended half-way leaves addresses on both links.
+    let _held = HeldSignals::hold().map_err(HostLinkCommandError::Signals)?;
+    match (&args.link, args.delete) {
+        (Some(link), true) => Ok(delete(link)?),
+        (None, true) => Ok(delete(&the_only_one()?)?),
+        (Some(link), false) => Ok(make(args, link)?),
+        (None, false) => Err(HostLinkCommandError::NoName),
     }
-    let mut spec = HostLinkSpec::new(args.link.clone());
+}
+
+fn delete(link: &LinkName) -> Result<String, HostLinkError> {
+    let gone = HostLink::delete(link)?;
+    let moved = if gone.moved {
+        ", and its addresses and routes are back there"
+    } else {
+        ""
+    };
+    Ok(format!("deleted {} on {}{moved}\n", gone.name, gone.lower))
+}
+
+/// The host link of this namespace. Those of guests go with these, and don't count.
+fn the_only_one() -> Result<LinkName, HostLinkCommandError> {
+    let mut found = Vec::new();
+    for lower in net::inventory(None)? {
+        let on = lower.name.unwrap_or_default();
+        let links = lower.uppers.into_iter().filter(|upper| upper.host_link);
+        found.extend(links.map(|link| (link.name, on.clone())));
+    }
+    match &found[..] {
+        [(name, _)] => name.parse().map_err(|_| HostLinkCommandError::None),
+        [] => Err(HostLinkCommandError::None),
+        several => {
+            let words = several
+                .iter()
+                .map(|(name, on)| format!("`{name}` on `{on}`"));
+            Err(HostLinkCommandError::Several(words.collect()))
+        }
+    }
+}
+
+fn make(args: &HostLinkArgs, link: &LinkName) -> Result<String, HostLinkError> {
+    let mut spec = HostLinkSpec::new(link.clone());
     spec.name = args.name.clone();
     spec.addresses = args.address.clone();
     spec.move_addresses = args.move_address;
@@ -28,4 +86,47 @@ pub fn run(args: &HostLinkArgs) -> Result<String, HostLinkError> {
         addresses.join(" "),
         link.name
     ))
+}
+
+/// Signals that end a process wait as long as this exists, in this thread and those that it starts.
+#[derive(Debug)]
+struct HeldSignals {
+    before: SigSet,
+}
+
+impl HeldSignals {
+    fn hold() -> io::Result<Self> {
+        let held = [
+            Signal::SIGINT,
+            Signal::SIGTERM,
+            Signal::SIGHUP,
+            Signal::SIGQUIT,
+        ];
+        let held: SigSet = held.into_iter().collect();
+        let before = held.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for HeldSignals {
+    fn drop(&mut self) {
+        // It was the mask before.
+        let _ = self.before.thread_set_mask();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_are_held_back_for_threads_too_and_let_go_again() {
+        let is_held = || SigSet::thread_get_mask().is_ok_and(|mask| mask.contains(Signal::SIGTERM));
+        assert!(!is_held());
+        let held = HeldSignals::hold().unwrap();
+        assert!(is_held());
+        assert!(std::thread::spawn(is_held).join().unwrap());
+        drop(held);
+        assert!(!is_held());
+    }
 }
