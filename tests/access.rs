@@ -777,6 +777,48 @@ fn unprivileged_minivmm_in_net_open_serves_its_guest() {
     }
 }
 
+/// All that minivmm asks of QEMU here.
+const NOT_REALLY_QEMU: &str = "#!/bin/sh
+case $1 in
+--version) echo QEMU emulator version 8.0.0 ;;
+*) exec sleep 60 ;;
+esac
+";
+
+#[test]
+fn card_of_qemu_is_listed_while_it_runs_and_never_shared() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    place.macvtap("mine");
+    let (script, program) = (place.path("script"), place.path("qemu"));
+    fs::write(&script, NOT_REALLY_QEMU).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    copy_program(&script, &program);
+    let program = program.to_str().unwrap();
+    let qemu = |macvtaps: &[&str]| {
+        let mut args = vec!["qemu", "--qemu", program];
+        macvtaps
+            .iter()
+            .for_each(|spec| args.extend(["--macvtap", spec]));
+        place.minivmm(&[&args[..], &["--", "-M", "q35"]].concat())
+    };
+    is_refused(qemu(&["mine", "mine"]), FAILED, &["two cards are on mine"]);
+    let private = format!("lower,mac={MAC},mode=private");
+    let mut vm = Vm::spawn(qemu(&["mine", &private]));
+    let listing = || succeeds(place.minivmm(&["net", "list", "lower"]));
+    let own = format!("program of pid {}, {program}\n", vm.pid());
+    assert!(eventually(|| listing().contains(&own)), "{}", listing());
+    let card = format!("macvtap macvtap0 on lower  private  {MAC}  mtu 1500");
+    assert!(listing().contains(&card), "{}", listing());
+    let texts = [program, "a part of its frames"];
+    is_refused(qemu(&["mine"]), FAILED, &texts);
+    vm.signal(Signal::TERM);
+    vm.wait_exit(PATIENCE);
+    assert!(!listing().contains(&own), "{}", listing());
+}
+
 // netns=host.
 
 #[test]
