@@ -21,6 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::netns::{self, Netns};
+use harness::skip::has_kvm;
 use harness::vm::{Vm, binary, copy_program};
 use rustix::process::Signal;
 use tempfile::TempDir;

@@ -26,8 +26,8 @@ use harness::assets::{assets, cache_dir, lock};
 use harness::linux::initrd;
 use harness::netns::{Netns, is_root};
 use harness::site::{Site, address, pings};
+use harness::skip;
 use harness::vm::{Vm, binary, copy_program};
-use rustix::fs::{Mode, OFlags, fcntl_getfl};
 use rustix::process::{Pid, Signal, kill_process};
 use vmm::probe::{Privileged, probe};
 

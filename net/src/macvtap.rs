@@ -125,6 +125,18 @@ impl Macvtap {
         watch::open_socket_in(self.namespace())
     }
 
+    /// Listens to what its user sends, where that tells about it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`FrameListener::in_namespace`].
+    pub fn listen(&self) -> io::Result<FrameListener> {
+        match self.namespace() {
+            Some(namespace) => FrameListener::in_namespace(namespace, self.id.index, self.mac),
+            None => FrameListener::new(self.id.index, self.mac),
+        }
+    }
+
     /// The namespace that it lives in, if that may not be the caller's.
     fn namespace(&self) -> Option<BorrowedFd<'_>> {
         let existing = || self.namespace.as_ref().map(AsFd::as_fd);

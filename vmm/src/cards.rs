@@ -18,6 +18,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{BackendChoice, NicOptions};
+use crate::guest_listener::GuestListener;
 use crate::link_watch::{FollowedLink, LinkFollower};
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
@@ -32,6 +33,7 @@ pub struct Cards {
     /// Signalled when a guest's addresses have changed.
     learnt: EventFd,
     watched: Vec<Watched>,
+    listeners: Vec<(FrameListener, Arc<Observer>)>,
     registered: Vec<RegisteredCard>,
 }
 
@@ -56,6 +58,7 @@ impl Cards {
             leases: Vec::new(),
             learnt: eventfd.map_err(MachineError::EventFd)?,
             watched: Vec::new(),
+            listeners: Vec::new(),
             registered: Vec::new(),
         };
         for ((n, nic), slot) in (0..).zip(nics).zip(plan.virtio()) {
@@ -116,6 +119,9 @@ impl Cards {
             let changed = self.learnt.try_clone()?;
             let follower = LinkFollower::new(label, watch, guest, link, changed);
             watchers.push(Box::new(follower));
+        }
+        for (listener, observer) in self.listeners.drain(..) {
+            watchers.push(Box::new(GuestListener::new(listener, observer)?));
         }
         let cards = std::mem::take(&mut self.registered);
         let registration = Registration::new(Runs::Kernel(kernel), cards);

@@ -40,8 +40,10 @@ pub mod console;
 pub mod cpuid;
 pub mod event_loop;
 pub mod exit;
+pub mod guest_listener;
 pub mod handed;
 pub mod handover;
+pub mod host_link;
 pub mod link_watch;
 pub mod machine;
 pub mod msi;
@@ -52,6 +54,7 @@ pub mod qemu;
 pub mod registry;
 pub mod resources;
 pub mod sharing;
+pub mod terminal;
 pub mod vcpu;
 pub mod vm;
 

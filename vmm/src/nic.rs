@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::tap::{Tap, TapError};
-use net::{AdoptError, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode};
+use net::{AdoptError, FrameListener, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode};
 
-use crate::config::{NicConfig, NicOptions, NicSource};
+use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource};
 use crate::handed::Handed;
 use crate::registry::NicEntry;
 use crate::sharing::{self, Interface, SharedError};
@@ -74,12 +74,14 @@ impl Nic {
     fn make(spec: &MacvtapSpec, options: &NicOptions) -> Result<Self, NicError> {
         let macvtap = Macvtap::open(spec)?;
         let interface = Interface::of_macvtap(&macvtap)?;
+        let listener = wants_listener(options).then(|| listening(macvtap.name(), macvtap.listen()));
         let host = Host {
             entry: NicEntry::of(&macvtap, interface.device),
             interface,
             mac: macvtap.mac(),
             mode: Some(macvtap.mode()),
             watch: watched(macvtap.name(), macvtap.watch()),
+            listener: listener.flatten(),
         };
         let (queues, lease) = macvtap.into_parts();
         Self::new(host, queues, Some(lease), options)
@@ -110,12 +112,16 @@ impl Nic {
                 None
             }
         };
+        let listener = adopted.id.filter(|_| wants_listener(options));
+        let listener =
+            listener.and_then(|id| listening(name, FrameListener::new(id.index, adopted.mac)));
         let host = Host {
             entry: NicEntry::of_adopted(&adopted, told, interface.device),
             interface,
             mac: adopted.mac,
             mode: adopted.mode.or(told.and_then(|told| told.mode)),
             watch,
+            listener,
         };
         Self::new(host, adopted.queues, None, options)
     }
@@ -132,6 +138,7 @@ impl Nic {
             mac,
             mode,
             watch,
+            listener,
         } = host;
         // An Ethernet interface's MTU is at most 65,535.
         let mtu = u16::try_from(entry.mtu).unwrap_or(u16::MAX);
@@ -160,6 +167,7 @@ impl Nic {
             entry,
             interface,
             watch,
+            listener,
             lease,
         })
     }
@@ -173,6 +181,7 @@ struct Host {
     mac: MacAddr,
     mode: Option<Mode>,
     watch: Option<LinkWatch>,
+    listener: Option<FrameListener>,
 }
 
 /// What this process was started with.

@@ -226,6 +226,24 @@ mod tests {
     }
 
     #[test]
+    fn loop_that_is_delayed_several_times_is_tried_again() {
+        let mut times = [40, 30, 25, 60, 1].map(Duration::from_millis).into_iter();
+        let best = best_time(|| Ok(times.next().unwrap())).unwrap();
+        assert_eq!(judge(best), Privileged::Native);
+    }
+
+    #[test]
+    fn loop_that_is_always_slow_is_given_up() {
+        let mut tries = 0;
+        let run = || {
+            tries += 1;
+            Ok(Duration::from_millis(400))
+        };
+        best_time(run).unwrap();
+        assert_eq!(tries, 3);
+    }
+
+    #[test]
     fn slow_loop_is_emulated_at_its_speed() {
         let emulated = Privileged::Emulated {
             instructions_per_second: 1_500_000,

@@ -37,15 +37,15 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 
-use net::{AdoptError, HostLinkGuard, HostLinkSpec, MacAddr, MacvtapSpec};
+use net::{AdoptError, MacAddr, MacvtapSpec};
 
 use crate::cli::{Accel, QemuArgs};
-use crate::config::{ConsoleTarget, NicSource};
-use crate::exit::Exit;
-use crate::handover::{self, Handover};
+use crate::config::NicSource;
+use crate::handover;
+use crate::host_link;
 use crate::registry::{RegisteredCard, Registration, Runs};
 use crate::sharing::{self, SharedError};
-use crate::{child, console};
+use crate::terminal::may_read;
 
 use accel::Engine;
 use args::{Card, Line, Machine};
@@ -71,10 +71,7 @@ pub enum QemuError {
     Macvtap(#[from] net::Error),
     /// The host's own access.
     #[error(transparent)]
-    HostLink(#[from] net::HostLinkError),
-    /// The first card stands on an interface that cannot be named here.
-    #[error("--host-link needs a card whose interface has a name in this network namespace")]
-    HostLinkName(#[source] net::ParseLinkNameError),
+    HostLink(#[from] host_link::HostLinkError),
     /// Descriptors of somebody else's.
     #[error("cannot use the file descriptors of --macvtap fd=")]
     Adopt(#[from] AdoptError),
@@ -268,14 +265,15 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     let plan = Plan::new(args, true)?;
     let (mut cards, mut descriptors, mut leases) = (Vec::new(), Vec::new(), Vec::new());
     let (mut interfaces, mut registered) = (Vec::new(), Vec::new());
-    for (n, nic) in args.macvtap.iter().enumerate() {
-        let queues = match &nic.source {
-            NicSource::Macvtap(spec) => Queues::make(spec)?,
-            NicSource::Descriptors(fds) => {
-                Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?
-            }
+    for (n, origin) in origins(args, &plan, &mut inherited)?
+        .into_iter()
+        .enumerate()
+    {
+        let queues = match origin {
+            Origin::ToMake(spec) => Queues::make(spec)?,
+            Origin::Open(queues) => *queues,
         };
-        cards.push(plan.card(n, nic, queues.mac, queues.entry.mtu)?);
+        cards.push(plan.card(n, &args.macvtap[n], queues.mac, queues.entry.mtu)?);
         descriptors.extend(queues.descriptors);
         for _ in &plan.numbers[n].vhost {
             descriptors.push(nics::open_vhost().map_err(QemuError::Vhost)?.into());
@@ -289,6 +287,8 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
         Some(kernel) => Runs::Kernel(kernel.clone()),
         None => Runs::Program(plan.qemu.clone()),
     };
+    let first = registered.first().map(|card| &card.nic);
+    let host_link = host_link::make(first, &args.host_link)?;
     // Removed when QEMU has ended.
     let _registration = Registration::new(runs, registered);
     let control = plan
@@ -302,7 +302,6 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     });
     let mut command = Command::new(&plan.qemu);
     command.args(plan.line(&cards, &args.args));
-    let host_link = host_link(args, lowers.first())?;
     log::debug!("running {command:?}");
     let status = process::supervise(command, descriptors, control, &plan);
     drop((leases, host_link));
@@ -313,7 +312,7 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
 #[derive(Debug)]
 enum Origin<'a> {
     ToMake(&'a MacvtapSpec),
-    Open(Queues),
+    Open(Box<Queues>),
 }
 
 /// Takes over the queues that somebody else has opened: what is wrong with them is told before anything is made.
@@ -325,23 +324,10 @@ fn origins<'a>(
     let origin = |(n, nic): (usize, &'a NicRequest)| match &nic.source {
         NicSource::Macvtap(spec) => Ok(Origin::ToMake(spec)),
         NicSource::Descriptors(fds) => {
-            let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect())?;
+            let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?;
             plan.check_mac(n, queues.mac)?;
-            Ok(Origin::Open(queues))
+            Ok(Origin::Open(Box::new(queues)))
         }
     };
     args.macvtap.iter().enumerate().map(origin).collect()
-}
-
-/// The host's own link, on the interface of the first card.
-fn host_link(args: &QemuArgs, lower: Option<&String>) -> Result<Option<HostLinkGuard>, QemuError> {
-    let (Some(lower), false) = (lower, args.host_link.is_empty()) else {
-        return Ok(None);
-    };
-    let lower = lower.parse().map_err(QemuError::HostLinkName)?;
-    let mut spec = HostLinkSpec::new(lower);
-    spec.addresses = args.host_link.clone();
-    let guard = HostLinkGuard::create(&spec)?;
-    log::info!("the host talks to its guests by {}", guard.link().name);
-    Ok(Some(guard))
 }

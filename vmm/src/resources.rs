@@ -5,10 +5,11 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use net::{HostLinkGuard, HostLinkSpec, LinkId};
+use net::HostLinkGuard;
 
 use crate::config::{Config, ConsoleTarget, MemorySize};
 use crate::console;
+use crate::host_link;
 use crate::nic::{self, Nic, NicError};
 use crate::vm::{Hypervisor, VmError};
 
@@ -69,31 +70,7 @@ pub enum ResourceError {
     Nic(#[from] NicError),
     /// The host's own access.
     #[error(transparent)]
-    HostLink(#[from] net::HostLinkError),
-    /// The first card stands on an interface of another network namespace, or on one that nobody
-    /// has told of.
-    #[error(
-        "--host-link makes its link on the interface under {nic}, and that is not in this network \
-         namespace{}: run minivmm in the one that has it, or make a link there with `minivmm net \
-         host-link`", of(.lower)
-    )]
-    HostLinkElsewhere {
-        /// The first card.
-        nic: String,
-        /// The interface's name, where it is known.
-        lower: Option<String>,
-    },
-    /// Where the interface of the first card is cannot be told.
-    #[error("cannot look for the interface that --host-link is to be on")]
-    HostLinkLook(#[source] io::Error),
-    /// The interface has a name that none can have.
-    #[error("--host-link cannot use the interface by its name")]
-    HostLinkName(#[source] net::ParseLinkNameError),
-}
-
-fn of(lower: &Option<String>) -> String {
-    let words = |lower: &String| format!(" (it is called `{lower}` in its own)");
-    lower.as_ref().map(words).unwrap_or_default()
+    HostLink(#[from] host_link::HostLinkError),
 }
 
 /// Everything from the host.
@@ -140,7 +117,7 @@ impl Resources {
         let inputs: Vec<&File> = initrd.iter().chain([&kernel]).collect();
         let console = open_console(&config.console, &inputs)?;
         let nics = nic::acquire(&config.nics, inherited)?;
-        let host_link = host_link(config, &nics)?;
+        let host_link = host_link::make(nics.first().map(|nic| &nic.entry), &config.host_link)?;
         // With all else at hand, so that a failed start leaves an older file as it was.
         if let (Some(file), ConsoleTarget::File(path)) = (&console, &config.console) {
             empty(file).map_err(|source| ResourceError::Console(path.clone(), source))?;
@@ -154,26 +131,6 @@ impl Resources {
             host_link,
         })
     }
-}
-
-/// The host's own link, on the interface of the first card.
-fn host_link(config: &Config, nics: &[Nic]) -> Result<Option<HostLinkGuard>, ResourceError> {
-    let (Some(nic), false) = (nics.first(), config.host_link.is_empty()) else {
-        return Ok(None);
-    };
-    // By its identity: another interface here may have the same name.
-    let id = nic.entry.lower_id.map(LinkId::from);
-    let here = id.map(LinkId::name_here).transpose();
-    let here = here.map_err(ResourceError::HostLinkLook)?.flatten();
-    let lower = here.ok_or_else(|| ResourceError::HostLinkElsewhere {
-        nic: nic.entry.name.clone(),
-        lower: id.map(|_| nic.entry.lower.clone()),
-    })?;
-    let mut spec = HostLinkSpec::new(lower.parse().map_err(ResourceError::HostLinkName)?);
-    spec.addresses = config.host_link.clone();
-    let guard = HostLinkGuard::create(&spec)?;
-    log::info!("the host talks to its guests by {}", guard.link().name);
-    Ok(Some(guard))
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, ResourceError> {

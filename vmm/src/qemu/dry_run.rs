@@ -35,6 +35,7 @@ pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
             }
             NicSource::Descriptors(fds) => {
                 let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?;
+                lower.get_or_insert(queues.entry.lower);
                 (Origin::Open(fds.clone()), queues.mac, queues.entry.mtu)
             }
         };

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
-use net::{Lease, MacAddr, Macvtap, MacvtapSpec};
+use net::{Lease, MacAddr, Macvtap, MacvtapSpec, Mode};
 
 use super::QemuError;
 use crate::config::{self, ConfigError, NicSource};
