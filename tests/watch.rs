@@ -606,6 +606,13 @@ fn doctor_and_list_know_private_macvtaps() {
     }
 
     net.host.ip("link delete twin");
+    // The kernel takes the macvtaps of the killed away in its own time.
+    eventually("lower of its own", || {
+        let add = "ip link add link lower name probe type macvlan mode passthru";
+        let done = net.host.exec(&add.split(' ').collect::<Vec<_>>());
+        done.status.success().then_some(())
+    });
+    net.host.ip("link delete probe");
     let mut vm = net.start_on("lower,mode=passthru", 2, "mode=hlt");
     vm.wait_for("OK hlt", PATIENCE);
     let (_, checks) = doctor(&net.host, Some("lower"));

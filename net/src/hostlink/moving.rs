@@ -168,9 +168,21 @@ pub(super) fn is_done(
         Step::AddAddress(new) => addresses
             .iter()
             .any(|old| old.header.index == new.header.index && ip_of(old) == ip_of(new)),
-        Step::AddRoute(new) => routes.iter().any(|old| route_over(old, to, to) == *new),
+        Step::AddRoute(new) => {
+            let new = lasting(new.clone());
+            routes
+                .iter()
+                .any(|old| lasting(route_over(old, to, to)) == new)
+        }
         _ => false,
     }
+}
+
+/// A route without the time that is left to it, which is never the same twice.
+fn lasting(mut route: RouteMessage) -> RouteMessage {
+    let is_time = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Expires(_));
+    route.attributes.retain(|attribute| !is_time(attribute));
+    route
 }
 
 /// What has to be done to move all of `addresses` and `routes` that are `from`'s and not link-local ones.
