@@ -563,10 +563,15 @@ fn macvtap_value_that_makes_no_sense_is_refused() {
 }
 
 #[test]
-fn macvtaps_beyond_the_machines_interrupts_are_refused() {
+fn macvtaps_beyond_the_machines_places_are_refused() {
     let files = Files::new();
-    let command = files.boot(&["--macvtap=nosuch0"; 19]);
-    assert_refused(command, FAILED, &["19", "18"]);
+    for (transport, max) in [("mmio", 18), ("pci", 31)] {
+        let mut args = vec!["--macvtap=nosuch0"; max + 1];
+        args.extend(["--transport", transport]);
+        let words = [max + 1, max].map(|number| number.to_string());
+        let words = [&*words[0], &*words[1]];
+        assert_refused(files.boot(&args), FAILED, &words);
+    }
 }
 
 #[test]

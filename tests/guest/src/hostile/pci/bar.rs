@@ -58,6 +58,11 @@ pub fn run(runner: &mut Runner<'_>, card: PciCard) {
     runner.attack("bar-switched-off", |bench| {
         in_traffic(bench, |rig| switch_off(rig, card))
     });
+    runner.attack("bus-mastering-taken-away", |bench| {
+        let mut rig = Rig::start(bench, feature::PLAIN)?;
+        rig.offer_buffers();
+        take_mastering_away(&mut rig, card)
+    });
 }
 
 /// Touches a structure and what follows.
@@ -172,15 +177,27 @@ fn move_to(rig: &mut Rig<'_>, card: PciCard, place: u32) -> Result<(), Failure> 
     }
 }
 
-/// Switches memory decoding and bus mastering off and on while the card is used.
+/// Switches memory decoding and interrupt pins off and on while the card is used.
 fn switch_off(rig: &mut Rig<'_>, card: PciCard) -> Result<(), Failure> {
-    for command in [0_u16, 1 << 1, 1 << 2, 1 << 10, 0xfff9, 0xffff] {
+    for command in [1_u16 << 2, 1 << 2 | 1 << 10, 0xfffd, 0xffff] {
         card.function.config.write(at::COMMAND, command);
         rig.arp();
         touch(card.common, common::QUEUE_DESC, 0);
         rig.settle();
         card.function.enable();
         rig.arp();
+    }
+    Ok(())
+}
+
+/// Takes bus mastering away: the card must leave memory alone from then on, until it has been reset.
+fn take_mastering_away(rig: &mut Rig<'_>, card: PciCard) -> Result<(), Failure> {
+    for command in [0_u16, 1 << 1, 0xfffb] {
+        card.function.config.write(at::COMMAND, command);
+        card.function.enable();
+        if rig.arp() {
+            return Err(format!("frames still flow after command {command:#x}"));
+        }
     }
     Ok(())
 }
