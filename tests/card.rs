@@ -141,18 +141,9 @@ fn carries(site: &Site, mut vm: Vm, backend: &str) {
     streams_with_every_offload(site, &mut vm);
     driver_comes_back(site, &mut vm);
     reach_each_other(&mut vm);
-    let log = vm.run("dmesg");
-    let bad = [
-        "WARNING:",
-        "BUG:",
-        "virtio_net virtio0: ",
-        "NETDEV WATCHDOG",
-    ];
-    let blames: Vec<_> = log
-        .lines()
-        .filter(|line| bad.iter().any(|word| line.contains(word)))
-        .collect();
-    assert!(blames.is_empty(), "{blames:#?}");
+    let blames =
+        vm.run("dmesg | grep -E 'WARNING:|BUG:|virtio_net virtio0: |NETDEV WATCHDOG' || true");
+    assert_eq!(blames, "");
     vm.start_command("poweroff -f");
     assert_eq!(
         vm.wait_exit(20 * SECOND).code(),
@@ -206,7 +197,7 @@ fn streams_with_every_offload(site: &Site, vm: &mut Vm) {
         .exec(&["cat", "/proc/net/snmp", "/proc/net/snmp6"])
         .stdout;
     no_bad_checksums(&String::from_utf8_lossy(&theirs));
-    no_bad_checksums(&vm.run("cat /proc/net/snmp /proc/net/snmp6"));
+    no_bad_checksums(&vm.run("grep -h InCsumErrors -A1 /proc/net/snmp /proc/net/snmp6"));
 }
 
 /// Fails when a kernel has counted wrong checksums, of TCP, UDP or ICMP.
@@ -337,13 +328,13 @@ fn drivers_commands_take_effect_on_the_host_or_are_refused() {
 
             // Groups are delivered as the driver lists them; frames for others the host never has.
             vm.run("ifconfig eth0 allmulti");
-            let log = vm.run("dmesg");
+            let log = vm.run("dmesg | grep virtio_net || true");
             assert!(
                 !log.contains("allmulti mode") && !log.contains("MAC filter"),
                 "{log}"
             );
             vm.run("ifconfig eth0 promisc");
-            let log = vm.run("dmesg");
+            let log = vm.run("dmesg | grep virtio_net || true");
             assert!(log.contains("Failed to enable promisc mode"), "{log}");
             vm.run("ifconfig eth0 -promisc -allmulti");
 

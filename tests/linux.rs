@@ -82,20 +82,9 @@ fn guest_on_a_macvtap_talks_to_a_third_host_and_not_to_its_own() {
 
 /// Fails on any line of the kernel's log that blames our tables.
 fn acpi_is_clean(vm: &mut Vm) {
-    let log = vm.run("dmesg");
-    let bad = [
-        "ACPI Error",
-        "ACPI Warning",
-        "ACPI Exception",
-        "ACPI BIOS",
-        "Firmware Bug",
-        "Firmware Warn",
-    ];
-    let blames: Vec<_> = log
-        .lines()
-        .filter(|line| bad.iter().any(|word| line.contains(word)))
-        .collect();
-    assert!(blames.is_empty(), "{blames:#?}");
+    let bad = "ACPI Error|ACPI Warning|ACPI Exception|ACPI BIOS|Firmware Bug|Firmware Warn";
+    let blames = vm.run(&format!("dmesg | grep -E '{bad}' || true"));
+    assert_eq!(blames, "");
 }
 
 #[test]

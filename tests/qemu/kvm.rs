@@ -14,7 +14,7 @@ use super::harness::vm::Vm;
 use super::{BOOT, Permit, SECOND, lab, outcome, text, wait_for_qemu};
 
 /// Runs a test where Linux guests run by KVM; a lab of its own is a guest by translation too.
-fn by_kvm(name: &str, body: impl FnOnce()) {
+fn by_kvm(name: &str, body: impl Fn()) {
     let _permit = (lab::place() == lab::Place::Lab).then(Permit::get);
     lab::test(name, body);
 }

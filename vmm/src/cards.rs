@@ -117,7 +117,7 @@ impl Cards {
         } in self.watched.drain(..)
         {
             let changed = self.learnt.try_clone()?;
-            let follower = LinkFollower::new(label, watch, guest, link, changed);
+            let follower = LinkFollower::new(label, watch, guest, link, changed)?;
             watchers.push(Box::new(follower));
         }
         for (listener, observer) in self.listeners.drain(..) {

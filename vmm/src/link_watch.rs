@@ -1,14 +1,24 @@
 //! Follows the macvtap of a network card: what happens to the host's link shows in the guest's.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use devices::virtio::net::config::ConfigSpace;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use net::{LinkChange, LinkWatch};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::registry::LinkSeen;
+
+/// How often a guest whose link has come back is asked to announce itself: its card may be somewhere
+/// else in the network now, and the first announcement may be lost on a switch that still learns.
+const ANNOUNCEMENTS: u32 = 3;
+/// Until the first, for the guest to find its carrier.
+const FIRST_ANNOUNCEMENT: Duration = Duration::from_millis(250);
+const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The watcher of one card, on the control thread.
 #[derive(Debug)]
@@ -21,6 +31,9 @@ pub struct LinkFollower {
     /// Where others read it, and what wakes them.
     shown: Arc<FollowedLink>,
     changed: EventFd,
+    /// Runs while there are announcements left to ask for.
+    announce: TimerFd,
+    announcements: u32,
 }
 
 /// What was last seen of a link, for those who tell of it.
@@ -52,21 +65,27 @@ impl FollowedLink {
 
 impl LinkFollower {
     /// Lets `guest` and `shown` follow what `watch` sees, and signals `changed` then.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no file descriptor left.
     pub fn new(
         name: String,
         watch: LinkWatch,
         guest: Arc<ConfigSpace>,
         shown: Arc<FollowedLink>,
         changed: EventFd,
-    ) -> Self {
-        Self {
+    ) -> io::Result<Self> {
+        Ok(Self {
             name,
             watch,
             guest,
             link: shown.seen(),
             shown,
             changed,
-        }
+            announce: TimerFd::new()?,
+            announcements: 0,
+        })
     }
 
     fn follow(&mut self, change: LinkChange, link: &str) {
@@ -97,19 +116,47 @@ impl LinkFollower {
         if up != self.guest.is_up() {
             log::info!("{name}: the link is {}", if up { "up" } else { "down" });
             self.guest.set_up(up);
+            self.announcements = if up { ANNOUNCEMENTS } else { 0 };
+            self.set_timer();
         }
+    }
+
+    fn set_timer(&mut self) {
+        let set = match self.announcements {
+            0 => self.announce.clear(),
+            ANNOUNCEMENTS => self.announce.reset(FIRST_ANNOUNCEMENT, None),
+            _ => self.announce.reset(ANNOUNCEMENT_INTERVAL, None),
+        };
+        if let Err(error) = set {
+            log::warn!("{}: cannot set a timer: {error}", self.name);
+        }
+    }
+
+    fn ask_to_announce(&mut self) {
+        let _ = self.announce.wait();
+        self.guest.ask_to_announce();
+        self.announcements = self.announcements.saturating_sub(1);
+        self.set_timer();
     }
 }
 
 impl MutEventSubscriber for LinkFollower {
     fn init(&mut self, ops: &mut EventOps) {
         let fd = self.watch.as_fd().as_raw_fd();
-        if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-            log::warn!("{}: cannot watch its link: {error}", self.name);
+        for events in [
+            Events::new_raw(fd, EventSet::IN),
+            Events::new(&self.announce, EventSet::IN),
+        ] {
+            if let Err(error) = ops.add(events) {
+                log::warn!("{}: cannot watch its link: {error}", self.name);
+            }
         }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if events.fd() == self.announce.as_raw_fd() {
+            return self.ask_to_announce();
+        }
         loop {
             match self.watch.next() {
                 Ok(Some(event)) => self.follow(event.change, &event.name),

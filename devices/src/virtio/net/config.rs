@@ -59,17 +59,25 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes the link down or brings it up, and tells the driver when that is a change. With a link
-    /// that comes back the card may be somewhere else in the network: a driver that can is asked
-    /// to announce itself.
+    /// Takes the link down or brings it up, and tells the driver when that is a change.
     pub fn set_up(&self, up: bool) {
         let mut state = self.lock();
-        if state.up == up {
-            return;
+        if state.up != up {
+            state.up = up;
+            state.announce = false;
+            state.changed();
         }
-        state.up = up;
-        state.announce = up && state.driver.as_ref().is_some_and(|driver| driver.announces);
-        state.changed();
+    }
+
+    /// Asks the driver to announce itself to the network, if it can and there is a link. Not at
+    /// once when the link comes up: Linux looks at this first, and would announce itself into a
+    /// carrier that is still off.
+    pub fn ask_to_announce(&self) {
+        let mut state = self.lock();
+        if state.up && state.driver.as_ref().is_some_and(|driver| driver.announces) {
+            state.announce = true;
+            state.changed();
+        }
     }
 
     /// Whether there is a link.

@@ -246,7 +246,7 @@ fn offloads_change_within_what_was_agreed() {
 }
 
 #[test]
-fn link_that_comes_back_asks_the_driver_to_announce_itself() {
+fn driver_that_can_is_asked_to_announce_itself() {
     let mut bench = Bench::any();
     let recorder = Arc::new(Recorder::default());
     let status = |config: &ConfigSpace| {
@@ -255,17 +255,22 @@ fn link_that_comes_back_asks_the_driver_to_announce_itself() {
         bytes[0]
     };
     bench.config.attach(recorder.clone(), true);
-    bench.config.set_up(false);
-    assert_eq!(status(&bench.config), 0);
-    bench.config.set_up(true);
+    bench.config.ask_to_announce();
     assert_eq!(status(&bench.config), 3);
+    assert_eq!(recorder.config_changes.load(Ordering::SeqCst), 1);
     assert!(bench.send(&[3, 0]));
     assert_eq!(status(&bench.config), 1);
     assert!(!bench.send(&[3, 1]));
-    // A driver that cannot is not asked.
-    bench.config.attach(recorder, false);
+    // Not without a link, which also ends a request.
+    bench.config.ask_to_announce();
     bench.config.set_up(false);
+    bench.config.ask_to_announce();
+    assert_eq!(status(&bench.config), 0);
     bench.config.set_up(true);
+    assert_eq!(status(&bench.config), 1);
+    // Nor a driver that cannot.
+    bench.config.attach(recorder, false);
+    bench.config.ask_to_announce();
     assert_eq!(status(&bench.config), 1);
 }
 
