@@ -328,14 +328,17 @@ fn drivers_commands_take_effect_on_the_host_or_are_refused() {
 
             // Groups are delivered as the driver lists them; frames for others the host never has.
             vm.run("ifconfig eth0 allmulti");
-            let log = vm.run("dmesg | grep virtio_net || true");
+            vm.run("ifconfig eth0 promisc");
+            // The driver sends such commands from a thread of its own.
+            let told = "dmesg | grep -q 'Failed to enable promisc mode'";
+            vm.run(&format!(
+                "for i in $(seq 50); do {told} && exit; usleep 100000; done; exit 1"
+            ));
+            let log = vm.run("dmesg | grep virtio_net");
             assert!(
                 !log.contains("allmulti mode") && !log.contains("MAC filter"),
                 "{log}"
             );
-            vm.run("ifconfig eth0 promisc");
-            let log = vm.run("dmesg | grep virtio_net || true");
-            assert!(log.contains("Failed to enable promisc mode"), "{log}");
             vm.run("ifconfig eth0 -promisc -allmulti");
 
             // A VLAN over the same wire.

@@ -77,8 +77,8 @@ fn in_lab() -> bool {
     for _ in 0..lab::machine::TRIES {
         match lab::machine::run(&job, |line| println!("{line}")) {
             Ok(status) => return status == 0,
-            Err(lab::machine::Failure::Hung(_)) => {
-                println!("The emulator hangs, by a bug of its own. Once more:");
+            Err(lab::machine::Failure::Emulator(_)) => {
+                println!("The emulator fails, by a bug of its own. Once more:");
             }
             Err(lab::machine::Failure::Other(why)) => {
                 eprintln!("{why}");

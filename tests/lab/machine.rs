@@ -28,17 +28,24 @@ pub struct Job<'a> {
 /// How the lab ended without the program.
 #[derive(Debug)]
 pub enum Failure {
-    /// It has shown no sign of life for [`SILENCE`]: QEMU's bug, which hangs a guest of the lab more often, can hit the
-    /// lab itself. Its console's text.
-    Hung(String),
+    /// It has shown no sign of life for [`SILENCE`], or its kernel has crashed: QEMU's bug, which hangs a guest of the lab
+    /// more often, can hit the lab itself. Its console's text.
+    Emulator(String),
     /// In another way, which this text tells.
     Other(String),
 }
 
 /// How long a living lab is silent at most: its init shows a sign of life every 2 s.
 const SILENCE: Duration = Duration::from_secs(40);
-/// Labs that may hang before something else than QEMU is to blame.
-pub const TRIES: u32 = 3;
+/// What a kernel that crashes writes on its console.
+const CRASHES: &[&str] = &[
+    "Kernel panic",
+    "BUG: ",
+    "Oops: ",
+    "general protection fault",
+];
+/// Labs that may fail so before something else than QEMU is to blame.
+pub const TRIES: u32 = 4;
 
 /// The machine. Without XSAVE, since QEMU's nested SVM lets a guest's XSETBV through to the lab's own register.
 const MACHINE: &str = "-accel tcg,thread=multi -cpu max,+svm,-xsave -M q35 -smp 2 -m 5G \
@@ -124,6 +131,11 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
                 None => line(&text),
             },
             Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected)
+                if CRASHES.iter().any(|word| text().contains(word)) =>
+            {
+                return Err(Failure::Emulator(text()));
+            }
             Err(RecvTimeoutError::Disconnected) => {
                 let why = format!("the lab ended early; its console:\n{}", text());
                 return Err(Failure::Other(why));
@@ -134,7 +146,7 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
             last_sign = (len, Instant::now());
         }
         if last_sign.1.elapsed() > SILENCE {
-            return Err(Failure::Hung(text()));
+            return Err(Failure::Emulator(text()));
         }
         if Instant::now() > job.deadline {
             let why = format!("the lab took too long; its console:\n{}", text());

@@ -159,9 +159,9 @@ impl Lab {
             let run = AssertUnwindSafe(|| machine::run(&job, |line| collector.line(line)));
             end = match catch_unwind(run) {
                 Ok(Ok(status)) => format!("it ended with status {status}"),
-                Ok(Err(machine::Failure::Hung(console))) => {
+                Ok(Err(machine::Failure::Emulator(console))) => {
                     collector.hang();
-                    end = format!("it hung; its console:\n{console}");
+                    end = format!("it hung or crashed; its console:\n{console}");
                     continue;
                 }
                 Ok(Err(machine::Failure::Other(why))) => why,
@@ -242,12 +242,12 @@ impl Collector<'_> {
         }
     }
 
-    /// The lab hangs as a whole: the test that ran begins anew in the next one.
+    /// The lab hangs or crashes as a whole: the test that ran begins anew in the next one.
     fn hang(&mut self) {
         self.hangs += 1;
         let test = self.current.take().map(|(name, ..)| name);
         say(&format!(
-            "the emulator hangs in {}; booting another lab",
+            "the emulator hangs or crashes in {}; booting another lab",
             test.as_deref().unwrap_or("boot")
         ));
     }
