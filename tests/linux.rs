@@ -5,6 +5,7 @@
 mod harness;
 mod lab;
 
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -32,7 +33,8 @@ fn boot_two(host: &Netns, first: &[&str], second: &[&str]) -> (Vm, Vm) {
     thread::scope(|scope| {
         let first = scope.spawn(|| boot(Some(host), first));
         let second = boot(Some(host), second);
-        (first.join().expect("the first guest boots"), second)
+        let first = first.join().unwrap_or_else(|panic| resume_unwind(panic));
+        (first, second)
     })
 }
 

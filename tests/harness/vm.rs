@@ -30,10 +30,10 @@ pub fn copy_program(from: impl AsRef<OsStr>, to: impl AsRef<OsStr>) {
 /// How a panic's text begins when a guest that runs does not say what was waited for.
 const SILENCE: &str = "silent guest: ";
 
-/// Whether a test has panicked because a guest that runs did not say what was waited for.
-pub fn is_silence(panic: &(dyn Any + Send)) -> bool {
+/// Whether a test has panicked because a guest that runs did not say what was waited for, or a guest has crashed.
+pub fn is_silence_or_crash(panic: &(dyn Any + Send)) -> bool {
     let text = panic.downcast_ref::<String>();
-    text.is_some_and(|text| text.starts_with(SILENCE))
+    text.is_some_and(|text| text.starts_with(SILENCE) || text.contains("error: the guest"))
 }
 
 /// A minivmm with pipes for its console and its log; killed when dropped.

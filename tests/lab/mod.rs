@@ -82,22 +82,21 @@ pub fn test(name: &str, body: impl Fn()) {
     }
 }
 
-/// Runs of one test before a guest's silence is believed to be ours.
+/// Runs of one test before a guest's silence or crash is believed to be ours.
 const TRIES: u32 = 3;
 
-/// Runs a test's body in the lab. A guest there may hang at any time by the emulator's bug (see `harness/linux.rs`), and
-/// then answers nothing more: a test that waits for its console in vain is run again. Each time is reported, and three
-/// in a row fail.
+/// Runs a test's body in the lab. By the emulator's bug (see `harness/linux.rs`) a guest there may hang at any time, and
+/// answers nothing more, or crash: such a test is run again. Each time is reported, and three in a row fail.
 fn run_in_lab(body: &impl Fn()) -> thread::Result<()> {
     for _ in 1..TRIES {
         let result = catch_unwind(AssertUnwindSafe(body));
-        let silent = result
+        let suspect = result
             .as_ref()
-            .is_err_and(|panic| vm::is_silence(panic.as_ref()));
-        if !silent {
+            .is_err_and(|panic| vm::is_silence_or_crash(panic.as_ref()));
+        if !suspect {
             return result;
         }
-        println!("\nLAB hang of a guest that ran (QEMU's bug); the test begins again");
+        println!("\nLAB hang or crash of a guest that ran (QEMU's bug); the test begins again");
     }
     catch_unwind(AssertUnwindSafe(body))
 }
