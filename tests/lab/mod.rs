@@ -96,7 +96,7 @@ fn run_in_lab(body: &impl Fn()) -> thread::Result<()> {
         if !suspect {
             return result;
         }
-        println!("\nLAB hang or crash of a guest that ran (QEMU's bug); the test begins again");
+        println!("\nLAB hang a guest that ran hung or crashed (QEMU's bug); the test begins again");
     }
     catch_unwind(AssertUnwindSafe(body))
 }
