@@ -28,7 +28,7 @@ pub struct Job<'a> {
 /// How the lab ended without the program.
 #[derive(Debug)]
 pub enum Failure {
-    /// It has shown no sign of life for [`SILENCE`], or its kernel has crashed: QEMU's bug, which hangs a guest of the lab
+    /// It has shown no sign of life for [`SILENCE`], or the program none for [`QUIET`], or its kernel has crashed: QEMU's bug, which hangs a guest of the lab
     /// more often, can hit the lab itself. Its console's text.
     Emulator(String),
     /// In another way, which this text tells.
@@ -37,6 +37,8 @@ pub enum Failure {
 
 /// How long a living lab is silent at most: its init shows a sign of life every 2 s.
 const SILENCE: Duration = Duration::from_secs(40);
+/// How long a program in it writes no line at most: one of the lab's CPUs may hang by itself.
+const QUIET: Duration = Duration::from_secs(180);
 /// What a kernel that crashes writes on its console.
 const CRASHES: &[&str] = &[
     "Kernel panic",
@@ -120,7 +122,7 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
         let text = fs::read(&console).unwrap_or_default();
         String::from_utf8_lossy(&text).into_owned()
     };
-    let mut last_sign = (0, Instant::now());
+    let (mut last_sign, mut last_line) = ((0, Instant::now()), Instant::now());
     loop {
         match lines.recv_timeout(Duration::from_secs(1)) {
             Ok(text) => match text
@@ -128,7 +130,10 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
                 .and_then(|status| status.parse().ok())
             {
                 Some(status) => return Ok(status),
-                None => line(&text),
+                None => {
+                    last_line = Instant::now();
+                    line(&text);
+                }
             },
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected)
@@ -145,7 +150,7 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
         if len != last_sign.0 {
             last_sign = (len, Instant::now());
         }
-        if last_sign.1.elapsed() > SILENCE {
+        if last_sign.1.elapsed() > SILENCE || last_line.elapsed() > QUIET {
             return Err(Failure::Emulator(text()));
         }
         if Instant::now() > job.deadline {
