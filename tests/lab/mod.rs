@@ -83,11 +83,11 @@ pub fn test(name: &str, body: impl Fn()) {
 }
 
 /// Runs of one test in the lab before its failure is believed to be ours.
-const TRIES: u32 = 3;
+const TRIES: u32 = 4;
 
 /// Runs a test's body in the lab. By the emulator's bug (see `harness/linux.rs`) a guest there may hang or crash at any
 /// time, which shows as silence, as a ping without an answer, as whatever the test looks at next. So one that fails is run
-/// again, here and only here. Each time is reported with what failed, and three in a row fail.
+/// again, here and only here. Each time is reported with what failed, and four in a row fail.
 fn run_in_lab(body: &impl Fn()) -> thread::Result<()> {
     for _ in 1..TRIES {
         let result = catch_unwind(AssertUnwindSafe(body));
