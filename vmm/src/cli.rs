@@ -35,7 +35,7 @@ Keys of --macvtap:
   backend=user       threads of minivmm move the frames, or
   backend=vhost      the kernel does (vhost-net); auto, the default, takes it where it can be had
   trust-mac=on       the guest may change its MAC address, and the macvtap's follows
-  rx-rate=RATE       what the guest may receive, as in 100Mbit, 20Kframes or 1Gbit:100Kframes a second
+  rx-rate=RATE       what the guest may receive a second: 100Mbit, 20Kframes, 1Gbit:100Kframes
   tx-rate=RATE       what the guest may send
   burst=TIME         how long a rate may be exceeded after a pause, 10ms by default
   pcap=FILE          records what passes, for tshark or Wireshark (pcapng)
