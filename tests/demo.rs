@@ -1,9 +1,10 @@
 //! `make demo`: two guests and a third host on one wire, their addresses, and the pings between them.
 
 /// Of the tests' harness, what an example can use too.
-#[allow(dead_code)] // The tests use more of it.
+#[allow(dead_code, unused_imports, unused_macros)] // The tests use more of it.
 mod harness {
     pub mod assets;
+    pub mod guest;
     pub mod initramfs;
     pub mod linux;
     pub mod netns;
@@ -76,9 +77,9 @@ fn in_lab() -> bool {
     };
     for _ in 0..lab::machine::TRIES {
         match lab::machine::run(&job, |line| println!("{line}")) {
-            Ok(status) => return status == 0,
-            Err(lab::machine::Failure::Emulator(_)) => {
-                println!("The emulator fails, by a bug of its own. Once more:");
+            Ok(0) => return true,
+            Ok(_) | Err(lab::machine::Failure::Emulator(_)) => {
+                println!("That failed, perhaps by a bug of the emulator's own. Once more:");
             }
             Err(lab::machine::Failure::Other(why)) => {
                 eprintln!("{why}");

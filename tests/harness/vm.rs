@@ -98,6 +98,11 @@ impl Vm {
                 self.seen += found.len();
                 found
             }
+            None if self.has_ended() => panic!(
+                "minivmm ended before {text:?} came: {}\n{}",
+                self.log().lines().next_back().unwrap_or_default(),
+                self.transcript()
+            ),
             None => panic!(
                 "no {text:?} on the console within {timeout:?}\n{}",
                 self.transcript()
