@@ -183,6 +183,11 @@ impl Vcpu {
             let _ = write!(text, " (suberror {suberror})");
         }
         if let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) {
+            if (sregs.cs.base, regs.rip) == RESET_VECTOR {
+                // KVM resets a vCPU that shut down on AMD (svm.c, shutdown_interception).
+                text.push_str("; its RIP is lost, since KVM has reset the vCPU");
+                return text;
+            }
             let _ = write!(text, " at RIP {:#x}", regs.rip);
             // In 64-bit mode the base is 0.
             let bytes = self.instruction(sregs.cs.base.wrapping_add(regs.rip));
@@ -212,6 +217,9 @@ impl Vcpu {
         read_linear(&self.board.memory, linear, MAX_INSTRUCTION, translate)
     }
 }
+
+/// The base of CS and the RIP after a reset (AMD64 manual volume 2, 14.1.3).
+const RESET_VECTOR: (u64, u64) = (0xffff_0000, 0xfff0);
 
 /// Up to `len` bytes at a linear address, fewer where the memory ends; `translate` knows where its
 /// pages are.
