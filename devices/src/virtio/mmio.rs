@@ -89,9 +89,9 @@ impl Interrupt for MmioInterrupt {
         self.raise(Self::USED_BUFFER);
     }
 
-    fn queue_line(&self, _index: u16) -> Option<&EventFd> {
+    fn queue_line(&self, _index: u16) -> &EventFd {
         self.by_kernel.store(true, Ordering::SeqCst);
-        Some(self.line.eventfd())
+        self.line.eventfd()
     }
 
     fn config(&self) {

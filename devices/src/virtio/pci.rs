@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::interrupt::PciInterrupt;
 use super::transport::{Core, set_high, set_low};
-use super::{VirtioDevice, read_at};
+use super::{Interrupt as _, VirtioDevice, read_at};
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
 use crate::pci::{
@@ -123,7 +123,7 @@ impl PciTransport {
         debug_assert!(table_len <= PAGE);
         let msix = Msix::new(&mut config, lines.len(), MSIX_TABLE, MSIX_PENDING, routes);
         let window = add_structures(&mut config, device.queue_sizes().len() as u32);
-        let interrupt = PciInterrupt::new(lines, device.queue_sizes().len());
+        let interrupt = PciInterrupt::new(lines, device.queue_sizes().len())?;
         Ok(Self {
             core: Core::new(device, memory, interrupt)?,
             config,
@@ -233,6 +233,8 @@ impl PciTransport {
             common::QUEUE_VECTOR => {
                 if let Some(vector) = interrupt.queue_vectors.get(index) {
                     interrupt.assign(vector, value);
+                    let line = interrupt.queue_line(self.queue_select);
+                    self.core.device.interrupt_changed(self.queue_select, line);
                 }
             }
             // Only a reset disables a queue here (4.1.4.3.2).

@@ -260,10 +260,8 @@ pub enum CtrlStop {
 /// The thread of the control queue, which also hears of rings that vhost-net cannot make sense of.
 #[derive(Debug)]
 pub struct CtrlWorker<B> {
-    queue: CtrlQueue<B>,
-    /// The queue's number.
-    index: u16,
-    kick: Arc<EventFd>,
+    /// With its number and what signals it; a driver may do without.
+    queue: Option<(CtrlQueue<B>, u16, Arc<EventFd>)>,
     stop: Arc<EventFd>,
     errors: Vec<EventFd>,
     interrupt: Arc<dyn Interrupt>,
@@ -277,19 +275,16 @@ const STOP: u32 = 1;
 const ERROR: u32 = 2;
 
 impl<B: Backend> CtrlWorker<B> {
-    /// Handles `queue`, whose number is `index`, whenever `kick` is signalled, until `stop` is.
-    /// Asks for a reset when one of `errors` is.
+    /// Handles the queue, of the number beside it, whenever the eventfd beside it is signalled,
+    /// until `stop` is. Asks for a reset when one of `errors` is.
     pub fn new(
-        queue: CtrlQueue<B>,
-        index: u16,
-        [kick, stop]: [Arc<EventFd>; 2],
+        queue: Option<(CtrlQueue<B>, u16, Arc<EventFd>)>,
+        stop: Arc<EventFd>,
         errors: Vec<EventFd>,
         interrupt: Arc<dyn Interrupt>,
     ) -> Self {
         Self {
             queue,
-            index,
-            kick,
             stop,
             errors,
             interrupt,
@@ -310,10 +305,12 @@ impl<B: Backend> CtrlWorker<B> {
             if worker.stopped {
                 return None;
             }
-            if std::mem::take(&mut worker.ready) {
-                let (stop, interrupt) = worker.queue.handle();
+            if std::mem::take(&mut worker.ready)
+                && let Some((queue, index, _)) = &mut worker.queue
+            {
+                let (stop, interrupt) = queue.handle();
                 if interrupt {
-                    worker.interrupt.queue(worker.index);
+                    worker.interrupt.queue(*index);
                 }
                 match stop {
                     CtrlStop::Empty => {}
@@ -331,12 +328,14 @@ impl<B: Backend> CtrlWorker<B> {
 
 impl<B: Backend> MutEventSubscriber for CtrlWorker<B> {
     fn init(&mut self, ops: &mut EventOps) {
-        let queue = [
-            Events::with_data(self.kick.as_ref(), KICK, EventSet::IN),
-            Events::with_data(self.stop.as_ref(), STOP, EventSet::IN),
-        ];
+        let kick = |(_, _, kick): &(_, _, Arc<EventFd>)| {
+            Events::with_data(kick.as_ref(), KICK, EventSet::IN)
+        };
+        let kick = self.queue.as_ref().map(kick);
+        let stop = Events::with_data(self.stop.as_ref(), STOP, EventSet::IN);
         let error = |fd| Events::with_data(fd, ERROR, EventSet::IN | EventSet::EDGE_TRIGGERED);
-        for events in queue.into_iter().chain(self.errors.iter().map(error)) {
+        let errors = self.errors.iter().map(error);
+        for events in kick.into_iter().chain([stop]).chain(errors) {
             if let Err(error) = ops.add(events) {
                 log::error!("network device: cannot watch a file descriptor: {error}");
                 self.interrupt.needs_reset();
@@ -346,7 +345,10 @@ impl<B: Backend> MutEventSubscriber for CtrlWorker<B> {
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         match events.data() {
-            KICK => self.ready |= self.kick.read().is_ok() && !self.broken,
+            KICK => {
+                let kicked = self.queue.iter().any(|(.., kick)| kick.read().is_ok());
+                self.ready |= kicked && !self.broken;
+            }
             STOP => self.stopped = true,
             _ => {
                 log::debug!("network device: vhost-net cannot make sense of a ring");

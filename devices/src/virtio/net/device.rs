@@ -160,15 +160,15 @@ impl<B: Backend> Net<B> {
             let (Some(Some(rx)), Some(Some(tx))) = (queues.next(), queues.next()) else {
                 return Err("the driver left a queue disabled".into());
             };
-            match self.vhost.get(pair) {
+            match self.vhost.get_mut(pair) {
                 Some(vhost) => {
                     vhost.start(bits, [&rx, &tx], 2 * pair as u16, interrupt.as_ref())?;
                 }
                 None => self.start_pair(pair, features, [rx, tx], &interrupt)?,
             }
         }
-        if let Some(queue) = ctrl {
-            self.start_ctrl(queue, ctrl_index as u16, features, &interrupt)?;
+        if ctrl.is_some() || !self.vhost.is_empty() {
+            self.start_ctrl(ctrl, ctrl_index as u16, features, &interrupt)?;
         }
         let announces = features.contains(Features::GUEST_ANNOUNCE | Features::CTRL_VQ);
         self.config.attach(interrupt, announces);
@@ -213,7 +213,7 @@ impl<B: Backend> Net<B> {
 
     fn start_ctrl(
         &mut self,
-        queue: ActiveQueue,
+        queue: Option<ActiveQueue>,
         index: u16,
         features: Features,
         interrupt: &Arc<dyn Interrupt>,
@@ -232,9 +232,9 @@ impl<B: Backend> Net<B> {
             permissions: self.services.permissions,
         };
         self.spawn(format!("{}.ctrl", self.name), stop, move || {
-            let kick = queue.kick;
-            let queue = CtrlQueue::new(queue.ring, control);
-            CtrlWorker::new(queue, index, [kick, worker_stop], errors, interrupt).run()
+            let queue = queue
+                .map(|ActiveQueue { ring, kick, .. }| (CtrlQueue::new(ring, control), index, kick));
+            CtrlWorker::new(queue, worker_stop, errors, interrupt).run()
         })
     }
 
@@ -267,7 +267,7 @@ impl<B: Backend> Net<B> {
 impl<B> Net<B> {
     /// Stops everything that moves frames or touches guest memory.
     fn stop(&mut self) {
-        self.vhost.iter().for_each(VhostPair::stop);
+        self.vhost.iter_mut().for_each(VhostPair::stop);
         for Running { stop, .. } in &self.running {
             let _ = stop.write(1);
         }
@@ -307,6 +307,15 @@ impl<B: Backend> VirtioDevice for Net<B> {
     fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
         self.is_active = true;
         self.start(activation).inspect_err(|_| self.stop())
+    }
+
+    fn interrupt_changed(&mut self, queue: u16, line: &EventFd) {
+        if let Some(pair) = self.vhost.get(usize::from(queue / 2))
+            && let Err(error) = pair.change_interrupt(queue.into(), line)
+        {
+            let name = &self.name;
+            log::warn!("{name}: the interrupt of queue {queue} stays as it was: {error}");
+        }
     }
 
     fn reset(&mut self) {

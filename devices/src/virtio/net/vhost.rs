@@ -52,6 +52,8 @@ pub struct VhostPair {
     tap: File,
     /// Signalled when the kernel cannot make sense of a ring.
     error: EventFd,
+    /// The kernel may have the queues. It refuses to give back what it never had.
+    started: bool,
 }
 
 impl VhostPair {
@@ -76,6 +78,7 @@ impl VhostPair {
             tap: tap.try_clone().map_err(own("have a descriptor"))?,
             error: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
                 .map_err(own("have an eventfd"))?,
+            started: false,
         })
     }
 
@@ -90,7 +93,7 @@ impl VhostPair {
     ///
     /// Says what the kernel refused.
     pub fn start(
-        &self,
+        &mut self,
         features: u64,
         queues: [&ActiveQueue; QUEUES],
         first: u16,
@@ -106,6 +109,7 @@ impl VhostPair {
         for (index, queue) in queues.into_iter().enumerate() {
             self.set_up(index, queue, interrupt.queue_line(first + index as u16))?;
         }
+        self.started = true;
         for index in 0..QUEUES {
             self.net
                 .set_backend(index, Some(&self.tap))
@@ -114,12 +118,7 @@ impl VhostPair {
         Ok(())
     }
 
-    fn set_up(
-        &self,
-        index: usize,
-        queue: &ActiveQueue,
-        line: Option<&EventFd>,
-    ) -> Result<(), VhostError> {
+    fn set_up(&self, index: usize, queue: &ActiveQueue, line: &EventFd) -> Result<(), VhostError> {
         let (net, config) = (&self.net, &queue.config);
         let data = VringConfigData {
             queue_max_size: config.size,
@@ -136,31 +135,36 @@ impl VhostPair {
             .map_err(failed_to("take the beginning of a queue"))?;
         net.set_vring_addr(index, &data)
             .map_err(failed_to("take the addresses of a queue"))?;
-        // A queue without an interrupt gets an eventfd that nobody listens to.
-        let nobody;
-        let line = match line {
-            Some(line) => line,
-            None => {
-                nobody =
-                    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
-                        VhostError {
-                            what: "have an eventfd",
-                            source,
-                        }
-                    })?;
-                &nobody
-            }
-        };
-        net.set_vring_call(index, line)
-            .map_err(failed_to("take the interrupt of a queue"))?;
+        self.set_interrupt(index, line)?;
         net.set_vring_err(index, &self.error)
             .map_err(failed_to("take the error eventfd of a queue"))?;
         net.set_vring_kick(index, &queue.kick)
             .map_err(failed_to("take the notifications of a queue"))
     }
 
+    /// Lets a running queue, the number `queue` of the device, interrupt by another line.
+    ///
+    /// # Errors
+    ///
+    /// Says what the kernel refused.
+    pub fn change_interrupt(&self, queue: usize, line: &EventFd) -> Result<(), VhostError> {
+        if self.started {
+            self.set_interrupt(queue % QUEUES, line)?;
+        }
+        Ok(())
+    }
+
+    fn set_interrupt(&self, index: usize, line: &EventFd) -> Result<(), VhostError> {
+        self.net
+            .set_vring_call(index, line)
+            .map_err(failed_to("take the interrupt of a queue"))
+    }
+
     /// Takes the queues back. Guest memory is not touched once this has returned.
-    pub fn stop(&self) {
+    pub fn stop(&mut self) {
+        if !std::mem::take(&mut self.started) {
+            return;
+        }
         for index in 0..QUEUES {
             if let Err(error) = self.net.set_backend(index, None) {
                 log::error!("vhost-net does not let go of a queue: {error}");

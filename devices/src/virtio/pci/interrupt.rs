@@ -1,5 +1,6 @@
 //! How a device on the PCI bus reaches its driver: a vector for each event, and the ISR status.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -36,6 +37,8 @@ pub(super) struct PciInterrupt {
     pub lines: Vec<IrqLine>,
     pub config_vector: Vector,
     pub queue_vectors: Vec<Vector>,
+    /// What a kernel that interrupts by itself signals for queues without a vector.
+    unheard: IrqLine,
     /// What has happened since the driver last looked (4.1.4.5).
     status: AtomicU8,
     needs_reset: AtomicBool,
@@ -48,14 +51,19 @@ const CONFIG_CHANGE: u8 = 2;
 
 impl PciInterrupt {
     /// Events without vectors, for a device with so many queues.
-    pub fn new(lines: Vec<IrqLine>, queues: usize) -> Self {
-        Self {
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no file descriptor left.
+    pub fn new(lines: Vec<IrqLine>, queues: usize) -> io::Result<Self> {
+        Ok(Self {
             lines,
             config_vector: Vector::none(),
             queue_vectors: (0..queues).map(|_| Vector::none()).collect(),
+            unheard: IrqLine::new()?,
             status: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
-        }
+        })
     }
 
     /// Gives an event a vector; one that does not exist reads back as none (4.1.5.1.2.1).
@@ -66,7 +74,8 @@ impl PciInterrupt {
 
     /// The ISR status, which reading clears.
     pub fn take_status(&self) -> u8 {
-        self.status.swap(0, Ordering::SeqCst)
+        let used = self.unheard.eventfd().read().map_or(0, |_| USED_BUFFER);
+        self.status.swap(0, Ordering::SeqCst) | used
     }
 
     fn raise(&self, event: u8, vector: &Vector) {
@@ -89,10 +98,11 @@ impl Interrupt for PciInterrupt {
         }
     }
 
-    // Who signals it without us leaves the ISR status alone: with vectors a queue's bit is not needed (4.1.4.5.1).
-    fn queue_line(&self, index: u16) -> Option<&EventFd> {
-        let vector = self.queue_vectors.get(usize::from(index))?;
-        self.line(vector).map(IrqLine::eventfd)
+    // Who signals a vector without us leaves the ISR status alone, whose bit is needed only where there is none (4.1.4.5.1).
+    fn queue_line(&self, index: u16) -> &EventFd {
+        let vector = self.queue_vectors.get(usize::from(index));
+        let line = vector.and_then(|vector| self.line(vector));
+        line.unwrap_or(&self.unheard).eventfd()
     }
 
     fn config(&self) {
@@ -111,7 +121,7 @@ impl TransportInterrupt for PciInterrupt {
     }
 
     fn clear(&self) {
-        self.status.store(0, Ordering::SeqCst);
+        self.take_status();
         self.needs_reset.store(false, Ordering::SeqCst);
         self.config_vector.set(NO_VECTOR);
         for vector in &self.queue_vectors {
