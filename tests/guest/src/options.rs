@@ -14,6 +14,7 @@
 //! | `seconds` | when to give up | 60 |
 //! | `end` | `off` or `halt`: how to end | `off` |
 //! | `only` | a prefix of the hostile tests to run | all |
+//! | `backend` | `user` or `vhost`: who the monitor lets move the frames | `user` |
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -90,6 +91,8 @@ pub struct Options {
     pub only: String,
     /// Halt at the end, instead of powering off.
     pub halt: bool,
+    /// The host's kernel moves the frames.
+    pub vhost: bool,
 }
 
 impl Options {
@@ -108,6 +111,7 @@ impl Options {
             patience: Duration::from_secs(60),
             only: String::new(),
             halt: false,
+            vhost: false,
         };
         for word in line.text().split_ascii_whitespace() {
             if let Some(option) = word.strip_prefix("guest.") {
@@ -141,6 +145,7 @@ impl Options {
             "seconds" => self.patience = Duration::from_secs(number(value)?),
             "end" => self.halt = ends_by_halt(value)?,
             "only" => self.only = value.to_string(),
+            "backend" => self.vhost = is_vhost(value)?,
             _ => return None,
         }
         Some(())
@@ -155,6 +160,14 @@ fn ends_by_halt(text: &str) -> Option<bool> {
     match text {
         "off" => Some(false),
         "halt" => Some(true),
+        _ => None,
+    }
+}
+
+fn is_vhost(text: &str) -> Option<bool> {
+    match text {
+        "user" => Some(false),
+        "vhost" => Some(true),
         _ => None,
     }
 }

@@ -2,9 +2,13 @@
 
 use alloc::format;
 
+use smoltcp::time::Duration;
+
 use super::rig::{RING, Rig};
 use super::{Failure, Runner};
+use crate::cpu;
 use crate::memory::{PAGE, Shared};
+use crate::virtio::card::status;
 use crate::virtio::net::{RX, TX, feature};
 use crate::virtio::ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE};
 
@@ -265,6 +269,30 @@ pub fn run(runner: &mut Runner<'_>) {
             spoil(rig, TX, *poison)
         });
     }
+    for (variant, queue) in [("tx", TX), ("rx", RX)] {
+        runner.attack(&format!("chain-nonsense-is-told-{variant}"), |bench| {
+            nonsense_is_told(Rig::start(bench, feature::PLAIN)?, queue)
+        });
+    }
+}
+
+/// Offers more than a ring can hold, which the device must say that it cannot go on with (virtio 1.2, 2.1.2).
+fn nonsense_is_told(mut rig: Rig<'_>, queue: u16) -> Result<(), Failure> {
+    let card = rig.bench.card;
+    if queue == RX {
+        rig.rx.set_available(0x8000);
+        rig.prompt();
+    } else {
+        rig.tx.set_available(0x8000);
+    }
+    card.notify(queue);
+    let end = cpu::now() + Duration::from_millis(500);
+    while cpu::now() < end {
+        if card.status() & status::NEEDS_RESET != 0 {
+            return Ok(());
+        }
+    }
+    Err("the device does not ask for a reset".into())
 }
 
 /// Spoils one queue and makes the device use it.

@@ -37,6 +37,8 @@ pub struct Bench {
     pub card: Card,
     /// The first address after RAM.
     pub ram_end: u64,
+    /// The host's kernel moves the frames.
+    pub vhost: bool,
     mac: [u8; 6],
     own: Ipv4Address,
     peer: Ipv4Address,
@@ -56,6 +58,7 @@ impl Bench {
         Ok(Self {
             card,
             ram_end: boot.ram.end,
+            vhost: options.vhost,
             mac: Config::read(card).mac,
             own: own.ok_or("guest.ip is missing")?,
             peer,

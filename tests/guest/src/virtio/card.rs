@@ -15,6 +15,7 @@ pub mod status {
     pub const DRIVER: u32 = 2;
     pub const DRIVER_OK: u32 = 4;
     pub const FEATURES_OK: u32 = 8;
+    pub const NEEDS_RESET: u32 = 64;
 }
 
 /// A network card. What is written is as wide as virtio-mmio has it, and cut off where virtio-pci has less.

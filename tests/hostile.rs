@@ -1,0 +1,112 @@
+//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to our own data path on this
+//! machine's KVM, and to vhost-net where Linux guests can run, since that is where vhost-net is known to be.
+
+mod harness;
+mod lab;
+
+use std::fs;
+use std::time::Instant;
+
+use harness::guest::{Net, PATIENCE, PEER, Transport, addresses, on_both_transports, succeed};
+use harness::vm::Vm;
+
+on_both_transports! {
+    user_threads_harm_neither_the_monitor_nor_its_nic_nor_a_neighbour
+    user_threads_do_not_make_the_monitor_grow
+}
+
+fn user_threads_harm_neither_the_monitor_nor_its_nic_nor_a_neighbour(net: Net) {
+    harms_nothing(&net, "user", 1000);
+}
+
+fn user_threads_do_not_make_the_monitor_grow(net: Net) {
+    makes_nothing_grow(&net, "user", [100, 3000]);
+}
+
+#[test]
+fn vhost_net_on_mmio_harms_nothing() {
+    lab::test("vhost_net_on_mmio_harms_nothing", || {
+        withstands_by_vhost_net(Transport::Mmio);
+    });
+}
+
+#[test]
+fn vhost_net_on_pci_harms_nothing() {
+    lab::test("vhost_net_on_pci_harms_nothing", || {
+        withstands_by_vhost_net(Transport::Pci);
+    });
+}
+
+fn withstands_by_vhost_net(transport: Transport) {
+    harms_nothing(&Net::with(transport), "vhost", 100);
+    makes_nothing_grow(&Net::with(transport), "vhost", [20, 200]);
+}
+
+/// Starts the hostile guest. It is told what it attacks, since vhost-net may do with some frames what no card should.
+fn attack(net: &Net, backend: &str, options: &str) -> Vm {
+    let options = format!("mode=hostile backend={backend} peer={} {options}", PEER[0]);
+    net.start_on(&format!("lower,backend={backend}"), 2, &options)
+}
+
+/// What is done again and again is done `rounds` times.
+fn harms_nothing(net: &Net, backend: &str, rounds: u32) {
+    let mut neighbour = net.start_on(&format!("lower,backend={backend}"), 3, "mode=echo");
+    neighbour.wait_for("READY echo\n", PATIENCE);
+    let mut vm = attack(net, backend, &format!("count={rounds}"));
+    vm.wait_for("READY hostile\n", PATIENCE);
+    let [neighbours_ip, _] = addresses(3);
+    let start = Instant::now();
+    while !vm.console().contains("END ") && start.elapsed() < PATIENCE {
+        let ping = ["ping", "-n", "-q", "-i0.05", "-c20", "-W5", &neighbours_ip];
+        let pings = String::from_utf8_lossy(&net.far.exec(&ping).stdout).into_owned();
+        assert!(
+            pings.contains(" 0% packet loss"),
+            "{pings}\n{}\n{}",
+            neighbour.transcript(),
+            vm.transcript()
+        );
+    }
+    let console = succeed(vm);
+    let attacks = console.lines().filter(|line| line.starts_with("OK "));
+    assert!(attacks.count() > 200, "{console}");
+    net.quit(3, neighbour);
+}
+
+/// The same attacks a few times and many times.
+fn makes_nothing_grow(net: &Net, backend: &str, rounds: [u32; 2]) {
+    let memory = rounds.map(|rounds| {
+        let options = format!("count={rounds} only=life end=halt");
+        let mut vm = attack(net, backend, &options);
+        // It halts then, and is killed when dropped.
+        vm.wait_for("END failures=0\n", PATIENCE);
+        own_memory(vm.pid())
+    });
+    let ([few, many], [short, long]) = (rounds, memory);
+    println!("memory of the monitor: {short} kB after {few} resets, {long} kB after {many}");
+    assert!(long < short + 512, "it grew from {short} kB to {long} kB");
+}
+
+/// The resident memory of a monitor in kB, its guest's left out (every mapping of 64 MiB or more), and huge pages too, which
+/// the kernel makes as it likes.
+fn own_memory(pid: u32) -> u64 {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("minivmm runs");
+    let field = |line: &str, name: &str| -> Option<u64> {
+        line.strip_prefix(name)?
+            .trim()
+            .strip_suffix(" kB")?
+            .trim()
+            .parse()
+            .ok()
+    };
+    let (mut size, mut sum) = (0, 0);
+    for line in smaps.lines() {
+        size = field(line, "Size:").unwrap_or(size);
+        let is_own = size < 64 << 10;
+        match (field(line, "Rss:"), field(line, "AnonHugePages:")) {
+            (Some(resident), _) if is_own => sum += resident,
+            (_, Some(huge)) if is_own => sum -= huge,
+            _ => {}
+        }
+    }
+    sum
+}
