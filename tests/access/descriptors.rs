@@ -1,0 +1,194 @@
+//! Queues that somebody else has opened.
+
+use super::*;
+
+#[test]
+fn macvtap_of_ip_link_by_descriptor_gives_its_mac_and_works() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let node = place.macvtap("mine");
+    let redirection = format!("3<>{}", node.display());
+    let start = |options: &str| {
+        let guest = place.guest(2, options);
+        let args = with(&guest, &["--macvtap", "fd=3"]);
+        Vm::spawn(place.redirected(&redirection, Stdio::null(), &args))
+    };
+    let console = guest::succeed(start("mode=info"));
+    assert_eq!(mac_in_guest(&console), place.net.host.mac("mine"));
+
+    let vm = place.until_it_serves(start("mode=echo"));
+    for ip in addresses(2) {
+        assert!(place.net.far.pings(&ip, 3), "{ip}\n{}", vm.transcript());
+        assert_eq!(place.net.datagram(&ip, b"through fd 3"), b"through fd 3");
+    }
+    place.net.quit(2, vm);
+    assert_eq!(place.net.host.links(), ["lower", "mine"], "it was not ours");
+}
+
+#[test]
+fn ordinary_user_runs_a_guest_with_kvm_and_a_descriptor_alone() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let node = place.macvtap("mine");
+    // By a user without any capability, to whom not even the node is open.
+    let script = format!(
+        "{} 3<>{}",
+        AS_ON_A_DESKTOP.trim_end(),
+        node.to_str().unwrap()
+    );
+    let mut command = place.net.host.command("sh");
+    command.args(["-ec", &script, "sh", "setpriv"]);
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    command.args([
+        "--inh-caps=-all",
+        "--bounding-set=-all",
+        "--no-new-privs",
+        "--",
+    ]);
+    command.arg(place.path("minivmm"));
+    command
+        .args(place.guest(2, "mode=echo"))
+        .args(["--macvtap", "fd=3"])
+        .env("FILES", place.files.path())
+        .stdin(Stdio::null());
+    let vm = place.until_it_serves(Vm::spawn(command));
+    let status = fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    assert_eq!(after(&status, "Uid:"), "65534");
+    for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
+        assert_eq!(after(&status, set), "0000000000000000", "{set}");
+    }
+    for ip in addresses(2) {
+        assert!(place.net.far.pings(&ip, 3), "{ip}\n{}", vm.transcript());
+    }
+    place.net.quit(2, vm);
+}
+
+#[test]
+fn descriptor_that_is_no_queue_is_refused_with_what_it_is() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let guest = place.guest(2, "mode=info");
+    let args = with(&guest, &["--macvtap", "fd=3"]);
+    let command = |redirection: &str, handed: Stdio| place.redirected(redirection, handed, &args);
+    let nothing = Stdio::null;
+    is_refused(
+        command("3<&-", nothing()),
+        FAILED,
+        &["fd 3 is not open", "3<>/dev/tap"],
+    );
+    is_refused(
+        command("3</etc/passwd", nothing()),
+        FAILED,
+        &["fd 3 is a file, not a macvtap queue"],
+    );
+    is_refused(
+        command("3</dev/null", nothing()),
+        FAILED,
+        &["fd 3 is some other device"],
+    );
+    let (socket, _other_end) = UnixStream::pair().unwrap();
+    is_refused(
+        command("3<&0", OwnedFd::from(socket).into()),
+        FAILED,
+        &["fd 3 is a socket, not a macvtap queue"],
+    );
+    let tun = place.net.host.enter(tun);
+    is_refused(
+        command("3<&0", tun.into()),
+        FAILED,
+        &["fd 3 belongs to", "a tun", "use a macvtap or a tap"],
+    );
+}
+
+/// A descriptor of a new tun in this thread's network namespace.
+fn tun() -> File {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as i16;
+    // SAFETY: TUNSETIFF takes an ifreq, which lives on.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    file
+}
+
+#[test]
+fn descriptor_with_keys_or_twice_is_refused() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let node = place.macvtap("mine");
+    let node = node.display();
+    let guest = place.guest(2, "mode=info");
+    let refused = |redirection: &str, options: &[&str], status: i32, texts: &[&str]| {
+        let args = with(&guest, options);
+        is_refused(
+            place.redirected(redirection, Stdio::null(), &args),
+            status,
+            texts,
+        );
+    };
+    let one = format!("3<>{node}");
+    for keys in [
+        "fd=3,mode=bridge",
+        "fd=3,mac=02:00:00:00:00:01",
+        "fd=3,netns=host",
+    ] {
+        refused(&one, &["--macvtap", keys], USAGE, &["fd= goes without"]);
+    }
+    for bad in ["fd=", "fd=x", "fd=-1"] {
+        refused(
+            &one,
+            &["--macvtap", bad],
+            USAGE,
+            &["not the number of a file descriptor"],
+        );
+    }
+    let twice = ["--macvtap", "fd=3", "--macvtap", "fd=3"];
+    refused(&one, &twice, FAILED, &["fd 3 is given twice"]);
+    // A copy of the queue, and another queue of the same macvtap.
+    let shared = ["--macvtap", "fd=3", "--macvtap", "fd=4"];
+    for other in ["4<&3".to_owned(), format!("4<>{node}")] {
+        let both = format!("{one} {other}");
+        refused(&both, &shared, FAILED, &["two cards", "on mine"]);
+    }
+    let by_name = ["--macvtap", "mine", "--macvtap", "mine"];
+    refused("3<&-", &by_name, FAILED, &["two cards are on mine"]);
+    let both = ["--macvtap", "fd=3", "--macvtap", "mine"];
+    refused(&one, &both, FAILED, &["two cards are on mine"]);
+}
+
+#[test]
+fn macvtap_of_a_running_guest_is_refused_to_a_second_one() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    place.macvtap("mine");
+    let vm = place.serve(2, &["--macvtap", "mine"]);
+    let guest = place.guest(3, "mode=info");
+    let texts = [
+        "mine (",
+        &format!("(pid {})", vm.pid()),
+        "a part of its frames",
+    ];
+    let second = with(&guest, &["--macvtap", "mine"]);
+    is_refused(place.minivmm(&second), FAILED, &texts);
+    let open = ["net", "open", "mine", "--user", "nobody", "--", "true"];
+    is_refused(place.minivmm(&open), FAILED, &texts);
+    // The first one has had all of its frames back since.
+    assert!(place.net.far.pings(&addresses(2)[0], 3));
+    kill(vm);
+    guest::succeed(Vm::spawn(place.minivmm(&second)));
+}

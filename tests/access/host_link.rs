@@ -1,0 +1,261 @@
+//! The host's own access to its guests.
+
+use super::*;
+
+/// The host's addresses in these tests.
+const HOST: [&str; 2] = ["10.77.0.8", "fd77::8"];
+
+/// Host and guest reach each other, and the far side still both.
+#[track_caller]
+fn host_and_guest_talk(place: &Place, vm: &Vm) {
+    for ip in addresses(2) {
+        assert!(
+            place.net.host.pings(&ip, 3),
+            "host to {ip}\n{}",
+            vm.transcript()
+        );
+        assert!(place.net.far.pings(&ip, 3), "far side to {ip}");
+    }
+    for (host, peer) in HOST.iter().zip(PEER) {
+        assert!(place.net.far.pings(host, 3), "far side to {host}");
+        assert!(place.net.host.pings(peer, 3), "host to {peer}");
+        // A second guest asks the host: the first one is busy serving.
+        let guest = place.guest(3, &format!("mode=ping count=3 peer={host}"));
+        let args = with(&guest, &["--macvtap", "lower"]);
+        guest::succeed(Vm::spawn(place.minivmm(&args)));
+    }
+}
+
+#[test]
+fn host_link_lets_host_and_guest_talk_until_it_is_deleted() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let vm = place.serve(2, &["--macvtap", "lower"]);
+    let [v4, v6] = [format!("{}/24", HOST[0]), format!("{}/64", HOST[1])];
+    let make = [
+        "net",
+        "host-link",
+        "lower",
+        "--address",
+        &v4,
+        "--address",
+        &v6,
+    ];
+    for (name, words) in [("macvlan0", &[][..]), ("hosts", &["--name", "hosts"])] {
+        let told = succeeds(place.minivmm(&[&make[..], words].concat()));
+        assert!(told.starts_with(&format!("{name} on lower has")), "{told}");
+        assert!(told.contains(&v4) && told.contains(&v6), "{told}");
+        assert_eq!(place.net.host.links(), ["lower", name]);
+        host_and_guest_talk(&place, &vm);
+        let listing = succeeds(place.minivmm(&["net", "list", "lower"]));
+        assert!(listing.contains("the host's own"), "{listing}");
+        // By the name of either link.
+        let by = if name == "hosts" { name } else { "lower" };
+        let told = succeeds(place.minivmm(&["net", "host-link", by, "--delete"]));
+        assert_eq!(told, format!("deleted {name} on lower\n"));
+        assert_eq!(place.net.host.links(), ["lower"]);
+        assert!(!place.net.host.pings(&addresses(2)[0], 1), "without it");
+    }
+    place.net.quit(2, vm);
+}
+
+#[test]
+fn host_link_moves_the_lowers_addresses_and_routes_and_back() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let host = &place.net.host;
+    host.address("lower", &format!("{}/24", HOST[0]));
+    host.address("lower", &format!("{}/64", HOST[1]));
+    host.ip(&format!("route add default via {}", PEER[0]));
+    host.ip(&format!("-6 route add default via {}", PEER[1]));
+    let routes = || host.ip("route show") + &host.ip("-6 route show default");
+    let before = routes();
+    let vm = place.serve(2, &["--macvtap", "lower"]);
+    assert!(
+        !host.pings(&addresses(2)[0], 1),
+        "that is how macvtap works"
+    );
+
+    let told = succeeds(place.minivmm(&["net", "host-link", "lower", "--move-address"]));
+    assert!(told.contains(HOST[0]) && told.contains(HOST[1]), "{told}");
+    let with_link = routes();
+    assert_eq!(after(&with_link, "dev"), "macvlan0", "{with_link}");
+    assert!(!with_link.contains("dev lower"), "{with_link}");
+    assert_eq!(with_link.matches("default via").count(), 2, "{with_link}");
+    host_and_guest_talk(&place, &vm);
+
+    let told = succeeds(place.minivmm(&["net", "host-link", "lower", "--delete"]));
+    assert!(told.contains("are back there"), "{told}");
+    assert_eq!(routes(), before);
+    assert_eq!(host.links(), ["lower"]);
+    for peer in PEER {
+        assert!(host.pings(peer, 3), "{peer}");
+    }
+    place.net.quit(2, vm);
+}
+
+#[test]
+fn host_link_that_cannot_be_is_refused_and_changes_nothing() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let host = &place.net.host;
+    host.address("lower", &format!("{}/24", HOST[0]));
+    let before = host.ip("address show");
+    let refused = |args: &[&str], status: i32, texts: &[&str]| {
+        let args = [&["net", "host-link"], args].concat();
+        is_refused(place.minivmm(&args), status, texts);
+        assert_eq!(host.ip("address show"), before, "{args:?}");
+    };
+    let address = ["--address", "10.99.0.8/24"];
+    refused(
+        &[&["nolink"], &address[..]].concat(),
+        FAILED,
+        &["cannot make a host link on `nolink`"],
+    );
+    refused(&["lower"], USAGE, &["--address"]);
+    refused(&["lower", "--address", "10.99.0.8"], USAGE, &["10.99.0.8"]);
+    refused(
+        &["lower", "--address", "10.77.0.9/24"],
+        FAILED,
+        &["`lower` with its", "network of 10.77.0.9/24"],
+    );
+    refused(
+        &["lower", "--address", &format!("{}/24", HOST[0])],
+        FAILED,
+        &["has the address", "already"],
+    );
+    refused(
+        &["lower", "--delete"],
+        FAILED,
+        &["cannot delete the host link", "no host link on `lower`"],
+    );
+    refused(&["--delete"], FAILED, &["there is no host link"]);
+    refused(
+        &[&["lower", "--name", "lower"], &address[..]].concat(),
+        FAILED,
+        &["already an interface `lower`"],
+    );
+}
+
+#[test]
+fn host_link_to_delete_needs_no_name_when_it_is_the_only_one() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let host_link = |args: &[&str]| place.minivmm(&[&["net", "host-link"], args].concat());
+    for (name, address) in [("one", "10.98.0.8/24"), ("two", "10.99.0.8/24")] {
+        succeeds(host_link(&["lower", "--name", name, "--address", address]));
+    }
+    let both = ["`one` on `lower`", "`two` on `lower`", "name one of them"];
+    is_refused(host_link(&["--delete"]), FAILED, &both);
+    succeeds(host_link(&["one", "--delete"]));
+    let told = succeeds(host_link(&["--delete"]));
+    assert_eq!(told, "deleted two on lower\n");
+}
+
+#[test]
+fn host_link_of_a_guest_lives_as_long_as_the_guest() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let [v4, v6] = [format!("{}/24", HOST[0]), format!("{}/64", HOST[1])];
+    let options = ["--macvtap", "lower", "--host-link", &v4, "--host-link", &v6];
+    let vm = place.serve(2, &options);
+    assert_eq!(place.net.host.links(), ["lower", "macvlan0"]);
+    host_and_guest_talk(&place, &vm);
+    for name in ["lower", "macvlan0"] {
+        is_refused(
+            place.minivmm(&["net", "host-link", name, "--delete"]),
+            FAILED,
+            &[&format!("`macvlan0` belongs to the process {}", vm.pid())],
+        );
+    }
+    place.net.quit(2, vm);
+    assert_eq!(place.net.host.links(), ["lower"], "after the power-off");
+
+    let vm = place.serve(2, &options);
+    terminate(vm);
+    assert_eq!(place.net.host.links(), ["lower"], "after SIGTERM twice");
+
+    kill(place.serve(2, &options));
+    assert_eq!(place.net.host.links(), ["lower", "macvlan0"]);
+    let deleted = succeeds(place.minivmm(&["net", "gc"]));
+    assert!(
+        deleted.starts_with("deleted macvlan0 (macvlan)"),
+        "{deleted}"
+    );
+    assert_eq!(place.net.host.links(), ["lower"], "after gc");
+}
+
+#[test]
+fn host_link_on_an_interface_of_another_namespace_is_refused() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    // Where minivmm runs, the same names mean something else.
+    let elsewhere = Netns::new();
+    elsewhere.wire("lower");
+    elsewhere.wire("mine");
+    let before = elsewhere.links();
+    let guest = place.guest(2, "mode=info");
+    let spec = format!("lower,lower-netns={}", place.net.host.path().display());
+    let options = ["--macvtap", &spec, "--host-link", "10.77.0.9/24"];
+    let texts = ["--host-link", "not in this network namespace"];
+    let refused = |command| {
+        is_refused(command, FAILED, &texts);
+        assert_eq!(elsewhere.links(), before);
+        assert_eq!(place.net.host.links()[0], "lower");
+    };
+    refused(minivmm(&elsewhere, &with(&guest, &options)));
+    let node = place.macvtap("mine");
+    let script = format!("exec \"$@\" 3<>{}", node.display());
+    let mut command = elsewhere.command("sh");
+    command.args(["-ec", &script, "sh"]).arg(binary());
+    command.args(with(
+        &guest,
+        &["--macvtap", "fd=3", "--host-link", "10.77.0.9/24"],
+    ));
+    command.env_remove("RUST_LOG").stdin(Stdio::null());
+    let run = run(command);
+    assert_eq!(run.status.code(), Some(FAILED), "{run:?}");
+    for text in [&texts[..], &["its carrier and its end will not show"]].concat() {
+        assert_eq!(run.stderr.matches(text).count(), 1, "{text}: {run:?}");
+    }
+    assert_eq!(elsewhere.links(), before);
+}
+
+#[test]
+fn host_link_of_a_guest_that_cannot_be_leaves_nothing() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    place.net.host.address("lower", &format!("{}/24", HOST[0]));
+    let guest = place.guest(2, "mode=info");
+    let options = [
+        "--macvtap",
+        "lower,netns=host",
+        "--host-link",
+        "10.77.0.9/24",
+    ];
+    is_refused(
+        place.minivmm(&with(&guest, &options)),
+        FAILED,
+        &["cannot make a host link on `lower`", "10.77.0.9/24"],
+    );
+    assert_eq!(place.net.host.links(), ["lower"]);
+    is_refused(
+        place.minivmm(&with(&guest, &["--host-link", "10.77.0.9/24"])),
+        USAGE,
+        &["--macvtap"],
+    );
+}
