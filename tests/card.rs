@@ -355,6 +355,48 @@ fn drivers_commands_take_effect_on_the_host_or_are_refused() {
     );
 }
 
+#[test]
+fn promiscuous_guest_in_passthru_mode_hears_frames_for_others() {
+    let name = "promiscuous_guest_in_passthru_mode_hears_frames_for_others";
+    lab::test(name, || {
+        let (host, far) = (Netns::new(), Netns::new());
+        host.veth("wire", &far, "end");
+        far.address("end", "192.168.77.4/24");
+        far.ip("neigh replace 192.168.77.99 lladdr 02:00:00:00:00:99 dev end");
+        let args = ["--macvtap", "wire,mode=passthru,backend=user"];
+        let mut vm = boot(Some(&host), &args);
+        address(&mut vm, "eth0", 11);
+        assert!(pings(&mut vm, FAR[0]), "{}", vm.transcript());
+        // What arrives of 100 frames for somebody who is not there.
+        let heard = |vm: &mut Vm| {
+            let mut count = || -> u32 {
+                let count = vm.run("cat /sys/class/net/eth0/statistics/rx_packets");
+                count.trim().parse().expect("a number")
+            };
+            let before = count();
+            far.enter(|| {
+                let socket = UdpSocket::bind("192.168.77.4:0").expect("an address on the wire");
+                for _ in 0..100 {
+                    socket
+                        .send_to(&[0; 100], "192.168.77.99:9")
+                        .expect("its MAC address is known");
+                }
+            });
+            thread::sleep(SECOND);
+            count() - before
+        };
+        let before = heard(&mut vm);
+        vm.run("ifconfig eth0 promisc && sleep 1");
+        let promiscuous = heard(&mut vm);
+        assert!(
+            before < 50 && promiscuous >= 100,
+            "{before}, then {promiscuous}"
+        );
+        let log = vm.run("dmesg | grep virtio_net || true");
+        assert!(!log.contains("promisc mode"), "{log}");
+    });
+}
+
 /// When its wire comes back, the guest tells everybody where it is.
 fn announces_itself(site: &Site, vm: &mut Vm) {
     site.far.down("end");
