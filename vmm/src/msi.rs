@@ -60,7 +60,7 @@ impl Routes {
 
     fn set(&self, index: usize, message: Message) -> Result<(), kvm_ioctls::Error> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        table.messages[index] = Some(message);
+        let before = table.messages[index].replace(message);
         let inputs = (0..GSIS).map(input);
         let messages = table
             .messages
@@ -69,9 +69,14 @@ impl Routes {
             .filter_map(|(index, message)| message.map(|message| message.route(gsi(index))));
         let entries: Vec<_> = inputs.chain(messages).collect();
         // More entries than the table may have are refused like everything else that is wrong.
-        let routing = KvmIrqRouting::from_entries(&entries)
-            .map_err(|_| kvm_ioctls::Error::new(libc::ENOSPC))?;
-        self.fd.set_gsi_routing(&routing)
+        let result = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| kvm_ioctls::Error::new(libc::ENOSPC))
+            .and_then(|routing| self.fd.set_gsi_routing(&routing));
+        if result.is_err() {
+            // Or the next message, of whichever vector, would be refused with it.
+            table.messages[index] = before;
+        }
+        result
     }
 }
 
