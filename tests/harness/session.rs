@@ -6,17 +6,15 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use tempfile::TempDir;
 
+use super::harness::pty::Pty;
 use super::harness::vm::binary;
 use super::tiny::Tiny;
 
@@ -68,29 +66,12 @@ impl Session {
     }
 
     pub fn start((mut command, directory): (Command, TempDir)) -> Self {
-        // No other child may keep the user's side open.
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        let keyboard = openpt(flags).unwrap();
-        grantpt(&keyboard).unwrap();
-        unlockpt(&keyboard).unwrap();
-        let name = ptsname(&keyboard, Vec::new()).unwrap();
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let terminal = rustix::fs::open(name, flags, Mode::empty()).unwrap();
-        let stdio = || Stdio::from(terminal.try_clone().unwrap());
-        command.stdin(stdio()).stdout(stdio()).stderr(stdio());
-        // SAFETY: both are plain system calls, which a child may make between fork and exec.
-        unsafe {
-            command.pre_exec(|| {
-                rustix::process::setsid()?;
-                rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-                Ok(())
-            });
-        }
+        let pty = Pty::new();
         Self {
-            before: settings(&terminal),
-            child: command.spawn().unwrap(),
-            keyboard: Some(File::from(keyboard)),
-            terminal,
+            before: settings(&pty.terminal),
+            child: pty.start(&mut command),
+            keyboard: Some(pty.keyboard),
+            terminal: pty.terminal,
             shown: Vec::new(),
             seen: 0,
             _directory: directory,

@@ -2,55 +2,38 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 
-use rustix::fs::{Mode, OFlags, fcntl_getfl};
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 
 use super::harness::assets::assets;
+use super::harness::pty::Pty;
 use super::harness::vm::binary;
 use super::{BOOT, SECOND, children, eventually, here, text};
 
 /// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the command's pid and the
 /// user's side of the terminal), and checks that the terminal is as before. Returns the exit status.
 fn on_a_terminal(mut command: Command, end: impl FnOnce(u32, &mut fs::File)) -> Option<i32> {
-    let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo-terminal");
-    grantpt(&keyboard).expect("it is ours");
-    unlockpt(&keyboard).expect("it is ours");
-    let name = ptsname(&keyboard, Vec::new()).expect("it has a name");
-    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let terminal = rustix::fs::open(name, flags, Mode::empty()).expect("its other side opens");
-    let stdio = || Stdio::from(terminal.try_clone().expect("a descriptor is free"));
-    command.stdin(stdio()).stdout(stdio()).stderr(stdio());
-    // SAFETY: both are plain system calls, which a child may make between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            rustix::process::setsid()?;
-            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-            Ok(())
-        });
-    }
+    let mut pty = Pty::new();
     let is_raw = || {
-        let settings = tcgetattr(&terminal).expect("a terminal");
+        let settings = tcgetattr(&pty.terminal).expect("a terminal");
         !settings.local_modes.contains(LocalModes::ICANON)
     };
     let nonblocking = || {
-        let flags = fcntl_getfl(&terminal).expect("it is open");
+        let flags = fcntl_getfl(&pty.terminal).expect("it is open");
         flags.contains(OFlags::NONBLOCK)
     };
-    let mut child = command.spawn().expect("minivmm starts");
-    let mut keyboard = fs::File::from(keyboard);
-    let mut shown = keyboard.try_clone().expect("a descriptor is free");
+    let mut child = pty.start(&mut command);
+    let mut shown = pty.keyboard.try_clone().expect("a descriptor is free");
     // Ends with the terminal's other side.
     thread::spawn(move || while shown.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
     eventually(BOOT, "the terminal becomes raw", is_raw);
     // The mode changes before QEMU reads.
     thread::sleep(SECOND);
-    end(child.id(), &mut keyboard);
+    end(child.id(), &mut pty.keyboard);
     let mut status = None;
     eventually(20 * SECOND, "minivmm ends", || {
         status = child.try_wait().expect("it is our child");

@@ -1,0 +1,287 @@
+//! What `minivmm doctor` finds, and `net list` beside it.
+
+use super::*;
+
+/// A line of `doctor` with its status and message.
+fn check<'a>(checks: &'a Value, name: &str) -> &'a Value {
+    find(checks, "check", &name.into()).unwrap_or_else(|| panic!("no {name} in {checks:#}"))
+}
+
+/// What `doctor` says, as JSON, and its exit status. The text must be the same, one line a check.
+fn doctor(netns: &Netns, link: Option<&str>) -> (Option<i32>, Value) {
+    let args: Vec<&str> = std::iter::once("doctor").chain(link).collect();
+    let (status, text) = minivmm(netns, &args);
+    let (json_status, json) = minivmm(netns, &[&args[..], &["--json"]].concat());
+    assert_eq!(status, json_status);
+    let checks: Value = serde_json::from_str(&json).unwrap_or_else(|e| panic!("{e}: {json}"));
+    let all = checks.as_array().expect("an array");
+    assert_eq!(text.lines().count(), all.len(), "{text}\n{checks:#}");
+    for (line, check) in text.lines().zip(all) {
+        let (status, name) = (
+            check["status"].as_str().expect("a string"),
+            check["check"].as_str().expect("a string"),
+        );
+        // Nodes are one directory for all namespaces: those of other tests come and go in between.
+        let begin = match name {
+            "device nodes" => String::new(),
+            _ => format!("{status:4}  {name}: "),
+        };
+        assert!(line.starts_with(&begin), "{line:?} is not {check}");
+        assert!(["ok", "warn", "fail"].contains(&status), "{check}");
+        if status != "ok" {
+            println!("{line}");
+        }
+    }
+    let fails = all.iter().any(|check| check["status"] == "fail");
+    assert_eq!(status, Some(i32::from(fails)), "{text}");
+    (status, checks)
+}
+
+/// Fails unless the check has the status, and its message and remedy have these words.
+fn expect(checks: &Value, name: &str, status: &str, message: &str, remedy: &str) {
+    let found = check(checks, name);
+    let has = |key: &str, words: &str| found[key].as_str().unwrap_or_default().contains(words);
+    assert!(
+        found["status"] == status && has("message", message) && has("remedy", remedy),
+        "expected {status}, {message:?} and {remedy:?} in {found:#}"
+    );
+}
+
+#[test]
+fn doctor_finds_a_sound_host_and_link_sound() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let (status, checks) = doctor(&net.host, None);
+    assert_eq!(status, Some(0), "{checks:#}");
+    expect(&checks, "links", "ok", "lower", "");
+    expect(&checks, "macvtap driver", "ok", "", "");
+    for name in ["kvm", "vhost-net", "device nodes", "leaked links"] {
+        check(&checks, name);
+    }
+    let (status, checks) = doctor(&net.host, Some("lower"));
+    assert_eq!(status, Some(0), "{checks:#}");
+    for name in [
+        "link",
+        "wifi",
+        "membership",
+        "ipvlan",
+        "state",
+        "carrier",
+        "mtu",
+        "macvtaps",
+        "duplicate MACs",
+        "vepa",
+        "leaked links",
+    ] {
+        expect(&checks, name, "ok", "", "");
+    }
+}
+
+#[test]
+fn doctor_says_what_is_amiss_with_a_link_and_the_remedy() {
+    if !netns::is_root() {
+        return;
+    }
+    let net = Net::new();
+    let host = &net.host;
+    let fails = |link: &str| {
+        let (status, checks) = doctor(host, Some(link));
+        assert_eq!(status, Some(1), "{link}: {checks:#}");
+        checks
+    };
+    expect(&fails("lo"), "link", "fail", "loopback", "choose");
+    let remedy = "network namespace";
+    expect(&fails("nosuch"), "link", "fail", "`nosuch`", remedy);
+
+    net.far.down("wire");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "carrier", "warn", "no carrier", "cable");
+    host.down("lower");
+    let remedy = "ip link set lower up";
+    expect(&fails("lower"), "state", "fail", "is down", remedy);
+    host.up("lower");
+    net.far.up("wire");
+
+    host.ip("link set lower mtu 1000");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "mtu", "warn", "1000", "mtu 1500");
+    host.ip("link set lower mtu 1500");
+
+    host.bridge("br0", &["lower"]);
+    let remedy = "`br0`";
+    expect(&fails("lower"), "membership", "fail", "bridge", remedy);
+    host.ip("link delete br0");
+
+    if host.add_if_supported("link lower name ipv0 type ipvlan") {
+        expect(&fails("lower"), "ipvlan", "fail", "ipv0", "ip link delete");
+    }
+}
+
+#[test]
+fn doctor_warns_of_macvtaps_that_stand_in_each_others_way() {
+    if !netns::is_root() {
+        return;
+    }
+    let net = Net::new();
+    let host = &net.host;
+    host.macvtap("vepa0", "lower", "vepa");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "vepa", "ok", "", "");
+    host.macvtap("vepa1", "lower", "vepa");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "vepa", "warn", "`vepa0`", "mode bridge");
+    // The remedy is a command that works.
+    for link in ["vepa0", "vepa1"] {
+        host.ip(&format!("link set {link} type macvtap mode bridge"));
+    }
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "vepa", "ok", "", "");
+
+    let mac = host.mac("vepa0");
+    host.ip(&format!(
+        "link add link lower name twin address {mac} type macvtap mode bridge"
+    ));
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(&checks, "duplicate MACs", "warn", &mac, "delete the one");
+
+    for link in ["twin", "vepa0", "vepa1"] {
+        host.ip(&format!("link delete {link}"));
+    }
+    host.macvtap("alone", "lower", "passthru");
+    let (_, checks) = doctor(host, Some("lower"));
+    expect(
+        &checks,
+        "macvtaps",
+        "warn",
+        "passthru",
+        "ip link delete alone",
+    );
+}
+
+#[test]
+fn doctor_and_list_know_private_macvtaps() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start_on("lower,mode=vepa", 2, "mode=hlt");
+    vm.wait_for("OK hlt", PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    expect(&checks, "vepa", "ok", "", "");
+    let mut other = net.start_on(&format!("lower,mac={MAC}"), 3, "mode=hlt");
+    other.wait_for("OK hlt", PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    let own = format!("of pid {}`", vm.pid());
+    expect(&checks, "vepa", "warn", &own, "bridge mode");
+    // Down, it can have an address that is taken.
+    net.host.ip(&format!(
+        "link add link lower name twin address {MAC} type macvtap mode bridge"
+    ));
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    let remedy = "ip link set twin address";
+    expect(&checks, "duplicate MACs", "warn", MAC, remedy);
+    for (mut vm, lowers) in [(vm, 1), (other, 0)] {
+        vm.signal(Signal::KILL);
+        vm.wait_exit(PATIENCE);
+        let listing = tell_json(&net.host, &["net", "list", "lower", "--json"]);
+        let guests = listing["guests"].as_array().expect("an array");
+        assert_eq!(guests.len(), lowers, "{listing}");
+    }
+
+    net.host.ip("link delete twin");
+    // The kernel takes the macvtaps of the killed away in its own time.
+    eventually("lower of its own", || {
+        let add = "ip link add link lower name probe type macvlan mode passthru";
+        let done = net.host.exec(&add.split(' ').collect::<Vec<_>>());
+        done.status.success().then_some(())
+    });
+    net.host.ip("link delete probe");
+    let mut vm = net.start_on("lower,mode=passthru", 2, "mode=hlt");
+    vm.wait_for("OK hlt", PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    let remedy = format!("end the process {}", vm.pid());
+    expect(&checks, "macvtaps", "warn", "passthru", &remedy);
+}
+
+#[test]
+fn link_that_a_killed_monitor_left_is_shown_and_collected() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let mut vm = net.start_on("lower,netns=host,name=vm0", 2, "mode=hlt");
+    vm.wait_for("OK hlt", PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    expect(&checks, "leaked links", "ok", "", "");
+    assert_eq!(tell(&net.host, &["net", "gc"]), "", "a live one stays");
+
+    vm.signal(Signal::KILL);
+    vm.wait_exit(PATIENCE);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    let pid = format!("pid {}", vm.pid());
+    expect(&checks, "leaked links", "warn", &pid, "vm0");
+    let text = tell(&net.host, &["net", "list"]);
+    assert!(
+        text.contains(&format!("({pid}), which has ended: minivmm net gc")),
+        "{text}"
+    );
+    let text = tell(&net.host, &["net", "gc"]);
+    assert!(text.starts_with("deleted vm0 (macvtap)"), "{text}");
+    assert_eq!(net.host.links(), ["lower"]);
+    let (_, checks) = doctor(&net.host, Some("lower"));
+    expect(&checks, "leaked links", "ok", "", "");
+}
+
+#[test]
+fn doctor_warns_of_a_node_that_is_another_namespaces_macvtap() {
+    if !netns::is_root() {
+        return;
+    }
+    let [one, other] = [Net::new(), Net::new()];
+    // Interface indexes repeat across namespaces, the names of nodes in /dev do not.
+    // Another run of this test may be under way.
+    let index = 2_000_000 + std::process::id();
+    for net in [&one, &other] {
+        net.host.ip(&format!(
+            "link add link lower name mt0 index {index} type macvtap mode bridge"
+        ));
+        net.host.up("mt0");
+    }
+    let misled = [&one, &other].map(|net| {
+        let (_, checks) = doctor(&net.host, None);
+        let found = check(&checks, "device nodes");
+        let message = found["message"].as_str().expect("a string");
+        message.contains(&format!("/dev/tap{index} is not `mt0`"))
+            && found["remedy"]
+                .as_str()
+                .is_some_and(|text| text.contains("by their names"))
+    });
+    assert_eq!(
+        misled.iter().filter(|misled| **misled).count(),
+        1,
+        "{misled:?}"
+    );
+}
+
+#[test]
+fn doctor_fails_without_a_usable_kvm() {
+    if !netns::is_root() {
+        return;
+    }
+    // In a mount namespace of its own, /dev/kvm is something else.
+    let script = r#"mount --bind /dev/null /dev/kvm && exec "$0" doctor"#;
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).arg(vm::binary());
+    let output = command.output().expect("unshare starts");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.starts_with("fail  kvm: "), "{text}");
+    let script = r#"mount --bind /dev/null /dev/kvm && exec "$0" doctor --json"#;
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).arg(vm::binary());
+    let output = command.output().expect("unshare starts");
+    let checks: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    expect(&checks, "kvm", "fail", "KVM", "c 10 232");
+}
