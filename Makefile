@@ -6,7 +6,7 @@ GUEST := tests/guest
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-build demo-tools test fuzz lint clean
+.PHONY: help build demo demo-build demo-tools test bench fuzz lint clean
 
 help: ## Lists these targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -29,6 +29,13 @@ demo-tools:
 test: ## Runs all tests (as root: those with a network need namespaces)
 	resources/install-tools iasl qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE_4M.fd
 	$(CARGO) test --workspace
+
+# Without hardware virtualisation it runs in the lab, where figures mean little.
+BENCH_ROUNDS ?= 3
+bench: ## The card side by side: transports, backends, QEMU (BENCH_ROUNDS times; needs root)
+	@resources/install-tools qemu-system-x86_64
+	@$(CARGO) build -q --release -p vmm --bin minivmm --example bench
+	@MINIVMM_BIN=$(TARGET)/release/minivmm $(TARGET)/release/examples/bench $(BENCH_ROUNDS) </dev/null
 
 # Sanitizer and coverage are flags that only a nightly compiler admits to; this one has them too.
 FUZZ_SECONDS ?= 60

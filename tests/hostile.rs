@@ -4,10 +4,10 @@
 mod harness;
 mod lab;
 
-use std::fs;
 use std::time::Instant;
 
 use harness::guest::{Net, PATIENCE, PEER, Transport, addresses, on_both_transports, succeed};
+use harness::memory::own_memory;
 use harness::vm::Vm;
 
 on_both_transports! {
@@ -84,29 +84,4 @@ fn makes_nothing_grow(net: &Net, backend: &str, rounds: [u32; 2]) {
     let ([few, many], [short, long]) = (rounds, memory);
     println!("memory of the monitor: {short} kB after {few} resets, {long} kB after {many}");
     assert!(long < short + 512, "it grew from {short} kB to {long} kB");
-}
-
-/// The resident memory of a monitor in kB, its guest's left out (every mapping of 64 MiB or more), and huge pages too, which
-/// the kernel makes as it likes.
-fn own_memory(pid: u32) -> u64 {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("minivmm runs");
-    let field = |line: &str, name: &str| -> Option<u64> {
-        line.strip_prefix(name)?
-            .trim()
-            .strip_suffix(" kB")?
-            .trim()
-            .parse()
-            .ok()
-    };
-    let (mut size, mut sum) = (0, 0);
-    for line in smaps.lines() {
-        size = field(line, "Size:").unwrap_or(size);
-        let is_own = size < 64 << 10;
-        match (field(line, "Rss:"), field(line, "AnonHugePages:")) {
-            (Some(resident), _) if is_own => sum += resident,
-            (_, Some(huge)) if is_own => sum -= huge,
-            _ => {}
-        }
-    }
-    sum
 }

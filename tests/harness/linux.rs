@@ -28,18 +28,24 @@ pub fn boot(netns: Option<&Netns>, args: &[&str]) -> Vm {
 }
 
 /// Boots a guest by a command until our init's first line is in the text that `console` reads.
+pub fn boot_command(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String) -> Vm {
+    timed_boot(make, console).0
+}
+
+/// The same, with the time that it took.
 ///
 /// QEMU's emulation of nested SVM has a bug (`helper_vmrun` leaves `exception_index` set, so that an interrupt may be
 /// delivered twice) that hangs about one boot of a Linux in 13 inside the lab, and crashes one now and then. So there, and
 /// only there, a guest that falls silent or ends before our init's first line is started again. Each time is reported, and
 /// three in a row fail.
-pub fn boot_command(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String) -> Vm {
+pub fn timed_boot(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String) -> (Vm, Duration) {
     static HANGS: AtomicU32 = AtomicU32::new(0);
     let in_lab = std::env::var_os("MINIVMM_IN_LAB").is_some();
     for _ in 0..TRIES {
+        let start = Instant::now();
         let vm = Vm::spawn(make());
         let Err(text) = kernel_boots(&vm, &console, in_lab) else {
-            return vm;
+            return (vm, start.elapsed());
         };
         let hangs = HANGS.fetch_add(1, Ordering::Relaxed) + 1;
         let last = text.trim_end().lines().next_back().unwrap_or_default();
@@ -138,6 +144,6 @@ fn kernel_boots(vm: &Vm, console: impl Fn(&Vm) -> String, in_lab: bool) -> Resul
         } else if in_lab && last.1.elapsed() > SILENCE {
             return Err(text);
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(5));
     }
 }

@@ -8,6 +8,8 @@
 //! - `assets`: Debian's kernel and tools, downloaded once
 //! - `initramfs`: archives for the Linux guest and for the lab
 //! - `site`: a wire with a third host, for Linux guests
+//! - `memory`: how much of it a monitor takes
+//! - `pty`: a pseudo-terminal for a command
 //! - `linux`: a minivmm with Debian's kernel in it
 #![allow(dead_code, unused_imports, unused_macros)] // Each test binary uses its own part of this module.
 
@@ -17,7 +19,9 @@ pub mod guest;
 pub mod initramfs;
 pub mod iperf;
 pub mod linux;
+pub mod memory;
 pub mod netns;
+pub mod pty;
 pub mod site;
 pub mod vm;
 

@@ -74,9 +74,9 @@ const MODULES: &[&str] = &[
 ];
 
 impl Job<'_> {
-    /// Whether the program itself runs QEMU, as the tests of `minivmm qemu` do.
+    /// Whether the program itself runs QEMU, as the tests of `minivmm qemu` and the benchmark do.
     fn wants_qemu(&self) -> bool {
-        self.is("qemu-")
+        self.is("qemu-") || self.is("bench")
     }
 
     /// Whether it boots Debian's kernel for all machines too.
