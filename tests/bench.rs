@@ -102,13 +102,7 @@ fn in_lab(rounds: String) -> bool {
         done: Vec::new(),
         deadline: Instant::now() + LAB_LIMIT,
     };
-    match lab::machine::run(&job, |line| println!("{line}")) {
-        Ok(status) => status == 0,
-        Err(failure) => {
-            eprintln!("{failure:?}");
-            false
-        }
-    }
+    lab::machine::run_shown(&job)
 }
 
 /// Measures everything that can be had here, each setup once a round, and prints medians and spreads.
@@ -130,26 +124,25 @@ fn compare(rounds: usize) -> bool {
     let mut samples = vec![Vec::<Sample>::new(); setups.len()];
     for round in 1..=rounds {
         for ((name, args), samples) in setups.iter().zip(&mut samples) {
-            let sample = measure(args);
-            println!("round {round}, {name}: {sample:.2?}");
-            samples.push(sample);
+            println!("round {round} of {rounds}: {name}");
+            samples.push(measure(args));
         }
     }
-    println!("\nMedian of {rounds} rounds (least and most):\n");
+    println!("\nMedians (least-most):\n");
     print!("{:<22}", "");
-    FIGURES.iter().for_each(|(name, _)| print!("{name:>24}"));
+    FIGURES.iter().for_each(|(name, _)| print!("{name:>23}"));
     println!();
     for ((name, _), samples) in setups.iter().zip(&samples) {
         print!("{name:<22}");
         for (figure, (_, decimals)) in FIGURES.iter().enumerate() {
             let mut values: Vec<_> = samples.iter().map(|sample| sample[figure]).collect();
             values.sort_by(f64::total_cmp);
-            let [least, .., most] = values[..] else {
+            let (Some(least), Some(most)) = (values.first(), values.last()) else {
                 continue;
             };
             let median = values[values.len() / 2];
             let text = format!("{median:.decimals$} ({least:.decimals$}-{most:.decimals$})");
-            print!("{text:>24}");
+            print!("{text:>23}");
         }
         println!();
     }

@@ -75,19 +75,7 @@ fn in_lab() -> bool {
         done: Vec::new(),
         deadline: Instant::now() + LAB_LIMIT,
     };
-    for _ in 0..lab::machine::TRIES {
-        match lab::machine::run(&job, |line| println!("{line}")) {
-            Ok(0) => return true,
-            Ok(_) | Err(lab::machine::Failure::Emulator(_)) => {
-                println!("That failed, perhaps by a bug of the emulator's own. Once more:");
-            }
-            Err(lab::machine::Failure::Other(why)) => {
-                eprintln!("{why}");
-                return false;
-            }
-        }
-    }
-    false
+    lab::machine::run_shown(&job)
 }
 
 /// The demo itself; returns whether all pings were answered.

@@ -167,6 +167,23 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
     }
 }
 
+/// Runs a job that is no test, shows its output, and runs it again when it fails, a few times. Returns whether it succeeded.
+pub fn run_shown(job: &Job) -> bool {
+    for _ in 0..TRIES {
+        match run(job, |line| println!("{line}")) {
+            Ok(0) => return true,
+            Ok(_) | Err(Failure::Emulator(_)) => {
+                println!("That failed, perhaps by a bug of the emulator's own. Once more:");
+            }
+            Err(Failure::Other(why)) => {
+                eprintln!("{why}");
+                return false;
+            }
+        }
+    }
+    false
+}
+
 fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     let mut archive = Archive::new();
     archive.base(include_bytes!("../../resources/lab-init"));
