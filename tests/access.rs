@@ -33,7 +33,8 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::guest::{self, Net, PATIENCE, PEER, addresses, elf, is_possible};
+use harness::elf::elf;
+use harness::guest::{self, Net, PATIENCE, PEER, addresses, is_possible};
 use harness::netns::Netns;
 use harness::vm::{Vm, binary, copy_program};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};

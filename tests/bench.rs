@@ -2,10 +2,10 @@
 //! in one run, several times.
 
 /// Of the tests' harness, what an example can use too.
-#[allow(dead_code, unused_imports, unused_macros)] // The tests use more of it.
+#[allow(dead_code)] // The tests use more of it.
 mod harness {
     pub mod assets;
-    pub mod guest;
+    pub mod elf;
     pub mod initramfs;
     pub mod iperf;
     pub mod linux;
@@ -75,12 +75,13 @@ const LAB_LIMIT: Duration = Duration::from_secs(3600);
 
 fn main() -> ExitCode {
     let rounds = std::env::args().nth(1).unwrap_or_else(|| "3".to_owned());
+    let Some(rounds) = rounds.parse().ok().filter(|&rounds| rounds > 0) else {
+        eprintln!("BENCH_ROUNDS is {rounds:?}, which is no number of rounds");
+        return ExitCode::FAILURE;
+    };
     let done = match lab::place() {
         Place::Lab => in_lab(rounds),
-        _ => {
-            let rounds = rounds.parse().expect("a number of rounds");
-            is_root() && compare(rounds)
-        }
+        Place::InsideLab | Place::Here => is_root() && compare(rounds),
     };
     if done {
         ExitCode::SUCCESS
@@ -90,7 +91,7 @@ fn main() -> ExitCode {
 }
 
 /// Runs this program again in the lab.
-fn in_lab(rounds: String) -> bool {
+fn in_lab(rounds: usize) -> bool {
     println!(
         "This machine's KVM cannot run Linux: everything runs in an emulated machine whose KVM can. The figures then show \
          that it works, and not how fast it is."
@@ -98,7 +99,7 @@ fn in_lab(rounds: String) -> bool {
     let program = std::env::current_exe().expect("/proc is mounted");
     let job = lab::machine::Job {
         program: &program,
-        args: &[rounds],
+        args: &[rounds.to_string()],
         done: Vec::new(),
         deadline: Instant::now() + LAB_LIMIT,
     };

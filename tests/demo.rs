@@ -1,10 +1,10 @@
 //! `make demo`: two guests and a third host on one wire, their addresses, and the pings between them.
 
 /// Of the tests' harness, what an example can use too.
-#[allow(dead_code, unused_imports, unused_macros)] // The tests use more of it.
+#[allow(dead_code)] // The tests use more of it.
 mod harness {
     pub mod assets;
-    pub mod guest;
+    pub mod elf;
     pub mod initramfs;
     pub mod linux;
     pub mod netns;

@@ -12,6 +12,7 @@ use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use harness::elf::elf;
 use harness::guest::{self, Net};
 use harness::skip::has_kvm;
 use harness::vm::{Vm, binary};
@@ -87,7 +88,7 @@ fn guest_with_64_mib_uses_its_network_card() {
     }
     let net = Net::new();
     let mut command = net.host.command(binary());
-    command.arg("--kernel").arg(guest::elf());
+    command.arg("--kernel").arg(elf());
     command.args(["--memory", "64M", "--macvtap", "lower", "--cmdline"]);
     command.arg(format!(
         "guest.mode=ping guest.ip=10.77.0.2/24 guest.peer={}",

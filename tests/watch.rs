@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::guest::{Net, PATIENCE, PEER, addresses, elf, is_possible, on_both_transports};
+use harness::elf::elf;
+use harness::guest::{Net, PATIENCE, PEER, addresses, is_possible, on_both_transports};
 use harness::netns::{self, Netns};
 use harness::vm::{self, Vm};
 use rustix::process::Signal;

@@ -1,13 +1,11 @@
-//! The freestanding test guest: built once per test process, and started in a network made for the test.
+//! The freestanding test guest, started in a network made for the test.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use super::assets::cache_dir;
+use super::elf::elf;
 use super::netns::{self, Netns, skip};
 use super::vm::{self, Vm};
 
@@ -23,45 +21,10 @@ pub const SINK: u16 = 9;
 /// See [`ECHO`].
 pub const SOURCE: u16 = 19;
 
-/// The guest's ELF. Cargo's own lock keeps test processes from building it twice at a time; the lab gets it built.
-pub fn elf() -> &'static Path {
-    static ELF: OnceLock<PathBuf> = OnceLock::new();
-    ELF.get_or_init(|| {
-        if is_lab() {
-            return cache_dir().join("guest");
-        }
-        let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/guest/Cargo.toml");
-        // Only tests have such a directory, and the demo, which shares this module, builds no guest.
-        let target =
-            Path::new(option_env!("CARGO_TARGET_TMPDIR").unwrap_or_default()).join("guest");
-        let mut cargo = Command::new(env!("CARGO"));
-        cargo.args([
-            "build",
-            "--release",
-            "--quiet",
-            "--locked",
-            "--manifest-path",
-            manifest,
-        ]);
-        cargo.arg("--target-dir").arg(&target);
-        // What the outer cargo was told about its own build is no concern of this one.
-        for variable in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
-            cargo.env_remove(variable);
-        }
-        let status = cargo.stdin(Stdio::null()).status().expect("cargo starts");
-        assert!(status.success(), "cannot build the test guest: {status}");
-        target.join("release/guest")
-    })
-}
-
 /// Whether guests can be started over a network made by the test: root and `/dev/kvm`. Where `CI` is set both must be.
 /// The lab is for what cannot run out here.
 pub fn is_possible() -> bool {
-    !is_lab() && netns::is_root() && skip::has_kvm()
-}
-
-fn is_lab() -> bool {
-    std::env::var_os("MINIVMM_IN_LAB").is_some()
+    !vm::in_lab() && netns::is_root() && skip::has_kvm()
 }
 
 /// How the guest reaches its cards.

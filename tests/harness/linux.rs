@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::assets::{assets, cache_dir, generic};
 use super::initramfs;
 use super::netns::Netns;
-use super::vm::{Vm, binary};
+use super::vm::{Vm, binary, in_lab};
 
 /// The longest time from start to the prompt of our init; 4 to 8 s are usual in the lab.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -40,7 +40,7 @@ pub fn boot_command(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String)
 /// three in a row fail.
 pub fn timed_boot(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String) -> (Vm, Duration) {
     static HANGS: AtomicU32 = AtomicU32::new(0);
-    let in_lab = std::env::var_os("MINIVMM_IN_LAB").is_some();
+    let in_lab = in_lab();
     for _ in 0..TRIES {
         let start = Instant::now();
         let vm = Vm::spawn(make());

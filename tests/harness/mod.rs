@@ -3,7 +3,8 @@
 //! - `vm`: a running minivmm, its console, log and end
 //! - `netns`: network namespaces with links and addresses for a test
 //! - `skip`: says which tests cannot run here, and why
-//! - `guest`: the freestanding test guest
+//! - `elf`: the freestanding test guest as a file
+//! - `guest`: the same in a network made for the test
 //! - `capture`: frames on a link, and their checksums
 //! - `assets`: Debian's kernel and tools, downloaded once
 //! - `initramfs`: archives for the Linux guest and for the lab
@@ -15,6 +16,7 @@
 
 pub mod assets;
 pub mod capture;
+pub mod elf;
 pub mod guest;
 pub mod initramfs;
 pub mod iperf;

@@ -15,8 +15,15 @@ pub fn binary() -> PathBuf {
     let built = option_env!("CARGO_BIN_EXE_minivmm").map(OsString::from);
     match std::env::var_os("MINIVMM_BIN").or(built) {
         Some(path) => path.into(),
-        None => panic!("MINIVMM_BIN does not say where minivmm is; make demo sets it"),
+        None => {
+            panic!("MINIVMM_BIN does not say where minivmm is; make demo and make bench set it")
+        }
     }
+}
+
+/// Whether this process runs in the lab.
+pub fn in_lab() -> bool {
+    std::env::var_os("MINIVMM_IN_LAB").is_some()
 }
 
 /// Copies a program that is to be run, by another process: one that this process has had open for writing is busy as long

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::harness::assets::{Assets, assets, generic, lock};
-use crate::harness::guest;
+use crate::harness::elf::elf;
 use crate::harness::initramfs::{Archive, GUEST_TOOLS, find};
 use crate::harness::vm;
 
@@ -169,12 +169,13 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
 
 /// Runs a job that is no test, shows its output, and runs it again when it fails, a few times. Returns whether it succeeded.
 pub fn run_shown(job: &Job) -> bool {
-    for _ in 0..TRIES {
+    for left in (0..TRIES).rev() {
         match run(job, |line| println!("{line}")) {
             Ok(0) => return true,
-            Ok(_) | Err(Failure::Emulator(_)) => {
+            Ok(_) | Err(Failure::Emulator(_)) if left > 0 => {
                 println!("That failed, perhaps by a bug of the emulator's own. Once more:");
             }
+            Ok(_) | Err(Failure::Emulator(_)) => {}
             Err(Failure::Other(why)) => {
                 eprintln!("{why}");
                 return false;
@@ -209,7 +210,7 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
         kernel(&mut archive, generic(), "linux-generic");
     }
     if job.wants_freestanding() {
-        archive.file(guest::elf(), "/lab/cache/guest");
+        archive.file(elf(), "/lab/cache/guest");
     }
     let quoted: Vec<_> = job
         .args

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use vmm::probe::{Privileged, probe};
 
 use crate::harness::netns;
+use crate::harness::vm::in_lab;
 
 /// When the tests in the lab are given up.
 const LIMIT: Duration = Duration::from_secs(30 * 60);
@@ -40,7 +41,7 @@ pub enum Place {
 pub fn place() -> Place {
     static PLACE: OnceLock<Place> = OnceLock::new();
     *PLACE.get_or_init(|| {
-        if env::var_os("MINIVMM_IN_LAB").is_some() {
+        if in_lab() {
             Place::InsideLab
         } else if env::var_os("MINIVMM_LAB").is_none() && matches!(probe(), Ok(Privileged::Native))
         {
