@@ -11,6 +11,7 @@ mod harness {
     pub mod linux;
     pub mod memory;
     pub mod netns;
+    pub mod retry;
     pub mod site;
     pub mod vm;
 }

@@ -88,14 +88,24 @@ pub fn cache_dir() -> PathBuf {
 
 /// Takes a lock that other processes of the same user wait for, until the file is dropped.
 pub fn lock(name: &str) -> fs::File {
-    let path = cache_dir().join(name);
+    one_of(name, 1)
+}
+
+/// Takes one of `count` locks, so that so many processes of the same user go on at once.
+pub fn one_of(name: &str, count: u32) -> fs::File {
     fs::create_dir_all(cache_dir())
         .unwrap_or_else(|e| panic!("cannot make {}: {e}", cache_dir().display()));
-    let file =
-        fs::File::create(&path).unwrap_or_else(|e| panic!("cannot create {}: {e}", path.display()));
-    flock(&file, FlockOperation::LockExclusive)
-        .unwrap_or_else(|e| panic!("cannot lock {}: {e}", path.display()));
-    file
+    let path = |n: u32| cache_dir().join(format!("{name}.{n}"));
+    let take = |n: u32, operation| {
+        let file = fs::File::create(path(n))?;
+        flock(&file, operation)?;
+        Ok::<_, std::io::Error>(file)
+    };
+    let free = (0..count).find_map(|n| take(n, FlockOperation::NonBlockingLockExclusive).ok());
+    // All are taken: any may be given back first, and who waits for the same one is spread.
+    let n = std::process::id() % count;
+    free.map_or_else(|| take(n, FlockOperation::LockExclusive), Ok)
+        .unwrap_or_else(|e| panic!("cannot lock {}: {e}", path(n).display()))
 }
 
 /// The cloud kernel, fetched when the cache has none. Panics with the remedy when it cannot be had.

@@ -4,21 +4,19 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::assets::{assets, cache_dir, generic};
 use super::initramfs;
 use super::netns::Netns;
+use super::retry::{Layer, retry};
 use super::vm::{Vm, binary, in_lab};
 
 /// The longest time from start to the prompt of our init; 4 to 8 s are usual in the lab.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
-/// A guest in the lab that writes nothing for this long while its kernel boots has met the emulator's bug, see [`boot_command`].
+/// A guest in the lab that writes nothing for this long while its kernel boots has met the emulator's bug (`retry.rs`).
 const SILENCE: Duration = Duration::from_secs(20);
-/// Boots of one guest before the hang is believed to be ours.
-const TRIES: u32 = 3;
 
 /// Boots a guest in a namespace and waits until it takes commands. `--kernel` and `--initrd` are added unless given.
 pub fn boot(netns: Option<&Netns>, args: &[&str]) -> Vm {
@@ -32,29 +30,16 @@ pub fn boot_command(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String)
     timed_boot(make, console).0
 }
 
-/// The same, with the time that it took.
-///
-/// QEMU's emulation of nested SVM has a bug (`helper_vmrun` leaves `exception_index` set, so that an interrupt may be
-/// delivered twice) that hangs about one boot of a Linux in 13 inside the lab, and crashes one now and then. So there, and
-/// only there, a guest that falls silent or ends before our init's first line is started again. Each time is reported, and
-/// three in a row fail.
+/// The same, with the time that it took. In the lab a guest that falls silent or ends before that line is started again.
 pub fn timed_boot(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String) -> (Vm, Duration) {
-    static HANGS: AtomicU32 = AtomicU32::new(0);
     let in_lab = in_lab();
-    for _ in 0..TRIES {
+    let boot = || {
         let start = Instant::now();
         let vm = Vm::spawn(make());
-        let Err(text) = kernel_boots(&vm, &console, in_lab) else {
-            return (vm, start.elapsed());
-        };
-        let hangs = HANGS.fetch_add(1, Ordering::Relaxed) + 1;
-        let last = text.trim_end().lines().next_back().unwrap_or_default();
-        println!(
-            "\nLAB hang {hangs} of a guest in boot, which is silent for {SILENCE:?} or crashed (QEMU's bug); started again. \
-             Last: {last}"
-        );
-    }
-    panic!("{TRIES} boots in a row fell silent or crashed: this is not the emulator's bug")
+        kernel_boots(&vm, &console, in_lab).map(|()| (vm, start.elapsed()))
+    };
+    retry(Layer::Boot, |text: &String| Some(text.clone()), boot)
+        .unwrap_or_else(|text| panic!("the guest falls silent or ends in each boot:\n{text}"))
 }
 
 /// The command line of a guest: minivmm in the namespace, with its stdin open.

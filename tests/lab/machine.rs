@@ -1,5 +1,6 @@
 //! The outer virtual machine: QEMU's emulator with nested SVM, Debian's kernel, an initramfs with the program to run.
 
+use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -8,9 +9,10 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::assets::{Assets, assets, generic, lock};
+use crate::harness::assets::{Assets, assets, generic, one_of};
 use crate::harness::elf::elf;
 use crate::harness::initramfs::{Archive, GUEST_TOOLS, find};
+use crate::harness::retry::{Layer, retry};
 use crate::harness::vm;
 
 /// What runs in the lab: a test binary or the demo.
@@ -36,6 +38,25 @@ pub enum Failure {
     Other(String),
 }
 
+impl Failure {
+    /// What the emulator may be to blame for.
+    pub fn of_emulator(&self) -> Option<String> {
+        match self {
+            Self::Emulator(console) => Some(console.clone()),
+            Self::Other(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Emulator(console) => write!(f, "it hung or crashed; its console:\n{console}"),
+            Self::Other(why) => f.write_str(why),
+        }
+    }
+}
+
 /// How long a living lab is silent at most: its init shows a sign of life every 2 s.
 const SILENCE: Duration = Duration::from_secs(40);
 /// How long a program in it writes no line at most.
@@ -47,8 +68,6 @@ const CRASHES: &[&str] = &[
     "Oops: ",
     "general protection fault",
 ];
-/// Labs that may fail so before something else than QEMU is to blame.
-pub const TRIES: u32 = 4;
 
 /// The machine. Without XSAVE, since QEMU's nested SVM lets a guest's XSETBV through to the lab's own register. With one CPU,
 /// since interrupts between two of them hit QEMU's bug much more often, and two emulated at once have one of their own.
@@ -116,8 +135,7 @@ const FIRMWARE: &[&str] = &[
 /// How the lab ended without one.
 pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
     let failed = |what: &str, error| Failure::Other(format!("{what}: {error}"));
-    // Two labs at once would only slow each other down, into their limits.
-    let _lock = lock("lab.lock");
+    let _lock = one_of("lab.lock", most_at_once());
     let temp = tempfile::tempdir().map_err(|e| failed("cannot make a temporary directory", e))?;
     let initrd = temp.path().join("initrd");
     fs::write(&initrd, initramfs(job, assets()))
@@ -169,20 +187,23 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, Failure> {
 
 /// Runs a job that is no test, shows its output, and runs it again when it fails, a few times. Returns whether it succeeded.
 pub fn run_shown(job: &Job) -> bool {
-    for left in (0..TRIES).rev() {
-        match run(job, |line| println!("{line}")) {
-            Ok(0) => return true,
-            Ok(_) | Err(Failure::Emulator(_)) if left > 0 => {
-                println!("That failed, perhaps by a bug of the emulator's own. Once more:");
-            }
-            Ok(_) | Err(Failure::Emulator(_)) => {}
-            Err(Failure::Other(why)) => {
-                eprintln!("{why}");
-                return false;
-            }
-        }
-    }
-    false
+    let shown = || match run(job, |line| println!("{line}"))? {
+        0 => Ok(()),
+        status => Err(Failure::Emulator(format!("it ended with status {status}"))),
+    };
+    retry(Layer::Lab, Failure::of_emulator, shown)
+        .inspect_err(|failure| eprintln!("{failure}"))
+        .is_ok()
+}
+
+/// More labs than CPUs would only slow each other down, into their limits; and each takes [`MACHINE`]'s memory.
+fn most_at_once() -> u32 {
+    let cpus = thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
+    let info = rustix::system::sysinfo();
+    let memory = info
+        .totalram
+        .saturating_mul(u64::from(info.mem_unit.max(1)));
+    cpus.min(memory / (6 << 30)).max(1) as u32
 }
 
 fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {

@@ -10,6 +10,7 @@
 
 pub mod machine;
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::env;
 use std::io::Write;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 use vmm::probe::{Privileged, probe};
 
 use crate::harness::netns;
+use crate::harness::retry::{Layer, MARK, retry};
 use crate::harness::vm::in_lab;
 
 /// When the tests in the lab are given up.
@@ -83,23 +85,16 @@ pub fn test(name: &str, body: impl Fn()) {
     }
 }
 
-/// Runs of one test in the lab before its failure is believed to be ours.
-const TRIES: u32 = 4;
-
-/// Runs a test's body in the lab. By the emulator's bug (see `harness/linux.rs`) a guest there may hang or crash at any
-/// time, which shows as silence, as a ping without an answer, as whatever the test looks at next. So one that fails is run
-/// again, here and only here. Each time is reported with what failed, and four in a row fail.
+/// Runs a test's body in the lab, again when it fails.
 fn run_in_lab(body: &impl Fn()) -> thread::Result<()> {
-    for _ in 1..TRIES {
-        let result = catch_unwind(AssertUnwindSafe(body));
-        let Err(panic) = &result else { return result };
-        let why = panic.downcast_ref::<String>().map(String::as_str);
-        let why = why
-            .and_then(|text| text.lines().next())
-            .unwrap_or("it failed");
-        println!("\nLAB hang perhaps (QEMU's bug), the test begins again: {why}");
-    }
-    catch_unwind(AssertUnwindSafe(body))
+    let first_line = |panic: &Box<dyn Any + Send>| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let line = text.and_then(|text| text.lines().next());
+        Some(line.unwrap_or("it failed").to_owned())
+    };
+    retry(Layer::Test, first_line, || {
+        catch_unwind(AssertUnwindSafe(body))
+    })
 }
 
 fn is_done(name: &str) -> bool {
@@ -142,14 +137,13 @@ impl Lab {
             lab: self,
             start: Instant::now(),
             tests: 0,
-            hangs: 0,
+            retries: 0,
             current: None,
             last: None,
             done: Vec::new(),
         };
         let deadline = Instant::now() + LIMIT;
-        let mut end = String::new();
-        for _ in 0..machine::TRIES {
+        let run = || {
             let job = machine::Job {
                 program: &program,
                 args: &args,
@@ -157,18 +151,19 @@ impl Lab {
                 deadline,
             };
             let run = AssertUnwindSafe(|| machine::run(&job, |line| collector.line(line)));
-            end = match catch_unwind(run) {
-                Ok(Ok(status)) => format!("it ended with status {status}"),
-                Ok(Err(machine::Failure::Emulator(console))) => {
-                    collector.hang();
-                    end = format!("it hung or crashed; its console:\n{console}");
-                    continue;
-                }
-                Ok(Err(machine::Failure::Other(why))) => why,
-                Err(panic) => panic.downcast_ref::<String>().cloned().unwrap_or_default(),
-            };
-            break;
-        }
+            let result = catch_unwind(run).unwrap_or_else(|panic| {
+                let text = panic.downcast_ref::<String>().cloned();
+                Err(machine::Failure::Other(text.unwrap_or_default()))
+            });
+            if matches!(result, Err(machine::Failure::Emulator(_))) {
+                collector.hang();
+            }
+            result
+        };
+        let end = match retry(Layer::Lab, machine::Failure::of_emulator, run) {
+            Ok(status) => format!("it ended with status {status}"),
+            Err(failure) => failure.to_string(),
+        };
         collector.finish(end);
     }
 
@@ -200,7 +195,7 @@ struct Collector<'a> {
     lab: &'a Lab,
     start: Instant,
     tests: u32,
-    hangs: u32,
+    retries: u32,
     /// The test that runs, since when, and its output so far.
     current: Option<(String, Instant, String)>,
     /// The test that ended last. It is held back until the next begins or the lab ends, since this process may end,
@@ -231,9 +226,9 @@ impl Collector<'_> {
             if line.starts_with("NOT TESTED: ") {
                 say(line);
             }
-            if let Some(hang) = line.strip_prefix("LAB hang ") {
-                self.hangs += 1;
-                say(hang);
+            if let Some(retried) = line.strip_prefix(MARK) {
+                self.retries += 1;
+                say(&format!("retry of a {retried}"));
             }
             if let Some((_, _, output)) = &mut self.current {
                 output.push_str(line);
@@ -242,14 +237,12 @@ impl Collector<'_> {
         }
     }
 
-    /// The lab hangs or crashes as a whole: the test that ran begins anew in the next one.
+    /// The lab hangs or crashes as a whole: the test that ran begins again in the next one.
     fn hang(&mut self) {
-        self.hangs += 1;
+        self.retries += 1;
         let test = self.current.take().map(|(name, ..)| name);
-        say(&format!(
-            "the emulator hangs or crashes in {}; booting another lab",
-            test.as_deref().unwrap_or("boot")
-        ));
+        let test = test.as_deref().unwrap_or("its boot");
+        say(&format!("the emulator hangs or crashes in {test}"));
     }
 
     fn publish_last(&mut self) {
@@ -260,9 +253,9 @@ impl Collector<'_> {
     }
 
     fn finish(mut self, end: String) {
-        let (tests, hangs, seconds) = (self.tests, self.hangs, self.start.elapsed().as_secs());
+        let (tests, retries, seconds) = (self.tests, self.retries, self.start.elapsed().as_secs());
         say(&format!(
-            "{tests} tests in {seconds} s, {hangs} hangs of the emulator retried; {end}"
+            "{tests} tests in {seconds} s, {retries} retries; {end}"
         ));
         self.publish_last();
         let output = self

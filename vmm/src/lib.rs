@@ -58,5 +58,9 @@ pub mod terminal;
 pub mod vcpu;
 pub mod vm;
 
+#[cfg(test)]
+#[path = "../../tests/harness/signals.rs"]
+mod test_signals;
+
 pub use builder::{Error, run};
 pub use exit::Exit;
