@@ -26,9 +26,10 @@ demo-build:
 demo-tools:
 	@resources/install-tools $$(grep -qwE 'vmx|svm' /proc/cpuinfo && [ -w /dev/kvm ] || echo qemu-system-x86_64)
 
-test: ## Runs all tests (as root: those with a network need namespaces)
+SUITES ?=
+test: ## Runs all tests, or the SUITES that are named (as root: those with a network need namespaces)
 	resources/install-tools iasl qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE_4M.fd
-	$(CARGO) test --workspace
+	tests/run $(SUITES)
 
 # Without hardware virtualisation it runs in the lab, where figures mean little.
 BENCH_ROUNDS ?= 3
@@ -52,7 +53,7 @@ lint: ## Checks formatting, clippy, documentation and shell scripts
 	cd $(GUEST) && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
 	cd tests/fuzz && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
 	@if command -v shellcheck >/dev/null; then shellcheck -x resources/install-tools resources/guest-init \
-		resources/lab-init .ci/run; else echo "no shellcheck here: shell scripts not checked"; fi
+		resources/lab-init tests/run .ci/run; else echo "no shellcheck here: shell scripts not checked"; fi
 
 clean: ## Removes what was built; downloads stay in ~/.cache/minivmm
 	$(CARGO) clean
