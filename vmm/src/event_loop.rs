@@ -12,6 +12,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::exit::{Exit, ExitRequest};
+use crate::signals::not_ignored;
 
 /// How long a guest has to power off by itself after its power button was pressed.
 const GRACE: Duration = Duration::from_secs(10);
@@ -35,14 +36,14 @@ pub struct Control {
 }
 
 impl Control {
-    /// Catches the signals from now on. `power_button` is the line of the guest's button.
+    /// Catches the signals that are not ignored from now on. `power_button` is the line of the guest's button.
     ///
     /// # Errors
     ///
     /// Fails when the kernel refuses a handler, or has no file descriptor left.
     pub fn new(exit: Arc<ExitRequest>, power_button: IrqLine) -> io::Result<Self> {
         let mut signals = Vec::with_capacity(SIGNALS.len());
-        for signal in SIGNALS {
+        for signal in not_ignored(&SIGNALS) {
             let (caught, handler) = UnixStream::pair()?;
             signal_hook::low_level::pipe::register(signal, handler)?;
             caught.set_nonblocking(true)?;

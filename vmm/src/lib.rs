@@ -22,6 +22,7 @@
 //!
 //! [`builder::run`] is that table as code. [`exit`] says how a guest ends, [`console`] is its serial
 //! port's other end, [`terminal`] keeps the terminal raw meanwhile, and [`probe`] tells what a host's KVM can run.
+//! [`signals`] and [`limits`] bring what this process was started with into order, and give it to the programs that it starts.
 //!
 //! # Threads
 //!
@@ -44,6 +45,7 @@ pub mod guest_listener;
 pub mod handed;
 pub mod handover;
 pub mod host_link;
+pub mod limits;
 pub mod link_watch;
 pub mod machine;
 pub mod msi;
@@ -54,6 +56,7 @@ pub mod qemu;
 pub mod registry;
 pub mod resources;
 pub mod sharing;
+pub mod signals;
 pub mod terminal;
 pub mod vcpu;
 pub mod vm;

@@ -7,11 +7,16 @@ use std::process::ExitCode;
 use env_logger::Env;
 use vmm::cli::Cli;
 use vmm::config::Config;
-use vmm::{Exit, builder, commands, console, terminal};
+use vmm::{Exit, builder, commands, console, limits, signals, terminal};
 
 fn main() -> ExitCode {
+    let settled = signals::settle();
+    limits::raise();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     start_log(i16::from(cli.log.verbose) - i16::from(cli.log.quiet));
+    if let Err(error) = settled {
+        log::warn!("cannot change what signals do: {error}");
+    }
     if let Some(command) = &cli.command {
         // SAFETY: as below.
         let status = unsafe { commands::run(command) };

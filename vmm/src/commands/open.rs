@@ -20,8 +20,10 @@ use crate::child;
 use crate::cli::OpenArgs;
 use crate::handed::Handed;
 use crate::handover::Handover;
+use crate::limits;
 use crate::registry::{self, NicEntry, RegisteredCard, Registration, Runs};
 use crate::sharing::{self, Interface, SharedError};
+use crate::signals::{self, not_ignored};
 
 /// Why the program was not run.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +97,8 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     }
     // SIGINT and SIGQUIT of a terminal reach the program by themselves; here they are only not to
     // be deadly.
-    let signals = Signals::new([SIGTERM, SIGHUP, SIGINT, SIGQUIT]).map_err(OpenError::Signals)?;
+    let signals = Signals::new(not_ignored(&[SIGTERM, SIGHUP, SIGINT, SIGQUIT]))
+        .map_err(OpenError::Signals)?;
     let child = command.spawn().map_err(failed)?;
     drop(handover);
     let status = child::wait(child, signals, &[SIGTERM, SIGHUP]).map_err(failed)?;
@@ -195,6 +198,8 @@ fn hand_over(mut queues: Vec<OwnedFd>, watch: Option<OwnedFd>) -> io::Result<Han
 /// Becomes the user. Runs between fork and exec; in a process of its own, if there is a `parent`
 /// that waits for its end.
 fn enter_program(user: Option<&Credentials>, parent: Option<Pid>) -> io::Result<()> {
+    signals::restore()?;
+    limits::restore()?;
     if let Some(Credentials {
         user,
         group,

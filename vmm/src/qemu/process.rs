@@ -15,6 +15,8 @@ use crate::child;
 use crate::config::ConsoleTarget;
 use crate::exit::Exit;
 use crate::handover::Handover;
+use crate::limits;
+use crate::signals::{self, not_ignored};
 
 /// What ends minivmm, and QEMU with it.
 const SIGNALS: [i32; 4] = [SIGTERM, SIGHUP, SIGINT, SIGQUIT];
@@ -39,8 +41,8 @@ pub(super) fn supervise(
             command.stdin(Stdio::null());
         }
     }
-    let signals =
-        Signals::new([SIGNALS.as_slice(), &[SIGCHLD]].concat()).map_err(QemuError::Signals)?;
+    let signals = Signals::new([not_ignored(&SIGNALS), vec![SIGCHLD]].concat())
+        .map_err(QemuError::Signals)?;
     let terminal = terminal::SavedTerminal::save();
     let mut qemu = command
         .spawn()
@@ -91,6 +93,8 @@ fn end_of(
 fn die_together(command: &mut Command) {
     let parent = getpid();
     let arm = move || {
+        signals::restore()?;
+        limits::restore()?;
         set_parent_process_death_signal(Some(Signal::KILL))?;
         // It may have died before that.
         if getppid() == Some(parent) {

@@ -109,10 +109,15 @@ pub(super) fn write(path: &Path, entry: &Entry) -> io::Result<()> {
     let new = path.with_extension("new");
     // What a process of the same number has left.
     let _ = fs::remove_file(&new);
-    let mut file = File::create_new(&new)?;
+    let file = File::create_new(&new)?;
+    fill(file, entry)
+        .and_then(|()| fs::rename(&new, path))
+        .inspect_err(|_| drop(fs::remove_file(&new)))
+}
+
+fn fill(mut file: File, entry: &Entry) -> io::Result<()> {
     file.set_permissions(fs::Permissions::from_mode(0o644))?;
-    file.write_all(&serde_json::to_vec(entry)?)?;
-    fs::rename(new, path)
+    file.write_all(&serde_json::to_vec(entry)?)
 }
 
 /// An entry of a live process, and whose word it is.

@@ -4,15 +4,16 @@
 //! cannot stop them in the middle, and none comes inside another on one thread.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::OnceLock;
 
 use libc::{c_int, c_void, sigaction, siginfo_t};
 
+use crate::signals::{action_of, default_action, not_ignored};
+
 /// The signals that kill where they are not caught (signal(7)). Not the four that ask for an end,
-/// which the event loop has, nor SIGPIPE, which is ignored.
-const FATAL: [c_int; 17] = [
+/// which the event loop has, nor SIGPIPE and SIGXFSZ, which are ignored.
+const FATAL: [c_int; 16] = [
     libc::SIGABRT,
     libc::SIGALRM,
     libc::SIGBUS,
@@ -29,7 +30,6 @@ const FATAL: [c_int; 17] = [
     libc::SIGUSR2,
     libc::SIGVTALRM,
     libc::SIGXCPU,
-    libc::SIGXFSZ,
 ];
 
 /// The signals that Rust's runtime catches to tell of a stack that overflowed.
@@ -94,16 +94,10 @@ extern "C" fn go_on(_signal: c_int, _info: *mut siginfo_t, _context: *mut c_void
 
 /// Has `signal` handled, unless it is ignored: whoever started us wanted it so.
 fn handle(signal: c_int, handler: Handler) -> io::Result<()> {
-    if action_of(signal)?.sa_sigaction == libc::SIG_IGN {
+    if not_ignored(&[signal]).is_empty() {
         return Ok(());
     }
     set_action(signal, &action_to(handler))
-}
-
-fn default_action() -> sigaction {
-    // SAFETY: a sigaction holds numbers, a nullable function and bits: zeros are the default action
-    // (SIG_DFL) with no flag and no mask.
-    unsafe { MaybeUninit::zeroed().assume_init() }
 }
 
 fn action_to(handler: Handler) -> sigaction {
@@ -116,17 +110,13 @@ fn action_to(handler: Handler) -> sigaction {
     action
 }
 
-fn action_of(signal: c_int) -> io::Result<sigaction> {
-    let mut action = default_action();
-    // SAFETY: no new action is given, and the old one goes into a place that is ours.
-    let asked = unsafe { sigaction(signal, ptr::null(), &mut action) };
-    result(asked).map(|()| action)
-}
-
 fn set_action(signal: c_int, action: &sigaction) -> io::Result<()> {
     // SAFETY: the action is the default, the runtime's own, or one of the handlers here, which call
     // nothing that a handler must not.
-    result(unsafe { sigaction(signal, action, ptr::null_mut()) })
+    match unsafe { sigaction(signal, action, ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Sends a signal to the calling thread.
@@ -142,12 +132,4 @@ fn unblock(signal: c_int) {
     unsafe { libc::sigaddset(&mut set, signal) };
     // SAFETY: as above; the old mask is not asked for.
     unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, ptr::null_mut()) };
-}
-
-fn result(returned: c_int) -> io::Result<()> {
-    if returned == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }
