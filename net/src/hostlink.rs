@@ -24,11 +24,13 @@ mod announce;
 mod making;
 mod moving;
 mod problem;
+mod step;
 mod tag;
 
 use making::{accept_ra_of, make, move_steps};
-use moving::{Journal, Step};
+use moving::Present;
 pub use problem::{HostLinkError, HostLinkProblem};
+use step::{Journal, Step};
 pub(crate) use tag::Tag;
 
 /// What is asked for. Begin with [`HostLinkSpec::new`].
@@ -268,9 +270,9 @@ fn unmake(
         let mut left = addresses()?;
         left.retain(|message| of_link(message) && !moving::is_autoconfigured(message));
         // A move that was interrupted has left some of it on both links.
-        let (there, routes) = (addresses()?, list_routes(host)?);
+        let present = Present::on(lower.into(), &addresses()?, &list_routes(host)?);
         for step in move_steps(host, link.into(), lower.into(), &left)? {
-            if !moving::is_done(&step, lower.into(), &there, &routes) {
+            if !present.covers(&step) {
                 take(step)?;
             }
         }

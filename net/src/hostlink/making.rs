@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 
-use super::moving::{self, End, Journal, Step};
+use super::moving::{self, End};
+use super::step::{Journal, Step};
 use super::{
     HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, host_links_on, list, list_routes,
 };

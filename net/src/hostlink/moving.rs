@@ -1,10 +1,9 @@
-//! Moving addresses and routes from one link to another: the plan, which is pure, and its execution, which takes
-//! everything back when a step fails.
+//! Moving addresses and routes from one link to another: the plan, which is pure.
 
-use std::io;
+use std::collections::HashSet;
 use std::net::IpAddr;
-use std::path::PathBuf;
 
+use rtnetlink::packet_core::Emitable;
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
@@ -14,128 +13,9 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::packet_route::{AddressFamily, route::RouteAddress};
 
+use super::step::Step;
 use crate::address::{InterfaceAddress, is_link_local};
-use crate::netlink::{Link, Netlink};
-
-/// One change to the namespace, and by [`Step::inverse`] the way back.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Step {
-    AddAddress(AddressMessage),
-    DeleteAddress(AddressMessage),
-    AddRoute(RouteMessage),
-    DeleteRoute(RouteMessage),
-    /// A setting in /proc/sys.
-    Write {
-        path: PathBuf,
-        before: String,
-        after: String,
-    },
-}
-
-impl Step {
-    fn inverse(self) -> Self {
-        match self {
-            Self::AddAddress(address) => Self::DeleteAddress(address),
-            Self::DeleteAddress(address) => Self::AddAddress(address),
-            Self::AddRoute(route) => Self::DeleteRoute(route),
-            Self::DeleteRoute(route) => Self::AddRoute(route),
-            Self::Write {
-                path,
-                before,
-                after,
-            } => Self::Write {
-                path,
-                before: after,
-                after: before,
-            },
-        }
-    }
-
-    /// What it does, for a message that begins "the kernel refused to".
-    pub(super) const fn doing(&self) -> &'static str {
-        match self {
-            Self::AddAddress(_) => "add an address",
-            Self::DeleteAddress(_) => "take an address from its link",
-            Self::AddRoute(_) => "add a route",
-            Self::DeleteRoute(_) => "take a route from its link",
-            Self::Write { .. } => "change a setting in /proc/sys/net",
-        }
-    }
-
-    fn apply(&self, host: &Netlink) -> io::Result<()> {
-        match self {
-            Self::AddAddress(address) => host.add_address(address),
-            Self::DeleteAddress(address) => {
-                host.delete_address(address)?;
-                prefix_route_left_by(address).map_or(Ok(()), |route| {
-                    unless(libc::ESRCH, host.delete_route(&route))
-                })
-            }
-            // The routes that the kernel itself keeps for an address come and go with it.
-            Self::AddRoute(route) => unless(libc::EEXIST, host.add_route(route)),
-            Self::DeleteRoute(route) => unless(libc::ESRCH, host.delete_route(route)),
-            Self::Write { path, after, .. } => std::fs::write(path, after),
-        }
-    }
-}
-
-fn unless(harmless: i32, result: io::Result<()>) -> io::Result<()> {
-    result.or_else(|error| match error.raw_os_error() {
-        Some(number) if number == harmless => Ok(()),
-        _ => Err(error),
-    })
-}
-
-/// The steps that were taken. Dropped before [`Journal::commit`], it takes them back, the last one first.
-#[derive(Debug)]
-pub(super) struct Journal<'a> {
-    host: &'a Netlink,
-    taken: Vec<Step>,
-    /// The number of steps that may still succeed, in tests of what happens when one doesn't.
-    #[cfg(test)]
-    pub(super) patience: Option<usize>,
-}
-
-impl<'a> Journal<'a> {
-    pub(super) const fn new(host: &'a Netlink) -> Self {
-        Self {
-            host,
-            taken: Vec::new(),
-            #[cfg(test)]
-            patience: None,
-        }
-    }
-
-    pub(super) fn take(&mut self, step: Step) -> io::Result<()> {
-        #[cfg(test)]
-        if let Some(left) = &mut self.patience {
-            *left = left
-                .checked_sub(1)
-                .ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))?;
-        }
-        step.apply(self.host)?;
-        self.taken.push(step);
-        Ok(())
-    }
-
-    pub(super) fn commit(mut self) {
-        self.taken.clear();
-    }
-}
-
-impl Drop for Journal<'_> {
-    fn drop(&mut self) {
-        for step in self.taken.drain(..).rev() {
-            let back = step.inverse();
-            if let Err(error) = back.apply(self.host) {
-                log::error!(
-                    "cannot put everything back, the kernel refused to {}: {error}: {back:?}",
-                    back.doing()
-                );
-            }
-        }
-    }
-}
+use crate::netlink::Link;
 
 /// What a move needs to know of a link.
 #[derive(Clone, Copy, Debug)]
@@ -157,32 +37,47 @@ impl<'a> From<&'a Link> for End<'a> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct UsesNextHopObject;
 
-/// Whether `to` has what the step would add: a move there was interrupted, or is taken back after it was.
-pub(super) fn is_done(
-    step: &Step,
-    to: End<'_>,
-    addresses: &[AddressMessage],
-    routes: &[RouteMessage],
-) -> bool {
-    match step {
-        Step::AddAddress(new) => addresses
-            .iter()
-            .any(|old| old.header.index == new.header.index && ip_of(old) == ip_of(new)),
-        Step::AddRoute(new) => {
-            let new = lasting(new.clone());
-            routes
-                .iter()
-                .any(|old| lasting(route_over(old, to, to)) == new)
+/// What a link has already, of that which a move would add: an earlier one was interrupted, or is taken back after it
+/// was.
+#[derive(Debug, Default)]
+pub(super) struct Present {
+    addresses: HashSet<(u32, Option<InterfaceAddress>)>,
+    routes: HashSet<Vec<u8>>,
+}
+
+impl Present {
+    /// What the link `to` has of `addresses` and `routes`, which may be thousands.
+    pub(super) fn on(to: End<'_>, addresses: &[AddressMessage], routes: &[RouteMessage]) -> Self {
+        let over = routes.iter().filter(|route| leads_over(route, to));
+        Self {
+            addresses: addresses.iter().map(address_key).collect(),
+            routes: over
+                .map(|route| route_key(route_over(route, to, to)))
+                .collect(),
         }
-        _ => false,
+    }
+
+    /// Whether there is nothing left to do for the step.
+    pub(super) fn covers(&self, step: &Step) -> bool {
+        match step {
+            Step::AddAddress(new) => self.addresses.contains(&address_key(new)),
+            Step::AddRoute(new) => self.routes.contains(&route_key(new.clone())),
+            _ => false,
+        }
     }
 }
 
+fn address_key(message: &AddressMessage) -> (u32, Option<InterfaceAddress>) {
+    (message.header.index, ip_of(message))
+}
+
 /// A route without the time that is left to it, which is never the same twice.
-fn lasting(mut route: RouteMessage) -> RouteMessage {
+fn route_key(mut route: RouteMessage) -> Vec<u8> {
     let is_time = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Expires(_));
     route.attributes.retain(|attribute| !is_time(attribute));
-    route
+    let mut bytes = vec![0; route.buffer_len()];
+    route.emit(&mut bytes);
+    bytes
 }
 
 /// What has to be done to move all of `addresses` and `routes` that are `from`'s and not link-local ones.
@@ -280,7 +175,7 @@ pub(super) fn is_autoconfigured(message: &AddressMessage) -> bool {
 
 /// The route to the network of an IPv6 address, if the kernel leaves it there when it deletes the address: it does for
 /// all that were given for a time only (`ipv6_del_addr` in net/ipv6/addrconf.c).
-fn prefix_route_left_by(message: &AddressMessage) -> Option<RouteMessage> {
+pub(super) fn prefix_route_left_by(message: &AddressMessage) -> Option<RouteMessage> {
     let IpAddr::V6(ip) = ip_of(message)?.ip() else {
         return None;
     };

@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
-use super::moving::Step;
+use super::step::Step;
 use crate::address::InterfaceAddress;
 use crate::diagnose::Problem;
 use crate::name::LinkName;

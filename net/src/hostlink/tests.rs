@@ -1,5 +1,6 @@
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressScope;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteType};
 
 use super::making::new_address;
 use super::moving::End;
@@ -293,8 +294,7 @@ fn unmoved_link_takes_only_its_own_addresses_away() {
 
 #[test]
 fn route_by_a_next_hop_object_is_refused() {
-    let mut route = rtnetlink::packet_route::route::RouteMessage::default();
-    use rtnetlink::packet_route::route::{RouteAttribute, RouteType};
+    let mut route = RouteMessage::default();
     route.header.kind = RouteType::Unicast;
     route.attributes = vec![RouteAttribute::Oif(2), RouteAttribute::NhId(7)];
     let (from, to) = (
@@ -354,4 +354,38 @@ fn plan_leaves_link_local_and_foreign_addresses_alone() {
             Step::DeleteAddress(addresses[3].clone())
         ]
     );
+}
+
+#[test]
+fn plan_of_routes_that_are_there_already_is_covered_however_many() {
+    let end = |index| End { index, name: "v0" };
+    // So many that comparing each with each would take an hour.
+    let routes = (0..100_000_u32).map(|n| {
+        let mut route = RouteMessage::default();
+        route.header.kind = RouteType::Unicast;
+        route.attributes = vec![
+            RouteAttribute::Oif(3),
+            RouteAttribute::Destination(RouteAddress::Inet(std::net::Ipv4Addr::from_bits(
+                (10 << 24) + n,
+            ))),
+        ];
+        route
+    });
+    let (on_three, mut on_two): (Vec<_>, Vec<_>) = (routes.clone().collect(), routes.collect());
+    for route in &mut on_two {
+        route.attributes[0] = RouteAttribute::Oif(2);
+    }
+    let steps = moving::plan(end(2), end(3), &[], &on_two).unwrap();
+    let adds = || {
+        steps
+            .iter()
+            .filter(|step| matches!(step, Step::AddRoute(_)))
+    };
+    let present = Present::on(end(3), &[], &on_three);
+    assert_eq!(
+        adds().filter(|step| present.covers(step)).count(),
+        on_two.len()
+    );
+    let absent = Present::on(end(3), &[], &on_two);
+    assert!(!adds().any(|step| absent.covers(step)));
 }
