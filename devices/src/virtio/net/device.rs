@@ -107,7 +107,7 @@ impl<B: Backend> Net<B> {
                 rx: hooks(options.rx_limit),
                 tx: hooks(options.tx_limit),
             },
-            counters: vec![SharedCounters::default(); pairs],
+            counters: (0..pairs).map(|_| SharedCounters::default()).collect(),
             is_active: false,
             running: Vec::new(),
         };

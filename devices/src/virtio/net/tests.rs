@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
+use super::counters;
 use super::ctrl::Permissions;
 use super::features::{Features, Offloads};
 use super::observe::Observer;
@@ -556,4 +557,6 @@ fn device_of_two_pairs_uses_the_second_when_told() {
     });
     device.reset();
     assert!(!device.backends[1].enabled.load(Ordering::SeqCst));
+    let received = |pair: usize| counters::read(&device.counters()[pair]).rx.frames;
+    assert_eq!([received(0), received(1)], [0, 1]);
 }
