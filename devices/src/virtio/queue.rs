@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -51,10 +52,10 @@ pub struct Chain {
 }
 
 /// The next thing in the available ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// A chain; its iovecs have been appended.
-    Chain(Chain),
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next<T> {
+    /// A chain, as the caller reads it.
+    Chain(T),
     /// A chain that is not to be used. It has been completed with length 0 where it has a valid
     /// head.
     Bad,
@@ -133,7 +134,35 @@ impl Ring {
     /// Takes the next chain from the available ring and appends its buffers to `iovecs`.
     ///
     /// The iovecs point into guest memory and stay valid as long as the ring's `Arc` of it.
-    pub fn next(&mut self, direction: Direction, iovecs: &mut Vec<libc::iovec>) -> Next {
+    pub fn next(&mut self, direction: Direction, iovecs: &mut Vec<libc::iovec>) -> Next<Chain> {
+        let first = iovecs.len();
+        self.take(|memory, chain| {
+            let head = chain.head_index();
+            let Some(len) = gather(memory, chain, direction, iovecs) else {
+                iovecs.truncate(first);
+                return None;
+            };
+            Some(Chain {
+                head,
+                len,
+                segments: iovecs.len() - first,
+            })
+        })
+    }
+
+    /// Takes the next request from a queue whose chains hold a question and room for an answer of
+    /// one byte (a control queue), and looks at up to `limit` bytes of the question.
+    pub fn next_request(&mut self, limit: usize) -> Next<Request> {
+        self.take(|memory, chain| request(memory, chain, limit))
+    }
+
+    /// Takes the next chain from the available ring and reads it. One that `read` refuses is given
+    /// back at once. It takes no more than one, so that the caller can bound what it does for a
+    /// driver that has any number of them.
+    fn take<T>(
+        &mut self,
+        read: impl FnOnce(&GuestMemoryMmap, DescriptorChain<&GuestMemoryMmap>) -> Option<T>,
+    ) -> Next<T> {
         let chain = match self.queue.iter(self.memory.as_ref()) {
             Ok(mut available) => match available.next() {
                 Some(chain) => chain,
@@ -141,60 +170,12 @@ impl Ring {
             },
             Err(_) => return Next::Broken,
         };
-        let (head, first) = (chain.head_index(), iovecs.len());
-        match gather(&self.memory, chain, direction, iovecs) {
-            Some(len) => Next::Chain(Chain {
-                head,
-                len,
-                segments: iovecs.len() - first,
-            }),
+        let head = chain.head_index();
+        match read(&self.memory, chain) {
+            Some(read) => Next::Chain(read),
             None => {
-                iovecs.truncate(first);
                 self.complete(head, 0);
                 Next::Bad
-            }
-        }
-    }
-
-    /// Takes the next request from a queue whose chains hold a question and room for an answer of
-    /// one byte (a control queue): its head, up to `limit` bytes of the question, and where the
-    /// answer goes. A chain without that room is completed and passed over.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the ring makes no sense, which stays so until a reset.
-    pub fn next_request(&mut self, limit: usize) -> Result<Option<Request>, Error> {
-        loop {
-            let Some(chain) = self.queue.iter(self.memory.as_ref())?.next() else {
-                return Ok(None);
-            };
-            let head = chain.head_index();
-            let (mut question, mut answer) = (Vec::new(), None);
-            for descriptor in chain {
-                if descriptor.is_write_only() {
-                    answer = answer.or((descriptor.len() > 0).then_some(descriptor.addr()));
-                    continue;
-                }
-                let at = question.len();
-                question.resize(limit.min(at + descriptor.len() as usize), 0);
-                if self
-                    .memory
-                    .read_slice(&mut question[at..], descriptor.addr())
-                    .is_err()
-                {
-                    answer = None;
-                    break;
-                }
-            }
-            match answer {
-                Some(answer) => {
-                    return Ok(Some(Request {
-                        head,
-                        question,
-                        answer,
-                    }));
-                }
-                None => self.complete(head, 0),
             }
         }
     }
@@ -278,8 +259,8 @@ impl Ring {
     }
 }
 
-/// Appends the chain's buffers; `None` when the chain is cut, empty, endless, of more than
-/// [`MAX_SEGMENTS`], outside guest memory, or has a buffer of the other direction.
+/// Appends the chain's buffers; `None` when the chain is cut, empty, of more than [`MAX_SEGMENTS`]
+/// descriptors or pieces, outside guest memory, or has a buffer of the other direction.
 fn gather(
     memory: &GuestMemoryMmap,
     chain: DescriptorChain<&GuestMemoryMmap>,
@@ -288,9 +269,7 @@ fn gather(
 ) -> Option<usize> {
     let limit = iovecs.len() + MAX_SEGMENTS;
     let mut len = 0usize;
-    // The iterator just ends where a chain is broken: what tells is whether more was promised.
-    let mut promised = true;
-    for descriptor in chain {
+    let whole = walk(chain, |descriptor| {
         if descriptor.is_write_only() != (direction == Direction::ToDriver) {
             return None;
         }
@@ -306,9 +285,51 @@ fn gather(
             });
         }
         len = len.checked_add(size)?;
+        Some(())
+    });
+    whole.filter(|()| len > 0).map(|()| len)
+}
+
+/// Reads a request; `None` when the chain is cut, of more than [`MAX_SEGMENTS`] descriptors,
+/// outside guest memory, or has no room for the answer.
+fn request(
+    memory: &GuestMemoryMmap,
+    chain: DescriptorChain<&GuestMemoryMmap>,
+    limit: usize,
+) -> Option<Request> {
+    let head = chain.head_index();
+    let (mut question, mut answer) = (Vec::new(), None);
+    walk(chain, |descriptor| {
+        if descriptor.is_write_only() {
+            answer = answer.or((descriptor.len() > 0).then_some(descriptor.addr()));
+            return Some(());
+        }
+        let at = question.len();
+        question.resize(limit.min(at + descriptor.len() as usize), 0);
+        let buffer = descriptor.addr();
+        memory.read_slice(&mut question[at..], buffer).ok()
+    })?;
+    Some(Request {
+        head,
+        question,
+        answer: answer?,
+    })
+}
+
+/// Shows each descriptor of a chain to `visit`; `None` when that says so, or the chain is cut or
+/// has more than [`MAX_SEGMENTS`]. A table of empty descriptors would otherwise keep the device busy
+/// for next to nothing.
+fn walk(
+    chain: DescriptorChain<&GuestMemoryMmap>,
+    mut visit: impl FnMut(Descriptor) -> Option<()>,
+) -> Option<()> {
+    // The iterator just ends where a chain is broken: what tells is whether more was promised.
+    let mut promised = true;
+    for descriptor in chain.take(MAX_SEGMENTS) {
+        visit(descriptor)?;
         promised = descriptor.has_next();
     }
-    (!promised && len > 0).then_some(len)
+    (!promised).then_some(())
 }
 
 #[cfg(test)]

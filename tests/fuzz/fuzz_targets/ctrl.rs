@@ -36,6 +36,6 @@ fuzz_target!(|input: (Queue, u64, Vec<u8>, Vec<u8>)| {
     };
     let mut queue = CtrlQueue::new(ring, control);
     for _ in 0..4 {
-        queue.handle();
+        queue.handle(64);
     }
 });

@@ -14,7 +14,8 @@ use super::features::Features;
 use super::filter::Filter;
 use super::observe::Observer;
 use super::worker;
-use crate::virtio::{Interrupt, Ring};
+use crate::virtio::Interrupt;
+use crate::virtio::queue::{Next, Ring};
 
 /// Bytes of a command that are looked at. The longest is a table of MAC addresses: one of more than
 /// 1,300 is refused.
@@ -225,15 +226,16 @@ impl<B: Backend> CtrlQueue<B> {
         Self { ring, control }
     }
 
-    /// Carries out the commands that wait. Says why it stopped, and whether to interrupt the
-    /// driver.
-    pub fn handle(&mut self) -> (CtrlStop, bool) {
-        for _ in 0..BUDGET {
+    /// Carries out up to `budget` commands of those that wait; whatever else a driver can repeat for
+    /// ever costs budget too. Says why it stopped, and whether to interrupt the driver.
+    pub fn handle(&mut self, budget: usize) -> (CtrlStop, bool) {
+        for _ in 0..budget {
             let request = match self.ring.next_request(COMMAND_LEN) {
-                Ok(Some(request)) => request,
-                Ok(None) if self.ring.enable_notification() => continue,
-                Ok(None) => return (CtrlStop::Empty, self.ring.needs_interrupt()),
-                Err(_) => return (CtrlStop::Broken, false),
+                Next::Chain(request) => request,
+                Next::Bad => continue,
+                Next::Empty if self.ring.enable_notification() => continue,
+                Next::Empty => return (CtrlStop::Empty, self.ring.needs_interrupt()),
+                Next::Broken => return (CtrlStop::Broken, false),
             };
             let status = if self.control.execute(&request.question) {
                 spec::VIRTIO_NET_OK
@@ -308,7 +310,7 @@ impl<B: Backend> CtrlWorker<B> {
             if std::mem::take(&mut worker.ready)
                 && let Some((queue, index, _)) = &mut worker.queue
             {
-                let (stop, interrupt) = queue.handle();
+                let (stop, interrupt) = queue.handle(BUDGET);
                 if interrupt {
                     worker.interrupt.queue(*index);
                 }

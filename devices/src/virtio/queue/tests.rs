@@ -8,7 +8,7 @@ fn lengths(iovecs: &[libc::iovec]) -> Vec<usize> {
     iovecs.iter().map(|iovec| iovec.iov_len).collect()
 }
 
-fn next(ring: &mut Ring, direction: Direction) -> (Next, Vec<usize>) {
+fn next(ring: &mut Ring, direction: Direction) -> (Next<Chain>, Vec<usize>) {
     let mut iovecs = Vec::new();
     let next = ring.next(direction, &mut iovecs);
     (next, lengths(&iovecs))
@@ -128,21 +128,27 @@ fn indirect_chain_is_followed_once() {
 }
 
 #[test]
-fn indirect_chain_of_too_many_segments_is_bad() {
+fn indirect_chain_of_too_many_descriptors_is_bad_even_if_they_are_empty() {
     const TABLE: u64 = 0x1_0000;
     let mut driver = Driver::new();
     let mut ring = driver.ring(false);
-    for (count, good) in [
-        (MAX_SEGMENTS as u16, true),
-        (MAX_SEGMENTS as u16 + 1, false),
-    ] {
+    let most = MAX_SEGMENTS as u16;
+    for (count, len, good) in [(most, 1, true), (most + 1, 1, false), (most + 1, 0, false)] {
         for n in 0..count {
-            let flags = if n + 1 == count { 0 } else { NEXT };
-            driver.write_descriptor_at(TABLE, n, Descriptor::new(0x4000, 1, flags, n + 1));
+            let (len, flags) = if n + 1 == count {
+                (1, WRITE)
+            } else {
+                (len, NEXT | WRITE)
+            };
+            driver.write_descriptor_at(TABLE, n, Descriptor::new(0x4000, len, flags, n + 1));
         }
-        driver.offer_chain(0, &[(TABLE, 16 * u32::from(count), INDIRECT)]);
-        let chain = next(&mut ring, Direction::FromDriver).0;
-        assert_eq!(matches!(chain, Next::Chain(_)), good, "{count}");
+        for _ in 0..2 {
+            driver.offer_chain(0, &[(TABLE, 16 * u32::from(count), INDIRECT)]);
+        }
+        let chain = next(&mut ring, Direction::ToDriver).0;
+        assert_eq!(matches!(chain, Next::Chain(_)), good, "{count} of {len}");
+        let request = ring.next_request(100);
+        assert_eq!(matches!(request, Next::Chain(_)), good, "{count} of {len}");
     }
 }
 

@@ -58,7 +58,7 @@ impl Bench {
     /// Sends a command; whether the answer is OK.
     fn send(&mut self, bytes: &[u8]) -> bool {
         command(&mut self.driver, 0, bytes);
-        assert_eq!(self.queue.handle(), (CtrlStop::Empty, true));
+        assert_eq!(self.queue.handle(10), (CtrlStop::Empty, true));
         assert_eq!(self.driver.take_used(), [(0, 1)]);
         match self.driver.read(0x7000, 1)[0] {
             0 => true,
@@ -99,15 +99,27 @@ fn command_sets_how_many_pairs_take_frames() {
     bench
         .driver
         .offer_chain(4, &[(u64::MAX - 1, 4, 0), (0x5000, 1, WRITE)]);
-    bench.queue.handle();
+    bench.queue.handle(10);
     assert_eq!(bench.driver.take_used(), [(2, 0), (4, 0)]);
+}
+
+#[test]
+fn requests_without_room_for_an_answer_cost_budget() {
+    let mut bench = Bench::any();
+    for head in 0..5 {
+        bench.driver.offer_chain(head, &[(0x4000, 4, 0)]);
+    }
+    assert_eq!(bench.queue.handle(3), (CtrlStop::Budget, true));
+    assert_eq!(bench.driver.take_used(), [(0, 0), (1, 0), (2, 0)]);
+    assert_eq!(bench.queue.handle(3), (CtrlStop::Empty, true));
+    assert_eq!(bench.driver.take_used(), [(3, 0), (4, 0)]);
 }
 
 #[test]
 fn broken_ring_of_the_control_queue_is_told() {
     let mut bench = Bench::any();
     bench.driver.set_available(SIZE + 1);
-    assert_eq!(bench.queue.handle(), (CtrlStop::Broken, false));
+    assert_eq!(bench.queue.handle(10), (CtrlStop::Broken, false));
 }
 
 #[test]
