@@ -39,6 +39,12 @@ impl IrqLine {
         unsafe { libc::poll(&mut poll, 1, 0) == 1 }
     }
 
+    /// Forgets an edge that waits.
+    pub fn clear(&self) {
+        // EAGAIN: there is none.
+        let _ = self.0.read();
+    }
+
     /// Raises one edge.
     pub fn raise(&self) {
         // EAGAIN (the counter is full) means that an edge is pending anyway.

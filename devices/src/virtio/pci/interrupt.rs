@@ -122,6 +122,8 @@ impl TransportInterrupt for PciInterrupt {
 
     fn clear(&self) {
         self.take_status();
+        // What a masked vector holds back would otherwise interrupt the next driver (2.4.1).
+        self.lines.iter().for_each(IrqLine::clear);
         self.needs_reset.store(false, Ordering::SeqCst);
         self.config_vector.set(NO_VECTOR);
         for vector in &self.queue_vectors {

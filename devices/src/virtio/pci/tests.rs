@@ -227,6 +227,21 @@ fn reset_takes_everything_back() {
 }
 
 #[test]
+fn pending_bits_end_at_a_reset() {
+    let mut guest = Guest::new();
+    guest.negotiate(VIRTIO_F_VERSION_1);
+    guest.set_up_queue(0, Driver::config(), 1);
+    guest.write(common::CONFIG_VECTOR, &0u16.to_le_bytes());
+    guest.set_status(15);
+    let interrupt = Arc::clone(&guest.transport.core.interrupt);
+    interrupt.queue(0);
+    interrupt.config();
+    assert_eq!(guest.read(u64::from(MSIX_PENDING)), [0b11]);
+    guest.set_status(0);
+    assert_eq!(guest.read(u64::from(MSIX_PENDING)), [0]);
+}
+
+#[test]
 fn device_stops_when_it_may_not_reach_memory_any_more() {
     const COMMAND: usize = 4;
     let mut guest = Guest::new();

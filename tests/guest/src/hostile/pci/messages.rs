@@ -7,7 +7,7 @@ use super::super::rig::{Bench, Rig};
 use super::bar::in_traffic;
 use super::{Failure, Runner};
 use crate::cpu;
-use crate::virtio::net::TX;
+use crate::virtio::net::{TX, feature};
 use crate::virtio::pci::{Msix, PciCard, common};
 use smoltcp::time::Duration;
 
@@ -91,6 +91,11 @@ pub fn run(runner: &mut Runner<'_>, card: PciCard) {
     runner.attack("msix-masked-is-pending", |bench| {
         in_messages(bench, card, |rig| masked_is_pending(rig, card))
     });
+    runner.attack("msix-pending-ends-at-reset", |bench| {
+        let result = pending_ends_at_reset(bench, card);
+        card.msix.control(0);
+        result
+    });
 }
 
 /// Runs an attack on a card whose frames interrupt, which they must do after it without a reset.
@@ -147,6 +152,27 @@ fn masked_is_pending(rig: &mut Rig<'_>, card: PciCard) -> Result<(), Failure> {
     }
     if card.msix.is_pending(RX_VECTOR) {
         return Err("it is still pending".into());
+    }
+    Ok(())
+}
+
+/// What is pending when the device is reset must neither stay so nor interrupt later.
+fn pending_ends_at_reset(bench: &Bench, card: PciCard) -> Result<(), Failure> {
+    let mut rig = Rig::start(bench, feature::PLAIN)?;
+    rig.offer_buffers();
+    bench.card.enable_interrupts();
+    card.msix.mask(RX_VECTOR, true);
+    if !rig.arp() || !in_time(|| card.msix.is_pending(RX_VECTOR)) {
+        return Err("it is not pending".into());
+    }
+    bench.card.reset();
+    if card.msix.is_pending(RX_VECTOR) {
+        return Err("it is still pending after a reset".into());
+    }
+    let before = count(card);
+    card.msix.mask(RX_VECTOR, false);
+    if comes(card, before) {
+        return Err("it interrupts after a reset".into());
     }
     Ok(())
 }
