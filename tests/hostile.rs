@@ -13,6 +13,7 @@ use harness::vm::Vm;
 on_both_transports! {
     user_threads_harm_neither_the_monitor_nor_its_nic_nor_a_neighbour
     user_threads_do_not_make_the_monitor_grow
+    user_threads_serve_as_many_queue_pairs_as_there_are
 }
 
 fn user_threads_harm_neither_the_monitor_nor_its_nic_nor_a_neighbour(net: Net) {
@@ -21,6 +22,10 @@ fn user_threads_harm_neither_the_monitor_nor_its_nic_nor_a_neighbour(net: Net) {
 
 fn user_threads_do_not_make_the_monitor_grow(net: Net) {
     makes_nothing_grow(&net, "user", [100, 3000]);
+}
+
+fn user_threads_serve_as_many_queue_pairs_as_there_are(net: Net) {
+    serves_as_many_queue_pairs_as_there_are(&net, "user");
 }
 
 #[test]
@@ -40,12 +45,18 @@ fn vhost_net_on_pci_harms_nothing() {
 fn withstands_by_vhost_net(transport: Transport) {
     harms_nothing(&Net::with(transport), "vhost", 100);
     makes_nothing_grow(&Net::with(transport), "vhost", [20, 200]);
+    serves_as_many_queue_pairs_as_there_are(&Net::with(transport), "vhost");
 }
 
 /// Starts the hostile guest. It is told what it attacks, since vhost-net may do with some frames what no card should.
 fn attack(net: &Net, backend: &str, options: &str) -> Vm {
+    attack_on("lower", net, backend, options)
+}
+
+/// The same on another macvtap.
+fn attack_on(macvtap: &str, net: &Net, backend: &str, options: &str) -> Vm {
     let options = format!("mode=hostile backend={backend} peer={} {options}", PEER[0]);
-    net.start_on(&format!("lower,backend={backend}"), 2, &options)
+    net.start_on(&format!("{macvtap},backend={backend}"), 2, &options)
 }
 
 /// What is done again and again is done `rounds` times.
@@ -70,6 +81,14 @@ fn harms_nothing(net: &Net, backend: &str, rounds: u32) {
     let attacks = console.lines().filter(|line| line.starts_with("OK "));
     assert!(attacks.count() > 200, "{console}");
     net.quit(3, neighbour);
+}
+
+/// A driver that sets up some of four queue pairs.
+fn serves_as_many_queue_pairs_as_there_are(net: &Net, backend: &str) {
+    let vm = attack_on("lower,queues=4", net, backend, "only=pairs");
+    let console = succeed(vm);
+    let attacks = console.lines().filter(|line| line.starts_with("OK pairs"));
+    assert_eq!(attacks.count(), 6, "{console}");
 }
 
 /// The same attacks a few times and many times.

@@ -38,7 +38,7 @@ pub struct Permissions {
 /// Everything that commands act on.
 #[derive(Debug)]
 pub struct Control<B> {
-    /// One for each pair.
+    /// One for each pair that the driver has set up, from the first on without a gap.
     pub backends: Vec<Arc<B>>,
     /// Where the MAC address stands.
     pub config: Arc<ConfigSpace>,

@@ -155,11 +155,10 @@ impl<B: Backend> Net<B> {
         let rules = Rules::new(self.config.mac(), features.contains(Features::CTRL_VLAN));
         self.filter.change(|filter| *filter = rules);
 
-        let mut queues = queues.into_iter().take(2 * pairs);
-        for pair in 0..pairs {
-            let (Some(Some(rx)), Some(Some(tx))) = (queues.next(), queues.next()) else {
-                return Err("the driver left a queue disabled".into());
-            };
+        let queues = take_pairs(queues, pairs)?;
+        let in_a_row = queues.iter().take_while(|pair| pair.is_some()).count();
+        for (pair, queues) in queues.into_iter().enumerate() {
+            let Some([rx, tx]) = queues else { continue };
             match self.vhost.get_mut(pair) {
                 Some(vhost) => {
                     vhost.start(bits, [&rx, &tx], 2 * pair as u16, interrupt.as_ref())?;
@@ -168,7 +167,8 @@ impl<B: Backend> Net<B> {
             }
         }
         if ctrl.is_some() || !self.vhost.is_empty() {
-            self.start_ctrl(ctrl, ctrl_index as u16, features, &interrupt)?;
+            let backends = self.backends[..in_a_row].to_vec();
+            self.start_ctrl(ctrl, ctrl_index as u16, features, backends, &interrupt)?;
         }
         let announces = features.contains(Features::GUEST_ANNOUNCE | Features::CTRL_VQ);
         self.config.attach(interrupt, announces);
@@ -216,6 +216,7 @@ impl<B: Backend> Net<B> {
         queue: Option<ActiveQueue>,
         index: u16,
         features: Features,
+        backends: Vec<Arc<B>>,
         interrupt: &Arc<dyn Interrupt>,
     ) -> io::Result<()> {
         let stop = stop_eventfd()?;
@@ -224,7 +225,7 @@ impl<B: Backend> Net<B> {
         let errors = self.vhost.iter().map(|pair| pair.error().try_clone());
         let errors = errors.collect::<io::Result<Vec<_>>>()?;
         let control = Control {
-            backends: self.backends.clone(),
+            backends,
             config: Arc::clone(&self.config),
             filter: Arc::clone(&self.filter),
             observer: Arc::clone(&self.services.observer),
@@ -277,6 +278,29 @@ impl<B> Net<B> {
             }
         }
     }
+}
+
+/// The queues of each of `pairs` pairs; `None` for a pair that the driver does without, as it may
+/// with any but the first (virtio 1.2, 5.1.5).
+///
+/// # Errors
+///
+/// Half a pair is refused: a queue that the driver fills for nothing would be harder to find.
+fn take_pairs(
+    queues: Vec<Option<ActiveQueue>>,
+    pairs: usize,
+) -> Result<Vec<Option<[ActiveQueue; 2]>>, String> {
+    let mut queues = queues.into_iter();
+    let mut next = || queues.next().flatten();
+    (0..pairs)
+        .map(|pair| match (next(), next()) {
+            (Some(rx), Some(tx)) => Ok(Some([rx, tx])),
+            (None, None) if pair > 0 => Ok(None),
+            _ => Err(format!(
+                "the driver has not set up both queues of pair {pair}"
+            )),
+        })
+        .collect()
 }
 
 fn stop_eventfd() -> io::Result<EventFd> {

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
-use super::counters;
 use super::ctrl::Permissions;
 use super::features::{Features, Offloads};
 use super::observe::Observer;
@@ -24,6 +23,7 @@ use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 mod ctrl;
 mod idle;
 mod options;
+mod pairs;
 
 /// One end of a socketpair; each datagram is a frame.
 #[derive(Debug)]
@@ -470,19 +470,6 @@ fn device_sets_the_offloads_of_its_driver_and_clears_them_at_reset() {
 }
 
 #[test]
-fn device_without_one_of_its_queues_does_not_start() {
-    let (wire, _far) = Wire::new();
-    let mut device = device(vec![wire], 1500, options());
-    let activation = Activation {
-        memory: Driver::new().memory,
-        features: 0,
-        queues: vec![None, None],
-        interrupt: Arc::new(Recorder::default()),
-    };
-    assert!(device.activate(activation).is_err());
-}
-
-#[test]
 fn config_space_tells_mac_link_and_mtu() {
     let (wire, _far) = Wire::new();
     let device = device(vec![wire], 9000, options());
@@ -520,43 +507,4 @@ fn link_change_without_a_driver_is_seen_by_the_next_one() {
     let mut bytes = [0; 2];
     device.read_config(6, &mut bytes);
     assert_eq!(bytes, [0, 0]);
-}
-
-#[test]
-fn device_of_two_pairs_uses_the_second_when_told() {
-    let (wires, fars): (Vec<_>, Vec<_>) = (0..2).map(|_| Wire::new()).unzip();
-    let mut device = device(wires, 1500, options());
-    assert!(
-        !device.backends[1].enabled.load(Ordering::SeqCst),
-        "nobody reads it yet"
-    );
-    assert_eq!(device.queue_sizes().len(), 5);
-    let mut drivers: Vec<_> = (0..5).map(|_| Driver::new()).collect();
-    let kicks: Vec<_> = (0..5).map(|_| kick()).collect();
-    device
-        .activate(Activation {
-            memory: Arc::clone(&drivers[0].memory),
-            features: (Features::MQ | Features::CTRL_VQ).bits(),
-            queues: drivers
-                .iter()
-                .zip(&kicks)
-                .map(|(driver, kick)| queue(driver, kick))
-                .collect(),
-            interrupt: Arc::new(Recorder::default()),
-        })
-        .unwrap();
-    ctrl::command(&mut drivers[4], 0, &[4, 0, 2, 0]);
-    kicks[4].write(1).unwrap();
-    eventually("the answer", || drivers[4].take_used() == [(0, 1)]);
-    assert!(device.backends[1].enabled.load(Ordering::SeqCst));
-    drivers[2].offer_chain(0, &[(0x4000, 2000, WRITE)]);
-    kicks[2].write(1).unwrap();
-    fars[1].send(&frame(99)).unwrap();
-    eventually("a frame by the second pair", || {
-        drivers[2].take_used() == [(0, 99)]
-    });
-    device.reset();
-    assert!(!device.backends[1].enabled.load(Ordering::SeqCst));
-    let received = |pair: usize| counters::read(&device.counters()[pair]).rx.frames;
-    assert_eq!([received(0), received(1)], [0, 1]);
 }

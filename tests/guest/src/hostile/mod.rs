@@ -6,6 +6,7 @@
 //! | `rig.rs` | (none: the bench, and a NIC brought up by hand) |
 //! | `chains.rs` | descriptor chains and the available ring |
 //! | `queues.rs` | sizes and addresses of queues |
+//! | `pairs.rs` | queue pairs that are not all there |
 //! | `registers.rs` | each register with each width |
 //! | `pci/` | what there is on the PCI bus only |
 //! | `life.rs` | status bits, features, notifications, resets |
@@ -14,6 +15,7 @@
 mod chains;
 mod frames;
 mod life;
+mod pairs;
 mod pci;
 mod queues;
 mod registers;
@@ -47,6 +49,7 @@ pub fn run(options: &Options, boot: &Boot) {
     runner.attack("none", |_| Ok(()));
     chains::run(&mut runner);
     queues::run(&mut runner);
+    pairs::run(&mut runner);
     registers::run(&mut runner);
     life::run(&mut runner);
     frames::run(&mut runner);

@@ -8,7 +8,7 @@ use crate::cpu;
 use crate::memory::Shared;
 use crate::options::Options;
 use crate::virtio::card::Card;
-use crate::virtio::net::{Config, HEADER, Header, RX, TX, bring_up, feature};
+use crate::virtio::net::{Config, HEADER, Header, RX, TX, bring_up, feature, go};
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 /// The least size of a frame on Ethernet.
@@ -111,12 +111,22 @@ impl<'a> Rig<'a> {
     /// Brings the NIC up with those of the features that it offers, and rings of [`RING`] descriptors.
     pub fn start(bench: &'a Bench, features: u64) -> Result<Self, &'static str> {
         let (_, rx, tx) = bring_up(bench.card, features, RING)?;
-        Ok(Self {
+        Ok(Self::running(bench, rx, tx))
+    }
+
+    /// Starts the NIC, whose queues have been set up.
+    pub fn run(bench: &'a Bench, rx: Ring, tx: Ring) -> Self {
+        go(bench.card);
+        Self::running(bench, rx, tx)
+    }
+
+    fn running(bench: &'a Bench, rx: Ring, tx: Ring) -> Self {
+        Self {
             bench,
             rx,
             tx,
             scratch: Shared::new(TX_FRAME + TX_ROOM),
-        })
+        }
     }
 
     /// The address of memory that may be read and written, at least 64 KiB.

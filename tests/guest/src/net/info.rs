@@ -16,11 +16,12 @@ pub fn run(boot: &Boot) {
             mac: [a, b, c, d, e, f],
             status,
             mtu,
+            pairs,
         } = Config::read(*card);
         let transport = card.transport();
         let sizes = [RX, TX].map(|queue| queue_size(*card, queue, u16::MAX).unwrap_or(0));
         println!(
-            "NIC {index} mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} features={:#x} status={status} mtu={mtu} \
+            "NIC {index} mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} features={:#x} status={status} mtu={mtu} pairs={pairs} \
              transport={} version={} line={} rx={} tx={}",
             card.offered(),
             transport.0,

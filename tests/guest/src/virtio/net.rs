@@ -23,6 +23,8 @@ pub mod feature {
     pub const HOST_TSO6: u64 = 1 << 12;
     pub const MRG_RXBUF: u64 = 1 << 15;
     pub const STATUS: u64 = 1 << 16;
+    pub const CTRL_VQ: u64 = 1 << 17;
+    pub const MQ: u64 = 1 << 22;
     pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const VERSION_1: u64 = 1 << 32;
@@ -78,6 +80,8 @@ pub struct Config {
     pub mac: [u8; 6],
     /// Bit 0: the link is up.
     pub status: u16,
+    /// How many queue pairs there are.
+    pub pairs: u16,
     /// The largest IP packet, where offered.
     pub mtu: u16,
 }
@@ -88,6 +92,7 @@ impl Config {
         Self {
             mac: core::array::from_fn(|n| card.config(n as u64)),
             status: card.config(6),
+            pairs: card.config(8),
             mtu: card.config(10),
         }
     }
