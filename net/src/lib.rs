@@ -38,7 +38,7 @@
 //! | `listen.rs` | what the user of a macvtap sends, where that tells about it |
 //! | `doctor.rs` | what stands in the way on this machine, one line a check |
 //! | `diagnose.rs` | what makes a lower link unfit, and what the kernel's error numbers mean; pure |
-//! | `netlink.rs` | rtnetlink, the only async code, behind blocking calls |
+//! | `netlink.rs` | what the kernel tells of links, addresses and routes, by a small client of our own; and changing them, by rtnetlink, the only async code |
 //! | `netns.rs` | the private network namespace |
 //! | `queue.rs` | finds the right device node, opens it and proves it |
 //! | `wifi.rs` | whether frames go over the air |
@@ -46,9 +46,10 @@
 //!
 //! # Threads
 //!
-//! All calls block. Each does its work on a short-lived thread of its own, with a current-thread tokio runtime on it,
-//! and that thread alone ever enters another network namespace. So the caller's threads stay where they are, and a
-//! caller may be inside a runtime of its own.
+//! All calls block. Each does its work on a short-lived thread of its own, and that thread alone ever enters another
+//! network namespace. So the caller's threads stay where they are. A second one speaks to rtnetlink, with a
+//! current-thread tokio runtime where something is changed: the first waits for it 10 seconds at most. So a caller may be
+//! inside a runtime of its own.
 
 mod address;
 mod adopt;

@@ -1,67 +1,33 @@
-//! rtnetlink behind blocking calls: the only async code of the crate.
+//! The kernel's tables of links, addresses and routes behind blocking calls, none of which waits for ever: what is asked
+//! for goes through a small client of our own (`reading.rs`), what is made and changed through rtnetlink.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use futures_util::TryStreamExt;
-use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::link::{
-    InfoData, InfoIpVlan, InfoKind, InfoMacVlan, InfoMacVtap, IpVlanMode, LinkAttribute,
-    LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, MacVlanMode,
-};
-use rtnetlink::{Handle, LinkMacVtap, LinkUnspec};
-use tokio::runtime::{Builder, Runtime};
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::link::{InfoMacVtap, LinkMessage, MacVlanMode};
+use rtnetlink::{LinkMacVtap, LinkUnspec};
 
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 
+mod changing;
 mod ip;
+mod link;
+mod reading;
+mod wire;
+mod worker;
 
-/// A connection to the kernel's table of links, in the network namespace of the thread that made it.
+pub(crate) use link::Link;
+use reading::Request;
+pub(crate) use reading::{is_interrupted, receive};
+pub(crate) use wire::{Message, Messages};
+use worker::Worker;
+
+/// A connection to the network namespace of the thread that made it.
 #[derive(Debug)]
-pub(crate) struct Netlink {
-    runtime: Runtime,
-    handle: Handle,
-}
-
-/// What the crate needs to know of one link.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Link {
-    /// Unique in its namespace, and only there.
-    pub index: u32,
-    pub name: String,
-    /// The driver's word for a virtual link (`macvtap`, `bridge`); empty for a real card.
-    pub kind: String,
-    /// None when it isn't six bytes.
-    pub mac: Option<[u8; 6]>,
-    pub mtu: u32,
-    /// For a macvtap: how many frames its queue holds for a slow reader.
-    pub tx_queue_len: u32,
-    /// For a macvtap or macvlan: how many broadcasts from outside it wants to be held for it.
-    pub bc_queue_len: u32,
-    /// Somebody has brought it up (IFF_UP).
-    pub up: bool,
-    /// The wire is there (IFF_LOWER_UP).
-    pub carrier: bool,
-    /// It takes every multicast frame (IFF_ALLMULTI).
-    pub all_multicast: bool,
-    pub loopback: bool,
-    pub ethernet: bool,
-    /// The index of the bridge, bond, ... that it is a port of.
-    pub master: Option<u32>,
-    /// The index of the link that it sits on, when that is in the same namespace.
-    pub lower: Option<u32>,
-    /// The mode of a macvlan or macvtap.
-    pub mode: Option<Mode>,
-    /// When the link that it sits on is in another namespace: our number for that namespace, and the link's index there.
-    pub lower_elsewhere: Option<(i32, u32)>,
-    /// The mode of an ipvlan.
-    pub ipvlan_mode: Option<&'static str>,
-    /// RFC 2863's word for its state, as ip-link(8) has it, in small letters.
-    pub oper_state: String,
-    /// Free text that anybody may give a link (IFLA_IFALIAS); empty for none.
-    pub alias: String,
-}
+pub(crate) struct Netlink(Worker);
 
 /// A macvtap to be made.
 #[derive(Debug)]
@@ -86,34 +52,19 @@ pub(crate) struct NewMacvtap<'a> {
 impl Netlink {
     /// Connects to the network namespace of the calling thread.
     pub(crate) fn connect() -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
-        let handle = {
-            let _inside = runtime.enter();
-            let (connection, handle, _) = rtnetlink::new_connection()?;
-            runtime.spawn(connection);
-            handle
-        };
-        Ok(Self { runtime, handle })
+        Worker::start(reading::LIMIT).map(Self)
     }
 
     /// All links of the namespace.
     pub(crate) fn links(&self) -> io::Result<Vec<Link>> {
-        let without_statistics = vec![LinkExtentMask::SkipStats];
-        let request = self
-            .handle
-            .link()
-            .get()
-            .set_filter_mask(AddressFamily::Unspec, without_statistics);
-        let links = request.execute().map_ok(Link::from).try_collect();
-        self.runtime.block_on(links).map_err(into_io)
+        self.ask(link_request(0, libc::NLM_F_DUMP), Link::parse)
     }
 
     /// The link with this index.
     pub(crate) fn link(&self, index: u32) -> io::Result<Link> {
-        let mut answers = Box::pin(self.handle.link().get().match_index(index).execute());
-        let answer = self.runtime.block_on(answers.try_next()).map_err(into_io)?;
-        answer
-            .map(Link::from)
+        let mut found = self.ask(link_request(index, libc::NLM_F_ACK), Link::parse)?;
+        found
+            .pop()
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
@@ -134,9 +85,7 @@ impl Netlink {
         if let Some(length) = new.bc_queue_len {
             message = message.append_info_data(InfoMacVtap::BcQueueLen(length));
         }
-        self.runtime
-            .block_on(self.handle.link().add(message.build()).execute())
-            .map_err(into_io)
+        self.add(message.build())
     }
 
     /// Writes a text on a link.
@@ -170,102 +119,49 @@ impl Netlink {
     }
 
     fn set(&self, message: LinkMessage) -> io::Result<()> {
-        self.runtime
-            .block_on(self.handle.link().set(message).execute())
-            .map_err(into_io)
+        self.change(RouteNetlinkMessage::SetLink(message), 0)
     }
 
     /// Deletes a link.
     pub(crate) fn delete(&self, index: u32) -> io::Result<()> {
-        self.runtime
-            .block_on(self.handle.link().del(index).execute())
-            .map_err(into_io)
+        let message = LinkUnspec::new_with_index(index).build();
+        self.change(RouteNetlinkMessage::DelLink(message), 0)
+    }
+
+    fn add(&self, message: LinkMessage) -> io::Result<()> {
+        let message = RouteNetlinkMessage::NewLink(message);
+        self.change(message, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    fn change(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.0.call(move |changer| changer.change(message, flags))
+    }
+
+    fn ask<T: Send + 'static>(
+        &self,
+        request: Request,
+        parse: fn(&[u8]) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
+        self.0.call(move |_| reading::ask(&request, parse))
     }
 }
 
-impl Link {
-    /// Whether it shares its lower's wire by the macvlan driver.
-    pub(crate) fn is_macvlan(&self) -> bool {
-        self.kind == "macvlan" || self.is_macvtap()
-    }
-
-    /// Whether frames can be read and written through it.
-    pub(crate) fn is_macvtap(&self) -> bool {
-        self.kind == "macvtap"
-    }
+/// The message that asks for all links, with an answer that has this number.
+pub(crate) fn link_dump(sequence: u32) -> Vec<u8> {
+    let all = link_request(0, libc::NLM_F_DUMP);
+    wire::request(all.kind, all.flags, sequence, &all.body)
 }
 
-impl From<LinkMessage> for Link {
-    fn from(message: LinkMessage) -> Self {
-        let flags = message.header.flags;
-        let mut link = Self {
-            index: message.header.index,
-            up: flags.contains(LinkFlags::Up),
-            carrier: flags.contains(LinkFlags::LowerUp),
-            all_multicast: flags.contains(LinkFlags::Allmulti),
-            loopback: flags.contains(LinkFlags::Loopback),
-            ethernet: message.header.link_layer_type == LinkLayerType::Ether,
-            ..Self::default()
-        };
-        let mut namespace = None;
-        for attribute in message.attributes {
-            match attribute {
-                LinkAttribute::IfName(name) => link.name = name,
-                LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
-                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
-                LinkAttribute::TxQueueLen(length) => link.tx_queue_len = length,
-                LinkAttribute::Controller(index) => link.master = Some(index),
-                LinkAttribute::Link(index) => link.lower = Some(index),
-                LinkAttribute::LinkNetNsId(id) => namespace = Some(id),
-                LinkAttribute::OperState(state) => {
-                    link.oper_state = state.to_string().to_lowercase()
-                }
-                LinkAttribute::IfAlias(alias) => link.alias = alias,
-                LinkAttribute::LinkInfo(infos) => {
-                    infos.into_iter().for_each(|info| link.learn(info))
-                }
-                _ => {}
-            }
-        }
-        if let Some(namespace) = namespace {
-            link.lower_elsewhere = link.lower.take().map(|index| (namespace, index));
-        }
-        link
-    }
-}
-
-impl Link {
-    fn learn(&mut self, info: LinkInfo) {
-        match info {
-            LinkInfo::Kind(kind) => self.kind = InfoKind::to_string(&kind),
-            LinkInfo::Data(InfoData::MacVlan(data)) => {
-                for item in data {
-                    match item {
-                        InfoMacVlan::Mode(mode) => self.mode = our_mode(mode),
-                        InfoMacVlan::BcQueueLen(length) => self.bc_queue_len = length,
-                        _ => {}
-                    }
-                }
-            }
-            LinkInfo::Data(InfoData::IpVlan(data)) => {
-                self.ipvlan_mode = data.iter().find_map(|item| match item {
-                    InfoIpVlan::Mode(IpVlanMode::L2) => Some("l2"),
-                    InfoIpVlan::Mode(IpVlanMode::L3) => Some("l3"),
-                    InfoIpVlan::Mode(IpVlanMode::L3S) => Some("l3s"),
-                    _ => None,
-                });
-            }
-            LinkInfo::Data(InfoData::MacVtap(data)) => {
-                for item in data {
-                    match item {
-                        InfoMacVtap::Mode(mode) => self.mode = our_mode(mode),
-                        InfoMacVtap::BcQueueLen(length) => self.bc_queue_len = length,
-                        _ => {}
-                    }
-                }
-            }
-            _ => {}
-        }
+/// Asks for the link with this index, or with NLM_F_DUMP and 0 for all, without the statistics.
+fn link_request(index: u32, flags: i32) -> Request {
+    let mut body = link::header(index);
+    let without_statistics = libc::RTEXT_FILTER_SKIP_STATS.to_ne_bytes();
+    body.extend(wire::attribute(libc::IFLA_EXT_MASK, &without_statistics));
+    Request {
+        kind: libc::RTM_GETLINK,
+        flags,
+        body,
+        answer: libc::RTM_NEWLINK,
     }
 }
 
@@ -276,27 +172,5 @@ fn kernel_mode(mode: Mode) -> MacVlanMode {
         Mode::Private => MacVlanMode::Private,
         Mode::Passthru => MacVlanMode::Passthrough,
         Mode::Source => MacVlanMode::Source,
-    }
-}
-
-fn our_mode(mode: MacVlanMode) -> Option<Mode> {
-    match mode {
-        MacVlanMode::Bridge => Some(Mode::Bridge),
-        MacVlanMode::Vepa => Some(Mode::Vepa),
-        MacVlanMode::Private => Some(Mode::Private),
-        MacVlanMode::Passthrough => Some(Mode::Passthru),
-        MacVlanMode::Source => Some(Mode::Source),
-        _ => None,
-    }
-}
-
-/// The kernel's refusals come back as what they are, error numbers, so that they can be told apart.
-fn into_io(error: rtnetlink::Error) -> io::Error {
-    match error {
-        rtnetlink::Error::NetlinkError(message) => match message.code {
-            Some(code) => io::Error::from_raw_os_error(code.get().saturating_neg()),
-            None => io::Error::other("an acknowledgement where an answer was due"),
-        },
-        other => io::Error::other(other),
     }
 }

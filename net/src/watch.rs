@@ -2,16 +2,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rtnetlink::packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-};
-use rtnetlink::packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
-use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use rustix::net::netlink::SocketAddrNetlink;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, sockopt};
 
-use crate::netlink::Link;
+use crate::netlink::{Link, Message, Messages, is_interrupted, link_dump, receive};
 use crate::netns;
 
 /// The group that RTM_NEWLINK and RTM_DELLINK are sent to (RTNLGRP_LINK), as its bit in an address.
@@ -49,10 +45,13 @@ pub enum LinkChange {
 /// The first events tell what is amiss already: for a link that is up, has its carrier and exists there is none.
 #[derive(Debug)]
 pub struct LinkWatch {
-    socket: Socket,
+    socket: OwnedFd,
+    buffer: Vec<u8>,
     /// What is known of each link; None for one that is gone.
     known: BTreeMap<u32, Option<State>>,
     ready: VecDeque<LinkEvent>,
+    /// The number of the last dump that was asked for.
+    sequence: u32,
     /// A dump that is under way: the links that it has shown so far.
     dump: Option<Vec<u32>>,
     /// It may have missed some.
@@ -84,28 +83,27 @@ impl LinkWatch {
     ///
     /// When it is no such socket, or the kernel refuses the list of links.
     pub fn adopt(socket: OwnedFd, indexes: &[u32]) -> io::Result<Self> {
-        use rustix::net::{AddressFamily, sockopt};
         let is_netlink = sockopt::socket_domain(&socket)? == AddressFamily::NETLINK;
         // NETLINK_ROUTE is 0, which is no protocol elsewhere.
         if !is_netlink || sockopt::socket_protocol(&socket)?.is_some() {
             return Err(io::Error::other("not a socket of rtnetlink"));
         }
         rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
-        // SAFETY: it is an open socket, and from here on the new owner's.
-        let socket = unsafe { Socket::from_raw_fd(socket.into_raw_fd()) };
-        socket.set_non_blocking(true)?;
+        rustix::io::ioctl_fionbio(&socket, true)?;
         Self::over(socket, indexes)
     }
 
-    fn over(socket: Socket, indexes: &[u32]) -> io::Result<Self> {
+    fn over(socket: OwnedFd, indexes: &[u32]) -> io::Result<Self> {
         let mut watch = Self {
             socket,
+            buffer: Vec::new(),
             // As a link should be, so that the dump makes events of all else.
             known: indexes
                 .iter()
                 .map(|index| (*index, Some(State::healthy())))
                 .collect(),
             ready: VecDeque::new(),
+            sequence: 0,
             dump: None,
             dump_again: false,
         };
@@ -142,12 +140,11 @@ impl LinkWatch {
             if let Some(event) = self.ready.pop_front() {
                 return Ok(Some(event));
             }
-            match self.socket.recv_from_full() {
-                Ok((datagram, sender)) if sender.port_number() == 0 => self.learn(&datagram)?,
+            match receive(self.socket.as_fd(), &mut self.buffer) {
                 // Another process may write to the socket; only the kernel is believed.
+                Ok(sender) if sender.is_some_and(|sender| sender.pid() == 0) => self.learn()?,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     log::debug!("events of links were lost: asking for the state of all");
                     self.request_dump()?;
@@ -158,90 +155,66 @@ impl LinkWatch {
     }
 
     fn request_dump(&mut self) -> io::Result<()> {
-        let mut message = LinkMessage::default();
-        message
-            .attributes
-            .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-        let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(message));
-        request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-        match self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0) {
-            Ok(_) => {
-                self.dump = Some(Vec::new());
-                Ok(())
-            }
-            // The one before is still under way.
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                self.dump_again = true;
-                Ok(())
-            }
-            Err(error) => Err(error),
+        if self.dump.is_some() {
+            // The kernel makes one after the other.
+            self.dump_again = true;
+            return Ok(());
         }
-    }
-
-    /// Takes the messages of a datagram in.
-    fn learn(&mut self, datagram: &[u8]) -> io::Result<()> {
-        let mut rest = datagram;
-        while rest.len() >= HEADER {
-            let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
-            let Some(bytes) = rest.get(..length).filter(|_| length >= HEADER) else {
-                return Err(io::Error::other("a netlink message with a wrong length"));
-            };
-            // One that this version cannot read is no reason to be blind to all others.
-            match NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) {
-                Ok(message) => self.take(message),
-                Err(error) => log::debug!("a netlink message that cannot be read: {error}"),
-            }
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        }
+        self.sequence += 1;
+        let request = link_dump(self.sequence);
+        let kernel = SocketAddrNetlink::new(0, 0);
+        rustix::net::sendto(&self.socket, &request, SendFlags::NOSIGNAL, &kernel)?;
+        self.dump = Some(Vec::new());
         Ok(())
     }
 
-    fn take(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) {
-        self.dump_again |= message.header.flags & NLM_F_DUMP_INTR != 0;
-        match message.payload {
-            // A bridge talks of its ports by the same messages: that one left it does not mean that it is gone.
-            NetlinkPayload::InnerMessage(
-                RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link),
-            ) if link.header.interface_family == AddressFamily::Bridge => {}
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
-                let link = Link::from(link);
-                if let Some(shown) = &mut self.dump {
+    /// Takes the messages of a datagram in.
+    fn learn(&mut self) -> io::Result<()> {
+        let datagram = std::mem::take(&mut self.buffer);
+        let mut learnt = Messages(&datagram).map(|message| self.take(message));
+        let result = learnt.find(Result::is_err).unwrap_or(Ok(()));
+        self.buffer = datagram;
+        result
+    }
+
+    fn take(&mut self, message: Message<'_>) -> io::Result<()> {
+        let is_of_dump = self.dump.is_some() && message.sequence == self.sequence;
+        self.dump_again |= is_of_dump && is_interrupted(&message);
+        if let Some(outcome) = message.outcome().filter(|_| is_of_dump) {
+            return self.finish_dump(outcome);
+        }
+        // A bridge talks of its ports by the same messages: that one left it does not mean that it is gone.
+        let of_bridge = message.body.first() == Some(&(libc::AF_BRIDGE as u8));
+        let Some(link) = Link::parse(message.body).filter(|_| !of_bridge) else {
+            return Ok(());
+        };
+        match message.kind {
+            libc::RTM_NEWLINK => {
+                // One that came as news will be in the rest of the dump.
+                if let Some(shown) = self.dump.as_mut().filter(|_| is_of_dump) {
                     shown.push(link.index);
                 }
                 self.compare(link);
             }
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) => {
-                self.forget(link.header.index);
-            }
-            NetlinkPayload::Done(_) => self.finish_dump(),
-            NetlinkPayload::Overrun(_) | NetlinkPayload::Error(_) => {
-                log::debug!(
-                    "the kernel could not tell of all links: {:?}",
-                    message.payload
-                );
-            }
+            libc::RTM_DELLINK => self.forget(link.index),
             _ => {}
         }
+        Ok(())
     }
 
-    fn finish_dump(&mut self) {
+    fn finish_dump(&mut self, outcome: io::Result<()>) -> io::Result<()> {
+        let shown = self.dump.take().unwrap_or_default();
         // Links that came and went during a dump can make it skip others.
-        let shown = self.dump.take();
         if std::mem::take(&mut self.dump_again) {
-            if let Err(error) = self.request_dump() {
-                log::warn!("the state of the links cannot be asked for: {error}");
-            }
-            return;
+            return self.request_dump();
         }
-        let Some(shown) = shown else { return };
+        outcome?;
         let is_gone = |(index, state): (&u32, &Option<State>)| {
             (state.is_some() && !shown.contains(index)).then_some(*index)
         };
         let gone: Vec<u32> = self.known.iter().filter_map(is_gone).collect();
         gone.into_iter().for_each(|index| self.forget(index));
+        Ok(())
     }
 
     /// Makes events of what is new about `link`.
@@ -282,26 +255,21 @@ impl LinkWatch {
 }
 
 /// A socket that hears of the links of this thread's network namespace, and stays in it.
-fn open_socket() -> io::Result<Socket> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind(&SocketAddr::new(0, LINK_GROUP))?;
-    socket.set_non_blocking(true)?;
+fn open_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    // No protocol stands for 0, which is NETLINK_ROUTE.
+    let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+    rustix::net::bind(&socket, &SocketAddrNetlink::new(0, LINK_GROUP))?;
     Ok(socket)
 }
 
 /// The same in the network namespace that `namespace` is a descriptor of.
 pub(crate) fn open_socket_in(namespace: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
-    let open = || {
+    netns::on_own_thread(|| {
         namespace.map_or(Ok(()), netns::enter)?;
-        let socket = open_socket()?;
-        // SAFETY: it is open, and the socket gives it up.
-        Ok(unsafe { OwnedFd::from_raw_fd(socket.into_raw_fd()) })
-    };
-    netns::on_own_thread(open)?
+        open_socket()
+    })?
 }
-
-/// Size of the header before each message (`struct nlmsghdr`).
-const HEADER: usize = 16;
 
 impl State {
     /// What needs no event when the first look shows it. The MTU is not known before.

@@ -1,0 +1,113 @@
+//! A time limit for calls that have none of their own.
+//!
+//! The kernel does what a netlink message asks for while it is being sent, and waits for its lock (RTNL) there, deaf to
+//! signals and to the time limits of sockets. So a thread of its own sends and receives, and the caller waits for that
+//! thread, not for the kernel.
+
+use std::cell::Cell;
+use std::io;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::changing::Changer;
+use super::reading::timed_out;
+
+type Job = Box<dyn FnOnce(&mut Changer) + Send>;
+
+/// The thread, in the network namespace of the one that started it. It ends with this value.
+#[derive(Debug)]
+pub(super) struct Worker {
+    limit: Duration,
+    /// None when it is to end.
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    /// It did not answer in time, and nobody waits for it any more.
+    is_given_up: Cell<bool>,
+}
+
+impl Worker {
+    /// Starts it, for calls that take no longer than `limit`.
+    pub(super) fn start(limit: Duration) -> io::Result<Self> {
+        let (jobs, to_do) = mpsc::channel::<Job>();
+        let work = move || {
+            let mut changer = Changer::default();
+            to_do.into_iter().for_each(|job| job(&mut changer));
+        };
+        let thread = thread::Builder::new().name("rtnetlink".to_owned());
+        Ok(Self {
+            limit,
+            jobs: Some(jobs),
+            thread: Some(thread.spawn(work)?),
+            is_given_up: Cell::new(false),
+        })
+    }
+
+    /// Has `work` done by the thread.
+    ///
+    /// After a call that took too long nobody can tell what became of it. Later ones still take their turn, to put back
+    /// what can be put back, and their result is an error at once.
+    pub(super) fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Changer) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let ended = || io::Error::other("the thread that speaks to rtnetlink has ended");
+        let (answer, result) = mpsc::sync_channel(1);
+        let job: Job = Box::new(move |changer| {
+            // The caller may have given up.
+            let _ = answer.send(work(changer));
+        });
+        let jobs = self.jobs.as_ref().ok_or_else(ended)?;
+        jobs.send(job).map_err(|_| ended())?;
+        if self.is_given_up.get() {
+            return Err(timed_out());
+        }
+        match result.recv_timeout(self.limit) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Disconnected) => Err(ended()),
+            Err(RecvTimeoutError::Timeout) => {
+                self.is_given_up.set(true);
+                Err(timed_out())
+            }
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        // One that is given up may never end.
+        let thread = self.thread.take().filter(|_| !self.is_given_up.get());
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the thread that speaks to rtnetlink has panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn call_that_does_not_end_is_given_up_and_later_ones_take_their_turn() {
+        let worker = Worker::start(Duration::from_millis(20)).unwrap();
+        let (go_on, wait) = mpsc::channel::<()>();
+        let stuck = worker.call(move |_| {
+            let _ = wait.recv();
+            Ok(())
+        });
+        assert_eq!(stuck.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let (done, later) = mpsc::channel();
+        let result = worker.call(move |_| {
+            let _ = done.send(());
+            Ok(())
+        });
+        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::TimedOut);
+
+        // It waits for nothing, and what was asked for still comes about.
+        drop(worker);
+        assert!(later.try_recv().is_err());
+        drop(go_on);
+        later.recv().unwrap();
+    }
+}
