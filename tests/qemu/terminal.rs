@@ -12,7 +12,7 @@ use rustix::termios::{LocalModes, tcgetattr};
 use super::harness::assets::assets;
 use super::harness::pty::Pty;
 use super::harness::vm::binary;
-use super::{BOOT, SECOND, children, eventually, here, text};
+use super::{BOOT, SECOND, children, eventually, here};
 
 /// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the command's pid and the
 /// user's side of the terminal), and checks that the terminal is as before. Returns the exit status.
@@ -80,26 +80,4 @@ fn terminal_is_given_back_by_ctrl_a_x_and_when_either_process_is_killed() {
         kill_process(minivmm, Signal::USR1).expect("it runs");
     };
     assert_eq!(on_a_terminal(of_args(), kill_us), None, "of the signal");
-}
-
-#[test]
-fn terminal_is_given_back_by_the_script_of_a_dry_run() {
-    let Some(_permit) = here() else { return };
-    let script = || {
-        let mut command = Command::new(binary());
-        let args =
-            "qemu --dry-run -- -M q35 -accel tcg -nodefaults -display none -serial mon:stdio";
-        let output = command.args(args.split_whitespace()).output();
-        let script = output.expect("minivmm starts").stdout;
-        let mut shell = Command::new("sh");
-        shell.args(["-c", &text(&script)]);
-        shell
-    };
-    let quit = |_, keyboard: &mut fs::File| keyboard.write_all(b"\x01x").expect("it reads");
-    assert_eq!(on_a_terminal(script(), quit), Some(0));
-    let end = |shell, _: &mut fs::File| {
-        let shell = Pid::from_raw(shell as i32).expect("a pid");
-        kill_process(shell, Signal::TERM).expect("the shell runs");
-    };
-    assert_eq!(on_a_terminal(script(), end), Some(143));
 }

@@ -136,7 +136,7 @@ impl Plan {
         if args.macvtap.iter().any(|nic| nic.vhost == Some(true)) {
             nics::open_vhost().map_err(QemuError::Vhost)?;
         }
-        let numbers = nics::number(&args.macvtap, vhost.is_ok(), handover::FIRST);
+        let numbers = nics::number(&args.macvtap, vhost.is_ok(), handover::FIRST, !follow);
         let mut taken: Vec<RawFd> = numbers
             .iter()
             .flat_map(|n| n.fds.iter().chain(&n.vhost).copied())

@@ -36,7 +36,7 @@ pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
             NicSource::Descriptors(fds) => {
                 let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?;
                 lower.get_or_insert(queues.entry.lower);
-                (Origin::Open(fds.clone()), queues.mac, queues.entry.mtu)
+                (Origin::Open, queues.mac, queues.entry.mtu)
             }
         };
         cards.push(plan.card(n, nic, mac, mtu)?);

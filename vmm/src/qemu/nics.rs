@@ -114,14 +114,25 @@ pub(super) struct Numbers {
     pub vhost: Vec<RawFd>,
 }
 
-/// Numbers the descriptors of all cards from `first` on: a card's queues, then its vhost descriptors.
-pub(super) fn number(requests: &[NicRequest], vhost: bool, first: RawFd) -> Vec<Numbers> {
-    let mut free = first..;
+/// Numbers the descriptors of all cards from `first` on: a card's queues, then its vhost descriptors. In a `script` those
+/// that the caller has opened keep their numbers.
+pub(super) fn number(
+    requests: &[NicRequest],
+    vhost: bool,
+    first: RawFd,
+    script: bool,
+) -> Vec<Numbers> {
+    let kept = |request: &NicRequest| match &request.source {
+        NicSource::Descriptors(numbers) if script => Some(numbers.clone()),
+        _ => None,
+    };
+    let all_kept: Vec<RawFd> = requests.iter().filter_map(kept).flatten().collect();
+    let mut free = (first..).filter(|fd| !all_kept.contains(fd));
     let mut take = |count| free.by_ref().take(count).collect();
     requests
         .iter()
         .map(|request| Numbers {
-            fds: take(request.queues()),
+            fds: kept(request).unwrap_or_else(|| take(request.queues())),
             vhost: match request.vhost.unwrap_or(vhost) {
                 true => take(request.queues()),
                 false => Vec::new(),
@@ -265,7 +276,7 @@ mod tests {
     #[test]
     fn numbers_follow_one_another() {
         let nics = ["a,queues=2", "b,vhost=off", "c"].map(|text| parse_nic(text).unwrap());
-        let numbers = number(&nics, true, 3);
+        let numbers = number(&nics, true, 3, false);
         assert_eq!(numbers[0].fds, [3, 4]);
         assert_eq!(numbers[0].vhost, [5, 6]);
         assert_eq!(
@@ -273,6 +284,14 @@ mod tests {
             (&[7][..], 0)
         );
         assert_eq!((numbers[2].fds[0], numbers[2].vhost[0]), (8, 9));
-        assert!(number(&nics, false, 3)[0].vhost.is_empty());
+        assert!(number(&nics, false, 3, false)[0].vhost.is_empty());
+    }
+
+    #[test]
+    fn numbers_of_a_script_leave_open_descriptors_where_they_are() {
+        let nics = ["a", "fd=4:3", "c"].map(|text| parse_nic(text).unwrap());
+        let numbers = number(&nics, false, 3, true);
+        let fds: Vec<_> = numbers.iter().map(|numbers| numbers.fds.clone()).collect();
+        assert_eq!(fds, [vec![5], vec![4, 3], vec![6]]);
     }
 }

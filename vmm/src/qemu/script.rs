@@ -20,8 +20,8 @@ pub(super) enum Origin {
     },
     /// A macvtap that exists.
     Existing(String),
-    /// Descriptors that the script's caller has opened.
-    Open(Vec<RawFd>),
+    /// Descriptors that the script's caller has opened, which keep their numbers.
+    Open,
 }
 
 /// A card of the script.
@@ -39,94 +39,60 @@ pub(super) struct HostLink<'a> {
     pub addresses: &'a [InterfaceAddress],
 }
 
-/// The script; `command` is QEMU with its arguments.
+/// The script; `command` is QEMU with its arguments. QEMU runs in the foreground with the script's stdin, and what was
+/// made is deleted after it.
 pub(super) fn script(
     cards: &[ScriptCard],
     host_link: &HostLink<'_>,
     command: &[OsString],
 ) -> String {
-    let mut made = String::new();
-    let mut redirections = String::new();
-    let mut names = Vec::new();
+    let mut steps = String::new();
+    let mut makes_links = false;
     for (n, card) in cards.iter().enumerate() {
-        let link = match &card.origin {
+        let index = match &card.origin {
             Origin::New { spec, mac, index } => {
-                names.push(format!("tap{n}"));
-                made += &new_macvtap(n, spec, *mac, *index);
-                format!("\"$tap{n}\"")
+                makes_links = true;
+                steps += &new_macvtap(n, spec, *mac, *index);
+                index.to_string()
             }
-            Origin::Existing(link) => {
-                made += &need_up("", &quote(link));
-                quote(link)
-            }
-            Origin::Open(_) => String::new(),
+            Origin::Existing(link) => format!("\"$(cat /sys/class/net/{}/ifindex)\"", quote(link)),
+            Origin::Open => String::new(),
         };
-        redirect(&mut redirections, card, &link);
+        steps += &open(card, &index);
     }
     if let Some(lower) = &host_link.lower {
-        names.push("host".into());
-        made += &new_host_link(lower, host_link.addresses);
+        makes_links = true;
+        steps += &new_host_link(lower, host_link.addresses);
     }
-    let text = command.iter().map(quote).collect::<Vec<_>>().join(" ");
-    let stdin = stdin_number(cards);
     // dash knows descriptors of one digit alone.
-    let shell = if stdin > 9 { "bash" } else { "sh" };
-    let mut script = format!(
-        "#!/bin/{shell}\n# What `minivmm qemu` would do; run it as root with {shell}. minivmm itself makes the macvtap in a network\n\
-         # namespace of its own unless netns=host is given, so that nothing remains even after SIGKILL, and follows the\n\
-         # guest of --kernel by QMP, to press its power button and to tell a panic from a reboot.\nset -eu\nqemu=\n"
-    );
-    // A variable that is not set yet stands for a link that is not there yet.
-    for name in &names {
-        let _ = writeln!(script, "{name}=");
+    let shell = if highest(cards) > 9 { "bash" } else { "sh" };
+    let mut script =
+        format!("#!/bin/{shell}\n# What `minivmm qemu` does, by hand; run it as root.\nset -e\n");
+    if makes_links {
+        script += "links=\ndelete_links() { for link in $links; do ip link delete \"$link\"; done; }\n\
+                   trap delete_links EXIT\ntrap exit HUP INT TERM\n";
     }
-    script += "terminal=$(stty -g 2>/dev/null) || terminal=\nclean() {\n    [ -z \"$terminal\" ] || stty \"$terminal\"\n";
-    for name in &names {
-        let _ = writeln!(script, "    ip link delete \"${name}\" 2>/dev/null || :");
-    }
-    script += "}\nend() {\n    [ -z \"$qemu\" ] || { kill \"$qemu\" && wait \"$qemu\"; } 2>/dev/null || :\n    exit \"$1\"\n}\n\
-         trap clean EXIT\ntrap 'end 129' HUP; trap 'end 130' INT; trap 'end 131' QUIT; trap 'end 143' TERM\n";
-    script += &made;
-    script += "# In the background, since a shell that waits for a program in the foreground is deaf to signals.\n";
-    // A shell gives such a program /dev/null to read, and dash does so before it would take <&0.
-    let _ = write!(
-        script,
-        "exec {stdin}<&0\n{text} <&{stdin} {stdin}<&-{redirections} &\nqemu=$!\n"
-    );
-    script + "status=0\nwait \"$qemu\" || status=$?\nexit \"$status\"\n"
+    script + &steps + &wrapped(command)
 }
 
-/// A number for a copy of stdin, away from those of the cards and, as far as possible, of ARGS.
-fn stdin_number(cards: &[ScriptCard]) -> RawFd {
-    let taken = cards.iter().flat_map(|card| {
-        let sources: &[RawFd] = match &card.origin {
-            Origin::Open(sources) => sources,
-            _ => &[],
-        };
-        card.numbers
-            .fds
-            .iter()
-            .chain(&card.numbers.vhost)
-            .chain(sources)
+/// The highest number that the script opens.
+fn highest(cards: &[ScriptCard]) -> RawFd {
+    let numbers = cards.iter().flat_map(|card| {
+        let queues = card.numbers.fds.iter();
+        queues.chain(&card.numbers.vhost)
     });
-    taken.max().map_or(9, |highest| 9.max(highest + 1))
-}
-
-/// A test that a link is up: no frame passes one that is down, and the kernel does not say so.
-fn need_up(enter: &str, link: &str) -> String {
-    format!(
-        "[ -n \"$({enter}ip link show up dev {link})\" ] || {{ echo {link} is down: frames would vanish in it >&2; exit 1; }}\n"
-    )
+    numbers.copied().max().unwrap_or(0)
 }
 
 fn new_macvtap(n: usize, spec: &MacvtapSpec, mac: MacAddr, index: u32) -> String {
-    let (tap, lower) = (format!("\"$tap{n}\""), quote(spec.link.as_str()));
+    let lower = quote(spec.link.as_str());
     let mode = spec.mode.unwrap_or(Mode::Bridge);
-    let mut text = String::new();
-    let name = spec
-        .name
-        .as_ref()
-        .map_or(format!("mvt$${}", letter(n)), |name| quote(name.as_str()));
+    let name = match (&spec.name, n) {
+        (Some(name), _) => quote(name.as_str()),
+        (None, 0) => "mvt$$".to_owned(),
+        // Several links of one script need several names.
+        (None, n) => format!("mvt$$x{n}"),
+    };
     let (mut enter, mut netns) = (String::new(), "");
     if let Some(path) = &spec.lower_netns {
         enter = format!("nsenter --net={} ", quote(path));
@@ -147,54 +113,67 @@ fn new_macvtap(n: usize, spec: &MacvtapSpec, mac: MacAddr, index: u32) -> String
     if let Some(frames) = spec.bc_queue_len {
         let _ = write!(type_keys, " bcqueuelen {frames}");
     }
-    text += &need_up(&enter, &lower);
-    let _ = write!(
-        text,
-        "# The high index makes /dev/tapN unique: low ones repeat in each network namespace.\n\
-         {enter}ip link add link {lower} name {name} index {index}{keys}{netns} type macvtap mode {mode}{type_keys}\n\
-         tap{n}={name}\n\
-         ip link set {tap} allmulticast on\n\
-         [ ! -e \"/proc/sys/net/ipv6/conf/$tap{n}/disable_ipv6\" ] || echo 1 >\"/proc/sys/net/ipv6/conf/$tap{n}/disable_ipv6\"\n\
-         ip link set {tap} up\n"
-    );
-    text
+    format!(
+        "tap={name}\n\
+         {enter}ip link add link {lower} name \"$tap\" index {index}{keys}{netns} type macvtap mode {mode}{type_keys}\n\
+         links=\"$links $tap\"\n\
+         sysctl -eqw \"net/ipv6/conf/$tap/disable_ipv6=1\"\n\
+         ip link set \"$tap\" allmulticast on up\n"
+    )
+}
+
+/// Opens a queue of the macvtap for each descriptor, and vhost-net.
+fn open(card: &ScriptCard, index: &str) -> String {
+    let mut words = String::new();
+    for fd in card.numbers.fds.iter().filter(|_| !index.is_empty()) {
+        let _ = write!(words, " {fd}<>/dev/tap{index}");
+    }
+    for fd in &card.numbers.vhost {
+        let _ = write!(words, " {fd}<>{VHOST_NET}");
+    }
+    if words.is_empty() {
+        words
+    } else {
+        format!("exec{words}\n")
+    }
 }
 
 fn new_host_link(lower: &str, addresses: &[InterfaceAddress]) -> String {
     let lower = quote(lower);
     let mut text = format!(
-        "ip link add link {lower} name mvl$$ type macvlan mode bridge\nhost=mvl$$\nip link set \"$host\" up\n"
+        "ip link add link {lower} name mvl$$ type macvlan mode bridge\nlinks=\"$links mvl$$\"\nip link set mvl$$ up\n"
     );
     for address in addresses {
         let usable = if address.ip().is_ipv6() { " nodad" } else { "" };
-        let _ = writeln!(text, "ip address add {address} dev \"$host\"{usable}");
+        let _ = writeln!(text, "ip address add {address} dev mvl$${usable}");
     }
     text
 }
 
-/// Several links of one script need several names.
-fn letter(n: usize) -> String {
-    if n == 0 {
-        String::new()
-    } else {
-        format!("x{n}")
+/// A command on lines of about 100 characters, each option together with its value.
+fn wrapped(command: &[OsString]) -> String {
+    let mut groups: Vec<String> = Vec::new();
+    for word in command.iter().map(quote) {
+        match groups.last_mut() {
+            Some(group) if group.starts_with('-') && !word.starts_with('-') => {
+                group.push(' ');
+                *group += &word;
+            }
+            _ => groups.push(word),
+        }
     }
-}
-
-fn redirect(text: &mut String, card: &ScriptCard, link: &str) {
-    for (i, fd) in card.numbers.fds.iter().enumerate() {
-        let _ = match &card.origin {
-            // A duplicate: to open /dev/fd/N would make another queue of it.
-            Origin::Open(sources) => write!(text, " {fd}<&{}", sources[i]),
-            _ => write!(
-                text,
-                " \\\n    {fd}<>\"/dev/tap$(cat /sys/class/net/{link}/ifindex)\""
-            ),
-        };
+    let mut text = String::new();
+    let mut width = 0;
+    for group in groups {
+        if width > 0 && width + group.len() > 96 {
+            text += "\\\n    ";
+            width = 4;
+        }
+        width += group.len() + 1;
+        text += &group;
+        text.push(' ');
     }
-    for fd in &card.numbers.vhost {
-        let _ = write!(text, " {fd}<>{VHOST_NET}");
-    }
+    text.trim_end().to_owned() + "\n"
 }
 
 /// A word for sh. Bytes that are no UTF-8 are left to printf, so that the script itself can be shown and copied.
@@ -262,24 +241,35 @@ mod tests {
     }
 
     #[test]
-    fn script_makes_the_link_and_deletes_it() {
+    fn script_is_what_a_person_would_type() {
+        let cards = [
+            card("eno1,mtu=1400,mode=private", vec![3]),
+            card("eno2,name=second,queues=2", vec![4, 5]),
+        ];
         let command = ["qemu", "-append", "a b"].map(OsString::from);
-        let text = script(
-            &[card("eno1,mtu=1400,mode=private", vec![3])],
-            &HostLink::default(),
-            &command,
-        );
-        for line in [
-            "#!/bin/sh",
-            "tap0=mvt$$",
-            "ip link add link eno1 name mvt$$ index 1000000 address 52:54:00:12:34:56 mtu 1400 type macvtap mode private",
-            "ip link set \"$tap0\" up",
-            "    ip link delete \"$tap0\" 2>/dev/null || :",
-            "qemu -append 'a b' <&9 9<&- \\",
-            "    3<>\"/dev/tap$(cat /sys/class/net/\"$tap0\"/ifindex)\" &",
-        ] {
-            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
-        }
+        let expected = "\
+#!/bin/sh
+# What `minivmm qemu` does, by hand; run it as root.
+set -e
+links=
+delete_links() { for link in $links; do ip link delete \"$link\"; done; }
+trap delete_links EXIT
+trap exit HUP INT TERM
+tap=mvt$$
+ip link add link eno1 name \"$tap\" index 1000000 address 52:54:00:12:34:56 mtu 1400 type macvtap mode private
+links=\"$links $tap\"
+sysctl -eqw \"net/ipv6/conf/$tap/disable_ipv6=1\"
+ip link set \"$tap\" allmulticast on up
+exec 3<>/dev/tap1000000
+tap=second
+ip link add link eno2 name \"$tap\" index 1000000 address 52:54:00:12:34:56 type macvtap mode bridge
+links=\"$links $tap\"
+sysctl -eqw \"net/ipv6/conf/$tap/disable_ipv6=1\"
+ip link set \"$tap\" allmulticast on up
+exec 4<>/dev/tap1000000 5<>/dev/tap1000000
+qemu -append 'a b'
+";
+        assert_eq!(script(&cards, &HostLink::default(), &command), expected);
     }
 
     #[test]
@@ -292,54 +282,23 @@ mod tests {
             },
         };
         let text = script(&[card], &HostLink::default(), &["qemu".into()]);
-        assert!(!text.contains("ip link add"), "{text}");
-        assert!(!text.contains("ip link delete"), "{text}");
-        assert!(text.contains("ip link show up dev mt0"), "{text}");
-        assert!(
-            text.contains("3<>\"/dev/tap$(cat /sys/class/net/mt0/ifindex)\" 4<>/dev/vhost-net")
-        );
+        let steps = text.split_once("set -e\n").map(|(_, steps)| steps);
+        let expected =
+            "exec 3<>/dev/tap\"$(cat /sys/class/net/mt0/ifindex)\" 4<>/dev/vhost-net\nqemu\n";
+        assert_eq!(steps, Some(expected), "{text}");
     }
 
     #[test]
-    fn script_of_an_open_queue_duplicates_it() {
+    fn script_of_an_open_queue_leaves_it_as_it_is() {
         let card = ScriptCard {
-            origin: Origin::Open(vec![7]),
+            origin: Origin::Open,
             numbers: Numbers {
-                fds: vec![3],
+                fds: vec![7],
                 vhost: vec![],
             },
         };
-        assert!(
-            script(&[card], &HostLink::default(), &["qemu".into()])
-                .contains("\nqemu <&9 9<&- 3<&7 &\n")
-        );
-    }
-
-    #[test]
-    fn script_ends_its_program_at_once_by_a_signal() {
-        use std::process::{Command, Stdio};
-
-        use nix::sys::signal::{Signal, kill};
-
-        for shell in ["sh", "bash"] {
-            let text = script(
-                &[],
-                &HostLink::default(),
-                &["sleep", "60"].map(OsString::from),
-            );
-            let mut command = Command::new(shell);
-            command.args(["-c", &text]).stdin(Stdio::null());
-            command.stdout(Stdio::piped());
-            let start = std::time::Instant::now();
-            let mut child = command.spawn().unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(300));
-            kill(crate::child::pid(&child), Signal::SIGTERM).unwrap();
-            assert_eq!(child.wait().unwrap().code(), Some(143), "{shell}");
-            // At end of file nobody has it open any more.
-            let mut stdout = child.stdout.take().unwrap();
-            std::io::Read::read_to_end(&mut stdout, &mut Vec::new()).unwrap();
-            assert!(start.elapsed().as_secs() < 30, "{shell}");
-        }
+        let text = script(&[card], &HostLink::default(), &["qemu".into()]);
+        assert!(text.ends_with("set -e\nqemu\n"), "{text}");
     }
 
     #[test]
@@ -359,17 +318,17 @@ mod tests {
     }
 
     #[test]
-    fn script_of_two_cards_with_two_queues_numbers_all_descriptors() {
-        let cards = [
-            card("eno1,queues=2", vec![3, 4]),
-            card("eno2,queues=2", vec![5, 6]),
-        ];
-        let text = script(&cards, &HostLink::default(), &["qemu".into()]);
-        for (fd, tap) in [(3, "tap0"), (4, "tap0"), (5, "tap1"), (6, "tap1")] {
-            let line = format!("    {fd}<>\"/dev/tap$(cat /sys/class/net/\"${tap}\"/ifindex)\"");
-            assert!(text.contains(&line), "{line}\n{text}");
-        }
-        assert!(text.contains("tap1=mvt$$x1\n"), "{text}");
+    fn long_command_is_several_lines_and_the_same_words() {
+        let words: Vec<_> = (0..60).map(|n| format!("-word '{n}'")).collect();
+        let mut command = ["printf", "%s\n"].map(OsString::from).to_vec();
+        command.extend(words.iter().map(OsString::from));
+        let text = script(&[], &HostLink::default(), &command);
+        assert!(text.lines().all(|line| line.len() <= 100), "{text}");
+        let output = std::process::Command::new("sh")
+            .args(["-c", &text])
+            .output();
+        let output = String::from_utf8(output.unwrap().stdout).unwrap();
+        assert_eq!(output.lines().collect::<Vec<_>>(), words);
     }
 
     #[test]
@@ -380,14 +339,10 @@ mod tests {
             addresses: &addresses,
         };
         let text = script(&[card("eno1", vec![3])], &host_link, &["qemu".into()]);
-        for line in [
-            "ip link add link eno1 name mvl$$ type macvlan mode bridge",
-            "ip address add 10.0.0.1/24 dev \"$host\"",
-            "ip address add fd00::1/64 dev \"$host\" nodad",
-            "    ip link delete \"$host\" 2>/dev/null || :",
-        ] {
-            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
-        }
+        let steps = "ip link add link eno1 name mvl$$ type macvlan mode bridge\nlinks=\"$links mvl$$\"\n\
+                     ip link set mvl$$ up\nip address add 10.0.0.1/24 dev mvl$$\n\
+                     ip address add fd00::1/64 dev mvl$$ nodad\nqemu\n";
+        assert!(text.ends_with(steps), "{text}");
     }
 
     #[test]
