@@ -5,10 +5,11 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::thread;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::diagnose::Problem;
@@ -57,7 +58,7 @@ pub(crate) fn enter(namespace: impl AsFd) -> io::Result<()> {
 
 /// Moves the calling thread into the network namespace that a path stands for.
 pub(crate) fn enter_path(path: &Path) -> Result<(), Problem> {
-    let moved = File::open(path).and_then(enter);
+    let moved = open_namespace(path).and_then(enter);
     moved.map_err(|source| match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => Problem::NotPermitted,
         _ => Problem::Namespace {
@@ -65,6 +66,15 @@ pub(crate) fn enter_path(path: &Path) -> Result<(), Problem> {
             source,
         },
     })
+}
+
+/// Opens a namespace, and nothing else: opening a FIFO would wait for its other end, and opening a device may do anything.
+fn open_namespace(path: &Path) -> io::Result<OwnedFd> {
+    let place = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    if rustix::fs::fstatfs(&place)?.f_type != libc::NSFS_MAGIC {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))?.into())
 }
 
 /// Keeps a link of the calling thread's namespace free of IPv6 addresses, or with the name `default` all links that will

@@ -385,11 +385,14 @@ fn namespace_that_is_none_is_refused() {
     }
     let netns = Netns::new();
     netns.wire("v0");
-    for path in ["/run/netns/no-such", "/dev/null", "/proc/self/ns/pid", "/"] {
-        let refusal = problem(
-            &netns,
-            &with("v0", |spec| spec.lower_netns = Some(path.into())),
-        );
+    let directory = tempfile::tempdir().unwrap();
+    // Opening it would wait for a writer.
+    let fifo = directory.path().join("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.unwrap().success());
+    let no_namespace = ["/run/netns/no-such", "/dev/null", "/proc/self/ns/pid", "/"];
+    for path in no_namespace.map(PathBuf::from).into_iter().chain([fifo]) {
+        let refusal = problem(&netns, &with("v0", |spec| spec.lower_netns = Some(path)));
         assert!(matches!(refusal, Problem::Namespace { .. }), "{refusal}");
     }
     let there = with("v1", |spec| spec.lower_netns = Some(netns.path()));
