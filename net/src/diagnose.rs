@@ -1,9 +1,10 @@
 //! What makes a link unfit to carry a macvtap, and what the kernel's error numbers mean. Pure: it reads a list of links
 //! and asks nobody.
 //!
-//! The kernel says little: EINVAL for a loopback, for a card that is no Ethernet and for a passthru conflict, EBUSY for
-//! everything that already takes a link's frames, and nothing at all for a lower that is down, where frames then vanish
-//! silently (drivers/net/macvlan.c, drivers/net/tap.c). So the lower is checked before, and the number explained after.
+//! The kernel says little: EINVAL for a loopback, for a card that is no Ethernet, for a driver that allows no link on top
+//! and for a passthru conflict, EBUSY for everything that already takes a link's frames, and nothing at all for a lower
+//! that is down, where frames then vanish silently (drivers/net/macvlan.c, drivers/net/tap.c). So the lower is judged
+//! before (`lower.rs`), and the number that comes all the same is explained with every cause that is left (`wish.rs`).
 
 use std::io;
 use std::path::PathBuf;
@@ -16,6 +17,14 @@ use crate::name::LinkName;
 use crate::netlink::Link;
 use crate::queue::QueueError;
 use crate::spec::MacvtapSpec;
+
+mod existing;
+pub(crate) mod lower;
+mod wish;
+
+pub(crate) use existing::{check_existing, problems_of_existing, warn_of_filter};
+pub(crate) use lower::{check_lower, warn_of_carrier};
+pub(crate) use wish::Wish;
 
 /// Why there is no macvtap: one sentence each, with the remedy where there is one.
 #[derive(Debug, Error)]
@@ -54,16 +63,36 @@ pub enum Problem {
     )]
     Down { name: String },
     #[error(
-        "`{name}` already carries the ipvlan `{by}`, and a link carries either ipvlan or macvtap: delete that with `ip link delete {by}`, or choose another interface"
+        "`{name}` already carries the {kind} `{by}`, which takes all of its frames: delete that with `ip link delete {by}`, or choose another interface"
     )]
-    HasIpvlan { name: String, by: String },
+    HasExclusive {
+        name: String,
+        kind: &'static str,
+        by: String,
+    },
     #[error(
-        "the frames of `{name}` already go to something else (a bridge, bond, team, Open vSwitch or ipvlan, perhaps in another network namespace): free it, or choose another interface"
+        "`{name}` is of the kind {kind}, on which the kernel allows no other link: choose {instead}"
     )]
-    InUse { name: String },
-    #[error("passthru mode needs `{name}` for itself alone, and it already carries {}: delete them, or choose another mode", list_or(.others, "links in another network namespace, such as other VMs'"))]
+    CarriesNone {
+        name: String,
+        kind: String,
+        instead: &'static str,
+    },
+    #[error("the frames of `{name}` already go to something else ({}): free it, or choose another interface", takers(.master))]
+    InUse {
+        name: String,
+        /// Kind and name of a link that it is a port of.
+        master: Option<String>,
+    },
+    #[error("the kernel takes no macvtap in {mode} mode on `{name}` (EINVAL), {}: end what is in the way, or choose another interface", reasons(*.mode, .kind))]
+    Invalid {
+        name: String,
+        kind: String,
+        mode: Mode,
+    },
+    #[error("passthru mode needs `{name}` for itself alone, and it already carries {}: delete them, or choose another mode", list(.others))]
     NotAlone { name: String, others: Vec<String> },
-    #[error("`{name}` belongs to {} alone, which is in passthru mode: end that, or choose another interface", list_or(.by, "a link in another network namespace, such as another VM's,"))]
+    #[error("`{name}` belongs to {} alone, which is in passthru mode: end that, or choose another interface", list(.by))]
     TakenByPassthru { name: String, by: Vec<String> },
     #[error(
         "in passthru mode a macvtap has the MAC address of `{name}`, not {mac}: leave the MAC away, or give it to `{name}` first with `ip link set {name} address {mac}`"
@@ -230,219 +259,6 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// Whether `lower` can carry a macvtap at all, as far as its own state tells.
-///
-/// `wireless` is the Wi-Fi interface that carries its frames, if there is one.
-pub(crate) fn check_lower(
-    links: &[Link],
-    lower: &Link,
-    wireless: Option<&Link>,
-) -> Result<(), Problem> {
-    let name = lower.name.clone();
-    if lower.loopback {
-        return Err(Problem::Loopback { name });
-    }
-    if !lower.ethernet {
-        return Err(Problem::NotEthernet { name });
-    }
-    if let Some(card) = wireless {
-        let card = card.name.clone();
-        return Err(Problem::Wireless { name, card });
-    }
-    if let Some(master) = by_index(links, lower.master) {
-        check_master(name, master)?;
-    }
-    // Through a macvlan, frames take the wire of the link under it.
-    let real = by_index(links, lower.lower).filter(|_| lower.is_macvlan());
-    for link in std::iter::once(lower).chain(real) {
-        if !link.up {
-            return Err(Problem::Down {
-                name: link.name.clone(),
-            });
-        }
-    }
-    if !lower.carrier {
-        log::warn!(
-            "{} has no carrier: no frame will pass until its cable or peer is there",
-            lower.name
-        );
-    }
-    Ok(())
-}
-
-fn check_master(name: String, master: &Link) -> Result<(), Problem> {
-    match master.kind.as_str() {
-        // A VRF only routes; frames still pass by the macvlan driver first.
-        "vrf" => Ok(()),
-        "openvswitch" => Err(Problem::InOpenVswitch { name }),
-        kind => Err(Problem::Enslaved {
-            name,
-            kind: kind.to_owned(),
-            master: master.name.clone(),
-        }),
-    }
-}
-
-/// What is asked for, as far as explanations need it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Wish<'a> {
-    /// All links of the lower's namespace.
-    pub links: &'a [Link],
-    /// The link that carries the macvtap; never a macvlan itself.
-    pub lower: &'a Link,
-    pub mode: Mode,
-    pub mac: Option<MacAddr>,
-    pub mtu: Option<u32>,
-}
-
-impl Wish<'_> {
-    /// Refuses what the kernel would ignore, or answer with a number that says too little.
-    pub(crate) fn check(&self) -> Result<(), Problem> {
-        let name = self.lower.name.clone();
-        let limit = self.lower.mtu;
-        if let Some(mtu) = self.mtu.filter(|mtu| !(68..=limit).contains(mtu)) {
-            return Err(Problem::Mtu { name, mtu, limit });
-        }
-        let Some(mac) = self.mac else { return Ok(()) };
-        match (
-            self.mode == Mode::Passthru,
-            self.lower.mac == Some(mac.octets()),
-        ) {
-            (true, false) => Err(Problem::PassthruMac { name, mac }),
-            (false, true) => Err(Problem::MacIsLowers { name, mac }),
-            _ => Ok(()),
-        }
-    }
-
-    /// The meaning of the kernel's refusal to make it.
-    pub(crate) fn explain_create(&self, source: io::Error) -> Problem {
-        let name = self.lower.name.clone();
-        match source.raw_os_error() {
-            Some(libc::EBUSY) => match self
-                .users(|user| user.kind.starts_with("ipv"))
-                .into_iter()
-                .next()
-            {
-                Some(by) => Problem::HasIpvlan { name, by },
-                None => Problem::InUse { name },
-            },
-            Some(libc::EINVAL) if self.mode == Mode::Passthru => Problem::NotAlone {
-                name,
-                others: self.users(Link::is_macvlan),
-            },
-            Some(libc::EINVAL) => Problem::TakenByPassthru {
-                name,
-                by: self.users(|user| user.mode == Some(Mode::Passthru)),
-            },
-            Some(libc::EOPNOTSUPP) => Problem::NoDriver,
-            Some(libc::ENODEV) => Problem::Gone { name },
-            _ => Problem::from_step("make the macvtap")(source),
-        }
-    }
-
-    /// The meaning of the kernel's refusal to bring it up. A taken address shows only here.
-    pub(crate) fn explain_up(&self, made: &Link, source: io::Error) -> Problem {
-        let name = self.lower.name.clone();
-        let mac = made.mac.and_then(|bytes| MacAddr::try_from(bytes).ok());
-        match (source.raw_os_error(), mac) {
-            (Some(libc::EADDRINUSE | libc::EBUSY), Some(mac)) => {
-                let by = self.users(|user| user.is_macvlan() && user.mac == made.mac);
-                Problem::MacTaken { name, mac, by }
-            }
-            (Some(libc::ENODEV), _) => Problem::Gone { name },
-            _ => Problem::from_step("bring the macvtap up")(source),
-        }
-    }
-
-    /// The names of the links on the lower that we can see and `pick` chooses.
-    fn users(&self, pick: impl Fn(&Link) -> bool) -> Vec<String> {
-        let on_lower = |link: &&Link| link.lower == Some(self.lower.index);
-        self.links
-            .iter()
-            .filter(on_lower)
-            .filter(|link| pick(link))
-            .map(|link| link.name.clone())
-            .collect()
-    }
-}
-
-/// Whether an existing macvtap can be used as it is, and is what was asked for.
-pub(crate) fn check_existing(
-    links: &[Link],
-    macvtap: &Link,
-    expected: &MacvtapSpec,
-) -> Result<(), Problem> {
-    let name = macvtap.name.clone();
-    if let Some(mac) = expected.mac.filter(|mac| macvtap.mac != Some(mac.octets())) {
-        let has = macvtap.mac.and_then(|bytes| MacAddr::try_from(bytes).ok());
-        return Err(Problem::ExistingMac {
-            name,
-            has: has.map_or("none".to_owned(), |mac| mac.to_string()),
-            mac,
-        });
-    }
-    if let Some(mode) = expected.mode.filter(|mode| macvtap.mode != Some(*mode)) {
-        let has = macvtap.mode.map_or("an unknown", Mode::as_str).to_owned();
-        return Err(Problem::ExistingMode { name, has, mode });
-    }
-    if let Some(mtu) = expected.mtu.filter(|mtu| macvtap.mtu != *mtu) {
-        return Err(Problem::ExistingMtu {
-            name,
-            has: macvtap.mtu,
-            mtu,
-        });
-    }
-    if let Some(wanted) = expected
-        .name
-        .clone()
-        .filter(|wanted| wanted.as_str() != name)
-    {
-        return Err(Problem::ExistingName { name, wanted });
-    }
-    let (tx, bc) = (macvtap.tx_queue_len, macvtap.bc_queue_len);
-    for (key, command, has, wanted) in [
-        ("txqueuelen", "txqueuelen", tx, expected.tx_queue_len),
-        (
-            "bcqueuelen",
-            "type macvtap bcqueuelen",
-            bc,
-            expected.bc_queue_len,
-        ),
-    ] {
-        if let Some(wanted) = wanted.filter(|wanted| *wanted != has) {
-            return Err(Problem::ExistingLength {
-                name,
-                key,
-                has,
-                wanted,
-                command,
-            });
-        }
-    }
-    if macvtap.tx_queue_len == 0 {
-        return Err(Problem::NoReceiveRing { name });
-    }
-    for link in std::iter::once(macvtap).chain(by_index(links, macvtap.lower)) {
-        if !link.up {
-            return Err(Problem::Down {
-                name: link.name.clone(),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Warns of a macvtap, made by somebody else, that passes on only the multicast which the host itself has joined: IPv6
-/// neighbours would look for its user in vain.
-pub(crate) fn warn_of_filter(macvtap: &Link) {
-    if macvtap.is_macvtap() && !macvtap.all_multicast {
-        let name = &macvtap.name;
-        log::warn!(
-            "{name} filters multicast, so a fixed IPv6 address behind it may not be found: `ip link set {name} allmulticast on`"
-        );
-    }
-}
-
 /// The link that a macvtap on `link` would really sit on: the macvlan driver goes through another macvlan to its lower.
 pub(crate) fn real_device<'a>(links: &'a [Link], link: &'a Link) -> &'a Link {
     by_index(links, link.lower)
@@ -461,13 +277,47 @@ fn wifi(name: &str, card: &str) -> String {
     format!("goes over the Wi-Fi interface `{card}`")
 }
 
+/// Why the kernel may say EINVAL to a lower that has been judged fit.
+fn reasons(mode: Mode, kind: &str) -> String {
+    let hidden = match mode {
+        Mode::Passthru => {
+            "since links in another network namespace, such as other VMs', are on it already"
+        }
+        _ => {
+            "since a link in passthru mode in another network namespace, such as another VM's, has it for itself alone"
+        }
+    };
+    let driver = match kind {
+        "" => "its driver".to_owned(),
+        kind => format!("its driver ({kind})"),
+    };
+    let old = match mode {
+        Mode::Source => ", or this kernel knows no source mode",
+        _ => "",
+    };
+    format!("{hidden}, or {driver} allows no link on top of it{old}")
+}
+
+/// What may take the frames of a lower that has been judged free.
+fn takers(master: &Option<String>) -> String {
+    let all = "a bridge, bond, team, Open vSwitch, ipvlan, macsec or HSR device, perhaps in another network namespace";
+    match master {
+        Some(master) => format!("the {master}, which it is a port of, or else {all}"),
+        None => all.to_owned(),
+    }
+}
+
 fn list_or(names: &[String], otherwise: &str) -> String {
     if names.is_empty() {
         return otherwise.to_owned();
     }
+    list(names)
+}
+
+fn list(names: &[String]) -> String {
     let quoted: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
     quoted.join(", ")
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

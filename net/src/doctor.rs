@@ -4,16 +4,20 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use rustix::fs::{FileType, OFlags};
 
+use crate::diagnose;
+use crate::ioctl;
 use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
 use crate::sysfs::Sysfs;
-use crate::wifi;
+use crate::wifi::{self, Air};
 
 mod lower;
 mod neighbour;
@@ -94,11 +98,13 @@ enum VhostNet {
     Absent,
 }
 
-/// What sysfs tells of a link.
+/// What sysfs and ioctls tell of a link.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Hardware {
     wireless: bool,
     driver: Option<String>,
+    /// It drops the frames of VLANs that nothing on this host has asked for. Looked at for the named link alone.
+    filters_vlans: bool,
 }
 
 /// What `/dev/tap<index>` is, and what it should be for this namespace.
@@ -118,19 +124,22 @@ struct Node {
 ///
 /// It changes nothing, except that the kernel may load the macvtap driver. Without privileges it sees a little less.
 pub fn diagnose_host(link: Option<&LinkName>, neighbours: &[Neighbour]) -> Vec<Check> {
-    let facts = netns::on_own_thread(|| Facts::collect(neighbours)).unwrap_or_default();
+    let facts = netns::on_own_thread(|| Facts::collect(link, neighbours)).unwrap_or_default();
     verdicts::all(&facts, link.map(LinkName::as_str))
 }
 
 impl Facts {
-    fn collect(neighbours: &[Neighbour]) -> Self {
+    fn collect(link: Option<&LinkName>, neighbours: &[Neighbour]) -> Self {
         let links = Netlink::connect().and_then(|host| host.links()).ok();
         let seen = links.as_deref().unwrap_or_default();
+        let named = link.and_then(|name| diagnose::find(seen, name.as_str()).ok());
+        let named = named.map(|link| diagnose::real_device(seen, link).index);
         let sysfs = Sysfs::of_this_namespace().ok();
+        let air = sysfs.as_ref().map(Air::new);
         let hardware = |link: &Link| Hardware {
-            wireless: wifi::carrying(std::slice::from_ref(link), link)
-                .is_ok_and(|card| card.is_some()),
+            wireless: air.as_ref().is_some_and(|air| air.is_wireless(link)),
             driver: sysfs.as_ref().and_then(|sysfs| sysfs.driver(&link.name)),
+            filters_vlans: named == Some(link.index) && filters_vlans(link),
         };
         let dead = |link: &Link| {
             let owner: Owner = link.alias.parse().ok()?;
@@ -215,6 +224,12 @@ impl VhostNet {
             Err(_) => Self::Absent,
         }
     }
+}
+
+fn filters_vlans(link: &Link) -> bool {
+    let asked = UdpSocket::bind("0.0.0.0:0")
+        .and_then(|socket| ioctl::has_feature(socket.as_fd(), &link.name, "rx-vlan-filter"));
+    asked.unwrap_or(false)
 }
 
 /// Every `tap<index>` in `directory`, and every macvtap of this namespace.

@@ -39,12 +39,64 @@ pub(crate) fn tap_mac(tap: BorrowedFd<'_>) -> io::Result<[u8; 6]> {
 
 /// Whether `link`, in the namespace of `socket`, answers the old wireless ioctls (SIOCGIWNAME).
 pub(crate) fn has_wireless_extensions(socket: BorrowedFd<'_>, link: &str) -> bool {
+    ifreq_ioctl(socket, libc::SIOCGIWNAME, &mut ifreq_for(link)).is_ok()
+}
+
+// include/uapi/linux/ethtool.h
+const ETHTOOL_GSTRINGS: u32 = 0x1b;
+const ETHTOOL_GSSET_INFO: u32 = 0x37;
+const ETHTOOL_GFEATURES: u32 = 0x3a;
+const ETH_SS_FEATURES: u32 = 4;
+/// Words in a name (ETH_GSTRING_LEN is 32 bytes).
+const NAME_WORDS: usize = 8;
+
+/// Whether a feature of `link`, in the namespace of `socket`, is on. The kernel numbers features anew in each version, so
+/// it goes by the name that `ethtool -k` shows.
+pub(crate) fn has_feature(socket: BorrowedFd<'_>, link: &str, feature: &str) -> io::Result<bool> {
+    // struct ethtool_sset_info: command, reserved, a mask of 64 bits with the lower half first, and room for one count.
+    let mut info = [ETHTOOL_GSSET_INFO, 0, 1 << ETH_SS_FEATURES, 0, 0];
+    ethtool_ioctl(socket, link, &mut info)?;
+    let count = info[4] as usize;
+
+    // struct ethtool_gstrings: command, set, count, names.
+    let mut names = vec![0; 3 + count * NAME_WORDS];
+    names[..2].copy_from_slice(&[ETHTOOL_GSTRINGS, ETH_SS_FEATURES]);
+    ethtool_ioctl(socket, link, &mut names)?;
+    let is_it = |name: &[u32]| {
+        let bytes: Vec<u8> = name.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        CStr::from_bytes_until_nul(&bytes).is_ok_and(|name| name.to_bytes() == feature.as_bytes())
+    };
+    let Some(index) = names[3..].chunks(NAME_WORDS).position(is_it) else {
+        return Ok(false);
+    };
+
+    // struct ethtool_gfeatures: command, count of blocks, and for each 32 features what is available, requested, active
+    // and never changed.
+    let blocks = count.div_ceil(32);
+    let mut states = vec![0; 2 + blocks * 4];
+    states[..2].copy_from_slice(&[ETHTOOL_GFEATURES, blocks as u32]);
+    ethtool_ioctl(socket, link, &mut states)?;
+    let active = states[2 + index / 32 * 4 + 2];
+    Ok(active >> (index % 32) & 1 == 1)
+}
+
+/// `argument` has room for all that the command in its first word, with the counts in it, writes back.
+fn ethtool_ioctl(socket: BorrowedFd<'_>, link: &str, argument: &mut [u32]) -> io::Result<()> {
+    let mut request = ifreq_for(link);
+    request.ifr_ifru.ifru_data = argument.as_mut_ptr().cast();
+    ifreq_ioctl(socket, SIOCETHTOOL, &mut request)
+}
+
+/// include/uapi/linux/sockios.h
+const SIOCETHTOOL: libc::c_ulong = 0x8946;
+
+fn ifreq_for(link: &str) -> libc::ifreq {
     let mut request = empty_ifreq();
     // One byte stays zero to close the name.
     let room = request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1);
     room.zip(link.bytes())
         .for_each(|(to, from)| *to = from as libc::c_char);
-    ifreq_ioctl(socket, libc::SIOCGIWNAME, &mut request).is_ok()
+    request
 }
 
 fn empty_ifreq() -> libc::ifreq {
@@ -58,11 +110,48 @@ fn ifreq_ioctl(
     argument: &mut libc::ifreq,
 ) -> io::Result<()> {
     // SAFETY: the requests of this file read and write at most one ifreq (SIOCGIWNAME's iwreq is smaller), which
-    // `argument` is, and keep no pointer to it; the descriptor is open as long as it is borrowed.
+    // `argument` is, and keep no pointer to it; the descriptor is open as long as it is borrowed. What SIOCETHTOOL
+    // finds behind the pointer in it is a slice that `has_feature` has sized for the command, and outlives the call.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) };
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::harness::{self, Netns};
+
+    #[test]
+    fn feature_is_read_by_its_name() {
+        if !harness::is_root() {
+            return;
+        }
+        let netns = Netns::new();
+        netns.wire("v0");
+        let has = |link, feature| {
+            netns.enter(|| {
+                let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                has_feature(socket.as_fd(), link, feature)
+            })
+        };
+        for (feature, expected) in [
+            ("highdma", true),
+            ("rx-vlan-hw-parse", true),
+            ("rx-vlan-stag-hw-parse", true),
+            // It is no card that could filter.
+            ("rx-vlan-filter", false),
+        ] {
+            assert_eq!(has("v0", feature).unwrap(), expected, "{feature}");
+        }
+        assert!(!has("v0", "no-such-feature").unwrap());
+        let absent = has("absent", "highdma").unwrap_err();
+        assert_eq!(absent.raw_os_error(), Some(libc::ENODEV));
     }
 }

@@ -67,6 +67,8 @@ impl Sysfs {
 
 /// Mounts a file system that needs no further options, without a place in the tree: it lives as long as the descriptor.
 pub(crate) fn own_mount(kind: &str) -> io::Result<OwnedFd> {
+    #[cfg(test)]
+    tests::MOUNTS.set(tests::MOUNTS.get() + 1);
     let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     rustix::mount::fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
@@ -86,8 +88,19 @@ fn parse_device(text: &str) -> Option<Dev> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    thread_local! {
+        pub(super) static MOUNTS: Cell<u32> = const { Cell::new(0) };
+    }
+
+    /// How often the calling thread has mounted something.
+    pub(crate) fn mounts_of_this_thread() -> u32 {
+        MOUNTS.get()
+    }
 
     fn tree(files: &[(&str, &str)]) -> (tempfile::TempDir, Sysfs) {
         let root = tempfile::tempdir().unwrap();

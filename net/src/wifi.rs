@@ -8,16 +8,33 @@ use crate::ioctl;
 use crate::netlink::Link;
 use crate::sysfs::Sysfs;
 
+/// Tells Wi-Fi interfaces of the calling thread's network namespace from others.
+#[derive(Debug)]
+pub(crate) struct Air<'a> {
+    sysfs: &'a Sysfs,
+    socket: Option<UdpSocket>,
+}
+
+impl<'a> Air<'a> {
+    /// Asks `sysfs`, which is this namespace's, and by ioctl the drivers that do not show there.
+    pub(crate) fn new(sysfs: &'a Sysfs) -> Self {
+        let socket = UdpSocket::bind("0.0.0.0:0").ok();
+        Self { sysfs, socket }
+    }
+
+    /// Whether `link` itself is a Wi-Fi interface.
+    pub(crate) fn is_wireless(&self, link: &Link) -> bool {
+        let by_ioctl =
+            |socket: &UdpSocket| ioctl::has_wireless_extensions(socket.as_fd(), &link.name);
+        self.sysfs.is_wireless(&link.name) || self.socket.as_ref().is_some_and(by_ioctl)
+    }
+}
+
 /// The Wi-Fi interface that carries the frames of `link`: that itself, or one under it.
 pub(crate) fn carrying<'a>(links: &'a [Link], link: &'a Link) -> Result<Option<&'a Link>, Problem> {
     let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
-    let socket = UdpSocket::bind("0.0.0.0:0").ok();
-    let is_wireless = |link: &Link| {
-        let by_ioctl =
-            |socket: &UdpSocket| ioctl::has_wireless_extensions(socket.as_fd(), &link.name);
-        sysfs.is_wireless(&link.name) || socket.as_ref().is_some_and(by_ioctl)
-    };
-    Ok(first(links, link, is_wireless))
+    let air = Air::new(&sysfs);
+    Ok(first(links, link, |link| air.is_wireless(link)))
 }
 
 /// The first that `is_wireless`, of `link` and what carries its frames.

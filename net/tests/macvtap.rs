@@ -250,13 +250,26 @@ fn passthru_conflicts_are_told_both_ways() {
     assert!(matches!(alone, Problem::NotAlone { others, .. } if others == ["mine"]));
     netns.ip("link delete mine");
 
-    let passthru = open(&netns, &with_mode("v0", Mode::Passthru));
-    let unseen = problem(&netns, &spec("v0"));
-    assert!(matches!(unseen, Problem::TakenByPassthru { by, .. } if by.is_empty()));
-    drop(passthru);
     netns.macvtap("taker", "v0", "passthru");
-    let seen = problem(&netns, &spec("v0"));
-    assert!(matches!(seen, Problem::TakenByPassthru { by, .. } if by == ["taker"]));
+    for mode in [Mode::Bridge, Mode::Passthru] {
+        let seen = problem(&netns, &with_mode("v0", mode));
+        assert!(matches!(seen, Problem::TakenByPassthru { by, .. } if by == ["taker"]));
+    }
+    netns.ip("link delete taker");
+
+    // What is in another namespace cannot be told from a driver that carries none, so both are named.
+    for hidden in [Mode::Bridge, Mode::Passthru] {
+        let hidden = open(&netns, &with_mode("v0", hidden));
+        let unseen = problem(&netns, &with_mode("v0", Mode::Passthru));
+        let text = unseen.to_string();
+        for cause in ["another network namespace", "its driver (veth)"] {
+            assert!(text.contains(cause), "{text}");
+        }
+        if hidden.mode() == Mode::Passthru {
+            let unseen = problem(&netns, &spec("v0"));
+            assert!(matches!(unseen, Problem::Invalid { kind, .. } if kind == "veth"));
+        }
+    }
 
     let mut foreign = with_mode("v0-far", Mode::Passthru);
     foreign.mac = Some(MAC.parse().unwrap());
@@ -343,8 +356,27 @@ fn lower_with_an_ipvlan_is_refused_with_its_name() {
     netns.wire("v0");
     if netns.add_if_supported("ipv0 link v0 type ipvlan") {
         assert!(
-            matches!(problem(&netns, &spec("v0")), Problem::HasIpvlan { by, .. } if by == "ipv0")
+            matches!(problem(&netns, &spec("v0")), Problem::HasExclusive { by, .. } if by == "ipv0")
         );
+        netns.up("ipv0");
+        let on_it = problem(&netns, &spec("ipv0"));
+        assert!(matches!(on_it, Problem::CarriesNone { kind, .. } if kind == "ipvlan"));
+    }
+}
+
+#[test]
+fn lower_that_is_a_vrf_is_refused_and_a_port_of_it_carries() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    if netns.add_if_supported("red type vrf table 10") {
+        netns.up("red");
+        let refusal = problem(&netns, &spec("red"));
+        assert!(matches!(refusal, Problem::CarriesNone { kind, .. } if kind == "vrf"));
+        netns.ip("link set v0 master red");
+        open(&netns, &spec("v0"));
     }
 }
 

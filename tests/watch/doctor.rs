@@ -66,10 +66,11 @@ fn doctor_finds_a_sound_host_and_link_sound() {
         "link",
         "wifi",
         "membership",
-        "ipvlan",
+        "uppers",
         "state",
         "carrier",
         "mtu",
+        "vlans",
         "macvtaps",
         "duplicate MACs",
         "vepa",
@@ -101,8 +102,14 @@ fn doctor_says_what_is_amiss_with_a_link_and_the_remedy() {
     host.down("lower");
     let remedy = "ip link set lower up";
     expect(&fails("lower"), "state", "fail", "is down", remedy);
+    // A macvtap on a macvlan goes straight onto what is under it.
+    host.ip("link add link lower name mv0 type macvlan mode bridge");
+    expect(&fails("mv0"), "state", "fail", "`lower` is down", remedy);
     host.up("lower");
     net.far.up("wire");
+    let (status, checks) = doctor(host, Some("mv0"));
+    assert_eq!(status, Some(0), "{checks:#}");
+    host.ip("link delete mv0");
 
     host.ip("link set lower mtu 1000");
     let (_, checks) = doctor(host, Some("lower"));
@@ -115,7 +122,8 @@ fn doctor_says_what_is_amiss_with_a_link_and_the_remedy() {
     host.ip("link delete br0");
 
     if host.add_if_supported("link lower name ipv0 type ipvlan") {
-        expect(&fails("lower"), "ipvlan", "fail", "ipv0", "ip link delete");
+        expect(&fails("lower"), "uppers", "fail", "ipv0", "ip link delete");
+        expect(&fails("ipv0"), "link", "fail", "ipvlan", "without ipvlan");
     }
 }
 
@@ -150,14 +158,16 @@ fn doctor_warns_of_macvtaps_that_stand_in_each_others_way() {
         host.ip(&format!("link delete {link}"));
     }
     host.macvtap("alone", "lower", "passthru");
-    let (_, checks) = doctor(host, Some("lower"));
-    expect(
-        &checks,
-        "macvtaps",
-        "warn",
-        "passthru",
-        "ip link delete alone",
-    );
+    let (_, checks) = doctor(host, None);
+    let remedy = "ip link delete alone";
+    expect(&checks, "macvtaps", "warn", "passthru", remedy);
+    // Another one on it could not be started.
+    let (status, checks) = doctor(host, Some("lower"));
+    assert_eq!(status, Some(1));
+    expect(&checks, "macvtaps", "fail", "passthru", "end that");
+    // It can be used itself.
+    let (status, checks) = doctor(host, Some("alone"));
+    assert_eq!(status, Some(0), "{checks:#}");
 }
 
 #[test]
@@ -201,6 +211,9 @@ fn doctor_and_list_know_private_macvtaps() {
     let mut vm = net.start_on("lower,mode=passthru", 2, "mode=hlt");
     vm.wait_for("OK hlt", PATIENCE);
     let (_, checks) = doctor(&net.host, Some("lower"));
+    let taker = format!("of pid {}` alone", vm.pid());
+    expect(&checks, "macvtaps", "fail", &taker, "end that");
+    let (_, checks) = doctor(&net.host, None);
     let remedy = format!("end the process {}", vm.pid());
     expect(&checks, "macvtaps", "warn", "passthru", &remedy);
 }

@@ -1,72 +1,107 @@
-//! Whether a link can carry macvtaps. Pure.
+//! Whether a link can carry macvtaps, by the judge that a start asks. Pure.
 
 use super::{Check, Facts};
 use crate::diagnose::{self, Problem};
 use crate::netlink::Link;
+use crate::spec::MacvtapSpec;
 
-/// Whether `link` can carry a macvtap, one line for each thing that can be wrong.
-pub(super) fn lower(facts: &Facts, links: &[Link], link: &Link) -> Vec<Check> {
-    let name = link.name.clone();
-    if link.loopback {
-        return vec![Check::from_problem("link", &Problem::Loopback { name })];
+/// Whether a macvtap can be made on `link`, or it can be used if it is one: every problem, and what else was looked at.
+/// `known` are the links here and those that are known of elsewhere.
+pub(super) fn lower(facts: &Facts, known: &[Link], link: &Link) -> Vec<Check> {
+    let problems = problems(facts, known, link);
+    if let [problem @ (Problem::Loopback { .. } | Problem::NotEthernet { .. })] = &problems[..] {
+        return vec![Check::from_problem("link", problem)];
     }
-    if !link.ethernet {
-        return vec![Check::from_problem("link", &Problem::NotEthernet { name })];
+    let real = diagnose::real_device(known, link);
+    let mut checks = Vec::new();
+    for (subject, sound) in [
+        ("link", Some(what(facts, link, real))),
+        (
+            "wifi",
+            Some(format!("`{}` is no Wi-Fi interface", link.name)),
+        ),
+        ("membership", Some(membership(known, real))),
+        (
+            "uppers",
+            Some(format!(
+                "nothing on `{}` takes all of its frames",
+                real.name
+            )),
+        ),
+        ("state", Some(state(link, real))),
+        // Which there are is a check of its own.
+        ("macvtaps", None),
+    ] {
+        let about_it = problems.iter().filter(|problem| about(problem) == subject);
+        let failures: Vec<Check> = about_it
+            .map(|problem| Check::from_problem(subject, problem))
+            .collect();
+        match sound {
+            Some(sound) if failures.is_empty() => checks.push(Check::ok(subject, sound)),
+            _ => checks.extend(failures),
+        }
     }
+    checks.extend([carrier(real), mtu(real), vlans(facts, real)]);
+    checks
+}
+
+fn problems(facts: &Facts, known: &[Link], link: &Link) -> Vec<Problem> {
+    if !link.is_macvtap() {
+        return diagnose::lower::problems(known, link, facts.wireless_under(known, link));
+    }
+    match link.name.parse() {
+        Ok(name) => diagnose::problems_of_existing(known, link, &MacvtapSpec::new(name)),
+        // One that can't be named on a command line either.
+        Err(_) => Vec::new(),
+    }
+}
+
+/// The check that a problem of a lower belongs to.
+const fn about(problem: &Problem) -> &'static str {
+    match problem {
+        Problem::Wireless { .. } => "wifi",
+        Problem::Enslaved { .. } | Problem::InOpenVswitch { .. } => "membership",
+        Problem::HasExclusive { .. } => "uppers",
+        Problem::TakenByPassthru { .. } => "macvtaps",
+        Problem::Down { .. } | Problem::NoReceiveRing { .. } => "state",
+        _ => "link",
+    }
+}
+
+fn what(facts: &Facts, link: &Link, real: &Link) -> String {
+    let name = &link.name;
     let hardware = facts.hardware.get(&link.index).cloned().unwrap_or_default();
-    let real = diagnose::real_device(links, link);
-    let what = match (&hardware.driver, link.kind.as_str()) {
+    match (hardware.driver, link.kind.as_str()) {
         (Some(driver), _) => format!("`{name}` is an Ethernet card with the driver {driver}"),
         (None, "") => format!("`{name}` is an Ethernet interface"),
+        (None, "macvtap") => format!("`{name}` is a macvtap already and is used as it is"),
         (None, kind) if real.index != link.index => {
-            format!(
-                "`{name}` is a {kind}: macvtaps go straight onto `{}` under it",
-                real.name
-            )
+            let real = &real.name;
+            format!("`{name}` is a {kind}: macvtaps go straight onto `{real}` under it")
         }
         (None, kind) => format!("`{name}` is a virtual Ethernet interface ({kind})"),
-    };
-    vec![
-        Check::ok("link", what),
-        wifi(&name, facts.wireless_under(links, link)),
-        membership(links, link),
-        ipvlan(links, link),
-        state(link),
-        carrier(link),
-        mtu(link),
-    ]
+    }
 }
 
-fn membership(links: &[Link], link: &Link) -> Check {
-    let name = &link.name;
-    if link.master.is_none() {
-        let message = format!("`{name}` is in no bridge, bond or team");
-        return Check::ok("membership", message);
-    }
-    // As if up: whether it is has its own line.
-    let as_if_up = Link {
-        up: true,
-        carrier: true,
-        ..link.clone()
-    };
-    match diagnose::check_lower(links, &as_if_up, None) {
-        Err(problem) if !matches!(problem, Problem::Down { .. }) => {
-            Check::from_problem("membership", &problem)
-        }
-        _ => Check::ok(
-            "membership",
-            format!("`{name}` is in a VRF, which leaves its frames alone"),
+fn membership(known: &[Link], real: &Link) -> String {
+    let name = &real.name;
+    match diagnose::by_index(known, real.master) {
+        Some(master) => format!(
+            "`{name}` is in the {} `{}`, which leaves its frames alone",
+            master.kind, master.name
         ),
+        None => format!("`{name}` is in no bridge, bond or team"),
     }
 }
 
-fn state(link: &Link) -> Check {
-    let name = link.name.clone();
-    if link.up {
-        Check::ok("state", format!("`{name}` is up"))
+fn state(link: &Link, real: &Link) -> String {
+    // Of a macvlan in between only what is under it matters.
+    let name = if link.is_macvtap() {
+        &link.name
     } else {
-        Check::from_problem("state", &Problem::Down { name })
-    }
+        &real.name
+    };
+    format!("`{name}` is up")
 }
 
 fn carrier(link: &Link) -> Check {
@@ -97,27 +132,19 @@ fn mtu(link: &Link) -> Check {
     }
 }
 
-fn wifi(name: &str, card: Option<&Link>) -> Check {
-    if let Some(card) = card {
-        Check::from_problem(
-            "wifi",
-            &Problem::Wireless {
-                name: name.to_owned(),
-                card: card.name.clone(),
-            },
-        )
+/// A macvtap doesn't know which VLANs its user is in, so nobody asks the card for them.
+fn vlans(facts: &Facts, link: &Link) -> Check {
+    let name = &link.name;
+    let hardware = facts.hardware.get(&link.index);
+    if hardware.is_some_and(|hardware| hardware.filters_vlans) {
+        let message = format!(
+            "`{name}` passes on only frames of VLANs that this host is in (rx-vlan-filter), so those of guests may be lost"
+        );
+        let remedy = format!(
+            "for guests with VLANs turn that off with `ethtool -K {name} rx-vlan-filter off`, or give them a vlan link on `{name}` as their interface"
+        );
+        Check::warn("vlans", message, remedy)
     } else {
-        Check::ok("wifi", format!("`{name}` is no Wi-Fi interface"))
-    }
-}
-
-fn ipvlan(links: &[Link], link: &Link) -> Check {
-    let on_it = |other: &&Link| other.lower == Some(link.index) && other.kind.starts_with("ipv");
-    match links.iter().find(on_it) {
-        Some(by) => {
-            let (name, by) = (link.name.clone(), by.name.clone());
-            Check::from_problem("ipvlan", &Problem::HasIpvlan { name, by })
-        }
-        None => Check::ok("ipvlan", format!("`{}` carries no ipvlan", link.name)),
+        Check::ok("vlans", format!("`{name}` passes on every VLAN"))
     }
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::{LinkId, Mode};
+use crate::{LinkId, Mode, harness};
 
 /// A namespace where all is well: `eno1` up, with the bridge-mode macvtap `mvt0` on it.
 fn healthy() -> Facts {
@@ -8,6 +8,7 @@ fn healthy() -> Facts {
         name: "eno1".to_owned(),
         mac: Some([2, 0, 0, 0, 0, 2]),
         mtu: 1500,
+        tx_queue_len: 500,
         up: true,
         carrier: true,
         ethernet: true,
@@ -25,6 +26,7 @@ fn healthy() -> Facts {
     let hardware = Hardware {
         wireless: false,
         driver: Some("e1000e".to_owned()),
+        filters_vlans: false,
     };
     Facts {
         driver: Driver::Present,
@@ -167,42 +169,126 @@ fn doctor_of_a_lower_says_what_makes_it_unfit() {
     assert_complaint((Warn, "no carrier"), "eno1", |_, links| {
         links[0].carrier = false
     });
+    assert_complaint((Warn, "rx-vlan-filter off`"), "eno1", |facts, _| {
+        facts.hardware.get_mut(&2).unwrap().filters_vlans = true;
+    });
     assert_complaint((Warn, "too small for IPv6"), "eno1", |_, links| {
         links[0].mtu = 1000
     });
     assert_complaint((Fail, "nomaster"), "eno1", |_, links| {
         links[0].master = Some(9);
-        links.push(Link {
-            index: 9,
-            name: "br0".to_owned(),
-            kind: "bridge".to_owned(),
-            ..Link::default()
-        });
+        links.push(of_kind("bridge"));
     });
-    assert_eq!(
-        complaints("eno1", |_, links| {
-            links[0].master = Some(9);
-            links.push(Link {
-                index: 9,
-                name: "blue".to_owned(),
-                kind: "vrf".to_owned(),
-                ..Link::default()
-            });
-        }),
-        []
-    );
+    for kind in ["vrf", "lag9"] {
+        assert_eq!(
+            complaints("eno1", |_, links| {
+                links[0].master = Some(9);
+                links.push(of_kind(kind));
+            }),
+            []
+        );
+    }
     assert_complaint((Fail, "ip link delete ipv0"), "eno1", |_, links| {
         links.push(Link {
             kind: "ipvlan".to_owned(),
             ..upper(8, "ipv0")
         });
     });
+    assert_complaint((Fail, "choose one of the interfaces"), "red", |_, links| {
+        links.push(Link {
+            name: "red".to_owned(),
+            kind: "vrf".to_owned(),
+            lower: None,
+            ..upper(9, "red")
+        });
+    });
+}
+
+fn of_kind(kind: &str) -> Link {
+    Link {
+        index: 9,
+        name: "m0".to_owned(),
+        kind: kind.to_owned(),
+        ..Link::default()
+    }
+}
+
+/// What a start would look at is not the macvlan but the card under it.
+#[test]
+fn doctor_of_a_macvlan_judges_the_link_under_it() {
+    let with_macvlan = |links: &mut Vec<Link>, up: bool| {
+        links.push(Link {
+            kind: "macvlan".to_owned(),
+            up,
+            ..upper(8, "mv0")
+        });
+    };
+    for up in [true, false] {
+        assert_eq!(complaints("mv0", |_, links| with_macvlan(links, up)), []);
+    }
+    assert_complaint((Status::Fail, "`eno1` is down"), "mv0", |_, links| {
+        with_macvlan(links, true);
+        links[0].up = false;
+    });
+}
+
+#[test]
+fn doctor_of_a_macvtap_judges_it_as_a_start_does_that_uses_it() {
+    use Status::Fail;
+    assert_eq!(complaints("mvt0", |_, _| {}), []);
+    // It is the taker itself.
+    let passthru = |_: &mut Facts, links: &mut Vec<Link>| links[1].mode = Some(Mode::Passthru);
+    assert_eq!(complaints("mvt0", passthru), []);
+    assert_complaint((Fail, "ip link set mvt0 up"), "mvt0", |_, links| {
+        links[1].up = false
+    });
+    assert_complaint((Fail, "ip link set eno1 up"), "mvt0", |_, links| {
+        links[0].up = false
+    });
+    assert_complaint((Fail, "txqueuelen 500"), "mvt0", |_, links| {
+        links[1].tx_queue_len = 0
+    });
+}
+
+#[test]
+fn doctor_shows_every_problem_of_a_lower_at_once() {
+    let all = complaints("eno1", |facts, links| {
+        facts.hardware.get_mut(&2).unwrap().wireless = true;
+        links[0].up = false;
+        links[0].master = Some(9);
+        links.push(of_kind("bridge"));
+        links[1].mode = Some(Mode::Passthru);
+    });
+    let subjects: Vec<&str> = all
+        .iter()
+        .filter_map(|(_, text)| text.split(':').next())
+        .collect();
+    assert_eq!(subjects, ["wifi", "membership", "state", "macvtaps"]);
+    assert!(all.iter().all(|(status, _)| *status == Status::Fail));
+}
+
+/// Mounting one takes the kernel a millisecond, and there may be thousands of links.
+#[test]
+fn doctor_mounts_sysfs_once_whatever_the_number_of_links() {
+    if !harness::is_root() {
+        return;
+    }
+    let netns = harness::Netns::new();
+    for n in 0..4 {
+        netns.wire(&format!("v{n}"));
+    }
+    let mounts = netns.enter(|| {
+        let facts = Facts::collect(None, &[]);
+        assert_eq!(facts.links.unwrap().len(), 9);
+        crate::sysfs::tests::mounts_of_this_thread()
+    });
+    assert_eq!(mounts, 1);
 }
 
 #[test]
 fn doctor_of_macvtaps_says_which_disturb_each_other() {
     use Status::Warn;
-    assert_complaint((Warn, "passthru"), "eno1", |_, links| {
+    assert_complaint((Status::Fail, "passthru"), "eno1", |_, links| {
         links[1].mode = Some(Mode::Passthru)
     });
     assert_complaint(
@@ -271,11 +357,16 @@ fn doctor_knows_macvtaps_of_other_namespaces() {
         complaints("eno1", |facts, _| with(facts, private(Mode::Bridge))),
         []
     );
-    let taker = "`macvtap0 of pid 4711` has `eno1` for itself alone";
-    for text in [taker, "end the process 4711"] {
-        assert_complaint((Warn, text), "eno1", |facts, _| {
+    let taker = "`eno1` belongs to `macvtap0 of pid 4711` alone";
+    for text in [taker, "end that"] {
+        assert_complaint((Status::Fail, text), "eno1", |facts, _| {
             with(facts, private(Mode::Passthru))
         });
+    }
+    let taker = "`macvtap0 of pid 4711` has `eno1` for itself alone";
+    for text in [taker, "end the process 4711"] {
+        let all = complaints("", |facts, _| with(facts, private(Mode::Passthru)));
+        assert!(all.iter().any(|(_, found)| found.contains(text)), "{all:?}");
     }
     for text in [
         "hairpin",

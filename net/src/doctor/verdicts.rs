@@ -19,22 +19,28 @@ pub(super) fn all(facts: &Facts, link: Option<&str>) -> Vec<Check> {
         ));
         return checks;
     };
+    let neighbours = facts.neighbours.iter().map(|(link, _)| link);
+    let known: Vec<Link> = links.iter().chain(neighbours).cloned().collect();
     match link.map(|name| diagnose::find(links, name)) {
-        Some(Ok(link)) => checks.extend(lower(facts, links, link)),
+        Some(Ok(link)) => checks.extend(lower(facts, &known, link)),
         Some(Err(problem)) => {
             let remedy = "name one that is here, or run this in the network namespace that has it";
             checks.push(Check::fail("link", problem.to_string(), remedy));
             return checks;
         }
-        None => checks.push(candidates(facts, links)),
+        None => checks.push(candidates(facts, &known)),
     }
     let only = link.and_then(|name| links.iter().find(|link| link.name == name));
     let only = only.map(|link| diagnose::real_device(links, link).index);
-    let neighbours = facts.neighbours.iter().map(|(link, _)| link);
-    let all: Vec<&Link> = links.iter().chain(neighbours).collect();
+    let all: Vec<&Link> = known.iter().collect();
     let mut uppers = all.clone();
     uppers.retain(|link| link.is_macvlan() && (only.is_none() || link.lower == only));
-    checks.push(macvtaps(facts, links, &uppers));
+    match only {
+        // Its judge has said that they keep others off.
+        Some(_) if checks.iter().any(|check| check.name == "macvtaps") => {}
+        Some(_) => checks.push(present(&uppers)),
+        None => checks.push(macvtaps(facts, links, &uppers)),
+    }
     checks.push(duplicate_macs(facts, &all, &uppers));
     checks.push(vepa(facts, &uppers));
     checks.push(leaked(facts, &uppers));
@@ -121,13 +127,13 @@ fn vhost_net(vhost_net: VhostNet) -> Check {
 }
 
 /// Which links could carry a macvtap.
-fn candidates(facts: &Facts, links: &[Link]) -> Check {
+fn candidates(facts: &Facts, known: &[Link]) -> Check {
     let fits = |link: &&Link| {
-        let wireless = facts.wireless_under(links, link);
+        let wireless = facts.wireless_under(known, link);
         let alone = !link.is_macvlan() && link.carrier;
-        alone && diagnose::check_lower(links, link, wireless).is_ok()
+        alone && diagnose::check_lower(known, link, wireless).is_ok()
     };
-    let names: Vec<&str> = links
+    let names: Vec<&str> = known
         .iter()
         .filter(fits)
         .map(|link| link.name.as_str())
@@ -168,13 +174,15 @@ fn macvtaps(facts: &Facts, links: &[Link], uppers: &[&Link]) -> Check {
             },
         );
     }
-    match uppers.len() {
-        0 => Check::ok(
-            name,
-            "there are no macvtaps or macvlans in this network namespace yet",
-        ),
-        _ => Check::ok(name, format!("there are {}", quoted(uppers))),
-    }
+    present(uppers)
+}
+
+fn present(uppers: &[&Link]) -> Check {
+    let message = match uppers {
+        [] => "there are no macvtaps or macvlans in this network namespace yet".to_owned(),
+        _ => format!("there are {}", quoted(uppers)),
+    };
+    Check::ok("macvtaps", message)
 }
 
 fn duplicate_macs(facts: &Facts, all: &[&Link], uppers: &[&Link]) -> Check {

@@ -44,6 +44,7 @@ pub(super) fn make(
     let link = diagnose::find(&links, spec.link.as_str())?;
     diagnose::check_lower(&links, link, wifi::carrying(&links, link)?)?;
     let lower = diagnose::real_device(&links, link);
+    diagnose::warn_of_carrier(lower);
     let addresses = host
         .addresses()
         .map_err(HostLinkProblem::from_step("list the addresses"))?;

@@ -26,6 +26,7 @@ pub(super) fn make_new(
 ) -> Result<Macvtap, Problem> {
     diagnose::check_lower(links, lower, wifi::carrying(links, lower)?)?;
     let real = diagnose::real_device(links, lower);
+    diagnose::warn_of_carrier(real);
     if real.index != lower.index {
         let (macvlan, real) = (&lower.name, &real.name);
         log::info!("{macvlan} is a macvlan: the macvtap goes straight onto {real} under it");

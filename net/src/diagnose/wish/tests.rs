@@ -1,0 +1,205 @@
+use super::*;
+use crate::diagnose::tests::{card, on};
+
+const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
+
+fn wish<'a>(links: &'a [Link], mode: Mode) -> Wish<'a> {
+    Wish {
+        links,
+        lower: &links[0],
+        mode,
+        mac: None,
+        mtu: None,
+    }
+}
+
+fn errno(number: i32) -> io::Error {
+    io::Error::from_raw_os_error(number)
+}
+
+fn mac() -> MacAddr {
+    MacAddr::try_from(MAC).unwrap()
+}
+
+#[test]
+fn wish_mtu_must_be_within_the_lowers() {
+    let links = [card(1, "eno1")];
+    let check = |mtu| {
+        Wish {
+            mtu: Some(mtu),
+            ..wish(&links, Mode::Bridge)
+        }
+        .check()
+    };
+    check(68).unwrap();
+    check(1500).unwrap();
+    for mtu in [67, 1501] {
+        let text = check(mtu).unwrap_err().to_string();
+        assert_eq!(
+            text,
+            format!(
+                "an MTU of {mtu} does not fit `eno1`: choose 68 to 1500, the interface's own MTU"
+            )
+        );
+    }
+}
+
+#[test]
+fn wish_mac_of_the_lower_is_for_passthru_alone() {
+    let links = [
+        Link {
+            mac: Some(MAC),
+            ..card(1, "eno1")
+        },
+        card(2, "eno2"),
+    ];
+    let own = |mode| Wish {
+        mac: Some(mac()),
+        ..wish(&links, mode)
+    };
+    own(Mode::Passthru).check().unwrap();
+    assert!(matches!(
+        own(Mode::Bridge).check(),
+        Err(Problem::MacIsLowers { .. })
+    ));
+    let foreign = |mode| Wish {
+        lower: &links[1],
+        ..own(mode)
+    };
+    foreign(Mode::Bridge).check().unwrap();
+    let text = foreign(Mode::Passthru).check().unwrap_err().to_string();
+    assert!(
+        text.contains("`ip link set eno2 address 52:54:00:00:00:01`"),
+        "{text}"
+    );
+}
+
+#[test]
+fn wish_for_passthru_on_a_shared_lower_names_who_is_there() {
+    let links = [card(1, "eno1"), on(1, "macvtap", card(2, "mvt0"))];
+    wish(&links, Mode::Bridge).check().unwrap();
+    let text = wish(&links, Mode::Passthru)
+        .check()
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("it already carries `mvt0`"), "{text}");
+}
+
+/// The judge has seen no cause: so each that remains is named.
+#[test]
+fn create_refused_names_every_cause_that_is_left() {
+    let on_port = |kind: &str| {
+        let port = Link {
+            master: Some(2),
+            ..card(1, "eno1")
+        };
+        let master = Link {
+            kind: kind.to_owned(),
+            ..card(2, "m0")
+        };
+        vec![port, master]
+    };
+    let veth = vec![Link {
+        kind: "veth".to_owned(),
+        ..card(1, "eno1")
+    }];
+    let all =
+        "(a bridge, bond, team, Open vSwitch, ipvlan, macsec or HSR device, perhaps in another";
+    for (links, mode, number, expected) in [
+        (vec![card(1, "eno1")], Mode::Bridge, libc::EBUSY, &[all][..]),
+        (on_port("vrf"), Mode::Bridge, libc::EBUSY, &[all]),
+        (
+            on_port("lag9"),
+            Mode::Bridge,
+            libc::EBUSY,
+            &["the lag9 `m0`, which it is a port of, or else a bridge"],
+        ),
+        (
+            veth.clone(),
+            Mode::Bridge,
+            libc::EINVAL,
+            &["passthru mode in another", "driver (veth) allows no link"],
+        ),
+        (
+            veth.clone(),
+            Mode::Source,
+            libc::EINVAL,
+            &[
+                "passthru mode in another",
+                "no link",
+                "knows no source mode",
+            ],
+        ),
+        (
+            veth,
+            Mode::Passthru,
+            libc::EINVAL,
+            &["links in another", "on it already", "driver (veth)"],
+        ),
+    ] {
+        let text = wish(&links, mode).explain_create(errno(number)).to_string();
+        for words in expected {
+            assert!(text.contains(words), "{text} lacks {words}");
+        }
+        let (message, remedy) = text.split_once(": ").unwrap();
+        assert!(
+            !message.contains("choose") && remedy.ends_with("choose another interface"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn create_refused_for_want_of_something_says_what() {
+    let links = [card(1, "eno1")];
+    let explain = |number| wish(&links, Mode::Bridge).explain_create(errno(number));
+    assert!(
+        explain(libc::EOPNOTSUPP)
+            .to_string()
+            .contains("`modprobe macvtap`")
+    );
+    assert!(explain(libc::EPERM).to_string().contains("CAP_NET_ADMIN"));
+    assert!(matches!(explain(libc::ENODEV), Problem::Gone { .. }));
+    let other = explain(libc::ENOMEM);
+    assert_eq!(other.to_string(), "the kernel refused to make the macvtap");
+    assert!(std::error::Error::source(&other).is_some());
+}
+
+#[test]
+fn up_with_a_taken_mac_names_the_holder_on_old_and_new_kernels() {
+    let sibling = Link {
+        mac: Some(MAC),
+        ..on(1, "macvlan", card(2, "mv0"))
+    };
+    let links = [card(1, "eno1"), sibling];
+    let made = Link {
+        mac: Some(MAC),
+        ..card(9, "macvtap0")
+    };
+    for number in [libc::EADDRINUSE, libc::EBUSY] {
+        let text = wish(&links, Mode::Bridge)
+            .explain_up(&made, errno(number))
+            .to_string();
+        assert!(
+            text.starts_with(
+                "the MAC address 52:54:00:00:00:01 is already taken on `eno1` by `mv0`"
+            ),
+            "{text}"
+        );
+    }
+    let text = wish(&links[..1], Mode::Bridge)
+        .explain_up(&made, errno(libc::EADDRINUSE))
+        .to_string();
+    assert!(text.contains("another network namespace"), "{text}");
+}
+
+#[test]
+fn up_with_the_lowers_own_mac_says_so() {
+    let links = [card(1, "eno1")];
+    let made = Link {
+        mac: links[0].mac,
+        ..card(9, "macvtap0")
+    };
+    let refusal = wish(&links, Mode::Bridge).explain_up(&made, errno(libc::EADDRINUSE));
+    assert!(matches!(refusal, Problem::MacIsLowers { .. }));
+}
