@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
+use devices::virtio::net::features::Features;
 use devices::virtio::net::filter::{Filter, Rules};
 use devices::virtio::net::rx::{RxLayout, RxQueue};
 use fuzz::{MAC, Queue, Script, memory};
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|input: (Queue, bool, bool, Vec<Vec<u8>>, Vec<u8>)| {
-    let (queue, mergeable, filtering, frames, bytes) = input;
+fuzz_target!(|input: (Queue, bool, Option<u64>, Vec<Vec<u8>>, Vec<u8>)| {
+    let (queue, mergeable, features, frames, bytes) = input;
     let memory = memory(&bytes);
     let Some(ring) = queue.ring(&memory) else {
         return;
@@ -19,9 +20,9 @@ fuzz_target!(|input: (Queue, bool, bool, Vec<Vec<u8>>, Vec<u8>)| {
         largest_frame: 65_562,
     };
     let filter = Arc::new(Filter::default());
-    if filtering {
+    if let Some(features) = features {
         filter.change(|rules| {
-            *rules = Rules::new(MAC, true);
+            *rules = Rules::new(MAC, Features::from_bits_truncate(features));
             rules.set_table(&[], &[]);
         });
     }

@@ -1,20 +1,24 @@
 //! Completes the checksum of a DHCP server's answer.
 //!
 //! A frame from another guest or the host itself may come with its checksum left to the receiver
-//! (VIRTIO_NET_HDR_F_NEEDS_CSUM). Drivers know that; DHCP clients that read raw frames, some of them
+//! ([`NEEDS_CSUM`]). Drivers know that; DHCP clients that read raw frames, some of them
 //! still in use, check the unfinished sum and drop the answer. QEMU completes it too.
 
 use libc::iovec as IoVec;
-use virtio_bindings::virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
+use virtio_bindings::virtio_net;
 
 use super::backend::HEADER_LEN;
 use super::iovec::{self, scatter};
 
 // `struct virtio_net_hdr` (virtio 1.2, 5.1.6): flags, gso_type, hdr_len, gso_size, csum_start,
 // csum_offset.
-const FLAGS: usize = 0;
+pub(super) const FLAGS: usize = 0;
+pub(super) const GSO_TYPE: usize = 1;
 const CSUM_START: usize = 6;
 const CSUM_OFFSET: usize = 8;
+
+/// The flag that leaves the checksum to whoever gets the frame.
+pub(super) const NEEDS_CSUM: u8 = virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
 
 const ETHERNET_LEN: usize = 14;
 const IPV4: [u8; 2] = [8, 0];
@@ -25,7 +29,7 @@ const MAX_LEN: usize = HEADER_LEN + ETHERNET_LEN + 1500;
 
 /// Whether the header at the beginning of a frame leaves the checksum to the driver.
 pub fn is_left_open(head: &[u8]) -> bool {
-    head[FLAGS] & VIRTIO_NET_HDR_F_NEEDS_CSUM as u8 != 0
+    head[FLAGS] & NEEDS_CSUM != 0
 }
 
 /// Completes the checksum of a received frame of `len` bytes with its header, if it is a DHCP
@@ -46,7 +50,7 @@ pub unsafe fn complete_dhcp(iovecs: &[IoVec], len: usize) -> bool {
     };
     // SAFETY: as for this function.
     unsafe { scatter(iovecs, at, &sum.to_be_bytes()) };
-    let flags = frame[FLAGS] & !(VIRTIO_NET_HDR_F_NEEDS_CSUM as u8);
+    let flags = frame[FLAGS] & !NEEDS_CSUM;
     // SAFETY: as for this function.
     unsafe { scatter(iovecs, FLAGS, &[flags]) };
     true

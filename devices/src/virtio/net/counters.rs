@@ -10,7 +10,7 @@ pub struct RxCounters {
     pub frames: u64,
     /// Their bytes, with the headers.
     pub bytes: u64,
-    /// Frames that the driver did not want.
+    /// Frames that the driver did not want, or cannot take as they came.
     pub filtered: u64,
     /// Chains that could not hold a frame.
     pub bad_chains: u64,

@@ -180,9 +180,17 @@ impl<B: Backend> Control<B> {
         let Some(wanted) = Features::from_bits(bits).filter(|&wanted| may.contains(wanted)) else {
             return false;
         };
-        let done = self.backends[0].set_offloads(wanted.offloads());
-        done.inspect_err(|error| log::debug!("the tap does not take {wanted:?}: {error}"))
-            .is_ok()
+        let offloads = wanted.offloads();
+        match self.backends[0].set_offloads(offloads) {
+            Ok(()) => {
+                self.filter.change(|rules| rules.offloads = offloads);
+                true
+            }
+            Err(error) => {
+                log::debug!("the tap does not take {wanted:?}: {error}");
+                false
+            }
+        }
     }
 }
 

@@ -152,7 +152,7 @@ impl<B: Backend> Net<B> {
             .and_then(Option::take)
             .filter(|_| features.contains(Features::CTRL_VQ));
         self.set_offloads(features.offloads())?;
-        let rules = Rules::new(self.config.mac(), features.contains(Features::CTRL_VLAN));
+        let rules = Rules::new(self.config.mac(), features);
         self.filter.change(|filter| *filter = rules);
 
         let queues = take_pairs(queues, pairs)?;

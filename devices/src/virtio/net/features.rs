@@ -145,9 +145,93 @@ impl Features {
     }
 }
 
+impl Offloads {
+    /// The flags under which a received frame may reach a driver to which this is left, or `None`
+    /// where it may not reach it at all (virtio 1.2, 5.1.6.4.1). `flags` and `gso_type` are those
+    /// of its header.
+    ///
+    /// A tap says of any frame that its checksum has been checked. And what was queued for an
+    /// earlier driver, or arrives while the tap is told, may be left as that one took it.
+    pub fn admit(self, flags: u8, gso_type: u8) -> Option<u8> {
+        const NEEDS_CSUM: u8 = virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
+        const DATA_VALID: u8 = virtio_net::VIRTIO_NET_HDR_F_DATA_VALID as u8;
+        const ECN: u8 = virtio_net::VIRTIO_NET_HDR_GSO_ECN as u8;
+        let segments = match u32::from(gso_type & !ECN) {
+            virtio_net::VIRTIO_NET_HDR_GSO_NONE => Self::empty(),
+            virtio_net::VIRTIO_NET_HDR_GSO_TCPV4 => Self::TSO4,
+            virtio_net::VIRTIO_NET_HDR_GSO_TCPV6 => Self::TSO6,
+            virtio_net::VIRTIO_NET_HDR_GSO_UDP => Self::UFO,
+            virtio_net::VIRTIO_NET_HDR_GSO_UDP_L4 => Self::USO,
+            _ => return None,
+        };
+        let mut needed = segments;
+        needed.set(Self::TSO_ECN, gso_type & ECN != 0);
+        needed.set(Self::CSUM, flags & NEEDS_CSUM != 0 || gso_type != 0);
+        let known = if self.contains(Self::CSUM) {
+            NEEDS_CSUM | DATA_VALID
+        } else {
+            0
+        };
+        self.contains(needed).then_some(flags & known)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn header_carries_what_was_negotiated_and_no_more() {
+        const NONE: Features = Features::empty();
+        const CSUM: Features = Features::GUEST_CSUM;
+        const TSO4: Features = CSUM.union(Features::GUEST_TSO4);
+        const TSO6: Features = CSUM.union(Features::GUEST_TSO6);
+        const ECN: Features = Features::GUEST_ECN;
+        const UFO: Features = CSUM.union(Features::GUEST_UFO);
+        const USO4: Features = CSUM.union(Features::GUEST_USO4);
+        const USO: Features = USO4.union(Features::GUEST_USO6);
+        const ALL: Features = Features::all();
+        // NEEDS_CSUM 1, DATA_VALID 2, RSC_INFO 4; TCPV4 1, UDP 3, TCPV6 4, UDP_L4 5, ECN 0x80.
+        for (features, flags, gso_type, wanted) in [
+            (NONE, 0, 0, Some(0)),
+            (NONE, 1, 0, None),
+            (NONE, 2, 0, Some(0)),
+            (NONE, 3, 0, None),
+            (NONE, 0xfc, 0, Some(0)),
+            (NONE, 0, 1, None),
+            (NONE, 0, 0x80, None),
+            (ALL - CSUM, 2, 0, Some(0)),
+            (ALL - CSUM, 1, 1, None),
+            (CSUM, 0, 0, Some(0)),
+            (CSUM, 1, 0, Some(1)),
+            (CSUM, 2, 0, Some(2)),
+            (CSUM, 7, 0, Some(3)),
+            (CSUM, 1, 1, None),
+            (CSUM, 1, 3, None),
+            (CSUM, 1, 4, None),
+            (CSUM, 1, 5, None),
+            (TSO4, 1, 1, Some(1)),
+            (TSO4, 1, 0x81, None),
+            (TSO4, 1, 4, None),
+            (TSO4 | ECN, 1, 0x81, Some(1)),
+            (TSO6, 1, 4, Some(1)),
+            (TSO6, 1, 1, None),
+            (TSO6 | ECN, 3, 0x84, Some(3)),
+            (CSUM | ECN, 1, 0x80, None),
+            (UFO, 1, 3, Some(1)),
+            (UFO, 1, 5, None),
+            (USO, 1, 5, Some(1)),
+            (USO, 1, 3, None),
+            (USO4, 1, 5, None),
+            (ALL, 1, 2, None),
+            (ALL, 1, 6, None),
+            (ALL, 1, 0x7f, None),
+            (ALL, 0xff, 0x85, Some(3)),
+        ] {
+            let flags_then = features.offloads().admit(flags, gso_type);
+            assert_eq!(flags_then, wanted, "{features:?} {flags:#x} {gso_type:#x}");
+        }
+    }
 
     #[test]
     fn offloads_follow_the_guest_features() {

@@ -1,5 +1,5 @@
-//! Which received frames the driver wants: what it said by the control queue's RX, MAC and VLAN
-//! commands (virtio 1.2, 5.1.6.5.1 to 5.1.6.5.3).
+//! Which received frames the driver takes: what it has negotiated, and what it said by the control
+//! queue's RX, MAC, VLAN and offload commands (virtio 1.2, 5.1.6.5.1 to 5.1.6.5.3 and 5.1.6.5.6).
 //!
 //! The host delivers what is sent to the card's MAC address, to all, and to any group. A guest on a
 //! busy network is woken less when what it has not asked for is dropped before it takes a buffer.
@@ -7,6 +7,8 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
+
+use super::features::{Features, Offloads};
 
 /// A MAC address.
 type Mac = [u8; 6];
@@ -17,7 +19,7 @@ const BROADCAST: Mac = [0xff; 6];
 /// VLAN ids have 12 bits (IEEE 802.1Q); the others of a tag are priority and eligibility.
 const VLAN_ID: u16 = 0xfff;
 
-/// What the driver wants to receive.
+/// What the driver takes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     /// Everything.
@@ -26,6 +28,8 @@ pub struct Rules {
     pub all_multicast: bool,
     /// The card's own address.
     pub own: Mac,
+    /// What may be left to the driver in a frame.
+    pub offloads: Offloads,
     /// The other addresses that the driver listed; `None` for any.
     unicast: Option<BTreeSet<Mac>>,
     /// The groups that the driver listed; `None` for any.
@@ -35,11 +39,13 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// What a driver gets before its first command. A driver that took CTRL_VLAN gets no tagged
-    /// frame before it has named a VLAN.
-    pub fn new(own: Mac, with_vlans: bool) -> Self {
+    /// What a driver that took these features gets before its first command. One with CTRL_VLAN
+    /// gets no tagged frame before it has named a VLAN.
+    pub fn new(own: Mac, features: Features) -> Self {
+        let with_vlans = features.contains(Features::CTRL_VLAN);
         Self {
             own,
+            offloads: features.offloads(),
             vlans: with_vlans.then(BTreeSet::new),
             ..Self::default()
         }
@@ -136,7 +142,7 @@ mod tests {
 
     #[test]
     fn rules_follow_the_drivers_commands() {
-        let fresh = Rules::new(OWN, false);
+        let fresh = Rules::new(OWN, Features::empty());
         assert!(!fresh.may_drop());
         assert_eq!(passes(&fresh), [true; 5]);
 
@@ -165,7 +171,7 @@ mod tests {
 
     #[test]
     fn table_that_is_too_long_lets_all_of_its_kind_pass() {
-        let mut rules = Rules::new(OWN, false);
+        let mut rules = Rules::new(OWN, Features::empty());
         let many: Vec<Mac> = (0..=MAX_ADDRESSES as u8)
             .map(|n| [1, 0, 0, 0, 0, n])
             .collect();
@@ -175,17 +181,17 @@ mod tests {
 
     #[test]
     fn vlans_pass_once_they_are_named() {
-        let mut rules = Rules::new(OWN, true);
+        let mut rules = Rules::new(OWN, Features::CTRL_VLAN);
         let tag = Some(0x6005);
         assert!(rules.may_drop() && !rules.pass(OWN, tag));
         assert!(rules.pass(OWN, None) && rules.pass(OWN, Some(0x6000)));
         assert!(rules.set_vlan(5, true) && rules.pass(OWN, tag) && !rules.pass(OWN, Some(6)));
         assert!(rules.set_vlan(5, false) && !rules.pass(OWN, tag));
         assert!(!rules.set_vlan(4096, true));
-        assert!(!Rules::new(OWN, false).set_vlan(5, true));
+        assert!(!Rules::new(OWN, Features::empty()).set_vlan(5, true));
         rules.promiscuous = true;
         assert!(rules.pass(OWN, tag));
-        assert!(Rules::new(OWN, false).pass(OWN, tag));
+        assert!(Rules::new(OWN, Features::empty()).pass(OWN, tag));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::backend::{Backend, HEADER_LEN};
 use super::capture::Direction as Way;
-use super::checksum;
+use super::checksum::{self, FLAGS, GSO_TYPE, NEEDS_CSUM};
 use super::counters::RxCounters;
 use super::filter::{Filter, Rules};
 use super::hooks::Hooks;
@@ -184,23 +184,33 @@ impl RxQueue {
         RxStop::Budget
     }
 
-    /// Whether the driver wants the frame of `len` bytes that has just been read. A checksum that
-    /// it would trip over is completed on the way.
+    /// Whether the driver takes the frame of `len` bytes that has just been read. A checksum that
+    /// it would trip over is completed on the way, and flags that it has not negotiated are taken
+    /// out.
     fn is_wanted(&mut self, len: usize) -> bool {
         let iovecs = &self.iovecs[self.first..];
         let mut head = [0; HEAD_LEN];
         // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
         // mapped.
         let seen = unsafe { iovec::gather(iovecs, 0, &mut head[..len.min(HEAD_LEN)]) };
+        if checksum::is_left_open(&head) && len <= self.capacity {
+            // SAFETY: as above.
+            if unsafe { checksum::complete_dhcp(iovecs, len) } {
+                self.counters.dhcp_checksums += 1;
+                head[FLAGS] &= !NEEDS_CSUM;
+            }
+        }
+        let rules = &self.rules.1;
+        let Some(flags) = rules.offloads.admit(head[FLAGS], head[GSO_TYPE]) else {
+            return false;
+        };
+        if flags != head[FLAGS] {
+            // SAFETY: as above.
+            unsafe { scatter(iovecs, FLAGS, &[flags]) };
+        }
         if seen < HEADER_LEN + ETHERNET_LEN {
             return true;
         }
-        if checksum::is_left_open(&head) && len <= self.capacity {
-            // SAFETY: as above.
-            let completed = unsafe { checksum::complete_dhcp(iovecs, len) };
-            self.counters.dhcp_checksums += u64::from(completed);
-        }
-        let rules = &self.rules.1;
         !rules.may_drop() || {
             let [.., a, b, c, d] = head;
             let tag = ([a, b] == VLAN).then_some(u16::from_be_bytes([c, d]));

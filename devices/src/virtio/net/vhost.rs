@@ -1,6 +1,9 @@
 //! vhost-net: the kernel moves the frames of a queue pair itself, between the rings in guest memory
 //! and the tap, with no thread of the monitor in between. It is kicked by the ioeventfds and
 //! interrupts by the irqfds directly.
+//!
+//! Nobody sees the frames, so that a driver without GUEST_CSUM finds what the kernel says of each: that
+//! it has checked the checksum (VIRTIO_NET_HDR_F_DATA_VALID).
 
 use std::fmt;
 use std::fs::File;

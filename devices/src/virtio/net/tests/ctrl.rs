@@ -32,7 +32,7 @@ impl Bench {
             Arc::new(ConfigSpace::new(config, 3)),
             Arc::<Filter>::default(),
         );
-        filter.change(|rules| *rules = Rules::new(MAC, true));
+        filter.change(|rules| *rules = Rules::new(MAC, features));
         let driver = Driver::new();
         let control = Control {
             backends: wires.clone(),
@@ -246,12 +246,15 @@ fn offloads_change_within_what_was_agreed() {
     let set = |features: Features| [&[5, 0][..], &features.bits().to_le_bytes()].concat();
     assert!(bench.send(&set(Features::GUEST_CSUM)));
     assert!(bench.send(&set(Features::GUEST_CSUM | Features::GUEST_TSO4)));
+    let offloads = Offloads::CSUM | Offloads::TSO4;
+    assert_eq!(bench.rules().offloads, offloads);
     assert!(bench.send(&set(Features::empty())));
     for wrong in [Features::GUEST_TSO6, Features::MQ, Features::all()] {
         assert!(!bench.send(&set(wrong)), "{wrong:?}");
     }
     assert!(!bench.send(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0x80]));
     assert!(!bench.send(&[5, 0, 1]));
+    assert_eq!(bench.rules().offloads, Offloads::empty());
     let seen = bench.wires[0].offloads.lock().unwrap().clone();
     let csum = Offloads::CSUM;
     assert_eq!(seen, [csum, csum | Offloads::TSO4, Offloads::empty()]);

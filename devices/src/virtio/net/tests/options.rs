@@ -23,7 +23,7 @@ fn rx_frame_that_the_driver_does_not_want_takes_no_buffer() {
     let mut driver = Driver::new();
     let filter = Arc::new(Filter::default());
     filter.change(|rules| {
-        *rules = Rules::new(MAC, true);
+        *rules = Rules::new(MAC, Features::CTRL_VLAN);
         rules.set_table(&[], &[]);
     });
     let mut rx = RxQueue::new(driver.ring(false), MERGEABLE).with_filter(Arc::clone(&filter));
@@ -42,6 +42,41 @@ fn rx_frame_that_the_driver_does_not_want_takes_no_buffer() {
     far.send(&ethernet(group, &[8, 0])).unwrap();
     rx.receive(&wire, 10);
     assert_eq!(driver.take_used(), [(1, 72)]);
+}
+
+#[test]
+fn rx_header_carries_only_what_the_driver_has_negotiated() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let filter = Arc::new(Filter::default());
+    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE).with_filter(Arc::clone(&filter));
+    for head in (0..SIZE).step_by(2) {
+        driver.offer_chain(head, &[(0x4000, 1, WRITE), (0x4001, 200, WRITE)]);
+    }
+    let taken = |driver: &mut Driver| {
+        let taken = driver.take_used().len() == 1;
+        taken.then(|| driver.read(0x4000, 2))
+    };
+    let (plain, csum) = (Features::empty(), Features::GUEST_CSUM);
+    let tso = csum | Features::GUEST_TSO4;
+    for (features, header, wanted) in [
+        (plain, [0, 0], Some(vec![0, 0])),
+        (plain, [2, 0], Some(vec![0, 0])),
+        (plain, [1, 0], None),
+        (plain, [1, 1], None),
+        (csum, [3, 0], Some(vec![3, 0])),
+        (csum, [1, 1], None),
+        (tso, [1, 1], Some(vec![1, 1])),
+        (tso, [5, 1], Some(vec![1, 1])),
+    ] {
+        filter.change(|rules| *rules = Rules::new(MAC, features));
+        let mut sent = ethernet(MAC, &[8, 0]);
+        sent[..2].copy_from_slice(&header);
+        far.send(&sent).unwrap();
+        rx.receive(&wire, 10);
+        assert_eq!(taken(&mut driver), wanted, "{features:?} {header:?}");
+    }
+    assert_eq!(rx.counters().filtered, 3);
 }
 
 const ONE_AT_ONCE: RateLimit = RateLimit {
