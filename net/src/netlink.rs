@@ -4,22 +4,20 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use rtnetlink::LinkUnspec;
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::link::{InfoMacVtap, LinkMessage, MacVlanMode};
-use rtnetlink::{LinkMacVtap, LinkUnspec};
-
-use crate::mac::MacAddr;
-use crate::mode::Mode;
+use rtnetlink::packet_route::link::LinkMessage;
 
 mod changing;
 mod ip;
 mod link;
+mod making;
 mod reading;
 mod wire;
 mod worker;
 
 pub(crate) use link::Link;
+pub(crate) use making::{Birthplace, Driver, NewLink, random_index, random_name};
 use reading::Request;
 pub(crate) use reading::{is_interrupted, receive};
 pub(crate) use wire::{Message, Messages};
@@ -28,26 +26,6 @@ use worker::Worker;
 /// A connection to the network namespace of the thread that made it.
 #[derive(Debug)]
 pub(crate) struct Netlink(Worker);
-
-/// A macvtap to be made.
-#[derive(Debug)]
-pub(crate) struct NewMacvtap<'a> {
-    pub name: &'a str,
-    pub index: u32,
-    /// The index of the lower link, in the connection's namespace.
-    pub lower: u32,
-    /// Where the macvtap is born.
-    pub namespace: BorrowedFd<'a>,
-    pub mode: Mode,
-    /// None in passthru mode, which takes the lower's.
-    pub mac: Option<MacAddr>,
-    /// None for the lower's.
-    pub mtu: Option<u32>,
-    /// None for the driver's.
-    pub tx_queue_len: Option<u32>,
-    /// None for the driver's.
-    pub bc_queue_len: Option<u32>,
-}
 
 impl Netlink {
     /// Connects to the network namespace of the calling thread.
@@ -68,44 +46,21 @@ impl Netlink {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
-    /// Makes a macvtap. It is still down.
-    pub(crate) fn create(&self, new: &NewMacvtap<'_>) -> io::Result<()> {
-        let mut message = LinkMacVtap::new(new.name, new.lower, kernel_mode(new.mode))
-            .index(new.index)
-            .setns_by_fd(new.namespace.as_raw_fd());
-        if let Some(mac) = new.mac {
-            message = message.address(mac.octets().to_vec());
-        }
-        if let Some(mtu) = new.mtu {
-            message = message.mtu(mtu);
-        }
-        if let Some(length) = new.tx_queue_len {
-            message = message.txqueuelen(length);
-        }
-        if let Some(length) = new.bc_queue_len {
-            message = message.append_info_data(InfoMacVtap::BcQueueLen(length));
-        }
-        self.add(message.build())
-    }
-
     /// Writes a text on a link.
     pub(crate) fn set_alias(&self, index: u32, alias: &str) -> io::Result<()> {
         self.set(LinkUnspec::new_with_index(index).alias(alias).build())
     }
 
-    /// Moves a link that is down to another namespace, and renames it there if a new name is given: `mvt%d` stands for
-    /// the first free one of `mvt0`, `mvt1` and so on.
+    /// Moves a link that is down to another namespace, and renames it there: `mvt%d` stands for the first free one of
+    /// `mvt0`, `mvt1` and so on.
     pub(crate) fn move_to(
         &self,
         namespace: BorrowedFd<'_>,
         index: u32,
-        new_name: Option<&str>,
+        name: &str,
     ) -> io::Result<()> {
-        let mut message = LinkUnspec::new_with_index(index).setns_by_fd(namespace.as_raw_fd());
-        if let Some(name) = new_name {
-            message = message.name(name);
-        }
-        self.set(message.build())
+        let message = LinkUnspec::new_with_index(index).setns_by_fd(namespace.as_raw_fd());
+        self.set(message.name(name).build())
     }
 
     /// Brings a link up, receiving all multicast: the macvlan driver would pass on only the groups that the *host* has
@@ -128,13 +83,13 @@ impl Netlink {
         self.change(RouteNetlinkMessage::DelLink(message), 0)
     }
 
-    fn add(&self, message: LinkMessage) -> io::Result<()> {
-        let message = RouteNetlinkMessage::NewLink(message);
-        self.change(message, NLM_F_CREATE | NLM_F_EXCL)
+    fn change(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.change_all(vec![(message, flags)])
     }
 
-    fn change(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        self.0.call(move |changer| changer.change(message, flags))
+    /// Makes changes by one datagram, which the kernel works off in one go, and goes on after one that it refuses.
+    fn change_all(&self, messages: Vec<(RouteNetlinkMessage, u16)>) -> io::Result<()> {
+        self.0.call(move |changer| changer.change(messages))
     }
 
     fn ask<T: Send + 'static>(
@@ -162,15 +117,5 @@ fn link_request(index: u32, flags: i32) -> Request {
         flags,
         body,
         answer: libc::RTM_NEWLINK,
-    }
-}
-
-fn kernel_mode(mode: Mode) -> MacVlanMode {
-    match mode {
-        Mode::Bridge => MacVlanMode::Bridge,
-        Mode::Vepa => MacVlanMode::Vepa,
-        Mode::Private => MacVlanMode::Private,
-        Mode::Passthru => MacVlanMode::Passthrough,
-        Mode::Source => MacVlanMode::Source,
     }
 }

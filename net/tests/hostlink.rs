@@ -244,6 +244,51 @@ fn unfit_lowers_and_names_are_refused_each_with_its_reason() {
 }
 
 #[test]
+fn number_in_a_name_is_the_kernels_to_choose() {
+    if !netns::is_root() {
+        return;
+    }
+    let host = Netns::new();
+    host.wire("v0");
+    let mut counted = spec(&["10.7.0.1/24"]);
+    counted.name = Some("hl%d".parse().unwrap());
+    let first = create(&host, &counted);
+    counted.addresses = spec(&["10.8.0.1/24"]).addresses;
+    let second = create(&host, &counted);
+    assert_eq!((first.name.as_str(), second.name.as_str()), ("hl0", "hl1"));
+    for name in ["hl1", "hl0"] {
+        assert_eq!(delete(&host, name).unwrap().name, name);
+    }
+    assert_eq!(host.links(), ["v0-far", "v0"]);
+}
+
+#[test]
+fn eight_made_at_once_have_a_name_and_a_tag_each() {
+    if !netns::is_root() {
+        return;
+    }
+    let host = Netns::new();
+    host.wire("v0");
+    let start = std::sync::Barrier::new(8);
+    let make = |n: usize| {
+        let spec = spec(&[&format!("10.7.{n}.1/24")]);
+        host.enter(|| {
+            start.wait();
+            HostLink::create(&spec).unwrap()
+        })
+    };
+    std::thread::scope(|scope| {
+        let make = &make;
+        let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || make(n))).collect();
+        for thread in threads {
+            let made = thread.join().unwrap();
+            assert_eq!(delete(&host, &made.name).unwrap().index, made.index);
+        }
+    });
+    assert_eq!(host.links(), ["v0-far", "v0"]);
+}
+
+#[test]
 fn delete_touches_nothing_that_is_not_a_host_link() {
     if !netns::is_root() {
         return;

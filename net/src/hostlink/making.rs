@@ -14,7 +14,8 @@ use crate::address::InterfaceAddress;
 use crate::diagnose::{self, Wish};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::netlink::{Link, Netlink};
+use crate::name::LinkName;
+use crate::netlink::{Birthplace, Driver, Link, Netlink, NewLink, random_index};
 use crate::owner::Owner;
 use crate::wifi;
 
@@ -60,14 +61,14 @@ pub(super) fn make(
         None => tag.to_alias().ok_or(HostLinkProblem::TooManyAddresses)?,
     };
 
-    let (index, name) = create(host, spec, &links, lower)?;
+    let index = create(host, spec, &links, lower, &alias)?;
     let mut made = Made {
         host,
         index: Some(index),
     };
     // Dropped before `made`: the addresses go back before the link that had them goes away.
     let mut journal = journal;
-    bring_up(host, &links, lower, index, &alias)?;
+    let name = bring_up(host, &links, lower, index)?;
     for step in move_plan.steps(host, lower, End { index, name: &name })? {
         let explain = |source| HostLinkProblem::explain(&step, &name, source);
         journal.take(step.clone()).map_err(explain)?;
@@ -85,25 +86,17 @@ pub(super) fn make(
     })
 }
 
-/// Makes the macvlan, and tells its index and name.
-fn create(
+/// The name for one that nobody has named: the kernel puts the first number there that is free.
+const FREE_NAME: &str = "macvlan%d";
+
+/// Makes the macvlan, and hands back its index.
+pub(super) fn create(
     host: &Netlink,
     spec: &HostLinkSpec,
     links: &[Link],
     lower: &Link,
-) -> Result<(u32, String), HostLinkProblem> {
-    let is_taken = |name: &str| links.iter().any(|link| link.name == name);
-    let name = match &spec.name {
-        Some(name) if is_taken(name.as_str()) => {
-            let name = name.to_string();
-            return Err(HostLinkProblem::NameTaken { name });
-        }
-        Some(name) => name.to_string(),
-        None => (0..)
-            .map(|n| format!("macvlan{n}"))
-            .find(|name| !is_taken(name))
-            .unwrap_or_default(),
-    };
+    alias: &str,
+) -> Result<u32, HostLinkProblem> {
     let wish = Wish {
         links,
         lower,
@@ -118,28 +111,39 @@ fn create(
         .map_err(HostLinkProblem::from_step(
             "give random bytes for a MAC address",
         ))?;
-    host.create_macvlan(&name, lower.index, mac)
+    let new = NewLink {
+        driver: Driver::Macvlan,
+        name: spec.name.as_ref().map_or(FREE_NAME, LinkName::as_str),
+        lower: lower.index,
+        place: Birthplace::BesideLower { alias },
+        mode: Mode::Bridge,
+        mac: Some(mac),
+        mtu: None,
+        tx_queue_len: None,
+        bc_queue_len: None,
+    };
+    host.create(&new, random_index)
         .map_err(|error| match error.raw_os_error() {
-            Some(libc::EEXIST) => HostLinkProblem::NameTaken { name: name.clone() },
+            Some(libc::EEXIST) => HostLinkProblem::NameTaken {
+                name: new.name.to_owned(),
+            },
             Some(libc::EOPNOTSUPP) => HostLinkProblem::NoDriver,
             _ => wish.explain_create(error).into(),
-        })?;
-    let links = list(host)?;
-    Ok((diagnose::find(&links, &name)?.index, name))
+        })
 }
 
+/// Brings the new link up, and hands back its name.
 fn bring_up(
     host: &Netlink,
     links: &[Link],
     lower: &Link,
     index: u32,
-    alias: &str,
-) -> Result<(), HostLinkProblem> {
-    host.set_alias(index, alias)
-        .map_err(HostLinkProblem::from_step("give the new link its alias"))?;
-    let made = host
-        .link(index)
-        .map_err(HostLinkProblem::from_step("show the new link"))?;
+) -> Result<String, HostLinkProblem> {
+    let look = || {
+        host.link(index)
+            .map_err(HostLinkProblem::from_step("show the new link"))
+    };
+    let made = look()?;
     let wish = Wish {
         links,
         lower,
@@ -147,9 +151,10 @@ fn bring_up(
         mac: None,
         mtu: None,
     };
-    Ok(host
-        .up(index)
-        .map_err(|error| wish.explain_up(&made, error))?)
+    host.up(index)
+        .map_err(|error| wish.explain_up(&made, error))?;
+    // Once more: udev renames a link while it is down.
+    Ok(look()?.name)
 }
 
 /// What is to be moved, and what comes besides.

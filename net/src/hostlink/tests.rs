@@ -2,7 +2,7 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressScope;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteType};
 
-use super::making::new_address;
+use super::making::{create, new_address};
 use super::moving::End;
 use super::*;
 
@@ -188,21 +188,19 @@ fn move_that_was_killed_at_any_step_is_undone_by_delete() {
 /// What a killed `make` leaves behind that had taken so many steps; returns how many it would have taken, and a route
 /// that was on neither link just then.
 fn half_a_move(host: &Netlink, count: usize) -> (usize, Option<RouteMessage>) {
-    let lower = diagnose::find(&list(host).unwrap(), "v0").unwrap().clone();
-    let mac = MacAddr::random().unwrap();
-    host.create_macvlan("half", lower.index, mac).unwrap();
-    let link = diagnose::find(&list(host).unwrap(), "half")
-        .unwrap()
-        .clone();
+    let links = list(host).unwrap();
+    let lower = diagnose::find(&links, "v0").unwrap();
     let tag = Tag {
         moved: true,
         ..Tag::default()
     };
-    host.set_alias(link.index, &tag.to_alias().unwrap())
-        .unwrap();
+    let mut spec = spec(&[], true);
+    spec.name = Some("half".parse().unwrap());
+    let index = create(host, &spec, &links, lower, &tag.to_alias().unwrap()).unwrap();
+    let link = host.link(index).unwrap();
     host.up(link.index).unwrap();
     let addresses = host.addresses().unwrap();
-    let steps = move_steps(host, (&lower).into(), (&link).into(), &addresses).unwrap();
+    let steps = move_steps(host, lower.into(), (&link).into(), &addresses).unwrap();
     let length = steps.len();
     let lost = match (
         count.checked_sub(1).map(|last| &steps[last]),

@@ -11,7 +11,8 @@ use crate::identity::LinkId;
 use crate::lease::Lease;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::netlink::{Link, Netlink, NewMacvtap};
+use crate::name::LinkName;
+use crate::netlink::{Birthplace, Driver, Link, Netlink, NewLink, random_index, random_name};
 use crate::owner::Owner;
 use crate::spec::{MacvtapSpec, Placement};
 use crate::sysfs::Sysfs;
@@ -48,7 +49,7 @@ pub(super) fn make_new(
     // From here on this thread is in the new namespace; `host` still speaks to the lower's.
     let namespace = netns::enter_new().map_err(Problem::from_step("make a network namespace"))?;
     forbid_ipv6("default");
-    let index = create(host, &wish, spec, namespace.as_fd(), random_index)?;
+    let index = create(host, &wish, spec, namespace.as_fd())?;
     let lease = match spec.netns {
         Placement::Private => Lease::new(namespace, index, String::new()),
         Placement::Host => move_home(spec, index, home)?,
@@ -74,43 +75,31 @@ pub(super) fn make_new(
     })
 }
 
-/// Makes the macvtap in `namespace` with an index that `draw` gives, and tells it.
+/// Makes the macvtap in `namespace`, and hands back its index.
 fn create(
     host: &Netlink,
     wish: &Wish<'_>,
     spec: &MacvtapSpec,
     namespace: BorrowedFd<'_>,
-    mut draw: impl FnMut() -> io::Result<u32>,
 ) -> Result<u32, Problem> {
     let mac = chosen_mac(wish.mode, spec.mac)
         .map_err(Problem::from_step("give random bytes for a MAC address"))?;
-    let mut may_redraw = true;
-    loop {
-        let index = draw().map_err(Problem::from_step(
-            "give random bytes for an interface index",
-        ))?;
-        let new = NewMacvtap {
-            name: &new_name(spec, index),
-            index,
-            lower: wish.lower.index,
-            namespace,
-            mode: wish.mode,
-            mac,
-            mtu: spec.mtu,
-            tx_queue_len: spec.tx_queue_len,
-            bc_queue_len: spec.bc_queue_len,
-        };
-        match host.create(&new) {
-            Ok(()) => return Ok(index),
-            // The name, or the index: the kernel has one word for both.
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                if !std::mem::take(&mut may_redraw) {
-                    return Err(name_taken(spec, index));
-                }
-            }
-            Err(error) => return Err(wish.explain_create(error)),
-        }
-    }
+    let new = NewLink {
+        driver: Driver::Macvtap,
+        name: &new_name(spec).map_err(Problem::from_step("give random bytes for a name"))?,
+        lower: wish.lower.index,
+        place: Birthplace::Private(namespace),
+        mode: wish.mode,
+        mac,
+        mtu: spec.mtu,
+        tx_queue_len: spec.tx_queue_len,
+        bc_queue_len: spec.bc_queue_len,
+    };
+    host.create(&new, random_index)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::EEXIST) => name_taken(new.name),
+            _ => wish.explain_create(error),
+        })
 }
 
 /// Moves the macvtap with this index from this thread's private namespace to `home`, and the thread too. It is tagged
@@ -123,11 +112,11 @@ fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<Lease, Pro
     private
         .set_alias(index, &owner)
         .map_err(Problem::from_step("tag the macvtap with its owner"))?;
-    let free_name = spec.name.is_none().then_some(FREE_NAME);
+    let name = spec.name.as_ref().map_or(FREE_NAME, LinkName::as_str);
     private
-        .move_to(home.as_fd(), index, free_name)
+        .move_to(home.as_fd(), index, name)
         .map_err(|error| match error.raw_os_error() {
-            Some(libc::EEXIST) => name_taken(spec, index),
+            Some(libc::EEXIST) => name_taken(name),
             _ => Problem::from_step("move the macvtap to this network namespace")(error),
         })?;
     netns::enter(&home).map_err(Problem::from_step("return to this network namespace"))?;
@@ -200,17 +189,17 @@ fn forbid_ipv6(link: &str) {
 const FREE_NAME: &str = "mvt%d";
 
 /// Its name in the private namespace, where there is no other but `lo`.
-fn new_name(spec: &MacvtapSpec, index: u32) -> String {
+fn new_name(spec: &MacvtapSpec) -> io::Result<String> {
     match (&spec.name, spec.netns) {
-        (Some(name), _) => name.to_string(),
-        (None, Placement::Private) => "macvtap0".to_owned(),
+        (Some(name), _) => Ok(name.to_string()),
+        (None, Placement::Private) => Ok("macvtap0".to_owned()),
         // One that is nobody's in the caller's namespace, until it gets its number there.
-        (None, Placement::Host) => format!("new{index:08x}"),
+        (None, Placement::Host) => random_name(),
     }
 }
 
-fn name_taken(spec: &MacvtapSpec, index: u32) -> Problem {
-    let name = new_name(spec, index);
+fn name_taken(name: &str) -> Problem {
+    let name = name.to_owned();
     Problem::NameTaken { name }
 }
 
@@ -222,13 +211,6 @@ fn chosen_mac(mode: Mode, wanted: Option<MacAddr>) -> io::Result<Option<MacAddr>
         (_, Some(mac)) => Ok(Some(mac)),
         (_, None) => MacAddr::random().map(Some),
     }
-}
-
-/// A high one: `/dev/tap<index>` then is nobody else's, whatever namespaces the machine has.
-fn random_index() -> io::Result<u32> {
-    let mut bytes = [0; 4];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    Ok(u32::from_ne_bytes(bytes) & 0x3fff_ffff | 0x4000_0000)
 }
 
 #[cfg(test)]

@@ -4,9 +4,10 @@
 use std::io;
 
 use futures_util::StreamExt;
-use rtnetlink::Handle;
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::proto::{self, ConnectionHandle};
+use rtnetlink::sys::{SocketAddr, protocols::NETLINK_ROUTE};
 use tokio::runtime::{Builder, Runtime};
 
 use super::reading::{LIMIT, timed_out};
@@ -18,31 +19,40 @@ pub(super) struct Changer(Option<Connection>);
 #[derive(Debug)]
 struct Connection {
     runtime: Runtime,
-    handle: Handle,
+    handle: ConnectionHandle<RouteNetlinkMessage>,
 }
 
 impl Changer {
-    /// Asks for one change, with these of `NLM_F_*` besides, and waits until it is made.
-    pub(super) fn change(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        let mut request = NetlinkMessage::from(message);
-        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+    /// Asks for changes by one datagram, each with these of `NLM_F_*` besides, and waits until they are made. One that
+    /// is refused does not keep the kernel from those after it; the first refusal is the error.
+    pub(super) fn change(&mut self, messages: Vec<(RouteNetlinkMessage, u16)>) -> io::Result<()> {
+        let requests = messages.into_iter().map(|(message, flags)| {
+            let mut request = NetlinkMessage::from(message);
+            request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+            request
+        });
         let Connection { runtime, handle } = match &mut self.0 {
             Some(connection) => connection,
             none => none.insert(Connection::new()?),
         };
-        let mut answers = handle.request(request).map_err(io::Error::other)?;
-        let refusal = async {
-            // An acknowledgement isn't shown: it ends the answers.
+        let kernel = SocketAddr::new(0, 0);
+        let mut answers = handle
+            .request_batch(requests, kernel)
+            .map_err(io::Error::other)?;
+        let first_refusal = async {
+            let mut refusal = None;
+            // An acknowledgement isn't shown: the last one ends the answers.
             while let Some(answer) = answers.next().await {
                 if let NetlinkPayload::Error(error) = answer.payload
                     && let Some(code) = error.code
                 {
-                    return Some(io::Error::from_raw_os_error(code.get().saturating_neg()));
+                    let error = io::Error::from_raw_os_error(code.get().saturating_neg());
+                    refusal.get_or_insert(error);
                 }
             }
-            None
+            refusal
         };
-        let outcome = runtime.block_on(async { tokio::time::timeout(LIMIT, refusal).await });
+        let outcome = runtime.block_on(async { tokio::time::timeout(LIMIT, first_refusal).await });
         outcome.map_err(|_| timed_out())?.map_or(Ok(()), Err)
     }
 }
@@ -52,7 +62,7 @@ impl Connection {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = {
             let _inside = runtime.enter();
-            let (connection, handle, _) = rtnetlink::new_connection()?;
+            let (connection, handle, _) = proto::new_connection(NETLINK_ROUTE)?;
             runtime.spawn(connection);
             handle
         };

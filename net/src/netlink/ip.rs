@@ -3,17 +3,15 @@
 
 use std::io;
 
+use rtnetlink::LinkUnspec;
 use rtnetlink::packet_core::{DefaultNla, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, Parseable};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
-use rtnetlink::{LinkMacVlan, LinkMacVtap, LinkUnspec};
 
+use super::Netlink;
 use super::reading::Request;
 use super::wire::{self, Attributes};
-use super::{Netlink, kernel_mode};
-use crate::mac::MacAddr;
-use crate::mode::Mode;
 
 /// Size of `struct ifaddrmsg`, which the attributes follow.
 const ADDRESS_HEADER: usize = 8;
@@ -70,22 +68,6 @@ impl Netlink {
     /// Takes a route away.
     pub(crate) fn delete_route(&self, route: &RouteMessage) -> io::Result<()> {
         self.change(RouteNetlinkMessage::DelRoute(route.clone()), 0)
-    }
-
-    /// Makes a macvlan in bridge mode on the link `lower`, in the same namespace. It is still down.
-    pub(crate) fn create_macvlan(&self, name: &str, lower: u32, mac: MacAddr) -> io::Result<()> {
-        let message = LinkMacVlan::new(name, lower, kernel_mode(Mode::Bridge))
-            .address(mac.octets().to_vec())
-            .build();
-        self.add(message)
-    }
-
-    /// Asks for a macvtap on the loopback interface, which no driver would make. The error tells whether there is one:
-    /// EINVAL from the driver, EOPNOTSUPP from a kernel without it. The question loads a driver that is a module.
-    pub(crate) fn ask_for_impossible_macvtap(&self) -> io::Result<()> {
-        const LOOPBACK: u32 = 1;
-        let message = LinkMacVtap::new("probe", LOOPBACK, kernel_mode(Mode::Bridge)).build();
-        self.add(message)
     }
 
     /// Brings a link up and changes nothing else.
