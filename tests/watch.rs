@@ -109,6 +109,42 @@ fn own_cpu_time(pid: u32) -> f64 {
     ticks as f64 / TICKS_PER_SECOND
 }
 
+/// The name of a link may be anything but white space. The kernel gives it back, and a terminal would obey it.
+#[test]
+fn names_of_links_do_nothing_to_the_terminal() {
+    if !netns::is_root() {
+        return;
+    }
+    let net = Net::new();
+    let (name, shown) = ("\u{1b}[7mx\u{9b}8\u{202e}", r"\u{1b}[7mx\u{9b}8\u{202e}");
+    net.host.ip(&format!(
+        "link add link lower name {name} type macvtap mode passthru"
+    ));
+    let is_clean = |text: &str| {
+        let obeyed = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+        !text.contains(obeyed)
+    };
+    let json = ["net", "list", "--json"];
+    for (args, expected) in [
+        (&["net", "list"][..], shown),
+        (&json, r"\u001b[7mx\u009b8\u202e"),
+        (&["doctor"], shown),
+        (&["doctor", "--json"], r"\u001b[7mx\u009b8\u202e"),
+        // Errors, which the log writes.
+        (&["net", "open", "lower", "--", "true"], shown),
+        (&["net", "open", "nosuch", "--", "true"], shown),
+    ] {
+        let mut command = net.host.command(vm::binary());
+        let output = command.args(args).output().expect("minivmm starts");
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).expect("UTF-8");
+        assert!(is_clean(&text), "{args:?}: {text:?}");
+        assert!(text.contains(expected), "{args:?}: {text:?}");
+    }
+    let listing = tell_json(&net.host, &json);
+    let links = &listing["interfaces"][0]["links"];
+    assert!(find(links, "name", &name.into()).is_some(), "{listing}");
+}
+
 #[test]
 fn net_list_shows_each_link_with_mode_mac_mtu_state_and_owner() {
     if !is_possible() {

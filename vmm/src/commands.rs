@@ -8,6 +8,7 @@ mod open;
 use std::io::{self, ErrorKind, Write};
 
 use crate::cli::{Command, NetCommand};
+use crate::printable::{printable, printable_json};
 use crate::qemu::{self, QemuError};
 
 pub use host_link::HostLinkCommandError;
@@ -70,13 +71,13 @@ fn gc() -> Result<String, net::Error> {
     crate::registry::running();
     let line = |link: net::Reaped| {
         format!(
-            "deleted {} ({}), left by {}\n",
+            "deleted {} ({}), left by {}",
             link.name,
             link.kind,
             owner(&link.owner)
         )
     };
-    Ok(net::reap()?.into_iter().map(line).collect())
+    Ok(report(net::reap()?.into_iter().map(line)))
 }
 
 /// An owner, for people.
@@ -92,8 +93,19 @@ fn print(text: &str) -> Result<(), CommandError> {
     }
 }
 
+/// Lines for people.
+fn report(lines: impl IntoIterator<Item = String>) -> String {
+    let mut text = String::new();
+    for line in lines {
+        text.push_str(&printable(&line));
+        text.push('\n');
+    }
+    text
+}
+
 /// Pretty JSON with a line end.
 fn json(value: &impl serde::Serialize) -> String {
     // Plain data of our own: there is nothing in it that JSON could not say.
-    serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
+    let text = serde_json::to_string_pretty(value).unwrap_or_default();
+    printable_json(&text) + "\n"
 }

@@ -22,6 +22,7 @@
 //!
 //! [`builder::run`] is that table as code. [`exit`] says how a guest ends, [`console`] is its serial
 //! port's other end, [`terminal`] keeps the terminal raw meanwhile, and [`probe`] tells what a host's KVM can run.
+//! [`printable`] is what text of others passes on its way to a terminal.
 //! [`signals`] and [`limits`] bring what this process was started with into order, and give it to the programs that it starts.
 //!
 //! # Threads
@@ -51,6 +52,7 @@ pub mod machine;
 pub mod msi;
 pub mod nic;
 pub mod plan;
+pub mod printable;
 pub mod probe;
 pub mod qemu;
 pub mod registry;

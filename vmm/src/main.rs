@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use env_logger::Env;
 use vmm::cli::Cli;
 use vmm::config::Config;
+use vmm::printable::printable;
 use vmm::{Exit, builder, commands, console, limits, signals, terminal};
 
 fn main() -> ExitCode {
@@ -68,7 +69,9 @@ fn start_log(verbosity: i16) {
             }
             let style = line.default_level_style(record.level());
             let level = record.level().as_str().to_lowercase();
-            writeln!(line, "minivmm: {style}{level}{style:#}: {}", record.args())
+            let text = record.args().to_string();
+            let text = printable(&text);
+            writeln!(line, "minivmm: {style}{level}{style:#}: {text}")
         })
         .init();
 }

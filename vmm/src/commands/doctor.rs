@@ -1,12 +1,10 @@
 //! `minivmm doctor`: what stands in the way of a guest on this host.
 
-use std::fmt::Write;
-
 use net::{Check, Neighbour, Status};
 use serde::Serialize;
 
 use crate::cli::DoctorArgs;
-use crate::commands::json;
+use crate::commands::{json, report};
 use crate::probe::{self, Privileged};
 use crate::registry::{self, NicEntry};
 
@@ -109,20 +107,15 @@ fn kvm() -> Line {
 }
 
 fn to_text(lines: &[Line]) -> String {
-    let mut text = String::new();
-    for Line {
-        check,
-        status,
-        message,
-        remedy,
-    } in lines
-    {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{status:4}  {check}: {message}");
-        if let Some(remedy) = remedy {
-            let _ = write!(text, " ({remedy})");
-        }
-        text.push('\n');
-    }
-    text
+    report(lines.iter().map(|line| {
+        let Line {
+            check,
+            status,
+            message,
+            remedy,
+        } = line;
+        let remedy = remedy.as_ref().map(|remedy| format!(" ({remedy})"));
+        let remedy = remedy.unwrap_or_default();
+        format!("{status:4}  {check}: {message}{remedy}")
+    }))
 }

@@ -6,6 +6,7 @@ use net::{HostLink, HostLinkError, HostLinkSpec, InventoryError, LinkName};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
 use crate::cli::HostLinkArgs;
+use crate::commands::report;
 
 /// Why there is no host link, or why it stays.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +50,8 @@ fn delete(link: &LinkName) -> Result<String, HostLinkError> {
     } else {
         ""
     };
-    Ok(format!("deleted {} on {}{moved}\n", gone.name, gone.lower))
+    let line = format!("deleted {} on {}{moved}", gone.name, gone.lower);
+    Ok(report([line]))
 }
 
 /// The host link of this namespace. Those of guests go with these, and don't count.
@@ -79,13 +81,14 @@ fn make(args: &HostLinkArgs, link: &LinkName) -> Result<String, HostLinkError> {
     spec.move_addresses = args.move_address;
     let link = HostLink::create(&spec)?;
     let addresses: Vec<_> = link.addresses.iter().map(ToString::to_string).collect();
-    Ok(format!(
-        "{} on {} has {}; undo it with: minivmm net host-link {} --delete\n",
+    let line = format!(
+        "{} on {} has {}; undo it with: minivmm net host-link {} --delete",
         link.name,
         link.lower,
         addresses.join(" "),
         link.name
-    ))
+    );
+    Ok(report([line]))
 }
 
 /// Signals that end a process wait as long as this exists, in this thread and those that it starts.

@@ -6,7 +6,7 @@ use net::{InventoryError, LinkName, LinkState, LowerInfo, UpperInfo};
 use serde::Serialize;
 
 use crate::cli::ListArgs;
-use crate::commands::{json, owner};
+use crate::commands::{json, owner, report};
 use crate::registry::{self, Entry, Id, LinkSeen, NicEntry, Runs};
 
 /// Everything, as JSON shows it.
@@ -130,28 +130,28 @@ impl From<UpperInfo> for Link {
 
 impl Listing {
     fn to_text(&self) -> String {
-        let mut text = String::new();
+        let mut lines = Vec::new();
         for interface in &self.interfaces {
-            // Writing to a String cannot fail.
-            let _ = writeln!(text, "{}", interface.line());
-            for link in &interface.links {
-                let _ = writeln!(text, "  {}", link.line());
-            }
+            lines.push(interface.line());
+            lines.extend(
+                interface
+                    .links
+                    .iter()
+                    .map(|link| format!("  {}", link.line())),
+            );
         }
         for guest in &self.guests {
             let (what, runs) = match &guest.runs {
                 Runs::Kernel(kernel) => ("guest", kernel),
                 Runs::Program(program) => ("program", program),
             };
-            let _ = writeln!(text, "{what} of pid {}, {}", guest.pid, runs.display());
-            for nic in &guest.nics {
-                let _ = writeln!(text, "  {}", nic_line(nic));
-            }
+            lines.push(format!("{what} of pid {}, {}", guest.pid, runs.display()));
+            lines.extend(guest.nics.iter().map(|nic| format!("  {}", nic_line(nic))));
         }
-        if text.is_empty() {
-            text.push_str("no macvtap, no macvlan, no guest\n");
+        if lines.is_empty() {
+            lines.push("no macvtap, no macvlan, no guest".to_owned());
         }
-        text
+        report(lines)
     }
 }
 
