@@ -1,4 +1,9 @@
 //! Copies between guest memory, as iovecs describe it, and memory of our own.
+//!
+//! The guest's CPUs and other queues may touch the same bytes at any time, so that no reference into
+//! guest memory is ever made: what is copied goes through vm-memory's volatile slices.
+
+use vm_memory::VolatileSlice;
 
 /// Copies what lies from offset `at` on into `to`, and returns how much there was.
 ///
@@ -7,13 +12,9 @@
 /// Each iovec must describe memory that may be read, and none of it may be part of `to`.
 pub(super) unsafe fn gather(iovecs: &[libc::iovec], at: usize, to: &mut [u8]) -> usize {
     let mut done = 0;
-    for (piece, len) in pieces(iovecs, at, to.len()) {
-        let target = to[done..done + len].as_mut_ptr();
-        // SAFETY: `piece` has `len` readable bytes by the caller's word, `target` has room for
-        // them, and the two are apart. The guest may write meanwhile; whatever bytes that gives,
-        // each is a byte.
-        unsafe { std::ptr::copy_nonoverlapping(piece, target, len) };
-        done += len;
+    // SAFETY: as for this function.
+    for piece in unsafe { pieces(iovecs, at, to.len()) } {
+        done += piece.copy_to(&mut to[done..]);
     }
     done
 }
@@ -25,23 +26,24 @@ pub(super) unsafe fn gather(iovecs: &[libc::iovec], at: usize, to: &mut [u8]) ->
 /// Each iovec must describe memory that may be written, and none of it may be part of `bytes`.
 pub(super) unsafe fn scatter(iovecs: &[libc::iovec], at: usize, bytes: &[u8]) {
     let mut done = 0;
-    for (piece, len) in pieces(iovecs, at, bytes.len()) {
-        let source = bytes[done..done + len].as_ptr();
-        // SAFETY: `piece` has `len` writable bytes by the caller's word, `source` has as many, and
-        // the two are apart. The guest may touch them meanwhile; any bytes it sees are its own
-        // doing.
-        unsafe { std::ptr::copy_nonoverlapping(source, piece, len) };
-        done += len;
+    // SAFETY: as for this function.
+    for piece in unsafe { pieces(iovecs, at, bytes.len()) } {
+        piece.copy_from(&bytes[done..]);
+        done += piece.len();
     }
 }
 
-/// Where the `left` bytes from offset `at` on lie, or as many of them as there are: the beginning
-/// and the length of each piece, none of them empty.
-fn pieces(
-    iovecs: &[libc::iovec],
+/// Where the `left` bytes from offset `at` on lie, or as many of them as there are: pieces, none of
+/// them empty.
+///
+/// # Safety
+///
+/// Each iovec must describe memory that stays accessible for as long as the pieces are used.
+unsafe fn pieces<'a>(
+    iovecs: &'a [libc::iovec],
     mut at: usize,
     mut left: usize,
-) -> impl Iterator<Item = (*mut u8, usize)> {
+) -> impl Iterator<Item = VolatileSlice<'a>> {
     let mut iovecs = iovecs.iter();
     std::iter::from_fn(move || {
         while left > 0 {
@@ -52,7 +54,8 @@ fn pieces(
             at = at.saturating_sub(iovec.iov_len);
             left -= here;
             if here > 0 {
-                return Some((piece, here));
+                // SAFETY: `piece` has `here` bytes, which stay accessible by the caller's word.
+                return Some(unsafe { VolatileSlice::new(piece, here) });
             }
         }
         None
