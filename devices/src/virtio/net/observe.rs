@@ -45,20 +45,28 @@ pub struct Observer {
     /// The card's address, as the low 48 bits: trust-mac lets it change.
     mac: AtomicU64,
     wrong_source: AtomicU64,
-    addresses: Mutex<VecDeque<IpAddr>>,
+    learnt: Mutex<Learnt>,
     changed: EventFd,
 }
 
+/// What the guest has said of itself.
+#[derive(Debug, Default)]
+struct Learnt {
+    addresses: VecDeque<IpAddr>,
+    /// Nobody has asked since the last time that one was new. A guest can make up a new one with each
+    /// frame, and whoever is told shall not be kept busy.
+    is_told: bool,
+}
+
 impl Observer {
-    /// Watches the guest with this MAC address. `changed` is signalled when it has a new
-    /// address, or sends from a wrong one.
+    /// Watches the guest with this MAC address. `changed` is signalled when it has a new address,
+    /// once until [`Observer::addresses`] is asked, or sends from a wrong one.
     pub fn new(name: String, mac: [u8; 6], changed: EventFd) -> Self {
-        let (wrong_source, addresses) = (AtomicU64::new(0), Mutex::default());
         Self {
             name,
             mac: AtomicU64::new(number(mac)),
-            wrong_source,
-            addresses,
+            wrong_source: AtomicU64::new(0),
+            learnt: Mutex::default(),
             changed,
         }
     }
@@ -75,11 +83,9 @@ impl Observer {
 
     /// The addresses that the guest has said it has, the oldest first.
     pub fn addresses(&self) -> Vec<IpAddr> {
-        let addresses = self
-            .addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        addresses.iter().copied().collect()
+        let mut learnt = self.learnt.lock().unwrap_or_else(PoisonError::into_inner);
+        learnt.is_told = false;
+        learnt.addresses.iter().copied().collect()
     }
 
     /// Frames sent from another MAC address than the guest's own.
@@ -159,18 +165,17 @@ impl Observer {
     }
 
     fn learn(&self, address: IpAddr) {
-        let mut addresses = self
-            .addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if addresses.contains(&address) {
+        let mut learnt = self.learnt.lock().unwrap_or_else(PoisonError::into_inner);
+        if learnt.addresses.contains(&address) {
             return;
         }
-        if addresses.len() == MAX_ADDRESSES {
-            addresses.pop_front();
+        if learnt.addresses.len() == MAX_ADDRESSES {
+            learnt.addresses.pop_front();
         }
-        addresses.push_back(address);
-        let _ = self.changed.write(1);
+        learnt.addresses.push_back(address);
+        if !std::mem::replace(&mut learnt.is_told, true) {
+            let _ = self.changed.write(1);
+        }
     }
 }
 
@@ -344,13 +349,17 @@ mod tests {
             look(&observer, &ethernet(MAC, ARP, &arp([10, 0, 0, 5])), 100);
         }
         assert_eq!(observer.changed.read().unwrap(), 1);
+        assert_eq!(observer.addresses().len(), 1);
         for n in 0..100 {
             look(&observer, &ethernet(MAC, ARP, &arp([10, 0, 1, n])), 100);
         }
+        assert_eq!(observer.changed.read().unwrap(), 1, "until somebody asks");
         assert_eq!(observer.addresses().len(), MAX_ADDRESSES);
+        look(&observer, &ethernet(MAC, ARP, &arp([10, 0, 2, 1])), 100);
+        assert_eq!(observer.changed.read().unwrap(), 1);
         assert_eq!(
             observer.addresses().last(),
-            Some(&IpAddr::from([10, 0, 1, 99]))
+            Some(&IpAddr::from([10, 0, 2, 1]))
         );
     }
 
