@@ -240,8 +240,14 @@ impl Ring {
             .unwrap_or(false)
     }
 
-    /// Whether the driver wants an interrupt for what has been published since the last call.
+    /// Whether the driver wants an interrupt for what has been published since the last call, if
+    /// anything has.
     pub fn needs_interrupt(&mut self) -> bool {
+        let new = Wrapping(self.queue.next_used());
+        let old = std::mem::replace(&mut self.signalled, new);
+        if new == old {
+            return false;
+        }
         // What was published has to be visible before the driver's wish is read (2.7.10.1).
         fence(Ordering::SeqCst);
         let available = self.queue.avail_ring();
@@ -253,8 +259,6 @@ impl Ring {
         let at =
             available + AVAILABLE_HEADER_LEN + u64::from(self.queue.size()) * AVAILABLE_ELEMENT_LEN;
         let event = Wrapping(load(at).map_or(0, u16::from_le));
-        let new = Wrapping(self.queue.next_used());
-        let old = std::mem::replace(&mut self.signalled, new);
         new - event - Wrapping(1) < new - old
     }
 }

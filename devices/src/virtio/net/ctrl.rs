@@ -237,13 +237,18 @@ impl<B: Backend> CtrlQueue<B> {
     /// Carries out up to `budget` commands of those that wait; whatever else a driver can repeat for
     /// ever costs budget too. Says why it stopped, and whether to interrupt the driver.
     pub fn handle(&mut self, budget: usize) -> (CtrlStop, bool) {
+        let stop = self.drain(budget);
+        (stop, self.ring.needs_interrupt())
+    }
+
+    fn drain(&mut self, budget: usize) -> CtrlStop {
         for _ in 0..budget {
             let request = match self.ring.next_request(COMMAND_LEN) {
                 Next::Chain(request) => request,
                 Next::Bad => continue,
                 Next::Empty if self.ring.enable_notification() => continue,
-                Next::Empty => return (CtrlStop::Empty, self.ring.needs_interrupt()),
-                Next::Broken => return (CtrlStop::Broken, false),
+                Next::Empty => return CtrlStop::Empty,
+                Next::Broken => return CtrlStop::Broken,
             };
             let status = if self.control.execute(&request.question) {
                 spec::VIRTIO_NET_OK
@@ -252,7 +257,7 @@ impl<B: Backend> CtrlQueue<B> {
             };
             self.ring.answer(&request, status as u8);
         }
-        (CtrlStop::Budget, self.ring.needs_interrupt())
+        CtrlStop::Budget
     }
 }
 

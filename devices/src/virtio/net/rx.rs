@@ -134,10 +134,8 @@ impl RxQueue {
     pub fn receive(&mut self, backend: &impl Backend, budget: usize) -> (RxStop, bool) {
         self.ring.disable_notification();
         self.filter.refresh(&mut self.rules.0, &mut self.rules.1);
-        let before = (self.counters.frames, self.counters.bad_chains);
         let stop = self.fill(backend, budget);
-        let worked = (self.counters.frames, self.counters.bad_chains) != before;
-        (stop, worked && self.ring.needs_interrupt())
+        (stop, self.ring.needs_interrupt())
     }
 
     fn fill(&mut self, backend: &impl Backend, budget: usize) -> RxStop {

@@ -116,6 +116,14 @@ fn requests_without_room_for_an_answer_cost_budget() {
 }
 
 #[test]
+fn control_queue_without_requests_does_not_interrupt() {
+    let mut bench = Bench::any();
+    assert_eq!(bench.queue.handle(10), (CtrlStop::Empty, false));
+    assert!(bench.send(&[4, 0, 2, 0]));
+    assert_eq!(bench.queue.handle(10), (CtrlStop::Empty, false));
+}
+
+#[test]
 fn broken_ring_of_the_control_queue_is_told() {
     let mut bench = Bench::any();
     bench.driver.set_available(SIZE + 1);
