@@ -47,8 +47,7 @@ pub struct RxLayout {
     /// MRG_RXBUF: a frame may span several chains.
     pub mergeable: bool,
     /// The most bytes that a frame may have, with its header. Less is never offered to the
-    /// backend, which would cut the frame without a word; only a driver that does not take
-    /// mergeable buffers has to see to that itself.
+    /// backend, which would cut the frame without a word.
     pub largest_frame: usize,
 }
 
@@ -158,6 +157,8 @@ impl RxQueue {
                 Ok(len) if len < HEADER_LEN => self.counters.errors += 1,
                 Ok(len) if !self.is_wanted(len) => self.counters.filtered += 1,
                 Ok(len) if len <= self.capacity => self.deliver(len),
+                // It cannot go on in another chain.
+                Ok(_) if !self.layout.mergeable => self.counters.too_large += 1,
                 Ok(len) => {
                     self.spill = Some(Spill {
                         len,
@@ -266,8 +267,8 @@ impl RxQueue {
             || self.iovecs.len() - self.first >= MAX_SEGMENTS
     }
 
-    /// Reads a frame into the chains. What the chains of a mergeable queue might not hold goes on
-    /// in `spare`, so that a frame is never cut.
+    /// Reads a frame into the chains, or into one where they are not mergeable. What they might not
+    /// hold goes on in `spare`, so that a frame is never cut.
     fn read(&mut self, backend: &impl Backend) -> io::Result<usize> {
         let chains = self.iovecs.len();
         let segments = match self.chains.front() {
@@ -275,10 +276,7 @@ impl RxQueue {
             _ => (chains - self.first).min(MAX_SEGMENTS),
         };
         let mut end = self.first + segments;
-        if self.layout.mergeable
-            && self.capacity < self.layout.largest_frame
-            && segments < MAX_SEGMENTS
-        {
+        if self.capacity < self.layout.largest_frame && segments < MAX_SEGMENTS {
             self.spare.resize(self.layout.largest_frame, 0);
             self.iovecs.push(libc::iovec {
                 iov_base: self.spare.as_mut_ptr().cast(),

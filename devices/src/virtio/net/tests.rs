@@ -312,6 +312,22 @@ fn rx_frame_larger_than_the_whole_ring_is_dropped_and_the_rest_goes_on() {
 }
 
 #[test]
+fn rx_frame_larger_than_its_only_chain_is_dropped_and_not_cut() {
+    let (wire, far) = Wire::new();
+    let mut driver = Driver::new();
+    let mut rx = RxQueue::new(driver.ring(false), SINGLE);
+    driver.offer_chain(0, &[(0x4000, 100, WRITE)]);
+    driver.offer_chain(1, &[(0x5000, 100, WRITE)]);
+    for len in [101, 1900, 100] {
+        far.send(&frame(len)).unwrap();
+    }
+    assert_eq!(rx.receive(&wire, 10), (RxStop::Idle, true));
+    assert_eq!(driver.take_used(), [(0, 100)]);
+    assert_eq!(driver.read(0x4000, 100), received(100, 1));
+    assert_eq!(rx.counters().too_large, 2);
+}
+
+#[test]
 fn rx_header_split_between_descriptors_is_completed() {
     for split in [1, 10, 11, 12] {
         let (wire, far) = Wire::new();
