@@ -200,7 +200,8 @@ impl MmioTransport {
                     .fetch_and(!value, Ordering::SeqCst);
             }
             register::STATUS => {
-                if self.core.set_status(value as u8) {
+                // A status has 8 bits, and only 0 is a reset.
+                if u8::try_from(value).is_ok_and(|status| self.core.set_status(status)) {
                     self.device_features_sel = 0;
                     self.driver_features_sel = 0;
                     self.queue_sel = 0;

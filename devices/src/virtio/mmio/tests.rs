@@ -182,6 +182,16 @@ fn features_that_were_not_offered_are_refused() {
 }
 
 #[test]
+fn status_wider_than_the_field_is_neither_a_reset_nor_a_status() {
+    let mut guest = Guest::new(false);
+    guest.negotiate(VIRTIO_F_VERSION_1);
+    for value in [0x100, 0xff00, 0x10f, 1 << 31] {
+        guest.write(register::STATUS, value);
+        assert_eq!(guest.read(register::STATUS), 11, "{value:#x}");
+    }
+}
+
+#[test]
 fn driver_ok_hands_over_the_queues() {
     let mut guest = Guest::new(false);
     let features = VIRTIO_F_VERSION_1 | 0x21;
