@@ -16,7 +16,8 @@ pub struct RxCounters {
     pub bad_chains: u64,
     /// Times that the driver had no buffers left.
     pub starved: u64,
-    /// Frames that the driver's whole ring could not hold, or without mergeable buffers one chain.
+    /// Frames larger than any may be, or than the driver's whole ring, or without mergeable buffers
+    /// one chain, could hold.
     pub too_large: u64,
     /// Reads that failed.
     pub errors: u64,

@@ -27,9 +27,9 @@ use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 /// Descriptors in each queue.
 const QUEUE_SIZE: u16 = 256;
 
-/// The most that a tap gives: an IP packet of 65,535 bytes behind an Ethernet header with a VLAN
-/// tag, rounded up as the kernel's own virtio-net driver expects it.
-const LARGEST_FRAME: usize = HEADER_LEN + 65_550;
+/// The most that a driver can be given: an IP packet of 65,535 bytes behind an Ethernet header with
+/// two VLAN tags. Larger ones, which a host with BIG TCP makes, are dropped.
+const LARGEST_FRAME: usize = HEADER_LEN + 14 + 2 * 4 + 65_535;
 
 /// What a card does besides moving frames. Limits and captures are for cards without vhost-net:
 /// there the monitor sees no frame.

@@ -46,8 +46,8 @@ pub enum RxStop {
 pub struct RxLayout {
     /// MRG_RXBUF: a frame may span several chains.
     pub mergeable: bool,
-    /// The most bytes that a frame may have, with its header. Less is never offered to the
-    /// backend, which would cut the frame without a word.
+    /// The most bytes that a frame may have, with its header. More than that is always offered to
+    /// the backend, which would cut a frame without a word; what is larger is dropped.
     pub largest_frame: usize,
 }
 
@@ -155,10 +155,9 @@ impl RxQueue {
             match self.read(backend) {
                 // Not a frame; a tap never does this.
                 Ok(len) if len < HEADER_LEN => self.counters.errors += 1,
+                Ok(len) if self.is_too_large(len) => self.counters.too_large += 1,
                 Ok(len) if !self.is_wanted(len) => self.counters.filtered += 1,
                 Ok(len) if len <= self.capacity => self.deliver(len),
-                // It cannot go on in another chain.
-                Ok(_) if !self.layout.mergeable => self.counters.too_large += 1,
                 Ok(len) => {
                     self.spill = Some(Spill {
                         len,
@@ -181,6 +180,11 @@ impl RxQueue {
             }
         }
         RxStop::Budget
+    }
+
+    /// Whether a frame of `len` bytes may be cut, or needs more than the one chain that it may have.
+    fn is_too_large(&self, len: usize) -> bool {
+        len > self.layout.largest_frame || !self.layout.mergeable && len > self.capacity
     }
 
     /// Whether the driver takes the frame of `len` bytes that has just been read. A checksum that
@@ -276,7 +280,7 @@ impl RxQueue {
             _ => (chains - self.first).min(MAX_SEGMENTS),
         };
         let mut end = self.first + segments;
-        if self.capacity < self.layout.largest_frame && segments < MAX_SEGMENTS {
+        if self.capacity <= self.layout.largest_frame && segments < MAX_SEGMENTS {
             self.spare.resize(self.layout.largest_frame, 0);
             self.iovecs.push(libc::iovec {
                 iov_base: self.spare.as_mut_ptr().cast(),

@@ -328,6 +328,25 @@ fn rx_frame_larger_than_its_only_chain_is_dropped_and_not_cut() {
 }
 
 #[test]
+fn rx_frame_larger_than_any_is_dropped_and_not_cut() {
+    for (layout, len) in [(MERGEABLE, 2000), (MERGEABLE, 1000), (SINGLE, 2040)] {
+        let (wire, far) = Wire::new();
+        let mut driver = Driver::new();
+        let mut rx = RxQueue::new(driver.ring(false), layout);
+        for head in 0..3 {
+            driver.offer_chain(head, &[(0x4000 + 0x1000 * u64::from(head), len, WRITE)]);
+        }
+        far.send(&frame(2001)).unwrap();
+        far.send(&frame(2500)).unwrap();
+        far.send(&frame(100)).unwrap();
+        rx.receive(&wire, 10);
+        assert_eq!(driver.take_used(), [(0, 100)], "{layout:?} {len}");
+        assert_eq!(driver.read(0x4000, 100), received(100, 1));
+        assert_eq!(rx.counters().too_large, 2);
+    }
+}
+
+#[test]
 fn rx_header_split_between_descriptors_is_completed() {
     for split in [1, 10, 11, 12] {
         let (wire, far) = Wire::new();
