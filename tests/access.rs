@@ -4,6 +4,7 @@
 //!
 //! - `descriptors`: queues that others have opened
 //! - `open`: `minivmm net open`
+//! - `programs`, `terminal`: what its programs get, and what of root's they do not
 //! - `links`: macvtaps that `ip link` shows, keys, lowers in other namespaces
 //! - `host_link`: the host's own access
 //! - this file: what they share, and how subcommands answer
@@ -22,6 +23,10 @@ mod host_link;
 mod links;
 #[path = "access/open.rs"]
 mod open;
+#[path = "access/programs.rs"]
+mod programs;
+#[path = "access/terminal.rs"]
+mod terminal;
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -113,6 +118,22 @@ impl Place {
         command
             .args(["-ec", AS_ON_A_DESKTOP, "sh"])
             .arg(self.path("minivmm"))
+            .args(args)
+            .env("FILES", self.files.path())
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// `minivmm net open ARGS` there, started by way of another program.
+    fn open_by(&self, way: &[&str], args: &[&str]) -> Command {
+        let minivmm = self.path("minivmm");
+        let mut command = self.net.host.command("sh");
+        command
+            .args(["-ec", AS_ON_A_DESKTOP, "sh"])
+            .args(way)
+            .arg(minivmm)
+            .args(["net", "open"])
             .args(args)
             .env("FILES", self.files.path())
             .env_remove("RUST_LOG")
@@ -283,6 +304,12 @@ fn terminate(mut vm: Vm) {
     vm.signal(Signal::TERM);
     let status = vm.wait_exit(PATIENCE);
     assert_eq!(status.code(), Some(128 + 15), "{}", vm.transcript());
+}
+
+/// Whether a process runs. (A zombie may stay, where nobody waits for orphans.)
+fn is_running(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.is_ok_and(|stat| !stat.contains(") Z "))
 }
 
 fn kill(mut vm: Vm) {

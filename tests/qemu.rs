@@ -9,6 +9,8 @@ mod lab;
 mod script;
 #[path = "qemu/terminal.rs"]
 mod terminal;
+#[path = "qemu/wrapper.rs"]
+mod wrapper;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -108,18 +110,20 @@ fn ready(command: Command) -> Vm {
     vm
 }
 
-/// The processes whose parent is `pid`.
-fn children(pid: u32) -> Vec<u32> {
+/// The processes that `pid` and its descendants have started, parents first.
+fn descendants(pid: u32) -> Vec<u32> {
     let parent = |path: PathBuf| {
         let status = fs::read_to_string(path.join("status")).unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix("PPid:"));
         line.and_then(|text| text.trim().parse::<u32>().ok())
     };
     let entries = fs::read_dir("/proc").expect("/proc is mounted").flatten();
-    entries
+    let children: Vec<u32> = entries
         .filter(|entry| parent(entry.path()) == Some(pid))
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect()
+        .collect();
+    let below = children.iter().flat_map(|child| descendants(*child));
+    children.iter().copied().chain(below).collect()
 }
 
 /// The QEMU that a minivmm or a script runs with its cards; a trial or a look at its version has none.
@@ -128,7 +132,7 @@ fn qemu_of(pid: u32) -> Option<u32> {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         text(&line).contains("id=macvtap0")
     };
-    children(pid).into_iter().find(has_cards)
+    descendants(pid).into_iter().find(has_cards)
 }
 
 /// Waits for [`qemu_of`].

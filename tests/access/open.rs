@@ -139,14 +139,6 @@ fn net_open_for_nobody_known_or_without_a_program_leaves_nothing() {
             &["--user", "no-such-user", "--", "true"],
             &["there is no user \"no-such-user\""],
         );
-        refused(
-            &["--", "/no/such/program"],
-            &["cannot run \"/no/such/program\"", "No such file"],
-        );
-        refused(
-            &["--user", "nobody", "--", "/etc/passwd"],
-            &["cannot run \"/etc/passwd\"", "Permission denied"],
-        );
     }
     is_refused(
         place.minivmm(&["net", "open", "nolink", "--", "true"]),
@@ -225,12 +217,10 @@ fn net_open_in_the_hosts_namespace_ends_the_program_when_it_is_killed() {
     let pid: u32 = vm.wait_for("\n", PATIENCE).trim().parse().unwrap();
     assert_ne!(pid, vm.pid());
     vm.signal(Signal::KILL);
-    // A zombie may stay, where nobody waits for orphans.
-    let has_ended = || {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-        stat.map_or(true, |stat| stat.contains(") Z "))
-    };
-    assert!(eventually(has_ended), "its link may be deleted by anybody");
+    assert!(
+        eventually(|| !is_running(pid)),
+        "its link may be deleted by anybody"
+    );
     vm.wait_exit(PATIENCE);
     let deleted = succeeds(place.minivmm(&["net", "gc"]));
     assert!(deleted.starts_with("deleted mine (macvtap)"), "{deleted}");

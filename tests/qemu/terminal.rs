@@ -12,7 +12,7 @@ use rustix::termios::{LocalModes, tcgetattr};
 use super::harness::assets::assets;
 use super::harness::pty::Pty;
 use super::harness::vm::binary;
-use super::{BOOT, SECOND, children, eventually, here};
+use super::{BOOT, SECOND, descendants, eventually, here};
 
 /// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the command's pid and the
 /// user's side of the terminal), and checks that the terminal is as before. Returns the exit status.
@@ -68,7 +68,8 @@ fn terminal_is_given_back_by_ctrl_a_x_and_when_either_process_is_killed() {
     };
     let quit = |_, keyboard: &mut fs::File| keyboard.write_all(b"\x01x").expect("it reads");
     let kill = |minivmm, _: &mut fs::File| {
-        let qemu = Pid::from_raw(children(minivmm)[0] as i32).expect("a pid");
+        let qemu = *descendants(minivmm).last().expect("QEMU runs");
+        let qemu = Pid::from_raw(qemu as i32).expect("a pid");
         kill_process(qemu, Signal::KILL).expect("QEMU runs");
     };
     assert_eq!(on_a_terminal(with_kernel(), quit), Some(0));

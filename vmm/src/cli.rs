@@ -244,8 +244,11 @@ Example, a guest without any right but to /dev/kvm:
 There minivmm takes from the environment what the descriptor does not tell, the MTU
 above all, and watches the link by the socket.
 
-With --user, HOME, USER, LOGNAME and XDG_RUNTIME_DIR are that user's.
-The macvtap is gone when the program ends. The exit status is the program's.";
+With --user, HOME, USER, LOGNAME and XDG_RUNTIME_DIR are that user's. The program has no
+capability, cannot get any (no_new_privs: sudo does not work in it), and inherits no other
+descriptor. Where the terminal is another user's, it gets one of its own.
+The macvtap is gone when the program ends. The exit status is the program's, or 128+N when signal
+N killed it; 127 when there is no such program, 126 when it cannot be run, 1 for all else.";
 
 /// `minivmm net open`.
 #[derive(Clone, Debug, Args)]
@@ -254,8 +257,9 @@ pub struct OpenArgs {
     #[arg(value_name = "LINK[,KEY=VALUE...]", value_parser = parse_macvtap)]
     pub macvtap: MacvtapSpec,
 
-    /// Run the program as this user, with all its groups; who called sudo by default
-    #[arg(long, value_name = "NAME")]
+    /// Run the program as this user, with all its groups; who called sudo by default. Names or
+    /// numbers
+    #[arg(long, value_name = "USER[:GROUP]", allow_hyphen_values = true)]
     pub user: Option<String>,
 
     /// The program and its arguments

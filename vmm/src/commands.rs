@@ -37,6 +37,16 @@ pub enum CommandError {
     Output(#[source] io::Error),
 }
 
+impl CommandError {
+    /// The exit status that says so.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Open(error) => error.code(),
+            _ => 1,
+        }
+    }
+}
+
 /// Runs a subcommand and returns the exit status.
 ///
 /// # Errors

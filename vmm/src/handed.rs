@@ -5,7 +5,7 @@ use std::process::Command;
 
 use net::{LinkId, MacAddr, Macvtap, Mode};
 
-use crate::handover;
+use crate::child;
 
 const FDS: &str = "MINIVMM_NET_FDS";
 const MAC: &str = "MINIVMM_NET_MAC";
@@ -41,13 +41,13 @@ pub struct Handed {
 }
 
 impl Handed {
-    /// Describes a macvtap whose queues a program will have from [`handover::FIRST`] on, and behind them a socket
+    /// Describes a macvtap whose queues a program will have from [`child::FIRST`] on, and behind them a socket
     /// that watches it, if `is_watched`.
     pub fn of(macvtap: &Macvtap, is_watched: bool) -> Self {
         let queues = macvtap.queues().len();
         Self {
-            fds: (handover::FIRST..).take(queues).collect(),
-            watch: is_watched.then_some(handover::FIRST + queues as RawFd),
+            fds: (child::FIRST..).take(queues).collect(),
+            watch: is_watched.then_some(child::FIRST + queues as RawFd),
             id: Some(macvtap.id()),
             mac: macvtap.mac(),
             mode: Some(macvtap.mode()),
@@ -111,7 +111,7 @@ impl Handed {
     /// every program has.
     pub fn watch_beside(&self, numbers: &[RawFd]) -> Option<RawFd> {
         let is_ours = numbers.iter().any(|number| self.fds.contains(number));
-        let free = |number: &RawFd| *number >= handover::FIRST && !numbers.contains(number);
+        let free = |number: &RawFd| *number >= child::FIRST && !numbers.contains(number);
         self.watch.filter(free).filter(|_| is_ours)
     }
 

@@ -17,7 +17,7 @@
 //! A network card's way through it: [`nic`] takes its queue from the host, [`cards`] puts it on the
 //! bus, and on the control thread [`link_watch`] follows the host's link, [`guest_listener`]
 //! hears a guest whose frames the kernel moves, and [`registry`] tells other programs of the guest. The subcommands that run no guest are in [`commands`], and [`qemu`]
-//! runs one in QEMU on the same macvtaps; [`handover`] and [`child`] are what starting another
+//! runs one in QEMU on the same macvtaps; [`child`] is what starting another
 //! program takes.
 //!
 //! [`builder::run`] is that table as code. [`exit`] says how a guest ends, [`console`] is its serial
@@ -44,7 +44,6 @@ pub mod event_loop;
 pub mod exit;
 pub mod guest_listener;
 pub mod handed;
-pub mod handover;
 pub mod host_link;
 pub mod limits;
 pub mod link_watch;

@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         let status = unsafe { commands::run(command) };
         return ExitCode::from(status.unwrap_or_else(|error| {
             log::error!("{}", chain(&error));
-            1
+            error.code()
         }));
     }
     terminal::restore_on_panic();

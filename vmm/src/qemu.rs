@@ -15,8 +15,8 @@
 //!
 //! An open queue would keep a private macvtap alive by itself, so minivmm could *become* QEMU. It stays as QEMU's parent
 //! to explain failures, to give the terminal back when QEMU is killed, to delete a macvtap of the host's namespace, and,
-//! with `--kernel`, to tell the guest's panic from its reboot. QEMU dies with it, whichever way it dies
-//! (PR_SET_PDEATHSIG); the kernel deletes a private macvtap with the last of its queues.
+//! with `--kernel`, to tell the guest's panic from its reboot. QEMU ends with it, whichever way it ends
+//! ([`crate::child`]); the kernel deletes a private macvtap with the last of its queues.
 
 mod accel;
 mod args;
@@ -39,9 +39,9 @@ use std::process::Command;
 
 use net::{AdoptError, MacAddr, MacvtapSpec};
 
+use crate::child;
 use crate::cli::{Accel, QemuArgs};
 use crate::config::NicSource;
-use crate::handover;
 use crate::host_link;
 use crate::registry::{RegisteredCard, Registration, Runs};
 use crate::sharing::{self, SharedError};
@@ -136,13 +136,12 @@ impl Plan {
         if args.macvtap.iter().any(|nic| nic.vhost == Some(true)) {
             nics::open_vhost().map_err(QemuError::Vhost)?;
         }
-        let numbers = nics::number(&args.macvtap, vhost.is_ok(), handover::FIRST, !follow);
+        let numbers = nics::number(&args.macvtap, vhost.is_ok(), child::FIRST, !follow);
         let mut taken: Vec<RawFd> = numbers
             .iter()
             .flat_map(|n| n.fds.iter().chain(&n.vhost).copied())
             .collect();
-        let control =
-            (follow && machine.is_some()).then_some(handover::FIRST + taken.len() as RawFd);
+        let control = (follow && machine.is_some()).then_some(child::FIRST + taken.len() as RawFd);
         taken.extend(control);
         conflict::check(&args.args, &all_ids(args, &ids), &taken)?;
         let own_devices = own_devices(args, &ids)?;

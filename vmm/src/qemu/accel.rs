@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use super::binary::output_within;
+use crate::child::Program;
 use crate::cli::Accel;
 use crate::probe::{Privileged, probe};
 
@@ -56,7 +56,7 @@ fn kvm_works(qemu: &Path) -> Result<(), String> {
     trial.args(["-nodefaults", "-no-user-config", "-display", "none", "-S"]);
     trial.args(["-M", "q35", "-m", "16", "-cpu", "max", "-accel", "kvm"]);
     trial.args(["-monitor", "stdio"]);
-    match output_within(trial, b"quit\n", LIMIT) {
+    match Program::new(trial).output(b"quit\n", LIMIT) {
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stderr);

@@ -1,12 +1,13 @@
 //! Which QEMU, and how old.
 
 use std::ffi::OsStr;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::child::Program;
 
 /// The oldest that is known to work.
 const OLDEST: (u32, u32) = (4, 2);
@@ -51,7 +52,8 @@ pub(super) fn find(given: Option<&Path>) -> Result<PathBuf, BinaryError> {
     };
     let mut command = Command::new(&path);
     command.arg("--version");
-    let output = output_within(command, b"", LIMIT)
+    let output = Program::new(command)
+        .output(b"", LIMIT)
         .map_err(|error| BinaryError::Run(path.clone(), error))?;
     let (major, minor) = match version(&String::from_utf8_lossy(&output.stdout)) {
         Some(version) => version,
@@ -81,45 +83,6 @@ fn version(text: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Runs a command that says little, with `input` on its stdin, and kills it when it takes too long.
-pub(super) fn output_within(
-    mut command: Command,
-    input: &[u8],
-    limit: Duration,
-) -> io::Result<Output> {
-    command.stdin(Stdio::piped());
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // It need not read it.
-        let _ = stdin.write_all(input);
-    }
-    let deadline = Instant::now() + limit;
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        if Instant::now() > deadline {
-            child.kill()?;
-            child.wait()?;
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        thread::sleep(Duration::from_millis(5));
-    };
-    let mut output = Output {
-        status,
-        stdout: Vec::new(),
-        stderr: Vec::new(),
-    };
-    if let Some(mut stdout) = child.stdout.take() {
-        stdout.read_to_end(&mut output.stdout)?;
-    }
-    if let Some(mut stderr) = child.stderr.take() {
-        stderr.read_to_end(&mut output.stderr)?;
-    }
-    Ok(output)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,13 +109,5 @@ mod tests {
         assert!(matches!(error, BinaryError::NotQemu(_)), "{error}");
         let error = find(Some(Path::new("/no/such"))).unwrap_err();
         assert!(matches!(error, BinaryError::Run(..)), "{error}");
-    }
-
-    #[test]
-    fn command_that_takes_too_long_is_killed() {
-        let mut sleep = Command::new("sleep");
-        sleep.arg("60");
-        let error = output_within(sleep, b"", Duration::from_millis(50)).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -3,12 +3,13 @@
 //! minivmm holds the other end of a QMP monitor of QEMU's. At its end the guest is kept (`-no-shutdown`) until minivmm
 //! has looked at physical address 0x472, where a Linux that panicked writes 0x1234 before its reset
 //! (`reboot=panic_warm`; `native_machine_emergency_restart` in arch/x86/kernel/reboot.c). The first signal presses the
-//! power button; a second one, or ten seconds, end QEMU, also when it hangs in its own end. QMP is docs/interop/qmp-spec of QEMU.
+//! power button; a guest that has not powered off ten seconds later is ended by `quit`, which writes the disks' caches. A
+//! second signal kills QEMU, and so does the end of its time after `quit`. QMP is docs/interop/qmp-spec of QEMU.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::process::Child;
+use std::process::ExitStatus;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,11 +18,14 @@ use serde_json::{Value, json};
 use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
+use crate::child::Child;
 use crate::exit::Exit;
 
 /// How long a guest has to power off after its button was pressed, as in the native monitor.
 const GRACE: Duration = Duration::from_secs(10);
-/// How long QEMU has to end after it was told to: it may have a disk's cache to write.
+/// How long QEMU has to answer `quit`: one that hangs never does.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long QEMU has to end once it has heard of it: it may have a disk's cache to write.
 const QUIT_GRACE: Duration = Duration::from_secs(60);
 /// How often it is looked whether a QEMU that has closed its socket has ended.
 const POLL: Duration = Duration::from_millis(20);
@@ -35,12 +39,12 @@ enum News {
     Closed,
 }
 
-/// Follows QEMU to its end; `signals` has SIGCHLD too. `None` when QEMU ended of itself: its status then tells.
+/// Follows QEMU to its end; `signals` has SIGCHLD too. Without an [`Exit`] QEMU ended of itself: its status then tells.
 pub(super) fn follow(
     child: &mut Child,
     socket: UnixStream,
     mut signals: Signals,
-) -> io::Result<Option<Exit>> {
+) -> io::Result<(Option<Exit>, ExitStatus)> {
     let (sender, news) = mpsc::channel();
     let (reader, handle, for_signals) = (socket.try_clone()?, signals.handle(), sender.clone());
     let read = move || read_messages(reader, &sender);
@@ -58,18 +62,18 @@ pub(super) fn follow(
 
     let mut guest = Guest::new(socket);
     guest.command("qmp_capabilities", json!({}), Asked::Nothing);
-    attend(&mut guest, child, &news)?;
+    let status = attend(&mut guest, child, &news)?;
     drop(news);
     handle.close();
     // A helper of QEMU's may still hold the other end.
     let _ = guest.socket.shutdown(Shutdown::Both);
     let _ = (messages.join(), signals.join());
-    Ok(guest.exit())
+    Ok((guest.exit(), status))
 }
 
 /// Acts on the news until QEMU has ended. One that has closed its socket may still have long to go, and hang: signals
 /// and the deadline count to the end.
-fn attend(guest: &mut Guest, child: &mut Child, news: &Receiver<News>) -> io::Result<()> {
+fn attend(guest: &mut Guest, child: &mut Child, news: &Receiver<News>) -> io::Result<ExitStatus> {
     let mut closed = false;
     while !guest.gone {
         let patience = guest.deadline.map_or(Duration::MAX, |deadline| {
@@ -82,16 +86,14 @@ fn attend(guest: &mut Guest, child: &mut Child, news: &Receiver<News>) -> io::Re
             Ok(News::Signal(signal)) => guest.signal(signal),
             Ok(News::Message(message)) => guest.message(&message),
             Ok(News::Closed) | Err(RecvTimeoutError::Disconnected) => closed = true,
-            Err(RecvTimeoutError::Timeout) if patience <= poll => guest.gone = true,
+            Err(RecvTimeoutError::Timeout) if patience <= poll => guest.be_late(),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        if child.try_wait()?.is_some() {
-            return Ok(());
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
         }
     }
-    child.kill()?;
-    child.wait()?;
-    Ok(())
+    child.kill()
 }
 
 fn read_messages(socket: UnixStream, news: &Sender<News>) {
@@ -129,6 +131,8 @@ struct Guest {
     end: Option<Exit>,
     signal: Option<i32>,
     deadline: Option<Instant>,
+    /// QEMU was told to end.
+    ending: bool,
     /// QEMU has to be killed.
     gone: bool,
 }
@@ -140,6 +144,7 @@ impl Guest {
             end: None,
             signal: None,
             deadline: None,
+            ending: false,
             gone: false,
         }
     }
@@ -164,6 +169,16 @@ impl Guest {
         self.deadline = Some(Instant::now() + GRACE);
     }
 
+    /// Its time is over.
+    fn be_late(&mut self) {
+        if self.ending {
+            self.gone = true;
+            return;
+        }
+        log::warn!("the guest has not powered off: QEMU is told to quit");
+        self.end_qemu(ANSWER);
+    }
+
     fn message(&mut self, message: &Value) {
         let (data, answer) = (&message["data"], &message["return"]);
         match (message["event"].as_str(), message["id"].as_str()) {
@@ -175,8 +190,8 @@ impl Guest {
                 }
                 Some("guest-panic") => self.quit(Exit::Panic),
                 Some("guest-shutdown") => self.quit(Exit::PowerOff),
-                // QEMU was told to end by somebody else, and does.
-                _ => self.end_qemu(),
+                // QEMU was told to end, by minivmm or somebody else, and does.
+                _ => self.end_qemu(QUIT_GRACE),
             },
             (Some("STOP"), _) => self.command("query-status", json!({}), Asked::Status),
             (_, Some("status")) if answer["status"] == "internal-error" => {
@@ -196,12 +211,13 @@ impl Guest {
 
     fn quit(&mut self, end: Exit) {
         self.end.get_or_insert(end);
-        self.end_qemu();
+        self.end_qemu(QUIT_GRACE);
     }
 
-    fn end_qemu(&mut self) {
+    fn end_qemu(&mut self, within: Duration) {
+        self.ending = true;
         self.command("quit", json!({}), Asked::Nothing);
-        self.deadline = Some(Instant::now() + QUIT_GRACE);
+        self.deadline = Some(Instant::now() + within);
     }
 }
 
@@ -262,13 +278,39 @@ mod tests {
         assert_eq!(guest.exit(), Some(Exit::Signal(15)));
     }
 
+    #[test]
+    fn guest_that_does_not_power_off_is_ended_by_quit_and_killed_last() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut guest = Guest::new(ours);
+        guest.signal(15);
+        guest.be_late();
+        let late = guest.deadline.expect("it has to answer");
+        assert!(!guest.gone && late <= Instant::now() + ANSWER);
+        // It writes its caches.
+        guest.message(&shutdown("host-qmp-quit"));
+        assert!(!guest.gone && guest.deadline > Some(late));
+        guest.be_late();
+        assert!(guest.gone);
+        assert_eq!(guest.exit(), Some(Exit::Signal(15)));
+        let mut sent = String::new();
+        io::Read::read_to_string(&mut theirs, &mut sent).unwrap();
+        let names: Vec<_> = sent
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap()["execute"].clone())
+            .collect();
+        assert_eq!(names, ["system_powerdown", "quit", "quit"]);
+    }
+
+    fn sleep(seconds: &str) -> Child {
+        let mut command = std::process::Command::new("sleep");
+        command.arg(seconds);
+        crate::child::Program::new(command).spawn().unwrap()
+    }
+
     /// A QEMU that goes on for a minute after it has closed its socket, and its guest.
     fn deaf() -> (Guest, Child, Sender<News>, Receiver<News>) {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let child = std::process::Command::new("sleep")
-            .arg("60")
-            .spawn()
-            .unwrap();
+        let child = sleep("60");
         let (sender, news) = mpsc::channel();
         sender.send(News::Closed).unwrap();
         (Guest::new(ours), child, sender, news)
@@ -309,15 +351,11 @@ mod tests {
 
     #[test]
     fn qemu_that_ends_soon_after_its_socket_is_waited_for() {
-        let (mut guest, mut sleep, _sender, news) = deaf();
-        sleep.kill().unwrap();
-        sleep.wait().unwrap();
-        let mut child = std::process::Command::new("sleep")
-            .arg("0.2")
-            .spawn()
-            .unwrap();
-        attend(&mut guest, &mut child, &news).unwrap();
-        assert!(child.wait().unwrap().success());
+        let (mut guest, mut other, _sender, news) = deaf();
+        other.kill().unwrap();
+        let mut child = sleep("0.2");
+        let status = attend(&mut guest, &mut child, &news).unwrap();
+        assert!(status.success());
         assert_eq!(guest.exit(), None);
     }
 
@@ -325,10 +363,7 @@ mod tests {
     fn qemu_that_ends_while_a_helper_holds_its_socket_is_noticed() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let signals = Signals::new([SIGCHLD]).unwrap();
-        let mut child = std::process::Command::new("sleep")
-            .arg("0.2")
-            .spawn()
-            .unwrap();
-        assert_eq!(follow(&mut child, ours, signals).unwrap(), None);
+        let mut child = sleep("0.2");
+        assert_eq!(follow(&mut child, ours, signals).unwrap().0, None);
     }
 }

@@ -4,22 +4,47 @@ use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
-use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::{Plan, QemuError, control, hints, terminal};
-use crate::child;
+use crate::child::{self, Arrivals, Child, Program};
 use crate::config::ConsoleTarget;
 use crate::exit::Exit;
-use crate::handover::Handover;
-use crate::limits;
-use crate::signals::{self, not_ignored};
+use crate::signals::not_ignored;
 
 /// What ends minivmm, and QEMU with it.
 const SIGNALS: [i32; 4] = [SIGTERM, SIGHUP, SIGINT, SIGQUIT];
+
+/// How QEMU is followed.
+enum Follow {
+    /// As the native monitor's guest, over the control socket.
+    Guest(UnixStream, Signals),
+    /// As any program.
+    Program(Arrivals),
+}
+
+impl Follow {
+    /// Takes the signals.
+    fn new(control: Option<UnixStream>) -> io::Result<Self> {
+        Ok(match control {
+            Some(socket) => {
+                let signals = [not_ignored(&SIGNALS), vec![SIGCHLD]].concat();
+                Self::Guest(socket, Signals::new(signals)?)
+            }
+            None => Self::Program(Arrivals::new(&SIGNALS)?),
+        })
+    }
+
+    fn follow(self, mut qemu: Child) -> io::Result<(Option<Exit>, ExitStatus)> {
+        match self {
+            Self::Guest(socket, signals) => control::follow(&mut qemu, socket, signals),
+            Self::Program(signals) => Ok((None, qemu.wait(signals, &SIGNALS)?)),
+        }
+    }
+}
 
 /// Starts QEMU and follows it to its end.
 pub(super) fn supervise(
@@ -28,9 +53,6 @@ pub(super) fn supervise(
     control: Option<UnixStream>,
     plan: &Plan,
 ) -> Result<u8, QemuError> {
-    let handover = Handover::new(descriptors).map_err(QemuError::Descriptors)?;
-    handover.attach(&mut command);
-    die_together(&mut command);
     command.stderr(Stdio::piped());
     if let Some(machine) = &plan.machine
         && (!machine.keys || machine.console != ConsoleTarget::Stdio)
@@ -41,18 +63,18 @@ pub(super) fn supervise(
             command.stdin(Stdio::null());
         }
     }
-    let signals = Signals::new([not_ignored(&SIGNALS), vec![SIGCHLD]].concat())
-        .map_err(QemuError::Signals)?;
+    let means = Follow::new(control).map_err(QemuError::Signals)?;
     let terminal = terminal::SavedTerminal::save();
-    let mut qemu = command
-        .spawn()
-        .map_err(|error| QemuError::Run(plan.qemu.clone(), error))?;
-    drop(handover);
+    let mut program = Program::new(command);
+    program.numbered = descriptors;
+    // ARGS may name what the caller has opened.
+    program.inherits = true;
     // It holds QEMU's end of the control socket no longer than QEMU does.
-    drop(command);
-    let stderr = qemu.stderr.take().map(hints::Relay::start);
+    let qemu = program.spawn();
+    let mut qemu = qemu.map_err(|error| QemuError::Run(plan.qemu.clone(), error))?;
+    let stderr = qemu.stderr().map(hints::Relay::start);
     let stderr = stderr.transpose().map_err(QemuError::Follow)?;
-    let (exit, status) = end_of(qemu, control, signals).map_err(QemuError::Follow)?;
+    let (exit, status) = means.follow(qemu).map_err(QemuError::Follow)?;
     drop(terminal);
     let hint = stderr.and_then(hints::Relay::hint);
     let code = match exit {
@@ -72,37 +94,4 @@ pub(super) fn supervise(
         log::error!("{hint}");
     }
     Ok(code)
-}
-
-/// Waits for QEMU's end: as the native monitor's guest over the control socket, else as any program's.
-fn end_of(
-    mut qemu: Child,
-    control: Option<UnixStream>,
-    signals: Signals,
-) -> io::Result<(Option<Exit>, ExitStatus)> {
-    match control {
-        Some(socket) => {
-            let exit = control::follow(&mut qemu, socket, signals)?;
-            Ok((exit, qemu.wait()?))
-        }
-        None => Ok((None, child::wait(qemu, signals, &SIGNALS)?)),
-    }
-}
-
-/// Has the kernel kill the program when this process dies.
-fn die_together(command: &mut Command) {
-    let parent = getpid();
-    let arm = move || {
-        signals::restore()?;
-        limits::restore()?;
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        // It may have died before that.
-        if getppid() == Some(parent) {
-            Ok(())
-        } else {
-            Err(io::Error::from_raw_os_error(libc::ESRCH))
-        }
-    };
-    // SAFETY: what runs between fork and exec makes system calls alone: it allocates nothing and takes no lock.
-    unsafe { command.pre_exec(arm) };
 }

@@ -1,0 +1,199 @@
+//! What the programs of `minivmm net open` get besides the queue: a user's rights and nothing of root's.
+
+use super::*;
+
+/// Has every capability, in the sets that outlive a change of user too.
+const WITH_AMBIENT: [&str; 5] = [
+    "setpriv",
+    "--inh-caps=+chown,+dac_override,+setgid,+setuid,+setpcap,+net_admin,+net_raw,+sys_admin,+mknod",
+    "--ambient-caps=+chown,+dac_override,+setgid,+setuid,+setpcap,+net_admin,+net_raw,+sys_admin,+mknod",
+    "--securebits=+no_setuid_fixup",
+    "--",
+];
+/// The same as an ordinary user.
+const NOBODY_WITH_AMBIENT: [&str; 7] = [
+    "setpriv",
+    "--reuid=nobody",
+    "--regid=nogroup",
+    "--clear-groups",
+    "--inh-caps=+chown,+dac_override,+setgid,+setuid,+setpcap,+net_admin,+net_raw,+sys_admin,+mknod",
+    "--ambient-caps=+chown,+dac_override,+setgid,+setuid,+setpcap,+net_admin,+net_raw,+sys_admin,+mknod",
+    "--",
+];
+const SETS: [&str; 5] = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"];
+const NONE: &str = "0000000000000000";
+
+#[test]
+fn program_of_a_user_has_no_capability_whatever_minivmm_was_started_with() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let status = ["--", "cat", "/proc/self/status"];
+    for netns in ["private", "host"] {
+        let spec = format!("lower,netns={netns}");
+        for (way, user) in [
+            (&WITH_AMBIENT[..], &["--user", USER][..]),
+            (&NOBODY_WITH_AMBIENT, &["--user", USER]),
+            (&NOBODY_WITH_AMBIENT, &[]),
+        ] {
+            let args = [&[spec.as_str()], user, &status].concat();
+            let shown = succeeds(place.open_by(way, &args));
+            for set in SETS {
+                assert_eq!(after(&shown, set), NONE, "{set} {args:?} {shown}");
+            }
+            assert_eq!(after(&shown, "NoNewPrivs:"), "1", "{shown}");
+        }
+    }
+}
+
+#[test]
+fn program_inherits_what_was_passed_to_it_and_no_other_descriptor() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let way = [
+        "bash",
+        "-c",
+        "exec 3</etc/passwd 10</etc/passwd 251</etc/passwd; exec \"$@\"",
+        "bash",
+    ];
+    let script = "for fd in 3 4 5 10 251; do [ -e /proc/$$/fd/$fd ] && echo has $fd; done; :";
+    for netns in ["private", "host"] {
+        let spec = format!("lower,netns={netns}");
+        let args = [&spec, "--user", USER, "--", "sh", "-c", script];
+        // The queue, and the socket that watches.
+        assert_eq!(succeeds(place.open_by(&way, &args)), "has 3\nhas 4\n");
+    }
+}
+
+#[test]
+fn program_does_not_take_the_queue_for_its_listening_socket() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    for netns in ["private", "host"] {
+        let spec = format!("lower,netns={netns}");
+        // LISTEN_PID is right where minivmm becomes the program.
+        let way = [
+            "sh",
+            "-c",
+            "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=web exec \"$@\"",
+            "sh",
+        ];
+        let shown = succeeds(place.open_by(&way, &[&spec, "--user", USER, "--", "env"]));
+        assert!(shown.contains("MINIVMM_NET_FDS=3\n"), "{shown}");
+        assert!(!shown.contains("LISTEN_"), "{shown}");
+    }
+}
+
+#[test]
+fn user_is_a_name_or_a_number_with_or_without_a_group() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let (id, more) = (USER_ID, USER_ID + 1);
+    let groups = format!("{USER}:{USER}-more");
+    for (user, expected) in [
+        ("65534", "65534 65534 65534 nobody /nonexistent".to_owned()),
+        ("nobody", "65534 65534 65534 nobody /nonexistent".to_owned()),
+        // In two groups, known by name.
+        (&id.to_string(), format!("{id} {id} {id} {more} {USER} /")),
+        // The group that is chosen is the first one.
+        (&groups, format!("{id} {more} {more} {USER} /")),
+        (
+            &format!("{USER}:65534"),
+            format!("{id} 65534 65534 {more} {USER} /"),
+        ),
+        // Known to nobody.
+        ("4711", "4711 4711 4711 4711 /".to_owned()),
+        ("4711:4712", "4711 4712 4712 4711 /".to_owned()),
+    ] {
+        let script = "echo $(id -u) $(id -g) $(id -G) $USER $HOME";
+        let args = ["lower", "--user", user, "--", "sh", "-c", script];
+        let shown = succeeds(place.open_by(&["env"], &args));
+        assert_eq!(shown.trim(), expected, "{user}");
+    }
+    // The kernel takes the last for "leave it as it is", which is root here.
+    for user in [
+        "no-such-user",
+        "nobody:no-such-group",
+        "4294967295",
+        "1:4294967295",
+        "-1",
+        "",
+    ] {
+        let user = format!("--user={user}");
+        let args = ["lower", &user, "--", "true"];
+        is_refused(place.open_by(&["env"], &args), FAILED, &["there is no "]);
+    }
+}
+
+#[test]
+fn caller_of_sudo_is_believed_by_root_alone() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let args = ["lower", "--", "id", "-u"];
+    let sudo = format!("SUDO_USER={USER}");
+    let by_sudo = succeeds(place.open_by(&["env", &sudo], &args));
+    assert_eq!(by_sudo.trim(), USER_ID.to_string());
+    let way = [&["env", &sudo][..], &NOBODY_WITH_AMBIENT].concat();
+    assert_eq!(succeeds(place.open_by(&way, &args)).trim(), "65534");
+}
+
+#[test]
+fn program_that_cannot_be_run_gives_the_status_of_a_shell() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    for netns in ["private", "host"] {
+        let spec = format!("lower,mac={MAC},netns={netns}");
+        for (program, status, text) in [
+            ("/no/such/program", 127, "No such file"),
+            ("no-such-program", 127, "No such file"),
+            ("/etc/passwd", 126, "Permission denied"),
+        ] {
+            let texts = [&format!("cannot run {program:?}")[..], text];
+            let args = ["net", "open", &spec, "--user", "nobody", "--", program];
+            // In a directory that the user may not search it might be.
+            let mut minivmm = place.minivmm(&args);
+            minivmm.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+            is_refused(minivmm, status, &texts);
+            assert_eq!(place.net.host.links(), ["lower"]);
+            assert!(place.mac_gets_free(), "{args:?}");
+        }
+    }
+}
+
+/// A program that starts another one, tells its pid, and waits for it.
+const WRAPPER: &str = "sh -c 'trap \"\" HUP; echo pid=$$; exec sleep 1000' & wait";
+
+#[test]
+fn program_of_the_hosts_namespace_and_what_it_started_end_with_minivmm() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    for signal in [Signal::TERM, Signal::KILL] {
+        let spec = format!("lower,mac={MAC},netns=host");
+        let args = [&spec, "--user", USER, "--", "sh", "-c", WRAPPER];
+        let mut vm = Vm::spawn(place.open_by(&["env"], &args));
+        vm.wait_for("pid=", PATIENCE);
+        let pid: u32 = vm.wait_for("\n", PATIENCE).trim().parse().unwrap();
+        vm.signal(signal);
+        let ended = eventually(|| !is_running(pid));
+        if !ended {
+            let _ = rustix::process::kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL);
+        }
+        assert!(ended, "after {signal:?}");
+        vm.wait_exit(PATIENCE);
+        succeeds(place.minivmm(&["net", "gc"]));
+        assert!(place.mac_gets_free(), "after {signal:?}");
+    }
+}

@@ -1,0 +1,103 @@
+//! File descriptors that a program inherits.
+
+use std::ffi::c_uint;
+use std::fs;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+/// The number of the first that is passed by number: the lowest that a shell leaves free.
+pub const FIRST: RawFd = 3;
+
+/// Descriptors for a program: some as [`FIRST`] and the numbers that follow, in order, others under whatever number.
+///
+/// Close-on-exec stays set on them here: no other child of this process inherits one.
+#[derive(Debug)]
+pub(super) struct Passed {
+    numbered: Vec<OwnedFd>,
+    others: Vec<OwnedFd>,
+    /// Whatever has a wanted number during the fork is overwritten there. These keep the pipe away by which
+    /// [`std::process::Command`] learns whether exec worked.
+    _occupied: Vec<OwnedFd>,
+}
+
+impl Passed {
+    /// Moves the descriptors to numbers above those that are wanted, so that none overwrites another.
+    ///
+    /// # Errors
+    ///
+    /// Fails with EMFILE.
+    pub fn new(numbered: Vec<OwnedFd>, others: Vec<OwnedFd>) -> io::Result<Self> {
+        let above = FIRST + numbered.len() as RawFd;
+        let move_up = |fd: OwnedFd| Ok(rustix::io::fcntl_dupfd_cloexec(&fd, above)?);
+        let all_up = |fds: Vec<OwnedFd>| fds.into_iter().map(move_up).collect::<io::Result<_>>();
+        let (numbered, others) = (all_up(numbered)?, all_up(others)?);
+        let mut occupied = Vec::new();
+        loop {
+            let filler = OwnedFd::from(File::open("/dev/null")?);
+            if filler.as_raw_fd() >= above {
+                break;
+            }
+            occupied.push(filler);
+        }
+        Ok(Self {
+            numbered,
+            others,
+            _occupied: occupied,
+        })
+    }
+
+    /// Gives them to the program that this process becomes. Runs between fork and exec.
+    pub fn place(&self) -> io::Result<()> {
+        for (wanted, fd) in (FIRST..).zip(&self.numbered) {
+            // SAFETY: dup2 takes numbers. Whatever had the new one is closed, which no destructor of
+            // this process will notice, since it is about to become another program.
+            if unsafe { libc::dup2(fd.as_raw_fd(), wanted) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        for fd in &self.others {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+        }
+        Ok(())
+    }
+}
+
+/// Has exec close every descriptor from [`FIRST`] on, also those that this process has inherited and knows nothing of.
+pub(super) fn close_on_exec() -> io::Result<()> {
+    // SAFETY: it takes numbers, and changes what exec does alone.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            FIRST as c_uint,
+            c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if done == 0 {
+        return Ok(());
+    }
+    // A kernel before 5.11.
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name().to_str().and_then(|n| n.parse().ok());
+        if let Some(number) = number.filter(|number| *number >= FIRST) {
+            // SAFETY: as above.
+            unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+        }
+    }
+    Ok(())
+}
+
+/// Closes every descriptor of a process that goes on without any. Runs after a fork, and calls what may be called there.
+pub(super) fn close_all() {
+    // SAFETY: it takes numbers. This process runs no destructor of what owned them.
+    if unsafe { libc::syscall(libc::SYS_close_range, 0, c_uint::MAX, 0) } == 0 {
+        return;
+    }
+    // A kernel before 5.9.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    for number in 0..limit.unwrap_or(u64::MAX).min(1 << 16) {
+        // SAFETY: as above.
+        unsafe { libc::close(number as RawFd) };
+    }
+}
