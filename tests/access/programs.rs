@@ -171,6 +171,31 @@ fn program_that_cannot_be_run_gives_the_status_of_a_shell() {
     }
 }
 
+#[test]
+fn guest_runs_without_the_socket_that_watches() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let program = place.path("minivmm");
+    for redirection in ["4<&-", "4</dev/null"] {
+        let guest = place.guest(2, "mode=info");
+        let script = format!("exec \"$@\" {redirection}");
+        let inner = with(&guest, &["--macvtap", "fd=3"]);
+        let program = [program.to_str().unwrap()];
+        let outer = ["lower", "--", "sh", "-c", &script, "sh"];
+        let args = [&outer[..], &program, &inner].concat();
+        let mut vm = Vm::spawn(place.open_by(&["env"], &args));
+        assert_eq!(
+            vm.wait_exit(PATIENCE).code(),
+            Some(0),
+            "{}",
+            vm.transcript()
+        );
+        vm.wait_for_log("cannot watch macvtap0", PATIENCE);
+    }
+}
+
 /// A program that starts another one, tells its pid, and waits for it.
 const WRAPPER: &str = "sh -c 'trap \"\" HUP; echo pid=$$; exec sleep 1000' & wait";
 

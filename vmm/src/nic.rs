@@ -241,13 +241,18 @@ fn open_pcap(path: &Path) -> Result<File, NicError> {
 /// Nothing in this process may own them: call it before anything is opened.
 pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Given, NicError> {
     let sources = nics.iter().map(|nic| &nic.source);
-    let mut numbers: Vec<RawFd> = sources.flat_map(NicSource::descriptors).collect();
+    let numbers: Vec<RawFd> = sources.flat_map(NicSource::descriptors).collect();
     let handed = Handed::from_environment();
-    let count = numbers.len();
-    numbers.extend(handed.as_ref().and_then(|told| told.watch_beside(&numbers)));
     // SAFETY: as for this function.
-    let mut queues = unsafe { net::inherit(&numbers) }?;
-    let watch = (numbers.len() > count).then(|| queues.pop()).flatten();
+    let queues = unsafe { net::inherit(&numbers) }?;
+    let watch = handed.as_ref().and_then(|told| {
+        let number = told.watch_beside(&numbers)?;
+        // SAFETY: as for this function; it is none of `numbers`.
+        unsafe { net::inherit(&[number]) }
+            .inspect_err(|error| log::warn!("cannot watch {}: {error}", told.name))
+            .ok()?
+            .pop()
+    });
     Ok(Given {
         queues,
         handed,
