@@ -156,6 +156,11 @@ impl Vm {
             .map_err(call("set the identity map"))?;
         fd.set_tss_address(KVM_TSS as usize)
             .map_err(call("set the TSS"))?;
+        // Before the interrupt controllers: with them KVM waits for grace periods of its readers
+        // whenever the memory changes, some milliseconds for each slot.
+        for (slot, region) in (0..).zip(memory.iter()) {
+            add_memory(&fd, slot, region)?;
+        }
         fd.create_irq_chip()
             .map_err(call("create the interrupt controllers"))?;
         let pit = kvm_pit_config {
@@ -163,9 +168,6 @@ impl Vm {
             ..Default::default()
         };
         fd.create_pit2(pit).map_err(call("create the timer"))?;
-        for (slot, region) in (0..).zip(memory.iter()) {
-            add_memory(&fd, slot, region)?;
-        }
         let fd = Arc::new(fd);
         Ok(Self {
             routes: Arc::new(Routes::new(Arc::clone(&fd))),
