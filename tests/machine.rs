@@ -44,6 +44,18 @@ fn string_instructions_repeat_one_port() {
 }
 
 #[test]
+fn guest_without_a_console_has_no_serial_port() {
+    if !has_kvm() {
+        return;
+    }
+    for (console, end) in [("none", "powered off"), ("stdio", "asked for a reboot")] {
+        let (status, vm) = run(Tiny::NoSerial, &["--console", console]);
+        assert_eq!(status, Some(0), "{}", vm.transcript());
+        assert!(vm.log().contains(end), "{console}: {}", vm.log());
+    }
+}
+
+#[test]
 fn crash_that_kvm_reports_is_told_with_place_and_instruction() {
     if !has_kvm() {
         return;

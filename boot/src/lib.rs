@@ -22,7 +22,7 @@
 //! let memory = GuestMemoryMmap::from_ranges(&boot::layout::ram_regions(512 << 20))?;
 //! let platform = boot::Platform {
 //!     cpus: 1,
-//!     serial: boot::SerialPort { port: 0x3f8, gsi: 4 },
+//!     serial: Some(boot::SerialPort { port: 0x3f8, gsi: 4 }),
 //!     virtio_mmio: vec![boot::VirtioMmio {
 //!         base: GuestAddress(boot::layout::VIRTIO_MMIO_BASE),
 //!         size: boot::layout::VIRTIO_MMIO_SIZE,
@@ -82,8 +82,8 @@ pub struct BootSpec<'a> {
 pub struct Platform {
     /// CPUs, 1 to 254. CPU n has the local APIC id n.
     pub cpus: u8,
-    /// COM1.
-    pub serial: SerialPort,
+    /// COM1, if there is one.
+    pub serial: Option<SerialPort>,
     /// The virtio devices behind the MMIO transport, in the order in which Linux is to find them.
     pub virtio_mmio: Vec<VirtioMmio>,
     /// The PCI host bridge, if there is one.

@@ -21,10 +21,10 @@ pub(crate) fn file_with(content: &[u8]) -> File {
 pub(crate) fn platform(cpus: u8, devices: u32) -> Platform {
     Platform {
         cpus,
-        serial: SerialPort {
+        serial: Some(SerialPort {
             port: 0x3f8,
             gsi: 4,
-        },
+        }),
         virtio_mmio: (0..devices)
             .map(|n| VirtioMmio {
                 base: GuestAddress(layout::VIRTIO_MMIO_BASE + u64::from(n * 0x1000)),

@@ -19,6 +19,8 @@ pub enum Tiny {
     Flood,
     /// Reads and writes ports by string instructions, and powers off if they do what they have to.
     Strings,
+    /// Powers off if there is no COM1, and else resets.
+    NoSerial,
     /// Does what no KVM can run for it: `lock cmpxchg16b`, which emulated ones lack, then code in the memory hole.
     Unrunnable,
 }
@@ -111,6 +113,13 @@ tiny_strings:
     jmp tiny_power_off
 9:  .ascii "hi\n"
 
+tiny_no_serial:
+    mov dx, 0x3fd
+    in al, dx
+    cmp al, 0xff
+    je tiny_power_off
+    jmp 6b
+
 tiny_unrunnable:
     mov edi, 0x300000
     lock cmpxchg16b [rdi]
@@ -128,6 +137,7 @@ unsafe extern "C" {
     static tiny_echo: u8;
     static tiny_flood: u8;
     static tiny_strings: u8;
+    static tiny_no_serial: u8;
     static tiny_unrunnable: u8;
     static tiny_end: u8;
 }
@@ -145,6 +155,7 @@ impl Tiny {
             Self::Echo => &raw const tiny_echo,
             Self::Flood => &raw const tiny_flood,
             Self::Strings => &raw const tiny_strings,
+            Self::NoSerial => &raw const tiny_no_serial,
             Self::Unrunnable => &raw const tiny_unrunnable,
         };
         let size = (&raw const tiny_end).addr() - begin.addr();

@@ -1,7 +1,7 @@
 //! From a request to a guest that has ended: the way through the house.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -67,7 +67,12 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
 /// Nothing in this process may own the file descriptors that `config` names: call it before
 /// anything is opened.
 pub unsafe fn run(config: Config) -> Result<Exit, Error> {
-    let plan = Plan::new(config.cpus.get(), config.transport, config.nics.len())?;
+    let plan = Plan::new(
+        config.cpus.get(),
+        config.transport,
+        config.nics.len(),
+        config.console.has_port(),
+    )?;
     // SAFETY: as for this function.
     let host = unsafe { Resources::acquire(&config) }?;
     let memory = vm::map_memory(config.memory)?;
@@ -75,11 +80,10 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     let vm = Vm::new(&host.hypervisor, Arc::clone(&memory))?;
     let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
     let mut machine = Machine::new(&vm, memory, Arc::clone(&exit))?;
-    let output: Box<dyn Write + Send> = match host.console {
-        Some(file) => Box::new(Output::new(file, Arc::clone(&exit))),
-        None => Box::new(io::sink()),
+    let serial = match host.console {
+        Some(file) => Some(machine.add_serial(Box::new(Output::new(file, Arc::clone(&exit))))?),
+        None => None,
     };
-    let (serial, drained) = machine.add_serial(output)?;
     let power_button = machine.add_power_button()?;
     let mut cards = Cards::add(&mut machine, &plan, host.nics)?;
     if plan.transport() == Transport::Pci {
@@ -97,7 +101,10 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
         ConsoleTarget::Stdio => RawTerminal::enter().map_err(failed_to("set up the terminal"))?,
         _ => None,
     };
-    if config.console == ConsoleTarget::Stdio && terminal::may_read() {
+    if config.console == ConsoleTarget::Stdio
+        && let Some((serial, drained)) = serial
+        && terminal::may_read()
+    {
         console::spawn_input(serial, drained, Arc::clone(&exit), terminal.is_some())
             .map_err(failed_to("start the console's thread"))?;
     }

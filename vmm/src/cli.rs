@@ -128,7 +128,8 @@ pub struct GuestArgs {
     #[arg(long, value_name = "PATH", help_heading = "Guest")]
     pub initrd: Option<PathBuf>,
 
-    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1"
+    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1",
+    /// with --console none without its first word
     #[arg(
         long,
         value_name = "TEXT",
@@ -176,7 +177,8 @@ pub struct GuestArgs {
     )]
     pub host_link: Vec<InterfaceAddress>,
 
-    /// Where the guest's serial console goes: stdio, none or file:PATH
+    /// Where the guest's serial console goes: stdio, file:PATH, or none, with which the guest has
+    /// no serial port
     #[arg(
         long,
         value_name = "WHERE",

@@ -17,9 +17,11 @@ pub use nic::{
 };
 use nic::{CARD_KEYS, MACVTAP_KEYS, MAX_PAIRS};
 
-/// What every kernel is told: the console is COM1; after a panic reset at once, with the "warm"
-/// flag by which the monitor tells it from a reboot.
-pub const BASE_CMDLINE: &str = "console=ttyS0 reboot=panic_warm panic=-1";
+/// What every kernel is told: after a panic reset at once, with the "warm" flag by which the monitor
+/// tells it from a reboot.
+const BASE_CMDLINE: &str = "reboot=panic_warm panic=-1";
+/// What a kernel is told whose console is COM1.
+const CONSOLE: &str = "console=ttyS0 ";
 
 /// A guest that somebody wants to have.
 #[derive(Clone, Debug)]
@@ -46,7 +48,7 @@ pub struct Config {
 
 impl From<GuestArgs> for Config {
     fn from(args: GuestArgs) -> Self {
-        let cmdline = whole_cmdline(&args.cmdline);
+        let cmdline = whole_cmdline(&args.console, &args.cmdline);
         Self {
             // clap has seen to it that there is one.
             kernel: args.kernel.unwrap_or_default(),
@@ -63,8 +65,11 @@ impl From<GuestArgs> for Config {
 }
 
 /// What the kernel is told, with the user's words behind what every kernel is told.
-pub fn whole_cmdline(users: &str) -> String {
-    format!("{BASE_CMDLINE} {users}").trim_end().to_owned()
+pub fn whole_cmdline(console: &ConsoleTarget, users: &str) -> String {
+    let console = if console.has_port() { CONSOLE } else { "" };
+    format!("{console}{BASE_CMDLINE} {users}")
+        .trim_end()
+        .to_owned()
 }
 
 /// A value of the command line that makes no sense. clap says to which option it was given.
@@ -206,10 +211,17 @@ impl fmt::Display for MemorySize {
 pub enum ConsoleTarget {
     /// The monitor's own stdin and stdout.
     Stdio,
-    /// Nowhere.
+    /// Nowhere: the guest has no serial port, and does not spend an exit on each character.
     None,
     /// Output to a file, which is made or emptied; no input.
     File(PathBuf),
+}
+
+impl ConsoleTarget {
+    /// Whether the guest has the serial port.
+    pub fn has_port(&self) -> bool {
+        *self != Self::None
+    }
 }
 
 impl FromStr for ConsoleTarget {
@@ -240,6 +252,17 @@ impl FromStr for Transport {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kernel_is_told_of_a_console_only_where_there_is_one() {
+        let line = |console: &str| whole_cmdline(&console.parse().unwrap(), "quiet");
+        let whole = "console=ttyS0 reboot=panic_warm panic=-1 quiet";
+        assert_eq!(
+            (line("stdio"), line("file:f")),
+            (whole.into(), whole.into())
+        );
+        assert_eq!(line("none"), "reboot=panic_warm panic=-1 quiet");
+    }
 
     #[test]
     fn memory_size_is_read_with_each_suffix() {

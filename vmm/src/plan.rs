@@ -126,15 +126,21 @@ pub struct Plan {
     cpus: u8,
     transport: Transport,
     virtio: Vec<VirtioSlot>,
+    serial: bool,
 }
 
 impl Plan {
-    /// A machine with `cpus` vCPUs and `devices` virtio devices.
+    /// A machine with `cpus` vCPUs, `devices` virtio devices, and COM1 if `serial`.
     ///
     /// # Errors
     ///
     /// Fails when there are more than [`Transport::max_devices`].
-    pub fn new(cpus: u8, transport: Transport, devices: usize) -> Result<Self, TooManyDevices> {
+    pub fn new(
+        cpus: u8,
+        transport: Transport,
+        devices: usize,
+        serial: bool,
+    ) -> Result<Self, TooManyDevices> {
         let max = transport.max_devices();
         if devices > max {
             return Err(TooManyDevices {
@@ -158,6 +164,7 @@ impl Plan {
             cpus,
             transport,
             virtio: (0..devices as u32).map(slot).collect(),
+            serial,
         })
     }
 
@@ -175,10 +182,10 @@ impl Plan {
     pub fn platform(&self) -> Platform {
         Platform {
             cpus: self.cpus,
-            serial: SerialPort {
+            serial: self.serial.then_some(SerialPort {
                 port: SERIAL_PORT,
                 gsi: SERIAL_GSI.get(),
-            },
+            }),
             virtio_mmio: self.virtio.iter().filter_map(VirtioSlot::as_mmio).collect(),
             pci: (self.transport == Transport::Pci).then_some(PciHost {
                 ecam: PCI_ECAM,
@@ -206,16 +213,16 @@ mod tests {
     fn plan_with_too_many_devices_is_refused() {
         for transport in [Transport::Mmio, Transport::Pci] {
             let max = transport.max_devices();
-            assert!(Plan::new(1, transport, max).is_ok());
-            assert!(Plan::new(1, transport, max + 1).is_err());
+            assert!(Plan::new(1, transport, max, true).is_ok());
+            assert!(Plan::new(1, transport, max + 1, true).is_err());
         }
     }
 
     proptest! {
         #[test]
         fn plan_windows_and_interrupts_are_disjoint(devices in 0..=MAX_MMIO, cpus in 1..=254u8) {
-            let platform = Plan::new(cpus, Transport::Mmio, devices).unwrap().platform();
-            let mut gsis = vec![platform.serial.gsi, platform.power_button_gsi];
+            let platform = Plan::new(cpus, Transport::Mmio, devices, true).unwrap().platform();
+            let mut gsis = vec![platform.serial.unwrap().gsi, platform.power_button_gsi];
             let mut end = MMIO_HOLE_START.0;
             for device in &platform.virtio_mmio {
                 prop_assert!(device.base.0 >= end);
@@ -230,7 +237,7 @@ mod tests {
 
         #[test]
         fn plan_bars_lie_in_the_bridges_window(devices in 0..=MAX_PCI) {
-            let plan = Plan::new(1, Transport::Pci, devices).unwrap();
+            let plan = Plan::new(1, Transport::Pci, devices, false).unwrap();
             let host = plan.platform().pci.unwrap();
             prop_assert!(host.ecam.0 + pci::ECAM_BUS_LEN <= host.window.0);
             let last = host.window.0 + u64::from(host.window_size);

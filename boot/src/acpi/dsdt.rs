@@ -31,7 +31,9 @@ pub(super) fn dsdt(platform: &Platform) -> Result<Sdt, Error> {
     for cpu in 0..platform.cpus {
         processor(&mut devices, cpu);
     }
-    serial(&mut devices, platform.serial);
+    if let Some(port) = platform.serial {
+        serial(&mut devices, port);
+    }
     for (index, device) in platform.virtio_mmio.iter().enumerate() {
         virtio_mmio(&mut devices, index, device)?;
     }

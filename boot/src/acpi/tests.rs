@@ -66,6 +66,18 @@ fn tables_are_all_reachable_with_right_checksums() {
 }
 
 #[test]
+fn serial_port_is_described_only_where_there_is_one() {
+    let mut platform = platform(1, 1);
+    let has_port = |platform: &Platform| {
+        let dsdt = &find_tables(platform)["DSDT"];
+        dsdt.windows(4).any(|name| name == b"COM1")
+    };
+    assert!(has_port(&platform));
+    platform.serial = None;
+    assert!(!has_port(&platform));
+}
+
+#[test]
 fn pci_is_described_only_where_there_is_any() {
     let mut platform = platform(1, 1);
     let with = find_tables(&platform);

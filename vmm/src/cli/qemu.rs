@@ -89,7 +89,8 @@ pub struct MachineArgs {
     #[arg(long, value_name = "PATH", requires = "kernel")]
     pub initrd: Option<PathBuf>,
 
-    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1"
+    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1",
+    /// with --console none without its first word
     #[arg(
         long,
         value_name = "TEXT",
@@ -106,7 +107,8 @@ pub struct MachineArgs {
     #[arg(long, value_name = "SIZE", requires = "kernel")]
     pub memory: Option<MemorySize>,
 
-    /// Where the guest's serial console goes: stdio (the default), none or file:PATH
+    /// Where the guest's serial console goes: stdio (the default), file:PATH, or none, with which
+    /// the guest has no serial port
     #[arg(long, value_name = "WHERE", requires = "kernel")]
     pub console: Option<ConsoleTarget>,
 

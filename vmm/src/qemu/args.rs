@@ -29,16 +29,17 @@ pub(super) struct Machine {
 impl Machine {
     /// `None` without a kernel.
     pub fn new(args: &MachineArgs, keys: bool) -> Option<Self> {
+        let console = args.console.clone().unwrap_or(ConsoleTarget::Stdio);
         Some(Self {
             kernel: args.kernel.clone()?,
             initrd: args.initrd.clone(),
-            cmdline: whole_cmdline(args.cmdline.as_deref().unwrap_or_default()),
+            cmdline: whole_cmdline(&console, args.cmdline.as_deref().unwrap_or_default()),
             cpus: args.cpus.map_or(1, Cpus::get),
             memory: args
                 .memory
                 .as_ref()
                 .map_or("512M".to_owned(), MemorySize::to_string),
-            console: args.console.clone().unwrap_or(ConsoleTarget::Stdio),
+            console,
             keys,
         })
     }
@@ -143,7 +144,7 @@ fn machine_args(line: &mut Vec<OsString>, machine: &Machine) {
     line.push(match &machine.console {
         ConsoleTarget::Stdio if machine.keys => "mon:stdio".into(),
         ConsoleTarget::Stdio => "stdio".into(),
-        ConsoleTarget::None => "null".into(),
+        ConsoleTarget::None => "none".into(),
         ConsoleTarget::File(path) => {
             let mut file = OsString::from("file:");
             file.push(path);
