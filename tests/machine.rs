@@ -8,12 +8,17 @@ mod harness;
 #[path = "harness/tiny.rs"]
 mod tiny;
 
+#[path = "machine/memory.rs"]
+mod memory;
+
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use harness::elf::elf;
 use harness::guest::{self, Net};
+use harness::netns;
 use harness::skip::has_kvm;
 use harness::vm::{Vm, binary};
 use tiny::Tiny;

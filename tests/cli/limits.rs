@@ -33,6 +33,38 @@ fn memory_beyond_the_hosts_is_refused_with_both_sizes() {
     );
 }
 
+/// How many huge pages of 2 MiB the host has free.
+fn free_huge_pages() -> Option<u64> {
+    let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+#[test]
+fn memory_beyond_the_free_huge_pages_is_refused_with_the_remedy() {
+    if !has_kvm() {
+        return;
+    }
+    // A kernel without huge pages refuses them by its own words.
+    let free = free_huge_pages();
+    let size = format!("{}M", 2 * free.unwrap_or(0) + 16);
+    let remedy: &[&str] = match free {
+        Some(_) => &[
+            &size,
+            "in huge pages",
+            "2 MiB",
+            "nr_hugepages",
+            "omit --hugepages",
+        ],
+        None => &[&size],
+    };
+    let files = Files::new();
+    assert_refused(
+        files.boot(&["--hugepages", "--memory", &size]),
+        FAILED,
+        remedy,
+    );
+}
+
 #[test]
 fn cpus_out_of_range_are_refused_with_the_range() {
     let range = "from 1 to 254";

@@ -16,11 +16,12 @@ use crate::cpuid;
 use crate::event_loop::Control;
 use crate::exit::{Exit, ExitRequest};
 use crate::machine::{Machine, MachineError};
+use crate::memory::{GuestRam, MemoryError};
 use crate::plan::{Plan, TooManyDevices, Transport};
 use crate::resources::{ResourceError, Resources};
 use crate::terminal::{self, RawTerminal};
 use crate::vcpu::{self, Board, Vcpu, VcpuThread};
-use crate::vm::{self, Hypervisor, Vm, VmError};
+use crate::vm::{Hypervisor, Vm, VmError};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,9 @@ pub enum Error {
     /// The rest of what a guest boots with cannot be prepared.
     #[error(transparent)]
     Boot(boot::Error),
+    /// There is no memory for the guest.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// KVM refuses something.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -75,11 +79,11 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     )?;
     // SAFETY: as for this function.
     let host = unsafe { Resources::acquire(&config) }?;
-    let memory = vm::map_memory(config.memory)?;
-    let boot = load(&config, &plan, host.kernel, host.initrd, &memory)?;
-    let vm = Vm::new(&host.hypervisor, Arc::clone(&memory))?;
+    let ram = GuestRam::map(config.memory, config.hugepages)?;
+    let boot = load(&config, &plan, host.kernel, host.initrd, ram.memory())?;
+    let vm = Vm::new(&host.hypervisor, Arc::clone(ram.memory()))?;
     let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
-    let mut machine = Machine::new(&vm, memory, Arc::clone(&exit))?;
+    let mut machine = Machine::new(&vm, Arc::clone(ram.memory()), Arc::clone(&exit))?;
     let serial = match host.console {
         Some(file) => Some(machine.add_serial(Box::new(Output::new(file, Arc::clone(&exit))))?),
         None => None,

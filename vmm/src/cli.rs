@@ -153,6 +153,10 @@ pub struct GuestArgs {
     )]
     pub memory: MemorySize,
 
+    /// Take the memory from the huge pages of 2 MiB that the host has set aside
+    #[arg(long, help_heading = "Guest")]
+    pub hugepages: bool,
+
     /// Network card on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap; or fd=N, a macvtap queue that is open already. May be repeated. The keys are below
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = parse_nic, help_heading = "Network")]

@@ -36,6 +36,8 @@ pub struct Config {
     pub cpus: Cpus,
     /// Guest memory.
     pub memory: MemorySize,
+    /// Takes the guest's memory from the huge pages that the host has set aside.
+    pub hugepages: bool,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
     /// The network cards, in order.
@@ -56,6 +58,7 @@ impl From<GuestArgs> for Config {
             cmdline,
             cpus: args.cpus,
             memory: args.memory,
+            hugepages: args.hugepages,
             console: args.console,
             nics: args.macvtap,
             transport: args.transport,

@@ -9,6 +9,7 @@
 //! | config | [`config`] | validated types |
 //! | plan | [`plan`] | which device gets which window and interrupt |
 //! | resources | [`resources`] | what is taken from the host, given back on drop |
+//! | memory | [`memory`] | the guest's memory |
 //! | boot | the `boot` crate | kernel, tables and registers, as data |
 //! | vm, vcpu | [`vm`], [`vcpu`], [`cpuid`], [`msi`] | the only users of KVM |
 //! | devices | [`machine`] and the `devices` crate | what stands on the buses |
@@ -48,6 +49,7 @@ pub mod host_link;
 pub mod limits;
 pub mod link_watch;
 pub mod machine;
+pub mod memory;
 pub mod msi;
 pub mod nic;
 pub mod plan;

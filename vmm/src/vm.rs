@@ -1,10 +1,9 @@
 //! The virtual machine as KVM sees it: memory, interrupts, notifications, vCPUs.
 
-use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
-use boot::layout::{KVM_IDENTITY_MAP, KVM_TSS, ram_regions};
+use boot::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use devices::irq::IrqLine;
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
@@ -14,7 +13,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::{Cpus, MemorySize};
+use crate::config::Cpus;
 use crate::msi::{Messages, Routes};
 use crate::plan::Gsi;
 
@@ -49,9 +48,6 @@ pub enum VmError {
         /// As KVM says.
         max: usize,
     },
-    /// Guest memory cannot be had.
-    #[error("cannot map {0} of guest memory: choose less with --memory")]
-    Memory(MemorySize, #[source] io::Error),
     /// One of KVM's calls failed.
     #[error("KVM cannot {0}")]
     Call(&'static str, #[source] io::Error),
@@ -111,25 +107,6 @@ impl Hypervisor {
             .map_err(call("tell what its CPUs can do"))?;
         Ok((cpuid, self.0.check_extension(Cap::TscDeadlineTimer)))
     }
-}
-
-/// Maps guest memory, which costs the host nothing until the guest touches it.
-///
-/// # Errors
-///
-/// Fails when the host refuses to promise so much.
-pub fn map_memory(size: MemorySize) -> Result<Arc<GuestMemoryMmap>, VmError> {
-    GuestMemoryMmap::from_ranges(&ram_regions(size.bytes()))
-        .map(Arc::new)
-        .map_err(|error| VmError::Memory(size, io::Error::other(innermost(&error).to_string())))
-}
-
-/// The cause of the causes: vm-memory's errors repeat theirs in their own text.
-fn innermost<'a>(mut error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error
 }
 
 /// A virtual machine with memory and interrupt controllers.

@@ -107,6 +107,10 @@ pub struct MachineArgs {
     #[arg(long, value_name = "SIZE", requires = "kernel")]
     pub memory: Option<MemorySize>,
 
+    /// Take the memory from the huge pages of 2 MiB that the host has set aside
+    #[arg(long, requires = "kernel")]
+    pub hugepages: bool,
+
     /// Where the guest's serial console goes: stdio (the default), file:PATH, or none, with which
     /// the guest has no serial port
     #[arg(long, value_name = "WHERE", requires = "kernel")]

@@ -21,6 +21,7 @@ pub(super) struct Machine {
     pub cmdline: String,
     pub cpus: u8,
     pub memory: String,
+    pub hugepages: bool,
     pub console: ConsoleTarget,
     /// Ctrl-A is the monitor's key: stdin is a terminal, and ours to read.
     pub keys: bool,
@@ -39,6 +40,7 @@ impl Machine {
                 .memory
                 .as_ref()
                 .map_or("512M".to_owned(), MemorySize::to_string),
+            hugepages: args.hugepages,
             console,
             keys,
         })
@@ -133,6 +135,12 @@ fn machine_args(line: &mut Vec<OsString>, machine: &Machine) {
     push(line, &["-display", "none", "-no-reboot"]);
     push(line, &["-smp", &machine.cpus.to_string()]);
     push(line, &["-m", &machine.memory]);
+    if machine.hugepages {
+        let size = &machine.memory;
+        let backend = format!("memory-backend-memfd,id=ram,size={size},hugetlb=on,hugetlbsize=2M");
+        // A node is the one way to name the memory's backend that every QEMU takes.
+        push(line, &["-object", &backend, "-numa", "node,memdev=ram"]);
+    }
     line.push("-kernel".into());
     line.push(machine.kernel.clone().into());
     if let Some(initrd) = &machine.initrd {
@@ -331,6 +339,7 @@ mod tests {
             cmdline: "console=ttyS0 quiet".into(),
             cpus: 2,
             memory: "1G".into(),
+            hugepages: false,
             console: ConsoleTarget::Stdio,
             keys: true,
         };
@@ -349,6 +358,15 @@ mod tests {
             .map(|word| OsString::from(word.replace('+', " ")))
             .collect();
         assert_eq!(line.build(), expected);
+        let huge = Machine {
+            hugepages: true,
+            ..machine.clone()
+        };
+        line.machine = Some(&huge);
+        let built = line.build();
+        let backend = "memory-backend-memfd,id=ram,size=1G,hugetlb=on,hugetlbsize=2M";
+        assert!(built.contains(&backend.into()));
+        assert!(built.contains(&"node,memdev=ram".into()));
         let args = ["-cpu", "Skylake-Client"].map(OsString::from);
         line.args = &args;
         line.cards = &[];

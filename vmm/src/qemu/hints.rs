@@ -33,6 +33,11 @@ const KNOWN: &[(&[&str], &str)] = &[
         "UEFI's firmware is not there: apt install ovmf, and see /usr/share/OVMF for the names (newer ones end in _4M.fd)",
     ),
     (
+        &["unable to map backing store for guest RAM"],
+        "too few huge pages are free: set them aside in \
+         /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages, or omit --hugepages",
+    ),
+    (
         &["could not load PC BIOS"],
         "the firmware of -bios is not there: for UEFI apt install ovmf, whose file is /usr/share/ovmf/OVMF.fd",
     ),
