@@ -8,6 +8,8 @@ mod harness;
 #[path = "harness/tiny.rs"]
 mod tiny;
 
+#[path = "machine/cpus.rs"]
+mod cpus;
 #[path = "machine/memory.rs"]
 mod memory;
 

@@ -12,7 +12,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::cards::Cards;
 use crate::config::{Config, ConsoleTarget};
 use crate::console::{self, Output};
-use crate::cpuid;
+use crate::cpuid::CpuModel;
 use crate::event_loop::Control;
 use crate::exit::{Exit, ExitRequest};
 use crate::machine::{Machine, MachineError};
@@ -152,10 +152,14 @@ fn create_vcpus(
     board: &Arc<Board>,
 ) -> Result<Vec<Vcpu>, VmError> {
     let (supported, tsc_deadline) = hypervisor.supported_cpuid()?;
+    let model = CpuModel {
+        count: config.cpus.get(),
+        tsc_deadline,
+        nested: config.nested,
+    };
     let mut vcpus = Vec::with_capacity(config.cpus.get().into());
     for id in 0..config.cpus.get() {
-        let mut cpuid = supported.clone();
-        cpuid::for_vcpu(&mut cpuid, id, config.cpus.get(), tsc_deadline);
+        let cpuid = model.vcpu(&supported, id).map_err(VmError::Cpuid)?;
         let vcpu = Vcpu::new(vm, id, &cpuid, boot, Arc::clone(board))?;
         if id == 0 {
             vcpu.set_entry(boot)?;

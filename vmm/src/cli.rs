@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
-use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use net::{InterfaceAddress, LinkName, MacvtapSpec};
 
 use crate::config::{ConsoleTarget, Cpus, MemorySize, NicConfig, parse_macvtap, parse_nic};
@@ -144,6 +144,15 @@ pub struct GuestArgs {
     #[arg(long, value_name = "N", default_value = "1", help_heading = "Guest")]
     pub cpus: Cpus,
 
+    /// Whether the guest may run guests of its own, where the host can: its CPUs have VMX or SVM
+    #[arg(
+        long,
+        value_name = "on|off",
+        default_value = "off",
+        help_heading = "Guest"
+    )]
+    pub nested: Nested,
+
     /// Memory, as in 512M or 2G
     #[arg(
         long,
@@ -190,6 +199,15 @@ pub struct GuestArgs {
         help_heading = "Console and log"
     )]
     pub console: ConsoleTarget,
+}
+
+/// Whether a guest may run guests of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Nested {
+    /// Its CPUs have VMX or SVM.
+    On,
+    /// They have neither.
+    Off,
 }
 
 /// How much is logged.

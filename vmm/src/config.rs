@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use net::InterfaceAddress;
 
-use crate::cli::GuestArgs;
+use crate::cli::{GuestArgs, Nested};
 use crate::plan::Transport;
 
 mod nic;
@@ -34,6 +34,8 @@ pub struct Config {
     pub cmdline: String,
     /// Number of vCPUs.
     pub cpus: Cpus,
+    /// Whether the guest may run guests of its own.
+    pub nested: bool,
     /// Guest memory.
     pub memory: MemorySize,
     /// Takes the guest's memory from the huge pages that the host has set aside.
@@ -57,6 +59,7 @@ impl From<GuestArgs> for Config {
             initrd: args.initrd,
             cmdline,
             cpus: args.cpus,
+            nested: args.nested == Nested::On,
             memory: args.memory,
             hugepages: args.hugepages,
             console: args.console,

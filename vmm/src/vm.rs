@@ -12,6 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::fam;
 
 use crate::config::Cpus;
 use crate::msi::{Messages, Routes};
@@ -48,6 +49,9 @@ pub enum VmError {
         /// As KVM says.
         max: usize,
     },
+    /// More leaves than KVM takes.
+    #[error("cannot list so many CPUID leaves for KVM")]
+    Cpuid(#[source] fam::Error),
     /// One of KVM's calls failed.
     #[error("KVM cannot {0}")]
     Call(&'static str, #[source] io::Error),

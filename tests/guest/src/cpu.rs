@@ -24,6 +24,7 @@ const LINES: usize = 32;
 
 const LOCAL_APIC: u64 = 0xfee0_0000;
 const SPURIOUS: u64 = LOCAL_APIC + 0xf0;
+const COMMAND: u64 = LOCAL_APIC + 0x300;
 const TIMER_INITIAL: u64 = LOCAL_APIC + 0x380;
 const TIMER_CURRENT: u64 = LOCAL_APIC + 0x390;
 const TIMER_DIVIDE: u64 = LOCAL_APIC + 0x3e0;
@@ -198,6 +199,13 @@ pub fn enable_line(line: u32) {
 /// The message by which a function on the PCI bus interrupts this processor as a line: address and data.
 pub fn message(line: u32) -> (u64, u32) {
     (LOCAL_APIC, INTERRUPT_VECTOR as u32 + line)
+}
+
+/// Sends a command to another processor by the local APIC (Intel SDM volume 3A, 10.6.1).
+pub fn send(processor: u32, command: u32) {
+    write_register(SPURIOUS, 0x1ff);
+    write_register(COMMAND + 0x10, processor << 24);
+    write_register(COMMAND, command);
 }
 
 /// Turns interrupts on.

@@ -125,6 +125,36 @@ system_call_stub:
 1:  hlt
     jmp 1b
 
+# What another processor runs, copied to 0x8000 and entered in real mode there: CPUID for each leaf and subleaf from 0x8100
+# up, until a leaf of all ones; the registers go to 0x8400 and up, then a 1 to 0x80fc (see `cpuid.rs`).
+.code16
+.globl processor_start
+processor_start:
+    cli
+    xor ax, ax
+    mov ds, ax
+    mov si, 0x8100
+    mov di, 0x8400
+1:  mov eax, dword ptr [si]
+    cmp eax, -1
+    je 2f
+    mov ecx, dword ptr [si + 4]
+    cpuid
+    mov dword ptr [di], eax
+    mov dword ptr [di + 4], ebx
+    mov dword ptr [di + 8], ecx
+    mov dword ptr [di + 12], edx
+    add si, 8
+    add di, 16
+    jmp 1b
+2:  mov di, 0x80fc
+    mov dword ptr [di], 1
+3:  hlt
+    jmp 3b
+.globl processor_start_end
+processor_start_end:
+.code64
+
 .data
 
 # Four GiB, one to one, by pages of 2 MiB that level 3 may read, write and execute.

@@ -13,6 +13,7 @@
 //! | --- | --- |
 //! | `entry.s` | everything at level 0: entry, page tables, exceptions, interrupts |
 //! | `cpu.rs` | the IDT, port I/O, the APICs, the clock |
+//! | `cpuid.rs` | the mode that starts the other processors and asks each what it is |
 //! | `boot.rs`, `options.rs` | the boot parameters and the command line |
 //! | `memory.rs` | the heap, memory shared with devices, memcpy and its kin |
 //! | `region.rs`, `pci.rs` | registers, and the PCI bus |
@@ -28,6 +29,7 @@ extern crate alloc;
 
 mod boot;
 mod cpu;
+mod cpuid;
 mod hostile;
 mod memory;
 mod net;
@@ -73,6 +75,7 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::TcpSink => net::tcp::sink(options),
         Mode::Interrupts => net::interrupts::run(options),
         Mode::Link => net::link::run(options),
+        Mode::Cpuid => cpuid::run(options),
         Mode::Hostile => hostile::run(options, boot),
         Mode::Reset => power::reset(),
         Mode::TripleFault => power::triple_fault(),

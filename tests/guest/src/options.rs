@@ -7,7 +7,7 @@
 //! | `peer` | the address of the other side | none |
 //! | `mac` | an address to send from that is not the NIC's | the NIC's |
 //! | `port` | the port of the other side | 9 or 19 |
-//! | `count` | how many pings, rounds or interrupts | 10 |
+//! | `count` | how many pings, rounds, interrupts or processors | 10 |
 //! | `bytes` | how much a source sends | 1 MiB |
 //! | `nic` | `drivers` (the virtio-drivers crate) or `own` (by hand, with offloads) | `drivers` |
 //! | `index` | which NIC of several | 0 |
@@ -43,6 +43,8 @@ pub enum Mode {
     Interrupts,
     /// Serve as for echo on every NIC, send to the peer all the time, and tell of each change of a link.
     Link,
+    /// Print what each of `count` processors says of itself.
+    Cpuid,
     /// Do everything wrong.
     Hostile,
     /// Reset the machine.
@@ -189,6 +191,7 @@ fn mode(text: &str) -> Option<Mode> {
         "tcp-sink" => Mode::TcpSink,
         "interrupts" => Mode::Interrupts,
         "link" => Mode::Link,
+        "cpuid" => Mode::Cpuid,
         "hostile" => Mode::Hostile,
         "reset" => Mode::Reset,
         "triple-fault" => Mode::TripleFault,

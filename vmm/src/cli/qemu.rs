@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use net::InterfaceAddress;
 
+use super::Nested;
 use crate::config::{ConsoleTarget, Cpus, MemorySize};
 use crate::plan::Transport;
 use crate::qemu::NicRequest;
@@ -102,6 +103,10 @@ pub struct MachineArgs {
     /// Number of CPUs, 1 by default
     #[arg(long, value_name = "N", requires = "kernel")]
     pub cpus: Option<Cpus>,
+
+    /// Whether the guest may run guests of its own: off (the default) or on
+    #[arg(long, value_name = "on|off", requires = "kernel")]
+    pub nested: Option<Nested>,
 
     /// Memory, 512M by default
     #[arg(long, value_name = "SIZE", requires = "kernel")]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use net::MacAddr;
 
 use super::accel::Engine;
-use crate::cli::MachineArgs;
+use crate::cli::{MachineArgs, Nested};
 use crate::config::{ConsoleTarget, Cpus, MemorySize, whole_cmdline};
 
 /// Ethernet's MTU, which a guest takes for granted.
@@ -20,6 +20,7 @@ pub(super) struct Machine {
     pub initrd: Option<PathBuf>,
     pub cmdline: String,
     pub cpus: u8,
+    pub nested: bool,
     pub memory: String,
     pub hugepages: bool,
     pub console: ConsoleTarget,
@@ -36,6 +37,7 @@ impl Machine {
             initrd: args.initrd.clone(),
             cmdline: whole_cmdline(&console, args.cmdline.as_deref().unwrap_or_default()),
             cpus: args.cpus.map_or(1, Cpus::get),
+            nested: args.nested == Some(Nested::On),
             memory: args
                 .memory
                 .as_ref()
@@ -82,7 +84,8 @@ impl Line<'_> {
         if let Some(machine) = self.machine {
             machine_args(&mut line, machine);
             if !has_option(self.args, &["cpu"]) {
-                push(&mut line, &["-cpu", "max"]);
+                let hidden = if machine.nested { "" } else { ",-vmx,-svm" };
+                push(&mut line, &["-cpu", &format!("max{hidden}")]);
             }
         }
         if let Some(engine) = self.engine {
@@ -338,6 +341,7 @@ mod tests {
             initrd: Some("initrd".into()),
             cmdline: "console=ttyS0 quiet".into(),
             cpus: 2,
+            nested: false,
             memory: "1G".into(),
             hugepages: false,
             console: ConsoleTarget::Stdio,
@@ -351,7 +355,7 @@ mod tests {
             args: &[],
         };
         let expected = "-nodefaults -no-user-config -M q35 -display none -no-reboot -smp 2 -m 1G -kernel bzImage \
-             -initrd initrd -append console=ttyS0+quiet -serial mon:stdio -cpu max -accel tcg -netdev tap,id=macvtap0,fd=3 \
+             -initrd initrd -append console=ttyS0+quiet -serial mon:stdio -cpu max,-vmx,-svm -accel tcg -netdev tap,id=macvtap0,fd=3 \
              -device virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,romfile=";
         let expected: Vec<_> = expected
             .split_whitespace()
@@ -360,6 +364,7 @@ mod tests {
         assert_eq!(line.build(), expected);
         let huge = Machine {
             hugepages: true,
+            nested: true,
             ..machine.clone()
         };
         line.machine = Some(&huge);
@@ -367,12 +372,13 @@ mod tests {
         let backend = "memory-backend-memfd,id=ram,size=1G,hugetlb=on,hugetlbsize=2M";
         assert!(built.contains(&backend.into()));
         assert!(built.contains(&"node,memdev=ram".into()));
+        assert!(built.contains(&"max".into()));
         let args = ["-cpu", "Skylake-Client"].map(OsString::from);
         line.args = &args;
         line.cards = &[];
         line.control = Some(4);
         let built = line.build();
-        assert!(!built.contains(&"max".into()));
+        assert!(!built.contains(&"max,-vmx,-svm".into()));
         assert!(built.contains(&"-no-shutdown".into()));
         assert!(built.contains(&"socket,id=minivmm-control,fd=4".into()));
         assert!(built.ends_with(&args));
