@@ -217,6 +217,59 @@ fn program_on_a_terminal_of_its_own_ends_with_minivmm() {
     }
 }
 
+#[test]
+fn program_that_has_stopped_on_a_terminal_of_its_own_ends_with_minivmm() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let line = "set -m; \"$@\"; echo stopped; read";
+    let mut screen = Screen::start(&place, line, "echo pid=$$; read");
+    let pid = screen.number("pid");
+    assert!(eventually(|| screen.is_raw()));
+    screen.type_keys("\x1a");
+    screen.wait_for("stopped");
+    kill_process(parent_minivmm(pid), Signal::KILL).unwrap();
+    assert!(eventually(|| !is_running(pid)));
+}
+
+#[test]
+fn output_on_a_terminal_of_its_own_comes_whole_and_as_it_is() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    // More than a terminal holds, and the last of it just before the end.
+    let script = "stty -opost; echo begin=; seq 1 20000; printf 'last\\nline='; exit 7";
+    let mut screen = Screen::start(&place, "\"$@\"; status=$?; echo over; exit $status", script);
+    screen.wait_for("over");
+    let shown = screen.shown();
+    let (_, shown) = shown.split_once("begin=\n").expect("no carriage return");
+    let numbers: String = (1..=20_000).map(|number| format!("{number}\n")).collect();
+    assert!(shown.starts_with(&numbers), "{}", shown.len());
+    assert_eq!(&shown[numbers.len()..], "last\nline=over\r\n");
+    screen.assert_ends(7);
+}
+
+#[test]
+fn program_in_a_pipe_keeps_it_and_gets_a_terminal_for_the_rest() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let script = "read -r line; [ -t 0 ] || echo piped=$line; [ -t 1 ] && tty <&1; read -ra stat </proc/$$/stat; \
+                  echo tty=${stat[6]}; read -r </dev/tty; exit 7";
+    let mut screen = Screen::start(&place, "echo some | \"$@\"; exit $?", script);
+    screen.wait_for("piped=some");
+    assert_ne!(
+        screen.number("tty").to_string(),
+        number_of(&screen.pty.terminal)
+    );
+    // Its keys are the shell's: Ctrl-C is minivmm's, which passes it on.
+    screen.type_keys("\x03");
+    screen.assert_ends(130);
+}
+
 /// The minivmm that a program was started by.
 fn parent_minivmm(mut pid: u32) -> Pid {
     let name = |pid: u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();

@@ -219,6 +219,8 @@ impl Child {
     /// When it cannot be waited for.
     pub fn kill(&mut self) -> io::Result<ExitStatus> {
         self.signal(guard::KILL_ALL.as_raw());
+        // It may have stopped with the program.
+        self.signal(Signal::CONT.as_raw());
         let status = self.guard.wait();
         self.has_ended = true;
         status

@@ -199,7 +199,8 @@ impl Relay {
         if !is_ours {
             self.raw = None;
         } else if self.raw.is_none() && self.keyboard.is_some() {
-            self.raw = RawTerminal::enter()?;
+            // A terminal that has just been hung up has no settings.
+            self.raw = RawTerminal::enter().unwrap_or(None);
             self.pass_output_as_it_is();
         }
         let reads_keys = is_ours && self.typed.is_empty();
