@@ -39,7 +39,7 @@ use std::process::Command;
 
 use net::{AdoptError, MacAddr, MacvtapSpec};
 
-use crate::child;
+use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
 use crate::config::NicSource;
 use crate::host_link;
@@ -302,7 +302,9 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     let mut command = Command::new(&plan.qemu);
     command.args(plan.line(&cards, &args.args));
     log::debug!("running {command:?}");
-    let status = process::supervise(command, descriptors, control, &plan);
+    let mut program = Program::new(command);
+    program.numbered = descriptors;
+    let status = process::supervise(program, control, &plan);
     drop((leases, host_link));
     status
 }

@@ -6,7 +6,8 @@
 //! killed as the program was, and passes on what signals minivmm sends.
 //!
 //! It is a fork of minivmm that never calls exec, with all signals blocked and no descriptor open. As after any fork of a
-//! process with threads, it makes system calls alone.
+//! process with threads, it makes system calls alone. It has minivmm's memory as that was at the fork: start programs
+//! before there is a guest's.
 
 use std::ffi::c_int;
 use std::io;

@@ -1,10 +1,9 @@
 //! QEMU as a process: started with its descriptors, followed to its end, and never outliving minivmm.
 
 use std::io::{self, IsTerminal};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ExitStatus, Stdio};
 
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -48,11 +47,11 @@ impl Follow {
 
 /// Starts QEMU and follows it to its end.
 pub(super) fn supervise(
-    mut command: Command,
-    descriptors: Vec<OwnedFd>,
+    mut program: Program,
     control: Option<UnixStream>,
     plan: &Plan,
 ) -> Result<u8, QemuError> {
+    let command = &mut program.command;
     command.stderr(Stdio::piped());
     if let Some(machine) = &plan.machine
         && (!machine.keys || machine.console != ConsoleTarget::Stdio)
@@ -65,8 +64,6 @@ pub(super) fn supervise(
     }
     let means = Follow::new(control).map_err(QemuError::Signals)?;
     let terminal = terminal::SavedTerminal::save();
-    let mut program = Program::new(command);
-    program.numbered = descriptors;
     // ARGS may name what the caller has opened.
     program.inherits = true;
     // It holds QEMU's end of the control socket no longer than QEMU does.
