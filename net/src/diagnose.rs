@@ -22,7 +22,7 @@ mod existing;
 pub(crate) mod lower;
 mod wish;
 
-pub(crate) use existing::{check_existing, problems_of_existing, warn_of_filter};
+pub(crate) use existing::{check_existing, check_made, problems_of_existing, warn_of_filter};
 pub(crate) use lower::{check_lower, warn_of_carrier};
 pub(crate) use wish::Wish;
 
@@ -169,6 +169,24 @@ pub enum Problem {
         "with a bcqueuelen of 0 no broadcast is heard, ARP and DHCP included: choose 1 or more, or leave it away for 1000"
     )]
     BcQueueLen,
+    #[error(
+        "only a macvtap in source mode has a list of senders that it hears: give it that mode, or leave the list away"
+    )]
+    SourceMacs,
+    #[error("the macvtap `{name}` hears in source mode {}, not {wanted}: leave the list away, or change it with `ip link set {name} type macvtap macaddr set {wanted}`", if .has.is_empty() { "nobody" } else { .has })]
+    ExistingSources {
+        name: String,
+        has: Box<str>,
+        wanted: Box<str>,
+    },
+    #[error(
+        "this kernel made the macvtap with {key} {has}, not {wanted} as it was asked to: leave that away, or take a newer kernel (5.11 for bcqueuelen)"
+    )]
+    Ignored {
+        key: &'static str,
+        has: String,
+        wanted: String,
+    },
     #[error(
         "`{name}` cannot be the name of a new link: `all`, `default` and a `%` have a meaning of their own to the kernel"
     )]

@@ -31,6 +31,8 @@ pub struct MacvtapSpec {
     /// How many broadcasts and multicasts from outside may wait on the lower for a copy to each of its macvtaps, at
     /// least 1; None for the driver's 1,000. The lower keeps the largest that any of them asks for.
     pub bc_queue_len: Option<u32>,
+    /// The senders that it hears in source mode, which [`MacvtapSpec::mode`] then has to be.
+    pub source_macs: Vec<MacAddr>,
     /// The new macvtap's name. None for `macvtap0` in a private namespace, and the first free `mvtN` in the caller's.
     pub name: Option<LinkName>,
     /// Where a new macvtap lives.
@@ -70,6 +72,7 @@ impl MacvtapSpec {
             queues: 1,
             tx_queue_len: None,
             bc_queue_len: None,
+            source_macs: Vec::new(),
             name: None,
             netns: Placement::Private,
         }
@@ -90,6 +93,9 @@ impl MacvtapSpec {
         }
         if self.bc_queue_len == Some(0) {
             return Err(Problem::BcQueueLen);
+        }
+        if !self.source_macs.is_empty() && self.mode != Some(Mode::Source) {
+            return Err(Problem::SourceMacs);
         }
         match self.name.as_ref().map(LinkName::as_str) {
             // The first two are directories of /proc/sys/net, and a `%` makes the kernel count.
@@ -115,6 +121,8 @@ mod tests {
             queues: 256,
             tx_queue_len: Some(524_288),
             bc_queue_len: Some(1),
+            mode: Some(Mode::Source),
+            source_macs: vec!["02:00:00:00:00:01".parse().unwrap()],
             name: Some("guest".parse().unwrap()),
             ..spec.clone()
         };
@@ -154,6 +162,13 @@ mod tests {
                     ..spec.clone()
                 },
                 "choose 1 or more",
+            ),
+            (
+                MacvtapSpec {
+                    source_macs: vec!["02:00:00:00:00:01".parse().unwrap()],
+                    ..spec.clone()
+                },
+                "give it that mode",
             ),
             (
                 MacvtapSpec {

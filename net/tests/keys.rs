@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use child::soon;
-use net::{Error, Macvtap, MacvtapSpec, Mode, Owner, Placement, Problem, QueueError};
+use net::{Error, MacAddr, Macvtap, MacvtapSpec, Mode, Owner, Placement, Problem, QueueError};
 use netns::Netns;
 use wire::{frame, hears, send};
 
@@ -73,6 +73,7 @@ fn every_key_shows_on_the_link() {
     }
     let netns = Netns::new();
     netns.wire("v0");
+    let senders = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
     for mode in ["bridge", "vepa", "private", "source"] {
         let spec = with("v0", |spec| {
             spec.netns = Placement::Host;
@@ -82,6 +83,9 @@ fn every_key_shows_on_the_link() {
             spec.mtu = Some(1400);
             spec.tx_queue_len = Some(77);
             spec.bc_queue_len = Some(3333);
+            if mode == "source" {
+                spec.source_macs = senders.map(|mac| mac.parse().unwrap()).to_vec();
+            }
         });
         let macvtap = open(&netns, &spec);
         assert_eq!(
@@ -102,6 +106,8 @@ fn every_key_shows_on_the_link() {
         ] {
             assert!(details.contains(expected), "{expected} in {details}");
         }
+        let listed = senders.iter().filter(|mac| details.contains(*mac)).count();
+        assert_eq!(listed, if mode == "source" { 2 } else { 0 }, "{details}");
         let ipv6 = netns.ip("-6 address show dev guest");
         assert_eq!(ipv6, "", "the host must have no IPv6 on it");
         drop(macvtap);
@@ -251,6 +257,20 @@ fn existing_macvtap_refuses_what_would_change_it() {
             ..
         }
     ));
+    netns.ip("link set mine type macvtap mode source");
+    let sender: MacAddr = "02:00:00:00:00:01".parse().unwrap();
+    let hears_one = with("mine", |spec| {
+        spec.mode = Some(Mode::Source);
+        spec.source_macs = vec![sender];
+    });
+    let refusal = problem(&netns, &hears_one);
+    assert!(matches!(&refusal, Problem::ExistingSources { has, .. } if has.is_empty()));
+    // The remedy is a command that works.
+    let text = refusal.to_string();
+    let command = text.split('`').nth(3).unwrap().strip_prefix("ip ").unwrap();
+    netns.ip(command);
+    drop(open(&netns, &hears_one));
+    netns.ip("link set mine type macvtap mode bridge");
     let renamed = with("mine", |spec| spec.name = Some("other".parse().unwrap()));
     assert!(matches!(
         problem(&netns, &renamed),

@@ -13,7 +13,7 @@ mod wire;
 
 use std::time::Duration;
 
-use net::{Macvtap, MacvtapSpec, Mode, Placement};
+use net::{MacAddr, Macvtap, MacvtapSpec, Mode, Placement};
 use netns::Netns;
 use wire::{collect, send};
 
@@ -33,18 +33,26 @@ struct Wire {
 
 impl Wire {
     fn new(mode: Mode) -> Self {
+        Self::with_sources(mode, false)
+    }
+
+    /// With the outside in the list of senders that A hears, if it `lists_outside`.
+    fn with_sources(mode: Mode, lists_outside: bool) -> Self {
         let (host, peer) = (Netns::new(), Netns::new());
         host.veth("v0", &peer, "v1");
-        let open = |netns: &Netns, link: &str, mode| {
+        let open = |netns: &Netns, link: &str, mode, sources: &[MacAddr]| {
             let mut spec = MacvtapSpec::new(link.parse().unwrap());
             spec.mode = Some(mode);
+            spec.source_macs = sources.to_vec();
             spec.netns = Placement::Host;
             netns.enter(|| Macvtap::open(&spec)).unwrap()
         };
+        let outside = open(&peer, "v1", Mode::Passthru, &[]);
+        let sources = Vec::from_iter(lists_outside.then(|| outside.mac()));
         Self {
-            a: open(&host, "v0", mode),
-            b: (mode != Mode::Passthru).then(|| open(&host, "v0", mode)),
-            outside: open(&peer, "v1", Mode::Passthru),
+            a: open(&host, "v0", mode, &sources),
+            b: (mode != Mode::Passthru).then(|| open(&host, "v0", mode, &[])),
+            outside,
             host,
             _peer: peer,
         }
@@ -168,18 +176,21 @@ fn source_mode_hears_the_listed_sender_whomever_it_is_for() {
     if !netns::is_root() {
         return;
     }
-    let wire = Wire::new(Mode::Source);
-    let outside = wire.outside.mac();
-    let name = wire.a.name();
-    wire.host.ip(&format!(
-        "link set {name} type macvtap macaddr add {outside}"
-    ));
-    let heard = wire.listeners(&[
-        ("O", "O", "A"),
-        ("O", "O", "broadcast"),
-        ("O", "O", "stranger"),
-        ("O", "stranger", "A"),
-        ("O", "stranger", "broadcast"),
-    ]);
-    assert_eq!(heard, ["A", "A", "A", "", ""]);
+    for from_the_start in [true, false] {
+        let wire = Wire::with_sources(Mode::Source, from_the_start);
+        if !from_the_start {
+            let (name, outside) = (wire.a.name(), wire.outside.mac());
+            wire.host.ip(&format!(
+                "link set {name} type macvtap macaddr add {outside}"
+            ));
+        }
+        let heard = wire.listeners(&[
+            ("O", "O", "A"),
+            ("O", "O", "broadcast"),
+            ("O", "O", "stranger"),
+            ("O", "stranger", "A"),
+            ("O", "stranger", "broadcast"),
+        ]);
+        assert_eq!(heard, ["A", "A", "A", "", ""]);
+    }
 }

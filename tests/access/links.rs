@@ -141,6 +141,33 @@ fn keys_show_on_the_link_and_in_the_guest() {
 }
 
 #[test]
+fn senders_of_source_mode_show_on_the_link() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let sources = "source-mac=02:00:00:00:33:0a,source-mac=02:00:00:00:33:0b";
+    let spec = format!("lower,netns=host,name=src0,mode=source,{sources}");
+    let open = ["net", "open", &spec, "--"];
+    let show = ["ip", "-d", "link", "show", "dev", "src0"];
+    let output = run(place.minivmm(&[&open[..], &show].concat()));
+    let shown = output.stdout;
+    for words in [
+        "mode source",
+        "remotes (2)",
+        "02:00:00:00:33:0a",
+        "02:00:00:00:33:0b",
+    ] {
+        assert!(shown.contains(words), "no {words} in {shown}");
+    }
+    let log = output.stderr;
+    assert!(!log.contains("list is empty"), "{log}");
+    let spec = format!("lower,{sources}");
+    let args = ["net", "open", &spec, "--", "true"];
+    is_refused(place.minivmm(&args), USAGE, &["needs mode=source"]);
+}
+
+#[test]
 fn passthru_gives_the_lower_its_mac_back() {
     if !is_possible() {
         return;

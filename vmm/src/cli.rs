@@ -27,6 +27,7 @@ Keys of --macvtap:
   mtu=BYTES          the interface's by default
   txqueuelen=FRAMES  room for frames that the guest has not received yet, 500 by default
   bcqueuelen=FRAMES  room for broadcasts on their way to all guests, 1000 by default
+  source-mac=ADDRESS  a sender that the guest hears in mode=source; may be repeated
   name=NAME          of the macvtap
   netns=private      in a network namespace of its own, gone with minivmm (default), or
   netns=host         in this one, where `ip link` shows it

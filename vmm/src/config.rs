@@ -122,6 +122,9 @@ pub enum ConfigError {
     /// What needs the monitor to see the frames, and a kernel that moves them.
     #[error("{0}= needs backend=user: with vhost-net the frames do not pass through minivmm")]
     NotWithVhost(&'static str),
+    /// A list of senders, and a mode that hears everybody.
+    #[error("source-mac= needs mode=source: in other modes every sender is heard")]
+    SourceMac,
     /// More queues than a guest's card can have.
     #[error("a guest's card has 1 to {MAX_PAIRS} queues")]
     Queues,

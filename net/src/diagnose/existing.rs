@@ -1,5 +1,7 @@
 //! Whether a macvtap that exists can be used as it is. Pure.
 
+use std::collections::BTreeSet;
+
 use super::{Problem, by_index};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
@@ -90,8 +92,51 @@ fn differences(macvtap: &Link, expected: &MacvtapSpec) -> Vec<Problem> {
                 command,
             })
         });
+    let sources = differing_sources(macvtap, expected);
+    let sources = sources.map(|(has, wanted)| Problem::ExistingSources {
+        name: name(),
+        has: has.into(),
+        wanted: wanted.into(),
+    });
     let all = mac.into_iter().chain(mode).chain(mtu).chain(renamed);
-    all.chain(lengths).collect()
+    all.chain(lengths).chain(sources).collect()
+}
+
+/// The list of senders that a macvtap has, and that which was asked for, when these are not the same.
+fn differing_sources(macvtap: &Link, expected: &MacvtapSpec) -> Option<(String, String)> {
+    let wanted: BTreeSet<[u8; 6]> = expected
+        .source_macs
+        .iter()
+        .map(|mac| mac.octets())
+        .collect();
+    let has: BTreeSet<[u8; 6]> = macvtap.source_macs.iter().copied().collect();
+    let words = |list: BTreeSet<[u8; 6]>| {
+        let macs = list
+            .into_iter()
+            .filter_map(|mac| MacAddr::try_from(mac).ok());
+        let macs: Vec<String> = macs.map(|mac| mac.to_string()).collect();
+        macs.join(" ")
+    };
+    (!wanted.is_empty() && wanted != has).then(|| (words(has), words(wanted)))
+}
+
+/// Whether a macvtap has been made as it was asked for: a kernel passes over the attributes that it does not know.
+/// (Those that every driver has are not among them.)
+pub(crate) fn check_made(made: &Link, expected: &MacvtapSpec) -> Result<(), Problem> {
+    let ignored = |key, has: String, wanted: String| Problem::Ignored { key, has, wanted };
+    let has = made.bc_queue_len;
+    if let Some(wanted) = expected.bc_queue_len.filter(|wanted| *wanted != has) {
+        return Err(ignored("bcqueuelen", has.to_string(), wanted.to_string()));
+    }
+    let mode = expected.mode.unwrap_or_default();
+    if made.mode != Some(mode) {
+        let has = made.mode.map_or("none", Mode::as_str);
+        return Err(ignored("mode", has.to_owned(), mode.to_string()));
+    }
+    match differing_sources(made, expected) {
+        Some((has, wanted)) => Err(ignored("source-mac", has, wanted)),
+        None => Ok(()),
+    }
 }
 
 /// Warns of a macvtap, made by somebody else, that passes on only the multicast which the host itself has joined: IPv6

@@ -192,3 +192,44 @@ fn existing_macvtap_that_would_lose_frames_is_refused() {
     let refusal = check_existing(&[], &deaf, &nothing).unwrap_err();
     assert!(matches!(refusal, Problem::NoReceiveRing { .. }));
 }
+
+#[test]
+fn made_macvtap_on_a_kernel_that_ignored_something_is_refused() {
+    let asked = MacvtapSpec {
+        mode: Some(Mode::Source),
+        bc_queue_len: Some(2000),
+        source_macs: vec![mac(), mac()],
+        ..MacvtapSpec::new("eno1".parse().unwrap())
+    };
+    let made = Link {
+        mode: Some(Mode::Source),
+        bc_queue_len: 2000,
+        source_macs: vec![MAC],
+        ..on(1, "macvtap", card(2, "mvt"))
+    };
+    check_made(&made, &asked).unwrap();
+    let nothing = MacvtapSpec::new("eno1".parse().unwrap());
+    let bridge = Link {
+        mode: Some(Mode::Bridge),
+        ..made.clone()
+    };
+    check_made(&bridge, &nothing).unwrap();
+    // A kernel before 5.11 does not tell of a length either.
+    let old = Link {
+        bc_queue_len: 0,
+        ..made.clone()
+    };
+    let text = check_made(&old, &asked).unwrap_err().to_string();
+    assert!(
+        text.contains("bcqueuelen 0, not 2000") && text.contains("5.11"),
+        "{text}"
+    );
+    let deaf = Link {
+        source_macs: vec![],
+        ..made
+    };
+    let text = check_made(&deaf, &asked).unwrap_err().to_string();
+    assert!(text.contains("not 52:54:00:00:00:01"), "{text}");
+    let text = check_made(&bridge, &asked).unwrap_err().to_string();
+    assert!(text.contains("mode bridge, not source"), "{text}");
+}

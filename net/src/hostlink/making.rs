@@ -121,6 +121,7 @@ pub(super) fn create(
         mtu: None,
         tx_queue_len: None,
         bc_queue_len: None,
+        source_macs: &[],
     };
     host.create(&new, random_index)
         .map_err(|error| match error.raw_os_error() {

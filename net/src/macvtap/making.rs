@@ -55,7 +55,7 @@ pub(super) fn make_new(
         Placement::Host => move_home(spec, index, home)?,
     };
     let (link, queues, mac) = start(&wish, spec, index)?;
-    if mode == Mode::Source {
+    if mode == Mode::Source && spec.source_macs.is_empty() {
         log::warn!("in source mode the macvtap hears only listed senders, and its list is empty");
     }
     Ok(Macvtap {
@@ -94,6 +94,7 @@ fn create(
         mtu: spec.mtu,
         tx_queue_len: spec.tx_queue_len,
         bc_queue_len: spec.bc_queue_len,
+        source_macs: &spec.source_macs,
     };
     host.create(&new, random_index)
         .map_err(|error| match error.raw_os_error() {
@@ -135,6 +136,7 @@ fn start(
             .map_err(Problem::from_step("show the new macvtap"))
     };
     let made = look()?;
+    diagnose::check_made(&made, spec)?;
     if spec.netns == Placement::Host {
         forbid_ipv6(&made.name);
     }

@@ -32,6 +32,8 @@ pub(crate) struct Link {
     pub lower: Option<u32>,
     /// The mode of a macvlan or macvtap.
     pub mode: Option<Mode>,
+    /// The senders that a macvlan or macvtap in source mode hears.
+    pub source_macs: Vec<[u8; 6]>,
     /// When the link that it sits on is in another namespace: our number for that namespace, and the link's index there.
     pub lower_elsewhere: Option<(i32, u32)>,
     /// The mode of an ipvlan.
@@ -55,6 +57,8 @@ const MODES: [(u32, Mode); 5] = [
     (8, Mode::Passthru),
     (16, Mode::Source),
 ];
+const IFLA_MACVLAN_MACADDR: u16 = 4;
+const IFLA_MACVLAN_MACADDR_DATA: u16 = 5;
 const IFLA_MACVLAN_BC_QUEUE_LEN: u16 = 7;
 const IFLA_IPVLAN_MODE: u16 = 1;
 
@@ -114,6 +118,13 @@ impl Link {
                 ("macvlan" | "macvtap", IFLA_MACVLAN_MODE) => {
                     let mode = MODES.iter().find(|mode| Some(mode.0) == u32_of(item.value));
                     self.mode = mode.map(|mode| mode.1);
+                }
+                ("macvlan" | "macvtap", IFLA_MACVLAN_MACADDR_DATA) => {
+                    let macs = item
+                        .nested()
+                        .filter(|mac| mac.kind() == IFLA_MACVLAN_MACADDR);
+                    let macs = macs.filter_map(|mac| mac.value.try_into().ok());
+                    self.source_macs = macs.collect();
                 }
                 ("macvlan" | "macvtap", IFLA_MACVLAN_BC_QUEUE_LEN) => {
                     self.bc_queue_len = u32_of(item.value).unwrap_or_default();

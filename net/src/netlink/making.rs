@@ -7,7 +7,8 @@ use rtnetlink::LinkUnspec;
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{
-    InfoData, InfoKind, InfoMacVlan, InfoMacVtap, LinkAttribute, LinkInfo, LinkMessage, MacVlanMode,
+    InfoData, InfoKind, InfoMacVlan, InfoMacVtap, LinkAttribute, LinkInfo, LinkMessage,
+    MacVlanMode, MacVtapMacAddressMode,
 };
 
 use super::Netlink;
@@ -32,6 +33,8 @@ pub(crate) struct NewLink<'a> {
     pub tx_queue_len: Option<u32>,
     /// None for the driver's.
     pub bc_queue_len: Option<u32>,
+    /// The senders that it hears in source mode.
+    pub source_macs: &'a [MacAddr],
 }
 
 /// Which driver a link is made by.
@@ -108,6 +111,7 @@ impl Netlink {
             mtu: None,
             tx_queue_len: None,
             bc_queue_len: None,
+            source_macs: &[],
         };
         self.create(&impossible, random_index).map(drop)
     }
@@ -145,7 +149,12 @@ impl NewLink<'_> {
             }
             Driver::Macvtap => {
                 let length = length.map(InfoMacVtap::BcQueueLen);
+                let macs = self.source_macs.iter().map(|mac| mac.octets());
+                let macs: Vec<_> = macs.map(InfoMacVtap::MacAddr).collect();
+                let set = InfoMacVtap::MacAddrMode(MacVtapMacAddressMode::Set);
+                let sources = [set, InfoMacVtap::MacAddrData(macs)].into_iter();
                 let data = [InfoMacVtap::Mode(mode)].into_iter().chain(length);
+                let data = data.chain(sources.filter(|_| !self.source_macs.is_empty()));
                 (InfoKind::MacVtap, InfoData::MacVtap(data.collect()))
             }
         };
@@ -198,6 +207,7 @@ mod tests {
             mtu: None,
             tx_queue_len: None,
             bc_queue_len: None,
+            source_macs: &[],
         }
     }
 

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use devices::virtio::net::rate::RateLimit;
-use net::{MacvtapSpec, Placement};
+use net::{MacvtapSpec, Mode, Placement};
 
 use super::ConfigError;
 
@@ -82,7 +82,7 @@ pub(super) const MAX_PAIRS: usize = 31;
 
 /// The keys of a macvtap, as they go into an error.
 pub(super) const MACVTAP_KEYS: &str =
-    "mode, mac, mtu, queues, txqueuelen, bcqueuelen, name, netns and lower-netns";
+    "mode, mac, mtu, queues, txqueuelen, bcqueuelen, source-mac, name, netns and lower-netns";
 
 /// The keys of the guest's card, as they go into an error.
 pub(super) const CARD_KEYS: &str = "backend, trust-mac, rx-rate, tx-rate, burst and pcap";
@@ -287,7 +287,7 @@ pub fn parse_macvtap(text: &str) -> Result<MacvtapSpec, ConfigError> {
         let (key, text) = part
             .split_once('=')
             .ok_or_else(|| ConfigError::NoValue(part.to_owned()))?;
-        if seen.contains(&key) {
+        if seen.contains(&key) && key != "source-mac" {
             return Err(ConfigError::Twice(key.to_owned()));
         }
         seen.push(key);
@@ -298,11 +298,15 @@ pub fn parse_macvtap(text: &str) -> Result<MacvtapSpec, ConfigError> {
             "queues" => spec.queues = number(key, text)?,
             "txqueuelen" => spec.tx_queue_len = Some(number(key, text)?),
             "bcqueuelen" => spec.bc_queue_len = Some(number(key, text)?),
+            "source-mac" => spec.source_macs.push(value(text)?),
             "name" => spec.name = Some(value(text)?),
             "netns" => spec.netns = placement(text)?,
             "lower-netns" => spec.lower_netns = Some(text.into()),
             _ => return Err(ConfigError::UnknownKey(key.to_owned())),
         }
+    }
+    if !spec.source_macs.is_empty() && spec.mode != Some(Mode::Source) {
+        return Err(ConfigError::SourceMac);
     }
     Ok(spec)
 }
@@ -355,6 +359,18 @@ mod tests {
         assert_eq!(spec.name.unwrap().as_str(), "vm1");
         assert_eq!(spec.netns, Placement::Host);
         assert_eq!(spec.lower_netns, Some(PathBuf::from("/run/netns/lab")));
+    }
+
+    #[test]
+    fn macvtap_in_source_mode_has_a_list_of_senders() {
+        let text = "eno1,source-mac=02:00:00:00:00:01,mode=source,source-mac=02:00:00:00:00:02";
+        let spec = parse_macvtap(text).unwrap();
+        let macs: Vec<String> = spec.source_macs.iter().map(ToString::to_string).collect();
+        assert_eq!(macs, ["02:00:00:00:00:01", "02:00:00:00:00:02"]);
+        for text in ["eno1", "eno1,mode=vepa"] {
+            let error = parse_macvtap(&format!("{text},source-mac=02:00:00:00:00:01"));
+            assert_eq!(error, Err(ConfigError::SourceMac));
+        }
     }
 
     #[test]

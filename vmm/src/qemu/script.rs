@@ -113,6 +113,12 @@ fn new_macvtap(n: usize, spec: &MacvtapSpec, mac: MacAddr, index: u32) -> String
     if let Some(frames) = spec.bc_queue_len {
         let _ = write!(type_keys, " bcqueuelen {frames}");
     }
+    if !spec.source_macs.is_empty() {
+        type_keys += " macaddr set";
+    }
+    for mac in &spec.source_macs {
+        let _ = write!(type_keys, " {mac}");
+    }
     format!(
         "tap={name}\n\
          {enter}ip link add link {lower} name \"$tap\" index {index}{keys}{netns} type macvtap mode {mode}{type_keys}\n\
@@ -270,6 +276,19 @@ exec 4<>/dev/tap1000000 5<>/dev/tap1000000
 qemu -append 'a b'
 ";
         assert_eq!(script(&cards, &HostLink::default(), &command), expected);
+    }
+
+    #[test]
+    fn script_in_source_mode_lists_the_senders() {
+        let (one, other) = ("02:00:00:00:00:01", "02:00:00:00:00:02");
+        let spec = format!("eno1,mode=source,bcqueuelen=9,source-mac={one},source-mac={other}");
+        let text = script(
+            &[card(&spec, vec![3])],
+            &HostLink::default(),
+            &["qemu".into()],
+        );
+        let keys = format!("type macvtap mode source bcqueuelen 9 macaddr set {one} {other}\n");
+        assert!(text.contains(&keys), "{text}");
     }
 
     #[test]
