@@ -16,6 +16,7 @@ use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
+use crate::reap::Judge;
 use crate::sysfs::Sysfs;
 use crate::wifi::{self, Air};
 
@@ -141,21 +142,15 @@ impl Facts {
             driver: sysfs.as_ref().and_then(|sysfs| sysfs.driver(&link.name)),
             filters_vlans: named == Some(link.index) && filters_vlans(link),
         };
-        let dead = |link: &Link| {
-            let owner: Owner = link.alias.parse().ok()?;
-            owner.is_dead().then_some((link.index, owner))
-        };
+        let judge = Judge::new();
+        let dead = |link: &Link| judge.left_by(link).map(|owner| (link.index, owner));
         let mut facts = Self {
             vhost_net: VhostNet::look(Path::new("/dev/vhost-net")),
             hardware: seen
                 .iter()
                 .map(|link| (link.index, hardware(link)))
                 .collect(),
-            leaked: seen
-                .iter()
-                .filter(|link| link.is_macvlan())
-                .filter_map(dead)
-                .collect(),
+            leaked: seen.iter().filter_map(dead).collect(),
             nodes: nodes(seen, sysfs.as_ref(), Path::new("/dev")),
             neighbours: netns::inode_of_current()
                 .map(|namespace| neighbour::out_of_sight(neighbours, seen, namespace))

@@ -19,6 +19,7 @@ use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
+use crate::reap::{self, Judge};
 
 mod announce;
 mod making;
@@ -92,7 +93,11 @@ impl HostLink {
             link: spec.link.clone(),
             source,
         };
-        on_host(|host| make(host, spec, None, Journal::new(host))).map_err(error)
+        let make = |host: &Netlink| {
+            reap::delete_stale(host);
+            make(host, spec, None, Journal::new(host))
+        };
+        on_host(make).map_err(error)
     }
 
     /// Deletes a host link, named itself or by the link that it sits on, and moves addresses and routes back if they had
@@ -139,12 +144,13 @@ impl HostLinkGuard {
             if spec.move_addresses {
                 return Err(HostLinkProblem::MoveIsLasting);
             }
+            reap::delete_stale(host);
             let owner = Owner::this_process()
                 .map_err(HostLinkProblem::from_step("tell who this process is"))?;
             let namespace = netns::current()
                 .map_err(HostLinkProblem::from_step("open the network namespace"))?;
             let link = make(host, spec, Some(&owner), Journal::new(host))?;
-            let lease = Lease::new(namespace, link.index, owner.to_string());
+            let lease = Lease::visible(namespace, link.index, owner.to_string());
             Ok(Self {
                 link,
                 _lease: lease,
@@ -200,7 +206,7 @@ fn host_links_on<'a>(links: &'a [Link], lower: &Link) -> impl Iterator<Item = (&
 
 /// A host link for a process's lifetime, if the process has ended without deleting it.
 fn left_by<'a>(link: &'a Link, owner: &Owner) -> Result<(&'a Link, Tag), HostLinkProblem> {
-    if owner.is_dead() {
+    if Judge::new().left_by(link).is_some() {
         return Ok((link, Tag::default()));
     }
     let (name, pid) = (link.name.clone(), owner.pid());

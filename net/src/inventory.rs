@@ -9,6 +9,7 @@ use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
+use crate::reap::Judge;
 
 /// A link that carries others, and those.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +61,8 @@ pub struct UpperInfo {
     pub state: LinkState,
     /// The process that it belongs to, if it says so.
     pub owner: Option<Owner>,
+    /// That process has ended, and nobody uses it: [`reap`](crate::reap()) deletes it.
+    pub leaked: bool,
     /// It is the host's own among its guests, see [`HostLink`](crate::HostLink).
     pub host_link: bool,
     /// The text that somebody has given it, whatever it means.
@@ -105,24 +108,33 @@ pub fn inventory(link: Option<&LinkName>) -> Result<Vec<LowerInfo>, InventoryErr
         let links = Netlink::connect()
             .and_then(|host| host.links())
             .map_err(Problem::from_step("list the network interfaces"))?;
-        match link {
-            None => Ok(group(&links)),
-            Some(name) => {
-                let link = diagnose::find(&links, name.as_str())?;
-                let lower = diagnose::real_device(&links, link);
-                let mut found = group(&links);
-                found.retain(|info| info.place == Place::Here && info.index == lower.index);
-                if found.is_empty() {
-                    found.push(LowerInfo::of(lower));
-                }
-                Ok(found)
+        let mut found = group(&links);
+        if let Some(name) = link {
+            let link = diagnose::find(&links, name.as_str())?;
+            let lower = diagnose::real_device(&links, link);
+            found.retain(|info| info.place == Place::Here && info.index == lower.index);
+            if found.is_empty() {
+                found.push(LowerInfo::of(lower));
             }
         }
+        judge(&mut found, &links);
+        Ok(found)
     };
     netns::on_own_thread(list)
         .map_err(Problem::from_step("start a thread"))
         .and_then(|found| found)
         .map_err(InventoryError)
+}
+
+/// Tells whose the links on them are, and which are stale.
+fn judge(lowers: &mut [LowerInfo], links: &[Link]) {
+    let judge = Judge::new();
+    for upper in lowers.iter_mut().flat_map(|lower| &mut lower.uppers) {
+        if let Some(link) = diagnose::by_index(links, Some(upper.index)) {
+            upper.owner = judge.owner_of(link);
+            upper.leaked = judge.left_by(link).is_some();
+        }
+    }
 }
 
 /// The links that carry others, in the order of their places and indexes, with those in the order of their indexes.
@@ -201,6 +213,7 @@ impl UpperInfo {
             mtu: link.mtu,
             state: LinkState::of(link),
             owner: link.alias.parse().ok(),
+            leaked: false,
             host_link: hostlink::Tag::from_alias(&link.alias).is_some(),
             alias: link.alias.clone(),
         })

@@ -3,7 +3,9 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use crate::identity::LinkId;
 use crate::netlink::Netlink;
+use crate::record::{self, RecordLock};
 use crate::{netns, reap};
 
 /// Keeps the macvtap that was made for some queues. Dropping it deletes the macvtap at once.
@@ -14,7 +16,7 @@ use crate::{netns, reap};
 ///   closed. An open queue keeps that namespace by itself, so a program that inherits nothing but the queue has a link
 ///   that works.
 /// - In the host's namespace it stays until the next [`Macvtap::open`](crate::Macvtap::open) or
-///   [`reap`](crate::reap()) there, by whichever process.
+///   [`reap`](crate::reap()) there, by whichever process, once nobody has a queue of it open.
 ///
 /// The lower gets back what passthru mode took, its MAC address and promiscuity, from the kernel itself whenever the
 /// macvtap is deleted, in each of these ways (`macvlan_port_destroy` and `macvlan_stop` in drivers/net/macvlan.c).
@@ -25,8 +27,10 @@ pub struct Lease(Option<Held>);
 struct Held {
     namespace: OwnedFd,
     index: u32,
-    /// Its tag, where others could take it away and put another in its place.
+    /// Its tag, where others can see it.
     alias: String,
+    /// Says there that it is in use.
+    _record: Option<RecordLock>,
 }
 
 impl Lease {
@@ -35,17 +39,35 @@ impl Lease {
         Self(None)
     }
 
+    /// Whether it keeps one, which then was made by this process.
+    pub fn is_of_new(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// The network namespace of the macvtap, unless it is somebody else's.
     pub(crate) fn namespace(&self) -> Option<BorrowedFd<'_>> {
         self.0.as_ref().map(|held| held.namespace.as_fd())
     }
 
-    /// Of the link with this index in `namespace`.
-    pub(crate) fn new(namespace: OwnedFd, index: u32, alias: String) -> Self {
+    /// Of the link with this index in `namespace`, which nobody else sees.
+    pub(crate) fn private(namespace: OwnedFd, index: u32) -> Self {
+        Self(Some(Held {
+            namespace,
+            index,
+            alias: String::new(),
+            _record: None,
+        }))
+    }
+
+    /// Of the link with this index and alias in `namespace`.
+    pub(crate) fn visible(namespace: OwnedFd, index: u32, alias: String) -> Self {
+        let id = netns::inode(&namespace).map(|namespace| LinkId { namespace, index });
+        let record = id.ok().and_then(|id| record::lock_link(id, &alias));
         Self(Some(Held {
             namespace,
             index,
             alias,
+            _record: record,
         }))
     }
 }
@@ -54,8 +76,24 @@ impl Held {
     fn delete(&self) -> io::Result<()> {
         netns::on_own_thread(|| {
             netns::enter(&self.namespace)?;
-            reap::delete_if_still(&Netlink::connect()?, self.index, &self.alias)?;
-            Ok(())
+            let netlink = Netlink::connect()?;
+            let link = match netlink.link(self.index) {
+                Err(error) if reap::is_gone(&error) => return Ok(()),
+                link => link?,
+            };
+            if !link.is_macvlan() {
+                return Ok(());
+            }
+            if link.alias != self.alias {
+                log::warn!(
+                    "{} is deleted although its alias has changed from {:?} to {:?}: something here changes new \
+                     interfaces, such as a .link file of udev (Alias=)",
+                    link.name,
+                    self.alias,
+                    link.alias
+                );
+            }
+            reap::delete(&netlink, self.index).map(drop)
         })?
     }
 }

@@ -31,6 +31,7 @@
 //! | `spec.rs` | what can be asked for, of the types in `mac.rs`, `name.rs` and `mode.rs` |
 //! | `macvtap.rs` | the way through the house: check, make, bring up, open |
 //! | `lease.rs`, `owner.rs`, `reap.rs` | giving back: at the end, and what the dead could not |
+//! | `record.rs` | a lock for each thing of the host that a process uses |
 //! | `adopt.rs` | queues that somebody else has opened |
 //! | `identity.rs` | which link is meant, in whichever namespace |
 //! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it; `address.rs` |
@@ -70,6 +71,7 @@ mod netns;
 mod owner;
 mod queue;
 mod reap;
+mod record;
 mod spec;
 mod sysfs;
 mod watch;
@@ -95,5 +97,9 @@ pub use name::{LinkName, ParseLinkNameError};
 pub use owner::{Owner, ParseOwnerError};
 pub use queue::QueueError;
 pub use reap::{Reaped, reap};
+pub use record::{
+    RecordDirectory, RecordError, RecordKey, RecordLock, RecordState, RecordView,
+    make_record_directory_for,
+};
 pub use spec::{MacvtapSpec, Placement};
 pub use watch::{LinkChange, LinkEvent, LinkWatch};

@@ -81,8 +81,8 @@ impl Macvtap {
     ///
     /// The queues are non-blocking and close-on-exec. Header size, offloads and send buffer are the driver's defaults.
     ///
-    /// The links of the caller's namespace whose owner is dead are deleted on the way (see [`reap`](crate::reap())), so
-    /// that they stand in nobody's way.
+    /// The stale links of the caller's namespace are deleted first (see [`reap`](crate::reap())), so that they stand in
+    /// nobody's way.
     ///
     /// # Errors
     ///
@@ -201,7 +201,7 @@ fn open_here(spec: &MacvtapSpec) -> Result<Macvtap, Error> {
         .map_err(make)?;
     let connect = || Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"));
     let mut host = connect().map_err(make)?;
-    bury_the_dead(&host);
+    reap::delete_stale(&host);
     if let Some(path) = &spec.lower_netns {
         netns::enter_path(path).map_err(make)?;
         host = connect().map_err(make)?;
@@ -219,19 +219,6 @@ fn open_here(spec: &MacvtapSpec) -> Result<Macvtap, Error> {
         })
     } else {
         make_new(&host, &links, link, spec, home).map_err(make)
-    }
-}
-
-fn bury_the_dead(here: &Netlink) {
-    match reap::reap_by(here) {
-        Ok(reaped) => reaped.iter().for_each(|link| {
-            log::info!(
-                "deleted {}, which a dead process had left: {}",
-                link.name,
-                link.owner
-            );
-        }),
-        Err(error) => log::debug!("cannot delete what dead processes left: {error}"),
     }
 }
 

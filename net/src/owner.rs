@@ -81,7 +81,7 @@ impl Owner {
         Self::this_process().is_ok_and(|judge| self.is_dead_to(&judge))
     }
 
-    fn is_dead_to(&self, judge: &Self) -> bool {
+    pub(crate) fn is_dead_to(&self, judge: &Self) -> bool {
         if self.pid_namespace != judge.pid_namespace {
             return judge.pid_namespace == FIRST_PID_NAMESPACE && is_deserted(&self.pid_namespace);
         }

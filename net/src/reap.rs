@@ -1,12 +1,20 @@
-//! Taking away the links that dead processes left behind.
+//! Taking away the links that ended processes left behind.
 
+use std::cell::OnceCell;
+use std::collections::BTreeSet;
+use std::fs;
 use std::io;
+
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
 
 use crate::Error;
 use crate::diagnose::Problem;
+use crate::identity::LinkId;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
+use crate::record::{self, RecordDirectory, RecordKey, RecordState, RecordView};
+use crate::sysfs::Sysfs;
 
 /// A link that was left behind and is deleted now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,8 +28,9 @@ pub struct Reaped {
     pub owner: Owner,
 }
 
-/// Deletes the macvtaps and macvlans of the caller's network namespace whose [`Owner`] is dead, and says which. A link
-/// without the tag of an owner is never touched, nor one whose owner lives or may live.
+/// Deletes the stale macvtaps and macvlans of the caller's network namespace, and says which: those that a process has
+/// made for its own time and that no process uses any more. A link without an [`Owner`] is never touched, nor one that
+/// may be in use.
 ///
 /// Two that do this at once share the work, and each tells only its part.
 ///
@@ -39,15 +48,17 @@ pub fn reap() -> Result<Vec<Reaped>, Error> {
         .map_err(Error::Reap)
 }
 
-/// [`reap`] by a connection to the namespace in question.
-pub(crate) fn reap_by(netlink: &Netlink) -> io::Result<Vec<Reaped>> {
+/// [`reap`] by a connection to the calling thread's namespace.
+fn reap_by(netlink: &Netlink) -> io::Result<Vec<Reaped>> {
     let mut reaped = Vec::new();
+    let judge = Judge::new();
     for link in netlink.links()? {
-        let Some(owner) = dead_owner(&link) else {
+        let Some(owner) = judge.left_by(&link) else {
             continue;
         };
         // Another reaper may have been faster.
         if delete_if_still(netlink, link.index, &link.alias)? {
+            judge.forget(&link);
             reaped.push(Reaped {
                 name: link.name,
                 kind: link.kind,
@@ -58,23 +69,183 @@ pub(crate) fn reap_by(netlink: &Netlink) -> io::Result<Vec<Reaped>> {
     Ok(reaped)
 }
 
-fn dead_owner(link: &Link) -> Option<Owner> {
-    let owner: Owner = link.alias.parse().ok()?;
-    (link.is_macvlan() && owner.is_dead()).then_some(owner)
+/// [`reap`] on the way to something else, which it may help and must not hinder.
+pub(crate) fn delete_stale(netlink: &Netlink) {
+    match reap_by(netlink) {
+        Ok(reaped) => reaped.iter().for_each(|link| {
+            log::info!(
+                "deleted {}, which a dead process had left: {}",
+                link.name,
+                link.owner
+            );
+        }),
+        Err(error) => log::debug!("cannot delete what dead processes left: {error}"),
+    }
+}
+
+/// The interface indexes of links that this crate makes are chosen at random from here on. The kernel's own, which count
+/// from 1, soon mean another link in another namespace.
+pub(crate) const CHOSEN_INDEXES: u32 = 0x4000_0000;
+
+/// Tells which links of the calling thread's namespace are stale.
+#[derive(Debug)]
+pub(crate) struct Judge {
+    namespace: Option<u64>,
+    directories: Vec<RecordDirectory>,
+    view: RecordView,
+    me: Option<Owner>,
+    /// What is needed for a link that is probably stale alone.
+    sysfs: OnceCell<Option<Sysfs>>,
+    open_devices: OnceCell<OpenDevices>,
+}
+
+impl Judge {
+    pub(crate) fn new() -> Self {
+        Self {
+            namespace: netns::inode_of_current().ok(),
+            directories: RecordDirectory::readable_own(),
+            view: RecordView::default(),
+            me: Owner::this_process().ok(),
+            sysfs: OnceCell::new(),
+            open_devices: OnceCell::new(),
+        }
+    }
+
+    /// Whose link it is, by its alias; or by its record, if somebody has given it another one.
+    pub(crate) fn owner_of(&self, link: &Link) -> Option<Owner> {
+        if !link.is_macvlan() {
+            return None;
+        }
+        let recorded = || {
+            let id = self.id(link).filter(|id| id.index >= CHOSEN_INDEXES)?;
+            let mut directories = self.directories.iter();
+            let text = directories.find_map(|dir| record::owner_of_link(dir, id))?;
+            text.parse().ok()
+        };
+        link.alias.parse().ok().or_else(recorded)
+    }
+
+    /// Who has left it behind; None for a link that is somebody else's, and for one that may be in use.
+    pub(crate) fn left_by(&self, link: &Link) -> Option<Owner> {
+        let owner = self.owner_of(link)?;
+        let is_left = match self.record_of(link) {
+            RecordState::Held => false,
+            RecordState::Free => true,
+            RecordState::Missing => {
+                let me = self.me.as_ref();
+                me.is_some_and(|me| owner.is_dead_to(me))
+            }
+        };
+        // The one who made it may have passed its queues on.
+        (is_left && !(link.is_macvtap() && self.may_be_open(link))).then_some(owner)
+    }
+
+    fn id(&self, link: &Link) -> Option<LinkId> {
+        let index = link.index;
+        self.namespace.map(|namespace| LinkId { namespace, index })
+    }
+
+    fn record_of(&self, link: &Link) -> RecordState {
+        self.id(link).map_or(RecordState::Missing, |id| {
+            self.state(&RecordKey::of_link(id))
+        })
+    }
+
+    /// The most that one of the directories says.
+    fn state(&self, key: &RecordKey) -> RecordState {
+        let directories = self.directories.iter();
+        let states = directories.map(|directory| self.view.state(directory, key));
+        states.max().unwrap_or(RecordState::Missing)
+    }
+
+    fn may_be_open(&self, link: &Link) -> bool {
+        let sysfs = self.sysfs.get_or_init(|| Sysfs::of_this_namespace().ok());
+        let device = sysfs
+            .as_ref()
+            .and_then(|sysfs| sysfs.tap_device(&link.name, link.index).ok());
+        let (Some(device), Some(mac)) = (device, link.mac.and_then(|mac| mac.try_into().ok()))
+        else {
+            return true;
+        };
+        let key = RecordKey::of_tap(device, self.id(link), mac);
+        if [self.state(&key), self.state(&key.passed())].contains(&RecordState::Held) {
+            return true;
+        }
+        let open = self.open_devices.get_or_init(OpenDevices::look);
+        // Where there is a record, whoever was given a queue was given its lock too.
+        let in_doubt = open.is_partial && self.record_of(link) == RecordState::Missing;
+        in_doubt || open.devices.contains(&device)
+    }
+
+    /// Removes the record of a link that is gone.
+    fn forget(&self, link: &Link) {
+        if let Some(id) = self.id(link) {
+            record::forget(&self.directories, &RecordKey::of_link(id));
+        }
+    }
+}
+
+/// The character devices that processes have open.
+#[derive(Debug, Default)]
+struct OpenDevices {
+    devices: BTreeSet<u64>,
+    /// There are processes that cannot be looked at.
+    is_partial: bool,
+}
+
+impl OpenDevices {
+    fn look() -> Self {
+        let mut found = Self::default();
+        for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let name = process.file_name();
+            if name
+                .to_str()
+                .is_none_or(|name| name.parse::<u32>().is_err())
+            {
+                continue;
+            }
+            match fs::read_dir(process.path().join("fd")) {
+                Ok(descriptors) => found
+                    .devices
+                    .extend(descriptors.flatten().filter_map(|fd| device(&fd))),
+                Err(error) => found.is_partial |= error.kind() == io::ErrorKind::PermissionDenied,
+            }
+        }
+        found
+    }
+}
+
+/// The character device behind a descriptor in /proc.
+fn device(descriptor: &fs::DirEntry) -> Option<u64> {
+    // It may be a file of a server that does not answer.
+    let flags = AtFlags::STATX_DONT_SYNC;
+    let stat = rustix::fs::statx(CWD, descriptor.path(), flags, StatxFlags::TYPE).ok()?;
+    let kind = FileType::from_raw_mode(stat.stx_mode.into());
+    (kind == FileType::CharacterDevice)
+        .then(|| rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor))
 }
 
 /// Deletes the link with this index if it still has this alias, and says whether it did. The look comes first since an
 /// index could be another link's by now.
-pub(crate) fn delete_if_still(netlink: &Netlink, index: u32, alias: &str) -> io::Result<bool> {
-    let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENODEV);
+fn delete_if_still(netlink: &Netlink, index: u32, alias: &str) -> io::Result<bool> {
     match netlink.link(index) {
-        Ok(link) if link.alias == alias => match netlink.delete(index) {
-            Ok(()) => Ok(true),
-            Err(error) if gone(&error) => Ok(false),
-            Err(error) => Err(error),
-        },
+        Ok(link) if link.alias == alias => delete(netlink, index),
         Ok(_) => Ok(false),
-        Err(error) if gone(&error) => Ok(false),
+        Err(error) if is_gone(&error) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Deletes the link with this index, and says whether it was there.
+pub(crate) fn delete(netlink: &Netlink, index: u32) -> io::Result<bool> {
+    match netlink.delete(index) {
+        Ok(()) => Ok(true),
+        Err(error) if is_gone(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The kernel says that there is no such link.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENODEV)
 }

@@ -545,19 +545,6 @@ fn reapers_at_once_share_the_work() {
 }
 
 #[test]
-fn lease_leaves_a_link_that_is_no_longer_tagged_as_its_own() {
-    if !netns::is_root() {
-        return;
-    }
-    let netns = Netns::new();
-    netns.wire("v0");
-    let macvtap = open(&netns, &on_host("v0"));
-    netns.ip("link set mvt0 alias mine");
-    drop(macvtap);
-    assert!(netns.links().contains(&"mvt0".to_owned()));
-}
-
-#[test]
 fn queue_alone_keeps_the_private_macvtap_of_an_ended_lease_keeper() {
     if !netns::is_root() {
         return;

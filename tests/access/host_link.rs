@@ -259,3 +259,26 @@ fn host_link_of_a_guest_that_cannot_be_leaves_nothing() {
         &["--macvtap"],
     );
 }
+
+#[test]
+fn host_link_of_a_killed_guest_on_descriptors_is_replaced_by_the_next_start() {
+    if !is_possible() {
+        return;
+    }
+    let place = Place::new();
+    let node = place.macvtap("mine");
+    let guest = place.guest(2, "mode=echo");
+    let address = format!("{}/24", HOST[0]);
+    let args = with(&guest, &["--macvtap", "fd=3", "--host-link", &address]);
+    let redirection = format!("3<>{}", node.display());
+    let start = || Vm::spawn(place.redirected(&redirection, Stdio::null(), &args));
+    kill(place.until_it_serves(start()));
+    assert_eq!(place.net.host.links(), ["lower", "mine", "macvlan0"]);
+    let vm = place.until_it_serves(start());
+    assert_eq!(place.net.host.links(), ["lower", "mine", "macvlan0"]);
+    kill(vm);
+    // Nor is a lasting one kept out.
+    let make = ["net", "host-link", "lower", "--address", &address];
+    succeeds(place.minivmm(&make));
+    assert_eq!(place.net.host.links(), ["lower", "mine", "macvlan0"]);
+}

@@ -51,7 +51,7 @@ pub(super) fn make_new(
     forbid_ipv6("default");
     let index = create(host, &wish, spec, namespace.as_fd())?;
     let lease = match spec.netns {
-        Placement::Private => Lease::new(namespace, index, String::new()),
+        Placement::Private => Lease::private(namespace, index),
         Placement::Host => move_home(spec, index, home)?,
     };
     let (link, queues, mac) = start(&wish, spec, index)?;
@@ -121,7 +121,7 @@ fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<Lease, Pro
             _ => Problem::from_step("move the macvtap to this network namespace")(error),
         })?;
     netns::enter(&home).map_err(Problem::from_step("return to this network namespace"))?;
-    Ok(Lease::new(home, index, owner))
+    Ok(Lease::visible(home, index, owner))
 }
 
 /// Brings up the macvtap with this index, in the namespace of this thread, and opens its queues.

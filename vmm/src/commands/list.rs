@@ -41,7 +41,7 @@ struct Link {
     carrier: bool,
     /// The process that it belongs to.
     owner: Option<String>,
-    /// That process has ended.
+    /// That process has ended, and nobody uses the link.
     leaked: bool,
     host_link: bool,
 }
@@ -122,7 +122,7 @@ impl From<UpperInfo> for Link {
             up: admin_up,
             carrier,
             owner: upper.owner.as_ref().map(owner),
-            leaked: upper.owner.is_some_and(|owner| owner.is_dead()),
+            leaked: upper.leaked,
             host_link: upper.host_link,
         }
     }
