@@ -12,6 +12,7 @@ mod session;
 mod tiny;
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -118,31 +119,45 @@ fn stdout_that_nobody_reads_does_not_hold_up_the_end() {
     if !has_kvm() {
         return;
     }
-    for blocking in [true, false] {
-        let (reader, writer) = io::pipe().unwrap();
+    for (guest, blocking) in [
+        (Tiny::Flood, true),
+        (Tiny::Flood, false),
+        (Tiny::FloodBeside, true),
+    ] {
+        let (reader, writer) = small_pipe();
         rustix::io::ioctl_fionbio(&writer, !blocking).unwrap();
-        let (mut command, _directory) = minivmm(Tiny::Flood);
-        command.stdin(Stdio::null()).stdout(writer);
+        let (mut command, _directory) = minivmm(guest);
+        command
+            .args(["--cpus", "2"])
+            .stdin(Stdio::null())
+            .stdout(writer);
         command.stderr(Stdio::piped());
         let mut child = Guarded(command.spawn().unwrap());
         drop(command); // Its copy of the pipe's writing end.
         wait_until_full(&reader);
-        assert_eq!(child.end_by_signals(), Some(143), "blocking: {blocking}");
+        let case = (guest, blocking);
+        assert_eq!(child.end_by_signals(), Some(143), "{case:?}");
     }
 }
 
-/// Waits until a pipe takes no more, told by its content that no longer grows.
+/// A pipe that is soon full.
+fn small_pipe() -> (io::PipeReader, io::PipeWriter) {
+    let (reader, writer) = io::pipe().unwrap();
+    // SAFETY: it takes a plain number.
+    let size = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, PIPE_SIZE) };
+    assert_eq!(size, PIPE_SIZE);
+    (reader, writer)
+}
+
+/// The smallest one: a page.
+const PIPE_SIZE: i32 = 4096;
+
+/// Waits until a [`small_pipe`] takes no more.
 fn wait_until_full(pipe: &io::PipeReader) {
     let deadline = Instant::now() + LIMIT;
-    let mut before = 0;
-    loop {
-        thread::sleep(Duration::from_millis(300));
-        let now = rustix::io::ioctl_fionread(pipe).unwrap();
-        if now > 0 && now == before {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{now} bytes, and it goes on");
-        before = now;
+    while rustix::io::ioctl_fionread(pipe).unwrap() < PIPE_SIZE as u64 {
+        assert!(Instant::now() < deadline, "the pipe takes more");
+        thread::sleep(Duration::from_millis(10));
     }
 }
 

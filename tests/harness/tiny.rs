@@ -17,6 +17,8 @@ pub enum Tiny {
     Echo,
     /// Writes lines of x, and never stops.
     Flood,
+    /// With two CPUs: the second writes x, and the first asks whether there is input; neither ever stops.
+    FloodBeside,
     /// Reads and writes ports by string instructions, and powers off if they do what they have to.
     Strings,
     /// Powers off if there is no COM1, and else resets.
@@ -96,6 +98,30 @@ tiny_flood:
     out dx, al
     jmp 7b
 
+// Starts the second CPU by INIT and start-up IPIs (Intel SDM volume 3, 11.6.1), until it runs these instructions at
+// 0x8000: mov byte [0x7000], 1; mov dx, 0x3f8; out dx, al; jmp to the out. An APIC that its spurious-interrupt register
+// does not enable (0xfee000f0) sends none.
+tiny_flood_beside:
+    mov rax, 0xf8ba01700006c6
+    mov [0x8000], rax
+    mov dword ptr [0x8007], 0xfdebee03
+    mov edi, 0xfee00300
+    mov dword ptr [rdi - 0x210], 0x1ff
+    mov dword ptr [rdi + 0x10], 0x01000000
+3:  mov dword ptr [rdi], 0x4500
+    mov ecx, 5000
+4:  dec ecx
+    jnz 4b
+    mov dword ptr [rdi], 0x4608
+    mov ecx, 5000
+5:  dec ecx
+    jnz 5b
+    cmp byte ptr [0x7000], 1
+    jne 3b
+    mov dx, 0x3fd
+6:  in al, dx
+    jmp 6b
+
 // The line status three times, which is not what the next two ports say; then a line.
 tiny_strings:
     mov dx, 0x3fd
@@ -136,6 +162,7 @@ unsafe extern "C" {
     static tiny_greeter: u8;
     static tiny_echo: u8;
     static tiny_flood: u8;
+    static tiny_flood_beside: u8;
     static tiny_strings: u8;
     static tiny_no_serial: u8;
     static tiny_unrunnable: u8;
@@ -154,6 +181,7 @@ impl Tiny {
             Self::Greeter => &raw const tiny_greeter,
             Self::Echo => &raw const tiny_echo,
             Self::Flood => &raw const tiny_flood,
+            Self::FloodBeside => &raw const tiny_flood_beside,
             Self::Strings => &raw const tiny_strings,
             Self::NoSerial => &raw const tiny_no_serial,
             Self::Unrunnable => &raw const tiny_unrunnable,

@@ -197,6 +197,6 @@ fn run_vcpus(
     if let Some(error) = &failure {
         exit.request(Exit::Failure(error.to_string()));
     }
-    threads.into_iter().for_each(VcpuThread::join);
+    vcpu::join(threads);
     failure.map_or(Ok(()), Err)
 }

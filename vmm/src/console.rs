@@ -35,7 +35,7 @@ pub fn take_mid_line() -> bool {
 /// The serial port's output to a file, pipe or terminal.
 ///
 /// Whoever does not read it may hold the guest up, but not the monitor: once the guest is to end,
-/// a blocked write (which the vCPU's kick interrupts) gives up.
+/// a blocked write (which the vCPU's kick interrupts) gives up, and those after it do so at once.
 #[derive(Debug)]
 pub struct Output {
     file: File,
@@ -45,16 +45,24 @@ pub struct Output {
 impl Output {
     /// Writes to `file` until `exit` is requested.
     pub fn new(file: File, exit: Arc<ExitRequest>) -> Self {
-        Self { file, exit }
+    given_up: bool,
+        Self {
+            file,
+            exit,
+            given_up: false,
+        }
     }
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
-            match self.file.write(bytes) {
+            if self.given_up {
                 // Not the error itself: the caller would try again for ever if it was EINTR.
-                Err(_) if self.exit.reason().is_some() => return Err(ErrorKind::BrokenPipe.into()),
+                return Err(ErrorKind::BrokenPipe.into());
+            }
+            match self.file.write(bytes) {
+                Err(_) if self.exit.reason().is_some() => self.given_up = true,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 // Somebody else made the pipe or terminal that we share non-blocking.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {

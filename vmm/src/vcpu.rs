@@ -1,9 +1,11 @@
 //! A vCPU and the thread that runs it.
 
+use std::cell::Cell;
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
 use std::slice;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -118,6 +120,7 @@ impl Vcpu {
     }
 
     fn run(&mut self) {
+        let _kicked = Kicked::let_in(&mut self.fd);
         while self.board.exit.reason().is_none() {
             let reason = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
@@ -261,17 +264,21 @@ fn looks_emulated() -> bool {
 #[derive(Debug)]
 pub struct VcpuThread(JoinHandle<()>);
 
-impl VcpuThread {
-    /// Waits for the thread's end, once an exit has been requested.
-    pub fn join(self) {
-        // The signal makes KVM_RUN and blocked writes return. One may come between the thread's
-        // look at the exit request and its next call into the kernel, so it is repeated.
-        while !self.0.is_finished() {
-            let _ = self.0.kill(kick_signal());
-            thread::sleep(Duration::from_millis(1));
+/// Waits for the end of all threads, once an exit has been requested.
+pub fn join(threads: Vec<VcpuThread>) {
+    // All of them in each round: one may wait for a device that another one holds, which a reader
+    // that sleeps keeps in its write. Such a write begins again until its thread sees the request,
+    // so the kick is repeated.
+    let is_running = |thread: &&VcpuThread| !thread.0.is_finished();
+    while threads.iter().any(|thread| is_running(&thread)) {
+        for thread in threads.iter().filter(is_running) {
+            let _ = thread.0.kill(kick_signal());
         }
+        thread::sleep(Duration::from_millis(1));
+    }
+    for thread in threads {
         // Its panic has been told already.
-        let _ = self.0.join();
+        let _ = thread.0.join();
     }
 }
 
@@ -279,14 +286,45 @@ fn kick_signal() -> libc::c_int {
     SIGRTMIN()
 }
 
-/// Makes the signal that [`VcpuThread::join`] uses harmless. Once, before any vCPU starts.
+thread_local! {
+    /// Where this thread's vCPU has `immediate_exit` (KVM's api.rst, 5), while it runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Lets kicks reach this thread's vCPU. Ends before the vCPU does.
+struct Kicked;
+
+impl Kicked {
+    fn let_in(fd: &mut VcpuFd) -> Self {
+        IMMEDIATE_EXIT.set(&raw mut fd.get_kvm_run().immediate_exit);
+        Self
+    }
+}
+
+impl Drop for Kicked {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+}
+
+/// Sets up the signal that [`join`] uses. Once, before any vCPU starts.
 ///
 /// # Errors
 ///
 /// Fails when the kernel refuses the handler.
 pub fn prepare_kicks() -> io::Result<()> {
-    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(kick_signal(), ignore).map_err(Into::into)
+    register_signal_handler(kick_signal(), kicked).map_err(Into::into)
+}
+
+/// Interrupts what the thread waits for in the kernel. Should it be about to enter the guest, it
+/// comes back at once.
+extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let immediate_exit = IMMEDIATE_EXIT.get();
+    if !immediate_exit.is_null() {
+        // SAFETY: it points into the mapping of this thread's vCPU, which `Kicked` ends before; the
+        // kernel alone reads it, and nobody holds a reference to this byte.
+        unsafe { immediate_exit.write_volatile(1) };
+    }
 }
 
 #[cfg(test)]
