@@ -140,6 +140,28 @@ fn stdout_that_nobody_reads_does_not_hold_up_the_end() {
     }
 }
 
+#[test]
+fn log_that_nobody_reads_does_not_hold_up_the_end() {
+    if !has_kvm() {
+        return;
+    }
+    let (reader, writer) = small_pipe();
+    let (mut command, _directory) = minivmm(Tiny::Flood);
+    command.stdin(Stdio::null());
+    command.stdout(writer.try_clone().unwrap()).stderr(writer);
+    let mut child = Guarded(command.spawn().unwrap());
+    drop(command);
+    wait_until_full(&reader);
+    // Two that come together are one, and which is the second nothing tells.
+    let deadline = Instant::now() + AT_ONCE;
+    while child.0.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "still there");
+        kill_process(Pid::from_child(&child.0), Signal::TERM).unwrap();
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(child.0.wait().unwrap().code(), Some(143));
+}
+
 /// A pipe that is soon full.
 fn small_pipe() -> (io::PipeReader, io::PipeWriter) {
     let (reader, writer) = io::pipe().unwrap();

@@ -35,6 +35,7 @@ use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
 use crate::limits;
+use crate::log_writer;
 use crate::signals::{self, not_ignored};
 use descriptors::Passed;
 use guard::{Guard, must_have_parent};
@@ -92,7 +93,10 @@ impl Program {
             Terminal::Leave | Terminal::Replace(_) => TerminalOf::Nobody,
         };
         match self.prepare(None, terminal) {
-            Ok(()) => self.command.exec(),
+            Ok(()) => {
+                log_writer::flush();
+                self.command.exec()
+            }
             Err(error) => error,
         }
     }

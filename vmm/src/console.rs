@@ -16,6 +16,7 @@ use rustix::stdio::{stdin, stdout};
 use crate::exit::{Exit, ExitRequest};
 
 /// The cursor stands behind guest output that has not ended its line.
+use crate::log_writer;
 static MID_LINE: AtomicBool = AtomicBool::new(false);
 
 /// How long a thread waits before it looks again whether it is still wanted.
@@ -153,7 +154,7 @@ fn push(serial: &Mutex<Serial>, drained: &Receiver<()>, mut input: &[u8]) -> boo
 }
 
 /// Waits until the descriptor is ready, for [`PATIENCE`] at most.
-fn wait(fd: impl AsFd, flags: PollFlags) {
+pub(crate) fn wait(fd: impl AsFd, flags: PollFlags) {
     let timeout = Timespec {
         tv_sec: 0,
         tv_nsec: 100_000_000,
@@ -179,9 +180,7 @@ impl Escape {
                 (false, Self::CTRL_A) => self.armed = true,
                 (false, _) | (true, Self::CTRL_A) => guest.push(key),
                 (true, b'x' | b'X') => exit.request(Exit::Quit),
-                (true, b'h' | b'H' | b'?') => {
-                    let _ = io::stderr().write_all(KEYS.as_bytes());
-                }
+                (true, b'h' | b'H' | b'?') => log_writer::write(KEYS),
                 (true, _) => {}
             }
         }

@@ -89,14 +89,14 @@ impl Control {
             return;
         }
         self.pressed_by = Some(signal);
+        self.power_button.raise();
+        if let Err(error) = self.grace.reset(GRACE, None) {
+            self.exit.request(Exit::Signal(signal));
+            log::warn!("no timer for the guest's time to power off, so it has none: {error}");
+        }
         log::info!(
             "signal {signal}: pressing the guest's power button; a second one ends it at once"
         );
-        self.power_button.raise();
-        if let Err(error) = self.grace.reset(GRACE, None) {
-            log::warn!("no timer for the guest's time to power off, so it has none: {error}");
-            self.exit.request(Exit::Signal(signal));
-        }
     }
 }
 
@@ -122,8 +122,8 @@ impl MutEventSubscriber for Control {
             EXIT => {}
             GRACE_OVER => {
                 let signal = self.pressed_by.unwrap_or(SIGTERM);
-                log::warn!("the guest did not power off within {} s", GRACE.as_secs());
                 self.exit.request(Exit::Signal(signal));
+                log::warn!("the guest did not power off within {} s", GRACE.as_secs());
             }
             token => {
                 let caught = self

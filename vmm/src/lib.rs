@@ -22,8 +22,8 @@
 //! program takes.
 //!
 //! [`builder::run`] is that table as code. [`exit`] says how a guest ends, [`console`] is its serial
-//! port's other end, [`terminal`] keeps the terminal raw meanwhile, and [`probe`] tells what a host's KVM can run.
-//! [`printable`] is what text of others passes on its way to a terminal.
+//! port's other end, [`terminal`] keeps the terminal raw meanwhile, [`log_writer`] has the log, and [`probe`] tells what a host's KVM
+//! can run. [`printable`] is what text of others passes on its way to a terminal.
 //! [`signals`] and [`limits`] bring what this process was started with into order, and give it to the programs that it starts.
 //!
 //! # Threads
@@ -31,7 +31,7 @@
 //! The main thread builds the guest and then waits for events. Each vCPU has a thread
 //! (`vcpuN`), each queue pair of a network card that its driver has started too (`netN`, `netN.1`,
 //! …) unless vhost-net moves its frames, the card's control queue one (`netN.ctrl`), its capture one
-//! (`netN.pcap`), and the console's input one (`console`).
+//! (`netN.pcap`), the console's input one (`console`), and the log one (`log`).
 
 pub mod builder;
 pub mod cards;
@@ -48,6 +48,7 @@ pub mod handed;
 pub mod host_link;
 pub mod limits;
 pub mod link_watch;
+pub mod log_writer;
 pub mod machine;
 pub mod memory;
 pub mod msi;

@@ -1,20 +1,17 @@
 //! The program: command line, log, and the exit status.
 
 use std::error::Error;
-use std::io::{IsTerminal, Write, stderr, stdout};
 use std::process::ExitCode;
 
-use env_logger::Env;
 use vmm::cli::Cli;
 use vmm::config::Config;
-use vmm::printable::printable;
-use vmm::{Exit, builder, commands, console, limits, signals, terminal};
+use vmm::{Exit, builder, commands, limits, log_writer, signals, terminal};
 
 fn main() -> ExitCode {
     let settled = signals::settle();
     limits::raise();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
-    start_log(i16::from(cli.log.verbose) - i16::from(cli.log.quiet));
+    let _log = log_writer::start(i16::from(cli.log.verbose) - i16::from(cli.log.quiet));
     if let Err(error) = settled {
         log::warn!("cannot change what signals do: {error}");
     }
@@ -46,32 +43,4 @@ fn chain(error: &dyn Error) -> String {
         source = cause.source();
     }
     text
-}
-
-/// Logs to stderr. On a terminal that also shows the guest's console, a log line begins on a line
-/// of its own.
-fn start_log(verbosity: i16) {
-    let level = match verbosity {
-        ..=-3 => "off",
-        -2 => "error",
-        -1 => "warn",
-        0 => "info",
-        1 => "debug",
-        _ => "trace",
-    };
-    // virtio-queue logs what a guest can cause at will, and rtnetlink its messages.
-    let default = format!("{level},virtio_queue=off,netlink_proto=off,netlink_packet_route=off");
-    let share_terminal = stdout().is_terminal() && stderr().is_terminal();
-    env_logger::Builder::from_env(Env::default().default_filter_or(default))
-        .format(move |line, record| {
-            if share_terminal && console::take_mid_line() {
-                writeln!(line)?;
-            }
-            let style = line.default_level_style(record.level());
-            let level = record.level().as_str().to_lowercase();
-            let text = record.args().to_string();
-            let text = printable(&text);
-            writeln!(line, "minivmm: {style}{level}{style:#}: {text}")
-        })
-        .init();
 }
