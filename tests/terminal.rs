@@ -176,12 +176,7 @@ fn terminal_is_given_back_while_stopped_and_taken_again() {
     session.wait_for(&format!("stopped {}.", 128 + Signal::TSTP.as_raw()));
     assert_eq!(settings(&session.terminal), session.before);
     session.type_keys("\n");
-    let deadline = Instant::now() + LIMIT;
-    while settings(&session.terminal) == session.before {
-        assert!(Instant::now() < deadline, "not raw: {:?}", session.shown());
-        session.look();
-    }
-    session.assert_raw();
+    wait_until_raw(&mut session);
     session.type_keys("again");
     session.wait_for("again");
     // A second time, as the first.
@@ -314,6 +309,19 @@ fn ctrl_a_h_shows_the_keys_and_the_guest_runs_on() {
 }
 
 #[test]
+fn ctrl_a_x_ends_a_guest_that_reads_no_keys() {
+    if !has_kvm() {
+        return;
+    }
+    let mut session = Session::start(minivmm(Tiny::Flood));
+    session.wait_for("xxx");
+    // More than the serial port's FIFO has room for, and than is read at once.
+    session.type_keys(&"k".repeat(1000));
+    session.type_keys("\x01x");
+    session.assert_ends(0);
+}
+
+#[test]
 fn paste_longer_than_the_serial_ports_buffer_arrives_whole() {
     if !has_kvm() {
         return;
@@ -357,6 +365,58 @@ fn background_job_is_not_stopped_and_leaves_the_terminal_alone() {
     session.assert_ends(0);
 }
 
+#[test]
+fn guest_put_into_the_background_runs_on_and_comes_back() {
+    if !has_kvm() {
+        return;
+    }
+    let line = "set -m; \"$@\"; echo \"stopped $?.\"; bg >/dev/null; echo \"pid $!.\"; read x; fg >/dev/null";
+    let mut session = Session::start(by_shell(line, Tiny::Echo));
+    session.wait_for("ready");
+    let group = foreground(&session);
+    let _killed_in_the_end = Killed(group);
+    kill_process(group, Signal::TSTP).unwrap();
+    session.wait_for("stopped");
+    session.wait_for("pid");
+    // A job that was stopped once more would not hear it.
+    kill_process(group, Signal::TERM).unwrap();
+    session.wait_for("power button");
+    assert_eq!(settings(&session.terminal), session.before);
+    session.type_keys("\n");
+    wait_until_raw(&mut session);
+    session.type_keys("again");
+    session.wait_for("again");
+    session.type_keys(POWER_OFF);
+    session.assert_ends(0);
+}
+
+#[test]
+fn guest_started_in_the_background_gets_its_keys_in_the_foreground() {
+    if !has_kvm() {
+        return;
+    }
+    let line = "set -m; \"$@\" & read x; fg >/dev/null";
+    let mut session = Session::start(by_shell(line, Tiny::Echo));
+    session.wait_for("ready");
+    session.type_keys("\n");
+    wait_until_raw(&mut session);
+    session.type_keys("keys");
+    session.wait_for("keys");
+    session.type_keys("\x01x");
+    session.assert_ends(0);
+}
+
+/// Waits until minivmm has taken the terminal.
+#[track_caller]
+fn wait_until_raw(session: &mut Session) {
+    let deadline = Instant::now() + LIMIT;
+    while settings(&session.terminal) == session.before {
+        assert!(Instant::now() < deadline, "not raw: {:?}", session.shown());
+        session.look();
+    }
+    session.assert_raw();
+}
+
 /// Kills a process that is not a child of ours, at the end of a test that may have failed.
 struct Killed(Pid);
 
@@ -372,12 +432,7 @@ fn terminal_as_stdin_with_stdout_elsewhere_is_raw_and_given_back() {
         return;
     }
     let mut session = Session::start(by_shell("exec \"$@\" >/dev/null", Tiny::Echo));
-    let deadline = Instant::now() + LIMIT;
-    while settings(&session.terminal) == session.before {
-        assert!(Instant::now() < deadline, "it never became raw");
-        session.look();
-    }
-    session.assert_raw();
+    wait_until_raw(&mut session);
     session.type_keys("\x01x");
     session.assert_ends(0);
 }

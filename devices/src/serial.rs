@@ -1,11 +1,11 @@
 //! COM1: a 16550A whose output goes to a writer and whose input is pushed by the monitor.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io::Write;
-use std::sync::mpsc::SyncSender;
 
 use vm_superio::Serial as Uart;
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::NoEvents;
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
@@ -13,30 +13,26 @@ use crate::irq::IrqLine;
 /// The number of I/O ports of a 16550A.
 pub const PORTS: u64 = 8;
 
-/// Tells the monitor that the guest has read all input.
-struct InputDrained(SyncSender<()>);
-
-impl SerialEvents for InputDrained {
-    fn buffer_read(&self) {}
-    fn out_byte(&self) {}
-    fn tx_lost_byte(&self) {}
-    fn in_buffer_empty(&self) {
-        // Full: the monitor has not looked since the last time, and will.
-        let _ = self.0.try_send(());
-    }
-}
+/// How much input waits for a guest that does not read it.
+const MOST_WAITING: usize = 64 << 10;
 
 /// A 16550A serial port.
 pub struct Serial {
-    uart: Uart<IrqLine, InputDrained, Box<dyn Write + Send>>,
+    uart: Uart<IrqLine, NoEvents, Box<dyn Write + Send>>,
+    /// The room in the FIFO when it is empty.
+    fifo: usize,
+    /// Input that gets into the FIFO once the guest has read what is there.
+    waiting: VecDeque<u8>,
 }
 
 impl Serial {
-    /// A port on `irq` that writes to `output` and sends to `drained` whenever the guest has read
-    /// everything that [`Serial::push_input`] took.
-    pub fn new(irq: IrqLine, drained: SyncSender<()>, output: Box<dyn Write + Send>) -> Self {
+    /// A port on `irq` that writes to `output`.
+    pub fn new(irq: IrqLine, output: Box<dyn Write + Send>) -> Self {
+        let uart = Uart::new(irq, output);
         Self {
-            uart: Uart::with_events(irq, InputDrained(drained), output),
+            fifo: uart.fifo_capacity(),
+            uart,
+            waiting: VecDeque::new(),
         }
     }
 
@@ -45,12 +41,24 @@ impl Serial {
         self.uart.interrupt_evt()
     }
 
-    /// Hands input to the guest and returns how many bytes the FIFO took; the rest has to wait
-    /// until it is drained.
+    /// Takes input for the guest, and returns how many bytes: all of it but for what a guest that
+    /// does not read has no room for.
     pub fn push_input(&mut self, input: &[u8]) -> usize {
-        // In loopback mode (the guest's driver is probing) the port takes nothing and returns 0;
-        // a full FIFO is an error that means the same.
-        self.uart.enqueue_raw_bytes(input).unwrap_or(0)
+        let taken = input.len().min(MOST_WAITING - self.waiting.len());
+        self.waiting.extend(&input[..taken]);
+        self.fill_fifo();
+        taken
+    }
+
+    /// Fills an empty FIFO. Not one byte by byte: each filling interrupts the guest.
+    fn fill_fifo(&mut self) {
+        if self.waiting.is_empty() || self.uart.fifo_capacity() < self.fifo {
+            return;
+        }
+        let (next, _) = self.waiting.as_slices();
+        // In loopback mode (the guest's driver is probing) the port takes nothing and returns 0.
+        let taken = self.uart.enqueue_raw_bytes(next).unwrap_or(0);
+        self.waiting.drain(..taken);
     }
 }
 
@@ -61,6 +69,7 @@ impl BusDevice for Serial {
             (Ok(register), [value]) => *value = self.uart.read(register),
             (_, data) => data.fill(0xff),
         }
+        self.fill_fifo();
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
@@ -70,6 +79,8 @@ impl BusDevice for Serial {
             // The console's reader went away or the disk is full: the guest must not care.
             log::trace!("serial output lost: {error:?}");
         }
+        // The end of loopback mode.
+        self.fill_fifo();
     }
 }
 
@@ -81,21 +92,64 @@ impl fmt::Debug for Serial {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::sync_channel;
-
     use super::*;
+
+    const DATA: u64 = 0;
+    const MODEM_CONTROL: u64 = 4;
+    const LINE_STATUS: u64 = 5;
+    const LOOPBACK: u8 = 1 << 4;
+
+    fn serial() -> Serial {
+        Serial::new(IrqLine::new().unwrap(), Box::new(Vec::new()))
+    }
+
+    fn read(serial: &mut Serial, register: u64) -> u8 {
+        let mut byte = [0];
+        serial.read(register, &mut byte);
+        byte[0]
+    }
+
+    /// What the guest reads as long as there is something.
+    fn read_all(serial: &mut Serial) -> Vec<u8> {
+        let mut all = Vec::new();
+        while read(serial, LINE_STATUS) & 1 != 0 {
+            all.push(read(serial, DATA));
+        }
+        all
+    }
 
     #[test]
     fn wide_access_touches_no_register() {
-        let (signal, drained) = sync_channel(1);
-        let mut serial = Serial::new(IrqLine::new().unwrap(), signal, Box::new(Vec::new()));
+        let mut serial = serial();
         assert_eq!(serial.push_input(b"k"), 1);
         let mut wide = [0; 2];
         serial.read(0, &mut wide);
         assert_eq!(wide, [0xff; 2]);
-        assert!(drained.try_recv().is_err(), "the input is still there");
-        let mut byte = [0];
-        serial.read(0, &mut byte);
-        assert_eq!(byte, *b"k");
+        assert_eq!(read_all(&mut serial), b"k");
+    }
+
+    #[test]
+    fn input_longer_than_the_fifo_waits_for_the_guest_up_to_a_bound() {
+        let mut serial = serial();
+        let input: Vec<u8> = (0..100_000).map(|n| (n % 251) as u8).collect();
+        let taken = serial.push_input(&input);
+        assert!((MOST_WAITING..input.len()).contains(&taken), "{taken}");
+        let again = serial.push_input(&input[taken..]);
+        assert!(again <= serial.fifo, "{again}");
+        assert_eq!(read_all(&mut serial), input[..taken + again]);
+        assert_eq!(serial.push_input(b"more"), 4);
+        assert_eq!(read_all(&mut serial), b"more");
+    }
+
+    #[test]
+    fn input_during_loopback_comes_after_it() {
+        let mut serial = serial();
+        serial.write(MODEM_CONTROL, &[LOOPBACK]);
+        assert_eq!(serial.push_input(b"key"), 3);
+        assert_eq!(read_all(&mut serial), b"");
+        serial.write(DATA, b"l");
+        assert_eq!(read_all(&mut serial), b"l");
+        serial.write(MODEM_CONTROL, &[0]);
+        assert_eq!(read_all(&mut serial), b"key");
     }
 }

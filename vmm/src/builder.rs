@@ -19,7 +19,7 @@ use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::plan::{Plan, TooManyDevices, Transport};
 use crate::resources::{ResourceError, Resources};
-use crate::terminal::{self, RawTerminal};
+use crate::terminal::RawTerminal;
 use crate::vcpu::{self, Board, Vcpu, VcpuThread};
 use crate::vm::{Hypervisor, Vm, VmError};
 
@@ -106,10 +106,9 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
         _ => None,
     };
     if config.console == ConsoleTarget::Stdio
-        && let Some((serial, drained)) = serial
-        && terminal::may_read()
+        && let Some(serial) = serial
     {
-        console::spawn_input(serial, drained, Arc::clone(&exit), terminal.is_some())
+        console::spawn_input(serial, Arc::clone(&exit), terminal.is_some())
             .map_err(failed_to("start the console's thread"))?;
     }
     run_vcpus(vcpus, control, watchers, &exit)?;

@@ -2,25 +2,29 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
+use std::mem;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use devices::serial::Serial;
+use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::stdio::{stdin, stdout};
 
 use crate::exit::{Exit, ExitRequest};
+use crate::{log_writer, terminal};
 
 /// The cursor stands behind guest output that has not ended its line.
-use crate::log_writer;
 static MID_LINE: AtomicBool = AtomicBool::new(false);
 
 /// How long a thread waits before it looks again whether it is still wanted.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// How long input waits that has no room.
+const PAUSE: Duration = Duration::from_millis(10);
 
 const KEYS: &str = "\n\
 Ctrl-A x       end the guest at once\n\
@@ -41,12 +45,12 @@ pub fn take_mid_line() -> bool {
 pub struct Output {
     file: File,
     exit: Arc<ExitRequest>,
+    given_up: bool,
 }
 
 impl Output {
     /// Writes to `file` until `exit` is requested.
     pub fn new(file: File, exit: Arc<ExitRequest>) -> Self {
-    given_up: bool,
         Self {
             file,
             exit,
@@ -94,62 +98,94 @@ pub fn stdout_file() -> io::Result<File> {
 /// Hands stdin to `serial`, from a thread of its own: reading blocks, and not all that stdin may
 /// be can be polled. The thread is never joined and holds nothing that needs giving back.
 ///
-/// `drained` receives when the guest has read everything; `keys` turns Ctrl-A into the
-/// monitor's prefix.
+/// `keys` turns Ctrl-A into the monitor's prefix.
 ///
 /// # Errors
 ///
 /// Fails when the thread cannot be started.
 pub fn spawn_input(
     serial: Arc<Mutex<Serial>>,
-    drained: Receiver<()>,
     exit: Arc<ExitRequest>,
     keys: bool,
 ) -> io::Result<()> {
-    let mut escape = keys.then(Escape::default);
+    let mut input = Input {
+        serial,
+        exit,
+        escape: keys.then(Escape::default),
+        has_lost: false,
+    };
     thread::Builder::new()
         .name("console".into())
-        .spawn(move || {
-            let mut buffer = [0; 256];
-            loop {
-                // End of file: the guest gets no more input, and runs on.
-                let input = match rustix::io::read(stdin(), &mut buffer) {
-                    Ok(0) => return,
-                    Ok(length) => &buffer[..length],
-                    Err(rustix::io::Errno::INTR) => continue,
-                    Err(rustix::io::Errno::AGAIN) => {
-                        wait(stdin(), PollFlags::IN);
-                        continue;
-                    }
-                    Err(error) => return log::debug!("the console's input ended: {error}"),
-                };
-                let pushed = match &mut escape {
-                    None => push(&serial, &drained, input),
-                    Some(escape) => push(&serial, &drained, &escape.filter(input, &exit)),
-                };
-                if !pushed {
-                    return;
-                }
-            }
-        })?;
+        .spawn(move || input.read())?;
     Ok(())
 }
 
-/// Hands `input` over as the guest reads it; false when there is no guest any more.
-fn push(serial: &Mutex<Serial>, drained: &Receiver<()>, mut input: &[u8]) -> bool {
+/// The way from stdin to the guest.
+struct Input {
+    serial: Arc<Mutex<Serial>>,
+    exit: Arc<ExitRequest>,
+    /// On a terminal.
+    escape: Option<Escape>,
+    /// The user has been told that keys are lost.
+    has_lost: bool,
+}
+
+impl Input {
+    fn read(&mut self) {
+        // Reading as a job in the background fails then; else it would stop all threads.
+        let stops: SigSet = [Signal::SIGTTIN, Signal::SIGTTOU].into_iter().collect();
+        let _ = stops.thread_block();
+        let mut buffer = [0; 256];
+        loop {
+            match rustix::io::read(stdin(), &mut buffer) {
+                // End of file: the guest gets no more input, and runs on.
+                Ok(0) => return,
+                Ok(length) => self.pass_on(&buffer[..length]),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => wait(stdin(), PollFlags::IN),
+                Err(Errno::IO) if !terminal::may_read() => await_foreground(),
+                Err(error) => return log::debug!("the console's input ended: {error}"),
+            }
+        }
+    }
+
+    /// Acts on the monitor's keys and hands over the guest's. Of a terminal all are read, also when
+    /// the guest reads none: the next may be for the monitor.
+    fn pass_on(&mut self, input: &[u8]) {
+        let Some(escape) = &mut self.escape else {
+            return push_all(&self.serial, input);
+        };
+        let keys = escape.filter(input, &self.exit);
+        if push(&self.serial, &keys) < keys.len() && !mem::replace(&mut self.has_lost, true) {
+            log::warn!("the guest does not read its console: what is typed now is lost");
+        }
+    }
+}
+
+fn push(serial: &Mutex<Serial>, input: &[u8]) -> usize {
+    let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
+    serial.push_input(input)
+}
+
+/// Hands `input` over as the guest reads it, which for what has room at once takes longer than
+/// [`PAUSE`].
+fn push_all(serial: &Mutex<Serial>, mut input: &[u8]) {
     loop {
-        let taken = serial
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push_input(input);
-        input = &input[taken..];
+        input = &input[push(serial, input)..];
         if input.is_empty() {
-            return true;
+            return;
         }
-        // A guest that is probing the port takes nothing and signals nothing: look again then.
-        if drained.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Disconnected) {
-            return false;
-        }
+        thread::sleep(PAUSE);
+    }
+}
+
+/// Waits until this job has the terminal, of which no shell tells a job that runs.
+fn await_foreground() {
+    while !terminal::may_read() {
+        thread::sleep(PATIENCE);
+    }
+    if let Err(error) = terminal::take() {
+        log::warn!("cannot set up the terminal: {error}");
     }
 }
 

@@ -1,7 +1,6 @@
 //! Puts the devices of a plan on the buses and connects them to the VM.
 
 use std::io;
-use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use boot::layout::PCI_ECAM;
@@ -97,7 +96,7 @@ impl<'a> Machine<'a> {
         &self.memory
     }
 
-    /// Adds COM1. The receiver hears when the guest has read all input.
+    /// Adds COM1.
     ///
     /// # Errors
     ///
@@ -105,13 +104,12 @@ impl<'a> Machine<'a> {
     pub fn add_serial(
         &mut self,
         output: Box<dyn io::Write + Send>,
-    ) -> Result<(Arc<Mutex<Serial>>, Receiver<()>), MachineError> {
+    ) -> Result<Arc<Mutex<Serial>>, MachineError> {
         let irq = IrqLine::new().map_err(MachineError::EventFd)?;
         self.vm.connect_irq(irq.eventfd(), SERIAL_GSI)?;
-        let (signal, drained) = sync_channel(1);
-        let serial = Arc::new(Mutex::new(Serial::new(irq, signal, output)));
+        let serial = Arc::new(Mutex::new(Serial::new(irq, output)));
         self.add_ports(SERIAL_PORT, serial::PORTS, serial.clone())?;
-        Ok((serial, drained))
+        Ok(serial)
     }
 
     /// Adds a virtio device at its place.

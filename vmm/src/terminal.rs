@@ -35,23 +35,37 @@ struct Settings {
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes stdin's terminal raw. `None` when stdin is no terminal, or another job's. From then on
-    /// every signal that kills, and that nobody has caught or ignored before, gives it back first.
+    /// Makes stdin's terminal raw, now or at the first [`take`] at which it is ours and no other job's. `None` when
+    /// stdin is no terminal. From then on every signal that kills, and that nobody has caught or ignored before, gives
+    /// it back first.
     ///
     /// # Errors
     ///
     /// Fails when the terminal's settings cannot be read or set, or signals cannot be caught.
     pub fn enter() -> io::Result<Option<Self>> {
-        let Some(settings) = settings()? else {
+        if !isatty(stdin()) {
             return Ok(None);
-        };
+        }
         signals::catch_fatal()?;
         signals::catch_stop()?;
         WANTED.store(true, Ordering::SeqCst);
         let entered = Self(());
-        tcsetattr(stdin(), OptionalActions::Now, &settings.raw)?;
+        take()?;
         Ok(Some(entered))
     }
+}
+
+/// Makes the terminal raw, if it is to be and is ours. A job that is brought to the foreground while it runs need get no
+/// SIGCONT, which would do it.
+///
+/// # Errors
+///
+/// Fails when the terminal's settings cannot be read.
+pub fn take() -> io::Result<()> {
+    if settings()?.is_some() {
+        take_again();
+    }
+    Ok(())
 }
 
 impl Drop for RawTerminal {
