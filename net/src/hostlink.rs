@@ -9,7 +9,6 @@
 //! all before it back. What is needed for the way back is remembered in the alias of the host link.
 
 use rtnetlink::packet_route::address::AddressMessage;
-use rtnetlink::packet_route::route::RouteMessage;
 
 use crate::address::InterfaceAddress;
 use crate::diagnose;
@@ -22,14 +21,16 @@ use crate::owner::Owner;
 use crate::reap::{self, Judge};
 
 mod announce;
+mod attached;
 mod making;
 mod moving;
+mod present;
 mod problem;
 mod step;
 mod tag;
 
 use making::{accept_ra_of, make, move_steps};
-use moving::Present;
+use present::{Everything, Present};
 pub use problem::{HostLinkError, HostLinkProblem};
 use step::{Journal, Step};
 pub(crate) use tag::Tag;
@@ -182,11 +183,6 @@ fn list(host: &Netlink) -> Result<Vec<Link>, HostLinkProblem> {
         .map_err(HostLinkProblem::from_step("list the network interfaces"))
 }
 
-fn list_routes(host: &Netlink) -> Result<Vec<RouteMessage>, HostLinkProblem> {
-    host.routes()
-        .map_err(HostLinkProblem::from_step("list the routes"))
-}
-
 fn announce(host: &Netlink, index: u32, addresses: &[InterfaceAddress]) {
     if let Ok(Link { mac: Some(mac), .. }) = host.link(index) {
         announce::announce(index, mac, addresses.iter().map(InterfaceAddress::ip));
@@ -250,12 +246,10 @@ fn unmake(
     mut journal: Journal<'_>,
 ) -> Result<HostLink, HostLinkProblem> {
     let lower = diagnose::by_index(links, link.lower);
-    let addresses = || {
-        host.addresses()
-            .map_err(HostLinkProblem::from_step("list the addresses"))
-    };
     let of_link = |message: &AddressMessage| moving::moves(message, link.into());
-    let mut had = addresses()?;
+    let mut had = host
+        .addresses()
+        .map_err(HostLinkProblem::from_step("list the addresses"))?;
     had.retain(of_link);
     if tag.moved {
         let Some(lower) = lower else {
@@ -273,11 +267,12 @@ fn unmake(
             take(Step::DeleteAddress(own.clone()))?;
         }
         // Their routes went with them, so only now is it clear what is left to move.
-        let mut left = addresses()?;
+        let all = Everything::of(host)?;
+        let mut left = all.addresses.clone();
         left.retain(|message| of_link(message) && !moving::is_autoconfigured(message));
         // A move that was interrupted has left some of it on both links.
-        let present = Present::on(lower.into(), &addresses()?, &list_routes(host)?);
-        for step in move_steps(host, link.into(), lower.into(), &left)? {
+        let present = Present::on(lower.into(), &all);
+        for step in move_steps(link.into(), lower.into(), &left, &all)? {
             if !present.covers(&step) {
                 take(step)?;
             }

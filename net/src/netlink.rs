@@ -12,6 +12,7 @@ mod changing;
 mod ip;
 mod link;
 mod making;
+mod policy;
 mod reading;
 mod wire;
 mod worker;

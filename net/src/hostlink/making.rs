@@ -6,9 +6,10 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 
 use super::moving::{self, End};
+use super::present::Everything;
 use super::step::{Journal, Step};
 use super::{
-    HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, host_links_on, list, list_routes,
+    HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, attached, host_links_on, list,
 };
 use crate::address::InterfaceAddress;
 use crate::diagnose::{self, Wish};
@@ -237,7 +238,8 @@ impl<'a> MovePlan<'a> {
             });
         }
         if self.move_addresses {
-            steps.extend(move_steps(host, lower.into(), to, self.addresses)?);
+            let all = Everything::of(host)?;
+            steps.extend(move_steps(lower.into(), to, self.addresses, &all)?);
         }
         let own = self
             .own
@@ -249,16 +251,24 @@ impl<'a> MovePlan<'a> {
     }
 }
 
+/// The steps that move all of `addresses`, and all else that is tied to `from`, onto `to`.
 pub(super) fn move_steps(
-    host: &Netlink,
     from: End<'_>,
     to: End<'_>,
     addresses: &[AddressMessage],
+    all: &Everything,
 ) -> Result<Vec<Step>, HostLinkProblem> {
-    let routes = list_routes(host)?;
-    moving::plan(from, to, addresses, &routes).map_err(|_| HostLinkProblem::NextHopObject {
-        name: from.name.to_owned(),
-    })
+    let (mut steps, attached_gone) = attached::plan(from, to, &all.neighbours, &all.rules);
+    let name = from.name.to_owned();
+    let mut moves = moving::plan(from, to, addresses, &all.routes)
+        .map_err(|_| HostLinkProblem::NextHopObject { name })?;
+    // With a link's last IPv4 address the kernel drops its neighbour entries, the given ones too (`fib_disable_ip` in
+    // net/ipv4/fib_frontend.c): before that they can still be put back.
+    let takes_address = |step: &Step| matches!(step, Step::DeleteAddress(_));
+    let at = moves.iter().position(takes_address).unwrap_or(moves.len());
+    moves.splice(at..at, attached_gone);
+    steps.extend(moves);
+    Ok(steps)
 }
 
 pub(super) fn accept_ra_of(link: &str) -> PathBuf {

@@ -1,9 +1,7 @@
 //! Moving addresses and routes from one link to another: the plan, which is pure.
 
-use std::collections::HashSet;
 use std::net::IpAddr;
 
-use rtnetlink::packet_core::Emitable;
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
@@ -36,49 +34,6 @@ impl<'a> From<&'a Link> for End<'a> {
 /// A route by a next-hop object, which would have to be moved itself: `ip nexthop`.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct UsesNextHopObject;
-
-/// What a link has already, of that which a move would add: an earlier one was interrupted, or is taken back after it
-/// was.
-#[derive(Debug, Default)]
-pub(super) struct Present {
-    addresses: HashSet<(u32, Option<InterfaceAddress>)>,
-    routes: HashSet<Vec<u8>>,
-}
-
-impl Present {
-    /// What the link `to` has of `addresses` and `routes`, which may be thousands.
-    pub(super) fn on(to: End<'_>, addresses: &[AddressMessage], routes: &[RouteMessage]) -> Self {
-        let over = routes.iter().filter(|route| leads_over(route, to));
-        Self {
-            addresses: addresses.iter().map(address_key).collect(),
-            routes: over
-                .map(|route| route_key(route_over(route, to, to)))
-                .collect(),
-        }
-    }
-
-    /// Whether there is nothing left to do for the step.
-    pub(super) fn covers(&self, step: &Step) -> bool {
-        match step {
-            Step::AddAddress(new) => self.addresses.contains(&address_key(new)),
-            Step::AddRoute(new) => self.routes.contains(&route_key(new.clone())),
-            _ => false,
-        }
-    }
-}
-
-fn address_key(message: &AddressMessage) -> (u32, Option<InterfaceAddress>) {
-    (message.header.index, ip_of(message))
-}
-
-/// A route without the time that is left to it, which is never the same twice.
-fn route_key(mut route: RouteMessage) -> Vec<u8> {
-    let is_time = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Expires(_));
-    route.attributes.retain(|attribute| !is_time(attribute));
-    let mut bytes = vec![0; route.buffer_len()];
-    route.emit(&mut bytes);
-    bytes
-}
 
 /// What has to be done to move all of `addresses` and `routes` that are `from`'s and not link-local ones.
 ///
@@ -240,7 +195,7 @@ fn relabel(label: &str, from: &str, to: &str) -> Option<String> {
     (label.len() < libc::IFNAMSIZ).then_some(label)
 }
 
-fn leads_over(route: &RouteMessage, from: End<'_>) -> bool {
+pub(super) fn leads_over(route: &RouteMessage, from: End<'_>) -> bool {
     let RouteHeader { kind, flags, .. } = route.header;
     let over = route.attributes.iter().any(|attribute| match attribute {
         RouteAttribute::Oif(index) => *index == from.index,
@@ -277,7 +232,7 @@ fn has_gateway(route: &RouteMessage) -> bool {
 }
 
 /// `route`, which leads over `from`, leading over `to` in its stead.
-fn route_over(route: &RouteMessage, from: End<'_>, to: End<'_>) -> RouteMessage {
+pub(super) fn route_over(route: &RouteMessage, from: End<'_>, to: End<'_>) -> RouteMessage {
     let change = |index: &mut u32| {
         if *index == from.index {
             *index = to.index;

@@ -4,7 +4,9 @@ use std::io;
 use std::path::PathBuf;
 
 use rtnetlink::packet_route::address::AddressMessage;
+use rtnetlink::packet_route::neighbour::NeighbourMessage;
 use rtnetlink::packet_route::route::RouteMessage;
+use rtnetlink::packet_route::rule::RuleMessage;
 
 use super::moving::prefix_route_left_by;
 use crate::netlink::Netlink;
@@ -16,6 +18,10 @@ pub(super) enum Step {
     DeleteAddress(AddressMessage),
     AddRoute(RouteMessage),
     DeleteRoute(RouteMessage),
+    AddNeighbour(NeighbourMessage),
+    DeleteNeighbour(NeighbourMessage),
+    AddRule(RuleMessage),
+    DeleteRule(RuleMessage),
     /// A setting in /proc/sys.
     Write {
         path: PathBuf,
@@ -31,6 +37,10 @@ impl Step {
             Self::DeleteAddress(address) => Self::AddAddress(address),
             Self::AddRoute(route) => Self::DeleteRoute(route),
             Self::DeleteRoute(route) => Self::AddRoute(route),
+            Self::AddNeighbour(entry) => Self::DeleteNeighbour(entry),
+            Self::DeleteNeighbour(entry) => Self::AddNeighbour(entry),
+            Self::AddRule(rule) => Self::DeleteRule(rule),
+            Self::DeleteRule(rule) => Self::AddRule(rule),
             Self::Write {
                 path,
                 before,
@@ -50,6 +60,10 @@ impl Step {
             Self::DeleteAddress(_) => "take an address from its link",
             Self::AddRoute(_) => "add a route",
             Self::DeleteRoute(_) => "take a route from its link",
+            Self::AddNeighbour(_) => "add a neighbour entry",
+            Self::DeleteNeighbour(_) => "take a neighbour entry from its link",
+            Self::AddRule(_) => "add a policy rule",
+            Self::DeleteRule(_) => "delete a policy rule",
             Self::Write { .. } => "change a setting in /proc/sys/net",
         }
     }
@@ -66,6 +80,10 @@ impl Step {
             // The routes that the kernel itself keeps for an address come and go with it.
             Self::AddRoute(route) => unless(libc::EEXIST, host.add_route(route)),
             Self::DeleteRoute(route) => unless(libc::ESRCH, host.delete_route(route)),
+            Self::AddNeighbour(entry) => host.add_neighbour(entry),
+            Self::DeleteNeighbour(entry) => unless(libc::ENOENT, host.delete_neighbour(entry)),
+            Self::AddRule(rule) => host.add_rule(rule),
+            Self::DeleteRule(rule) => unless(libc::ENOENT, host.delete_rule(rule)),
             Self::Write { path, after, .. } => std::fs::write(path, after),
         }
     }

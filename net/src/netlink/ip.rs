@@ -91,7 +91,7 @@ fn parse_route(body: &[u8]) -> Option<RouteMessage> {
 }
 
 /// Reads a message with a header of `header` bytes by its parser, and keeps as bytes what attributes that does not take.
-fn parse<M: Parseable<[u8]>, A>(
+pub(super) fn parse<M: Parseable<[u8]>, A>(
     body: &[u8],
     header: usize,
     attributes: impl Fn(&mut M) -> Vec<A>,
