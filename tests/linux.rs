@@ -413,6 +413,76 @@ fn every_kind_of_lower_carries_a_guest_and_others() {
     });
 }
 
+/// Without a guest: it is here because the lab's kernel has the driver for VRFs, which many have not.
+#[test]
+fn host_link_on_a_vrf_slave_moves_inside_the_vrf() {
+    let name = "host_link_on_a_vrf_slave_moves_inside_the_vrf";
+    lab::test(name, || {
+        let (host, far) = (Netns::new(), Netns::new());
+        if lab::place() == lab::Place::InsideLab {
+            host.ip("link add red type vrf table 10");
+        } else if !host.add_if_supported("red type vrf table 10") {
+            return;
+        }
+        host.up("red");
+        host.veth("v0", &far, "v1");
+        host.ip("link set v0 master red");
+        host.address("v0", "192.0.2.1/24");
+        far.address("v1", "192.0.2.3/24");
+        far.address("v1", "2001:db8::3/64");
+        // One that was given for a time only leaves its network's route behind, in the VRF's table.
+        host.ip("address add 2001:db8::1/64 dev v0 nodad valid_lft 5000 preferred_lft 4000");
+        host.ip("route add 198.51.100.0/24 via 192.0.2.3 vrf red");
+        let main = host.ip("route show") + &host.ip("-6 route show");
+        let table = || {
+            let text = host.ip("route show table 10") + &host.ip("-6 route show table 10");
+            // What each link has of its own, and what passes with time.
+            let own = |line: &&str| !line.contains("fe80::") && !line.contains("ff00::");
+            let lines = text.lines().filter(own).map(|line| {
+                let line = line.replace("macvlan0", "v0");
+                line.split(" expires")
+                    .next()
+                    .unwrap_or_default()
+                    .trim_end()
+                    .to_owned()
+            });
+            let mut lines: Vec<String> = lines.collect();
+            lines.sort();
+            lines
+        };
+        let before = table();
+        let host_link = |args: &[&str]| {
+            let mut command = host.command(vm::binary());
+            let output = command.args(["net", "host-link", "v0"]).args(args).output();
+            let output = output.expect("minivmm starts");
+            let told = String::from_utf8_lossy(&output.stderr).into_owned();
+            (output.status.success(), told)
+        };
+        for arg in ["--move-address", "--delete"] {
+            let (done, told) = host_link(&[arg]);
+            assert!(done, "{arg}: {told}");
+            assert_eq!(table(), before, "after {arg}");
+            assert_eq!(host.ip("route show") + &host.ip("-6 route show"), main);
+            for address in ["192.0.2.1", "2001:db8::1"] {
+                assert!(far.pings(address, 5), "{address} after {arg}");
+            }
+        }
+
+        // No way back from one table into another.
+        let (done, told) = host_link(&["--move-address"]);
+        assert!(done, "{told}");
+        host.ip("link set macvlan0 nomaster");
+        let (done, told) = host_link(&["--delete"]);
+        assert!(
+            !done && told.contains("`ip link set v0 nomaster`"),
+            "{told}"
+        );
+        host.ip("link set v0 nomaster");
+        let (done, told) = host_link(&["--delete"]);
+        assert!(done, "{told}");
+    });
+}
+
 #[test]
 fn vmlinux_with_four_cpus_boots_and_powers_off() {
     lab::test("vmlinux_with_four_cpus_boots_and_powers_off", || {

@@ -29,7 +29,7 @@ mod problem;
 mod step;
 mod tag;
 
-use making::{accept_ra_of, make, move_steps};
+use making::{accept_ra_of, make, move_steps, vrf_of};
 use present::{Everything, Present};
 pub use problem::{HostLinkError, HostLinkProblem};
 use step::{Journal, Step};
@@ -238,6 +238,19 @@ fn host_link_of<'a>(links: &'a [Link], name: &str) -> Result<(&'a Link, Tag), Ho
     }
 }
 
+/// Refuses a way back out of a VRF, or into one.
+fn check_vrf(links: &[Link], link: &Link, lower: &Link) -> Result<(), HostLinkProblem> {
+    let vrf = vrf_of(links, link);
+    if vrf == vrf_of(links, lower) {
+        return Ok(());
+    }
+    Err(HostLinkProblem::OtherVrf {
+        name: link.name.clone(),
+        has: vrf.map(|vrf| vrf.name.clone()),
+        lower: lower.name.clone(),
+    })
+}
+
 fn unmake(
     host: &Netlink,
     links: &[Link],
@@ -256,6 +269,7 @@ fn unmake(
             let name = link.name.clone();
             return Err(HostLinkProblem::LowerElsewhere { name });
         };
+        check_vrf(links, link, lower)?;
         let mut take = |step: Step| {
             let explain = |source| HostLinkProblem::explain(&step, &lower.name, source);
             journal.take(step.clone()).map_err(explain)

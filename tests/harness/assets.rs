@@ -43,6 +43,7 @@ const MODULES: &[&str] = &[
     "virtio_pci_legacy_dev",
     "virtio_pci_modern_dev",
     "virtio_ring",
+    "vrf",
 ];
 
 /// The kernel's files in the cache.

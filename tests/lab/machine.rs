@@ -87,6 +87,7 @@ const MODULES: &[&str] = &[
     "bridge",
     "bonding",
     "8021q",
+    "vrf",
     "vhost_net",
     "virtio_mmio",
     "virtio_pci",

@@ -69,6 +69,11 @@ pub(super) fn make(
     };
     // Dropped before `made`: the addresses go back before the link that had them goes away.
     let mut journal = journal;
+    if let Some(vrf) = vrf_of(&links, lower) {
+        // Before it is up: the kernel takes a link that is down and up again, with all of its IPv6 addresses.
+        host.set_master(index, vrf.index)
+            .map_err(HostLinkProblem::from_step("put the new link into the VRF"))?;
+    }
     let name = bring_up(host, &links, lower, index)?;
     for step in move_plan.steps(host, lower, End { index, name: &name })? {
         let explain = |source| HostLinkProblem::explain(&step, &name, source);
@@ -132,6 +137,12 @@ pub(super) fn create(
             Some(libc::EOPNOTSUPP) => HostLinkProblem::NoDriver,
             _ => wish.explain_create(error).into(),
         })
+}
+
+/// The VRF that a link belongs to. A host link has to be in the lower's, or its addresses and routes would be in another
+/// table, where nobody looks for them.
+pub(super) fn vrf_of<'a>(links: &'a [Link], link: &Link) -> Option<&'a Link> {
+    diagnose::by_index(links, link.master).filter(|master| master.kind == "vrf")
 }
 
 /// Brings the new link up, and hands back its name.

@@ -128,28 +128,17 @@ pub(super) fn is_autoconfigured(message: &AddressMessage) -> bool {
         && !message.attributes.iter().any(given)
 }
 
-/// The route to the network of an IPv6 address, if the kernel leaves it there when it deletes the address: it does for
-/// all that were given for a time only (`ipv6_del_addr` in net/ipv6/addrconf.c).
-pub(super) fn prefix_route_left_by(message: &AddressMessage) -> Option<RouteMessage> {
-    let IpAddr::V6(ip) = ip_of(message)?.ip() else {
-        return None;
+/// Whether `route` is the kernel's own to the network of an address.
+pub(super) fn is_prefix_route(route: &RouteMessage, address: &AddressMessage) -> bool {
+    let RouteHeader { protocol, kind, .. } = route.header;
+    let leads_to = |address: InterfaceAddress| {
+        address.prefix() == route.header.destination_prefix_length
+            && destination(route).is_some_and(|ip| address.contains(ip))
     };
-    if !is_leased(message) {
-        return None;
-    }
-    let prefix = message.header.prefix_len;
-    let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
-    let mut route = RouteMessage::default();
-    route.header.address_family = AddressFamily::Inet6;
-    route.header.destination_prefix_length = prefix;
-    route.header.table = RouteHeader::RT_TABLE_MAIN;
-    route.header.protocol = RouteProtocol::Kernel;
-    route.header.kind = RouteType::Unicast;
-    route.attributes = vec![
-        RouteAttribute::Destination(RouteAddress::Inet6((ip.to_bits() & mask).into())),
-        RouteAttribute::Oif(message.header.index),
-    ];
-    Some(route)
+    let over = RouteAttribute::Oif(address.header.index);
+    (protocol, kind) == (RouteProtocol::Kernel, RouteType::Unicast)
+        && ip_of(address).is_some_and(leads_to)
+        && route.attributes.contains(&over)
 }
 
 /// Whether an address goes along when the addresses of `from` are moved.

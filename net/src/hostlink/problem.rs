@@ -103,6 +103,15 @@ pub enum HostLinkProblem {
         "the link under `{name}`, where its addresses would have to go back to, is in another network namespace: delete it there"
     )]
     LowerElsewhere { name: String },
+    #[error(
+        "`{name}` is in {}, but `{lower}` is not: addresses and routes would change tables on their way back. Let it follow first: `ip link set {lower} {}`",
+        vrf(.has), .has.as_ref().map_or("nomaster".to_owned(), |has| format!("master {has}"))
+    )]
+    OtherVrf {
+        name: String,
+        has: Option<String>,
+        lower: String,
+    },
     #[error("the kernel refused to {doing}")]
     Refused {
         doing: &'static str,
@@ -130,6 +139,11 @@ impl HostLinkProblem {
             _ => Self::from_step(step.doing())(source),
         }
     }
+}
+
+fn vrf(name: &Option<String>) -> String {
+    name.as_ref()
+        .map_or("no VRF".to_owned(), |name| format!("the VRF `{name}`"))
 }
 
 fn moved_to(already: &[String]) -> String {

@@ -3,12 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::neighbour::NeighbourMessage;
 use rtnetlink::packet_route::route::RouteMessage;
 use rtnetlink::packet_route::rule::RuleMessage;
 
-use super::moving::prefix_route_left_by;
+use super::moving::{is_leased, is_prefix_route};
 use crate::netlink::Netlink;
 
 /// One change to the namespace, and by [`Step::inverse`] the way back.
@@ -73,9 +74,7 @@ impl Step {
             Self::AddAddress(address) => host.add_address(address),
             Self::DeleteAddress(address) => {
                 host.delete_address(address)?;
-                prefix_route_left_by(address).map_or(Ok(()), |route| {
-                    unless(libc::ESRCH, host.delete_route(&route))
-                })
+                delete_prefix_route(host, address)
             }
             // The routes that the kernel itself keeps for an address come and go with it.
             Self::AddRoute(route) => unless(libc::EEXIST, host.add_route(route)),
@@ -87,6 +86,19 @@ impl Step {
             Self::Write { path, after, .. } => std::fs::write(path, after),
         }
     }
+}
+
+/// Deletes the route to the network of an IPv6 address, which the kernel leaves there for addresses that were given for a
+/// time only (`ipv6_del_addr` in net/ipv6/addrconf.c). In which table it is, the link's VRF says.
+fn delete_prefix_route(host: &Netlink, address: &AddressMessage) -> io::Result<()> {
+    if address.header.family != AddressFamily::Inet6 || !is_leased(address) {
+        return Ok(());
+    }
+    let routes = host.routes()?;
+    routes
+        .iter()
+        .filter(|route| is_prefix_route(route, address))
+        .try_for_each(|route| unless(libc::ESRCH, host.delete_route(route)))
 }
 
 fn unless(harmless: i32, result: io::Result<()>) -> io::Result<()> {

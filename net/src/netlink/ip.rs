@@ -74,6 +74,12 @@ impl Netlink {
     pub(crate) fn up(&self, index: u32) -> io::Result<()> {
         self.set(LinkUnspec::new_with_index(index).up().build())
     }
+
+    /// Makes a link a port of another one.
+    pub(crate) fn set_master(&self, index: u32, master: u32) -> io::Result<()> {
+        let message = LinkUnspec::new_with_index(index).controller(master);
+        self.set(message.build())
+    }
 }
 
 fn parse_address(body: &[u8]) -> Option<AddressMessage> {
