@@ -15,6 +15,7 @@ mod transport;
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -92,6 +93,22 @@ pub trait Interrupt: Send + Sync + fmt::Debug {
     /// The device met something that only a reset cures: sets DEVICE_NEEDS_RESET and notifies
     /// (virtio 1.2, 2.1.2).
     fn needs_reset(&self);
+}
+
+/// Bounds the warnings that one device may cause in the log: a driver could cause them in a loop.
+#[derive(Debug, Default)]
+pub(crate) struct Complaints(AtomicU32);
+
+impl Complaints {
+    const MAX: u32 = 5;
+
+    /// Whether one more may be given.
+    pub fn may_warn(&self) -> bool {
+        let count = |given| (given < Self::MAX).then_some(given + 1);
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count)
+            .is_ok()
+    }
 }
 
 /// Copies from `source` at `offset` into `data`, and zeros from where `source` ends.

@@ -10,10 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{QueueConfig, Ring};
 use super::status::{Status, Step};
-use super::{Activation, ActiveQueue, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice};
-
-/// Warnings that one device may cause in the log.
-const MAX_COMPLAINTS: u32 = 5;
+use super::{Activation, ActiveQueue, Complaints, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice};
 
 /// A transport's own half of the way to the driver.
 pub(super) trait TransportInterrupt: Interrupt + 'static {
@@ -33,8 +30,7 @@ pub(super) struct Core<I> {
     memory: Arc<GuestMemoryMmap>,
     status: Status,
     driver_features: u64,
-    /// Warnings given so far.
-    complaints: u32,
+    complaints: Complaints,
 }
 
 impl<I: TransportInterrupt> Core<I> {
@@ -61,7 +57,7 @@ impl<I: TransportInterrupt> Core<I> {
             memory,
             status: Status::empty(),
             driver_features: 0,
-            complaints: 0,
+            complaints: Complaints::default(),
         })
     }
 
@@ -200,10 +196,9 @@ impl<I: TransportInterrupt> Core<I> {
         })
     }
 
-    /// Warns of what a driver did wrong, but not for ever: it could do so in a loop.
-    fn complain(&mut self, what: &str) {
-        if self.complaints < MAX_COMPLAINTS {
-            self.complaints += 1;
+    /// Warns of what a driver did wrong.
+    fn complain(&self, what: &str) {
+        if self.complaints.may_warn() {
             log::warn!(
                 "virtio device {} cannot start: {what}",
                 self.device.device_id()

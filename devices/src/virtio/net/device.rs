@@ -22,7 +22,7 @@ use super::rx::{RxLayout, RxQueue};
 use super::tx::TxQueue;
 use super::vhost::VhostPair;
 use super::worker::{Wakeups, Worker};
-use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::virtio::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice};
 
 /// Descriptors in each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -62,6 +62,7 @@ pub struct Net<B> {
     filter: Arc<Filter>,
     services: Services,
     counters: Vec<SharedCounters>,
+    complaints: Arc<Complaints>,
     is_active: bool,
     running: Vec<Running>,
 }
@@ -108,6 +109,7 @@ impl<B: Backend> Net<B> {
                 tx: hooks(options.tx_limit),
             },
             counters: (0..pairs).map(|_| SharedCounters::default()).collect(),
+            complaints: Arc::default(),
             is_active: false,
             running: Vec::new(),
         };
@@ -195,19 +197,19 @@ impl<B: Backend> Net<B> {
         };
         let services = self.services.clone();
         let (backend, filter) = (Arc::clone(&self.backends[pair]), Arc::clone(&self.filter));
-        let (interrupt, published) = (Arc::clone(interrupt), Arc::clone(&self.counters[pair]));
+        let (to_driver, published) = (Arc::clone(interrupt), Arc::clone(&self.counters[pair]));
         let name = match pair {
             0 => self.name.clone(),
             _ => format!("{}.{pair}", self.name),
         };
-        self.spawn(name, stop, move || {
+        self.spawn(name, stop, interrupt, move || {
             // The queues hold pointers into guest memory, so they live on this thread alone.
             let rx = RxQueue::new(rx.ring, layout)
                 .with_filter(filter)
                 .with_hooks(services.rx);
             let tx = TxQueue::new(tx.ring, services.observer).with_hooks(services.tx);
             let pair = pair as u16;
-            Worker::new(backend, (rx, tx), wakeups, interrupt, pair, published)?.run()
+            Worker::new(backend, (rx, tx), wakeups, to_driver, pair, published)?.run()
         })
     }
 
@@ -221,7 +223,7 @@ impl<B: Backend> Net<B> {
     ) -> io::Result<()> {
         let stop = stop_eventfd()?;
         let worker_stop = Arc::new(stop.try_clone()?);
-        let interrupt = Arc::clone(interrupt);
+        let to_driver = Arc::clone(interrupt);
         let errors = self.vhost.iter().map(|pair| pair.error().try_clone());
         let errors = errors.collect::<io::Result<Vec<_>>>()?;
         let control = Control {
@@ -232,23 +234,29 @@ impl<B: Backend> Net<B> {
             features,
             permissions: self.services.permissions,
         };
-        self.spawn(format!("{}.ctrl", self.name), stop, move || {
+        let name = format!("{}.ctrl", self.name);
+        self.spawn(name, stop, interrupt, move || {
             let queue = queue
                 .map(|ActiveQueue { ring, kick, .. }| (CtrlQueue::new(ring, control), index, kick));
-            CtrlWorker::new(queue, worker_stop, errors, interrupt).run()
+            CtrlWorker::new(queue, worker_stop, errors, to_driver).run()
         })
     }
 
-    /// Starts a thread of the device.
-    fn spawn(
+    /// Starts a thread of the device. Without it the driver has to begin again, and is told.
+    pub(super) fn spawn(
         &mut self,
         name: String,
         stop: EventFd,
+        interrupt: &Arc<dyn Interrupt>,
         body: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<()> {
+        let (interrupt, complaints) = (Arc::clone(interrupt), Arc::clone(&self.complaints));
         let thread = thread::Builder::new().name(name.clone()).spawn(move || {
             if let Err(error) = body() {
-                log::error!("{name} stopped: {error}");
+                if complaints.may_warn() {
+                    log::warn!("{name} stopped: {error}");
+                }
+                interrupt.needs_reset();
             }
         })?;
         self.running.push(Running { stop, thread });
@@ -336,6 +344,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
     fn interrupt_changed(&mut self, queue: u16, line: &EventFd) {
         if let Some(pair) = self.vhost.get(usize::from(queue / 2))
             && let Err(error) = pair.change_interrupt(queue.into(), line)
+            && self.complaints.may_warn()
         {
             let name = &self.name;
             log::warn!("{name}: the interrupt of queue {queue} stays as it was: {error}");
@@ -355,7 +364,9 @@ impl<B: Backend> VirtioDevice for Net<B> {
         }
         let Some(mac) = own_mac else { return };
         self.services.observer.set_mac(mac);
-        if let Err(error) = self.backends[0].set_mac(mac) {
+        if let Err(error) = self.backends[0].set_mac(mac)
+            && self.complaints.may_warn()
+        {
             let name = &self.name;
             log::warn!("{name}: cannot give the tap its own MAC address back: {error}");
         }

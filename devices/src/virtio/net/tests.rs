@@ -18,7 +18,7 @@ use super::rx::{RxLayout, RxQueue, RxStop};
 use super::tx::{TxQueue, TxStop};
 use super::{Net, NetConfig, NetOptions};
 use crate::virtio::testing::{Driver, Recorder, SIZE, WRITE};
-use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
+use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 mod ctrl;
 mod idle;
@@ -505,6 +505,19 @@ fn device_sets_the_offloads_of_its_driver_and_clears_them_at_reset() {
         offloads,
         [Offloads::CSUM | Offloads::TSO4, Offloads::empty()]
     );
+}
+
+#[test]
+fn thread_that_cannot_run_asks_for_a_reset() {
+    let mut running = Running::start(Features::empty());
+    let interrupt: Arc<dyn Interrupt> = running.recorder.clone();
+    let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let body = || Err(io::ErrorKind::OutOfMemory.into());
+    let device = &mut running.device;
+    device.spawn("net0".into(), stop, &interrupt, body).unwrap();
+    let needs_reset = || running.recorder.needs_reset.load(Ordering::SeqCst);
+    eventually("DEVICE_NEEDS_RESET", needs_reset);
+    running.device.reset();
 }
 
 #[test]
