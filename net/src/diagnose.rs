@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::name::LinkName;
+use crate::name::NewLinkName;
 use crate::netlink::Link;
 use crate::queue::QueueError;
 use crate::spec::MacvtapSpec;
@@ -157,7 +157,7 @@ pub enum Problem {
     #[error(
         "`{name}` is a macvtap already, used as it is and not renamed to `{wanted}`: leave the new name away"
     )]
-    ExistingName { name: String, wanted: LinkName },
+    ExistingName { name: String, wanted: NewLinkName },
     #[error("a macvtap has 1 to {max} queues, not {wanted}", max = MacvtapSpec::MAX_QUEUES)]
     Queues { wanted: u32 },
     #[error(
@@ -188,7 +188,7 @@ pub enum Problem {
         wanted: String,
     },
     #[error(
-        "`{name}` cannot be the name of a new link: `all`, `default` and a `%` have a meaning of their own to the kernel"
+        "`{name}` cannot be the name of a new macvtap: a `%` makes the kernel count, so that nobody could tell its name beforehand"
     )]
     NameReserved { name: String },
     #[error(
@@ -228,7 +228,7 @@ impl Problem {
 pub(crate) fn find<'a>(links: &'a [Link], name: &str) -> Result<&'a Link, Problem> {
     links
         .iter()
-        .find(|link| link.name == name)
+        .find(|link| link.is_called(name))
         .ok_or_else(|| Problem::NoSuchLink {
             name: name.to_owned(),
             hint: hint(links, name),

@@ -14,7 +14,7 @@ use crate::address::InterfaceAddress;
 use crate::diagnose;
 use crate::lease::Lease;
 use crate::mac::MacAddr;
-use crate::name::LinkName;
+use crate::name::{LinkName, NewLinkName};
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
@@ -42,7 +42,7 @@ pub struct HostLinkSpec {
     /// The link that carries the guests, in the caller's network namespace.
     pub link: LinkName,
     /// None for the first free `macvlan<n>`.
-    pub name: Option<LinkName>,
+    pub name: Option<NewLinkName>,
     /// The host's addresses among its guests.
     pub addresses: Vec<InterfaceAddress>,
     /// Move the addresses and routes of the lower link onto this one: all of both families, in all tables, but those

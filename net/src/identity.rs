@@ -3,6 +3,7 @@
 
 use std::io;
 
+use crate::name::LinkName;
 use crate::netlink::Netlink;
 use crate::netns;
 
@@ -33,6 +34,22 @@ impl LinkId {
             }
         })?
     }
+}
+
+/// The name that the link called `link` has for itself, in the caller's network namespace: `link` may be one of its
+/// alternative names. None when there is no such link.
+///
+/// # Errors
+///
+/// When the kernel refuses to list the links.
+pub fn current_name(link: &LinkName) -> io::Result<Option<String>> {
+    netns::on_own_thread(|| {
+        let links = Netlink::connect()?.links()?;
+        let found = links
+            .into_iter()
+            .find(|found| found.is_called(link.as_str()));
+        Ok(found.map(|found| found.name))
+    })?
 }
 
 /// The inode of the caller's network namespace, which [`LinkId::namespace`] is to be compared with.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::diagnose::Problem;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::name::LinkName;
+use crate::name::{LinkName, NewLinkName};
 
 /// What is asked for. Begin with [`MacvtapSpec::new`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub struct MacvtapSpec {
     /// The senders that it hears in source mode, which [`MacvtapSpec::mode`] then has to be.
     pub source_macs: Vec<MacAddr>,
     /// The new macvtap's name. None for `macvtap0` in a private namespace, and the first free `mvtN` in the caller's.
-    pub name: Option<LinkName>,
+    pub name: Option<NewLinkName>,
     /// Where a new macvtap lives.
     pub netns: Placement,
 }
@@ -97,13 +97,10 @@ impl MacvtapSpec {
         if !self.source_macs.is_empty() && self.mode != Some(Mode::Source) {
             return Err(Problem::SourceMacs);
         }
-        match self.name.as_ref().map(LinkName::as_str) {
-            // The first two are directories of /proc/sys/net, and a `%` makes the kernel count.
-            Some(name) if name == "all" || name == "default" || name.contains('%') => {
-                Err(Problem::NameReserved {
-                    name: name.to_owned(),
-                })
-            }
+        match &self.name {
+            Some(name) if name.counts() => Err(Problem::NameReserved {
+                name: name.to_string(),
+            }),
             _ => Ok(()),
         }
     }
@@ -169,13 +166,6 @@ mod tests {
                     ..spec.clone()
                 },
                 "give it that mode",
-            ),
-            (
-                MacvtapSpec {
-                    name: Some("all".parse().unwrap()),
-                    ..spec.clone()
-                },
-                "`all`",
             ),
             (
                 MacvtapSpec {

@@ -69,3 +69,26 @@ fn script_of_a_dry_run_makes_the_same_guest() {
         "the script has deleted its links"
     );
 }
+
+#[test]
+fn dry_run_finds_links_by_their_alternative_names() {
+    let Some(_permit) = here() else { return };
+    let site = Site::new();
+    site.host.macvtap("mvt0", "wire", "bridge");
+    for (link, name) in [
+        ("wire", "the-wire-of-my-guests"),
+        ("mvt0", "tap-of-my-guest"),
+    ] {
+        site.host
+            .ip(&format!("link property add dev {link} altname {name}"));
+    }
+    let script = |link: &str| {
+        let output = outcome(site.qemu(["--dry-run", "--macvtap", link, "--", "-M", "q35"]));
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    // sysfs has the macvtap by its own name alone.
+    assert!(script("tap-of-my-guest").contains("/sys/class/net/mvt0/ifindex"));
+    // ip-link(8) finds links by all of theirs.
+    assert!(script("the-wire-of-my-guests").contains("ip link add link the-wire-of-my-guests"));
+}

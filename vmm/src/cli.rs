@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use net::{InterfaceAddress, LinkName, MacvtapSpec};
+use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 
 use crate::config::{ConsoleTarget, Cpus, MemorySize, NicConfig, parse_macvtap, parse_nic};
 use crate::plan::Transport;
@@ -310,7 +310,7 @@ pub struct HostLinkArgs {
 
     /// Name of the macvlan; the first free macvlanN by default
     #[arg(long)]
-    pub name: Option<LinkName>,
+    pub name: Option<NewLinkName>,
 
     /// Move the interface's own addresses and routes onto the macvlan
     #[arg(long)]

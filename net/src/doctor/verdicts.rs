@@ -30,7 +30,7 @@ pub(super) fn all(facts: &Facts, link: Option<&str>) -> Vec<Check> {
         }
         None => checks.push(candidates(facts, &known)),
     }
-    let only = link.and_then(|name| links.iter().find(|link| link.name == name));
+    let only = link.and_then(|name| diagnose::find(links, name).ok());
     let only = only.map(|link| diagnose::real_device(links, link).index);
     let all: Vec<&Link> = known.iter().collect();
     let mut uppers = all.clone();

@@ -15,7 +15,7 @@ use crate::address::InterfaceAddress;
 use crate::diagnose::{self, Wish};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::name::LinkName;
+use crate::name::NewLinkName;
 use crate::netlink::{Birthplace, Driver, Link, Netlink, NewLink, random_index};
 use crate::owner::Owner;
 use crate::wifi;
@@ -119,7 +119,7 @@ pub(super) fn create(
         ))?;
     let new = NewLink {
         driver: Driver::Macvlan,
-        name: spec.name.as_ref().map_or(FREE_NAME, LinkName::as_str),
+        name: spec.name.as_ref().map_or(FREE_NAME, NewLinkName::as_str),
         lower: lower.index,
         place: Birthplace::BesideLower { alias },
         mode: Mode::Bridge,

@@ -11,7 +11,7 @@ use crate::identity::LinkId;
 use crate::lease::Lease;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::name::LinkName;
+use crate::name::NewLinkName;
 use crate::netlink::{Birthplace, Driver, Link, Netlink, NewLink, random_index, random_name};
 use crate::owner::Owner;
 use crate::spec::{MacvtapSpec, Placement};
@@ -113,7 +113,7 @@ fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<Lease, Pro
     private
         .set_alias(index, &owner)
         .map_err(Problem::from_step("tag the macvtap with its owner"))?;
-    let name = spec.name.as_ref().map_or(FREE_NAME, LinkName::as_str);
+    let name = spec.name.as_ref().map_or(FREE_NAME, NewLinkName::as_str);
     private
         .move_to(home.as_fd(), index, name)
         .map_err(|error| match error.raw_os_error() {

@@ -9,6 +9,8 @@ pub(crate) struct Link {
     /// Unique in its namespace, and only there.
     pub index: u32,
     pub name: String,
+    /// What it is called besides (IFLA_ALT_IFNAME).
+    pub alt_names: Vec<String>,
     /// The driver's word for a virtual link (`macvtap`, `bridge`); empty for a real card.
     pub kind: String,
     /// None when it isn't six bytes.
@@ -98,6 +100,11 @@ impl Link {
                 libc::IFLA_OPERSTATE => link.oper_state = oper_state(attribute.value),
                 libc::IFLA_IFALIAS => link.alias = attribute.text(),
                 libc::IFLA_LINKINFO => link.learn(attribute),
+                libc::IFLA_PROP_LIST => {
+                    let is_name = |one: &Attribute<'_>| one.kind() == libc::IFLA_ALT_IFNAME;
+                    let names = attribute.nested().filter(is_name);
+                    link.alt_names.extend(names.map(|name| name.text()));
+                }
                 _ => {}
             }
         }
@@ -139,6 +146,11 @@ impl Link {
         }
     }
 
+    /// Whether `name` is one of its names, which no other link of its namespace then has.
+    pub(crate) fn is_called(&self, name: &str) -> bool {
+        self.name == name || self.alt_names.iter().any(|other| other == name)
+    }
+
     /// Whether it shares its lower's wire by the macvlan driver.
     pub(crate) fn is_macvlan(&self) -> bool {
         self.kind == "macvlan" || self.is_macvtap()
@@ -174,7 +186,7 @@ mod tests {
     use super::super::wire::attribute;
     use super::*;
 
-    fn macvtap() -> [Vec<u8>; 6] {
+    fn macvtap() -> [Vec<u8>; 7] {
         let data = [
             attribute(IFLA_MACVLAN_MODE, &8_u32.to_ne_bytes()),
             attribute(IFLA_MACVLAN_BC_QUEUE_LEN, &500_u32.to_ne_bytes()),
@@ -183,6 +195,8 @@ mod tests {
             attribute(libc::IFLA_INFO_KIND, b"macvtap\0"),
             attribute(libc::IFLA_INFO_DATA, &data.concat()),
         ];
+        let names = ["tap-of-my-guest", "vm7"]
+            .map(|name| attribute(libc::IFLA_ALT_IFNAME, name.as_bytes()));
         [
             attribute(libc::IFLA_IFNAME, b"mvt0\0"),
             attribute(libc::IFLA_LINK, &2_u32.to_ne_bytes()),
@@ -190,6 +204,7 @@ mod tests {
             attribute(libc::IFLA_OPERSTATE, &[6]),
             attribute(libc::IFLA_IFALIAS, b"B\xfcro\0"),
             attribute(libc::IFLA_LINKINFO, &info.concat()),
+            attribute(libc::IFLA_PROP_LIST, &names.concat()),
         ]
     }
 
@@ -197,6 +212,7 @@ mod tests {
         Link {
             index: 9,
             name: "mvt0".to_owned(),
+            alt_names: ["tap-of-my-guest", "vm7"].map(str::to_owned).to_vec(),
             kind: "macvtap".to_owned(),
             mtu: 1500,
             bc_queue_len: 500,
@@ -233,7 +249,7 @@ mod tests {
         /// Of attributes that this version does not know, wherever they stand and whatever is in them.
         #[test]
         fn link_is_read_whatever_else_is_told_of_it(
-            at in 0..=6_usize,
+            at in 0..=7_usize,
             kind in 200..0x3fff_u16,
             value in vec(any::<u8>(), 0..100),
         ) {
@@ -246,7 +262,7 @@ mod tests {
         /// And of known ones that are too short or too long.
         #[test]
         fn link_with_an_attribute_of_any_bytes_keeps_its_others(
-            which in 1..6_usize,
+            which in 1..7_usize,
             value in vec(any::<u8>(), 0..40),
         ) {
             let mut attributes = macvtap();

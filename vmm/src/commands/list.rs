@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use net::{InventoryError, LinkName, LinkState, LowerInfo, UpperInfo};
+use net::{InventoryError, LinkState, LowerInfo, UpperInfo};
 use serde::Serialize;
 
 use crate::cli::ListArgs;
@@ -54,7 +54,10 @@ pub fn run(args: &ListArgs) -> Result<String, InventoryError> {
         .collect();
     let mut guests = registry::running();
     if let Some(link) = &args.link {
-        keep_those_on(&mut guests, &lowers(&interfaces), link);
+        // It may be one of an interface's alternative names.
+        let name = net::current_name(link).ok().flatten();
+        let name = name.unwrap_or_else(|| link.to_string());
+        keep_those_on(&mut guests, &lowers(&interfaces), &name);
     }
     let listing = Listing { interfaces, guests };
     Ok(if args.json {
@@ -79,9 +82,9 @@ fn lowers(interfaces: &[Interface]) -> Vec<Id> {
 
 /// Leaves the cards that stand on one of `lowers`, or are one. Where it is not known which interface a card is on, the
 /// name has to do: it may be that of another namespace.
-fn keep_those_on(guests: &mut Vec<Entry>, lowers: &[Id], link: &LinkName) {
+fn keep_those_on(guests: &mut Vec<Entry>, lowers: &[Id], link: &str) {
     let is_on = |nic: &NicEntry| match (nic.lower_id, nic.id) {
-        (None, None) => [&nic.lower, &nic.name].contains(&&link.to_string()),
+        (None, None) => nic.lower == link || nic.name == link,
         ids => [ids.0, ids.1]
             .iter()
             .flatten()
@@ -270,7 +273,7 @@ mod tests {
             guest(2, Some(id(11))),
             guest(3, None),
         ];
-        keep_those_on(&mut guests, &[id(10)], &"eno1".parse().unwrap());
+        keep_those_on(&mut guests, &[id(10)], "eno1");
         let pids: Vec<_> = guests.iter().map(|guest| guest.pid).collect();
         assert_eq!(pids, [1, 3]);
     }

@@ -1,12 +1,11 @@
 //! What a run would make, for a script.
 
 use std::io;
-use std::path::Path;
 
 use net::{MacAddr, MacvtapSpec, Mode};
 
 use super::args::USUAL_MTU;
-use super::nics::Queues;
+use super::nics::{Queues, sysfs_of};
 use super::script::{self, Origin, ScriptCard};
 use super::{Plan, QemuError, inherit};
 use crate::cli::QemuArgs;
@@ -62,14 +61,13 @@ fn sketch(spec: &MacvtapSpec) -> Result<(Origin, MacAddr, u32), QemuError> {
         let (mac, mtu) = (spec.mac.map_or_else(random_mac, Ok)?, spec.mtu);
         return Ok((new_origin(spec, mac)?, mac, mtu.unwrap_or(USUAL_MTU)));
     }
+    let directory = sysfs_of(&spec.link);
     let read = |what| {
-        std::fs::read_to_string(Path::new("/sys/class/net").join(link).join(what)).map_err(
-            |source| QemuError::Link {
-                what,
-                link: link.to_owned(),
-                source,
-            },
-        )
+        std::fs::read_to_string(directory.join(what)).map_err(|source| QemuError::Link {
+            what,
+            link: link.to_owned(),
+            source,
+        })
     };
     let invalid = |what| QemuError::Link {
         what,
@@ -78,13 +76,10 @@ fn sketch(spec: &MacvtapSpec) -> Result<(Origin, MacAddr, u32), QemuError> {
     };
     let lower_mac = read("address")?.trim().parse();
     let mtu = read("mtu")?.trim().parse().map_err(|_| invalid("mtu"))?;
-    if Path::new("/sys/class/net")
-        .join(link)
-        .join("macvtap")
-        .exists()
-    {
+    if directory.join("macvtap").exists() {
         let mac = lower_mac.map_err(|_| invalid("address"))?;
-        return Ok((Origin::Existing(link.to_owned()), mac, mtu));
+        let name = directory.file_name().unwrap_or_default().to_string_lossy();
+        return Ok((Origin::Existing(name.into_owned()), mac, mtu));
     }
     let mac = match (spec.mac, spec.mode) {
         (Some(mac), _) => mac,

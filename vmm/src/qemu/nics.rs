@@ -3,9 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use net::{Lease, MacAddr, Macvtap, MacvtapSpec, Mode};
+use net::{Lease, LinkName, MacAddr, Macvtap, MacvtapSpec, Mode};
 
 use super::QemuError;
 use crate::config::{self, ConfigError, NicSource};
@@ -198,6 +198,12 @@ pub(super) enum Expected {
     Unknown,
 }
 
+/// The directory of a link in sysfs, which knows none of its alternative names.
+pub(super) fn sysfs_of(link: &LinkName) -> PathBuf {
+    let name = net::current_name(link).ok().flatten();
+    Path::new("/sys/class/net").join(name.as_deref().unwrap_or(link.as_str()))
+}
+
 /// The address that a macvtap will have.
 pub(super) fn expected_mac(spec: &MacvtapSpec) -> Expected {
     if let Some(mac) = spec.mac {
@@ -206,7 +212,7 @@ pub(super) fn expected_mac(spec: &MacvtapSpec) -> Expected {
     if spec.lower_netns.is_some() {
         return Expected::Unknown;
     }
-    let link = Path::new("/sys/class/net").join(spec.link.as_str());
+    let link = sysfs_of(&spec.link);
     if spec.mode == Some(Mode::Passthru) || link.join("macvtap").exists() {
         let address = std::fs::read_to_string(link.join("address"));
         let mac = address.ok().and_then(|mac| mac.trim().parse().ok());
