@@ -49,12 +49,6 @@ pub enum ConflictError {
         "ARGS have -daemonize, but minivmm waits for QEMU, to clean up: put minivmm itself into the background"
     )]
     Daemon,
-    /// QEMU as another user.
-    #[error(
-        "ARGS have {0}, but a QEMU that changes its user would outlive a minivmm that is killed: run both as that user, by \
-         `minivmm net open LINK --user NAME -- minivmm qemu --macvtap fd=3 ...`"
-    )]
-    User(String),
     /// Two ways to run the guest's code.
     #[error(
         "ARGS say what runs the guest's code (-accel, -enable-kvm), and --accel does too: choose one"
@@ -103,7 +97,6 @@ pub(super) fn check(args: &[OsString], ids: &[String], fds: &[RawFd]) -> Result<
             continue;
         }
         let properties = properties(&value);
-        changes_user(name, &value, &properties)?;
         for (key, text) in &properties {
             let is_id = key == "id" && ids.contains(text);
             if is_id && matches!(name, "netdev" | "net" | "nic" | "device") {
@@ -117,19 +110,6 @@ pub(super) fn check(args: &[OsString], ids: &[String], fds: &[RawFd]) -> Result<
             let free = fds.last().map_or(fd, |last| last + 1);
             return Err(ConflictError::Descriptor(value, fd, free));
         }
-    }
-    Ok(())
-}
-
-/// The kernel forgets at a change of user that QEMU is to die with minivmm (PR_SET_PDEATHSIG).
-fn changes_user(
-    name: &str,
-    value: &str,
-    properties: &[(String, String)],
-) -> Result<(), ConflictError> {
-    let user = properties.iter().any(|(key, _)| key == "user");
-    if name == "runas" || name == "run-with" && user {
-        return Err(ConflictError::User(format!("-{name} {value}")));
     }
     Ok(())
 }
@@ -301,19 +281,6 @@ mod tests {
     #[test]
     fn args_with_a_string_that_is_no_descriptor_pass() {
         checked("-netdev stream,id=x,addr.type=unix,addr.str=3 -device x,str=3").unwrap();
-    }
-
-    #[test]
-    fn args_that_change_the_user_are_refused() {
-        for text in [
-            "-runas nobody",
-            "--run-with user=nobody",
-            "-run-with chroot=/x,user=1:1",
-        ] {
-            let error = checked(text).unwrap_err();
-            assert!(matches!(error, ConflictError::User(_)), "{text}: {error}");
-        }
-        checked("-run-with chroot=/x -netdev user,id=user -device x,user=y").unwrap();
     }
 
     #[test]
