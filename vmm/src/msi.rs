@@ -60,23 +60,42 @@ impl Routes {
 
     fn set(&self, index: usize, message: Message) -> Result<(), kvm_ioctls::Error> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = table.messages[index].replace(message);
-        let inputs = (0..GSIS).map(input);
-        let messages = table
-            .messages
-            .iter()
-            .enumerate()
-            .filter_map(|(index, message)| message.map(|message| message.route(gsi(index))));
-        let entries: Vec<_> = inputs.chain(messages).collect();
-        // More entries than the table may have are refused like everything else that is wrong.
-        let result = KvmIrqRouting::from_entries(&entries)
-            .map_err(|_| kvm_ioctls::Error::new(libc::ENOSPC))
-            .and_then(|routing| self.fd.set_gsi_routing(&routing));
+        table.set(index, message, |entries| {
+            // More entries than the table may have are refused like everything else that is wrong.
+            let routing = KvmIrqRouting::from_entries(entries)
+                .map_err(|_| kvm_ioctls::Error::new(libc::ENOSPC))?;
+            self.fd.set_gsi_routing(&routing)
+        })
+    }
+}
+
+impl Table {
+    /// Gives a GSI its message, and `submit`s the whole table if that is a new one: guests mask and
+    /// unmask far more often than they change a message, and KVM waits for all its readers of the
+    /// table to let go of the old one.
+    fn set(
+        &mut self,
+        index: usize,
+        message: Message,
+        submit: impl FnOnce(&[kvm_irq_routing_entry]) -> Result<(), kvm_ioctls::Error>,
+    ) -> Result<(), kvm_ioctls::Error> {
+        if self.messages[index] == Some(message) {
+            return Ok(());
+        }
+        let before = self.messages[index].replace(message);
+        let result = submit(&self.entries());
         if result.is_err() {
             // Or the next message, of whichever vector, would be refused with it.
-            table.messages[index] = before;
+            self.messages[index] = before;
         }
         result
+    }
+
+    fn entries(&self) -> Vec<kvm_irq_routing_entry> {
+        let messages = self.messages.iter().enumerate();
+        let routes =
+            messages.filter_map(|(index, message)| Some(message.as_ref()?.route(gsi(index))));
+        (0..GSIS).map(input).chain(routes).collect()
     }
 }
 
@@ -98,7 +117,7 @@ fn input(gsi: u32) -> kvm_irq_routing_entry {
 }
 
 impl Message {
-    fn route(self, gsi: u32) -> kvm_irq_routing_entry {
+    fn route(&self, gsi: u32) -> kvm_irq_routing_entry {
         let mut entry = kvm_irq_routing_entry {
             gsi,
             type_: KVM_IRQ_ROUTING_MSI,
@@ -155,5 +174,53 @@ impl MsixRoutes for Messages {
                 log::debug!("KVM does not let go of interrupt {gsi}: {error}");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MESSAGE: Message = Message {
+        address: 0xfee0_0000,
+        data: 0x41,
+    };
+
+    /// Sets a message; returns the table's length if it was submitted.
+    fn set(table: &mut Table, index: usize, message: Message) -> Option<usize> {
+        let mut submitted = None;
+        let submit = |entries: &[kvm_irq_routing_entry]| {
+            submitted = Some(entries.len());
+            Ok(())
+        };
+        table.set(index, message, submit).unwrap();
+        submitted
+    }
+
+    #[test]
+    fn table_is_submitted_only_where_a_message_changes() {
+        let mut table = Table {
+            messages: vec![None; 2],
+        };
+        let inputs = GSIS as usize;
+        assert_eq!(set(&mut table, 1, MESSAGE), Some(inputs + 1));
+        assert_eq!(set(&mut table, 1, MESSAGE), None);
+        assert_eq!(set(&mut table, 0, MESSAGE), Some(inputs + 2));
+        let other = Message {
+            data: 0x42,
+            ..MESSAGE
+        };
+        assert_eq!(set(&mut table, 1, other), Some(inputs + 2));
+        assert_eq!(set(&mut table, 1, MESSAGE), Some(inputs + 2));
+    }
+
+    #[test]
+    fn message_that_is_refused_is_submitted_again() {
+        let mut table = Table {
+            messages: vec![None],
+        };
+        let refused = table.set(0, MESSAGE, |_| Err(kvm_ioctls::Error::new(libc::EINVAL)));
+        assert!(refused.is_err());
+        assert_eq!(set(&mut table, 0, MESSAGE), Some(GSIS as usize + 1));
     }
 }
