@@ -5,6 +5,7 @@
 mod harness;
 mod lab;
 
+use std::fs;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -80,6 +81,34 @@ fn guest_on_a_macvtap_talks_to_a_third_host_and_not_to_its_own() {
             acpi_is_clean(&mut vm);
         },
     );
+}
+
+#[test]
+fn stock_kernel_finds_cores_of_one_package_that_run_no_guests() {
+    let name = "stock_kernel_finds_cores_of_one_package_that_run_no_guests";
+    lab::test(name, || {
+        // KVM itself may be told to keep it from all guests.
+        let parameters = ["kvm_amd", "kvm_intel"]
+            .map(|module| fs::read_to_string(format!("/sys/module/{module}/parameters/nested")));
+        let may_nest = parameters
+            .iter()
+            .flatten()
+            .any(|p| ["1", "Y"].contains(&p.trim()));
+        for (nested, guests) in [("off", "0"), ("on", if may_nest { "3" } else { "0" })] {
+            let mut vm = boot(None, &["--cpus", "3", "--nested", nested]);
+            let mut count = |what: &str| {
+                let count = format!("grep -cE '{what}' /proc/cpuinfo; true");
+                vm.run(&count).trim().to_owned()
+            };
+            assert_eq!(count("^cpu cores[[:space:]]*: 3$"), "3");
+            assert_eq!(count("^siblings[[:space:]]*: 3$"), "3");
+            assert_eq!(count("^physical id[[:space:]]*: 0$"), "3");
+            assert_eq!(count("^core id[[:space:]]*: [012]$"), "3");
+            assert_eq!(count("^flags.* (vmx|svm)( |$)"), guests);
+            vm.start_command("poweroff -f");
+            assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+        }
+    });
 }
 
 /// Fails on any line of the kernel's log that blames our tables.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use harness::capture;
 use harness::guest::{
-    ECHO, Net, PATIENCE, PEER, addresses, is_possible, on_both_transports, power_off, stream_bytes,
-    succeed,
+    ECHO, Net, PATIENCE, PEER, Transport, addresses, is_possible, on_both_transports, power_off,
+    stream_bytes, succeed,
 };
 use harness::netns::Netns;
 use harness::vm::Vm;
@@ -161,6 +161,20 @@ fn guest_pings_the_far_side() {
 
 fn received_frames_interrupt_the_guest(net: Net) {
     succeed(net.start(2, &format!("mode=interrupts count=20 peer={}", PEER[0])));
+}
+
+#[test]
+fn driver_without_interrupts_is_told_of_in_the_log_once() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::with(Transport::Pci);
+    for (mode, times) in [("ping", 1), ("info", 0)] {
+        let mut vm = net.start(2, &format!("mode={mode} count=3 peer={}", PEER[0]));
+        assert_eq!(vm.wait_exit(PATIENCE).code(), Some(0));
+        let told = vm.log().matches("with MSI-X off").count();
+        assert_eq!(told, times, "{mode}\n{}", vm.transcript());
+    }
 }
 
 #[test]

@@ -85,6 +85,36 @@ fn stock_kernel_drives_two_cards_on_pci_by_interrupt_messages() {
         assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
         vm.start_command("poweroff -f");
         assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+        assert!(!vm.log().contains("with MSI-X off"), "{}", vm.log());
+    });
+}
+
+#[test]
+fn stock_kernel_without_msi_has_no_card_on_pci_and_the_log_says_why() {
+    let name = "stock_kernel_without_msi_has_no_card_on_pci_and_the_log_says_why";
+    lab::test(name, || {
+        let site = Site::new();
+        for (transport, links) in [("pci", "lo"), ("mmio", "eth0 lo")] {
+            let args = [
+                "--cmdline",
+                "pci=nomsi",
+                "--macvtap",
+                "wire",
+                "--transport",
+                transport,
+            ];
+            let mut vm = boot(Some(&site.host), &args);
+            assert_eq!(
+                vm.run("echo $(ls /sys/class/net)").trim(),
+                links,
+                "{transport}"
+            );
+            vm.start_command("poweroff -f");
+            assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+            let log = vm.log();
+            let told = log.matches("gives it up with MSI-X off").count();
+            assert_eq!(told, usize::from(transport == "pci"), "{log}");
+        }
     });
 }
 

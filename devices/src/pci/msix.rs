@@ -78,6 +78,11 @@ impl Msix {
         self.entries.len()
     }
 
+    /// Whether the guest has turned MSI-X on.
+    pub fn is_enabled(&self, config: &ConfigSpace) -> bool {
+        config.word(self.capability + CONTROL) & ENABLE != 0
+    }
+
     /// The guest reads the table.
     pub fn read_table(&self, offset: usize, data: &mut [u8]) {
         let bytes = self

@@ -9,6 +9,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::interrupt::PciInterrupt;
+use super::status::Status;
 use super::transport::{Core, set_high, set_low};
 use super::{Interrupt as _, VirtioDevice, read_at};
 use crate::bus::BusDevice;
@@ -82,6 +83,8 @@ pub struct PciTransport {
     device_feature_select: u32,
     driver_feature_select: u32,
     queue_select: u16,
+    /// The log has told that the driver gets no interrupts.
+    is_silence_told: bool,
 }
 
 impl PciTransport {
@@ -132,6 +135,7 @@ impl PciTransport {
             device_feature_select: 0,
             driver_feature_select: 0,
             queue_select: 0,
+            is_silence_told: false,
         })
     }
 
@@ -217,6 +221,26 @@ impl PciTransport {
             self.driver_feature_select = 0;
             self.queue_select = 0;
         }
+        self.tell_of_silence();
+    }
+
+    /// Warns once of a driver that goes on without interrupts, or has given up as Linux does.
+    fn tell_of_silence(&mut self) {
+        let status = self.core.status();
+        let what = match status.contains(Status::FAILED) {
+            true => "gives it up",
+            false if status.contains(Status::DRIVER_OK) => "starts it",
+            false => return,
+        };
+        if self.is_silence_told || self.msix.is_enabled(&self.config) {
+            return;
+        }
+        self.is_silence_told = true;
+        log::warn!(
+            "virtio device {}: the guest's driver {what} with MSI-X off, and on the PCI bus there are no other \
+             interrupts (is pci=nomsi on the guest's command line?); virtio-mmio needs no MSI-X",
+            self.core.device.device_id()
+        );
     }
 
     fn write_common_16(&mut self, offset: usize, value: u16) {
