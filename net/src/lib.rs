@@ -39,7 +39,7 @@
 //! | `listen.rs` | what the user of a macvtap sends, where that tells about it |
 //! | `doctor.rs` | what stands in the way on this machine, one line a check |
 //! | `diagnose.rs` | what makes a lower link unfit, and what the kernel's error numbers mean; pure |
-//! | `netlink.rs` | what the kernel tells of links, addresses and routes, by a small client of our own; and changing them, by rtnetlink, the only async code |
+//! | `netlink.rs` | reads links, addresses and routes by a client of our own, and changes them by rtnetlink, the only async code |
 //! | `netns.rs` | the private network namespace |
 //! | `queue.rs` | finds the right device node, opens it and proves it |
 //! | `wifi.rs` | whether frames go over the air |

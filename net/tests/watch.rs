@@ -147,6 +147,41 @@ fn link_that_moves_to_another_namespace_is_gone() {
     expect_last(&mut watch, (v0, LinkChange::Deleted));
 }
 
+/// `ip -batch` in the namespace: all of it in one process.
+fn batch(netns: &Netns, lines: impl Iterator<Item = String>) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), lines.collect::<String>()).unwrap();
+    netns.ip(&format!("-batch {}", file.path().display()));
+}
+
+/// Far more changes of a link than a socket buffer holds the events of.
+fn overrun(netns: &Netns, link: &str) {
+    let change = |n| format!("link set {link} mtu {}\n", 1300 + n % 2);
+    batch(netns, (0..4000).map(change));
+}
+
+#[test]
+fn overrun_during_a_listing_makes_no_link_disappear() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.down("v0");
+    // So many that the kernel lists them in several parts.
+    let add = |n| format!("link add link v0 name m{n} type macvlan mode bridge\n");
+    batch(&netns, (0..200).map(add));
+    let v0 = index(&netns, "v0");
+    let mut watch = watch(&netns, &[v0]);
+    // The first part has come, and tells that it is down.
+    let first = watch.next().unwrap().unwrap();
+    assert_eq!((first.index, first.change), (v0, LinkChange::Admin(false)));
+    overrun(&netns, "m199");
+    expect(&mut watch, &[(v0, LinkChange::Carrier(false))]);
+    netns.up("v0");
+    expect_last(&mut watch, (v0, LinkChange::Carrier(true)));
+}
+
 #[test]
 fn overrun_ends_in_the_state_that_is() {
     if !netns::is_root() {
@@ -158,13 +193,7 @@ fn overrun_ends_in_the_state_that_is() {
     let (v0, v1) = (index(&netns, "v0"), index(&netns, "v1"));
     let mut watch = watch(&netns, &[v0, v1]);
     expect(&mut watch, &[]);
-    // Far more than a socket buffer holds, in one process.
-    let batch: String = (0..4000)
-        .map(|n| format!("link set v0 mtu {}\n", 1300 + n % 2))
-        .collect();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), batch).unwrap();
-    netns.ip(&format!("-batch {}", file.path().display()));
+    overrun(&netns, "v0");
     netns.ip("link delete v1");
     netns.ip("link set v0 mtu 1280");
     let last = (v0, LinkChange::Mtu(1280));
