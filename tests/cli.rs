@@ -41,6 +41,8 @@ use tiny::Tiny;
 /// The exit status of a guest that could not be started, and that of a wrong command line.
 const FAILED: i32 = 1;
 const USAGE: i32 = 2;
+/// Longer than anything here may take.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// What a run of minivmm gave.
 #[derive(Debug)]
@@ -215,6 +217,70 @@ fn console_file_that_the_guest_boots_from_is_refused_and_kept() {
 }
 
 #[test]
+fn files_of_two_uses_are_refused_and_kept() {
+    if !has_kvm() {
+        return;
+    }
+    let files = Files::new();
+    let before = fs::read(files.path("guest")).unwrap();
+    let (guest, log) = (files.guest(), files.file("log", b"kept\n"));
+    let on_guest = format!("--macvtap=nosuch0,pcap={guest}");
+    let on_log = format!("--macvtap=nosuch0,pcap={log}");
+    let console = format!("--console=file:{log}");
+    for (args, written, read) in [
+        (&[&on_guest][..], "capture", "is the kernel too"),
+        (&[&on_log, &console], "capture", "is the console too"),
+        (&[&on_log, &on_log], "capture", "capture too"),
+    ] {
+        let args: Vec<_> = args.iter().map(|text| text.as_str()).collect();
+        assert_refused(files.boot(&args), FAILED, &[written, read]);
+    }
+    let console = format!("--console=file:{guest}");
+    let mut qemu = minivmm(["qemu", "--qemu=/bin/false", "--kernel", &guest]);
+    qemu.arg(console);
+    assert_refused(qemu, FAILED, &["the console cannot", "is the kernel too"]);
+    assert_eq!(fs::read(files.path("guest")).unwrap(), before);
+    assert_eq!(fs::read_to_string(log).unwrap(), "kept\n");
+}
+
+#[test]
+fn console_file_that_has_the_log_is_refused() {
+    if !has_kvm() {
+        return;
+    }
+    let files = Files::new();
+    let log = files.file("log", b"before\n");
+    let mut command = files.boot(&[&format!("--console=file:{log}")]);
+    let stderr = File::options().append(true).open(&log).unwrap();
+    let status = command.stdin(Stdio::null()).stderr(stderr).status();
+    assert_eq!(status.unwrap().code(), Some(FAILED));
+    let text = fs::read_to_string(log).unwrap();
+    assert!(text.starts_with("before\n"), "{text}");
+    assert!(text.contains("which is the log too"), "{text}");
+}
+
+#[test]
+fn fifo_without_a_reader_is_awaited_aloud() {
+    if !has_kvm() {
+        return;
+    }
+    let files = Files::new();
+    let fifo = files.path("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+    for (option, status, written) in [
+        ("--console=file:", 0, "hi\n"),
+        ("--macvtap=nosuch0,pcap=", FAILED, ""),
+    ] {
+        let mut command = files.boot(&[&format!("{option}{}", fifo.display())]);
+        command.stdin(Stdio::null());
+        let mut vm = Vm::spawn(command);
+        vm.wait_for_log("waiting for a program to open the FIFO", LIMIT);
+        assert_eq!(fs::read_to_string(&fifo).unwrap(), written);
+        assert_eq!(vm.wait_exit(LIMIT).code(), Some(status), "{}", vm.log());
+    }
+}
+
+#[test]
 fn console_file_of_a_start_that_fails_is_kept() {
     if !has_kvm() {
         return;
@@ -244,7 +310,7 @@ fn console_file_gets_what_the_guest_writes() {
 }
 
 #[test]
-fn console_on_a_full_disk_does_not_hurt_the_guest() {
+fn console_on_a_full_disk_does_not_hurt_the_guest_and_is_told_once() {
     if !has_kvm() {
         return;
     }
@@ -252,6 +318,11 @@ fn console_on_a_full_disk_does_not_hurt_the_guest() {
     let guest = run(files.boot(&["--console=file:/dev/full"]));
     assert_eq!(guest.status, Some(0), "{guest:?}");
     assert!(guest.stderr.contains("the guest powered off"), "{guest:?}");
+    let told = "cannot write the console to \"/dev/full\"";
+    assert_eq!(guest.stderr.matches(told).count(), 1, "{guest:?}");
+    assert!(guest.stderr.contains("No space left"), "{guest:?}");
+    let lost = "3 bytes of the console are lost";
+    assert!(guest.stderr.contains(lost), "{guest:?}");
 }
 
 #[test]

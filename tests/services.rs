@@ -264,7 +264,7 @@ fn bad_card_keys_are_told_before_anything_is_made() {
         (vec![none.as_str()], "cannot record what passes"),
         (
             vec![one.as_str(), one.as_str()],
-            "cannot record in one file",
+            "is a network card's capture too",
         ),
     ];
     for (cards, why) in cases.into_iter().chain(without_vhost) {

@@ -84,10 +84,12 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     let vm = Vm::new(&host.hypervisor, Arc::clone(ram.memory()))?;
     let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
     let mut machine = Machine::new(&vm, Arc::clone(ram.memory()), Arc::clone(&exit))?;
-    let serial = match host.console {
-        Some(file) => Some(machine.add_serial(Box::new(Output::new(file, Arc::clone(&exit))))?),
-        None => None,
-    };
+    let output = host
+        .console
+        .map(|file| Output::new(file, config.console.place(), Arc::clone(&exit)));
+    let lost = output.as_ref().map(Output::lost);
+    let serial = output.map(|output| machine.add_serial(Box::new(output)));
+    let serial = serial.transpose()?;
     let power_button = machine.add_power_button()?;
     let mut cards = Cards::add(&mut machine, &plan, host.nics)?;
     if plan.transport() == Transport::Pci {
@@ -115,6 +117,9 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     // The devices' threads end with the board; only then are the macvtaps deleted.
     drop(board);
     drop((cards.leases, host.host_link));
+    if let Some(lost) = lost {
+        lost.log();
+    }
     Ok(exit.reason().cloned().unwrap_or(Exit::Quit))
 }
 

@@ -231,6 +231,14 @@ impl ConsoleTarget {
     pub fn has_port(&self) -> bool {
         *self != Self::None
     }
+
+    /// What the output goes to, for people.
+    pub fn place(&self) -> String {
+        match self {
+            Self::File(path) => format!("{path:?}"),
+            _ => "stdout".into(),
+        }
+    }
 }
 
 impl FromStr for ConsoleTarget {

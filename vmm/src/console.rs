@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::mem;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -46,15 +46,51 @@ pub struct Output {
     file: File,
     exit: Arc<ExitRequest>,
     given_up: bool,
+    lost: Arc<Lost>,
+}
+
+/// The bytes that could not be written.
+#[derive(Debug)]
+pub struct Lost {
+    /// Where to.
+    place: String,
+    bytes: AtomicU64,
 }
 
 impl Output {
-    /// Writes to `file` until `exit` is requested.
-    pub fn new(file: File, exit: Arc<ExitRequest>) -> Self {
+    /// Writes to `file`, which is called `place`, until `exit` is requested.
+    pub fn new(file: File, place: String, exit: Arc<ExitRequest>) -> Self {
+        let bytes = AtomicU64::new(0);
         Self {
             file,
             exit,
             given_up: false,
+            lost: Arc::new(Lost { place, bytes }),
+        }
+    }
+
+    /// Counts what is lost.
+    pub fn lost(&self) -> Arc<Lost> {
+        Arc::clone(&self.lost)
+    }
+}
+
+impl Lost {
+    /// Says so once: a guest can write for ever.
+    fn count(&self, bytes: usize, error: &io::Error) {
+        if self.bytes.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
+            let place = &self.place;
+            log::warn!(
+                "cannot write the console to {place}, so what the guest writes is lost: {error}"
+            );
+        }
+    }
+
+    /// Says how much was lost, if anything was: at the guest's end.
+    pub fn log(&self) {
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        if bytes > 0 {
+            log::warn!("{bytes} bytes of the console are lost");
         }
     }
 }
@@ -72,6 +108,10 @@ impl Write for Output {
                 // Somebody else made the pipe or terminal that we share non-blocking.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     wait(&self.file, PollFlags::OUT);
+                }
+                Err(error) => {
+                    self.lost.count(bytes.len(), &error);
+                    return Err(error);
                 }
                 result => {
                     MID_LINE.store(bytes.last() != Some(&b'\n'), Ordering::Relaxed);
@@ -253,7 +293,8 @@ mod tests {
         let exit = Arc::new(ExitRequest::new().unwrap());
         let (_reader, writer) = io::pipe().unwrap();
         rustix::io::ioctl_fionbio(&writer, true).unwrap();
-        let mut output = Output::new(std::os::fd::OwnedFd::from(writer).into(), Arc::clone(&exit));
+        let file = std::os::fd::OwnedFd::from(writer).into();
+        let mut output = Output::new(file, "a pipe".into(), Arc::clone(&exit));
         let blocked = thread::spawn(move || while output.write_all(&[b'x'; 4096]).is_ok() {});
         exit.request(Exit::PowerOff);
         blocked.join().unwrap();

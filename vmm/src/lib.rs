@@ -43,6 +43,7 @@ pub mod console;
 pub mod cpuid;
 pub mod event_loop;
 pub mod exit;
+pub mod files;
 pub mod guest_listener;
 pub mod handed;
 pub mod host_link;

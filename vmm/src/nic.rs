@@ -3,8 +3,6 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
 
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::ctrl::Permissions;
@@ -25,12 +23,6 @@ pub enum NicError {
     /// Descriptors of somebody else's.
     #[error("cannot use the file descriptors of --macvtap fd=")]
     Adopt(#[from] AdoptError),
-    /// The file for what passes.
-    #[error("cannot record what passes in {0:?}")]
-    Pcap(PathBuf, #[source] io::Error),
-    /// One file for two cards.
-    #[error("two cards cannot record in one file, {0:?}: give each a pcap= of its own")]
-    SharedPcap(PathBuf),
     /// One interface for two cards.
     #[error(transparent)]
     Shared(#[from] SharedError),
@@ -56,7 +48,7 @@ pub struct Nic {
     pub options: NicOptions,
     /// What the guest's commands may do on the host.
     pub permissions: Permissions,
-    /// The file for what passes; emptied only when the guest starts.
+    /// The file for what passes, which is opened before any card is made.
     pub pcap: Option<File>,
     /// What others are told.
     pub entry: NicEntry,
@@ -163,7 +155,7 @@ impl Nic {
             config,
             options: options.clone(),
             permissions,
-            pcap: options.pcap.as_deref().map(open_pcap).transpose()?,
+            pcap: None,
             entry,
             interface,
             watch,
@@ -215,21 +207,6 @@ fn listening(name: &str, listener: io::Result<FrameListener>) -> Option<FrameLis
         .ok()
 }
 
-fn open_pcap(path: &Path) -> Result<File, NicError> {
-    // Non-blocking: opening a FIFO that nobody reads would wait for a reader.
-    let options = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .custom_flags(libc::O_NONBLOCK)
-        .to_owned();
-    let opened = options.open(path).and_then(|file| {
-        rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::empty())?;
-        Ok(file)
-    });
-    opened.map_err(|source| NicError::Pcap(path.to_owned(), source))
-}
-
 /// Takes over the descriptors that the cards name.
 ///
 /// # Errors
@@ -277,27 +254,7 @@ pub fn acquire(nics: &[NicConfig], mut given: Given) -> Result<Vec<Nic>, NicErro
     let nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;
     let interfaces: Vec<_> = nics.iter().map(|nic| nic.interface.clone()).collect();
     sharing::check(&interfaces)?;
-    must_not_share_files(&nics)?;
     Ok(nics)
-}
-
-/// Refuses two cards that would write over each other. (What is no regular file has its own ways.)
-fn must_not_share_files(nics: &[Nic]) -> Result<(), NicError> {
-    let mut seen = Vec::new();
-    for nic in nics {
-        let (Some(file), Some(path)) = (&nic.pcap, &nic.options.pcap) else {
-            continue;
-        };
-        let metadata = file
-            .metadata()
-            .map_err(|source| NicError::Pcap(path.clone(), source))?;
-        let id = (metadata.dev(), metadata.ino());
-        if metadata.is_file() && seen.contains(&id) {
-            return Err(NicError::SharedPcap(path.clone()));
-        }
-        seen.push(id);
-    }
-    Ok(())
 }
 
 /// A card works without being watched, so a failure is no more than a warning.

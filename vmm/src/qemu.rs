@@ -31,6 +31,7 @@ mod script;
 mod terminal;
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{self, IsTerminal};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -41,7 +42,8 @@ use net::{AdoptError, MacAddr, MacvtapSpec};
 
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
-use crate::config::NicSource;
+use crate::config::{ConsoleTarget, NicSource};
+use crate::files::{Files, Role, SharedFile};
 use crate::host_link;
 use crate::registry::{RegisteredCard, Registration, Runs};
 use crate::sharing::{self, SharedError};
@@ -78,6 +80,9 @@ pub enum QemuError {
     /// One interface for two cards.
     #[error(transparent)]
     Shared(#[from] SharedError),
+    /// One file for two uses.
+    #[error(transparent)]
+    File(#[from] SharedFile),
     /// vhost-net that was asked for.
     #[error(
         "cannot open {} for vhost=on: `modprobe vhost_net`, or leave vhost=on out",
@@ -132,6 +137,7 @@ impl Plan {
             .collect();
         let keys = io::stdin().is_terminal() && may_read();
         let machine = Machine::new(&args.machine, keys);
+        machine.as_ref().map_or(Ok(()), check_files)?;
         let vhost = nics::open_vhost();
         if args.macvtap.iter().any(|nic| nic.vhost == Some(true)) {
             nics::open_vhost().map_err(QemuError::Vhost)?;
@@ -214,6 +220,27 @@ fn own_devices(args: &QemuArgs, ids: &[String]) -> Result<Vec<Option<OwnDevice>>
         }
     };
     ids.iter().zip(&args.macvtap).map(own_device).collect()
+}
+
+/// Refuses a console's file that would write over another one. A file that does not exist is QEMU's to complain of.
+fn check_files(machine: &Machine) -> Result<(), SharedFile> {
+    let mut files = Files::standard(machine.console == ConsoleTarget::Stdio);
+    let console = match &machine.console {
+        ConsoleTarget::File(path) => Some(path),
+        _ => None,
+    };
+    for (role, path) in [
+        (Role::Kernel, Some(&machine.kernel)),
+        (Role::Initrd, machine.initrd.as_ref()),
+        (Role::Console, console),
+    ] {
+        if let Some(path) = path
+            && let Ok(metadata) = fs::metadata(path)
+        {
+            files.add(role, path, &metadata)?;
+        }
+    }
+    Ok(())
 }
 
 /// Checks a device's address against that of a macvtap still to be made, as far as it is known.

@@ -2,13 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use net::HostLinkGuard;
 
-use crate::config::{Config, ConsoleTarget, MemorySize};
+use crate::config::{Config, ConsoleTarget, MemorySize, NicConfig};
 use crate::console;
+use crate::files::{Files, Role, SharedFile, open_for_writing};
 use crate::host_link;
 use crate::nic::{self, Nic, NicError};
 use crate::vm::{Hypervisor, VmError};
@@ -46,9 +47,12 @@ pub enum ResourceError {
     /// The console's file.
     #[error("cannot write the console to {0:?}")]
     Console(PathBuf, #[source] io::Error),
-    /// The console's file is one that is read.
-    #[error("the console cannot go to {0:?}, which the guest boots from")]
-    ConsoleIsInput(PathBuf),
+    /// The file for what passes.
+    #[error("cannot record what passes in {0:?}")]
+    Capture(PathBuf, #[source] io::Error),
+    /// One file for two uses.
+    #[error(transparent)]
+    Shared(#[from] SharedFile),
     /// stdout.
     #[error("cannot use stdout for the console")]
     Stdout(#[source] io::Error),
@@ -114,9 +118,17 @@ impl Resources {
         check_memory(config.memory)?;
         let hypervisor = Hypervisor::open()?;
         hypervisor.check_cpus(config.cpus)?;
-        let inputs: Vec<&File> = initrd.iter().chain([&kernel]).collect();
-        let console = open_console(&config.console, &inputs)?;
-        let nics = nic::acquire(&config.nics, inherited)?;
+        let mut files = Files::standard(config.console == ConsoleTarget::Stdio);
+        add(&mut files, Role::Kernel, &config.kernel, &kernel)?;
+        if let (Some(path), Some(file)) = (&config.initrd, &initrd) {
+            add(&mut files, Role::Initrd, path, file)?;
+        }
+        let console = open_console(&config.console, &mut files)?;
+        let captures = open_captures(&config.nics, &mut files)?;
+        let mut nics = nic::acquire(&config.nics, inherited)?;
+        for (nic, capture) in nics.iter_mut().zip(captures) {
+            nic.pcap = capture;
+        }
         let host_link = host_link::make(nics.first().map(|nic| &nic.entry), &config.host_link)?;
         // With all else at hand, so that a failed start leaves an older file as it was.
         if let (Some(file), ConsoleTarget::File(path)) = (&console, &config.console) {
@@ -151,8 +163,14 @@ fn open(what: &'static str, path: &Path) -> Result<File, ResourceError> {
     }
 }
 
+/// Adds an open file, of which a stat cannot fail.
+fn add(files: &mut Files, role: Role, path: &Path, file: &File) -> Result<(), SharedFile> {
+    file.metadata()
+        .map_or(Ok(()), |metadata| files.add(role, path, &metadata))
+}
+
 /// Opens where the console goes. A file is emptied only by [`Resources::acquire`], at its end.
-fn open_console(target: &ConsoleTarget, inputs: &[&File]) -> Result<Option<File>, ResourceError> {
+fn open_console(target: &ConsoleTarget, files: &mut Files) -> Result<Option<File>, ResourceError> {
     let path = match target {
         ConsoleTarget::Stdio => {
             return console::stdout_file()
@@ -163,20 +181,24 @@ fn open_console(target: &ConsoleTarget, inputs: &[&File]) -> Result<Option<File>
         ConsoleTarget::File(path) => path,
     };
     let failed = |source| ResourceError::Console(path.clone(), source);
-    let options = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .to_owned();
-    let file = options.open(path).map_err(failed)?;
-    let id = |file: &File| file.metadata().map(|m| (m.dev(), m.ino()));
-    let own = id(&file).map_err(failed)?;
-    for input in inputs {
-        if id(input).map_err(failed)? == own {
-            return Err(ResourceError::ConsoleIsInput(path.clone()));
-        }
-    }
+    let file = open_for_writing(path).map_err(failed)?;
+    add(files, Role::Console, path, &file)?;
     Ok(Some(file))
+}
+
+/// Opens what each network card is recorded in, emptied only when the guest starts.
+fn open_captures(
+    nics: &[NicConfig],
+    files: &mut Files,
+) -> Result<Vec<Option<File>>, ResourceError> {
+    let mut open = |path: &PathBuf| {
+        let failed = |source| ResourceError::Capture(path.clone(), source);
+        let file = open_for_writing(path).map_err(failed)?;
+        add(files, Role::Capture, path, &file)?;
+        Ok(file)
+    };
+    let paths = nics.iter().map(|nic| nic.options.pcap.as_ref());
+    paths.map(|path| path.map(&mut open).transpose()).collect()
 }
 
 /// Empties a console's file that has an end. Pipes and terminals have none.

@@ -1,0 +1,177 @@
+//! The files that a guest's start reads and writes: none is written that is anything else as well.
+
+use std::fmt;
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::stdio::{stderr, stdin, stdout};
+
+/// What a file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The kernel's image.
+    Kernel,
+    /// The initial RAM disk.
+    Initrd,
+    /// What the guest reads on its console.
+    Input,
+    /// What the guest writes on its console.
+    Console,
+    /// What passes a network card.
+    Capture,
+    /// minivmm's own log.
+    Log,
+}
+
+impl Role {
+    fn is_written(self) -> bool {
+        matches!(self, Self::Console | Self::Capture | Self::Log)
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kernel => "the kernel",
+            Self::Initrd => "the initrd",
+            Self::Input => "the console's input",
+            Self::Console => "the console",
+            Self::Capture => "a network card's capture",
+            Self::Log => "the log",
+        })
+    }
+}
+
+/// A file with two uses, one of which would write over the other.
+#[derive(Debug, thiserror::Error)]
+#[error("{writer} cannot be written to {path:?}, which is {other} too: give another file")]
+pub struct SharedFile {
+    writer: Role,
+    other: Role,
+    path: PathBuf,
+}
+
+/// The files so far, told apart by device and inode.
+#[derive(Debug, Default)]
+pub struct Files(Vec<(Role, u64, u64)>);
+
+impl Files {
+    /// The standard streams, of which the console has two where it is `on_stdio`. What they share is
+    /// the choice of whoever has opened them.
+    pub fn standard(on_stdio: bool) -> Self {
+        let mut files = Self::default();
+        let console = [(Role::Input, stdin()), (Role::Console, stdout())];
+        let console = console.into_iter().filter(|_| on_stdio);
+        for (role, stream) in console.chain([(Role::Log, stderr())]) {
+            if let Ok(metadata) = metadata(stream) {
+                files.push(role, &metadata);
+            }
+        }
+        files
+    }
+
+    /// Adds a file.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it is there already, and is written in one of its roles.
+    pub fn add(&mut self, role: Role, path: &Path, metadata: &Metadata) -> Result<(), SharedFile> {
+        let id = (metadata.dev(), metadata.ino());
+        let same = |known: &&(Role, u64, u64)| (known.1, known.2) == id;
+        let roles = self.0.iter().filter(same).map(|known| (known.0, role));
+        for (known, new) in roles {
+            let (writer, other) = if new.is_written() {
+                (new, known)
+            } else {
+                (known, new)
+            };
+            if writer.is_written() {
+                let path = path.to_owned();
+                return Err(SharedFile {
+                    writer,
+                    other,
+                    path,
+                });
+            }
+        }
+        self.push(role, metadata);
+        Ok(())
+    }
+
+    fn push(&mut self, role: Role, metadata: &Metadata) {
+        // A terminal or /dev/null may be shared.
+        if metadata.is_file() || metadata.file_type().is_fifo() {
+            self.0.push((role, metadata.dev(), metadata.ino()));
+        }
+    }
+}
+
+fn metadata(stream: impl AsFd) -> io::Result<Metadata> {
+    File::from(stream.as_fd().try_clone_to_owned()?).metadata()
+}
+
+/// Opens a file that is to be written, and leaves what is in it. Waits until a FIFO has a reader.
+///
+/// # Errors
+///
+/// Fails when it cannot be opened, or made.
+pub fn open_for_writing(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false);
+    match options.clone().custom_flags(libc::O_NONBLOCK).open(path) {
+        Ok(file) => {
+            fcntl_setfl(&file, OFlags::empty())?;
+            Ok(file)
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) && is_fifo(path) => {
+            log::info!("waiting for a program to open the FIFO {path:?} for reading");
+            options.open(path)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn is_fifo(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_with_two_uses_is_refused_when_one_of_them_writes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("a"), "").unwrap();
+        fs::write(path("b"), "").unwrap();
+        fs::hard_link(path("a"), path("second name of a")).unwrap();
+        let check = |uses: &[(Role, PathBuf)]| {
+            let mut files = Files::default();
+            uses.iter()
+                .try_for_each(|(role, path)| files.add(*role, path, &fs::metadata(path).unwrap()))
+        };
+        use Role::{Capture, Console, Initrd, Kernel};
+        let null = PathBuf::from("/dev/null");
+        for uses in [
+            [(Kernel, path("a")), (Initrd, path("a"))],
+            [(Kernel, path("a")), (Console, path("b"))],
+            [(Console, null.clone()), (Capture, null)],
+        ] {
+            check(&uses).unwrap();
+        }
+        for uses in [
+            [(Kernel, path("a")), (Capture, path("second name of a"))],
+            [(Console, path("a")), (Initrd, path("a"))],
+            [(Capture, path("b")), (Capture, path("b"))],
+        ] {
+            let error = check(&uses).unwrap_err();
+            assert_eq!(error.path, uses[1].1);
+            assert!(error.writer.is_written(), "{error}");
+        }
+    }
+}
