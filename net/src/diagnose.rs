@@ -15,6 +15,7 @@ use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::NewLinkName;
 use crate::netlink::Link;
+use crate::privileges::Obstacle;
 use crate::queue::QueueError;
 use crate::spec::MacvtapSpec;
 
@@ -114,10 +115,12 @@ pub enum Problem {
         "this kernel has no macvtap driver: load it with `modprobe macvtap`, or use a kernel with CONFIG_MACVTAP"
     )]
     NoDriver,
+    #[error(transparent)]
+    NotPermitted(#[from] Obstacle),
     #[error(
-        "this process lacks CAP_NET_ADMIN or CAP_SYS_ADMIN: run it as root, for example with `sudo`, and in a container allow both"
+        "the device of the new macvtap `{name}` may not be opened: run as root, and in a container allow the device class macvtap"
     )]
-    NotPermitted,
+    DeviceRefused { name: String },
     #[error("`{name}` disappeared meanwhile")]
     Gone { name: String },
     #[error(
@@ -218,7 +221,7 @@ impl Problem {
     /// For a step that only the lack of a privilege or a broken machine can refuse.
     pub(crate) fn from_step(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| match source.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => Self::NotPermitted,
+            Some(libc::EPERM | libc::EACCES) => Self::NotPermitted(Obstacle::of_this_thread()),
             _ => Self::Kernel { doing, source },
         }
     }

@@ -16,6 +16,7 @@ use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
+use crate::privileges::Privileges;
 use crate::reap::Judge;
 use crate::sysfs::Sysfs;
 use crate::wifi::{self, Air};
@@ -67,6 +68,10 @@ impl Status {
 struct Facts {
     driver: Driver,
     vhost_net: VhostNet,
+    /// None when /proc does not tell.
+    privileges: Option<Privileges>,
+    /// It can mount the sysfs of its network namespace.
+    mounts_sysfs: bool,
     /// None when they cannot be listed.
     links: Option<Vec<Link>>,
     /// By interface index.
@@ -146,6 +151,8 @@ impl Facts {
         let dead = |link: &Link| judge.left_by(link).map(|owner| (link.index, owner));
         let mut facts = Self {
             vhost_net: VhostNet::look(Path::new("/dev/vhost-net")),
+            privileges: Privileges::of_this_thread().ok(),
+            mounts_sysfs: sysfs.as_ref().is_some_and(Sysfs::is_own),
             hardware: seen
                 .iter()
                 .map(|link| (link.index, hardware(link)))

@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// The name of the interface that a tap descriptor belongs to, and the descriptor's flags, such as IFF_TAP (TUNGETIFF).
 pub(crate) fn tap_interface(tap: BorrowedFd<'_>) -> io::Result<(String, libc::c_int)> {
@@ -41,6 +41,22 @@ pub(crate) fn tap_mac(tap: BorrowedFd<'_>) -> io::Result<[u8; 6]> {
 pub(crate) fn has_wireless_extensions(socket: BorrowedFd<'_>, link: &str) -> bool {
     ifreq_ioctl(socket, libc::SIOCGIWNAME, &mut ifreq_for(link)).is_ok()
 }
+
+/// Whether a namespace belongs to a user namespace that is neither the caller's nor under it (NS_GET_USERNS, which hands
+/// out no other), so that the caller's capabilities do not count for it.
+pub(crate) fn belongs_to_a_stranger(namespace: BorrowedFd<'_>) -> bool {
+    // SAFETY: the request takes no argument and touches no memory; the descriptor is open as long as it is borrowed.
+    let result = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS) };
+    if result < 0 {
+        return io::Error::last_os_error().raw_os_error() == Some(libc::EPERM);
+    }
+    // SAFETY: the kernel has just opened this descriptor for the caller, and nobody else knows of it.
+    drop(unsafe { OwnedFd::from_raw_fd(result) });
+    false
+}
+
+/// include/uapi/linux/nsfs.h
+const NS_GET_USERNS: libc::c_ulong = 0xb701;
 
 // include/uapi/linux/ethtool.h
 const ETHTOOL_GSTRINGS: u32 = 0x1b;

@@ -69,6 +69,7 @@ mod name;
 mod netlink;
 mod netns;
 mod owner;
+mod privileges;
 mod queue;
 mod reap;
 mod record;
@@ -95,6 +96,7 @@ pub use macvtap::{Error, Macvtap};
 pub use mode::{Mode, ParseModeError};
 pub use name::{LinkName, NewLinkName, ParseLinkNameError};
 pub use owner::{Owner, ParseOwnerError};
+pub use privileges::Obstacle;
 pub use queue::QueueError;
 pub use reap::{Reaped, reap};
 pub use record::{

@@ -13,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::diagnose::Problem;
+use crate::privileges::Obstacle;
 
 /// Runs `work` on a thread of its own, which may move to other namespaces without taking the caller along.
 pub(crate) fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
@@ -60,7 +61,7 @@ pub(crate) fn enter(namespace: impl AsFd) -> io::Result<()> {
 pub(crate) fn enter_path(path: &Path) -> Result<(), Problem> {
     let moved = open_namespace(path).and_then(enter);
     moved.map_err(|source| match source.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => Problem::NotPermitted,
+        Some(libc::EPERM | libc::EACCES) => Obstacle::of_this_thread().into(),
         _ => Problem::Namespace {
             path: path.to_owned(),
             source,

@@ -9,7 +9,11 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 /// A sysfs tree. `class/net` in it shows the namespace that it was mounted in, not the one of the reader.
 #[derive(Debug)]
-pub(crate) struct Sysfs(OwnedFd);
+pub(crate) struct Sysfs {
+    root: OwnedFd,
+    /// It is a mount of our own, and not `/sys`.
+    own: bool,
+}
 
 impl Sysfs {
     /// The sysfs of the calling thread's network namespace: a mount of our own, attached nowhere, so that it needs no
@@ -17,7 +21,7 @@ impl Sysfs {
     /// namespace's; who reads a device number there proves it afterwards.
     pub(crate) fn of_this_namespace() -> io::Result<Self> {
         match own_mount("sysfs") {
-            Ok(root) => Ok(Self(root)),
+            Ok(root) => Ok(Self { root, own: true }),
             Err(_) => Self::at(Path::new("/sys")),
         }
     }
@@ -25,14 +29,20 @@ impl Sysfs {
     /// The tree at `root`.
     pub(crate) fn at(root: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self(rustix::fs::open(root, flags, Mode::empty())?))
+        let root = rustix::fs::open(root, flags, Mode::empty())?;
+        Ok(Self { root, own: false })
+    }
+
+    /// Whether it is certainly that of this network namespace.
+    pub(crate) const fn is_own(&self) -> bool {
+        self.own
     }
 
     /// Whether the driver of `link` says that it is a Wi-Fi card (cfg80211, or the older wireless extensions).
     pub(crate) fn is_wireless(&self, link: &str) -> bool {
         let exists = |entry| {
             rustix::fs::statat(
-                &self.0,
+                &self.root,
                 format!("class/net/{link}/{entry}"),
                 AtFlags::empty(),
             )
@@ -44,7 +54,7 @@ impl Sysfs {
     /// The name of the driver behind `link`; None for a link without hardware.
     pub(crate) fn driver(&self, link: &str) -> Option<String> {
         let path = format!("class/net/{link}/device/driver");
-        let target = rustix::fs::readlinkat(&self.0, path, Vec::new()).ok()?;
+        let target = rustix::fs::readlinkat(&self.root, path, Vec::new()).ok()?;
         let name = target.to_str().ok()?.rsplit('/').next()?;
         Some(name.to_owned())
     }
@@ -53,7 +63,7 @@ impl Sysfs {
     pub(crate) fn tap_device(&self, link: &str, index: u32) -> io::Result<Dev> {
         let path = format!("class/net/{link}/tap{index}/dev");
         let file = rustix::fs::openat(
-            &self.0,
+            &self.root,
             path,
             OFlags::RDONLY | OFlags::CLOEXEC,
             Mode::empty(),

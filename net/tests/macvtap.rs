@@ -494,7 +494,7 @@ fn ordinary_user_is_told_to_become_root() {
     };
     let text = refused("v0-far");
     assert!(
-        text.contains("CAP_NET_ADMIN or CAP_SYS_ADMIN") && text.contains("sudo"),
+        text.contains("lacks CAP_NET_ADMIN and CAP_SYS_ADMIN") && text.contains("sudo"),
         "{text}"
     );
 }

@@ -1,5 +1,7 @@
 //! What `minivmm doctor` finds, and `net list` beside it.
 
+use std::os::unix::fs::PermissionsExt;
+
 use super::*;
 
 /// A line of `doctor` with its status and message.
@@ -57,6 +59,7 @@ fn doctor_finds_a_sound_host_and_link_sound() {
     assert_eq!(status, Some(0), "{checks:#}");
     expect(&checks, "links", "ok", "lower", "");
     expect(&checks, "macvtap driver", "ok", "", "");
+    expect(&checks, "privileges", "ok", "", "");
     for name in ["kvm", "vhost-net", "device nodes", "leaked links"] {
         check(&checks, name);
     }
@@ -297,4 +300,64 @@ fn doctor_fails_without_a_usable_kvm() {
     let output = command.output().expect("unshare starts");
     let checks: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     expect(&checks, "kvm", "fail", "KVM", "c 10 232");
+}
+
+/// Root of a user namespace has all capabilities, and none that counts for devices or for other networks.
+#[test]
+fn user_namespace_is_told_by_doctor_and_by_the_start() {
+    if !netns::is_root() {
+        return;
+    }
+    let net = Net::new();
+    let link = "ip link add v0 type veth peer name v1 && ip link set v0 up && ip link set v1 up";
+    // In a network of its own nothing is missing until the device is to be opened.
+    let own = format!("{link} && lower=v0");
+    let devices = "CAP_SYS_ADMIN and CAP_MKNOD in the initial one";
+    let network = "CAP_NET_ADMIN has to be had in the one that owns it";
+    // Group and user 65534: nobody outside.
+    let nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups";
+    // Where nobody can start it.
+    let directory = tempfile::tempdir().expect("a directory");
+    let anybody = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(directory.path(), anybody).expect("it is ours");
+    let program = directory.path().join("minivmm");
+    vm::copy_program(vm::binary(), &program);
+    for (unshare, prepare, missing) in [
+        ("unshare -Ur", "lower=lower", network),
+        ("unshare -Urn", &own, devices),
+        (&format!("{nobody} unshare -Ur"), "lower=lower", network),
+        (&format!("{nobody} unshare -Urn"), &own, devices),
+        (&format!("{nobody} unshare -Urnm"), &own, devices),
+    ] {
+        let script = format!(
+            r#"{prepare} || exit 99; "$0" net open $lower -- true; echo "start $?"; "$0" doctor $lower; echo "doctor $?""#
+        );
+        let mut words = unshare.split(' ');
+        let mut command = net.host.command(words.next().expect("a word"));
+        command
+            .args(words)
+            .args(["sh", "-c", &script])
+            .arg(&program);
+        let output = command.output().expect("it starts");
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(
+            text.contains("start 1\n") && text.contains("doctor 1\n"),
+            "{unshare}: {text}"
+        );
+        let error = text
+            .lines()
+            .find(|line| line.contains("error: "))
+            .expect("an error");
+        assert!(error.contains(missing), "{unshare}: {text}");
+        assert!(
+            !error.contains("/sys") && !error.contains("chown"),
+            "{unshare}: {text}"
+        );
+        let line = text.lines().find(|line| line.contains("  privileges: "));
+        let line = line.expect("a check");
+        assert!(
+            line.starts_with("fail") && line.contains(missing),
+            "{unshare}: {text}"
+        );
+    }
 }

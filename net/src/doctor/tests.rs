@@ -1,4 +1,5 @@
 use super::*;
+use crate::privileges::tests::{CONFINED, CONFINED_ROOT, FOREIGN, ROOT, USER};
 use crate::{LinkId, Mode, harness};
 
 /// A namespace where all is well: `eno1` up, with the bridge-mode macvtap `mvt0` on it.
@@ -31,6 +32,8 @@ fn healthy() -> Facts {
     Facts {
         driver: Driver::Present,
         vhost_net: VhostNet::Usable,
+        privileges: Some(ROOT),
+        mounts_sysfs: true,
         links: Some(vec![card, macvtap]),
         hardware: BTreeMap::from([(2, hardware)]),
         leaked: BTreeMap::new(),
@@ -131,6 +134,35 @@ fn doctor_of_the_kernel_says_what_is_missing() {
     });
     assert_complaint((Warn, "may not be opened"), "", |facts, _| {
         facts.vhost_net = VhostNet::NotPermitted
+    });
+}
+
+#[test]
+fn doctor_of_the_process_says_what_it_lacks() {
+    use Status::{Fail, Warn};
+    for (privileges, mounts_sysfs, expected) in [
+        (
+            USER,
+            false,
+            (Warn, "CAP_NET_ADMIN and CAP_SYS_ADMIN -> run"),
+        ),
+        (FOREIGN, true, (Fail, "belongs to another user namespace")),
+        (
+            CONFINED,
+            true,
+            (Fail, "CAP_MKNOD in the initial one -> run"),
+        ),
+        (CONFINED_ROOT, false, (Fail, "CAP_MKNOD in the initial one")),
+    ] {
+        assert_complaint(expected, "", |facts, _| {
+            facts.privileges = Some(privileges);
+            facts.mounts_sysfs = mounts_sysfs;
+        });
+    }
+    let mapped = |facts: &mut Facts, _: &mut Vec<Link>| facts.privileges = Some(CONFINED_ROOT);
+    assert_eq!(complaints("", mapped), []);
+    assert_complaint((Warn, "mount /proc"), "", |facts, _| {
+        facts.privileges = None
     });
 }
 

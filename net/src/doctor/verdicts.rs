@@ -6,10 +6,15 @@ use crate::diagnose::{self, Problem};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::netlink::Link;
+use crate::privileges::Obstacle;
 
 /// Every check, for `link` as the lower if one is named.
 pub(super) fn all(facts: &Facts, link: Option<&str>) -> Vec<Check> {
-    let mut checks = vec![driver(facts.driver), vhost_net(facts.vhost_net)];
+    let mut checks = vec![
+        driver(facts.driver),
+        vhost_net(facts.vhost_net),
+        privileges(facts),
+    ];
     let Some(links) = &facts.links else {
         let remedy = "check that this container or sandbox allows netlink sockets";
         checks.push(Check::fail(
@@ -123,6 +128,29 @@ fn vhost_net(vhost_net: VhostNet) -> Check {
             "there is no /dev/vhost-net, so the kernel cannot take over the copying of frames",
             "load it with `modprobe vhost_net`, or do without",
         ),
+    }
+}
+
+/// What this process lacks. Without privileges it may still use what root has opened for it.
+fn privileges(facts: &Facts) -> Check {
+    let name = "privileges";
+    let Some(privileges) = facts.privileges else {
+        let message = "/proc does not tell what this process may do";
+        return Check::warn(name, message, "mount /proc here");
+    };
+    let opening = privileges.obstacle_to_opening(facts.mounts_sysfs);
+    match privileges.obstacle_to_making().or(opening) {
+        None => Check::ok(name, "this process may make and open macvtaps"),
+        Some(obstacle) => {
+            let status = match obstacle {
+                Obstacle::Capabilities(_) => Status::Warn,
+                _ => Status::Fail,
+            };
+            Check {
+                status,
+                ..Check::from_problem(name, &obstacle.into())
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use super::step::Step;
 use crate::address::InterfaceAddress;
 use crate::diagnose::Problem;
 use crate::name::LinkName;
+use crate::privileges::Obstacle;
 
 /// A host link that could not be made or deleted. All is as it was before.
 #[derive(Debug, Error)]
@@ -123,7 +124,7 @@ pub enum HostLinkProblem {
 impl HostLinkProblem {
     pub(super) fn from_step(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| match source.raw_os_error() {
-            Some(libc::EPERM) => Self::Lower(Problem::NotPermitted),
+            Some(libc::EPERM) => Self::Lower(Obstacle::of_this_thread().into()),
             _ => Self::Refused { doing, source },
         }
     }

@@ -14,6 +14,8 @@ use crate::mode::Mode;
 use crate::name::NewLinkName;
 use crate::netlink::{Birthplace, Driver, Link, Netlink, NewLink, random_index, random_name};
 use crate::owner::Owner;
+use crate::privileges::{Obstacle, Privileges};
+use crate::queue::QueueError;
 use crate::spec::{MacvtapSpec, Placement};
 use crate::sysfs::Sysfs;
 use crate::{netns, queue, wifi};
@@ -25,6 +27,13 @@ pub(super) fn make_new(
     spec: &MacvtapSpec,
     home: OwnedFd,
 ) -> Result<Macvtap, Problem> {
+    // Before anything is made, while this thread is in the lower's namespace.
+    let privileges = Privileges::of_this_thread().map_err(Problem::from_step(
+        "tell from /proc what this process may do",
+    ))?;
+    if let Some(obstacle) = privileges.obstacle_to_making() {
+        return Err(obstacle.into());
+    }
     diagnose::check_lower(links, lower, wifi::carrying(links, lower)?)?;
     let real = diagnose::real_device(links, lower);
     diagnose::warn_of_carrier(real);
@@ -144,11 +153,29 @@ fn start(
     // Once more: with an old udev or a passthru lower the address may have changed since.
     let link = look()?;
     let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
-    let (queues, mac) = queue::open(&sysfs, &link, spec.queues)?;
+    let (queues, mac) = queue::open(&sysfs, &link, spec.queues).map_err(explain_open)?;
     if let Some(wanted) = spec.mac.filter(|wanted| *wanted != mac) {
         log::warn!("{}", other_mac(&link.name, wanted, mac));
     }
     Ok((link, queues, mac))
+}
+
+/// The meaning of a refusal to open the device of a new macvtap. Its node is gone when this process has ended, so giving
+/// that away would help nobody.
+fn explain_open(error: QueueError) -> Problem {
+    let is_confined =
+        || Privileges::of_this_thread().is_ok_and(|privileges| privileges.is_confined());
+    match error {
+        QueueError::Find { .. }
+        | QueueError::NotPermitted { .. }
+        | QueueError::PrivateNode { .. }
+            if is_confined() =>
+        {
+            Obstacle::Devices.into()
+        }
+        QueueError::NotPermitted { link: name, .. } => Problem::DeviceRefused { name },
+        other => other.into(),
+    }
 }
 
 /// For a new macvtap that has another address than the one it was made with.
