@@ -38,6 +38,10 @@ const KNOWN: &[(&[&str], &str)] = &[
          /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages, or omit --hugepages",
     ),
     (
+        &["failed to resize memfd"],
+        "QEMU takes whole huge pages alone: give --memory a multiple of 2M, or omit --hugepages",
+    ),
+    (
         &["could not load PC BIOS"],
         "the firmware of -bios is not there: for UEFI apt install ovmf, whose file is /usr/share/ovmf/OVMF.fd",
     ),
@@ -119,6 +123,14 @@ mod tests {
             (
                 "TUNSETOFFLOAD ioctl() failed: Invalid argument",
                 "guest_tso4=off",
+            ),
+            (
+                "qemu-system-x86_64: failed to resize memfd to 68157440: Invalid argument",
+                "a multiple of 2M",
+            ),
+            (
+                "qemu-system-x86_64: unable to map backing store for guest RAM: Cannot allocate memory",
+                "nr_hugepages",
             ),
             (
                 "TUNSETVNETHDRSZ ioctl() failed: Invalid argument. Exiting.",
