@@ -26,12 +26,14 @@ mod making;
 mod moving;
 mod present;
 mod problem;
+mod settings;
 mod step;
 mod tag;
 
-use making::{accept_ra_of, make, move_steps, vrf_of};
+use making::{make, move_steps, vrf_of};
 use present::{Everything, Present};
 pub use problem::{HostLinkError, HostLinkProblem};
+use settings::Paused;
 use step::{Journal, Step};
 pub(crate) use tag::Tag;
 
@@ -46,7 +48,8 @@ pub struct HostLinkSpec {
     /// The host's addresses among its guests.
     pub addresses: Vec<InterfaceAddress>,
     /// Move the addresses and routes of the lower link onto this one: all of both families, in all tables, but those
-    /// that hold on a single link only. Something that manages the lower's addresses (a DHCP client, a network manager)
+    /// that hold on a single link only; and with them the neighbour entries that it was given, the policy rules by its
+    /// name, and its settings in /proc/sys/net. Firewall rules by its name stay as they are. Something that manages the lower's addresses (a DHCP client, a network manager)
     /// does not know of it, and has to be told.
     pub move_addresses: bool,
     /// None for a random, locally administered one.
@@ -274,6 +277,10 @@ fn unmake(
             let explain = |source| HostLinkProblem::explain(&step, &lower.name, source);
             journal.take(step.clone()).map_err(explain)
         };
+        // As long as its neighbours are the lower's, it would answer for all of them.
+        if let Some(value) = Paused::ProxyArp.read(&link.name) {
+            take(Paused::ProxyArp.off(&link.name, value))?;
+        }
         let is_own = |message: &&AddressMessage| {
             moving::ip_of(message).is_some_and(|address| tag.own.contains(&address.ip()))
         };
@@ -291,12 +298,8 @@ fn unmake(
                 take(step)?;
             }
         }
-        if let Some(value) = tag.accept_ra {
-            take(Step::Write {
-                path: accept_ra_of(&lower.name),
-                before: "0".to_owned(),
-                after: value.to_string(),
-            })?;
+        for (what, value) in &tag.paused {
+            take(what.on(&lower.name, *value))?;
         }
     }
     host.delete(link.index)

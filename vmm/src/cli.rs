@@ -312,7 +312,8 @@ pub struct HostLinkArgs {
     #[arg(long)]
     pub name: Option<NewLinkName>,
 
-    /// Move the interface's own addresses and routes onto the macvlan
+    /// Move the interface's own addresses and routes onto the macvlan, with neighbour entries, policy
+    /// rules and sysctls. Firewall rules that name the interface stay as they are
     #[arg(long)]
     pub move_address: bool,
 

@@ -1,12 +1,11 @@
 //! Making a host link: what is checked before, and the steps that follow.
 
-use std::path::PathBuf;
-
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 
 use super::moving::{self, End};
 use super::present::Everything;
+use super::settings::{self, Paused};
 use super::step::{Journal, Step};
 use super::{
     HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, attached, host_links_on, list,
@@ -54,7 +53,7 @@ pub(super) fn make(
     check_addresses(spec, &links, lower, &addresses)?;
     let tag = Tag {
         moved: spec.move_addresses,
-        accept_ra: move_plan.accept_ra,
+        paused: move_plan.paused.clone(),
         own: move_plan.own.iter().map(InterfaceAddress::ip).collect(),
     };
     let alias = match owner {
@@ -73,6 +72,9 @@ pub(super) fn make(
         // Before it is up: the kernel takes a link that is down and up again, with all of its IPv6 addresses.
         host.set_master(index, vrf.index)
             .map_err(HostLinkProblem::from_step("put the new link into the VRF"))?;
+    }
+    if spec.move_addresses {
+        move_plan.carry_settings(host, lower, index)?;
     }
     let name = bring_up(host, &links, lower, index)?;
     for step in move_plan.steps(host, lower, End { index, name: &name })? {
@@ -152,11 +154,7 @@ fn bring_up(
     lower: &Link,
     index: u32,
 ) -> Result<String, HostLinkProblem> {
-    let look = || {
-        host.link(index)
-            .map_err(HostLinkProblem::from_step("show the new link"))
-    };
-    let made = look()?;
+    let made = look(host, index)?;
     let wish = Wish {
         links,
         lower,
@@ -167,7 +165,12 @@ fn bring_up(
     host.up(index)
         .map_err(|error| wish.explain_up(&made, error))?;
     // Once more: udev renames a link while it is down.
-    Ok(look()?.name)
+    Ok(look(host, index)?.name)
+}
+
+fn look(host: &Netlink, index: u32) -> Result<Link, HostLinkProblem> {
+    host.link(index)
+        .map_err(HostLinkProblem::from_step("show the new link"))
 }
 
 /// What is to be moved, and what comes besides.
@@ -177,8 +180,8 @@ struct MovePlan<'a> {
     move_addresses: bool,
     moved: Vec<InterfaceAddress>,
     own: Vec<InterfaceAddress>,
-    /// The lower's setting, when router advertisements would give it its addresses back.
-    accept_ra: Option<u8>,
+    /// The lower's settings that are off meanwhile, and their values.
+    paused: Vec<(Paused, u8)>,
 }
 
 impl<'a> MovePlan<'a> {
@@ -198,7 +201,7 @@ impl<'a> MovePlan<'a> {
                 move_addresses: false,
                 moved: Vec::new(),
                 own: spec.addresses.clone(),
-                accept_ra: None,
+                paused: Vec::new(),
             });
         }
         let movable = addresses
@@ -215,6 +218,16 @@ impl<'a> MovePlan<'a> {
             let mut movable = movable.clone();
             movable.any(|address| address.header.family == family && moving::is_leased(address))
         };
+        if Paused::ProxyArp.read("all").is_some() {
+            log::warn!(
+                "net.ipv4.conf.all.proxy_arp is on, so {name} will go on to answer, for every neighbour on its wire: turn it on for single links instead"
+            );
+        }
+        let paused = Paused::ALL
+            .into_iter()
+            .filter(|what| *what != Paused::AcceptRa || leased(AddressFamily::Inet6))
+            .filter_map(|what| Some((what, what.read(&name)?)))
+            .collect();
         if leased(AddressFamily::Inet) {
             log::warn!(
                 "the address of {name} has a lease, and what renews it does not know that it moves: point the DHCP client to the new link"
@@ -226,11 +239,30 @@ impl<'a> MovePlan<'a> {
             addresses,
             move_addresses: true,
             own: spec.addresses.iter().filter(is_own).copied().collect(),
-            accept_ra: leased(AddressFamily::Inet6)
-                .then(|| read_accept_ra(&name))
-                .flatten(),
+            paused,
             moved,
         })
+    }
+
+    /// Gives the new link, which is still down, what is set for the lower.
+    fn carry_settings(
+        &self,
+        host: &Netlink,
+        lower: &Link,
+        index: u32,
+    ) -> Result<(), HostLinkProblem> {
+        let to = look(host, index)?.name;
+        // Whoever asks for an address of IPv6 wants to have IPv6 there.
+        let wants_six = self.own.iter().any(|address| address.ip().is_ipv6());
+        let failed = settings::carry(&lower.name, &to, wants_six.then_some("disable_ipv6"));
+        if !failed.is_empty() {
+            log::warn!(
+                "these settings of {} stay behind: {}. {to} has the defaults instead",
+                lower.name,
+                failed.join(", ")
+            );
+        }
+        Ok(())
     }
 
     /// The steps onto the link `to`.
@@ -241,16 +273,17 @@ impl<'a> MovePlan<'a> {
         to: End<'_>,
     ) -> Result<Vec<Step>, HostLinkProblem> {
         let mut steps = Vec::new();
-        if let Some(before) = self.accept_ra {
-            steps.push(Step::Write {
-                path: accept_ra_of(&lower.name),
-                before: before.to_string(),
-                after: "0".to_owned(),
-            });
-        }
+        let paused = self.paused.iter();
+        steps.extend(paused.map(|(what, value)| what.off(&lower.name, *value)));
         if self.move_addresses {
             let all = Everything::of(host)?;
             steps.extend(move_steps(lower.into(), to, self.addresses, &all)?);
+            // Not before: as long as the way to its neighbours led over the lower, it would answer for all of them.
+            let proxy = self
+                .paused
+                .iter()
+                .filter(|(what, _)| *what == Paused::ProxyArp);
+            steps.extend(proxy.map(|(what, value)| what.on(to.name, *value)));
         }
         let own = self
             .own
@@ -280,16 +313,6 @@ pub(super) fn move_steps(
     moves.splice(at..at, attached_gone);
     steps.extend(moves);
     Ok(steps)
-}
-
-pub(super) fn accept_ra_of(link: &str) -> PathBuf {
-    // /proc/sys/net shows the namespace of the thread that looks.
-    PathBuf::from(format!("/proc/sys/net/ipv6/conf/{link}/accept_ra"))
-}
-
-fn read_accept_ra(link: &str) -> Option<u8> {
-    let text = std::fs::read_to_string(accept_ra_of(link)).ok()?;
-    text.trim().parse().ok().filter(|value| *value != 0)
 }
 
 /// Refuses addresses that the host has already, or would go on looking for elsewhere.

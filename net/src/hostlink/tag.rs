@@ -3,6 +3,8 @@
 
 use std::net::IpAddr;
 
+use super::settings::Paused;
+
 /// How the alias begins.
 const MARK: &str = "host-link";
 
@@ -14,8 +16,8 @@ const ROOM: usize = 255;
 pub(crate) struct Tag {
     /// The lower's addresses and routes were moved onto it.
     pub moved: bool,
-    /// The lower's setting `accept_ra` before, where that was changed.
-    pub accept_ra: Option<u8>,
+    /// The lower's settings that are off meanwhile, and their values before.
+    pub paused: Vec<(Paused, u8)>,
     /// The addresses that were not the lower's, and go away with the link.
     pub own: Vec<IpAddr>,
 }
@@ -27,8 +29,8 @@ impl Tag {
         if self.moved {
             alias += " moved";
         }
-        if let Some(value) = self.accept_ra {
-            alias += &format!(" accept_ra={value}");
+        for (what, value) in &self.paused {
+            alias += &format!(" {}={value}", what.name());
         }
         for ip in &self.own {
             alias += &format!(" own={ip}");
@@ -46,9 +48,13 @@ impl Tag {
         for word in words {
             match word.split_once('=') {
                 None if word == "moved" => tag.moved = true,
-                Some(("accept_ra", value)) => tag.accept_ra = Some(value.parse().ok()?),
                 Some(("own", ip)) => tag.own.push(ip.parse().ok()?),
-                _ => return None,
+                Some((name, value)) => {
+                    let mut all = Paused::ALL.into_iter();
+                    let what = all.find(|what| what.name() == name)?;
+                    tag.paused.push((what, value.parse().ok()?));
+                }
+                None => return None,
             }
         }
         Some(tag)
@@ -68,7 +74,7 @@ mod tests {
             Tag::default(),
             Tag {
                 moved: true,
-                accept_ra: Some(2),
+                paused: vec![(Paused::AcceptRa, 2), (Paused::ProxyArp, 1)],
                 ..Tag::default()
             },
             Tag {
@@ -90,6 +96,7 @@ mod tests {
             "host-links",
             "host-link of mine",
             "host-link own=x",
+            "host-link mtu=9",
         ] {
             assert_eq!(Tag::from_alias(alias), None, "{alias}");
         }

@@ -284,13 +284,64 @@ fn move_of_advertised_addresses_turns_advertisements_off_meanwhile() {
     let host = Netns::new();
     host.wire("v0");
     host.ip("address add 2001:db8:1::5/64 dev v0 nodad valid_lft 5000 preferred_lft 4000");
-    let setting = || host.enter(|| std::fs::read_to_string(accept_ra_of("v0")).unwrap());
+    let setting = || host.enter(|| std::fs::read_to_string(Paused::AcceptRa.path("v0")).unwrap());
     assert_eq!(setting(), "1\n");
     let delete = || host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
     host.enter(|| HostLink::create(&spec(&[], true)).unwrap());
     assert_eq!(setting(), "0\n");
     delete();
     assert_eq!(setting(), "1\n");
+}
+
+#[test]
+fn move_takes_settings_along_and_leaves_the_lowers_as_they_were() {
+    if !harness::is_root() {
+        return;
+    }
+    let (host, peer) = (Netns::new(), Netns::new());
+    host.veth("v0", &peer, "v1");
+    host.address("v0", "192.0.2.5/24");
+    peer.address("v1", "192.0.2.1/24");
+    let read = |link: &str, key: &str| {
+        let path = format!("/proc/sys/net/{}", key.replace("LINK", link));
+        host.enter(|| std::fs::read_to_string(path).unwrap().trim().to_owned())
+    };
+    // None is the default of its kind, and one comes in two units.
+    let set = [
+        ("ipv4/conf/LINK/forwarding", "1"),
+        ("ipv4/conf/LINK/log_martians", "1"),
+        ("ipv4/conf/LINK/proxy_arp", "1"),
+        ("ipv4/conf/LINK/arp_ignore", "1"),
+        ("ipv4/neigh/LINK/proxy_delay", "0"),
+        ("ipv4/neigh/LINK/retrans_time_ms", "1240"),
+        ("ipv6/conf/LINK/accept_ra", "2"),
+        ("ipv6/conf/LINK/forwarding", "1"),
+        ("ipv6/neigh/LINK/gc_stale_time", "77"),
+    ];
+    for (key, value) in set {
+        assert_ne!(read("v0", key), value, "{key}");
+        let path = format!("/proc/sys/net/{}", key.replace("LINK", "v0"));
+        host.enter(|| std::fs::write(path, value).unwrap());
+    }
+    // It would keep a link without addresses from answering.
+    for link in ["all", "v0"] {
+        let path = format!("/proc/sys/net/ipv4/conf/{link}/rp_filter");
+        host.enter(|| std::fs::write(path, "0").unwrap());
+    }
+    let all = |link: &str| set.map(|(key, _)| (key, read(link, key)));
+    let before = all("v0");
+    host.enter(|| HostLink::create(&spec(&[], true)).unwrap());
+    assert_eq!(
+        all("macvlan0"),
+        set.map(|(key, value)| (key, value.to_owned()))
+    );
+    // Or it would answer for every host on its wire, which is behind another link now.
+    assert_eq!(read("v0", "ipv4/conf/LINK/proxy_arp"), "0");
+    assert!(!peer.pings("192.0.2.77", 1), "nobody has it");
+    let known = peer.ip("neigh show 192.0.2.77");
+    assert!(!known.contains("lladdr"), "{known}");
+    host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
+    assert_eq!(all("v0"), before);
 }
 
 #[test]
