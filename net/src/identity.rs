@@ -1,10 +1,11 @@
 //! Which link is meant, whatever it is called and wherever one looks from: names repeat across network namespaces, and
 //! indexes do too.
 
+use std::collections::HashMap;
 use std::io;
 
 use crate::name::LinkName;
-use crate::netlink::Netlink;
+use crate::netlink::{Link, Netlink};
 use crate::netns;
 
 /// A link of some network namespace, for as long as both exist.
@@ -49,6 +50,22 @@ pub fn current_name(link: &LinkName) -> io::Result<Option<String>> {
             .into_iter()
             .find(|found| found.is_called(link.as_str()));
         Ok(found.map(|found| found.name))
+    })?
+}
+
+/// The links of the caller's network namespace, each with its name and MTU now.
+///
+/// # Errors
+///
+/// When /proc does not show the namespace, or the kernel refuses to list the links.
+pub fn links_here() -> io::Result<HashMap<LinkId, (String, u32)>> {
+    netns::on_own_thread(|| {
+        let namespace = netns::inode_of_current()?;
+        let of = |link: Link| {
+            let index = link.index;
+            (LinkId { namespace, index }, (link.name, link.mtu))
+        };
+        Ok(Netlink::connect()?.links()?.into_iter().map(of).collect())
     })?
 }
 

@@ -40,7 +40,7 @@ impl Lease {
     }
 
     /// Whether it keeps one, which then was made by this process.
-    pub fn is_of_new(&self) -> bool {
+    pub(crate) fn is_of_new(&self) -> bool {
         self.0.is_some()
     }
 

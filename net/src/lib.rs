@@ -87,7 +87,7 @@ pub use adopt::{AdoptError, Adopted, adopt, inherit};
 pub use diagnose::Problem;
 pub use doctor::{Check, Neighbour, Status, diagnose_host};
 pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
-pub use identity::{LinkId, current_name, this_namespace};
+pub use identity::{LinkId, current_name, links_here, this_namespace};
 pub use inventory::{InventoryError, LinkState, LowerInfo, Place, UpperInfo, UpperKind, inventory};
 pub use lease::Lease;
 pub use listen::{FrameListener, HEARD_LEN};

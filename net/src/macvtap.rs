@@ -137,6 +137,11 @@ impl Macvtap {
         }
     }
 
+    /// Whether it was made by [`Macvtap::open`], and did not exist before.
+    pub fn is_new(&self) -> bool {
+        self.lease.is_of_new()
+    }
+
     /// The namespace that it lives in, if that may not be the caller's.
     fn namespace(&self) -> Option<BorrowedFd<'_>> {
         let existing = || self.namespace.as_ref().map(AsFd::as_fd);

@@ -1,15 +1,18 @@
 //! Taking away the links that ended processes left behind.
 
 use std::cell::OnceCell;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, RawFd};
 
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::Error;
 use crate::diagnose::Problem;
 use crate::identity::LinkId;
+use crate::ioctl;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
@@ -174,7 +177,7 @@ impl Judge {
         let open = self.open_devices.get_or_init(OpenDevices::look);
         // Where there is a record, whoever was given a queue was given its lock too.
         let in_doubt = open.is_partial && self.record_of(link) == RecordState::Missing;
-        in_doubt || open.devices.contains(&device)
+        in_doubt || open.has(device, &link.name)
     }
 
     /// Removes the record of a link that is gone.
@@ -188,7 +191,8 @@ impl Judge {
 /// The character devices that processes have open.
 #[derive(Debug, Default)]
 struct OpenDevices {
-    devices: BTreeSet<u64>,
+    /// The descriptors of each, by their processes.
+    devices: BTreeMap<u64, Vec<(Pid, RawFd)>>,
     /// There are processes that cannot be looked at.
     is_partial: bool,
 }
@@ -197,22 +201,43 @@ impl OpenDevices {
     fn look() -> Self {
         let mut found = Self::default();
         for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let name = process.file_name();
-            if name
-                .to_str()
-                .is_none_or(|name| name.parse::<u32>().is_err())
-            {
+            let Some(pid) = number(&process).and_then(Pid::from_raw) else {
                 continue;
-            }
+            };
             match fs::read_dir(process.path().join("fd")) {
-                Ok(descriptors) => found
-                    .devices
-                    .extend(descriptors.flatten().filter_map(|fd| device(&fd))),
+                Ok(descriptors) => {
+                    for fd in descriptors.flatten() {
+                        if let (Some(number), Some(device)) = (number(&fd), device(&fd)) {
+                            let all = found.devices.entry(device).or_default();
+                            all.push((pid, number));
+                        }
+                    }
+                }
                 Err(error) => found.is_partial |= error.kind() == io::ErrorKind::PermissionDenied,
             }
         }
         found
     }
+
+    /// Whether somebody has the macvtap `name` open. Its device's number may have been that of one which is gone, and of
+    /// which there are descriptors left.
+    fn has(&self, device: u64, name: &str) -> bool {
+        let descriptors = self.devices.get(&device).into_iter().flatten();
+        let mut names = descriptors.map(|(pid, number)| {
+            let process = pidfd_open(*pid, PidfdFlags::empty())?;
+            let queue = pidfd_getfd(process, *number, PidfdGetfdFlags::empty())?;
+            Ok::<_, io::Error>(ioctl::tap_interface(queue.as_fd())?.0)
+        });
+        let ended = [libc::ENOLINK, libc::ESRCH, libc::EBADF];
+        names.any(|found| match found {
+            Ok(found) => found == name,
+            Err(error) => !ended.map(Some).contains(&error.raw_os_error()),
+        })
+    }
+}
+
+fn number(entry: &fs::DirEntry) -> Option<i32> {
+    entry.file_name().to_str()?.parse().ok()
 }
 
 /// The character device behind a descriptor in /proc.

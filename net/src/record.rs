@@ -39,17 +39,16 @@ pub struct RecordKey {
 
 impl RecordKey {
     /// The interface with the character device `device`, as fstat(2) has it from a queue. `mac` tells taps apart, which
-    /// share a device, where it is not known which link it is.
+    /// share a device.
     pub fn of_tap(device: u64, id: Option<LinkId>, mac: MacAddr) -> Self {
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-        let range = match id {
-            Some(id) => Range::of(id),
-            None if (major, minor) == TUN => Range::of_mac(mac),
-            None => Range::WHOLE,
+        let of_tap = match (major, minor) {
+            TUN => format!("-{mac}"),
+            _ => String::new(),
         };
         Self {
-            name: format!("{major}:{minor}"),
-            range,
+            name: format!("{major}:{minor}{of_tap}"),
+            range: id.map_or(Range::WHOLE, Range::of),
         }
     }
 
@@ -130,7 +129,7 @@ impl RecordLock {
     pub fn take(
         directory: &Path,
         key: &RecordKey,
-        publish: impl FnOnce(&mut File),
+        mut publish: impl FnMut(&mut File),
     ) -> Result<Self, RecordError> {
         let path = directory.join(key.lock_file());
         let failed = |error| RecordError::File(path.clone(), error);
@@ -166,13 +165,13 @@ impl RecordLock {
     pub fn take_new(
         directory: &Path,
         key: &RecordKey,
-        publish: impl Fn(&mut File),
+        mut publish: impl FnMut(&mut File),
     ) -> Result<Self, RecordError> {
-        match Self::take(directory, key, &publish) {
+        match Self::take(directory, key, &mut publish) {
             Err(RecordError::Held(path)) => {
                 log::debug!("{path:?} is locked by who had something else of that number");
                 let _ = rustix::fs::unlink(&path);
-                Self::take(directory, key, &publish)
+                Self::take(directory, key, &mut publish)
             }
             result => result,
         }

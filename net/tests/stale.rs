@@ -113,11 +113,13 @@ fn has_a_link_until_it_ends() {
     }
     let mut spec = MacvtapSpec::new("v0".parse().unwrap());
     spec.netns = Placement::Host;
-    let (mut queues, lease) = Macvtap::open(&spec).unwrap().into_parts();
+    let macvtap = Macvtap::open(&spec).unwrap();
+    let name = macvtap.name().to_owned();
+    let (mut queues, lease) = macvtap.into_parts();
     let mut program = Command::new("sleep");
     program.arg("600").stdin(queues.pop().unwrap());
     let mut program = program.stdout(Stdio::null()).spawn().unwrap();
-    say("mvt0", program.id());
+    say(&name, program.id());
     std::io::stdin().read_line(&mut until).unwrap();
     drop(lease);
     program.kill().unwrap();
@@ -172,6 +174,13 @@ fn macvtap_whose_alias_was_changed_is_deleted_by_its_owner_or_after_it() {
     }
 }
 
+#[test]
+fn host_link_whose_alias_was_changed_is_deleted_by_its_owner_or_after_it() {
+    if netns::is_root() {
+        changed_alias_hides_nothing("host link");
+    }
+}
+
 fn changed_alias_hides_nothing(what: &str) {
     let netns = place();
     // As udev does by Alias= in a .link file.
@@ -191,6 +200,37 @@ fn changed_alias_hides_nothing(what: &str) {
     end_program(owner.program);
     assert_eq!(leaked(&netns, &owner.link), (true, pid));
     assert_eq!(reaped(&netns), [owner.link.as_str()]);
+}
+
+#[test]
+fn queue_of_a_macvtap_that_is_gone_keeps_no_other_of_its_number() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = place();
+    let gone = Owner::start(&netns, "macvtap");
+    let device = |link: &str| {
+        let show = format!("cat /sys/class/net/{link}/tap*/dev");
+        netns.exec(&["sh", "-c", &show]).stdout
+    };
+    let number = device("mvt0");
+    netns.ip("link delete mvt0");
+    // The kernel gives out the lowest number that is free; others may take it meanwhile.
+    let mut taken = Vec::new();
+    for _ in 0..50 {
+        let owner = Owner::start(&netns, "macvtap");
+        let is_it = device(&owner.link) == number;
+        taken.push(owner);
+        if is_it {
+            break;
+        }
+    }
+    for mut owner in taken {
+        owner.kill();
+        end_program(owner.program);
+        assert_eq!(reaped(&netns), [owner.link.as_str()]);
+    }
+    drop(gone);
 }
 
 #[test]

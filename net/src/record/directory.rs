@@ -68,7 +68,11 @@ impl RecordDirectory {
     }
 
     /// The directory `path`, unless that is a symbolic link, as the word of `user`; as a certain one without that.
-    fn open(path: PathBuf, user: Option<u32>) -> io::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// When it is no directory, or may not be read.
+    pub fn open(path: PathBuf, user: Option<u32>) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::open(&path, flags, Mode::empty())?;
         let owner = rustix::fs::fstat(&fd)?.st_uid;

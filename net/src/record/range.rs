@@ -7,7 +7,6 @@ use std::os::fd::AsRawFd;
 use rustix::fs::Stat;
 
 use crate::identity::LinkId;
-use crate::mac::MacAddr;
 
 /// What is locked of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,13 +33,6 @@ impl Range {
         let place = (namespace & 0x7fff_ffff) << 32 | u64::from(index);
         // 63 bits.
         let start = place as i64;
-        Self { start, len: 1 }
-    }
-
-    /// The byte of a tap with this address. As a namespace's inode its upper half would be too low.
-    pub fn of_mac(mac: MacAddr) -> Self {
-        let bytes = mac.octets().into_iter();
-        let start = bytes.fold(0, |sum, byte| sum << 8 | i64::from(byte));
         Self { start, len: 1 }
     }
 
@@ -153,14 +145,12 @@ mod tests {
     }
 
     #[test]
-    fn links_and_taps_have_bytes_of_their_own() {
+    fn links_have_bytes_of_their_own() {
         let of = |namespace, index| Range::of(LinkId { namespace, index });
-        let mac = Range::of_mac("fe:ff:ff:ff:ff:ff".parse().unwrap());
         let all = [
             of(4_026_531_840, 4),
             of(4_026_531_841, 4),
             of(4_026_531_840, 5),
-            mac,
         ];
         for (n, one) in all.iter().enumerate() {
             assert!(one.start >= 0 && one.overlaps(0, i64::MAX));
