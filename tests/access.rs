@@ -7,6 +7,7 @@
 //! - `programs`, `terminal`: what its programs get, and what of root's they do not
 //! - `links`: macvtaps that `ip link` shows, keys, lowers in other namespaces
 //! - `host_link`: the host's own access
+//! - `shared`: one card for one interface
 //! - this file: what they share, and how subcommands answer
 //!
 //! An ordinary user's `/dev/kvm` is a node of the test's own in a private mount namespace: the machine's is left alone.
@@ -25,6 +26,8 @@ mod links;
 mod open;
 #[path = "access/programs.rs"]
 mod programs;
+#[path = "access/shared.rs"]
+mod shared;
 #[path = "access/terminal.rs"]
 mod terminal;
 

@@ -55,7 +55,7 @@ fn net_open_gives_the_program_queue_and_environment_and_the_users_rights() {
     }
     let place = Place::new();
     place.net.host.ip("link set lower mtu 1400");
-    // The queues, and behind them the socket that watches.
+    // The queues, and behind them the socket that watches and the lock of its record.
     for (keys, fds, numbers) in [("", "3", vec![3]), (",queues=2", "3:4", vec![3, 4])] {
         let watch = 3 + numbers.len() as i32;
         for netns in ["private", "host"] {
@@ -86,7 +86,7 @@ fn net_open_gives_the_program_queue_and_environment_and_the_users_rights() {
                 assert_eq!(mac_of_queue(&descriptor_of(pid, number)), MAC);
             }
             // A program that has just started has its libraries open.
-            let all = [&numbers[..], &[watch]].concat();
+            let all = [&numbers[..], &[watch, watch + 1]].concat();
             let has_no_other = eventually(|| descriptors(pid) == all);
             assert!(has_no_other, "{:?}, not {all:?}", descriptors(pid));
             let listing = succeeds(place.minivmm(&["net", "list", "lower"]));

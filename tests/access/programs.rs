@@ -63,8 +63,9 @@ fn program_inherits_what_was_passed_to_it_and_no_other_descriptor() {
     for netns in ["private", "host"] {
         let spec = format!("lower,netns={netns}");
         let args = [&spec, "--user", USER, "--", "sh", "-c", script];
-        // The queue, and the socket that watches.
-        assert_eq!(succeeds(place.open_by(&way, &args)), "has 3\nhas 4\n");
+        // The queue, the socket that watches, and the lock of its record.
+        let shown = succeeds(place.open_by(&way, &args));
+        assert_eq!(shown, "has 3\nhas 4\nhas 5\n");
     }
 }
 

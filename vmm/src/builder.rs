@@ -101,7 +101,7 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     let control =
         Control::new(Arc::clone(&exit), power_button).map_err(failed_to("catch signals"))?;
     let watchers = cards
-        .watchers(config.kernel)
+        .watchers()
         .map_err(failed_to("watch the network cards"))?;
     let terminal = match config.console {
         ConsoleTarget::Stdio => RawTerminal::enter().map_err(failed_to("set up the terminal"))?,

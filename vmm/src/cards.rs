@@ -3,7 +3,6 @@
 use std::error::Error;
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::virtio::net::capture::Capture;
@@ -23,7 +22,7 @@ use crate::link_watch::{FollowedLink, LinkFollower};
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
 use crate::plan::Plan;
-use crate::registry::{Announcer, RegisteredCard, Registration, Runs};
+use crate::registry::{Announcer, RegisteredCard};
 
 /// The cards, once they stand on the bus.
 #[derive(Debug)]
@@ -85,11 +84,12 @@ impl Cards {
             machine.add_virtio(*slot, Box::new(device))?;
             cards.leases.push(nic.lease);
             let link = nic.watch.is_some().then(Arc::<FollowedLink>::default);
-            cards.registered.push(RegisteredCard {
-                nic: nic.entry,
-                observer: Some(observer),
+            let registered = nic.claim.map(|claim| RegisteredCard {
+                claim,
+                observer,
                 link: link.clone(),
             });
+            cards.registered.extend(registered);
             let watched = nic.watch.zip(link).map(|(watch, link)| Watched {
                 label,
                 watch,
@@ -107,7 +107,7 @@ impl Cards {
     /// # Errors
     ///
     /// Fails when the process has no file descriptor left.
-    pub fn watchers(&mut self, kernel: PathBuf) -> io::Result<Vec<Box<dyn MutEventSubscriber>>> {
+    pub fn watchers(&mut self) -> io::Result<Vec<Box<dyn MutEventSubscriber>>> {
         let mut watchers: Vec<Box<dyn MutEventSubscriber>> = Vec::new();
         for Watched {
             label,
@@ -124,11 +124,8 @@ impl Cards {
             watchers.push(Box::new(GuestListener::new(listener, observer)?));
         }
         let cards = std::mem::take(&mut self.registered);
-        let registration = Registration::new(Runs::Kernel(kernel), cards);
-        watchers.push(Box::new(Announcer::new(
-            registration,
-            self.learnt.try_clone()?,
-        )?));
+        let announcer = Announcer::new(cards, self.learnt.try_clone()?)?;
+        watchers.push(Box::new(announcer));
         Ok(watchers)
     }
 }

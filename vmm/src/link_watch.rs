@@ -38,26 +38,32 @@ pub struct LinkFollower {
 
 /// What was last seen of a link, for those who tell of it.
 #[derive(Debug)]
-pub struct FollowedLink(Mutex<LinkSeen>);
+pub struct FollowedLink(Mutex<(LinkSeen, Option<u32>)>);
 
 impl Default for FollowedLink {
     fn default() -> Self {
         // As the watch takes a link to be until it says otherwise.
-        Self(Mutex::new(LinkSeen {
+        let link = LinkSeen {
             exists: true,
             up: true,
             carrier: true,
-        }))
+        };
+        Self(Mutex::new((link, None)))
     }
 }
 
 impl FollowedLink {
     /// What was last seen.
     pub fn seen(&self) -> LinkSeen {
-        *self.lock()
+        self.lock().0
     }
 
-    fn lock(&self) -> MutexGuard<'_, LinkSeen> {
+    /// Its MTU, if that has changed.
+    pub fn mtu(&self) -> Option<u32> {
+        self.lock().1
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (LinkSeen, Option<u32>)> {
         // It is as good as before: nobody leaves it half-written.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -99,6 +105,7 @@ impl LinkFollower {
                      only when its driver starts"
                 );
                 self.guest.set_mtu(u16::try_from(mtu).unwrap_or(u16::MAX));
+                self.shown.lock().1 = Some(mtu);
             }
             LinkChange::Deleted => {
                 self.link.exists = false;
@@ -109,7 +116,7 @@ impl LinkFollower {
             }
             _ => {}
         }
-        *self.shown.lock() = self.link;
+        self.shown.lock().0 = self.link;
         // Only a counter at its end could refuse.
         let _ = self.changed.write(1);
         let up = self.link.exists && self.link.up && self.link.carrier;

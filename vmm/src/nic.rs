@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
 
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::ctrl::Permissions;
@@ -11,7 +12,7 @@ use net::{AdoptError, FrameListener, Lease, LinkWatch, MacAddr, Macvtap, Macvtap
 
 use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource};
 use crate::handed::Handed;
-use crate::registry::NicEntry;
+use crate::registry::{Claim, NicEntry, Runs};
 use crate::sharing::{self, Interface, SharedError};
 
 /// Why there is no network card.
@@ -54,6 +55,8 @@ pub struct Nic {
     pub entry: NicEntry,
     /// Which interface it is.
     pub interface: Interface,
+    /// Keeps others from it.
+    pub claim: Option<Claim>,
     /// News of the interface, where it can be seen.
     pub watch: Option<LinkWatch>,
     /// Hears what the guest sends, where its frames may pass through the kernel alone.
@@ -158,6 +161,7 @@ impl Nic {
             pcap: None,
             entry,
             interface,
+            claim: None,
             watch,
             listener,
             lease,
@@ -237,12 +241,12 @@ pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Given, NicError> {
     })
 }
 
-/// Makes what each card needs, in order, or takes it from what was `given`.
+/// Makes what each card needs, in order, or takes it from what was `given`, and claims it for a guest with this kernel.
 ///
 /// # Errors
 ///
 /// Says what could not be had; what had been made is gone again.
-pub fn acquire(nics: &[NicConfig], mut given: Given) -> Result<Vec<Nic>, NicError> {
+pub fn acquire(nics: &[NicConfig], mut given: Given, kernel: &Path) -> Result<Vec<Nic>, NicError> {
     let mut inherited = std::mem::take(&mut given.queues).into_iter();
     let make = |NicConfig { source, options }: &NicConfig| match source {
         NicSource::Macvtap(spec) => Nic::make(spec, options),
@@ -251,9 +255,15 @@ pub fn acquire(nics: &[NicConfig], mut given: Given) -> Result<Vec<Nic>, NicErro
             Nic::adopt(descriptors, fds, &mut given, options)
         }
     };
-    let nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;
-    let interfaces: Vec<_> = nics.iter().map(|nic| nic.interface.clone()).collect();
-    sharing::check(&interfaces)?;
+    let mut nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;
+    let cards: Vec<_> = nics
+        .iter()
+        .map(|nic| (&nic.interface, &nic.entry))
+        .collect();
+    let claims = sharing::claim(&Runs::kernel(kernel), None, &cards)?;
+    for (nic, claim) in nics.iter_mut().zip(claims) {
+        nic.claim = Some(claim);
+    }
     Ok(nics)
 }
 

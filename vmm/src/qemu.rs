@@ -45,7 +45,7 @@ use crate::cli::{Accel, QemuArgs};
 use crate::config::{ConsoleTarget, NicSource};
 use crate::files::{Files, Role, SharedFile};
 use crate::host_link;
-use crate::registry::{RegisteredCard, Registration, Runs};
+use crate::registry::{Claim, Runs};
 use crate::sharing::{self, SharedError};
 use crate::terminal::may_read;
 
@@ -290,7 +290,7 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     let mut inherited = unsafe { inherit(args) }?.into_iter();
     let plan = Plan::new(args, true)?;
     let (mut cards, mut descriptors, mut leases) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut interfaces, mut registered) = (Vec::new(), Vec::new());
+    let mut interfaces = Vec::new();
     for (n, origin) in origins(args, &plan, &mut inherited)?
         .into_iter()
         .enumerate()
@@ -305,18 +305,16 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
             descriptors.push(nics::open_vhost().map_err(QemuError::Vhost)?.into());
         }
         leases.extend(queues.lease);
-        interfaces.push(queues.interface);
-        registered.push(RegisteredCard::new(queues.entry));
+        interfaces.push((queues.interface, queues.entry));
     }
-    sharing::check(&interfaces)?;
     let runs = match &args.machine.kernel {
-        Some(kernel) => Runs::Kernel(kernel.clone()),
-        None => Runs::Program(plan.qemu.clone()),
+        Some(kernel) => Runs::kernel(kernel),
+        None => Runs::program(&plan.qemu),
     };
-    let first = registered.first().map(|card| &card.nic);
-    let host_link = host_link::make(first, &args.host_link)?;
-    // Removed when QEMU has ended.
-    let _registration = Registration::new(runs, registered);
+    let wanted: Vec<_> = interfaces.iter().map(|(one, entry)| (one, entry)).collect();
+    // Given up when QEMU has ended.
+    let claims = sharing::claim(&runs, None, &wanted)?;
+    let host_link = host_link::make(claims.first().map(Claim::nic), &args.host_link)?;
     let control = plan
         .control
         .map(|_| UnixStream::pair())
@@ -331,6 +329,10 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     log::debug!("running {command:?}");
     let mut program = Program::new(command);
     program.numbered = descriptors;
+    let locks = claims.iter().filter_map(|claim| claim.share().transpose());
+    program.others = locks
+        .collect::<Result<_, _>>()
+        .map_err(QemuError::Descriptors)?;
     let status = process::supervise(program, control, &plan);
     drop((leases, host_link));
     status

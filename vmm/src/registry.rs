@@ -1,19 +1,20 @@
-//! What a running minivmm tells about its guest, for `minivmm net list`: a file for each, that is
-//! gone when the monitor is.
+//! What a running minivmm tells about its cards, and that nobody else may have them: a locked record for each, that ends
+//! with whoever holds it.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::Path;
 
-use net::{Adopted, LinkId, Macvtap};
+use net::{Adopted, LinkId, Macvtap, Owner, RecordDirectory, RecordKey, RecordView};
 use serde::{Deserialize, Serialize};
 
 use crate::handed::Handed;
 
 mod announce;
+mod claim;
 mod store;
 
-pub use announce::{Announcer, RegisteredCard, Registration};
-pub use store::make_directory_for;
+pub use announce::{Announcer, RegisteredCard};
+pub use claim::{Claim, InUse, Wanted};
 
 /// The MTU of an interface that cannot be asked: Ethernet's.
 const USUAL_MTU: u32 = 1500;
@@ -21,14 +22,23 @@ const USUAL_MTU: u32 = 1500;
 /// A running monitor, or another program that has its network card by minivmm.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Its process, for people.
+    /// Its process in its own pid namespace, for people.
     pub pid: u32,
-    /// Its process, for good: a number alone is given out again.
+    /// Its process, for good: a number alone is given out again. Empty where /proc does not show it.
     pub owner: String,
     /// What it runs.
     #[serde(flatten)]
     pub runs: Runs,
-    /// The guest's network cards.
+    /// The user whose program has got the card from root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<u32>,
+    /// The user who says all this.
+    #[serde(default)]
+    pub vouched_by: u32,
+    /// Whether it can be relied on which cards these are: root or this process's own user says so.
+    #[serde(skip)]
+    pub is_certain: bool,
+    /// The guest's network cards. A record tells of one.
     pub nics: Vec<NicEntry>,
 }
 
@@ -37,9 +47,27 @@ pub struct Entry {
 #[serde(rename_all = "lowercase")]
 pub enum Runs {
     /// It is minivmm with a guest: the kernel, as it was named.
-    Kernel(PathBuf),
+    Kernel(String),
     /// It is another program.
-    Program(PathBuf),
+    Program(String),
+}
+
+impl Runs {
+    /// A guest with this kernel.
+    pub fn kernel(path: &Path) -> Self {
+        Self::Kernel(path.to_string_lossy().into_owned())
+    }
+
+    /// Another program.
+    pub fn program(path: &Path) -> Self {
+        Self::Program(path.to_string_lossy().into_owned())
+    }
+
+    /// The kernel or program, as it was named.
+    pub fn path(&self) -> &str {
+        let (Self::Kernel(path) | Self::Program(path)) = self;
+        path
+    }
 }
 
 /// A network card of a running guest.
@@ -129,9 +157,10 @@ impl NicEntry {
         }
     }
 
-    /// Whether it is the card that `other` is.
-    fn is(&self, other: &Self) -> bool {
-        (self.device, &self.name, &self.mac) == (other.device, &other.name, &other.mac)
+    /// Its record; none if its address is none.
+    fn key(&self) -> Option<RecordKey> {
+        let mac = self.mac.parse().ok()?;
+        Some(RecordKey::of_tap(self.device, self.id.map(Into::into), mac))
     }
 }
 
@@ -157,13 +186,17 @@ impl From<Id> for LinkId {
 }
 
 impl Entry {
-    /// Of this process, whose owner's tag is still missing.
-    fn new(runs: Runs, nics: Vec<NicEntry>) -> Self {
+    /// Of this process, with one card.
+    pub fn new(runs: Runs, user: Option<u32>, nic: NicEntry) -> Self {
+        let owner = Owner::this_process().map(|owner| owner.to_string());
         Self {
             pid: std::process::id(),
-            owner: String::new(),
+            owner: owner.unwrap_or_default(),
             runs,
-            nics,
+            user,
+            vouched_by: rustix::process::geteuid().as_raw(),
+            is_certain: true,
+            nics: vec![nic],
         }
     }
 
@@ -175,65 +208,69 @@ impl Entry {
             texts.into_iter().chain(&mut nic.mode).for_each(tame);
         }
         let (Runs::Kernel(path) | Runs::Program(path)) = &mut self.runs;
-        let mut text = path.to_string_lossy().into_owned();
-        tame(&mut text);
-        *path = text.into();
+        tame(path);
+    }
+
+    /// Whether it is the same process as `other`, by the same word.
+    fn is(&self, other: &Self) -> bool {
+        let id = |entry: &Self| (entry.vouched_by, entry.is_certain, entry.pid);
+        id(self) == id(other) && self.owner == other.owner && self.runs == other.runs
     }
 }
 
-/// A card that is in use.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InUse {
-    /// By whom.
-    pub entry: Entry,
-    /// The card.
-    pub nic: NicEntry,
-    /// Whether root or this process's own user says so.
-    pub is_certain: bool,
-}
-
-/// The monitors that run now. Files of those that were killed are removed on the way.
+/// The monitors that run now. What killed ones have left is removed on the way, where this process may.
 pub fn running() -> Vec<Entry> {
-    without_givers(found().into_iter().map(|found| found.entry).collect())
+    let view = RecordView::default();
+    let directories = RecordDirectory::all();
+    let found = directories.iter().flat_map(|dir| store::read(&view, dir));
+    together(once(found.collect()))
 }
 
-/// Leaves out the programs whose cards are those of a guest: `net open` and the minivmm in it tell of the same.
-fn without_givers(mut entries: Vec<Entry>) -> Vec<Entry> {
-    let is_guest = |entry: &&Entry| matches!(entry.runs, Runs::Kernel(_));
-    let guests = entries.iter().filter(is_guest);
-    let cards: Vec<_> = guests.flat_map(|guest| guest.nics.clone()).collect();
-    entries.retain(|entry| {
-        let is_in_guest = |nic: &NicEntry| cards.iter().any(|card| card.is(nic));
-        is_guest(&entry) || !entry.nics.iter().all(is_in_guest)
-    });
-    entries
-}
-
-/// The cards of other processes than this one.
-pub fn cards_in_use() -> Vec<InUse> {
-    let own = [0, rustix::process::geteuid().as_raw()];
-    let mut cards = Vec::new();
-    for store::Found { entry, user } in found() {
-        if entry.pid == std::process::id() {
+/// Leaves out the programs whose cards are those of a guest: `net open` and the minivmm in it tell of the same. Which card
+/// that is stays the former's word, if it names the latter's user; with any other user both are told.
+fn once(found: Vec<store::Found>) -> Vec<Entry> {
+    let (mut passed, mut entries): (Vec<_>, Vec<_>) =
+        found.into_iter().partition(|found| found.is_passed);
+    for guest in &mut passed {
+        let guest = &mut guest.entry;
+        let is_giver = |giver: &Entry| {
+            giver.is_certain
+                && matches!(giver.runs, Runs::Program(_))
+                && giver.nics[0].key() == guest.nics[0].key()
+                && (guest.is_certain || giver.user == Some(guest.vouched_by))
+        };
+        let Some(at) = entries.iter().position(|found| is_giver(&found.entry)) else {
             continue;
-        }
-        cards.extend(entry.nics.iter().map(|nic| InUse {
-            entry: entry.clone(),
-            nic: nic.clone(),
-            is_certain: own.contains(&user),
-        }));
+        };
+        let giver = entries.swap_remove(at).entry;
+        guest.is_certain = true;
+        let told = guest.nics[0].clone();
+        guest.nics[0] = NicEntry {
+            addresses: told.addresses,
+            wrong_source_frames: told.wrong_source_frames,
+            link: told.link,
+            mtu: told.mtu,
+            ..giver.nics[0].clone()
+        };
     }
-    cards
+    entries.extend(passed);
+    entries.into_iter().map(|found| found.entry).collect()
 }
 
-fn found() -> Vec<store::Found> {
-    let directories = store::all_directories();
-    let mut found: Vec<_> = directories
-        .iter()
-        .flat_map(|dir| store::read(dir))
-        .collect();
-    found.sort_by_key(|found| found.entry.pid);
-    found
+/// Puts the cards of each process together.
+fn together(mut entries: Vec<Entry>) -> Vec<Entry> {
+    entries.sort_by_key(|entry| (entry.pid, entry.vouched_by));
+    let mut all: Vec<Entry> = Vec::new();
+    for entry in entries {
+        match all.last_mut() {
+            Some(last) if last.is(&entry) => last.nics.extend(entry.nics),
+            _ => all.push(entry),
+        }
+    }
+    for entry in &mut all {
+        entry.nics.sort_by_key(|nic| nic.device);
+    }
+    all
 }
 
 #[cfg(test)]

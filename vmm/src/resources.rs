@@ -125,7 +125,7 @@ impl Resources {
         }
         let console = open_console(&config.console, &mut files)?;
         let captures = open_captures(&config.nics, &mut files)?;
-        let mut nics = nic::acquire(&config.nics, inherited)?;
+        let mut nics = nic::acquire(&config.nics, inherited, &config.kernel)?;
         for (nic, capture) in nics.iter_mut().zip(captures) {
             nic.pcap = capture;
         }

@@ -4,10 +4,10 @@
 use std::io;
 use std::os::fd::AsFd;
 
-use net::{Adopted, LinkId, MacAddr, Macvtap};
+use net::{Adopted, LinkId, MacAddr, Macvtap, RecordKey};
 
 use crate::handed::Handed;
-use crate::registry::{self, InUse, NicEntry, Runs};
+use crate::registry::{Claim, Entry, InUse, NicEntry, Runs, Wanted};
 
 /// Two for one interface.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +25,7 @@ pub enum SharedError {
     },
     /// The other one is another process's.
     #[error(
-        "{name} ({mac}) is the card of {runs} (pid {pid}), and each would get a part of its \
-         frames: end that, or use another interface"
+        "{name} ({mac}) is the card of {by}, and each would get a part of its frames: end that, or use another interface"
     )]
     InUse {
         /// The interface.
@@ -34,9 +33,7 @@ pub enum SharedError {
         /// Its MAC address.
         mac: MacAddr,
         /// The other process.
-        pid: u32,
-        /// What it runs.
-        runs: String,
+        by: String,
     },
     /// A queue does not say what it is.
     #[error("cannot look at a queue of {0}")]
@@ -51,8 +48,10 @@ pub struct Interface {
     name: String,
     mac: MacAddr,
     id: Option<LinkId>,
-    /// `net open` made it, and has told of it so that we use it.
-    is_handed: bool,
+    /// This process has made it.
+    is_new: bool,
+    /// `net open` has passed it on to us.
+    is_passed: bool,
 }
 
 impl Interface {
@@ -62,8 +61,14 @@ impl Interface {
     ///
     /// When its queue cannot be looked at.
     pub fn of_macvtap(macvtap: &Macvtap) -> Result<Self, SharedError> {
-        let (name, mac, id) = (macvtap.name(), macvtap.mac(), Some(macvtap.id()));
-        Self::of(macvtap.queue(), name, mac, id, false)
+        Ok(Self {
+            device: device_of(macvtap.queue(), macvtap.name())?,
+            name: macvtap.name().to_owned(),
+            mac: macvtap.mac(),
+            id: Some(macvtap.id()),
+            is_new: macvtap.is_new(),
+            is_passed: false,
+        })
     }
 
     /// Of queues that somebody else has opened, and of which somebody may have `told`.
@@ -72,26 +77,13 @@ impl Interface {
     ///
     /// When a queue cannot be looked at.
     pub fn of_adopted(adopted: &Adopted, told: Option<&Handed>) -> Result<Self, SharedError> {
-        let (name, mac) = (&adopted.name, adopted.mac);
-        let id = adopted.id.or(told.and_then(|told| told.id));
-        Self::of(&adopted.queues[0], name, mac, id, told.is_some())
-    }
-
-    fn of(
-        queue: impl AsFd,
-        name: &str,
-        mac: MacAddr,
-        id: Option<LinkId>,
-        is_handed: bool,
-    ) -> Result<Self, SharedError> {
-        let stat = rustix::fs::fstat(queue)
-            .map_err(|errno| SharedError::Look(name.to_owned(), errno.into()))?;
         Ok(Self {
-            device: stat.st_rdev,
-            name: name.to_owned(),
-            mac,
-            id,
-            is_handed,
+            device: device_of(&adopted.queues[0], &adopted.name)?,
+            name: adopted.name.clone(),
+            mac: adopted.mac,
+            id: adopted.id.or(told.and_then(|told| told.id)),
+            is_new: false,
+            is_passed: told.is_some(),
         })
     }
 
@@ -101,59 +93,60 @@ impl Interface {
             && (self.id.is_none() || other.id.is_none() || self.id == other.id)
     }
 
-    fn is_card(&self, nic: &NicEntry) -> bool {
-        let id = nic.id.map(LinkId::from);
-        let other = nic.mac.parse().map(|mac| Self {
-            device: nic.device,
-            name: nic.name.clone(),
-            mac,
-            id,
-            is_handed: false,
-        });
-        other.is_ok_and(|other| self.is(&other))
+    fn in_use(&self, in_use: InUse) -> SharedError {
+        let by = in_use.entry.map_or_else(
+            || "another process, which is only starting".to_owned(),
+            |entry| format!("{} (pid {})", entry.runs.path(), entry.pid),
+        );
+        let (name, mac) = (self.name.clone(), self.mac);
+        SharedError::InUse { name, mac, by }
     }
 }
 
-/// Refuses two cards on one interface, and one that is the card of another running minivmm. What other users say of
-/// theirs is only warned of: it need not be true.
+fn device_of(queue: impl AsFd, name: &str) -> Result<u64, SharedError> {
+    let stat = rustix::fs::fstat(queue);
+    stat.map(|stat| stat.st_rdev)
+        .map_err(|errno| SharedError::Look(name.to_owned(), errno.into()))
+}
+
+/// Claims each card, and tells others of it. Refuses two cards on one interface, and one that is the card of another
+/// running minivmm. What other users say of theirs is only warned of: it need not be true.
 ///
 /// # Errors
 ///
 /// See [`SharedError`].
-pub fn check(interfaces: &[Interface]) -> Result<(), SharedError> {
-    check_against(interfaces, &registry::cards_in_use())
+pub fn claim(
+    runs: &Runs,
+    user: Option<u32>,
+    cards: &[(&Interface, &NicEntry)],
+) -> Result<Vec<Claim>, SharedError> {
+    let mut claims = Vec::with_capacity(cards.len());
+    for (n, (interface, nic)) in cards.iter().enumerate() {
+        must_be_new(interface, &cards[..n])?;
+        let Interface { mac, id, .. } = **interface;
+        let wanted = Wanted {
+            key: RecordKey::of_tap(interface.device, id, mac),
+            is_new: interface.is_new,
+            is_passed: interface.is_passed,
+        };
+        let doubtful = |in_use: InUse| {
+            let user = in_use.said_by.unwrap_or_default();
+            log::warn!("user {user} says that {}", interface.in_use(in_use));
+        };
+        let entry = Entry::new(runs.clone(), user, (*nic).clone());
+        let claim = Claim::new(&wanted, entry, doubtful);
+        claims.push(claim.map_err(|in_use| interface.in_use(in_use))?);
+    }
+    Ok(claims)
 }
 
-fn check_against(interfaces: &[Interface], in_use: &[InUse]) -> Result<(), SharedError> {
-    for (n, interface) in interfaces.iter().enumerate() {
-        let Interface { name, mac, .. } = interface;
-        if interfaces[..n].iter().any(|other| other.is(interface)) {
-            let (name, mac) = (name.clone(), *mac);
-            return Err(SharedError::Twice { name, mac });
-        }
-        for InUse {
-            entry,
-            nic,
-            is_certain,
-        } in in_use
-        {
-            let (Runs::Kernel(runs) | Runs::Program(runs)) = &entry.runs;
-            // Who has handed it to us waits for our end.
-            let gave = interface.is_handed && matches!(entry.runs, Runs::Program(_));
-            if gave || !interface.is_card(nic) {
-                continue;
-            }
-            let error = SharedError::InUse {
-                name: name.clone(),
-                mac: *mac,
-                pid: entry.pid,
-                runs: runs.display().to_string(),
-            };
-            if *is_certain {
-                return Err(error);
-            }
-            log::warn!("another user says that {error}");
-        }
+fn must_be_new(
+    interface: &Interface,
+    others: &[(&Interface, &NicEntry)],
+) -> Result<(), SharedError> {
+    if others.iter().any(|(other, _)| other.is(interface)) {
+        let (name, mac) = (interface.name.clone(), interface.mac);
+        return Err(SharedError::Twice { name, mac });
     }
     Ok(())
 }
@@ -161,7 +154,6 @@ fn check_against(interfaces: &[Interface], in_use: &[InUse]) -> Result<(), Share
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Entry;
 
     fn interface(device: u64, id: Option<u32>) -> Interface {
         Interface {
@@ -172,62 +164,18 @@ mod tests {
                 namespace: 1,
                 index,
             }),
-            is_handed: false,
-        }
-    }
-
-    fn in_use(runs: Runs, is_certain: bool) -> InUse {
-        let nic = NicEntry {
-            name: "mine".into(),
-            lower: "eno1".into(),
-            mac: "02:00:00:00:00:01".into(),
-            mtu: 1500,
-            addresses: Vec::new(),
-            wrong_source_frames: 0,
-            device: 7,
-            id: None,
-            lower_id: None,
-            mode: None,
-            link: None,
-        };
-        InUse {
-            entry: Entry {
-                pid: 4711,
-                owner: String::new(),
-                runs,
-                nics: vec![nic.clone()],
-            },
-            nic,
-            is_certain,
+            is_new: false,
+            is_passed: false,
         }
     }
 
     #[test]
     fn interface_for_two_cards_is_refused() {
-        let twice = |one, other| check_against(&[one, other], &[]).is_err();
+        let twice = |one: Interface, other: Interface| one.is(&other);
         assert!(twice(interface(7, None), interface(7, Some(2))));
         assert!(twice(interface(7, Some(2)), interface(7, Some(2))));
         assert!(!twice(interface(7, None), interface(8, None)));
         // Taps of two namespaces.
         assert!(!twice(interface(7, Some(2)), interface(7, Some(3))));
-    }
-
-    #[test]
-    fn interface_of_another_process_is_refused_unless_it_handed_it_over_or_is_a_strangers() {
-        let kernel = || Runs::Kernel("bzImage".into());
-        let program = || Runs::Program("minivmm".into());
-        let refused = |interface, runs, is_certain| {
-            check_against(&[interface], &[in_use(runs, is_certain)]).is_err()
-        };
-        assert!(refused(interface(7, None), kernel(), true));
-        assert!(refused(interface(7, None), program(), true));
-        assert!(!refused(interface(7, None), kernel(), false));
-        assert!(!refused(interface(8, None), kernel(), true));
-        let handed = Interface {
-            is_handed: true,
-            ..interface(7, None)
-        };
-        assert!(!refused(handed.clone(), program(), true));
-        assert!(refused(handed, kernel(), true));
     }
 }

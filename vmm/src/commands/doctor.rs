@@ -73,6 +73,7 @@ fn neighbours() -> Vec<Neighbour> {
     let guests = registry::running();
     let cards = guests
         .iter()
+        .filter(|guest| guest.is_certain)
         .flat_map(|guest| guest.nics.iter().map(|nic| (guest.pid, nic)));
     cards.filter_map(|(pid, nic)| of(pid, nic)).collect()
 }

@@ -1,8 +1,9 @@
 //! `minivmm net list`: who shares which interface, and which addresses the guests have.
 
+use std::collections::HashMap;
 use std::fmt::Write;
 
-use net::{InventoryError, LinkState, LowerInfo, UpperInfo};
+use net::{InventoryError, LinkId, LinkState, LowerInfo, UpperInfo};
 use serde::Serialize;
 
 use crate::cli::ListArgs;
@@ -53,6 +54,12 @@ pub fn run(args: &ListArgs) -> Result<String, InventoryError> {
         .map(Interface::from)
         .collect();
     let mut guests = registry::running();
+    if let Ok(links) = net::links_here() {
+        guests
+            .iter_mut()
+            .flat_map(|guest| &mut guest.nics)
+            .for_each(|nic| refresh(nic, &links));
+    }
     if let Some(link) = &args.link {
         // It may be one of an interface's alternative names.
         let name = net::current_name(link).ok().flatten();
@@ -78,6 +85,20 @@ fn lowers(interfaces: &[Interface]) -> Vec<Id> {
         index: found.index,
     };
     here.map(id).collect()
+}
+
+/// Tells what a card's links are called now, and their MTU: a record tells of the start, unless the card is watched.
+fn refresh(nic: &mut NicEntry, links: &HashMap<LinkId, (String, u32)>) {
+    let find = |id: Option<Id>| id.and_then(|id| links.get(&id.into()));
+    if let Some((name, mtu)) = find(nic.lower_id) {
+        nic.lower.clone_from(name);
+        // A macvtap's follows its lower's down, and not up again.
+        nic.mtu = nic.mtu.min(*mtu);
+    }
+    if let Some((name, mtu)) = find(nic.id) {
+        nic.name.clone_from(name);
+        nic.mtu = *mtu;
+    }
 }
 
 /// Leaves the cards that stand on one of `lowers`, or are one. Where it is not known which interface a card is on, the
@@ -144,11 +165,7 @@ impl Listing {
             );
         }
         for guest in &self.guests {
-            let (what, runs) = match &guest.runs {
-                Runs::Kernel(kernel) => ("guest", kernel),
-                Runs::Program(program) => ("program", program),
-            };
-            lines.push(format!("{what} of pid {}, {}", guest.pid, runs.display()));
+            lines.push(guest_line(guest));
             lines.extend(guest.nics.iter().map(|nic| format!("  {}", nic_line(nic))));
         }
         if lines.is_empty() {
@@ -205,6 +222,19 @@ fn state(up: bool, carrier: bool) -> &'static str {
     }
 }
 
+fn guest_line(guest: &Entry) -> String {
+    let (what, runs) = match &guest.runs {
+        Runs::Kernel(kernel) => ("guest", kernel),
+        Runs::Program(program) => ("program", program),
+    };
+    let mut line = format!("{what} of pid {}, {runs}", guest.pid);
+    let own = [0, rustix::process::geteuid().as_raw()];
+    if !own.contains(&guest.vouched_by) {
+        let _ = write!(line, "  (says user {})", guest.vouched_by);
+    }
+    line
+}
+
 fn nic_line(nic: &NicEntry) -> String {
     let NicEntry {
         name,
@@ -254,6 +284,9 @@ mod tests {
             pid,
             owner: String::new(),
             runs: Runs::Kernel("bzImage".into()),
+            user: None,
+            vouched_by: 0,
+            is_certain: true,
             nics: vec![NicEntry {
                 name: "macvtap0".into(),
                 lower: "eno1".into(),

@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use crate::child::{self, Arrivals, Program, Rest, User, UserError};
 use crate::cli::OpenArgs;
 use crate::handed::Handed;
-use crate::registry::{self, NicEntry, RegisteredCard, Registration, Runs};
+use crate::registry::{Claim, NicEntry, Runs};
 use crate::sharing::{self, Interface, SharedError};
 
 /// Why the program was not run.
@@ -69,17 +69,20 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     }
     let user = user.as_deref().map(User::parse).transpose()?;
     let macvtap = Macvtap::open(&args.macvtap)?;
-    let interface = Interface::of_macvtap(&macvtap)?;
-    sharing::check(std::slice::from_ref(&interface))?;
+    let claims = claim(&args.command[0], &macvtap, user.as_ref())?;
     let watch = macvtap.watch_socket();
     if let Err(error) = &watch {
         log::warn!("the program cannot watch {}: {error}", macvtap.name());
     }
     let mut program = program(&args.command, &Handed::of(&macvtap, watch.is_ok()));
-    let registration = register(&args.command[0], &macvtap, &interface, user.as_ref());
     let (queues, lease) = macvtap.into_parts();
     program.numbered = blocking(queues).map_err(OpenError::Descriptors)?;
     program.numbered.extend(watch.ok());
+    // It counts as in use as long as the program lives, whatever becomes of minivmm.
+    for claim in &claims {
+        let lock = claim.share().map_err(OpenError::Descriptors)?;
+        program.numbered.extend(lock);
+    }
     if let Some(user) = &user {
         user.settle(&mut program.command, Path::new("/run/user"));
     }
@@ -95,7 +98,7 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
         // Returns only when it fails.
         Err(OpenError::Run(args.command[0].clone(), program.exec()))
     };
-    drop((registration, lease));
+    drop((claims, lease));
     status
 }
 
@@ -127,28 +130,26 @@ fn program(command: &[OsString], handed: &Handed) -> Program {
     program
 }
 
-/// Tells `net list` and others of the macvtap: by its process and start time, which outlive exec. A
-/// user's minivmm will tell of its guest itself, and gets a directory for that.
-fn register(
+/// Claims the macvtap, and tells `net list` and others of it: by its process and start time, which outlive exec. A
+/// user's minivmm will claim its card itself, and gets a directory for that.
+fn claim(
     program: &OsString,
     macvtap: &Macvtap,
-    interface: &Interface,
     user: Option<&User>,
-) -> Registration {
+) -> Result<Vec<Claim>, SharedError> {
     if let Some(user) = user
         && user.id() != 0
-        && let Err(error) = registry::make_directory_for(user.id(), user.group_id())
+        && let Err(error) = net::make_record_directory_for(user.id(), user.group_id())
     {
         log::debug!(
             "minivmm cannot tell of a guest of the user {}: {error}",
             user.id()
         );
     }
+    let interface = Interface::of_macvtap(macvtap)?;
     let nic = NicEntry::of(macvtap, interface.device);
-    Registration::new(
-        Runs::Program(program.into()),
-        vec![RegisteredCard::new(nic)],
-    )
+    let runs = Runs::program(Path::new(program));
+    sharing::claim(&runs, user.map(User::id), &[(&interface, &nic)])
 }
 
 /// Makes the queues blocking, as programs expect of what a shell has opened.

@@ -1,178 +1,131 @@
-//! The files: where they are, and how they are read and written.
+//! What the holders of records say: a file beside each lock.
 //!
-//! Root's are in `/run/minivmm`, a user's in `/run/minivmm/UID`, which `minivmm net open` makes for
-//! the user that it changes to, or in `XDG_RUNTIME_DIR`. What users write is data and no more: it is read without following a
-//! link, up to a length, and believed only while the process that it names is that user's.
+//! What users write is data and no more: it is read without following a link, up to a length, and believed only while
+//! somebody has the lock beside it.
 
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::path::Path;
 
-use net::Owner;
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
-use rustix::process::{Pid, test_kill_process};
-use serde::Deserialize;
+use net::{Owner, RecordDirectory, RecordKey, RecordLock, RecordState, RecordView};
+use rustix::fs::{Dir, Mode, OFlags};
 
 use super::Entry;
-
-/// The system's directory.
-const SYSTEM: &str = "/run/minivmm";
 
 /// An entry is much shorter.
 const LONGEST: u64 = 64 * 1024;
 
-/// A file that is being written does not exist for so long.
-const WRITING: Duration = Duration::from_secs(60);
+/// As many files of another user are looked at, each cheaply: there can be any number.
+const MOST: usize = 10_000;
 
-/// Where this process may write its file, the best place first.
-pub(super) fn own_directories() -> Vec<PathBuf> {
-    let user = rustix::process::geteuid().as_raw();
-    let system = PathBuf::from(SYSTEM);
-    let of_user = system.join(user.to_string());
-    // Another's, as `sudo -E` leaves it, would be another's to change under our hands.
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let runtime = runtime.filter(|dir| fs::metadata(dir).is_ok_and(|found| found.uid() == user));
-    [
-        Some(system),
-        Some(of_user),
-        runtime.map(|dir| dir.join("minivmm")),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
-}
+/// The ending of an entry's file.
+const ENDING: &str = ".json";
+/// How the name ends before that when the card was passed on.
+const PASSED: &str = ".passed";
 
-/// Where files of all users may be.
-pub(super) fn all_directories() -> Vec<PathBuf> {
-    let is_number = |path: &PathBuf| {
-        let name = path.file_name().and_then(|name| name.to_str());
-        name.is_some_and(|name| name.parse::<u32>().is_ok())
-    };
-    let of_users = |directory: &str| -> Vec<PathBuf> {
-        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-        entries
-            .map(|entry| entry.path())
-            .filter(is_number)
-            .collect()
-    };
-    let mut all = vec![PathBuf::from(SYSTEM)];
-    all.extend(of_users(SYSTEM));
-    all.extend(
-        of_users("/run/user")
-            .into_iter()
-            .map(|dir| dir.join("minivmm")),
-    );
-    all.extend(own_directories());
-    // The same one by two ways.
-    let mut seen = Vec::new();
-    all.retain(|directory| {
-        let id = fs::metadata(directory).map(|found| (found.dev(), found.ino()));
-        id.is_ok_and(|id| {
-            let is_new = !seen.contains(&id);
-            seen.push(id);
-            is_new
-        })
-    });
-    all
-}
-
-/// Makes the directory for the files of a user without rights, which only root can.
-///
-/// # Errors
-///
-/// When it cannot be made.
-pub fn make_directory_for(user: u32, group: u32) -> io::Result<()> {
-    make_readable(Path::new(SYSTEM))?;
-    let directory = Path::new(SYSTEM).join(user.to_string());
-    make_readable(&directory)?;
-    std::os::unix::fs::lchown(directory, Some(user), Some(group))
-}
-
-/// Makes a directory that all may read, whatever the umask. Those above it have to exist.
-fn make_readable(directory: &Path) -> io::Result<()> {
-    match fs::create_dir(directory) {
-        Ok(()) => fs::set_permissions(directory, fs::Permissions::from_mode(0o755)),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Writes so that a reader sees the old or the new, never a part.
-pub(super) fn write(path: &Path, entry: &Entry) -> io::Result<()> {
-    if let Some(directory) = path.parent() {
-        make_readable(directory)?;
-    }
+/// Writes so that a reader sees the old or the new, never a part. Returns which file that is.
+pub(super) fn write(path: &Path, entry: &Entry) -> io::Result<(u64, u64)> {
+    // Its lock is held, so that nobody else does this.
     let new = path.with_extension("new");
-    // What a process of the same number has left.
     let _ = fs::remove_file(&new);
-    let file = File::create_new(&new)?;
-    fill(file, entry)
+    let mut file = File::create_new(&new)?;
+    file.set_permissions(fs::Permissions::from_mode(0o644))?;
+    let text = serde_json::to_vec(entry)?;
+    let written = file
+        .write_all(&text)
         .and_then(|()| fs::rename(&new, path))
+        .and_then(|()| file.metadata());
+    written
+        .map(|found| (found.dev(), found.ino()))
         .inspect_err(|_| drop(fs::remove_file(&new)))
 }
 
-fn fill(mut file: File, entry: &Entry) -> io::Result<()> {
-    file.set_permissions(fs::Permissions::from_mode(0o644))?;
-    file.write_all(&serde_json::to_vec(entry)?)
+/// Which file it is.
+pub(super) fn id(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
-/// An entry of a live process, and whose word it is.
+/// An entry whose record is locked, and whose word it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub entry: Entry,
-    pub user: u32,
+    /// The card was passed on by whoever has the record of the same device.
+    pub is_passed: bool,
 }
 
-/// The entries of a directory. Files of the dead are removed on the way.
-pub(super) fn read(directory: &Path) -> Vec<Found> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let Ok(directory) = rustix::fs::open(directory, flags, Mode::empty()) else {
-        return Vec::new();
+/// What those say who have locked a record in `directory`. In a directory of one's own, what others have left is removed.
+pub(super) fn read(view: &RecordView, directory: &RecordDirectory) -> Vec<Found> {
+    let names = Dir::read_from(directory).into_iter().flatten().flatten();
+    let names = names.map(|entry| entry.file_name().to_owned());
+    let most = if directory.is_certain() {
+        usize::MAX
+    } else {
+        MOST
     };
-    let entries = Dir::read_from(&directory).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| examine(&directory, entry.file_name()))
+    names
+        .take(most)
+        .filter_map(|name| examine(view, directory, &name))
         .collect()
 }
 
-fn examine(directory: impl AsFd, name: &CStr) -> Option<Found> {
-    let text = name.to_str().ok()?;
-    if let Some(pid) = text.strip_suffix(".new") {
-        if is_abandoned(&directory, name, pid) {
-            let _ = rustix::fs::unlinkat(directory, name, AtFlags::empty());
+fn examine(view: &RecordView, directory: &RecordDirectory, name: &CStr) -> Option<Found> {
+    let stem = name.to_str().ok()?.strip_suffix(ENDING)?;
+    let any = RecordKey::any(stem);
+    if view.state(directory, &any) != RecordState::Held {
+        if directory.is_certain() {
+            remove(directory.path(), &any);
         }
         return None;
     }
-    text.strip_suffix(".json")?;
-    let (bytes, user) = contents(&directory, name)?;
-    let Owned { owner } = serde_json::from_slice(&bytes).ok()?;
-    let owner: Owner = owner.parse().ok()?;
-    if owner.is_dead() {
-        let _ = rustix::fs::unlinkat(directory, name, AtFlags::empty());
+    let mut entry = contents(directory, name)?;
+    entry.vouched_by = directory.user();
+    entry.is_certain = directory.is_certain();
+    let owner: Option<Owner> = entry.owner.parse().ok();
+    let user = owner.and_then(|owner| owner.user());
+    if !entry.is_certain && user.is_some_and(|user| user != entry.vouched_by) {
         return None;
     }
-    // Root may speak for others.
-    if user != 0 && owner.user() != Some(user) {
-        return None;
+    let is_passed = stem.ends_with(PASSED);
+    let is_locked = entry.nics.iter().all(|nic| {
+        let key = nic.key().filter(|key| is_of(key, is_passed, name));
+        key.is_some_and(|key| {
+            let key = if is_passed { key.passed() } else { key };
+            view.state(directory, &key) == RecordState::Held
+        })
+    });
+    (is_locked && !entry.nics.is_empty()).then_some(Found { entry, is_passed })
+}
+
+/// Whether a file of this name is about the card: it is locked by its name.
+fn is_of(key: &RecordKey, is_passed: bool, name: &CStr) -> bool {
+    let ending = if is_passed { "passed.json" } else { "json" };
+    key.file(ending).as_bytes() == name.to_bytes()
+}
+
+/// What its holder says of one record. Nothing while that is only starting.
+pub(super) fn read_one(directory: &Path, key: &RecordKey) -> Option<Entry> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty()).ok()?;
+    let name = std::ffi::CString::new(key.file("json")).ok()?;
+    contents(directory, &name)
+}
+
+/// Removes an entry that an ended process has left.
+fn remove(directory: &Path, key: &RecordKey) {
+    // Nobody else can have the lock meanwhile, and so nobody's is removed.
+    let lock = RecordLock::take(directory, key, |_| {
+        let _ = fs::remove_file(directory.join(key.file("json")));
+    });
+    if let Err(error) = lock {
+        log::debug!("cannot remove what an ended process has left: {error}");
     }
-    let mut entry: Entry = serde_json::from_slice(&bytes).ok()?;
-    entry.pid = owner.pid();
-    entry.tame();
-    Some(Found { entry, user })
 }
 
-/// What every version of an entry has.
-#[derive(Deserialize)]
-struct Owned {
-    owner: String,
-}
-
-/// A regular file's bytes, and its owner.
-fn contents(directory: impl AsFd, name: &CStr) -> Option<(Vec<u8>, u32)> {
+/// What a regular file says.
+fn contents(directory: impl AsFd, name: &CStr) -> Option<Entry> {
     // Non-blocking: a FIFO would wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::openat(directory, name, flags, Mode::empty()).ok()?);
@@ -183,23 +136,7 @@ fn contents(directory: impl AsFd, name: &CStr) -> Option<(Vec<u8>, u32)> {
     }
     let mut bytes = Vec::new();
     file.take(LONGEST).read_to_end(&mut bytes).ok()?;
-    Some((bytes, metadata.uid()))
-}
-
-/// Whether a file that was to become an entry will not any more.
-fn is_abandoned(directory: impl AsFd, name: &CStr, pid: &str) -> bool {
-    let Ok(stat) = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) else {
-        return false;
-    };
-    let Some(pid) = pid.parse().ok().and_then(Pid::from_raw) else {
-        return false;
-    };
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    let age = now
-        .as_secs()
-        .saturating_sub(u64::try_from(stat.st_mtime).unwrap_or(0));
-    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
-        && (test_kill_process(pid) == Err(rustix::io::Errno::SRCH) || age > WRITING.as_secs())
+    let mut entry: Entry = serde_json::from_slice(&bytes).ok()?;
+    entry.tame();
+    Some(entry)
 }

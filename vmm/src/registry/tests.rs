@@ -1,9 +1,17 @@
-use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 
-use net::Owner;
+use net::RecordLock;
 
 use super::*;
+
+/// The macvtap of these tests: its device, and which link it is.
+const DEVICE: u64 = 0xf105;
+const ID: Id = Id {
+    namespace: 4_026_531_840,
+    index: 7,
+};
 
 fn nic() -> NicEntry {
     NicEntry {
@@ -13,8 +21,8 @@ fn nic() -> NicEntry {
         mtu: 1500,
         addresses: vec!["10.0.0.5".parse().unwrap(), "fe80::1".parse().unwrap()],
         wrong_source_frames: 3,
-        device: 0xf100,
-        id: None,
+        device: DEVICE,
+        id: Some(ID),
         lower_id: Some(Id {
             namespace: 4_026_531_840,
             index: 2,
@@ -28,129 +36,209 @@ fn nic() -> NicEntry {
     }
 }
 
-fn own_tag() -> String {
-    Owner::this_process().unwrap().to_string()
+fn entry(runs: Runs) -> Entry {
+    Entry::new(runs, None, nic())
 }
 
-fn entry(owner: &str) -> Entry {
-    Entry {
-        owner: owner.into(),
-        ..Entry::new(Runs::Kernel("bzImage".into()), vec![nic()])
-    }
+fn guest() -> Entry {
+    entry(Runs::Kernel("bzImage".into()))
 }
 
-/// The same number, given again to another process.
-fn dead_tag() -> String {
-    let own = own_tag();
-    let start = own
-        .split_whitespace()
-        .find(|word| word.starts_with("start="))
-        .unwrap();
-    own.replace(start, "start=1")
+fn program() -> Entry {
+    entry(Runs::Program("minivmm".into()))
 }
 
-fn entries(directory: &std::path::Path) -> Vec<Entry> {
-    let found = store::read(directory);
+/// A lock of `key` in `directory` and what its holder says.
+fn hold(directory: &Path, key: &RecordKey, entry: &Entry) -> RecordLock {
+    let path = directory.join(key.file("json"));
+    let write = |_: &mut File| assert!(store::write(&path, entry).is_ok());
+    RecordLock::take(directory, key, write).unwrap()
+}
+
+fn read(directory: &Path) -> Vec<Entry> {
+    read_as(directory, None)
+}
+
+fn read_as(directory: &Path, user: Option<u32>) -> Vec<Entry> {
+    let directory = RecordDirectory::open(directory.to_owned(), user).unwrap();
+    let found = store::read(&RecordView::default(), &directory);
     found.into_iter().map(|found| found.entry).collect()
 }
 
 #[test]
-fn entry_of_a_live_process_is_read_back_and_that_of_a_dead_one_removed() {
+fn entry_is_read_back_while_its_record_is_locked_and_removed_when_it_is_not() {
     let directory = tempfile::tempdir().unwrap();
-    let path = |name: &str| directory.path().join(name);
-    let live = entry(&own_tag());
-    store::write(&path("1.json"), &live).unwrap();
-    store::write(&path("2.json"), &entry(&dead_tag())).unwrap();
-    fs::write(path("3.json"), "{").unwrap();
-    // Being written by a live process, and by one that was killed.
-    let own = format!("{}.new", std::process::id());
-    fs::write(path(&own), "").unwrap();
-    fs::write(path("2147483647.new"), "{").unwrap();
-    assert_eq!(entries(directory.path()), [live]);
-    assert!(!path("2.json").exists() && !path("2147483647.new").exists());
-    assert!(path(&own).exists());
+    let key = nic().key().unwrap();
+    for entry in [guest(), program()] {
+        let lock = hold(directory.path(), &key, &entry);
+        assert_eq!(read(directory.path()), [entry]);
+        // As by a kill, which runs no destructor: the file stays.
+        drop(lock);
+        assert!(directory.path().join(key.file("json")).exists());
+        assert_eq!(read(directory.path()), []);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
 }
 
 #[test]
-fn entry_of_every_kind_is_read_back() {
+fn entry_with_a_path_that_is_no_text_can_be_written() {
+    use std::os::unix::ffi::OsStrExt;
     let directory = tempfile::tempdir().unwrap();
-    let program = Entry {
-        runs: Runs::Program("qemu".into()),
-        ..entry(&own_tag())
+    let path = PathBuf::from(std::ffi::OsStr::from_bytes(b"k\xff"));
+    let _lock = hold(
+        directory.path(),
+        &nic().key().unwrap(),
+        &entry(Runs::kernel(&path)),
+    );
+    assert_eq!(read(directory.path())[0].runs.path(), "k\u{fffd}");
+}
+
+#[test]
+fn entry_about_another_device_than_its_locks_is_not_believed() {
+    let directory = tempfile::tempdir().unwrap();
+    let other = RecordKey::of_tap(
+        DEVICE + 1,
+        Some(ID.into()),
+        "02:00:00:00:00:01".parse().unwrap(),
+    );
+    let _lock = hold(directory.path(), &other, &guest());
+    assert_eq!(read(directory.path()), []);
+}
+
+#[test]
+fn entry_of_who_had_the_device_before_is_replaced_and_stays_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let key = nic().key().unwrap();
+    let _before = hold(directory.path(), &key, &guest());
+    let now = NicEntry {
+        id: Some(Id { index: 8, ..ID }),
+        ..nic()
     };
-    store::write(&directory.path().join("1.json"), &program).unwrap();
-    assert_eq!(entries(directory.path()), [program]);
-    let file = fs::metadata(directory.path().join("1.json")).unwrap();
-    assert_eq!(file.permissions().mode() & 0o777, 0o644);
+    let now = Entry::new(Runs::Kernel("other".into()), None, now);
+    let _now = hold(directory.path(), &now.nics[0].key().unwrap(), &now);
+    assert_eq!(read(directory.path()), [now]);
 }
 
 #[test]
 fn file_that_is_not_what_it_should_be_is_not_read() {
     let directory = tempfile::tempdir().unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
-    let target = elsewhere.path().join("1.json");
-    store::write(&target, &entry(&own_tag())).unwrap();
-    symlink(&target, directory.path().join("1.json")).unwrap();
-    fs::hard_link(&target, directory.path().join("2.json")).unwrap();
-    fs::create_dir(directory.path().join("3.json")).unwrap();
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        directory.path().join("4.json"),
-        rustix::fs::FileType::Fifo,
-        rustix::fs::Mode::RUSR,
-        0,
-    )
-    .unwrap();
-    assert_eq!(entries(directory.path()), []);
-    // Nor through a directory that is a link.
-    let link = elsewhere.path().join("link");
-    symlink(directory.path(), &link).unwrap();
-    store::write(&directory.path().join("5.json"), &entry(&own_tag())).unwrap();
-    assert_eq!(entries(directory.path()).len(), 1);
-    assert_eq!(entries(&link), []);
+    let key = nic().key().unwrap();
+    let path = directory.path().join(key.file("json"));
+    let target = elsewhere.path().join("target");
+    store::write(&target, &guest()).unwrap();
+    let _lock = RecordLock::take(directory.path(), &key, |_| ()).unwrap();
+    assert_eq!(read(directory.path()), [], "not said yet");
+    symlink(&target, &path).unwrap();
+    assert_eq!(read(directory.path()), [], "a link");
+    fs::remove_file(&path).unwrap();
+    fs::hard_link(&target, &path).unwrap();
+    assert_eq!(read(directory.path()), [], "another name");
+    fs::remove_file(&path).unwrap();
+    let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+    rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, mode, 0).unwrap();
+    assert_eq!(read(directory.path()), [], "a FIFO");
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "{").unwrap();
+    assert_eq!(read(directory.path()), [], "half of it");
+    store::write(&path, &guest()).unwrap();
+    assert_eq!(read(directory.path()), [guest()]);
 }
 
 #[test]
-fn file_of_a_user_about_a_process_of_another_is_not_believed() {
-    if !rustix::process::geteuid().is_root() {
-        return;
-    }
+fn users_word_is_marked_as_such_and_junk_of_theirs_is_left_alone() {
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("1.json");
-    store::write(&path, &entry(&own_tag())).unwrap();
-    assert_eq!(entries(directory.path()).len(), 1);
-    std::os::unix::fs::chown(&path, Some(4711), None).unwrap();
-    assert_eq!(fs::metadata(&path).unwrap().uid(), 4711);
-    assert_eq!(entries(directory.path()), []);
+    let junk = directory.path().join("240:9.json");
+    fs::write(&junk, "{}").unwrap();
+    // Another user cannot speak for a process of this one.
+    let liar = entry(Runs::Kernel("bzImage".into()));
+    let lock = hold(directory.path(), &nic().key().unwrap(), &liar);
+    let user = rustix::process::geteuid().as_raw() + 1;
+    assert_eq!(read_as(directory.path(), Some(user)), []);
+    drop(lock);
+    let unknown = Entry {
+        owner: String::new(),
+        ..guest()
+    };
+    let _lock = hold(directory.path(), &nic().key().unwrap(), &unknown);
+    let read = read_as(directory.path(), Some(user));
+    assert_eq!((read[0].vouched_by, read[0].is_certain), (user, false));
+    assert!(junk.exists());
+}
+
+fn found(entry: Entry, is_passed: bool) -> store::Found {
+    store::Found { entry, is_passed }
+}
+
+fn of_user(user: u32, mut entry: Entry) -> Entry {
+    (entry.vouched_by, entry.is_certain) = (user, false);
+    entry
+}
+
+#[test]
+fn card_that_a_program_passes_to_a_guest_is_told_of_once_and_as_the_program_says() {
+    let giver = Entry {
+        user: Some(1000),
+        ..program()
+    };
+    let mut inner = of_user(1000, guest());
+    inner.nics[0].lower = "invented".into();
+    let told = once(vec![
+        found(giver.clone(), false),
+        found(inner.clone(), true),
+    ]);
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].vouched_by, 1000);
+    assert_eq!(
+        (&*told[0].nics[0].lower, told[0].is_certain),
+        ("eno1", true)
+    );
+    assert_eq!(told[0].nics[0].addresses, nic().addresses);
+    // Root's own guest in root's program.
+    let told = once(vec![found(program(), false), found(guest(), true)]);
+    assert_eq!(told, [guest()]);
+}
+
+#[test]
+fn users_word_hides_no_certain_entry() {
+    let liar = of_user(1000, guest());
+    for (certain, is_passed) in [
+        (program(), true),
+        (guest(), true),
+        (guest(), false),
+        (
+            Entry {
+                user: Some(1001),
+                ..program()
+            },
+            true,
+        ),
+    ] {
+        let told = once(vec![
+            found(liar.clone(), is_passed),
+            found(certain.clone(), false),
+        ]);
+        assert_eq!(told.len(), 2);
+        assert!(told.contains(&certain) && told.contains(&liar));
+    }
+}
+
+#[test]
+fn cards_of_one_process_are_put_together_unless_others_say_so() {
+    let mut second = guest();
+    second.nics[0].device += 1;
+    let other = of_user(1000, guest());
+    let told = together(vec![second.clone(), other.clone(), guest()]);
+    assert_eq!(told.len(), 2);
+    assert_eq!(told[0].nics, [guest().nics, second.nics].concat());
+    assert_eq!(told[1], other);
 }
 
 #[test]
 fn text_of_a_user_cannot_drive_the_terminal() {
-    let mut entry = entry(&own_tag());
+    let mut entry = entry(Runs::Program("x\ry".into()));
     entry.nics[0].name = "a\x1b[2Jb\n".into();
-    entry.runs = Runs::Program("x\ry".into());
     entry.tame();
     assert_eq!(entry.nics[0].name, "a[2Jb");
-    assert_eq!(entry.runs, Runs::Program("xy".into()));
-}
-
-#[test]
-fn card_that_a_program_hands_to_a_guest_is_told_of_once() {
-    let guest = entry("guest");
-    let program = Entry {
-        runs: Runs::Program("minivmm".into()),
-        ..entry("program")
-    };
-    let mut other = program.clone();
-    other.nics[0].mac = "02:00:00:00:00:09".into();
-    let told = without_givers(vec![program, guest.clone(), other.clone()]);
-    assert_eq!(told, [guest, other]);
-}
-
-#[test]
-fn entry_of_an_older_minivmm_is_read() {
-    let old = r#"{"pid":1,"owner":"o","kernel":"k","nics":[{"name":"m","lower":"l",
-        "mac":"02:00:00:00:00:01","mtu":1500,"addresses":[],"wrong_source_frames":0}]}"#;
-    let entry: Entry = serde_json::from_str(old).unwrap();
-    assert_eq!(entry.runs, Runs::Kernel("k".into()));
+    assert_eq!(entry.runs.path(), "xy");
 }
