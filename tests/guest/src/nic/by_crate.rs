@@ -107,6 +107,11 @@ impl CrateNic {
         frame
     }
 
+    /// Whether frames are on their way out, as of the last [`CrateNic::can_send`].
+    pub fn is_sending(&self) -> bool {
+        self.sending.iter().any(Option::is_some)
+    }
+
     /// Whether a frame can be sent now.
     pub fn can_send(&mut self) -> bool {
         while let Some(token) = self.raw.poll_transmit() {

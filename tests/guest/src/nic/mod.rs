@@ -59,6 +59,15 @@ impl Nic {
         }
     }
 
+    /// Whether the device has not taken all frames yet.
+    pub fn is_sending(&mut self) -> bool {
+        self.can_send();
+        match self {
+            Self::Crate(nic) => nic.is_sending(),
+            Self::Own(nic) => nic.is_sending(),
+        }
+    }
+
     /// Whether a frame can be sent now.
     fn can_send(&mut self) -> bool {
         match self {

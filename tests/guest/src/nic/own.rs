@@ -98,6 +98,11 @@ impl OwnNic {
         Some(frame)
     }
 
+    /// Whether frames are on their way out, as of the last [`OwnNic::can_send`].
+    pub fn is_sending(&self) -> bool {
+        self.tx_free.len() < usize::from(TX_FRAMES.min(self.tx.size / 2))
+    }
+
     /// Whether a frame can be sent now.
     pub fn can_send(&mut self) -> bool {
         while let Some((head, _)) = self.tx.take() {
