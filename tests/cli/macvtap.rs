@@ -33,7 +33,12 @@ fn macvtap_value_that_makes_no_sense_is_refused() {
         "--macvtap",
         &[
             ("", "empty"),
-            ("abcdefghijklmnop", "16 bytes, and the kernel allows 15"),
+            (&"x".repeat(128), "128 bytes, and the kernel allows 127"),
+            (
+                "eth7,name=abcdefghijklmnop",
+                "16 bytes, and the kernel allows 15",
+            ),
+            ("eth7,name=all", "cannot be the name of a new interface"),
             ("a/b", "cannot be the name"),
             ("eth7,colour=red", key),
             ("eth7,mode", "KEY=VALUE"),

@@ -426,7 +426,7 @@ mod tests {
             ("--cpus", "two"),
             ("--macvtap", ""),
             ("--macvtap", ",mode=bridge"),
-            ("--macvtap", "abcdefghijklmnop"),
+            ("--macvtap", "eno1,name=abcdefghijklmnop"),
             ("--macvtap", "eno1,mode=hub"),
             ("--macvtap", "eno1,mode"),
             ("--macvtap", "eno1,colour=red"),
