@@ -75,13 +75,14 @@ tiny_echo:
     cmp al, 'T'
     je 5f
     cmp al, 'R'
-    je 6f
+    je tiny_reset
     out dx, al
     jmp 4b
 5:  mov rax, 0x7ffffffff000
     mov al, [rax]
     jmp 5b
-6:  mov dx, 0x602
+tiny_reset:
+    mov dx, 0x602
     mov al, 1
     out dx, al
     jmp 2b
@@ -144,7 +145,7 @@ tiny_no_serial:
     in al, dx
     cmp al, 0xff
     je tiny_power_off
-    jmp 6b
+    jmp tiny_reset
 
 tiny_unrunnable:
     mov edi, 0x300000
