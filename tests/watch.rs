@@ -333,6 +333,42 @@ fn macvtap_that_somebody_takes_down_or_deletes_takes_the_guests_link_down() {
 }
 
 #[test]
+fn what_start_up_set_for_a_macvtap_is_put_right_or_told() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let nic = format!("lower,netns=host,name=vm0,mac={MAC}");
+    let mut vm = net.start_on(&nic, 2, "mode=link");
+    vm.wait_for("READY link\n", PATIENCE);
+    let set = |what: &str| drop(net.host.ip(&format!("link set vm0 {what}")));
+    set("allmulticast off");
+    vm.wait_for_log("somebody let vm0 filter multicast", PATIENCE);
+    eventually("vm0 that takes every multicast frame", || {
+        net.host
+            .ip("link show vm0")
+            .contains("ALLMULTI")
+            .then_some(())
+    });
+    // No frame for the guest arrives then, and nothing in the guest shows it.
+    set("address 02:00:00:00:78:99");
+    let remedy = format!(
+        "the guest has {MAC}, so no frame reaches it any more: `ip link set vm0 address {MAC}`"
+    );
+    vm.wait_for_log(&remedy, PATIENCE);
+    assert!(
+        vm.log().contains("the MAC address 02:00:00:00:78:99"),
+        "{}",
+        vm.log()
+    );
+    set(&format!("address {MAC}"));
+    vm.wait_for_log(
+        &format!("has the guest's MAC address {MAC} again"),
+        PATIENCE,
+    );
+}
+
+#[test]
 fn mtu_of_the_lower_that_changes_is_logged() {
     if !is_possible() {
         return;

@@ -108,6 +108,15 @@ pub(crate) fn link_dump(sequence: u32) -> Vec<u8> {
     wire::request(all.kind, all.flags, sequence, &all.body)
 }
 
+/// The message that turns these flags of a link on (of IFF_*), with a refusal that has this number.
+pub(crate) fn flags_change(index: u32, flags: u32, sequence: u32) -> Vec<u8> {
+    let mut body = link::header(index);
+    // ifi_flags, and ifi_change, which says which of them count.
+    body[8..12].copy_from_slice(&flags.to_ne_bytes());
+    body[12..16].copy_from_slice(&flags.to_ne_bytes());
+    wire::request(libc::RTM_SETLINK, 0, sequence, &body)
+}
+
 /// Asks for the link with this index, or with NLM_F_DUMP and 0 for all, without the statistics.
 fn link_request(index: u32, flags: i32) -> Request {
     let mut body = link::header(index);

@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
 
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, sockopt};
 
-use crate::netlink::{Link, Message, Messages, is_interrupted, link_dump, receive};
+use crate::mac::MacAddr;
+use crate::netlink::{Link, Message, Messages, flags_change, is_interrupted, link_dump, receive};
 use crate::netns;
 
 /// The group that RTM_NEWLINK and RTM_DELLINK are sent to (RTNLGRP_LINK), as its bit in an address.
@@ -35,6 +37,12 @@ pub enum LinkChange {
     Admin(bool),
     /// Its new MTU in bytes, without the Ethernet header.
     Mtu(u32),
+    /// Its new MAC address.
+    Mac(MacAddr),
+    /// It takes every multicast frame now, or no longer (IFF_ALLMULTI).
+    AllMulticast(bool),
+    /// What [`LinkWatch::turn_all_multicast_on`] asked for was refused, with this error number.
+    Refused(i32),
     /// It doesn't exist in this namespace any more. Nothing more will be heard of it.
     Deleted,
 }
@@ -56,7 +64,12 @@ pub struct LinkWatch {
     dump: Option<Vec<u32>>,
     /// It may have missed some.
     dump_again: bool,
+    /// The link that was last asked to be changed.
+    changed: u32,
 }
+
+/// The number of a request for a change, which no dump has.
+const CHANGE: u32 = u32::MAX;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
@@ -64,6 +77,9 @@ struct State {
     carrier: bool,
     up: bool,
     mtu: u32,
+    /// None before the first look.
+    mac: Option<MacAddr>,
+    all_multicast: Option<bool>,
 }
 
 impl LinkWatch {
@@ -106,6 +122,7 @@ impl LinkWatch {
             sequence: 0,
             dump: None,
             dump_again: false,
+            changed: 0,
         };
         watch.request_dump()?;
         Ok(watch)
@@ -154,6 +171,29 @@ impl LinkWatch {
         }
     }
 
+    /// Asks the kernel to let a watched link take every multicast frame, and waits for nothing: it comes as an event, and
+    /// so does a refusal. What is asked for while the kernel's lock (RTNL) is held would wait for that, so a thread asks.
+    ///
+    /// # Errors
+    ///
+    /// When there can be no such thread.
+    pub fn turn_all_multicast_on(&mut self, index: u32) -> io::Result<()> {
+        let socket = self.socket.try_clone()?;
+        let request = flags_change(index, libc::IFF_ALLMULTI as u32, CHANGE);
+        self.changed = index;
+        let ask = move || {
+            let kernel = SocketAddrNetlink::new(0, 0);
+            if let Err(error) = rustix::net::sendto(&socket, &request, SendFlags::NOSIGNAL, &kernel)
+            {
+                log::debug!("cannot ask for a link's multicast frames: {error}");
+            }
+        };
+        thread::Builder::new()
+            .name("rtnetlink".to_owned())
+            .spawn(ask)?;
+        Ok(())
+    }
+
     fn request_dump(&mut self) -> io::Result<()> {
         if self.dump.is_some() {
             // The kernel makes one after the other.
@@ -182,6 +222,10 @@ impl LinkWatch {
         self.dump_again |= is_of_dump && is_interrupted(&message);
         if let Some(outcome) = message.outcome().filter(|_| is_of_dump) {
             return self.finish_dump(outcome);
+        }
+        if let Some(outcome) = message.outcome().filter(|_| message.sequence == CHANGE) {
+            self.note_refusal(outcome);
+            return Ok(());
         }
         // A bridge talks of its ports by the same messages: that one left it does not mean that it is gone.
         let of_bridge = message.body.first() == Some(&(libc::AF_BRIDGE as u8));
@@ -227,12 +271,20 @@ impl LinkWatch {
             carrier: link.carrier,
             up: link.up,
             mtu: link.mtu,
+            mac: link.mac.and_then(|mac| mac.try_into().ok()),
+            all_multicast: Some(link.all_multicast),
         };
         let old = std::mem::replace(known, new.clone());
         let changes = [
             (old.up != new.up).then_some(LinkChange::Admin(new.up)),
             (old.carrier != new.carrier).then_some(LinkChange::Carrier(new.carrier)),
             (old.mtu != new.mtu && old.mtu != 0).then_some(LinkChange::Mtu(new.mtu)),
+            new.mac
+                .filter(|mac| old.mac.is_some_and(|old| old != *mac))
+                .map(LinkChange::Mac),
+            old.all_multicast
+                .filter(|old| *old != link.all_multicast)
+                .map(|_| LinkChange::AllMulticast(link.all_multicast)),
         ];
         let event = |change| LinkEvent {
             index: link.index,
@@ -240,6 +292,18 @@ impl LinkWatch {
             change,
         };
         self.ready.extend(changes.into_iter().flatten().map(event));
+    }
+
+    fn note_refusal(&mut self, outcome: io::Result<()>) {
+        let index = self.changed;
+        let number = outcome.err().and_then(|error| error.raw_os_error());
+        if let (Some(number), Some(Some(state))) = (number, self.known.get(&index)) {
+            self.ready.push_back(LinkEvent {
+                index,
+                name: state.name.clone(),
+                change: LinkChange::Refused(number),
+            });
+        }
     }
 
     fn forget(&mut self, index: u32) {
@@ -272,13 +336,15 @@ pub(crate) fn open_socket_in(namespace: Option<BorrowedFd<'_>>) -> io::Result<Ow
 }
 
 impl State {
-    /// What needs no event when the first look shows it. The MTU is not known before.
+    /// What needs no event when the first look shows it. All but the first three are not known before.
     fn healthy() -> Self {
         Self {
             name: String::new(),
             carrier: true,
             up: true,
             mtu: 0,
+            mac: None,
+            all_multicast: None,
         }
     }
 }

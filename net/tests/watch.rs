@@ -110,6 +110,42 @@ fn carrier_mtu_and_deletion_are_told_of_watched_links_alone() {
 }
 
 #[test]
+fn mac_and_multicast_that_somebody_changes_are_told_and_multicast_is_put_right() {
+    if !netns::is_root() {
+        return;
+    }
+    let netns = Netns::new();
+    netns.wire("v0");
+    netns.macvtap("m0", "v0", "bridge");
+    let m0 = index(&netns, "m0");
+    let mut watch = watch(&netns, &[m0]);
+    // As it is at first is nobody's change.
+    expect(&mut watch, &[]);
+    netns.ip("link set m0 allmulticast on");
+    expect(&mut watch, &[(m0, LinkChange::AllMulticast(true))]);
+    netns.ip("link set m0 address 02:00:00:00:00:99");
+    let mac = "02:00:00:00:00:99".parse().unwrap();
+    expect(&mut watch, &[(m0, LinkChange::Mac(mac))]);
+    netns.ip("link set m0 allmulticast off");
+    expect(&mut watch, &[(m0, LinkChange::AllMulticast(false))]);
+    watch.turn_all_multicast_on(m0).unwrap();
+    expect(&mut watch, &[(m0, LinkChange::AllMulticast(true))]);
+    assert!(netns.ip("link show m0").contains("ALLMULTI"));
+
+    netns.ip("link set m0 allmulticast off");
+    expect(&mut watch, &[(m0, LinkChange::AllMulticast(false))]);
+    // Who has no right to it hears that.
+    let without_rights = || {
+        // SAFETY: it takes plain numbers, and as a bare system call changes this thread alone.
+        let changed = unsafe { libc::syscall(libc::SYS_setresuid, -1, 65534, -1) };
+        assert_eq!(changed, 0);
+        watch.turn_all_multicast_on(m0).unwrap();
+    };
+    std::thread::scope(|scope| scope.spawn(without_rights).join().unwrap());
+    expect(&mut watch, &[(m0, LinkChange::Refused(libc::EPERM))]);
+}
+
+#[test]
 fn socket_of_another_process_is_watched_by_and_nothing_else_is() {
     if !netns::is_root() {
         return;

@@ -16,7 +16,8 @@
 //! | event loop | [`event_loop`] | the control thread |
 //!
 //! A network card's way through it: [`nic`] takes its queue from the host, [`cards`] puts it on the
-//! bus, and on the control thread [`link_watch`] follows the host's link, [`guest_listener`]
+//! bus, and on the control thread [`link_watch`] follows the host's link
+//! (`upkeep.rs` keeps it as the guest needs it), [`guest_listener`]
 //! hears a guest whose frames the kernel moves, and [`registry`] tells other programs of the guest. The subcommands that run no guest are in [`commands`], and [`qemu`]
 //! runs one in QEMU on the same macvtaps; [`child`] is what starting another
 //! program takes.
@@ -63,6 +64,7 @@ pub mod resources;
 pub mod sharing;
 pub mod signals;
 pub mod terminal;
+mod upkeep;
 pub mod vcpu;
 pub mod vm;
 

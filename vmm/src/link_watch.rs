@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::registry::LinkSeen;
+use crate::upkeep::Upkeep;
 
 /// How often a guest whose link has come back is asked to announce itself: its card may be somewhere
 /// else in the network now, and the first announcement may be lost on a switch that still learns.
@@ -34,6 +35,9 @@ pub struct LinkFollower {
     /// Runs while there are announcements left to ask for.
     announce: TimerFd,
     announcements: u32,
+    upkeep: Upkeep,
+    /// Index and name of the link, as the last event had them.
+    last: (u32, String),
 }
 
 /// What was last seen of a link, for those who tell of it.
@@ -91,12 +95,22 @@ impl LinkFollower {
             changed,
             announce: TimerFd::new()?,
             announcements: 0,
+            upkeep: Upkeep::new()?,
+            last: (0, String::new()),
         })
     }
 
-    fn follow(&mut self, change: LinkChange, link: &str) {
+    /// Takes in what is new; an error is one of a timer.
+    fn follow(&mut self, change: LinkChange, link: &str) -> io::Result<()> {
         let name = &self.name;
         match change {
+            LinkChange::Mac(mac) => return self.upkeep.mac_is(mac),
+            LinkChange::AllMulticast(on) => return self.upkeep.all_multicast_is(on),
+            LinkChange::Refused(number) => {
+                let error = io::Error::from_raw_os_error(number);
+                self.upkeep.refused(name, link, &error);
+                return Ok(());
+            }
             LinkChange::Carrier(carrier) => self.link.carrier = carrier,
             LinkChange::Admin(up) => self.link.up = up,
             LinkChange::Mtu(mtu) => {
@@ -124,26 +138,31 @@ impl LinkFollower {
             log::info!("{name}: the link is {}", if up { "up" } else { "down" });
             self.guest.set_up(up);
             self.announcements = if up { ANNOUNCEMENTS } else { 0 };
-            self.set_timer();
+            self.set_timer()?;
         }
+        Ok(())
     }
 
-    fn set_timer(&mut self) {
+    fn set_timer(&mut self) -> io::Result<()> {
         let set = match self.announcements {
             0 => self.announce.clear(),
             ANNOUNCEMENTS => self.announce.reset(FIRST_ANNOUNCEMENT, None),
             _ => self.announce.reset(ANNOUNCEMENT_INTERVAL, None),
         };
-        if let Err(error) = set {
-            log::warn!("{}: cannot set a timer: {error}", self.name);
-        }
+        Ok(set?)
     }
 
-    fn ask_to_announce(&mut self) {
+    fn ask_to_announce(&mut self) -> io::Result<()> {
         let _ = self.announce.wait();
         self.guest.ask_to_announce();
         self.announcements = self.announcements.saturating_sub(1);
-        self.set_timer();
+        self.set_timer()
+    }
+
+    fn warn_of_timer(&self, result: io::Result<()>) {
+        if let Err(error) = result {
+            log::warn!("{}: cannot set a timer: {error}", self.name);
+        }
     }
 }
 
@@ -153,6 +172,7 @@ impl MutEventSubscriber for LinkFollower {
         for events in [
             Events::new_raw(fd, EventSet::IN),
             Events::new(&self.announce, EventSet::IN),
+            Events::new(&self.upkeep.timer, EventSet::IN),
         ] {
             if let Err(error) = ops.add(events) {
                 log::warn!("{}: cannot watch its link: {error}", self.name);
@@ -162,11 +182,23 @@ impl MutEventSubscriber for LinkFollower {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.fd() == self.announce.as_raw_fd() {
-            return self.ask_to_announce();
+            let result = self.ask_to_announce();
+            return self.warn_of_timer(result);
+        }
+        if events.fd() == self.upkeep.timer.as_raw_fd() {
+            let (index, link) = &self.last;
+            let guest = self.guest.mac();
+            self.upkeep
+                .look(&self.name, guest, (*index, link), &mut self.watch);
+            return;
         }
         loop {
             match self.watch.next() {
-                Ok(Some(event)) => self.follow(event.change, &event.name),
+                Ok(Some(event)) => {
+                    let result = self.follow(event.change, &event.name);
+                    self.warn_of_timer(result);
+                    self.last = (event.index, event.name);
+                }
                 Ok(None) => return,
                 Err(error) => {
                     log::warn!("{}: its link is no longer watched: {error}", self.name);

@@ -100,7 +100,7 @@ impl ConfigSpace {
     }
 
     /// The MAC address as the driver finds it.
-    pub(super) fn mac(&self) -> [u8; 6] {
+    pub fn mac(&self) -> [u8; 6] {
         self.lock().config.mac
     }
 
