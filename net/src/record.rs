@@ -129,12 +129,21 @@ impl RecordLock {
     pub fn take(
         directory: &Path,
         key: &RecordKey,
+        publish: impl FnMut(&mut File),
+    ) -> Result<Self, RecordError> {
+        Self::take_within(SETTLING, directory, key, publish)
+    }
+
+    fn take_within(
+        settling: Duration,
+        directory: &Path,
+        key: &RecordKey,
         mut publish: impl FnMut(&mut File),
     ) -> Result<Self, RecordError> {
         let path = directory.join(key.lock_file());
         let failed = |error| RecordError::File(path.clone(), error);
         directory::make_readable(directory).map_err(failed)?;
-        let deadline = Instant::now() + SETTLING;
+        let deadline = Instant::now() + settling;
         loop {
             let mut writer = open(CWD, &path, OFlags::RDWR | OFlags::CREATE).map_err(failed)?;
             if !key.range.lock(&writer, Kind::Write).map_err(failed)? {

@@ -96,7 +96,9 @@ fn of_many_at_once_one_has_the_lock_and_the_others_find_its_word() {
         let starter = |own: usize| {
             start.wait();
             let publish = |_: &mut File| fs::write(&word, own.to_string()).unwrap();
-            let lock = RecordLock::take(directory.path(), &key(7), publish);
+            // However long a disk keeps the one that publishes waiting.
+            let settling = Duration::from_secs(600);
+            let lock = RecordLock::take_within(settling, directory.path(), &key(7), publish);
             let said = fs::read_to_string(&word);
             end.wait();
             if lock.is_ok() {
