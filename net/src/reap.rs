@@ -13,7 +13,7 @@ use crate::Error;
 use crate::diagnose::Problem;
 use crate::identity::LinkId;
 use crate::ioctl;
-use crate::netlink::{Link, Netlink};
+use crate::netlink::{CHOSEN_INDEXES, Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
 use crate::record::{self, RecordDirectory, RecordKey, RecordState, RecordView};
@@ -85,10 +85,6 @@ pub(crate) fn delete_stale(netlink: &Netlink) {
         Err(error) => log::debug!("cannot delete what dead processes left: {error}"),
     }
 }
-
-/// The interface indexes of links that this crate makes are chosen at random from here on. The kernel's own, which count
-/// from 1, soon mean another link in another namespace.
-pub(crate) const CHOSEN_INDEXES: u32 = 0x4000_0000;
 
 /// Tells which links of the calling thread's namespace are stale.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use super::{Check, Driver, Facts, Node, Status, VhostNet};
 use crate::diagnose::{self, Problem};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::netlink::Link;
+use crate::netlink::{CHOSEN_INDEXES, Link};
 use crate::privileges::Obstacle;
 
 /// Every check, for `link` as the lower if one is named.
@@ -310,9 +310,6 @@ fn leaked(facts: &Facts, uppers: &[&Link]) -> Check {
     Check::warn(name, message, format!("delete with {}", delete.join(", ")))
 }
 
-/// From this index on nodes are our own: drawn at random, and far from those that are counted up.
-const RANDOM_INDEX: u32 = 0x4000_0000;
-
 fn nodes(links: &[Link], nodes: &[Node]) -> Check {
     let name = "device nodes";
     let text = |node: &Node| {
@@ -325,7 +322,7 @@ fn nodes(links: &[Link], nodes: &[Node]) -> Check {
                     "/dev/tap{index} is not `{link}` but a macvtap of another network namespace"
                 ))
             }
-            (Some(_), None) if index < RANDOM_INDEX => Some(match link {
+            (Some(_), None) if index < CHOSEN_INDEXES => Some(match link {
                 Some(link) => format!(
                     "/dev/tap{index} has the index of `{}` and is a macvtap of another network namespace",
                     link.name

@@ -172,9 +172,13 @@ fn kernel_mode(mode: Mode) -> MacVlanMode {
     }
 }
 
+/// The interface indexes of links that this crate makes are chosen at random from here on: a power of two. The kernel's own,
+/// which count from 1, soon mean another link in another namespace.
+pub(crate) const CHOSEN_INDEXES: u32 = 0x4000_0000;
+
 /// A high one: `/dev/tap<index>` then is nobody else's, whatever namespaces the machine has.
 pub(crate) fn random_index() -> io::Result<u32> {
-    Ok(random()? & 0x3fff_ffff | 0x4000_0000)
+    Ok(random()? & (CHOSEN_INDEXES - 1) | CHOSEN_INDEXES)
 }
 
 /// A name that is nobody else's.
