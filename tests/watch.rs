@@ -361,11 +361,25 @@ fn what_start_up_set_for_a_macvtap_is_put_right_or_told() {
         "{}",
         vm.log()
     );
+    let seen = || listed(&net, vm.pid()).expect("the guest is listed")["nics"][0]["link"].clone();
+    let wrong_mac = eventually("wrong MAC address in the list", || {
+        seen().get("wrong_mac").cloned()
+    });
+    let expected = serde_json::json!({"link": "02:00:00:00:78:99", "guest": MAC});
+    assert_eq!(wrong_mac, expected);
+    assert_eq!(seen()["filters_multicast"], false);
+    let checks = tell_json(&net.host, &["doctor", "lower", "--json"]);
+    let check = find(&checks, "check", &"running guests".into()).expect("its line");
+    assert_eq!(check["status"], "warn", "{check}");
+    assert_eq!(check["remedy"], format!("`ip link set vm0 address {MAC}`"));
     set(&format!("address {MAC}"));
     vm.wait_for_log(
         &format!("has the guest's MAC address {MAC} again"),
         PATIENCE,
     );
+    eventually("list that is content", || {
+        seen().get("wrong_mac").is_none().then_some(())
+    });
 }
 
 #[test]

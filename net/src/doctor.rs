@@ -1,6 +1,6 @@
 //! What stands in the way of macvtaps on this machine, before somebody runs into it: one line a check.
 //!
-//! [`diagnose_host`] collects facts, and `verdicts.rs` and `lower.rs` judge them without asking anybody.
+//! [`diagnose_host`] collects facts, and `verdicts.rs`, `lower.rs` and `neighbour.rs` judge them without asking anybody.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -81,6 +81,8 @@ struct Facts {
     nodes: Vec<Node>,
     /// Macvtaps on links of this namespace that are in others, and whose they are.
     neighbours: Vec<(Link, u32)>,
+    /// Macvtaps of running guests that somebody has changed.
+    changed: Vec<neighbour::Changed>,
 }
 
 /// What is known of the macvtap driver.
@@ -159,11 +161,12 @@ impl Facts {
                 .collect(),
             leaked: seen.iter().filter_map(dead).collect(),
             nodes: nodes(seen, sysfs.as_ref(), Path::new("/dev")),
-            neighbours: netns::inode_of_current()
-                .map(|namespace| neighbour::out_of_sight(neighbours, seen, namespace))
-                .unwrap_or_default(),
             ..Self::default()
         };
+        if let Ok(namespace) = netns::inode_of_current() {
+            facts.neighbours = neighbour::out_of_sight(neighbours, seen, namespace);
+            facts.changed = neighbour::changed(neighbours, seen, namespace);
+        }
         facts.links = links;
         // Last: it moves this thread to another namespace.
         facts.driver = Driver::look();

@@ -18,9 +18,7 @@ mod wire;
 mod worker;
 
 pub(crate) use link::Link;
-pub(crate) use making::{
-    Birthplace, CHOSEN_INDEXES, Driver, NewLink, random_index, random_name,
-};
+pub(crate) use making::{Birthplace, CHOSEN_INDEXES, Driver, NewLink, random_index, random_name};
 use reading::Request;
 pub(crate) use reading::{is_interrupted, receive};
 pub(crate) use wire::{Message, Messages};

@@ -77,6 +77,7 @@ fn doctor_finds_a_sound_host_and_link_sound() {
         "macvtaps",
         "duplicate MACs",
         "vepa",
+        "running guests",
         "leaked links",
     ] {
         expect(&checks, name, "ok", "", "");

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use devices::virtio::net::config::ConfigSpace;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use net::{LinkChange, LinkWatch};
+use net::{LinkChange, LinkWatch, MacAddr};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::registry::LinkSeen;
+use crate::registry::{LinkSeen, WrongMac};
 use crate::upkeep::Upkeep;
 
 /// How often a guest whose link has come back is asked to announce itself: its card may be somewhere
@@ -51,6 +51,8 @@ impl Default for FollowedLink {
             exists: true,
             up: true,
             carrier: true,
+            wrong_mac: None,
+            filters_multicast: false,
         };
         Self(Mutex::new((link, None)))
     }
@@ -104,8 +106,8 @@ impl LinkFollower {
     fn follow(&mut self, change: LinkChange, link: &str) -> io::Result<()> {
         let name = &self.name;
         match change {
-            LinkChange::Mac(mac) => return self.upkeep.mac_is(mac),
-            LinkChange::AllMulticast(on) => return self.upkeep.all_multicast_is(on),
+            LinkChange::Mac(mac) => self.upkeep.mac_is(mac, name, self.guest.mac(), link)?,
+            LinkChange::AllMulticast(on) => self.upkeep.all_multicast_is(on)?,
             LinkChange::Refused(number) => {
                 let error = io::Error::from_raw_os_error(number);
                 self.upkeep.refused(name, link, &error);
@@ -130,17 +132,30 @@ impl LinkFollower {
             }
             _ => {}
         }
-        self.shown.lock().0 = self.link;
-        // Only a counter at its end could refuse.
-        let _ = self.changed.write(1);
+        self.show();
         let up = self.link.exists && self.link.up && self.link.carrier;
         if up != self.guest.is_up() {
-            log::info!("{name}: the link is {}", if up { "up" } else { "down" });
+            let state = if up { "up" } else { "down" };
+            log::info!("{}: the link is {state}", self.name);
             self.guest.set_up(up);
             self.announcements = if up { ANNOUNCEMENTS } else { 0 };
             self.set_timer()?;
         }
         Ok(())
+    }
+
+    fn show(&mut self) {
+        let wrong_mac = || {
+            let link = self.upkeep.wrong_mac()?;
+            let guest = MacAddr::try_from(self.guest.mac()).ok()?;
+            // The guest may have taken that one too.
+            (link != guest).then_some(WrongMac { link, guest })
+        };
+        self.link.wrong_mac = wrong_mac().filter(|_| self.link.exists);
+        self.link.filters_multicast = self.link.exists && self.upkeep.filters_multicast();
+        self.shown.lock().0 = self.link;
+        // Only a counter at its end could refuse.
+        let _ = self.changed.write(1);
     }
 
     fn set_timer(&mut self) -> io::Result<()> {
@@ -190,7 +205,7 @@ impl MutEventSubscriber for LinkFollower {
             let guest = self.guest.mac();
             self.upkeep
                 .look(&self.name, guest, (*index, link), &mut self.watch);
-            return;
+            return self.show();
         }
         loop {
             match self.watch.next() {

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use net::{Adopted, LinkId, Macvtap, Owner, RecordDirectory, RecordKey, RecordView};
+use net::{Adopted, LinkId, MacAddr, Macvtap, Owner, RecordDirectory, RecordKey, RecordView};
 use serde::{Deserialize, Serialize};
 
 use crate::handed::Handed;
@@ -12,6 +12,7 @@ use crate::handed::Handed;
 mod announce;
 mod claim;
 mod store;
+mod text;
 
 pub use announce::{Announcer, RegisteredCard};
 pub use claim::{Claim, InUse, Wanted};
@@ -111,6 +112,23 @@ pub struct LinkSeen {
     pub up: bool,
     /// The wire is there.
     pub carrier: bool,
+    /// It has another MAC address than its guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wrong_mac: Option<WrongMac>,
+    /// It takes every multicast frame no longer.
+    #[serde(default)]
+    pub filters_multicast: bool,
+}
+
+/// Two MAC addresses that should be one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrongMac {
+    /// The link's.
+    #[serde(with = "text")]
+    pub link: MacAddr,
+    /// The guest's, which it may have changed since it started.
+    #[serde(with = "text")]
+    pub guest: MacAddr,
 }
 
 impl NicEntry {

@@ -44,10 +44,30 @@ impl Upkeep {
         })
     }
 
-    /// The link has a new MAC address.
-    pub fn mac_is(&mut self, mac: MacAddr) -> io::Result<()> {
+    /// The link `link` has a new MAC address. `guest` is the one that the guest's driver finds.
+    pub fn mac_is(
+        &mut self,
+        mac: MacAddr,
+        nic: &str,
+        guest: [u8; 6],
+        link: &str,
+    ) -> io::Result<()> {
         self.mac = Some(mac);
+        if mac.octets() == guest {
+            self.mac_is_right(mac, nic, link);
+            return Ok(());
+        }
         self.wait()
+    }
+
+    /// The link's MAC address, if that was warned of and is still none of the guest's.
+    pub fn wrong_mac(&self) -> Option<MacAddr> {
+        self.told.and(self.mac)
+    }
+
+    /// Whether the link takes every multicast frame no longer.
+    pub fn filters_multicast(&self) -> bool {
+        self.filters_multicast
     }
 
     /// The link takes every multicast frame, or no longer.
@@ -94,13 +114,16 @@ impl Upkeep {
         }
     }
 
+    fn mac_is_right(&mut self, mac: MacAddr, nic: &str, link: &str) {
+        if self.told.take().is_some() {
+            log::info!("{nic}: {link} has the guest's MAC address {mac} again");
+        }
+    }
+
     fn look_at_mac(&mut self, nic: &str, guest: [u8; 6], link: &str) {
         let Some(mac) = self.mac else { return };
         if mac.octets() == guest {
-            if self.told.take().is_some() {
-                log::info!("{nic}: {link} has the guest's MAC address {mac} again");
-            }
-            return;
+            return self.mac_is_right(mac, nic, link);
         }
         if self.told.replace(mac) == Some(mac) {
             return;

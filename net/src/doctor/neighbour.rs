@@ -1,6 +1,7 @@
 //! Macvtaps that share a wire from other network namespaces: no list of links shows them, but somebody may know.
 
-use super::Facts;
+use super::{Check, Facts};
+use crate::diagnose;
 use crate::identity::LinkId;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
@@ -17,6 +18,10 @@ pub struct Neighbour {
     pub lower: LinkId,
     /// Its address.
     pub mac: MacAddr,
+    /// Its guest's, which should be the same.
+    pub guest_mac: MacAddr,
+    /// It takes every multicast frame no longer.
+    pub filters_multicast: bool,
     /// How it treats its siblings, where that is known.
     pub mode: Option<Mode>,
     /// The process that uses it.
@@ -57,6 +62,79 @@ pub(super) fn out_of_sight(
         .zip(on_ours.filter(is_hidden))
         .map(as_link)
         .collect()
+}
+
+/// A macvtap that is no longer as its guest needs it.
+#[derive(Clone, Debug)]
+pub(super) struct Changed {
+    neighbour: Neighbour,
+    /// Its lower's index, if that is in this namespace.
+    lower: Option<u32>,
+    /// What it is called in this namespace, if it is there.
+    name: Option<String>,
+}
+
+/// Those that are in `namespace`, which has `links`, or stand on one of these.
+pub(super) fn changed(neighbours: &[Neighbour], links: &[Link], namespace: u64) -> Vec<Changed> {
+    let index_here = |id: LinkId| (id.namespace == namespace).then_some(id.index);
+    let judge = |neighbour: &Neighbour| {
+        let link = diagnose::by_index(links, neighbour.id.and_then(index_here));
+        Changed {
+            neighbour: neighbour.clone(),
+            lower: index_here(neighbour.lower),
+            name: link.map(|link| link.name.clone()),
+        }
+    };
+    neighbours
+        .iter()
+        .filter(|neighbour| neighbour.mac != neighbour.guest_mac || neighbour.filters_multicast)
+        .map(judge)
+        .filter(|changed| changed.lower.is_some() || changed.name.is_some())
+        .collect()
+}
+
+/// Whether the macvtaps of running guests are as these need them: all, or those on the link with the index `only`.
+pub(super) fn guests(facts: &Facts, only: Option<u32>) -> Check {
+    let check = "running guests";
+    let (mut messages, mut remedies) = (Vec::new(), Vec::new());
+    let all = facts.changed.iter();
+    for changed in all.filter(|changed| only.is_none() || changed.lower == only) {
+        let Neighbour {
+            mac,
+            guest_mac,
+            pid,
+            ..
+        } = changed.neighbour;
+        let name = changed.name.as_ref().unwrap_or(&changed.neighbour.name);
+        let mut tell = |message: String, set: String| {
+            messages.push(format!("`{name}` of pid {pid} {message}"));
+            remedies.push(match changed.name {
+                Some(_) => format!("`ip link set {name} {set}`"),
+                None => format!(
+                    "`ip link set {name} {set}` in the network namespace that has it, or start \
+                     that guest again"
+                ),
+            });
+        };
+        if mac != guest_mac {
+            tell(
+                format!(
+                    "has the MAC address {mac}, but its guest has {guest_mac} and gets no frame"
+                ),
+                format!("address {guest_mac}"),
+            );
+        }
+        if changed.neighbour.filters_multicast {
+            tell(
+                "filters multicast, so IPv6 neighbours may not find its guest".to_owned(),
+                "allmulticast on".to_owned(),
+            );
+        }
+    }
+    match messages.is_empty() {
+        true => Check::ok(check, "nobody has changed the macvtap of one"),
+        false => Check::warn(check, messages.join("; "), remedies.join("; ")),
+    }
 }
 
 impl Facts {

@@ -43,6 +43,7 @@ fn healthy() -> Facts {
             expected: Some(99),
         }],
         neighbours: Vec::new(),
+        changed: Vec::new(),
     }
 }
 
@@ -374,6 +375,8 @@ fn private(mode: Mode) -> Neighbour {
             index: 2,
         },
         mac: "02:00:00:00:02:01".parse().unwrap(),
+        guest_mac: "02:00:00:00:02:01".parse().unwrap(),
+        filters_multicast: false,
         mode: Some(mode),
         pid: 4711,
     }
@@ -447,6 +450,57 @@ fn neighbours_of_other_lowers_and_those_in_sight_are_left_out() {
         ..bridge()
     };
     assert_eq!(found(seen), 0);
+}
+
+#[test]
+fn doctor_of_running_guests_says_what_somebody_has_changed_on_their_macvtaps() {
+    use Status::Warn;
+    let changed =
+        |neighbour: Neighbour| neighbour::changed(&[neighbour], &healthy().links.unwrap(), 1);
+    assert_eq!(changed(private(Mode::Bridge)).len(), 0);
+    let other_mac = || Neighbour {
+        mac: "02:00:00:00:02:99".parse().unwrap(),
+        ..private(Mode::Bridge)
+    };
+    let multicast = Neighbour {
+        // It has been renamed since.
+        id: Some(LinkId {
+            namespace: 1,
+            index: 7,
+        }),
+        filters_multicast: true,
+        ..private(Mode::Bridge)
+    };
+    for link in ["", "eno1"] {
+        let text = "`macvtap0` of pid 4711 has the MAC address 02:00:00:00:02:99, but its guest has \
+                    02:00:00:00:02:01 and gets no frame -> `ip link set macvtap0 address \
+                    02:00:00:00:02:01` in the network namespace";
+        assert_complaint((Warn, text), link, |facts, _| {
+            facts.changed = changed(other_mac());
+        });
+        let text = "`mvt0` of pid 4711 filters multicast, so IPv6 neighbours may not find its guest \
+                    -> `ip link set mvt0 allmulticast on`";
+        assert_complaint((Warn, text), link, |facts, _| {
+            facts.changed = changed(multicast.clone());
+        });
+    }
+    // On another link, and in another namespace.
+    let mut lower = other_mac().lower;
+    lower.index = 3;
+    let on_other = Neighbour {
+        lower,
+        ..other_mac()
+    };
+    assert_eq!(
+        complaints("eno1", |facts, _| facts.changed = changed(on_other)),
+        []
+    );
+    lower.namespace = 2;
+    let elsewhere = Neighbour {
+        lower,
+        ..other_mac()
+    };
+    assert_eq!(changed(elsewhere).len(), 0);
 }
 
 #[test]

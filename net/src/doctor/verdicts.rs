@@ -1,6 +1,7 @@
 //! From facts to verdicts. Pure.
 
 use super::lower::lower;
+use super::neighbour::guests;
 use super::{Check, Driver, Facts, Node, Status, VhostNet};
 use crate::diagnose::{self, Problem};
 use crate::mac::MacAddr;
@@ -48,6 +49,7 @@ pub(super) fn all(facts: &Facts, link: Option<&str>) -> Vec<Check> {
     }
     checks.push(duplicate_macs(facts, &all, &uppers));
     checks.push(vepa(facts, &uppers));
+    checks.push(guests(facts, only));
     checks.push(leaked(facts, &uppers));
     checks.push(nodes(links, &facts.nodes));
     checks

@@ -61,11 +61,15 @@ pub fn run(args: &DoctorArgs) -> (String, bool) {
 /// The macvtaps of running guests. A private one shows nowhere else.
 fn neighbours() -> Vec<Neighbour> {
     let of = |pid: u32, nic: &NicEntry| {
+        let wrong_mac = nic.link.and_then(|link| link.wrong_mac);
+        let mac = nic.mac.parse().ok()?;
         Some(Neighbour {
             name: nic.name.clone(),
             id: nic.id.map(Into::into),
             lower: nic.lower_id?.into(),
-            mac: nic.mac.parse().ok()?,
+            mac: wrong_mac.map_or(mac, |wrong| wrong.link),
+            guest_mac: wrong_mac.map_or(mac, |wrong| wrong.guest),
+            filters_multicast: nic.link.is_some_and(|link| link.filters_multicast),
             mode: nic.mode.as_deref().and_then(|mode| mode.parse().ok()),
             pid,
         })

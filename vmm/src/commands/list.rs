@@ -248,13 +248,12 @@ fn nic_line(nic: &NicEntry) -> String {
         ..
     } = nic;
     let mode = mode.as_deref().unwrap_or("-");
-    let link = match link {
+    let up = match link {
         Some(LinkSeen { exists: false, .. }) => "gone",
         Some(link) => state(link.up, link.carrier),
         None => "not watched",
     };
-    let mut line =
-        format!("macvtap {name} on {lower}  {mode}  {mac}  mtu {mtu}  {link}  addresses");
+    let mut line = format!("macvtap {name} on {lower}  {mode}  {mac}  mtu {mtu}  {up}  addresses");
     for address in addresses {
         let _ = write!(line, " {address}");
     }
@@ -267,12 +266,63 @@ fn nic_line(nic: &NicEntry) -> String {
             "  ({wrong_source_frames} frames from a wrong MAC address)"
         );
     }
+    if let Some(wrong) = link.and_then(|link| link.wrong_mac) {
+        let _ = write!(line, "  (has the MAC address {} instead)", wrong.link);
+    }
+    if link.is_some_and(|link| link.filters_multicast) {
+        line.push_str("  (filters multicast)");
+    }
     line
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::WrongMac;
+
+    fn nic(lower_id: Option<Id>) -> NicEntry {
+        NicEntry {
+            name: "macvtap0".into(),
+            lower: "eno1".into(),
+            mac: "02:00:00:00:00:01".into(),
+            mtu: 1500,
+            addresses: Vec::new(),
+            wrong_source_frames: 0,
+            device: 1,
+            id: None,
+            lower_id,
+            mode: None,
+            link: None,
+        }
+    }
+
+    #[test]
+    fn line_of_a_nic_says_what_somebody_has_changed_on_its_link() {
+        let seen = LinkSeen {
+            exists: true,
+            up: true,
+            carrier: true,
+            wrong_mac: None,
+            filters_multicast: false,
+        };
+        let line = |seen| {
+            let link = Some(seen);
+            nic_line(&NicEntry { link, ..nic(None) })
+        };
+        let sound = line(seen);
+        assert!(sound.ends_with("  up  addresses not seen yet"), "{sound}");
+        let wrong_mac = Some(WrongMac {
+            link: "02:00:00:00:00:99".parse().unwrap(),
+            guest: "02:00:00:00:00:01".parse().unwrap(),
+        });
+        let changed = LinkSeen {
+            wrong_mac,
+            filters_multicast: true,
+            ..seen
+        };
+        let notes = "  (has the MAC address 02:00:00:00:00:99 instead)  (filters multicast)";
+        assert_eq!(line(changed), sound + notes);
+    }
 
     #[test]
     fn guests_of_another_interface_with_the_same_name_are_left_out() {
@@ -287,19 +337,7 @@ mod tests {
             user: None,
             vouched_by: 0,
             is_certain: true,
-            nics: vec![NicEntry {
-                name: "macvtap0".into(),
-                lower: "eno1".into(),
-                mac: "02:00:00:00:00:01".into(),
-                mtu: 1500,
-                addresses: Vec::new(),
-                wrong_source_frames: 0,
-                device: 1,
-                id: None,
-                lower_id,
-                mode: None,
-                link: None,
-            }],
+            nics: vec![nic(lower_id)],
         };
         let mut guests = vec![
             guest(1, Some(id(10))),

@@ -32,8 +32,27 @@ fn nic() -> NicEntry {
             exists: true,
             up: true,
             carrier: false,
+            wrong_mac: Some(WrongMac {
+                link: "02:00:00:00:00:99".parse().unwrap(),
+                guest: "02:00:00:00:00:01".parse().unwrap(),
+            }),
+            filters_multicast: true,
         }),
     }
+}
+
+#[test]
+fn record_of_a_link_may_lack_what_older_versions_did_not_tell() {
+    let older = r#"{"exists":true,"up":true,"carrier":false}"#;
+    let read: LinkSeen = serde_json::from_str(older).unwrap();
+    let now = LinkSeen {
+        wrong_mac: None,
+        filters_multicast: false,
+        ..nic().link.unwrap()
+    };
+    assert_eq!(read, now);
+    let text = serde_json::to_value(nic().link).unwrap();
+    assert_eq!(text["wrong_mac"]["link"], "02:00:00:00:00:99");
 }
 
 fn entry(runs: Runs) -> Entry {
