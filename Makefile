@@ -28,7 +28,7 @@ demo-tools:
 
 SUITES ?=
 test: ## Runs all tests, or the SUITES that are named (as root: those with a network need namespaces)
-	resources/install-tools iasl qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE_4M.fd
+	resources/install-tools iasl nft qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE_4M.fd
 	tests/run $(SUITES)
 
 # Without hardware virtualisation it runs in the lab, where figures mean little.

@@ -43,7 +43,8 @@ use std::time::{Duration, Instant};
 
 use harness::elf::elf;
 use harness::guest::{self, Net, PATIENCE, PEER, addresses, is_possible};
-use harness::netns::Netns;
+use harness::netns::skip::leave_out;
+use harness::netns::{Netns, is_root};
 use harness::vm::{Vm, binary, copy_program};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 use tempfile::TempDir;

@@ -49,8 +49,8 @@ pub struct HostLinkSpec {
     pub addresses: Vec<InterfaceAddress>,
     /// Move the addresses and routes of the lower link onto this one: all of both families, in all tables, but those
     /// that hold on a single link only; and with them the neighbour entries that it was given, the policy rules by its
-    /// name, and its settings in /proc/sys/net. Firewall rules by its name stay as they are. Something that manages the lower's addresses (a DHCP client, a network manager)
-    /// does not know of it, and has to be told.
+    /// name, and its settings in /proc/sys/net. Firewall rules by its name stay as they are. Something that manages the
+    /// lower's addresses (a DHCP client, a network manager) does not know of it, and has to be told.
     pub move_addresses: bool,
     /// None for a random, locally administered one.
     pub mac: Option<MacAddr>,

@@ -65,6 +65,8 @@ pub struct UpperInfo {
     pub leaked: bool,
     /// It is the host's own among its guests, see [`HostLink`](crate::HostLink).
     pub host_link: bool,
+    /// That, and the addresses of the lower were moved onto it.
+    pub moved: bool,
     /// The text that somebody has given it, whatever it means.
     pub alias: String,
 }
@@ -204,6 +206,7 @@ impl UpperInfo {
             "ipvlan" => UpperKind::Ipvlan,
             _ => return None,
         };
+        let tag = hostlink::Tag::from_alias(&link.alias);
         Some(Self {
             name: link.name.clone(),
             index: link.index,
@@ -214,7 +217,8 @@ impl UpperInfo {
             state: LinkState::of(link),
             owner: link.alias.parse().ok(),
             leaked: false,
-            host_link: hostlink::Tag::from_alias(&link.alias).is_some(),
+            host_link: tag.is_some(),
+            moved: tag.is_some_and(|tag| tag.moved),
             alias: link.alias.clone(),
         })
     }

@@ -98,6 +98,101 @@ fn host_link_moves_the_lowers_addresses_and_routes_and_back() {
     place.net.quit(2, vm);
 }
 
+/// A namespace whose `lower` has an address, and minivmm in it with this PATH.
+fn firewalled(path: &str) -> (Netns, impl Fn(&[&str]) -> Command) {
+    let netns = Netns::new();
+    netns.wire("lower");
+    netns.address("lower", &format!("{}/24", HOST[0]));
+    let path = format!("PATH={path}");
+    let start = ["ip", "netns", "exec", netns.name(), "env", &path].map(str::to_owned);
+    let host_link = move |args: &[&str]| {
+        let mut command = Command::new(&start[0]);
+        command.args(&start[1..]).arg(binary());
+        command.args(["net", "host-link"]).args(args);
+        command.env_remove("RUST_LOG").stdin(Stdio::null());
+        command
+    };
+    (netns, host_link)
+}
+
+/// The warnings of a run that must succeed.
+#[track_caller]
+fn warnings(command: Command) -> Vec<String> {
+    let run = run(command);
+    assert_eq!(run.status.code(), Some(0), "{run:?}");
+    let warnings = run.stderr.lines().filter(|line| line.contains("warn: "));
+    warnings.map(str::to_owned).collect()
+}
+
+#[test]
+fn host_link_that_moves_addresses_names_the_firewall_rules_that_it_leaves_behind() {
+    if !is_root() {
+        return;
+    }
+    // Its program is not in an ordinary user's PATH.
+    let (netns, host_link) = firewalled("/usr/bin:/bin");
+    if netns
+        .exec(&["sh", "-c", "command -v nft"])
+        .stdout
+        .is_empty()
+    {
+        leave_out("tests of firewall rules need nft: install nftables");
+        return;
+    }
+    let rules = "table ip t { chain c { type filter hook input priority 0; \
+                 iifname lower tcp dport 22 accept; iifname lower2 drop; iifname hl drop; }; }";
+    assert!(netns.exec(&["nft", rules]).status.success());
+    assert!(warnings(host_link(&["lower", "--address", "10.99.0.8/24"])).is_empty());
+    assert!(warnings(host_link(&["--delete"])).is_empty());
+
+    let told = warnings(host_link(&["lower", "--move-address", "--name", "hl"]));
+    assert_eq!(told.len(), 1, "{told:?}");
+    let rule =
+        "go by the name lower: `ip t c: iifname \"lower\" tcp dport 22 accept`. Repeat them for hl";
+    assert!(told[0].contains(rule), "{told:?}");
+    let told = warnings(host_link(&["--delete"]));
+    assert_eq!(told.len(), 1, "{told:?}");
+    let rule = "go by the name hl: `ip t c: iifname \"hl\" drop`. Repeat them for lower";
+    assert!(told[0].contains(rule), "{told:?}");
+
+    let same = "add rule ip t c iifname hl tcp dport 22 accept";
+    assert!(netns.exec(&["nft", same]).status.success());
+    assert!(warnings(host_link(&["lower", "--move-address", "--name", "hl"])).is_empty());
+}
+
+#[test]
+fn host_link_moves_addresses_also_when_a_firewall_does_not_tell_its_rules() {
+    if !is_root() {
+        return;
+    }
+    let programs = TempDir::new().unwrap();
+    for (name, script) in [
+        ("nft", "echo no permission >&2; exit 1"),
+        ("iptables-legacy-save", "exec sleep 1000"),
+        (
+            "ip6tables-legacy-save",
+            "printf '*raw\\n-A OUTPUT -o low+ -j DROP\\n'",
+        ),
+    ] {
+        let path = programs.path().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let path = format!("{}:/usr/bin:/bin", programs.path().display());
+    let (netns, host_link) = firewalled(&path);
+    let told = warnings(host_link(&["lower", "--move-address"]));
+    assert_eq!(told.len(), 2, "{told:?}");
+    let rule = "`ip6tables -t raw -A OUTPUT -o low+ -j DROP`. Repeat them for the macvlan";
+    assert!(told[0].contains(rule), "{told:?}");
+    for text in [
+        "`nft -s list ruleset`: exit status: 1: no permission",
+        "`iptables-legacy-save`: timed out",
+    ] {
+        assert!(told[1].contains(text), "{told:?}");
+    }
+    assert!(netns.ip("address show dev macvlan0").contains(HOST[0]));
+}
+
 #[test]
 fn host_link_that_cannot_be_is_refused_and_changes_nothing() {
     if !is_possible() {

@@ -43,6 +43,7 @@ use terminal::{NewTerminal, Relay, Terminal};
 
 pub use descriptors::FIRST;
 pub use guard::Rest;
+pub use output::MOST;
 pub use user::{User, UserError};
 
 /// What systemd's socket activation tells of descriptors (sd_listen_fds(3)), whose numbers are others' here.

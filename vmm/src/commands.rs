@@ -1,6 +1,7 @@
 //! What minivmm does besides running a guest: one module for each subcommand.
 
 mod doctor;
+mod firewall;
 mod host_link;
 mod list;
 mod open;

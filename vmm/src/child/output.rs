@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::{Program, Rest};
 
 /// The most that is kept of what a program says.
-const MOST: usize = 1 << 20;
+pub const MOST: usize = 1 << 20;
 
 impl Program {
     /// Runs a program that says little, with `input` on its stdin, to its end. It has `limit` for all, also when it has

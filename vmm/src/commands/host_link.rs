@@ -2,11 +2,13 @@
 
 use std::io;
 
-use net::{HostLink, HostLinkError, HostLinkSpec, InventoryError, LinkName};
+use net::{
+    HostLink, HostLinkError, HostLinkSpec, InventoryError, LinkName, LowerInfo, NewLinkName,
+};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
 use crate::cli::HostLinkArgs;
-use crate::commands::report;
+use crate::commands::{firewall, report};
 
 /// Why there is no host link, or why it stays.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +35,7 @@ pub enum HostLinkCommandError {
 
 /// Makes or deletes it, and says what was done.
 pub fn run(args: &HostLinkArgs) -> Result<String, HostLinkCommandError> {
+    warn_of_rules(args);
     // Whoever is ended half-way leaves addresses on both links.
     let _held = HeldSignals::hold().map_err(HostLinkCommandError::Signals)?;
     match (&args.link, args.delete) {
@@ -41,6 +44,40 @@ pub fn run(args: &HostLinkArgs) -> Result<String, HostLinkCommandError> {
         (Some(link), false) => Ok(make(args, link)?),
         (None, false) => Err(HostLinkCommandError::NoName),
     }
+}
+
+/// Warns of firewall rules that will not follow the addresses. Says nothing where there is nothing to move, or what is in
+/// its way will be told.
+fn warn_of_rules(args: &HostLinkArgs) {
+    let Ok(lowers) = net::inventory(args.link.as_ref()) else {
+        return;
+    };
+    if args.move_address {
+        let from = lowers.into_iter().find_map(|lower| lower.name);
+        // The kernel chooses the rest of a name that counts.
+        let to = args.name.as_ref().filter(|name| !name.counts());
+        if let Some(from) = from {
+            firewall::warn_of_rules(&from, to.map(NewLinkName::as_str));
+        }
+    } else if args.delete
+        && let Some((from, to)) = moved(&lowers, args.link.as_ref())
+    {
+        firewall::warn_of_rules(from, Some(to));
+    }
+}
+
+/// The host link with a lower's addresses, and the lower: the one that is named, itself or by the lower, or the only one.
+fn moved<'a>(lowers: &'a [LowerInfo], link: Option<&LinkName>) -> Option<(&'a str, &'a str)> {
+    let on = |lower: &'a LowerInfo| {
+        let links = lower.uppers.iter().filter(|upper| upper.host_link);
+        links.filter_map(|upper| Some((upper, lower.name.as_deref()?)))
+    };
+    let mut links: Vec<_> = lowers.iter().flat_map(on).collect();
+    if links.len() > 1 {
+        links.retain(|(upper, _)| link.is_some_and(|link| link.as_str() == upper.name));
+    }
+    let (link, lower) = links.pop()?;
+    link.moved.then_some((&link.name, lower))
 }
 
 fn delete(link: &LinkName) -> Result<String, HostLinkError> {
