@@ -313,7 +313,8 @@ pub struct HostLinkArgs {
     pub name: Option<NewLinkName>,
 
     /// Move the interface's own addresses and routes onto the macvlan, with neighbour entries, policy
-    /// rules and sysctls. Firewall rules that name the interface stay as they are, and a warning shows them
+    /// rules and sysctls. Firewall rules that name the interface stay as they are: a warning shows
+    /// them
     #[arg(long)]
     pub move_address: bool,
 
