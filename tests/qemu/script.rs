@@ -2,11 +2,27 @@
 
 use std::process::Stdio;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::harness::assets::assets;
 use super::harness::linux::initrd;
 use super::harness::site::{Site, address, pings};
 use super::harness::vm::Vm;
-use super::{BOOT, SECOND, STEADY, here, outcome, text};
+use super::{BOOT, SECOND, STEADY, descendants, here, outcome, text};
+
+/// When dropped, kills what a shell has started: it would live on when a failed test kills the shell.
+struct KillChildren(u32);
+
+impl Drop for KillChildren {
+    fn drop(&mut self) {
+        for child in descendants(self.0) {
+            if let Some(pid) = Pid::from_raw(child as i32) {
+                // It may have ended just now.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    }
+}
 
 #[test]
 fn script_of_a_dry_run_makes_the_same_guest() {
@@ -43,6 +59,7 @@ fn script_of_a_dry_run_makes_the_same_guest() {
     let mut shell = site.host.command("sh");
     shell.args(["-c", &script]).stdin(Stdio::piped());
     let mut vm = Vm::spawn(shell);
+    let _guard = KillChildren(vm.pid());
     vm.wait_for("GUEST ready\n", BOOT);
     for (n, mac) in macs.iter().enumerate() {
         let found = vm.run(&format!("cat /sys/class/net/eth{n}/address"));
