@@ -58,8 +58,9 @@ pub fn retry<T, E>(
     attempt()
 }
 
-/// Inside the lab the line goes out with the program's output, which the suite outside reads.
-fn report(line: &str) {
+/// Reports something that is tried again. Inside the lab the line goes out with the program's output, which the suite
+/// outside reads.
+pub fn report(line: &str) {
     if in_lab() {
         println!("\n{MARK}{line}");
     } else {

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use vmm::probe::{Privileged, probe};
 
 use crate::harness::netns;
-use crate::harness::retry::{Layer, MARK, retry};
+use crate::harness::retry::{Layer, MARK, report, retry};
 use crate::harness::vm::in_lab;
 
 /// When the tests in the lab are given up.
@@ -143,7 +143,9 @@ impl Lab {
             done: Vec::new(),
         };
         let deadline = Instant::now() + LIMIT;
-        let run = || {
+        // None for a lab that hung and had got further than the one before.
+        let mut run = || {
+            let done = collector.done.len();
             let job = machine::Job {
                 program: &program,
                 args: &args,
@@ -155,14 +157,22 @@ impl Lab {
                 let text = panic.downcast_ref::<String>().cloned();
                 Err(machine::Failure::Other(text.unwrap_or_default()))
             });
-            if matches!(result, Err(machine::Failure::Emulator(_))) {
-                collector.hang();
+            let Err(machine::Failure::Emulator(_)) = &result else {
+                return result.map(Some);
+            };
+            collector.hang();
+            if collector.done.len() == done {
+                return result.map(Some);
             }
-            result
+            report("lab that got further than the one before");
+            Ok(None)
         };
-        let end = match retry(Layer::Lab, machine::Failure::of_emulator, run) {
-            Ok(status) => format!("it ended with status {status}"),
-            Err(failure) => failure.to_string(),
+        let end = loop {
+            match retry(Layer::Lab, machine::Failure::of_emulator, &mut run) {
+                Ok(Some(status)) => break format!("it ended with status {status}"),
+                Ok(None) => {}
+                Err(failure) => break failure.to_string(),
+            }
         };
         collector.finish(end);
     }
