@@ -33,7 +33,7 @@ test: ## Runs all tests, or the SUITES that are named (as root: those with a net
 
 # Without hardware virtualisation it runs in the lab, where figures mean little.
 BENCH_ROUNDS ?= 3
-bench: ## The card side by side: transports, backends, QEMU (BENCH_ROUNDS times; needs root)
+bench: ## The NIC side by side: transports, backends, QEMU (BENCH_ROUNDS times; needs root)
 	@resources/install-tools qemu-system-x86_64
 	@$(CARGO) build -q --release -p vmm --bin minivmm --example bench
 	@MINIVMM_BIN=$(TARGET)/release/minivmm $(TARGET)/release/examples/bench $(BENCH_ROUNDS) </dev/null

@@ -7,7 +7,7 @@
 //! - `programs`, `terminal`: what its programs get, and what of root's they do not
 //! - `links`: macvtaps that `ip link` shows, keys, lowers in other namespaces
 //! - `host_link`: the host's own access
-//! - `shared`: one card for one interface
+//! - `shared`: one NIC for one interface
 //! - this file: what they share, and how subcommands answer
 //!
 //! An ordinary user's `/dev/kvm` is a node of the test's own in a private mount namespace: the machine's is left alone.
@@ -328,7 +328,7 @@ fn after<'a>(text: &'a str, word: &str) -> &'a str {
     value.unwrap_or_else(|| panic!("no {word} in {text}"))
 }
 
-/// The MAC address that the guest's card says it has.
+/// The MAC address that the guest's NIC says it has.
 fn mac_in_guest(console: &str) -> &str {
     let line = console.lines().find(|line| line.starts_with("NIC 0 "));
     let mut words = line.unwrap_or_else(|| panic!("{console}")).split(' ');

@@ -1,4 +1,4 @@
-//! `make bench`: minivmm's card on each transport with each backend, and QEMU's on the same kind of macvtap, side by side
+//! `make bench`: minivmm's NIC on each transport with each backend, and QEMU's on the same kind of macvtap, side by side
 //! in one run, several times.
 
 /// Of the tests' harness, what an example can use too.

@@ -6,7 +6,7 @@
 //! - `kernel`, `limits`, `kvm`, `macvtap`: what may be wrong with each
 //! - this file: what they share, the console, and the help
 //!
-//! Not here: Wi-Fi. No machine without such a card can provoke it; the net crate tests it with a sysfs of its own.
+//! Not here: Wi-Fi. No machine without such a NIC can provoke it; the net crate tests it with a sysfs of its own.
 
 // A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
 #![allow(clippy::unwrap_used)]

@@ -55,7 +55,7 @@ fn main() -> ExitCode {
     );
     println!("  - let each of the three ping the other two, by IPv4 and IPv6.");
     println!(
-        "\nOn a real network card, as root (the guest asks for an address by DHCP, then shows a shell):\n\n    \
+        "\nOn a real NIC, as root (the guest asks for an address by DHCP, then shows a shell):\n\n    \
          {} --kernel {} --initrd {} --cmdline shell --macvtap eno1\n",
         vm::binary().display(),
         assets().bzimage().display(),

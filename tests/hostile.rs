@@ -48,7 +48,7 @@ fn withstands_by_vhost_net(transport: Transport) {
     serves_as_many_queue_pairs_as_there_are(&Net::with(transport), "vhost");
 }
 
-/// Starts the hostile guest. It is told what it attacks, since vhost-net may do with some frames what no card should.
+/// Starts the hostile guest. It is told what it attacks, since vhost-net may do with some frames what no NIC should.
 fn attack(net: &Net, backend: &str, options: &str) -> Vm {
     attack_on("lower", net, backend, options)
 }

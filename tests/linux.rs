@@ -322,9 +322,9 @@ fn existing_macvtap_is_used_as_it_is() {
 }
 
 #[test]
-fn carrier_of_the_lower_is_the_carrier_of_the_guests_card() {
+fn carrier_of_the_lower_is_the_carrier_of_the_guests_nic() {
     lab::test(
-        "carrier_of_the_lower_is_the_carrier_of_the_guests_card",
+        "carrier_of_the_lower_is_the_carrier_of_the_guests_nic",
         || {
             let site = Site::new();
             let mut vm = boot(Some(&site.host), &["--macvtap", "wire"]);

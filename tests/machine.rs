@@ -100,7 +100,7 @@ fn guest_with_the_least_memory_that_a_linux_gets_boots() {
 }
 
 #[test]
-fn guest_with_64_mib_uses_its_network_card() {
+fn guest_with_64_mib_uses_its_network_nic() {
     if !guest::is_possible() {
         return;
     }

@@ -1,4 +1,4 @@
-//! The network card as a PCI function, and with several queues, with Debian's stock kernel as the guest.
+//! The NIC as a PCI function, and with several queues, with Debian's stock kernel as the guest.
 
 mod harness;
 mod lab;
@@ -12,8 +12,8 @@ use harness::site::{Site, address, pings};
 const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
-fn stock_kernel_drives_two_cards_on_pci_by_interrupt_messages() {
-    let name = "stock_kernel_drives_two_cards_on_pci_by_interrupt_messages";
+fn stock_kernel_drives_two_nics_on_pci_by_interrupt_messages() {
+    let name = "stock_kernel_drives_two_nics_on_pci_by_interrupt_messages";
     lab::test(name, || {
         let site = Site::new();
         let args = [
@@ -90,8 +90,8 @@ fn stock_kernel_drives_two_cards_on_pci_by_interrupt_messages() {
 }
 
 #[test]
-fn stock_kernel_without_msi_has_no_card_on_pci_and_the_log_says_why() {
-    let name = "stock_kernel_without_msi_has_no_card_on_pci_and_the_log_says_why";
+fn stock_kernel_without_msi_has_no_nic_on_pci_and_the_log_says_why() {
+    let name = "stock_kernel_without_msi_has_no_nic_on_pci_and_the_log_says_why";
     lab::test(name, || {
         let site = Site::new();
         for (transport, links) in [("pci", "lo"), ("mmio", "eth0 lo")] {
@@ -119,9 +119,9 @@ fn stock_kernel_without_msi_has_no_card_on_pci_and_the_log_says_why() {
 }
 
 #[test]
-fn card_with_four_queue_pairs_spreads_its_traffic_over_all() {
+fn nic_with_four_queue_pairs_spreads_its_traffic_over_all() {
     lab::test(
-        "card_with_four_queue_pairs_spreads_its_traffic_over_all",
+        "nic_with_four_queue_pairs_spreads_its_traffic_over_all",
         || {
             for transport in ["mmio", "pci"] {
                 let site = Site::new();
@@ -147,7 +147,7 @@ fn card_with_four_queue_pairs_spreads_its_traffic_over_all() {
                     thread::sleep(SECOND / 4);
                 }
 
-                // Without its driver the card has one queue again, which nobody reads.
+                // Without its driver the NIC has one queue again, which nobody reads.
                 vm.run("rmmod virtio_net && insmod /modules/virtio_net.ko");
                 address(&mut vm, "eth0", 11);
                 assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());

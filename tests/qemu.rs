@@ -126,13 +126,13 @@ fn descendants(pid: u32) -> Vec<u32> {
     children.iter().copied().chain(below).collect()
 }
 
-/// The QEMU that a minivmm or a script runs with its cards; a trial or a look at its version has none.
+/// The QEMU that a minivmm or a script runs with its NICs; a trial or a look at its version has none.
 fn qemu_of(pid: u32) -> Option<u32> {
-    let has_cards = |pid: &u32| {
+    let has_nics = |pid: &u32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         text(&line).contains("id=macvtap0")
     };
-    descendants(pid).into_iter().find(has_cards)
+    descendants(pid).into_iter().find(has_nics)
 }
 
 /// Waits for [`qemu_of`].
@@ -431,7 +431,7 @@ fn classic_command_works_with_its_macvtap_lines_replaced() {
     let args = args.split_whitespace().chain(["-append", &append]);
     let mut vm = ready(site.qemu(args));
 
-    // Each card is where it was put.
+    // Each NIC is where it was put.
     for (slot, mac) in [("3", "52:54:00:00:00:01"), ("4", "02:aa:00:00:00:0e")] {
         let found = vm.run(&format!(
             "cat /sys/bus/pci/devices/0000:00:0{slot}.0/virtio*/net/*/address"
@@ -541,7 +541,7 @@ asyncio.run(main())
 }
 
 #[test]
-fn uefi_firmware_reaches_its_shell_with_the_macvtap_as_its_card() {
+fn uefi_firmware_reaches_its_shell_with_the_macvtap_as_its_nic() {
     let Some(_permit) = here() else { return };
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -667,8 +667,8 @@ fn refusals_say_what_is_wrong_and_leave_nothing() {
         let log = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{args}: {log}");
         assert!(log.contains(expected), "{args}: {log}");
-        // It says so when it makes a card.
-        assert!(!log.contains("network card on"), "{args}: {log}");
+        // It says so when it makes a NIC.
+        assert!(!log.contains("NIC on"), "{args}: {log}");
     }
     if !Path::new("/dev/vhost-net").exists() {
         let output = outcome(site.qemu(["--macvtap", "wire,vhost=on", "--", "-M", "q35"]));

@@ -69,7 +69,7 @@ fn listed(net: &Net, pid: u32) -> Option<Value> {
     find(&listing["guests"], "pid", &pid.into()).cloned()
 }
 
-/// Starts a guest in its mode `link`, with a card on each of the lowers, until it has told of all of them.
+/// Starts a guest in its mode `link`, with a NIC on each of the lowers, until it has told of all of them.
 fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
     let [ip, ip6] = addresses(2);
     let mut command = net.command();
@@ -82,8 +82,8 @@ fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
     );
     command.args(["--cmdline", &line]);
     let mut vm = Vm::spawn(command);
-    for card in 0..lowers.len() {
-        let told = format!("LINK {card} status=1 generation=0 changes=0 ");
+    for nic in 0..lowers.len() {
+        let told = format!("LINK {nic} status=1 generation=0 changes=0 ");
         vm.wait_for(&told, PATIENCE);
     }
     vm.wait_for("READY link\n", PATIENCE);
@@ -236,7 +236,7 @@ fn net_list_shows_the_guests_addresses_until_it_is_killed() {
         .lines()
         .skip_while(|line| !line.starts_with(&format!("guest of pid {},", vm.pid())))
         .nth(1)
-        .expect("a line for its card");
+        .expect("a line for its NIC");
     assert!(line.contains(" on lower  "), "{text}");
     for address in [ip, ip6] {
         assert!(line.split(' ').any(|word| word == address), "{text}");
@@ -391,7 +391,7 @@ fn mtu_of_the_lower_that_changes_is_logged() {
     let vm = net.serve(2, "");
     net.host.ip("link set lower mtu 1400");
     vm.wait_for_log("is now 1400", PATIENCE);
-    // It has to be one line, with the card and what it means for the guest.
+    // It has to be one line, with the NIC and what it means for the guest.
     let log = vm.log();
     let lines: Vec<_> = log.lines().filter(|line| line.contains("MTU of")).collect();
     assert_eq!(lines.len(), 1, "{log}");
@@ -428,7 +428,7 @@ fn lower_that_vanishes_in_mid_traffic_takes_one_link_and_nothing_else() {
     assert_eq!(warnings.len(), 1, "{log}");
     assert!(warnings[0].contains("net0"), "{log}");
 
-    // The guest goes on sending by both cards. Whoever waits for the dead one in a loop would show.
+    // The guest goes on sending by both NICs. Whoever waits for the dead one in a loop would show.
     let before = own_cpu_time(vm.pid());
     thread::sleep(Duration::from_secs(1));
     let used = own_cpu_time(vm.pid()) - before;
@@ -441,7 +441,7 @@ fn lower_that_vanishes_in_mid_traffic_takes_one_link_and_nothing_else() {
         "{}",
         vm.transcript()
     );
-    // `quit` by the other card: power-off works as ever.
+    // `quit` by the other NIC: power-off works as ever.
     let quit = Net { far: other, ..net };
     let console = quit.quit(2, vm);
     assert!(console.ends_with("END failures=0\n"), "{console}");

@@ -23,7 +23,7 @@ pub enum Error {
     #[error("cannot find out its size; it must be a regular file")]
     Size(#[source] io::Error),
     /// The file has no content.
-    #[error("the file is empty; leave the initrd away if none is needed")]
+    #[error("the file is empty; omit the initrd if none is needed")]
     Empty,
     /// No gap in the RAM is large enough.
     #[error(

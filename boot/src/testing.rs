@@ -80,7 +80,7 @@ pub(crate) fn bzimage() -> Vec<u8> {
     put(0x238, &2047_u32.to_le_bytes()); // cmdline_size
     put(0x258, &BZIMAGE_PREF.to_le_bytes());
     put(0x260, &BZIMAGE_INIT_SIZE.to_le_bytes());
-    put(0x26c, &[0x90; 16]); // code behind the header
+    put(0x26c, &[0x90; 16]); // code after the header
     image
 }
 

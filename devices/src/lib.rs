@@ -19,7 +19,7 @@
 //! that its driver has started has a thread for each queue pair, unless vhost-net moves its frames,
 //! and one for the control queue, which with vhost-net also hears of rings that make no sense; they
 //! end when the driver resets the device. A pair's thread and the vCPUs share nothing but guest
-//! memory, eventfds and atomics: no lock is taken for a frame, unless the card has a rate limit or a
+//! memory, eventfds and atomics: no lock is taken for a frame, unless the NIC has a rate limit or a
 //! capture. Counters are published when a thread has nothing to do.
 
 pub mod bus;

@@ -1,10 +1,10 @@
 //! What makes a link unfit to carry a macvtap, and what the kernel's error numbers mean. Pure: it reads a list of links
 //! and asks nobody.
 //!
-//! The kernel says little: EINVAL for a loopback, for a card that is no Ethernet, for a driver that allows no link on top
+//! The kernel says little: EINVAL for a loopback, for a NIC that is no Ethernet, for a driver that allows no link on top
 //! and for a passthru conflict, EBUSY for everything that already takes a link's frames, and nothing at all for a lower
 //! that is down, where frames then vanish silently (drivers/net/macvlan.c, drivers/net/tap.c). So the lower is judged
-//! before (`lower.rs`), and the number that comes all the same is explained with every cause that is left (`wish.rs`).
+//! before (`lower.rs`), and the number that comes all the same is explained with every cause that is left (`request.rs`).
 
 use std::io;
 use std::path::PathBuf;
@@ -21,11 +21,11 @@ use crate::spec::MacvtapSpec;
 
 mod existing;
 pub(crate) mod lower;
-mod wish;
+mod request;
 
 pub(crate) use existing::{check_existing, check_made, problems_of_existing, warn_of_filter};
 pub(crate) use lower::{check_lower, warn_of_carrier};
-pub(crate) use wish::Wish;
+pub(crate) use request::LinkRequest;
 
 /// Why there is no macvtap: one sentence each, with the remedy where there is one.
 #[derive(Debug, Error)]
@@ -44,9 +44,9 @@ pub enum Problem {
     #[error("`{name}` is not an Ethernet interface, and a macvtap needs one: choose another")]
     NotEthernet { name: String },
     #[error(
-        "`{name}` {}, and access points drop frames from any MAC address but the card's own: choose a wired interface", wifi(.name, .card)
+        "`{name}` {}, and access points drop frames from any MAC address but the NIC's own: choose a wired interface", wifi(.name, .nic)
     )]
-    Wireless { name: String, card: String },
+    Wireless { name: String, nic: String },
     #[error(
         "`{name}` is a port of the {kind} `{master}`, which takes all of its frames: use `{master}` instead, or free it with `ip link set {name} nomaster`"
     )]
@@ -96,16 +96,16 @@ pub enum Problem {
     #[error("`{name}` belongs to {} alone, which is in passthru mode: end that, or choose another interface", list(.by))]
     TakenByPassthru { name: String, by: Vec<String> },
     #[error(
-        "in passthru mode a macvtap has the MAC address of `{name}`, not {mac}: leave the MAC away, or give it to `{name}` first with `ip link set {name} address {mac}`"
+        "in passthru mode a macvtap has the MAC address of `{name}`, not {mac}: omit the MAC, or give it to `{name}` first with `ip link set {name} address {mac}`"
     )]
     PassthruMac { name: String, mac: MacAddr },
     #[error("an MTU of {mtu} does not fit `{name}`: choose 68 to {limit}, the interface's own MTU")]
     Mtu { name: String, mtu: u32, limit: u32 },
     #[error(
-        "{mac} is the MAC address of `{name}` itself: choose another, or leave it away for a random one"
+        "{mac} is the MAC address of `{name}` itself: choose another, or omit it for a random one"
     )]
     MacIsLowers { name: String, mac: MacAddr },
-    #[error("the MAC address {mac} is already taken on `{name}` by {}: choose another, or leave it away for a random one", list_or(.by, "a link in another network namespace, perhaps another VM's or one that was left behind"))]
+    #[error("the MAC address {mac} is already taken on `{name}` by {}: choose another, or omit it for a random one", list_or(.by, "a link in another network namespace, perhaps another VM's or one that was left behind"))]
     MacTaken {
         name: String,
         mac: MacAddr,
@@ -124,7 +124,7 @@ pub enum Problem {
     #[error("`{name}` disappeared meanwhile")]
     Gone { name: String },
     #[error(
-        "the macvtap `{name}` has the MAC address {has}, not {mac}: leave the MAC away, or change it with `ip link set {name} address {mac}`"
+        "the macvtap `{name}` has the MAC address {has}, not {mac}: omit the MAC, or change it with `ip link set {name} address {mac}`"
     )]
     ExistingMac {
         name: String,
@@ -132,7 +132,7 @@ pub enum Problem {
         mac: MacAddr,
     },
     #[error(
-        "the macvtap `{name}` is in {has} mode, not {mode}: leave the mode away, or change it with `ip link set {name} type macvtap mode {mode}`"
+        "the macvtap `{name}` is in {has} mode, not {mode}: omit the mode, or change it with `ip link set {name} type macvtap mode {mode}`"
     )]
     ExistingMode {
         name: String,
@@ -140,7 +140,7 @@ pub enum Problem {
         mode: Mode,
     },
     #[error(
-        "the macvtap `{name}` has an MTU of {has}, not {mtu}: leave the MTU away, or change it with `ip link set {name} mtu {mtu}`"
+        "the macvtap `{name}` has an MTU of {has}, not {mtu}: omit the MTU, or change it with `ip link set {name} mtu {mtu}`"
     )]
     ExistingMtu { name: String, has: u32, mtu: u32 },
     #[error(
@@ -148,7 +148,7 @@ pub enum Problem {
     )]
     NoReceiveRing { name: String },
     #[error(
-        "the macvtap `{name}` has a {key} of {has}, not {wanted}: leave that away, or change it with `ip link set {name} {command} {wanted}`"
+        "the macvtap `{name}` has a {key} of {has}, not {wanted}: omit that, or change it with `ip link set {name} {command} {wanted}`"
     )]
     ExistingLength {
         name: String,
@@ -158,32 +158,32 @@ pub enum Problem {
         command: &'static str,
     },
     #[error(
-        "`{name}` is a macvtap already, used as it is and not renamed to `{wanted}`: leave the new name away"
+        "`{name}` is a macvtap already, used as it is and not renamed to `{wanted}`: omit the new name"
     )]
     ExistingName { name: String, wanted: NewLinkName },
     #[error("a macvtap has 1 to {max} queues, not {wanted}", max = MacvtapSpec::MAX_QUEUES)]
     Queues { wanted: u32 },
     #[error(
-        "a queue of a macvtap holds 1 to {max} frames, not {wanted}: choose another txqueuelen, or leave it away for 500",
+        "a queue of a macvtap holds 1 to {max} frames, not {wanted}: choose another txqueuelen, or omit it for 500",
         max = MacvtapSpec::MAX_TX_QUEUE_LEN
     )]
     TxQueueLen { wanted: u32 },
     #[error(
-        "with a bcqueuelen of 0 no broadcast is heard, ARP and DHCP included: choose 1 or more, or leave it away for 1000"
+        "with a bcqueuelen of 0 no broadcast is heard, ARP and DHCP included: choose 1 or more, or omit it for 1000"
     )]
     BcQueueLen,
     #[error(
-        "only a macvtap in source mode has a list of senders that it hears: give it that mode, or leave the list away"
+        "only a macvtap in source mode has a list of senders that it hears: give it that mode, or omit the list"
     )]
     SourceMacs,
-    #[error("the macvtap `{name}` hears in source mode {}, not {wanted}: leave the list away, or change it with `ip link set {name} type macvtap macaddr set {wanted}`", if .has.is_empty() { "nobody" } else { .has })]
+    #[error("the macvtap `{name}` hears in source mode {}, not {wanted}: omit the list, or change it with `ip link set {name} type macvtap macaddr set {wanted}`", if .has.is_empty() { "nobody" } else { .has })]
     ExistingSources {
         name: String,
         has: Box<str>,
         wanted: Box<str>,
     },
     #[error(
-        "this kernel made the macvtap with {key} {has}, not {wanted} as it was asked to: leave that away, or take a newer kernel (5.11 for bcqueuelen)"
+        "this kernel made the macvtap with {key} {has}, not {wanted} as it was asked to: omit that, or take a newer kernel (5.11 for bcqueuelen)"
     )]
     Ignored {
         key: &'static str,
@@ -195,7 +195,7 @@ pub enum Problem {
     )]
     NameReserved { name: String },
     #[error(
-        "there is a link `{name}` already: choose another name, or leave it away for the first free one"
+        "there is a link `{name}` already: choose another name, or omit it for the first free one"
     )]
     NameTaken { name: String },
     #[error(
@@ -291,11 +291,11 @@ pub(crate) fn by_index(links: &[Link], index: Option<u32>) -> Option<&Link> {
     links.iter().find(|link| Some(link.index) == index)
 }
 
-fn wifi(name: &str, card: &str) -> String {
-    if name == card {
+fn wifi(name: &str, nic: &str) -> String {
+    if name == nic {
         return "is a Wi-Fi interface".to_owned();
     }
-    format!("goes over the Wi-Fi interface `{card}`")
+    format!("goes over the Wi-Fi interface `{nic}`")
 }
 
 /// Why the kernel may say EINVAL to a lower that has been judged fit.

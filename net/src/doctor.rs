@@ -17,7 +17,7 @@ use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
 use crate::privileges::Privileges;
-use crate::reap::Judge;
+use crate::stale::Judge;
 use crate::sysfs::Sysfs;
 use crate::wifi::{self, Air};
 

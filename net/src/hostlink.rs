@@ -12,13 +12,13 @@ use rtnetlink::packet_route::address::AddressMessage;
 
 use crate::address::InterfaceAddress;
 use crate::diagnose;
-use crate::lease::Lease;
+use crate::link_guard::LinkGuard;
 use crate::mac::MacAddr;
 use crate::name::{LinkName, NewLinkName};
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
-use crate::reap::{self, Judge};
+use crate::stale::{self, Judge};
 
 mod announce;
 mod attached;
@@ -98,7 +98,7 @@ impl HostLink {
             source,
         };
         let make = |host: &Netlink| {
-            reap::delete_stale(host);
+            stale::try_delete_stale(host);
             make(host, spec, None, Journal::new(host))
         };
         on_host(make).map_err(error)
@@ -125,11 +125,11 @@ impl HostLink {
 }
 
 /// A host link that belongs to the calling process: dropping this deletes it. Its alias names the [`Owner`], so that what
-/// a killed process left behind is deleted by [`reap`](crate::reap()) and the next [`Macvtap::open`](crate::Macvtap::open).
+/// a killed process left behind is deleted by [`delete_stale`](crate::delete_stale()) and the next [`Macvtap::open`](crate::Macvtap::open).
 #[derive(Debug)]
 pub struct HostLinkGuard {
     link: HostLink,
-    _lease: Lease,
+    _guard: LinkGuard,
 }
 
 impl HostLinkGuard {
@@ -148,16 +148,16 @@ impl HostLinkGuard {
             if spec.move_addresses {
                 return Err(HostLinkProblem::MoveIsLasting);
             }
-            reap::delete_stale(host);
+            stale::try_delete_stale(host);
             let owner = Owner::this_process()
                 .map_err(HostLinkProblem::from_step("tell who this process is"))?;
             let namespace = netns::current()
                 .map_err(HostLinkProblem::from_step("open the network namespace"))?;
             let link = make(host, spec, Some(&owner), Journal::new(host))?;
-            let lease = Lease::visible(namespace, link.index, owner.to_string());
+            let link_guard = LinkGuard::visible(namespace, link.index, owner.to_string());
             Ok(Self {
                 link,
-                _lease: lease,
+                _guard: link_guard,
             })
         };
         on_host(make).map_err(error)

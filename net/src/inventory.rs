@@ -9,7 +9,7 @@ use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::netns;
 use crate::owner::Owner;
-use crate::reap::Judge;
+use crate::stale::Judge;
 
 /// A link that carries others, and those.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ pub struct UpperInfo {
     pub kind: UpperKind,
     /// As ip-link(8) has it: `bridge`, `vepa`, ... and for an ipvlan `l2`, `l3` or `l3s`.
     pub mode: Option<&'static str>,
-    /// None when it is none that a card may have.
+    /// None when it is none that a NIC may have.
     pub mac: Option<MacAddr>,
     /// In bytes, without the Ethernet header.
     pub mtu: u32,
@@ -61,7 +61,7 @@ pub struct UpperInfo {
     pub state: LinkState,
     /// The process that it belongs to, if it says so.
     pub owner: Option<Owner>,
-    /// That process has ended, and nobody uses it: [`reap`](crate::reap()) deletes it.
+    /// That process has ended, and nobody uses it: [`delete_stale`](crate::delete_stale()) deletes it.
     pub leaked: bool,
     /// It is the host's own among its guests, see [`HostLink`](crate::HostLink).
     pub host_link: bool,

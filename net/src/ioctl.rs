@@ -161,7 +161,7 @@ mod tests {
             ("highdma", true),
             ("rx-vlan-hw-parse", true),
             ("rx-vlan-stag-hw-parse", true),
-            // It is no card that could filter.
+            // It is no NIC that could filter.
             ("rx-vlan-filter", false),
         ] {
             assert_eq!(has("v0", feature).unwrap(), expected, "{feature}");

@@ -1,11 +1,11 @@
 //! From the name of a network interface to an open, proven macvtap queue.
 //!
-//! A macvtap is a second Ethernet card on the wire of an existing one (its *lower* link): it has a MAC address of its
+//! A macvtap is a second Ethernet NIC on the wire of an existing one (its *lower* link): it has a MAC address of its
 //! own, and its frames are read and written through a file descriptor, its *queue*. [`Macvtap::open`] makes one by
 //! rtnetlink, in a network namespace that only this process holds, so that the kernel removes it whichever way the
-//! process ends; or, where it shall be seen, in the caller's namespace ([`Placement::Host`]), where [`reap`](reap())
-//! deletes what the dead left behind. Or it opens queues of a macvtap that exists. [`adopt`](adopt()) takes queues that
-//! somebody else has opened. What can go wrong is told in [`Problem`] and [`AdoptError`], a sentence each, with the
+//! process ends; or, where it shall be seen, in the caller's namespace ([`Placement::Host`]), where [`delete_stale`](delete_stale())
+//! deletes what the dead left behind. Or it opens queues of a macvtap that exists. [`from_fds`](from_fds()) takes queues that
+//! somebody else has opened. What can go wrong is told in [`Problem`] and [`ExistingTapError`], a sentence each, with the
 //! remedy.
 //!
 //! ```no_run
@@ -30,9 +30,9 @@
 //! | --- | --- |
 //! | `spec.rs` | what can be asked for, of the types in `mac.rs`, `name.rs` and `mode.rs` |
 //! | `macvtap.rs` | the way through the house: check, make, bring up, open |
-//! | `lease.rs`, `owner.rs`, `reap.rs` | giving back: at the end, and what the dead could not |
+//! | `link_guard.rs`, `owner.rs`, `stale.rs` | giving back: at the end, and what the dead could not |
 //! | `record.rs` | a lock for each thing of the host that a process uses |
-//! | `adopt.rs` | queues that somebody else has opened |
+//! | `existing_tap.rs` | queues that somebody else has opened |
 //! | `identity.rs` | which link is meant, in whichever namespace |
 //! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it; `address.rs` |
 //! | `inventory.rs`, `watch.rs` | who shares a wire, and news of links for an event loop |
@@ -53,14 +53,14 @@
 //! inside a runtime of its own.
 
 mod address;
-mod adopt;
 mod diagnose;
 mod doctor;
+mod existing_tap;
 mod hostlink;
 mod identity;
 mod inventory;
 mod ioctl;
-mod lease;
+mod link_guard;
 mod listen;
 mod mac;
 mod macvtap;
@@ -71,9 +71,9 @@ mod netns;
 mod owner;
 mod privileges;
 mod queue;
-mod reap;
 mod record;
 mod spec;
+mod stale;
 mod sysfs;
 mod watch;
 mod wifi;
@@ -83,13 +83,13 @@ mod wifi;
 mod harness;
 
 pub use address::{InterfaceAddress, ParseAddressError};
-pub use adopt::{AdoptError, Adopted, adopt, inherit};
 pub use diagnose::Problem;
 pub use doctor::{Check, Neighbour, Status, diagnose_host};
+pub use existing_tap::{ExistingTap, ExistingTapError, from_fds, inherit};
 pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
 pub use identity::{LinkId, current_name, links_here, this_namespace};
 pub use inventory::{InventoryError, LinkState, LowerInfo, Place, UpperInfo, UpperKind, inventory};
-pub use lease::Lease;
+pub use link_guard::LinkGuard;
 pub use listen::{FrameListener, HEARD_LEN};
 pub use mac::{MacAddr, ParseMacError};
 pub use macvtap::{Error, Macvtap};
@@ -98,10 +98,10 @@ pub use name::{LinkName, NewLinkName, ParseLinkNameError};
 pub use owner::{Owner, ParseOwnerError};
 pub use privileges::Obstacle;
 pub use queue::QueueError;
-pub use reap::{Reaped, reap};
 pub use record::{
     RecordDirectory, RecordError, RecordKey, RecordLock, RecordState, RecordView,
     make_record_directory_for,
 };
 pub use spec::{MacvtapSpec, Placement};
+pub use stale::{StaleLink, delete_stale};
 pub use watch::{LinkChange, LinkEvent, LinkWatch};

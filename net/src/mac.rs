@@ -1,4 +1,4 @@
-//! The address of one Ethernet card.
+//! The address of one Ethernet NIC.
 
 use std::fmt;
 use std::str::FromStr;
@@ -19,13 +19,13 @@ pub enum ParseMacError {
     Malformed(String),
     /// The lowest bit of the first byte is set.
     #[error(
-        "{} is a multicast MAC address, which no single card may have: make the first byte even, like 52",
+        "{} is a multicast MAC address, which no single NIC may have: make the first byte even, like 52",
         Bytes(.0)
     )]
     Multicast([u8; 6]),
     /// 00:00:00:00:00:00.
     #[error(
-        "00:00:00:00:00:00 is not the address of any card: choose another, like 52:54:00:12:34:56"
+        "00:00:00:00:00:00 is not the address of any NIC: choose another, like 52:54:00:12:34:56"
     )]
     Zero,
 }

@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use crate::diagnose::{self, Problem};
 use crate::identity::LinkId;
-use crate::lease::Lease;
+use crate::link_guard::LinkGuard;
 use crate::listen::FrameListener;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
@@ -17,7 +17,7 @@ use crate::netlink::{Link, Netlink};
 use crate::spec::MacvtapSpec;
 use crate::sysfs::Sysfs;
 use crate::watch::{self, LinkWatch};
-use crate::{netns, queue, reap};
+use crate::{netns, queue, stale};
 
 mod making;
 use making::make_new;
@@ -50,7 +50,7 @@ pub enum Error {
     },
     /// What dead processes left behind could not be deleted.
     #[error("cannot clear away what dead processes left")]
-    Reap(#[source] Problem),
+    Stale(#[source] Problem),
 }
 
 fn of(namespace: &Option<Box<Path>>) -> String {
@@ -61,10 +61,10 @@ fn of(namespace: &Option<Box<Path>>) -> String {
 /// The open queues of a macvtap that is up. Dropping it deletes the macvtap, unless it existed before.
 #[derive(Debug)]
 pub struct Macvtap {
-    // Before the lease: fields are dropped in order, and a deleted macvtap's queue is of no use.
+    // Before the guard: fields are dropped in order, and a deleted macvtap's queue cannot be used.
     queues: Vec<OwnedFd>,
-    lease: Lease,
-    /// Of an existing macvtap; that of a new one is the lease's.
+    link_guard: LinkGuard,
+    /// Of an existing macvtap; that of a new one is the guard's.
     namespace: Option<OwnedFd>,
     id: LinkId,
     name: String,
@@ -81,7 +81,7 @@ impl Macvtap {
     ///
     /// The queues are non-blocking and close-on-exec. Header size, offloads and send buffer are the driver's defaults.
     ///
-    /// The stale links of the caller's namespace are deleted first (see [`reap`](crate::reap())), so that they stand in
+    /// The stale links of the caller's namespace are deleted first (see [`delete_stale`](crate::delete_stale())), so that they stand in
     /// nobody's way.
     ///
     /// # Errors
@@ -116,7 +116,7 @@ impl Macvtap {
         }
     }
 
-    /// A socket by which another process, one without privileges, can watch the macvtap: see [`LinkWatch::adopt`].
+    /// A socket by which another process, one without privileges, can watch the macvtap: see [`LinkWatch::from_socket`].
     ///
     /// # Errors
     ///
@@ -139,18 +139,18 @@ impl Macvtap {
 
     /// Whether it was made by [`Macvtap::open`], and did not exist before.
     pub fn is_new(&self) -> bool {
-        self.lease.is_of_new()
+        self.link_guard.is_of_new()
     }
 
     /// The namespace that it lives in, if that may not be the caller's.
     fn namespace(&self) -> Option<BorrowedFd<'_>> {
         let existing = || self.namespace.as_ref().map(AsFd::as_fd);
-        self.lease.namespace().or_else(existing)
+        self.link_guard.namespace().or_else(existing)
     }
 
-    /// Queues and macvtap apart, for a user that gives the queues away: keep the lease as long as they are used.
-    pub fn into_parts(self) -> (Vec<OwnedFd>, Lease) {
-        (self.queues, self.lease)
+    /// Queues and macvtap apart, for a user that gives the queues away: keep the guard as long as they are used.
+    pub fn into_parts(self) -> (Vec<OwnedFd>, LinkGuard) {
+        (self.queues, self.link_guard)
     }
 
     /// The address, read from the queue itself.
@@ -206,7 +206,7 @@ fn open_here(spec: &MacvtapSpec) -> Result<Macvtap, Error> {
         .map_err(make)?;
     let connect = || Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"));
     let mut host = connect().map_err(make)?;
-    reap::delete_stale(&host);
+    stale::try_delete_stale(&host);
     if let Some(path) = &spec.lower_netns {
         netns::enter_path(path).map_err(make)?;
         host = connect().map_err(make)?;
@@ -238,7 +238,7 @@ fn use_existing(links: &[Link], macvtap: &Link, spec: &MacvtapSpec) -> Result<Ma
     let id = |index| LinkId { namespace, index };
     Ok(Macvtap {
         queues,
-        lease: Lease::of_nothing(),
+        link_guard: LinkGuard::of_nothing(),
         namespace: spec
             .lower_netns
             .as_ref()

@@ -91,7 +91,7 @@ pub enum QueueError {
         /// Name and MAC of the link that it is.
         found: String,
     },
-    /// The macvtap's MAC address is none that a card may have.
+    /// The macvtap's MAC address is none that a NIC may have.
     #[error(
         "`{link}` has no usable MAC address; give it one with `ip link set {link} address MAC`"
     )]

@@ -47,7 +47,7 @@ pub enum Placement {
     #[default]
     Private,
     /// The caller's, where `ip link` shows it. Its alias names its [`Owner`](crate::Owner), so that the next
-    /// [`Macvtap::open`](crate::Macvtap::open) and [`reap`](crate::reap()) can delete it when a killed process left it
+    /// [`Macvtap::open`](crate::Macvtap::open) and [`delete_stale`](crate::delete_stale()) can delete it when a killed process left it
     /// behind. So the process that opens it has to live as long as it is used: it may exec another program, but not fork
     /// one and end.
     Host,

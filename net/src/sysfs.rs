@@ -38,7 +38,7 @@ impl Sysfs {
         self.own
     }
 
-    /// Whether the driver of `link` says that it is a Wi-Fi card (cfg80211, or the older wireless extensions).
+    /// Whether the driver of `link` says that it is a Wi-Fi NIC (cfg80211, or the older wireless extensions).
     pub(crate) fn is_wireless(&self, link: &str) -> bool {
         let exists = |entry| {
             rustix::fs::statat(

@@ -98,7 +98,7 @@ impl LinkWatch {
     /// # Errors
     ///
     /// When it is no such socket, or the kernel refuses the list of links.
-    pub fn adopt(socket: OwnedFd, indexes: &[u32]) -> io::Result<Self> {
+    pub fn from_socket(socket: OwnedFd, indexes: &[u32]) -> io::Result<Self> {
         let is_netlink = sockopt::socket_domain(&socket)? == AddressFamily::NETLINK;
         // NETLINK_ROUTE is 0, which is no protocol elsewhere.
         if !is_netlink || sockopt::socket_protocol(&socket)?.is_some() {

@@ -453,14 +453,14 @@ fn passthru_gives_the_lower_its_mac_and_promiscuity_back() {
         assert_eq!(netns.mac("v0"), MAC);
         killed.kill();
         if placement == Placement::Host {
-            assert_eq!(netns.enter(net::reap).unwrap().len(), 1);
+            assert_eq!(netns.enter(net::delete_stale).unwrap().len(), 1);
         }
         soon("the lower is as it was", is_as_before);
     }
 }
 
 #[test]
-fn links_of_the_dead_are_reaped_and_no_others() {
+fn stale_links_are_deleted_and_no_others() {
     if !netns::is_root() {
         return;
     }
@@ -483,21 +483,21 @@ fn links_of_the_dead_are_reaped_and_no_others() {
         [&*alive.link, &*dead.link, mine.name()],
         ["mvt0", "mvt1", "mvt2"]
     );
-    assert!(netns.enter(net::reap).unwrap().is_empty());
+    assert!(netns.enter(net::delete_stale).unwrap().is_empty());
 
     dead.kill();
     let before = netns.links();
     assert!(before.contains(&"mvt1".to_owned()));
-    let reaped = netns.enter(net::reap).unwrap();
-    let told: Vec<_> = reaped
+    let deleted = netns.enter(net::delete_stale).unwrap();
+    let told: Vec<_> = deleted
         .iter()
         .map(|link| (&*link.name, &*link.kind))
         .collect();
     assert_eq!(told, [("mvt1", "macvtap")]);
-    assert!(reaped[0].owner.program().starts_with("keys-"));
+    assert!(deleted[0].owner.program().starts_with("keys-"));
     let rest: Vec<String> = before.into_iter().filter(|name| name != "mvt1").collect();
     assert_eq!(netns.links(), rest);
-    assert!(netns.enter(net::reap).unwrap().is_empty());
+    assert!(netns.enter(net::delete_stale).unwrap().is_empty());
 
     // The next start does the same, and so a MAC of the dead is free again.
     let mac = netns.mac("mvt0");
@@ -512,7 +512,7 @@ fn links_of_the_dead_are_reaped_and_no_others() {
 }
 
 #[test]
-fn reapers_at_once_share_the_work() {
+fn deleters_at_once_share_the_work() {
     if !netns::is_root() {
         return;
     }
@@ -528,33 +528,33 @@ fn reapers_at_once_share_the_work() {
         netns.ip(&format!("link add link v0 name m{n} type {kind}"));
         netns.exec(&["ip", "link", "set", &format!("m{n}"), "alias", &tag]);
     }
-    let reaped = std::thread::scope(|scope| {
-        let reapers: Vec<_> = (0..8)
-            .map(|_| scope.spawn(|| netns.enter(net::reap)))
+    let deleted = std::thread::scope(|scope| {
+        let deleters: Vec<_> = (0..8)
+            .map(|_| scope.spawn(|| netns.enter(net::delete_stale)))
             .collect();
-        let shares = reapers
+        let shares = deleters
             .into_iter()
-            .map(|reaper| reaper.join().unwrap().unwrap());
+            .map(|deleter| deleter.join().unwrap().unwrap());
         shares.flatten().map(|link| link.name).collect::<Vec<_>>()
     });
-    let unique: std::collections::HashSet<_> = reaped.iter().collect();
-    assert_eq!((reaped.len(), unique.len()), (20, 20), "{reaped:?}");
+    let unique: std::collections::HashSet<_> = deleted.iter().collect();
+    assert_eq!((deleted.len(), unique.len()), (20, 20), "{deleted:?}");
     assert_eq!(netns.links().len(), 2);
 }
 
 #[test]
-fn queue_alone_keeps_the_private_macvtap_of_an_ended_lease_keeper() {
+fn queue_alone_keeps_the_private_macvtap_of_an_ended_guard_holder() {
     if !netns::is_root() {
         return;
     }
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let theirs = open(&peer, &spec("v1"));
-    let (queues, lease) = open(&host, &spec("v0")).into_parts();
-    // As by exec, which closes the lease's descriptor and runs no destructor.
-    let namespace = namespace_of(&lease);
-    std::mem::forget(lease);
-    // SAFETY: the descriptor was the lease's, which is forgotten.
+    let (queues, guard) = open(&host, &spec("v0")).into_parts();
+    // As by exec, which closes the guard's descriptor and runs no destructor.
+    let namespace = namespace_of(&guard);
+    std::mem::forget(guard);
+    // SAFETY: the descriptor was the guard's, which is forgotten.
     unsafe { libc::close(namespace) };
     std::thread::sleep(Duration::from_millis(200));
     let hello = frame([0xff; 6], theirs.mac().octets());
@@ -562,9 +562,9 @@ fn queue_alone_keeps_the_private_macvtap_of_an_ended_lease_keeper() {
     assert!(hears(queues[0].as_fd(), |heard| heard == hello));
 }
 
-/// The number of the descriptor in a lease, as its Debug output shows it.
-fn namespace_of(lease: &net::Lease) -> i32 {
-    let text = format!("{lease:?}");
+/// The number of the descriptor in a guard, as its Debug output shows it.
+fn namespace_of(guard: &net::LinkGuard) -> i32 {
+    let text = format!("{guard:?}");
     let (_, rest) = text.split_once("fd: ").expect("a descriptor");
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().unwrap()

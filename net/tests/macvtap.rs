@@ -117,12 +117,12 @@ fn drop_frees_the_mac_at_once() {
     for _ in 0..10 {
         drop(open(&netns, &with_mac("v0", MAC)));
     }
-    let (queue, lease) = open(&netns, &with_mac("v0", MAC)).into_parts();
+    let (queue, guard) = open(&netns, &with_mac("v0", MAC)).into_parts();
     assert!(matches!(
         problem(&netns, &with_mac("v0", MAC)),
         Problem::MacTaken { .. }
     ));
-    drop(lease);
+    drop(guard);
     open(&netns, &with_mac("v0", MAC));
     drop(queue);
 }
@@ -397,7 +397,7 @@ fn lower_that_is_a_vlan_or_dummy_carries() {
 }
 
 #[test]
-fn lower_that_is_a_macvlan_stands_for_the_card_under_it() {
+fn lower_that_is_a_macvlan_stands_for_the_nic_under_it() {
     if !netns::is_root() {
         return;
     }

@@ -94,10 +94,10 @@ fn two_hundred_killed_leave_nothing() {
             killed.kill();
         }
         assert_eq!(nodes.len(), 200);
-        // Each start has reaped the one before.
+        // Each start has deleted the one before.
         let left = if placement == Placement::Host { 1 } else { 0 };
         assert_eq!(netns.links().len(), links.len() + left);
-        assert_eq!(netns.enter(net::reap).unwrap().len(), left);
+        assert_eq!(netns.enter(net::delete_stale).unwrap().len(), left);
         assert_eq!(netns.links(), links);
         soon("no node is left", || {
             !nodes.iter().any(|node| node.exists())

@@ -115,13 +115,13 @@ fn has_a_link_until_it_ends() {
     spec.netns = Placement::Host;
     let macvtap = Macvtap::open(&spec).unwrap();
     let name = macvtap.name().to_owned();
-    let (mut queues, lease) = macvtap.into_parts();
+    let (mut queues, guard) = macvtap.into_parts();
     let mut program = Command::new("sleep");
     program.arg("600").stdin(queues.pop().unwrap());
     let mut program = program.stdout(Stdio::null()).spawn().unwrap();
     say(&name, program.id());
     std::io::stdin().read_line(&mut until).unwrap();
-    drop(lease);
+    drop(guard);
     program.kill().unwrap();
     program.wait().unwrap();
 }
@@ -132,9 +132,9 @@ fn place() -> Netns {
     netns
 }
 
-fn reaped(netns: &Netns) -> Vec<String> {
-    let reaped = netns.enter(net::reap).unwrap();
-    reaped.into_iter().map(|link| link.name).collect()
+fn deleted(netns: &Netns) -> Vec<String> {
+    let deleted = netns.enter(net::delete_stale).unwrap();
+    deleted.into_iter().map(|link| link.name).collect()
 }
 
 /// Whether the inventory says that `link` was left, and whose it is.
@@ -154,7 +154,7 @@ fn macvtap_of_a_killed_process_stays_while_a_program_has_its_queue() {
     let mut owner = Owner::start(&netns, "macvtap");
     owner.kill();
     assert!(!leaked(&netns, "mvt0").0);
-    assert_eq!(reaped(&netns), [""; 0]);
+    assert_eq!(deleted(&netns), [""; 0]);
     // The next start does not delete it either.
     drop(
         netns
@@ -164,7 +164,7 @@ fn macvtap_of_a_killed_process_stays_while_a_program_has_its_queue() {
     assert!(netns.links().contains(&"mvt0".to_owned()));
     end_program(owner.program);
     assert!(leaked(&netns, "mvt0").0);
-    assert_eq!(reaped(&netns), ["mvt0"]);
+    assert_eq!(deleted(&netns), ["mvt0"]);
 }
 
 #[test]
@@ -195,11 +195,11 @@ fn changed_alias_hides_nothing(what: &str) {
     let mut owner = start();
     let pid = Some(owner.process.id());
     assert_eq!(leaked(&netns, &owner.link), (false, pid));
-    assert_eq!(reaped(&netns), [""; 0]);
+    assert_eq!(deleted(&netns), [""; 0]);
     owner.kill();
     end_program(owner.program);
     assert_eq!(leaked(&netns, &owner.link), (true, pid));
-    assert_eq!(reaped(&netns), [owner.link.as_str()]);
+    assert_eq!(deleted(&netns), [owner.link.as_str()]);
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn queue_of_a_macvtap_that_is_gone_keeps_no_other_of_its_number() {
     for mut owner in taken {
         owner.kill();
         end_program(owner.program);
-        assert_eq!(reaped(&netns), [owner.link.as_str()]);
+        assert_eq!(deleted(&netns), [owner.link.as_str()]);
     }
     drop(gone);
 }

@@ -156,7 +156,7 @@ fn socket_of_another_process_is_watched_by_and_nothing_else_is() {
     let macvtap = netns.enter(|| Macvtap::open(&spec)).unwrap();
     let index = macvtap.id().index;
     // The macvtap's namespace is neither this thread's nor a name's.
-    let mut watch = LinkWatch::adopt(macvtap.watch_socket().unwrap(), &[index]).unwrap();
+    let mut watch = LinkWatch::from_socket(macvtap.watch_socket().unwrap(), &[index]).unwrap();
     expect(&mut watch, &[]);
     netns.down("v0-far");
     expect(&mut watch, &[(index, LinkChange::Carrier(false))]);
@@ -165,7 +165,7 @@ fn socket_of_another_process_is_watched_by_and_nothing_else_is() {
 
     let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
     for other in [socket.into(), File::open("/dev/null").unwrap().into()] {
-        assert!(LinkWatch::adopt(other, &[index]).is_err());
+        assert!(LinkWatch::from_socket(other, &[index]).is_err());
     }
 }
 

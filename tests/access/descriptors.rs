@@ -161,12 +161,12 @@ fn descriptor_with_keys_or_twice_is_refused() {
     let shared = ["--macvtap", "fd=3", "--macvtap", "fd=4"];
     for other in ["4<&3".to_owned(), format!("4<>{node}")] {
         let both = format!("{one} {other}");
-        refused(&both, &shared, FAILED, &["two cards", "on mine"]);
+        refused(&both, &shared, FAILED, &["two NICs", "on mine"]);
     }
     let by_name = ["--macvtap", "mine", "--macvtap", "mine"];
-    refused("3<&-", &by_name, FAILED, &["two cards are on mine"]);
+    refused("3<&-", &by_name, FAILED, &["two NICs are on mine"]);
     let both = ["--macvtap", "fd=3", "--macvtap", "mine"];
-    refused(&one, &both, FAILED, &["two cards are on mine"]);
+    refused(&one, &both, FAILED, &["two NICs are on mine"]);
 }
 
 #[test]

@@ -253,7 +253,7 @@ fn unprivileged_minivmm_in_net_open_serves_its_guest() {
         assert_eq!(mac_in_guest(&console), MAC);
         assert!(console.contains(" mtu=1400"), "{console}");
         let vm = place.until_it_serves(start("mode=echo"));
-        vm.wait_for_log("network card on lower: ", PATIENCE);
+        vm.wait_for_log("NIC on lower: ", PATIENCE);
         for ip in addresses(2) {
             assert!(place.net.far.pings(&ip, 3), "{ip}\n{}", vm.transcript());
         }
@@ -294,7 +294,7 @@ esac
 ";
 
 #[test]
-fn card_of_qemu_is_listed_while_it_runs_and_never_shared() {
+fn nic_of_qemu_is_listed_while_it_runs_and_never_shared() {
     if !is_possible() {
         return;
     }
@@ -312,14 +312,14 @@ fn card_of_qemu_is_listed_while_it_runs_and_never_shared() {
             .for_each(|spec| args.extend(["--macvtap", spec]));
         place.minivmm(&[&args[..], &["--", "-M", "q35"]].concat())
     };
-    is_refused(qemu(&["mine", "mine"]), FAILED, &["two cards are on mine"]);
+    is_refused(qemu(&["mine", "mine"]), FAILED, &["two NICs are on mine"]);
     let private = format!("lower,mac={MAC},mode=private");
     let mut vm = Vm::spawn(qemu(&["mine", &private]));
     let listing = || succeeds(place.minivmm(&["net", "list", "lower"]));
     let own = format!("program of pid {}, {program}\n", vm.pid());
     assert!(eventually(|| listing().contains(&own)), "{}", listing());
-    let card = format!("macvtap macvtap0 on lower  private  {MAC}  mtu 1500");
-    assert!(listing().contains(&card), "{}", listing());
+    let nic = format!("macvtap macvtap0 on lower  private  {MAC}  mtu 1500");
+    assert!(listing().contains(&nic), "{}", listing());
     let texts = [program, "a part of its frames"];
     is_refused(qemu(&["mine"]), FAILED, &texts);
     vm.signal(Signal::TERM);

@@ -1,4 +1,4 @@
-//! One card for one interface: who gets it when several want it, and until when.
+//! One NIC for one interface: who gets it when several want it, and until when.
 
 use super::*;
 
@@ -120,7 +120,7 @@ fn macvtap_of_a_killed_program_is_in_use_while_a_child_of_it_has_the_queue() {
 }
 
 #[test]
-fn of_two_minivmm_in_one_net_open_one_gets_the_card() {
+fn of_two_minivmm_in_one_net_open_one_gets_the_nic() {
     if !is_possible() {
         return;
     }
@@ -153,7 +153,7 @@ fn of_two_minivmm_in_one_net_open_one_gets_the_card() {
 }
 
 #[test]
-fn card_that_cannot_be_recorded_is_warned_of() {
+fn nic_that_cannot_be_recorded_is_warned_of() {
     if !is_possible() {
         return;
     }
@@ -204,11 +204,11 @@ fn list_tells_names_and_mtus_of_now() {
     let listing = || succeeds(place.minivmm(&["net", "list", "wan0"]));
     let is_told = || {
         let text = listing();
-        let cards: Vec<_> = text
+        let nics: Vec<_> = text
             .lines()
             .filter(|line| line.contains(" on wan0  "))
             .collect();
-        cards.len() == 2 && cards.iter().all(|card| card.contains("  mtu 1300  "))
+        nics.len() == 2 && nics.iter().all(|nic| nic.contains("  mtu 1300  "))
     };
     assert!(eventually(is_told), "{}", listing());
     // A macvtap's follows its lower's down alone. A guest's is watched, so that this is known of it.

@@ -53,7 +53,7 @@ fn patched(mut bytes: Vec<u8>, offset: usize, new: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A bzImage with 64 KiB of nothing behind its header (Documentation/arch/x86/boot.rst).
+/// A bzImage with 64 KiB of nothing after its header (Documentation/arch/x86/boot.rst).
 fn bzimage() -> Vec<u8> {
     let mut image = vec![0; 1024 + 0x1_0000];
     let mut put = |offset: usize, bytes: &[u8]| {

@@ -27,7 +27,7 @@ struct EthtoolValue {
     data: u32,
 }
 
-/// Makes the kernel itself cut and sum what leaves by a link, as it must for a card without offloads.
+/// Makes the kernel itself cut and sum what leaves by a link, as it must for a NIC without offloads.
 pub fn disable_offloads(netns: &Netns, link: &str) {
     netns.enter(|| {
         let socket = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);

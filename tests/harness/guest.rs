@@ -27,7 +27,7 @@ pub fn is_possible() -> bool {
     !vm::in_lab() && netns::is_root() && skip::has_kvm()
 }
 
-/// How the guest reaches its cards.
+/// How the guest reaches its NICs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     /// virtio-mmio.
@@ -123,7 +123,7 @@ impl Net {
         Vm::spawn(command)
     }
 
-    /// The command that starts the guest, but for its cards and its command line.
+    /// The command that starts the guest, but for its NICs and its command line.
     pub fn command(&self) -> Command {
         let mut command = self.host.command(vm::binary());
         command.arg("--kernel").arg(elf()).stdin(Stdio::null());

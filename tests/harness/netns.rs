@@ -186,7 +186,7 @@ impl Netns {
     }
 
     /// Whether links that are made from now on look for another owner of each new IPv6 address, as they do on most
-    /// machines: for a second that address is of no use.
+    /// machines: for a second that address cannot be used.
     pub fn detect_duplicates(&self, on: bool) {
         let value = if on { "1" } else { "0" };
         self.enter(|| {

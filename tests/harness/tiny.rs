@@ -1,6 +1,6 @@
 //! The smallest guests: a few instructions in an ELF file, enough to see a console and an end.
 //!
-//! A test that needs a network card, or a guest that computes, takes the freestanding test guest instead.
+//! A test that needs a NIC, or a guest that computes, takes the freestanding test guest instead.
 
 #![allow(dead_code)] // Each test binary uses its own part of this module.
 

@@ -103,7 +103,7 @@ impl Job<'_> {
 
     /// Whether it boots Debian's kernel for all machines too.
     fn wants_generic(&self) -> bool {
-        self.is("card-")
+        self.is("net_device-")
     }
 
     /// Whether it boots the freestanding guest.

@@ -118,7 +118,7 @@ fn qemu_of_a_wrapper_with_a_helper_that_stays_tells_its_version_at_once() {
 fn qemu_that_neither_powers_off_nor_hangs_is_told_to_quit() {
     let Some(_permit) = here() else { return };
     let site = Site::new();
-    // Its end of the control socket is descriptor 3: there is no card.
+    // Its end of the control socket is descriptor 3: there is no NIC.
     let deaf = "echo $$ >$D/pid; while read -r line <&3; do echo \"$line\" >>$D/commands; \
                 case $line in *'\"quit\"'*) exit 0 ;; esac; done";
     let wrapper = Wrapper::new(VERSION, deaf);

@@ -9,7 +9,6 @@ use boot::{BootSpec, BootState};
 use event_manager::MutEventSubscriber;
 use vm_memory::GuestMemoryMmap;
 
-use crate::cards::Cards;
 use crate::config::{Config, ConsoleTarget};
 use crate::console::{self, Output};
 use crate::cpuid::CpuModel;
@@ -17,10 +16,11 @@ use crate::event_loop::Control;
 use crate::exit::{Exit, ExitRequest};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
+use crate::net_devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices, Transport};
 use crate::resources::{ResourceError, Resources};
 use crate::terminal::RawTerminal;
-use crate::vcpu::{self, Board, Vcpu, VcpuThread};
+use crate::vcpu::{self, DeviceBuses, Vcpu, VcpuThread};
 use crate::vm::{Hypervisor, Vm, VmError};
 
 /// Why a guest could not be started or kept running.
@@ -91,18 +91,18 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     let serial = output.map(|output| machine.add_serial(Box::new(output)));
     let serial = serial.transpose()?;
     let power_button = machine.add_power_button()?;
-    let mut cards = Cards::add(&mut machine, &plan, host.nics)?;
+    let mut net_devices = NetDevices::add(&mut machine, &plan, host.nics)?;
     if plan.transport() == Transport::Pci {
         machine.add_pci_bus()?;
     }
-    let board = Arc::new(machine.finish());
-    let vcpus = create_vcpus(&vm, &config, &host.hypervisor, &boot, &board)?;
+    let buses = Arc::new(machine.finish());
+    let vcpus = create_vcpus(&vm, &config, &host.hypervisor, &boot, &buses)?;
 
     let control =
         Control::new(Arc::clone(&exit), power_button).map_err(failed_to("catch signals"))?;
-    let watchers = cards
+    let watchers = net_devices
         .watchers()
-        .map_err(failed_to("watch the network cards"))?;
+        .map_err(failed_to("watch the NICs"))?;
     let terminal = match config.console {
         ConsoleTarget::Stdio => RawTerminal::enter().map_err(failed_to("set up the terminal"))?,
         _ => None,
@@ -114,9 +114,9 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
             .map_err(failed_to("start the console's thread"))?;
     }
     run_vcpus(vcpus, control, watchers, &exit)?;
-    // The devices' threads end with the board; only then are the macvtaps deleted.
-    drop(board);
-    drop((cards.leases, host.host_link));
+    // The devices' threads end with the buses; only then are the macvtaps deleted.
+    drop(buses);
+    drop((net_devices.guards, host.host_link));
     if let Some(lost) = lost {
         lost.log();
     }
@@ -153,7 +153,7 @@ fn create_vcpus(
     config: &Config,
     hypervisor: &Hypervisor,
     boot: &BootState,
-    board: &Arc<Board>,
+    buses: &Arc<DeviceBuses>,
 ) -> Result<Vec<Vcpu>, VmError> {
     let (supported, tsc_deadline) = hypervisor.supported_cpuid()?;
     let model = CpuModel {
@@ -164,7 +164,7 @@ fn create_vcpus(
     let mut vcpus = Vec::with_capacity(config.cpus.get().into());
     for id in 0..config.cpus.get() {
         let cpuid = model.vcpu(&supported, id).map_err(VmError::Cpuid)?;
-        let vcpu = Vcpu::new(vm, id, &cpuid, boot, Arc::clone(board))?;
+        let vcpu = Vcpu::new(vm, id, &cpuid, boot, Arc::clone(buses))?;
         if id == 0 {
             vcpu.set_entry(boot)?;
         }

@@ -53,18 +53,18 @@ Exit status:
 Examples:
   A guest on the network of eno1, with a MAC address of its own:
       minivmm --kernel bzImage --initrd initrd.img --macvtap eno1
-  Two network cards, four CPUs, more memory:
+  Two NICs, four CPUs, more memory:
       minivmm --kernel vmlinux --cpus 4 --memory 2G --macvtap eno1 --macvtap eno2,mode=private
   With addresses of its own for the host, so that it can talk to its guest:
       minivmm --kernel bzImage --macvtap eno1 --host-link 192.168.0.5/24
   Without root: a macvtap for an ordinary user
       sudo minivmm net open eno1 -- minivmm --kernel bzImage --macvtap fd=3
-  What minivmm leaves out (UEFI, qcow2, graphics, USB), on the same network card:
+  What minivmm leaves out (UEFI, qcow2, graphics, USB), on the same NIC:
       minivmm qemu --macvtap eno1 -- -M q35 -accel kvm -m 2G disk.qcow2
   In a CI job: console to a file, log of warnings only, ended by SIGTERM (power button):
       minivmm --kernel bzImage --initrd test.img --console file:console.log -q";
 
-/// Boots a Linux kernel whose network card is a macvtap on one of the host's interfaces, so that
+/// Boots a Linux kernel whose NIC is a macvtap on one of the host's interfaces, so that
 /// the guest stands on the host's own Ethernet as a peer.
 #[derive(Clone, Debug, Parser)]
 #[command(
@@ -167,12 +167,12 @@ pub struct GuestArgs {
     #[arg(long, help_heading = "Guest")]
     pub hugepages: bool,
 
-    /// Network card on a new macvtap of the host's interface LINK, or on LINK if that is a
+    /// NIC on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap; or fd=N, a macvtap queue that is open already. May be repeated. The keys are below
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = parse_nic, help_heading = "Network")]
     pub macvtap: Vec<NicConfig>,
 
-    /// How the guest reaches its network cards: pci with an interrupt message per queue, or mmio
+    /// How the guest reaches its NICs: pci with an MSI-X vector per queue, or mmio
     #[arg(
         long,
         value_name = "pci|mmio",
@@ -182,7 +182,7 @@ pub struct GuestArgs {
     pub transport: Transport,
 
     /// Lets the host talk to its guests for as long as this one runs: a macvlan with this address
-    /// on the interface of the first network card. May be repeated
+    /// on the interface of the first NIC. May be repeated
     #[arg(
         long,
         value_name = "ADDRESS/PREFIX",

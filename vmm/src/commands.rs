@@ -80,7 +80,7 @@ pub unsafe fn run(command: &Command) -> Result<u8, CommandError> {
 fn gc() -> Result<String, net::Error> {
     // Reading the registry removes the files of the dead.
     crate::registry::running();
-    let line = |link: net::Reaped| {
+    let line = |link: net::StaleLink| {
         format!(
             "deleted {} ({}), left by {}",
             link.name,
@@ -88,7 +88,7 @@ fn gc() -> Result<String, net::Error> {
             owner(&link.owner)
         )
     };
-    Ok(report(net::reap()?.into_iter().map(line)))
+    Ok(report(net::delete_stale()?.into_iter().map(line)))
 }
 
 /// An owner, for people.

@@ -12,10 +12,10 @@ use crate::plan::Transport;
 mod nic;
 
 pub use nic::{
-    BackendChoice, NicConfig, NicOptions, NicSource, is_card_key, is_macvtap_key,
-    parse_descriptors, parse_macvtap, parse_nic,
+    BackendChoice, NicConfig, NicOptions, NicSource, is_macvtap_key, is_nic_key, parse_descriptors,
+    parse_macvtap, parse_nic,
 };
-use nic::{CARD_KEYS, MACVTAP_KEYS, MAX_PAIRS};
+use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 
 /// What every kernel is told: after a panic reset at once, with the "warm" flag by which the monitor
 /// tells it from a reboot.
@@ -42,11 +42,11 @@ pub struct Config {
     pub hugepages: bool,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
-    /// The network cards, in order.
+    /// The NICs, in order.
     pub nics: Vec<NicConfig>,
-    /// How the guest reaches its network cards.
+    /// How the guest reaches its NICs.
     pub transport: Transport,
-    /// The host's addresses among its guests, on the interface of the first card.
+    /// The host's addresses among its guests, on the interface of the first NIC.
     pub host_link: Vec<InterfaceAddress>,
 }
 
@@ -108,9 +108,9 @@ pub enum ConfigError {
     /// A macvtap option that does not exist.
     #[error("unknown key `{0}`: the keys are {MACVTAP_KEYS}")]
     UnknownKey(String),
-    /// A card's option that does not exist.
-    #[error("unknown key `{0}`: the keys are {MACVTAP_KEYS}; and of the card {CARD_KEYS}")]
-    UnknownCardKey(String),
+    /// A NIC's option that does not exist.
+    #[error("unknown key `{0}`: the keys are {MACVTAP_KEYS}; and of the NIC {NIC_KEYS}")]
+    UnknownNicKey(String),
     /// A macvtap option given twice.
     #[error("the key `{0}` is given twice")]
     Twice(String),
@@ -125,8 +125,8 @@ pub enum ConfigError {
     /// A list of senders, and a mode that hears everybody.
     #[error("source-mac= needs mode=source: in other modes every sender is heard")]
     SourceMac,
-    /// More queues than a guest's card can have.
-    #[error("a guest's card has 1 to {MAX_PAIRS} queues")]
+    /// More queues than a guest's NIC can have.
+    #[error("a guest's NIC has 1 to {MAX_PAIRS} queues")]
     Queues,
     /// A value that the key does not take; the text says why.
     #[error("{0}")]

@@ -21,7 +21,7 @@ pub enum Role {
     Input,
     /// What the guest writes on its console.
     Console,
-    /// What passes a network card.
+    /// What passes a NIC.
     Capture,
     /// minivmm's own log.
     Log,
@@ -40,7 +40,7 @@ impl fmt::Display for Role {
             Self::Initrd => "the initrd",
             Self::Input => "the console's input",
             Self::Console => "the console",
-            Self::Capture => "a network card's capture",
+            Self::Capture => "a NIC's capture",
             Self::Log => "the log",
         })
     }

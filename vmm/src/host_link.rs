@@ -1,4 +1,4 @@
-//! The host's own link among its guests, for the time of one of them: on the interface of the first card.
+//! The host's own link among its guests, for the time of one of them: on the interface of the first NIC.
 
 use std::io;
 
@@ -9,13 +9,13 @@ use crate::registry::NicEntry;
 /// Why there is none.
 #[derive(Debug, thiserror::Error)]
 pub enum HostLinkError {
-    /// The first card stands on an interface of another network namespace, or on one that nobody has told of.
+    /// The first NIC stands on an interface of another network namespace, or on one that nobody has told of.
     #[error(
         "--host-link makes its link on the interface under {nic}, and that is not in this network namespace{}: run \
          minivmm in the one that has it, or make a link there with `minivmm net host-link`", of(.lower)
     )]
     Elsewhere {
-        /// The first card.
+        /// The first NIC.
         nic: String,
         /// The interface's name, where it is known.
         lower: Option<String>,

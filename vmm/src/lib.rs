@@ -15,7 +15,7 @@
 //! | devices | [`machine`] and the `devices` crate | what stands on the buses |
 //! | event loop | [`event_loop`] | the control thread |
 //!
-//! A network card's way through it: [`nic`] takes its queue from the host, [`cards`] puts it on the
+//! A NIC's way through it: [`nic`] takes its queue from the host, [`net_devices`] puts it on the
 //! bus, and on the control thread [`link_watch`] follows the host's link
 //! (`upkeep.rs` keeps it as the guest needs it), [`guest_listener`]
 //! hears a guest whose frames the kernel moves, and [`registry`] tells other programs of the guest. The subcommands that run no guest are in [`commands`], and [`qemu`]
@@ -30,12 +30,11 @@
 //! # Threads
 //!
 //! The main thread builds the guest and then waits for events. Each vCPU has a thread
-//! (`vcpuN`), each queue pair of a network card that its driver has started too (`netN`, `netN.1`,
-//! …) unless vhost-net moves its frames, the card's control queue one (`netN.ctrl`), its capture one
+//! (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`, `netN.1`,
+//! …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its capture one
 //! (`netN.pcap`), the console's input one (`console`), and the log one (`log`).
 
 pub mod builder;
-pub mod cards;
 pub mod child;
 pub mod cli;
 pub mod commands;
@@ -43,17 +42,19 @@ pub mod config;
 pub mod console;
 pub mod cpuid;
 pub mod event_loop;
+pub mod exclusive;
 pub mod exit;
 pub mod files;
 pub mod guest_listener;
-pub mod handed;
 pub mod host_link;
+pub mod inherited;
 pub mod limits;
 pub mod link_watch;
 pub mod log_writer;
 pub mod machine;
 pub mod memory;
 pub mod msi;
+pub mod net_devices;
 pub mod nic;
 pub mod plan;
 pub mod printable;
@@ -61,7 +62,6 @@ pub mod probe;
 pub mod qemu;
 pub mod registry;
 pub mod resources;
-pub mod sharing;
 pub mod signals;
 pub mod terminal;
 mod upkeep;

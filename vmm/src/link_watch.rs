@@ -1,4 +1,4 @@
-//! Follows the macvtap of a network card: what happens to the host's link shows in the guest's.
+//! Follows the macvtap of a NIC: what happens to the host's link shows in the guest's.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -14,17 +14,17 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::registry::{LinkSeen, WrongMac};
 use crate::upkeep::Upkeep;
 
-/// How often a guest whose link has come back is asked to announce itself: its card may be somewhere
+/// How often a guest whose link has come back is asked to announce itself: its NIC may be somewhere
 /// else in the network now, and the first announcement may be lost on a switch that still learns.
 const ANNOUNCEMENTS: u32 = 3;
 /// Until the first, for the guest to find its carrier.
 const FIRST_ANNOUNCEMENT: Duration = Duration::from_millis(250);
 const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The watcher of one card, on the control thread.
+/// The watcher of one NIC, on the control thread.
 #[derive(Debug)]
 pub struct LinkFollower {
-    /// The card, in logs.
+    /// The NIC, in logs.
     name: String,
     watch: LinkWatch,
     guest: Arc<ConfigSpace>,
@@ -127,7 +127,7 @@ impl LinkFollower {
                 self.link.exists = false;
                 log::warn!(
                     "{name}: {link} is gone, perhaps with the interface under it: the guest runs \
-                     on without this network card's link"
+                     on without this NIC's link"
                 );
             }
             _ => {}

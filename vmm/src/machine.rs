@@ -20,7 +20,7 @@ use crate::plan::{
     Gsi, I8042_PORT, I8042_PORTS, MmioWindow, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS,
     SERIAL_GSI, SERIAL_PORT, VirtioSlot,
 };
-use crate::vcpu::Board;
+use crate::vcpu::DeviceBuses;
 use crate::vm::{Vm, VmError};
 
 /// What went wrong while the machine was put together.
@@ -35,11 +35,11 @@ pub enum MachineError {
     /// No descriptor for an eventfd.
     #[error("cannot create an eventfd")]
     EventFd(#[source] io::Error),
-    /// The capture of a card.
-    #[error("cannot start to record what passes a network card")]
+    /// The capture of a NIC.
+    #[error("cannot start to record what passes a NIC")]
     Capture(#[source] io::Error),
     /// vhost-net, which was asked for.
-    #[error("cannot use vhost-net (load vhost_net, or leave backend=vhost away)")]
+    #[error("cannot use vhost-net (load vhost_net, or omit backend=vhost)")]
     Vhost(#[from] VhostError),
     /// KVM.
     #[error(transparent)]
@@ -106,7 +106,7 @@ impl<'a> Machine<'a> {
         output: Box<dyn io::Write + Send>,
     ) -> Result<Arc<Mutex<Serial>>, MachineError> {
         let irq = IrqLine::new().map_err(MachineError::EventFd)?;
-        self.vm.connect_irq(irq.eventfd(), SERIAL_GSI)?;
+        self.vm.register_irqfd(irq.eventfd(), SERIAL_GSI)?;
         let serial = Arc::new(Mutex::new(Serial::new(irq, output)));
         self.add_ports(SERIAL_PORT, serial::PORTS, serial.clone())?;
         Ok(serial)
@@ -138,13 +138,13 @@ impl<'a> Machine<'a> {
         device: Box<dyn VirtioDevice>,
     ) -> Result<(), MachineError> {
         let irq = IrqLine::new().map_err(MachineError::EventFd)?;
-        self.vm.connect_irq(irq.eventfd(), gsi)?;
+        self.vm.register_irqfd(irq.eventfd(), gsi)?;
         let transport = MmioTransport::new(device, Arc::clone(&self.memory), irq)
             .map_err(MachineError::EventFd)?;
         let base = window.base().0;
         for (index, kick) in (0..).zip(transport.kicks()) {
             self.vm
-                .connect_notify(kick, base + QUEUE_NOTIFY, Some(index))?;
+                .register_ioeventfd(kick, base + QUEUE_NOTIFY, Some(index))?;
         }
         let window = base..base + u64::from(MmioWindow::SIZE);
         self.mmio.insert(window, Arc::new(Mutex::new(transport)))?;
@@ -162,14 +162,14 @@ impl<'a> Machine<'a> {
             .map(|_| IrqLine::new())
             .collect::<io::Result<Vec<_>>>();
         let lines = lines.map_err(MachineError::EventFd)?;
-        let messages = self.vm.messages(&lines).map_err(MachineError::EventFd)?;
+        let routes = self.vm.msi_routes(&lines).map_err(MachineError::EventFd)?;
         let memory = Arc::clone(&self.memory);
         // The plan puts BARs below 4 GiB.
-        let transport = PciTransport::new(device, memory, bar as u32, lines, Box::new(messages))
+        let transport = PciTransport::new(device, memory, bar as u32, lines, Box::new(routes))
             .map_err(MachineError::EventFd)?;
         for (index, kick) in (0..).zip(transport.kicks()) {
             let address = bar + u64::from(NOTIFY) + index * u64::from(NOTIFY_STRIDE);
-            self.vm.connect_notify(kick, address, None)?;
+            self.vm.register_ioeventfd(kick, address, None)?;
         }
         let function = Arc::new(Mutex::new(transport));
         let bus = self.pci.get_or_insert_default();
@@ -201,13 +201,13 @@ impl<'a> Machine<'a> {
     /// See [`MachineError`].
     pub fn add_power_button(&mut self) -> Result<IrqLine, MachineError> {
         let line = IrqLine::new().map_err(MachineError::EventFd)?;
-        self.vm.connect_irq(line.eventfd(), POWER_BUTTON_GSI)?;
+        self.vm.register_irqfd(line.eventfd(), POWER_BUTTON_GSI)?;
         Ok(line)
     }
 
     /// The finished board, for the vCPUs.
-    pub fn finish(self) -> Board {
-        Board {
+    pub fn finish(self) -> DeviceBuses {
+        DeviceBuses {
             memory: self.memory,
             ports: self.ports,
             mmio: self.mmio,

@@ -1,4 +1,4 @@
-//! Interrupt messages (MSI): which eventfd sends which, by KVM's routing table.
+//! MSI vectors: which eventfd sends which, by KVM's routing table.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -44,13 +44,13 @@ impl Routes {
         }
     }
 
-    /// Numbers for the messages of one function.
-    pub fn messages(self: &Arc<Self>, lines: Vec<EventFd>) -> Messages {
+    /// GSIs for the vectors of one function.
+    pub fn for_vectors(self: &Arc<Self>, lines: Vec<EventFd>) -> MsiRoutes {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let first = table.messages.len();
         table.messages.resize(first + lines.len(), None);
         let connected = Mutex::new(vec![false; lines.len()]);
-        Messages {
+        MsiRoutes {
             routes: Arc::clone(self),
             first,
             lines,
@@ -130,9 +130,9 @@ impl Message {
     }
 }
 
-/// The messages of one function.
+/// The MSI vectors of one function, each with its GSI.
 #[derive(Debug)]
-pub struct Messages {
+pub struct MsiRoutes {
     routes: Arc<Routes>,
     /// Its first one in the table.
     first: usize,
@@ -140,7 +140,7 @@ pub struct Messages {
     connected: Mutex<Vec<bool>>,
 }
 
-impl MsixRoutes for Messages {
+impl MsixRoutes for MsiRoutes {
     fn connect(&self, vector: usize, address: u64, data: u32) {
         let index = self.first + vector;
         if let Err(error) = self.routes.set(index, Message { address, data }) {

@@ -1,4 +1,4 @@
-//! A network card's share of the host: a queue, its interface, and what keeps and watches it.
+//! A NIC's share of the host: a queue, its interface, and what keeps and watches it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,14 +8,16 @@ use std::path::Path;
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::tap::{Tap, TapError};
-use net::{AdoptError, FrameListener, Lease, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode};
+use net::{
+    ExistingTapError, FrameListener, LinkGuard, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode,
+};
 
 use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource};
-use crate::handed::Handed;
+use crate::exclusive::{self, Interface, SharedError};
+use crate::inherited::Inherited;
 use crate::registry::{Claim, NicEntry, Runs};
-use crate::sharing::{self, Interface, SharedError};
 
-/// Why there is no network card.
+/// Why there is no NIC.
 #[derive(Debug, thiserror::Error)]
 pub enum NicError {
     /// The macvtap.
@@ -23,12 +25,12 @@ pub enum NicError {
     Macvtap(#[from] net::Error),
     /// Descriptors of somebody else's.
     #[error("cannot use the file descriptors of --macvtap fd=")]
-    Adopt(#[from] AdoptError),
-    /// One interface for two cards.
+    Existing(#[from] ExistingTapError),
+    /// One interface for two NICs.
     #[error(transparent)]
     Shared(#[from] SharedError),
     /// A queue that cannot be set up.
-    #[error("the queue of {name} is of no use")]
+    #[error("the queue of {name} cannot be used")]
     Tap {
         /// The interface.
         name: String,
@@ -38,18 +40,18 @@ pub enum NicError {
     },
 }
 
-/// An open queue that is ready to be a network card.
+/// An open queue that is ready to be a NIC.
 #[derive(Debug)]
 pub struct Nic {
     /// The queues, one for each pair.
     pub taps: Vec<Tap>,
     /// What the guest is told.
     pub config: NetConfig,
-    /// How the card is to behave.
+    /// How the NIC is to behave.
     pub options: NicOptions,
     /// What the guest's commands may do on the host.
     pub permissions: Permissions,
-    /// The file for what passes, which is opened before any card is made.
+    /// The file for what passes, which is opened before any NIC is made.
     pub pcap: Option<File>,
     /// What others are told.
     pub entry: NicEntry,
@@ -62,7 +64,7 @@ pub struct Nic {
     /// Hears what the guest sends, where its frames may pass through the kernel alone.
     pub listener: Option<FrameListener>,
     /// Keeps a macvtap of our own in being.
-    pub lease: Option<Lease>,
+    pub guard: Option<LinkGuard>,
 }
 
 impl Nic {
@@ -78,27 +80,27 @@ impl Nic {
             watch: watched(macvtap.name(), macvtap.watch()),
             listener: listener.flatten(),
         };
-        let (queues, lease) = macvtap.into_parts();
-        Self::new(host, queues, Some(lease), options)
+        let (queues, guard) = macvtap.into_parts();
+        Self::new(host, queues, Some(guard), options)
     }
 
     /// `numbers` are those that the descriptors had on the command line.
-    fn adopt(
+    fn from_fds(
         descriptors: Vec<OwnedFd>,
         numbers: &[RawFd],
         given: &mut Given,
         options: &NicOptions,
     ) -> Result<Self, NicError> {
-        let adopted = net::adopt(descriptors)?;
-        let told = given.handed.as_ref();
-        let told = told.filter(|told| told.is_of(numbers, adopted.mac));
-        let interface = Interface::of_adopted(&adopted, told)?;
-        let name = &adopted.name;
-        let watch = match (adopted.id, told.and_then(|told| told.id), &mut given.watch) {
+        let existing = net::from_fds(descriptors)?;
+        let told = given.inherited.as_ref();
+        let told = told.filter(|told| told.is_of(numbers, existing.mac));
+        let interface = Interface::of_existing(&existing, told)?;
+        let name = &existing.name;
+        let watch = match (existing.id, told.and_then(|told| told.id), &mut given.watch) {
             (Some(id), _, _) => watched(name, LinkWatch::new(&[id.index])),
             (None, Some(id), socket @ Some(_)) => socket
                 .take()
-                .and_then(|socket| watched(name, LinkWatch::adopt(socket, &[id.index]))),
+                .and_then(|socket| watched(name, LinkWatch::from_socket(socket, &[id.index]))),
             _ => {
                 log::info!(
                     "{name} is in a network namespace that minivmm does not see: its carrier and its \
@@ -107,24 +109,24 @@ impl Nic {
                 None
             }
         };
-        let listener = adopted.id.filter(|_| wants_listener(options));
+        let listener = existing.id.filter(|_| wants_listener(options));
         let listener =
-            listener.and_then(|id| listening(name, FrameListener::new(id.index, adopted.mac)));
+            listener.and_then(|id| listening(name, FrameListener::new(id.index, existing.mac)));
         let host = Host {
-            entry: NicEntry::of_adopted(&adopted, told, interface.device),
+            entry: NicEntry::of_existing(&existing, told, interface.device),
             interface,
-            mac: adopted.mac,
-            mode: adopted.mode.or(told.and_then(|told| told.mode)),
+            mac: existing.mac,
+            mode: existing.mode.or(told.and_then(|told| told.mode)),
             watch,
             listener,
         };
-        Self::new(host, adopted.queues, None, options)
+        Self::new(host, existing.queues, None, options)
     }
 
     fn new(
         host: Host,
         queues: Vec<OwnedFd>,
-        lease: Option<Lease>,
+        guard: Option<LinkGuard>,
         options: &NicOptions,
     ) -> Result<Self, NicError> {
         let Host {
@@ -137,7 +139,7 @@ impl Nic {
         } = host;
         // An Ethernet interface's MTU is at most 65,535.
         let mtu = u16::try_from(entry.mtu).unwrap_or(u16::MAX);
-        log::info!("network card on {}: MAC {mac}, MTU {mtu}", entry.lower);
+        log::info!("NIC on {}: MAC {mac}, MTU {mtu}", entry.lower);
         let name = entry.name.clone();
         let taps = queues
             .into_iter()
@@ -151,7 +153,7 @@ impl Nic {
         let permissions = Permissions {
             change_mac: options.trust_mac,
             // The lower is promiscuous then, and all that it hears is for the macvtap.
-            any_address: mode == Some(Mode::Passthru),
+            allow_promisc: mode == Some(Mode::Passthru),
         };
         Ok(Self {
             taps,
@@ -164,12 +166,12 @@ impl Nic {
             claim: None,
             watch,
             listener,
-            lease,
+            guard,
         })
     }
 }
 
-/// What is known of a card's macvtap on the host.
+/// What is known of a NIC's macvtap on the host.
 #[derive(Debug)]
 struct Host {
     entry: NicEntry,
@@ -183,10 +185,10 @@ struct Host {
 /// What this process was started with.
 #[derive(Debug)]
 pub struct Given {
-    /// The queues of the cards that name descriptors.
+    /// The queues of the NICs that name descriptors.
     queues: Vec<OwnedFd>,
     /// What is told of them.
-    handed: Option<Handed>,
+    inherited: Option<Inherited>,
     /// The socket that comes with them.
     watch: Option<OwnedFd>,
 }
@@ -202,7 +204,7 @@ fn opens(path: &str) -> bool {
     OpenOptions::new().read(true).write(true).open(path).is_ok()
 }
 
-/// A card works without being heard, so a failure is no more than a word.
+/// A NIC works without being heard, so a failure is no more than a word.
 fn listening(name: &str, listener: io::Result<FrameListener>) -> Option<FrameListener> {
     listener
         .inspect_err(|error| {
@@ -211,7 +213,7 @@ fn listening(name: &str, listener: io::Result<FrameListener>) -> Option<FrameLis
         .ok()
 }
 
-/// Takes over the descriptors that the cards name.
+/// Takes over the descriptors that the NICs name.
 ///
 /// # Errors
 ///
@@ -223,10 +225,10 @@ fn listening(name: &str, listener: io::Result<FrameListener>) -> Option<FrameLis
 pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Given, NicError> {
     let sources = nics.iter().map(|nic| &nic.source);
     let numbers: Vec<RawFd> = sources.flat_map(NicSource::descriptors).collect();
-    let handed = Handed::from_environment();
+    let inherited = Inherited::from_environment();
     // SAFETY: as for this function.
     let queues = unsafe { net::inherit(&numbers) }?;
-    let watch = handed.as_ref().and_then(|told| {
+    let watch = inherited.as_ref().and_then(|told| {
         let number = told.watch_beside(&numbers)?;
         // SAFETY: as for this function; it is none of `numbers`.
         unsafe { net::inherit(&[number]) }
@@ -236,12 +238,12 @@ pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Given, NicError> {
     });
     Ok(Given {
         queues,
-        handed,
+        inherited,
         watch,
     })
 }
 
-/// Makes what each card needs, in order, or takes it from what was `given`, and claims it for a guest with this kernel.
+/// Makes what each NIC needs, in order, or takes it from what was `given`, and claims it for a guest with this kernel.
 ///
 /// # Errors
 ///
@@ -252,22 +254,22 @@ pub fn acquire(nics: &[NicConfig], mut given: Given, kernel: &Path) -> Result<Ve
         NicSource::Macvtap(spec) => Nic::make(spec, options),
         NicSource::Descriptors(fds) => {
             let descriptors = inherited.by_ref().take(fds.len()).collect();
-            Nic::adopt(descriptors, fds, &mut given, options)
+            Nic::from_fds(descriptors, fds, &mut given, options)
         }
     };
     let mut nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;
-    let cards: Vec<_> = nics
+    let wanted: Vec<_> = nics
         .iter()
         .map(|nic| (&nic.interface, &nic.entry))
         .collect();
-    let claims = sharing::claim(&Runs::kernel(kernel), None, &cards)?;
+    let claims = exclusive::claim(&Runs::kernel(kernel), None, &wanted)?;
     for (nic, claim) in nics.iter_mut().zip(claims) {
         nic.claim = Some(claim);
     }
     Ok(nics)
 }
 
-/// A card works without being watched, so a failure is no more than a warning.
+/// A NIC works without being watched, so a failure is no more than a warning.
 fn watched(name: &str, watch: io::Result<LinkWatch>) -> Option<LinkWatch> {
     watch
         .inspect_err(|error| log::warn!("cannot watch {name}: {error}"))

@@ -40,7 +40,7 @@ impl MmioWindow {
 pub enum Transport {
     /// virtio-mmio: registers and an interrupt line for each device.
     Mmio,
-    /// virtio-pci: a function on the PCI bus with an interrupt message for each queue.
+    /// virtio-pci: a function on the PCI bus with an MSI-X vector for each queue.
     #[default]
     Pci,
 }
@@ -93,7 +93,7 @@ pub const POWER_PORTS: u64 = 3;
 /// The power button's interrupt, through the ACPI generic event device.
 pub const POWER_BUTTON_GSI: Gsi = Gsi(5);
 const FIRST_VIRTIO_GSI: u32 = 6;
-/// Inputs of the I/O APIC that KVM emulates. Interrupt messages have numbers from here on.
+/// Inputs of the I/O APIC that KVM emulates. MSI vectors have numbers from here on.
 pub const GSIS: u32 = 24;
 /// The most virtio-mmio devices: each gets an interrupt of its own.
 pub const MAX_MMIO: usize = (GSIS - FIRST_VIRTIO_GSI) as usize;
@@ -112,9 +112,7 @@ impl Transport {
 
 /// More devices than the machine has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{wanted} network cards are more than the {max} that a guest can have: leave some --macvtap away"
-)]
+#[error("{wanted} NICs are more than the {max} that a guest can have: omit some --macvtap")]
 pub struct TooManyDevices {
     wanted: usize,
     max: usize,

@@ -14,7 +14,7 @@
 //! # Why minivmm stays
 //!
 //! An open queue would keep a private macvtap alive by itself, so minivmm could *become* QEMU. It stays as QEMU's parent
-//! to explain failures, to give the terminal back when QEMU is killed, to delete a macvtap of the host's namespace, and,
+//! to explain failures, to restore the terminal when QEMU is killed, to delete a macvtap of the host's namespace, and,
 //! with `--kernel`, to tell the guest's panic from its reboot. QEMU ends with it, whichever way it ends
 //! ([`crate::child`]); the kernel deletes a private macvtap with the last of its queues.
 
@@ -38,19 +38,19 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 
-use net::{AdoptError, MacAddr, MacvtapSpec};
+use net::{ExistingTapError, MacAddr, MacvtapSpec};
 
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
 use crate::config::{ConsoleTarget, NicSource};
+use crate::exclusive::{self, SharedError};
 use crate::files::{Files, Role, SharedFile};
 use crate::host_link;
 use crate::registry::{Claim, Runs};
-use crate::sharing::{self, SharedError};
 use crate::terminal::may_read;
 
 use accel::Engine;
-use args::{Card, Line, Machine};
+use args::{Line, Machine, NetDevice};
 use conflict::OwnDevice;
 use nics::{Expected, Numbers, Queues};
 
@@ -76,8 +76,8 @@ pub enum QemuError {
     HostLink(#[from] host_link::HostLinkError),
     /// Descriptors of somebody else's.
     #[error("cannot use the file descriptors of --macvtap fd=")]
-    Adopt(#[from] AdoptError),
-    /// One interface for two cards.
+    Existing(#[from] ExistingTapError),
+    /// One interface for two NICs.
     #[error(transparent)]
     Shared(#[from] SharedError),
     /// One file for two uses.
@@ -85,7 +85,7 @@ pub enum QemuError {
     File(#[from] SharedFile),
     /// vhost-net that was asked for.
     #[error(
-        "cannot open {} for vhost=on: `modprobe vhost_net`, or leave vhost=on out",
+        "cannot open {} for vhost=on: `modprobe vhost_net`, or omit vhost=on",
         nics::VHOST_NET
     )]
     Vhost(#[source] io::Error),
@@ -168,10 +168,16 @@ impl Plan {
         })
     }
 
-    /// The n-th card, once its address is known.
-    fn card(&self, n: usize, nic: &NicRequest, mac: MacAddr, mtu: u32) -> Result<Card, QemuError> {
+    /// The n-th NIC, once its address is known.
+    fn nic(
+        &self,
+        n: usize,
+        nic: &NicRequest,
+        mac: MacAddr,
+        mtu: u32,
+    ) -> Result<NetDevice, QemuError> {
         self.check_mac(n, mac)?;
-        Ok(Card {
+        Ok(NetDevice {
             id: self.ids[n].clone(),
             fds: self.numbers[n].fds.clone(),
             vhost: self.numbers[n].vhost.clone(),
@@ -181,17 +187,17 @@ impl Plan {
         })
     }
 
-    /// Whether the n-th card's device, if ARGS have one, has this address.
+    /// Whether the n-th NIC's device, if ARGS have one, has this address.
     fn check_mac(&self, n: usize, mac: MacAddr) -> Result<(), ConflictError> {
         let own = self.own_devices[n].as_ref();
         own.map_or(Ok(()), |own| own.check(mac))
     }
 
-    fn line(&self, cards: &[Card], args: &[OsString]) -> Vec<OsString> {
+    fn line(&self, nics: &[NetDevice], args: &[OsString]) -> Vec<OsString> {
         let line = Line {
             machine: self.machine.as_ref(),
             engine: self.engine,
-            cards,
+            nics,
             control: self.control,
             args,
         };
@@ -289,7 +295,7 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     // SAFETY: as for this function.
     let mut inherited = unsafe { inherit(args) }?.into_iter();
     let plan = Plan::new(args, true)?;
-    let (mut cards, mut descriptors, mut leases) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut nics, mut descriptors, mut guards) = (Vec::new(), Vec::new(), Vec::new());
     let mut interfaces = Vec::new();
     for (n, origin) in origins(args, &plan, &mut inherited)?
         .into_iter()
@@ -299,12 +305,12 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
             Origin::ToMake(spec) => Queues::make(spec)?,
             Origin::Open(queues) => *queues,
         };
-        cards.push(plan.card(n, &args.macvtap[n], queues.mac, queues.entry.mtu)?);
+        nics.push(plan.nic(n, &args.macvtap[n], queues.mac, queues.entry.mtu)?);
         descriptors.extend(queues.descriptors);
         for _ in &plan.numbers[n].vhost {
             descriptors.push(nics::open_vhost().map_err(QemuError::Vhost)?.into());
         }
-        leases.extend(queues.lease);
+        guards.extend(queues.guard);
         interfaces.push((queues.interface, queues.entry));
     }
     let runs = match &args.machine.kernel {
@@ -313,7 +319,7 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     };
     let wanted: Vec<_> = interfaces.iter().map(|(one, entry)| (one, entry)).collect();
     // Given up when QEMU has ended.
-    let claims = sharing::claim(&runs, None, &wanted)?;
+    let claims = exclusive::claim(&runs, None, &wanted)?;
     let host_link = host_link::make(claims.first().map(Claim::nic), &args.host_link)?;
     let control = plan
         .control
@@ -325,7 +331,7 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
         ours
     });
     let mut command = Command::new(&plan.qemu);
-    command.args(plan.line(&cards, &args.args));
+    command.args(plan.line(&nics, &args.args));
     log::debug!("running {command:?}");
     let mut program = Program::new(command);
     program.numbered = descriptors;
@@ -334,11 +340,11 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
         .collect::<Result<_, _>>()
         .map_err(QemuError::Descriptors)?;
     let status = process::supervise(program, control, &plan);
-    drop((leases, host_link));
+    drop((guards, host_link));
     status
 }
 
-/// Where a card's queues come from.
+/// Where a NIC's queues come from.
 #[derive(Debug)]
 enum Origin<'a> {
     ToMake(&'a MacvtapSpec),
@@ -354,7 +360,7 @@ fn origins<'a>(
     let origin = |(n, nic): (usize, &'a NicRequest)| match &nic.source {
         NicSource::Macvtap(spec) => Ok(Origin::ToMake(spec)),
         NicSource::Descriptors(fds) => {
-            let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?;
+            let queues = Queues::from_fds(inherited.by_ref().take(fds.len()).collect(), fds)?;
             plan.check_mac(n, queues.mac)?;
             Ok(Origin::Open(Box::new(queues)))
         }

@@ -1,26 +1,26 @@
-//! What a running minivmm tells about its cards, and that nobody else may have them: a locked record for each, that ends
+//! What a running minivmm tells about its NICs, and that nobody else may have them: a locked record for each, that ends
 //! with whoever holds it.
 
 use std::net::IpAddr;
 use std::path::Path;
 
-use net::{Adopted, LinkId, MacAddr, Macvtap, Owner, RecordDirectory, RecordKey, RecordView};
+use net::{ExistingTap, LinkId, MacAddr, Macvtap, Owner, RecordDirectory, RecordKey, RecordView};
 use serde::{Deserialize, Serialize};
 
-use crate::handed::Handed;
+use crate::inherited::Inherited;
 
 mod announce;
 mod claim;
 mod store;
 mod text;
 
-pub use announce::{Announcer, RegisteredCard};
+pub use announce::{Announcer, RegisteredNic};
 pub use claim::{Claim, InUse, Wanted};
 
 /// The MTU of an interface that cannot be asked: Ethernet's.
 const USUAL_MTU: u32 = 1500;
 
-/// A running monitor, or another program that has its network card by minivmm.
+/// A running monitor, or another program that has its NIC by minivmm.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// Its process in its own pid namespace, for people.
@@ -30,20 +30,20 @@ pub struct Entry {
     /// What it runs.
     #[serde(flatten)]
     pub runs: Runs,
-    /// The user whose program has got the card from root.
+    /// The user whose program has got the NIC from root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<u32>,
     /// The user who says all this.
     #[serde(default)]
     pub vouched_by: u32,
-    /// Whether it can be relied on which cards these are: root or this process's own user says so.
+    /// Whether it can be relied on which NICs these are: root or this process's own user says so.
     #[serde(skip)]
     pub is_certain: bool,
-    /// The guest's network cards. A record tells of one.
+    /// The guest's NICs. A record tells of one.
     pub nics: Vec<NicEntry>,
 }
 
-/// What a process does with its cards.
+/// What a process does with its NICs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Runs {
@@ -71,7 +71,7 @@ impl Runs {
     }
 }
 
-/// A network card of a running guest.
+/// A NIC of a running guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicEntry {
     /// The macvtap.
@@ -150,20 +150,20 @@ impl NicEntry {
     }
 
     /// Of queues that somebody else has opened, and of which somebody may have `told`.
-    pub fn of_adopted(adopted: &Adopted, told: Option<&Handed>, device: u64) -> Self {
+    pub fn of_existing(existing: &ExistingTap, told: Option<&Inherited>, device: u64) -> Self {
         // What can be seen counts more than what was told, which may have changed since.
-        let (lower, lower_id) = match (&adopted.lower, told) {
+        let (lower, lower_id) = match (&existing.lower, told) {
             (Some((lower, id)), _) => (lower, Some(*id)),
             (None, Some(told)) => (&told.lower, told.lower_id),
-            (None, None) => (&adopted.name, None),
+            (None, None) => (&existing.name, None),
         };
-        let mtu = adopted.mtu.or(told.map(|told| told.mtu));
-        let mode = adopted.mode.or(told.and_then(|told| told.mode));
-        let id = adopted.id.or(told.and_then(|told| told.id));
+        let mtu = existing.mtu.or(told.map(|told| told.mtu));
+        let mode = existing.mode.or(told.and_then(|told| told.mode));
+        let id = existing.id.or(told.and_then(|told| told.id));
         Self {
-            name: adopted.name.clone(),
+            name: existing.name.clone(),
             lower: lower.clone(),
-            mac: adopted.mac.to_string(),
+            mac: existing.mac.to_string(),
             mtu: mtu.unwrap_or(USUAL_MTU),
             addresses: Vec::new(),
             wrong_source_frames: 0,
@@ -204,7 +204,7 @@ impl From<Id> for LinkId {
 }
 
 impl Entry {
-    /// Of this process, with one card.
+    /// Of this process, with one NIC.
     pub fn new(runs: Runs, user: Option<u32>, nic: NicEntry) -> Self {
         let owner = Owner::this_process().map(|owner| owner.to_string());
         Self {
@@ -244,7 +244,7 @@ pub fn running() -> Vec<Entry> {
     together(once(found.collect()))
 }
 
-/// Leaves out the programs whose cards are those of a guest: `net open` and the minivmm in it tell of the same. Which card
+/// Leaves out the programs whose NICs are those of a guest: `net open` and the minivmm in it tell of the same. Which NIC
 /// that is stays the former's word, if it names the latter's user; with any other user both are told.
 fn once(found: Vec<store::Found>) -> Vec<Entry> {
     let (mut passed, mut entries): (Vec<_>, Vec<_>) =
@@ -275,7 +275,7 @@ fn once(found: Vec<store::Found>) -> Vec<Entry> {
     entries.into_iter().map(|found| found.entry).collect()
 }
 
-/// Puts the cards of each process together.
+/// Puts the NICs of each process together.
 fn together(mut entries: Vec<Entry>) -> Vec<Entry> {
     entries.sort_by_key(|entry| (entry.pid, entry.vouched_by));
     let mut all: Vec<Entry> = Vec::new();

@@ -69,7 +69,7 @@ pub enum ResourceError {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] VmError),
-    /// A network card.
+    /// A NIC.
     #[error(transparent)]
     Nic(#[from] NicError),
     /// The host's own access.
@@ -88,7 +88,7 @@ pub struct Resources {
     pub hypervisor: Hypervisor,
     /// Where the console's output goes.
     pub console: Option<File>,
-    /// The network cards.
+    /// The NICs.
     pub nics: Vec<Nic>,
     /// Lets the host talk to the guest.
     pub host_link: Option<HostLinkGuard>,
@@ -186,7 +186,7 @@ fn open_console(target: &ConsoleTarget, files: &mut Files) -> Result<Option<File
     Ok(Some(file))
 }
 
-/// Opens what each network card is recorded in, emptied only when the guest starts.
+/// Opens what each NIC is recorded in, emptied only when the guest starts.
 fn open_captures(
     nics: &[NicConfig],
     files: &mut Files,

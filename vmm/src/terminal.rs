@@ -74,7 +74,7 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Has every signal that kills, and that nobody has caught or ignored before, give the terminal back
+/// Has every signal that kills, and that nobody has caught or ignored before, restore the terminal
 /// as it is now, with its flags: for the time in which a child has it. Does nothing when it is not ours.
 ///
 /// # Errors

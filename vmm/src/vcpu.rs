@@ -26,7 +26,7 @@ const MAX_INSTRUCTION: usize = 15;
 
 /// What every vCPU of a machine shares.
 #[derive(Debug)]
-pub struct Board {
+pub struct DeviceBuses {
     /// Guest memory.
     pub memory: Arc<GuestMemoryMmap>,
     /// Devices at I/O ports.
@@ -42,7 +42,7 @@ pub struct Board {
 pub struct Vcpu {
     fd: VcpuFd,
     id: u8,
-    board: Arc<Board>,
+    buses: Arc<DeviceBuses>,
 }
 
 impl Vcpu {
@@ -57,7 +57,7 @@ impl Vcpu {
         id: u8,
         cpuid: &CpuId,
         boot: &BootState,
-        board: Arc<Board>,
+        buses: Arc<DeviceBuses>,
     ) -> Result<Self, VmError> {
         let fd = vm.create_vcpu(id)?;
         fd.set_cpuid2(cpuid)
@@ -73,7 +73,7 @@ impl Vcpu {
                 refused.index
             );
         }
-        Ok(Self { fd, id, board })
+        Ok(Self { fd, id, buses })
     }
 
     /// Lets this vCPU begin at the kernel's entry.
@@ -102,7 +102,7 @@ impl Vcpu {
     /// Fails when the host has no thread left.
     pub fn start(self) -> io::Result<VcpuThread> {
         let name = format!("vcpu{}", self.id);
-        let exit = Arc::clone(&self.board.exit);
+        let exit = Arc::clone(&self.buses.exit);
         let body = move || {
             let mut vcpu = self;
             // A panic of one vCPU must end the others too, and be told.
@@ -121,7 +121,7 @@ impl Vcpu {
 
     fn run(&mut self) {
         let _kicked = Kicked::let_in(&mut self.fd);
-        while self.board.exit.reason().is_none() {
+        while self.buses.exit.reason().is_none() {
             let reason = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     let (start, len) = (data.as_mut_ptr(), data.len());
@@ -130,7 +130,7 @@ impl Vcpu {
                     // `fd`; until the next KVM_RUN nobody else accesses it, and `port_width` looks
                     // at another part only.
                     let data = unsafe { slice::from_raw_parts_mut(start, len) };
-                    self.board.ports.read_each(port.into(), width, data);
+                    self.buses.ports.read_each(port.into(), width, data);
                     continue;
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
@@ -138,15 +138,15 @@ impl Vcpu {
                     let width = self.port_width();
                     // SAFETY: as above.
                     let data = unsafe { slice::from_raw_parts(start, len) };
-                    self.board.ports.write_each(port.into(), width, data);
+                    self.buses.ports.write_each(port.into(), width, data);
                     continue;
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
-                    self.board.mmio.read(address, data);
+                    self.buses.mmio.read(address, data);
                     continue;
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
-                    self.board.mmio.write(address, data);
+                    self.buses.mmio.write(address, data);
                     continue;
                 }
                 // A kick, or a signal of somebody else's.
@@ -163,7 +163,7 @@ impl Vcpu {
                 Err(error) => format!("KVM_RUN failed: {error}"),
             };
             let what = self.describe_crash(&reason);
-            self.board.exit.request(Exit::Crash(what));
+            self.buses.exit.request(Exit::Crash(what));
         }
     }
 
@@ -217,7 +217,7 @@ impl Vcpu {
             let translated = self.fd.translate_gva(linear).ok()?;
             (translated.valid != 0).then_some(GuestAddress(translated.physical_address))
         };
-        read_linear(&self.board.memory, linear, MAX_INSTRUCTION, translate)
+        read_linear(&self.buses.memory, linear, MAX_INSTRUCTION, translate)
     }
 }
 

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::fam;
 
 use crate::config::Cpus;
-use crate::msi::{Messages, Routes};
+use crate::msi::{MsiRoutes, Routes};
 use crate::plan::Gsi;
 
 /// What went wrong between KVM and us.
@@ -162,24 +162,24 @@ impl Vm {
     /// # Errors
     ///
     /// Says what KVM refused.
-    pub fn connect_irq(&self, line: &EventFd, gsi: Gsi) -> Result<(), VmError> {
+    pub fn register_irqfd(&self, line: &EventFd, gsi: Gsi) -> Result<(), VmError> {
         self.fd
             .register_irqfd(line, gsi.get())
             .map_err(call("connect an interrupt (irqfd)"))
     }
 
-    /// Prepares interrupt messages, one for each of `lines`, to be connected as a guest sets up
+    /// Prepares MSI vectors, one for each of `lines`, to be connected as a guest sets up
     /// MSI-X.
     ///
     /// # Errors
     ///
     /// Fails when the process has no file descriptor left.
-    pub fn messages(&self, lines: &[IrqLine]) -> io::Result<Messages> {
+    pub fn msi_routes(&self, lines: &[IrqLine]) -> io::Result<MsiRoutes> {
         let lines = lines
             .iter()
             .map(|line| line.eventfd().try_clone())
             .collect::<io::Result<_>>()?;
-        Ok(self.routes.messages(lines))
+        Ok(self.routes.for_vectors(lines))
     }
 
     /// Has the guest's writes at `address` signal an eventfd, rather than stop the vCPU: those of
@@ -188,7 +188,7 @@ impl Vm {
     /// # Errors
     ///
     /// Says what KVM refused.
-    pub fn connect_notify(
+    pub fn register_ioeventfd(
         &self,
         kick: &EventFd,
         address: u64,

@@ -56,12 +56,12 @@ pub(super) fn load(memory: &GuestMemoryMmap, image: &mut Image) -> Result<Kernel
     })
 }
 
-/// The setup header; bytes behind its end, which belong to the boot sector's code, are zero.
+/// The setup header; bytes after its end, which belong to the boot sector's code, are zero.
 fn read_header(image: &Image) -> Result<setup_header, Error> {
     let mut header = setup_header::default();
     let whole = HEADER + header.as_slice().len();
     image.require(whole as u64)?;
-    // The jump instruction at 0x200 leads to the first byte behind the header (boot.rst, "jump").
+    // The jump instruction at 0x200 leads to the first byte after the header (boot.rst, "jump").
     let end = (0x202 + usize::from(image.head[0x201])).min(whole);
     header.as_mut_slice()[..end - HEADER].copy_from_slice(&image.head[HEADER..end]);
     Ok(header)

@@ -125,7 +125,7 @@ impl ConfigSpace {
     }
 
     /// Whether the guest lets the function reach memory by itself (6.2.2).
-    pub fn is_master(&self) -> bool {
+    pub fn bus_master_enabled(&self) -> bool {
         self.word(COMMAND) & COMMAND_MASTER != 0
     }
 

@@ -89,7 +89,7 @@ impl Interrupt for MmioInterrupt {
         self.raise(Self::USED_BUFFER);
     }
 
-    fn queue_line(&self, _index: u16) -> &EventFd {
+    fn call_eventfd(&self, _index: u16) -> &EventFd {
         self.by_kernel.store(true, Ordering::SeqCst);
         self.line.eventfd()
     }

@@ -50,7 +50,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// A device that cannot start says why; the transport then sets DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
     /// The driver has given a queue another interrupt. Matters to a device whose queues are in the
-    /// kernel's hands, which it has told of [`Interrupt::queue_line`] when it was activated.
+    /// kernel's hands, which it has told of [`Interrupt::call_eventfd`] when it was activated.
     fn interrupt_changed(&mut self, _queue: u16, _line: &EventFd) {}
     /// The driver wants nothing more: stop, and forget the queues. Guest memory is not touched
     /// once this has returned. Also called on a device that is not active.
@@ -87,7 +87,7 @@ pub trait Interrupt: Send + Sync + fmt::Debug {
     fn queue(&self, index: u16);
     /// The eventfd that does the same as [`Interrupt::queue`], for a kernel that interrupts by
     /// itself. [`VirtioDevice::interrupt_changed`] tells of another one.
-    fn queue_line(&self, index: u16) -> &EventFd;
+    fn call_eventfd(&self, index: u16) -> &EventFd;
     /// The configuration space has changed.
     fn config(&self);
     /// The device met something that only a reset cures: sets DEVICE_NEEDS_RESET and notifies

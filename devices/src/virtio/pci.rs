@@ -257,7 +257,7 @@ impl PciTransport {
             common::QUEUE_VECTOR => {
                 if let Some(vector) = interrupt.queue_vectors.get(index) {
                     interrupt.assign(vector, value);
-                    let line = interrupt.queue_line(self.queue_select);
+                    let line = interrupt.call_eventfd(self.queue_select);
                     self.core.device.interrupt_changed(self.queue_select, line);
                 }
             }
@@ -350,12 +350,12 @@ impl PciFunction for PciTransport {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
-        let was_master = self.config.is_master();
+        let was_enabled = self.config.bus_master_enabled();
         self.config.write(offset, data);
         self.msix.update(&self.config);
         // Linux takes this right away from all functions before kexec: what lies where the rings were is then the next
         // kernel's, long before its driver resets the device.
-        if was_master && !self.config.is_master() {
+        if was_enabled && !self.config.bus_master_enabled() {
             self.core.halt();
         }
         if offset == self.window + WINDOW_DATA

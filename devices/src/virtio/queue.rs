@@ -61,7 +61,7 @@ pub enum Next<T> {
     Bad,
     /// Nothing there.
     Empty,
-    /// The ring makes no sense (an available index that jumped): it stays so until a reset.
+    /// The avail index is invalid (an available index that jumped): it stays so until a reset.
     Broken,
 }
 
@@ -82,7 +82,7 @@ pub struct Ring {
     queue: Queue,
     memory: Arc<GuestMemoryMmap>,
     /// Used elements that the driver does not see yet.
-    staged: u16,
+    unflushed: u16,
     /// The used index at the last look at the driver's wish to be interrupted.
     signalled: Wrapping<u16>,
 }
@@ -121,7 +121,7 @@ impl Ring {
         Ok(Self {
             queue,
             memory,
-            staged: 0,
+            unflushed: 0,
             signalled: Wrapping(0),
         })
     }
@@ -174,7 +174,7 @@ impl Ring {
         match read(&self.memory, chain) {
             Some(read) => Next::Chain(read),
             None => {
-                self.complete(head, 0);
+                self.add_used(head, 0);
                 Next::Bad
             }
         }
@@ -183,7 +183,7 @@ impl Ring {
     /// Answers a request with one byte.
     pub fn answer(&mut self, request: &Request, answer: u8) {
         let written = self.memory.write_obj(answer, request.answer).is_ok();
-        self.complete(request.head, written.into());
+        self.add_used(request.head, written.into());
     }
 
     /// Puts the chain that [`Ring::next`] returned last back, to be returned again.
@@ -192,15 +192,15 @@ impl Ring {
     }
 
     /// Gives a chain back to the driver, with `len` bytes written into it.
-    pub fn complete(&mut self, head: u16, len: u32) {
-        self.stage(head, len);
-        self.publish();
+    pub fn add_used(&mut self, head: u16, len: u32) {
+        self.push_used(head, len);
+        self.flush_used();
     }
 
     /// Lays a chain into the used ring where the driver does not see it before
-    /// [`Ring::publish`]. The chains of one frame have to become visible together: a driver that
+    /// [`Ring::flush_used`]. The chains of one frame have to become visible together: a driver that
     /// polls gives up a frame whose later buffers are not there yet.
-    pub fn stage(&mut self, head: u16, len: u32) {
+    pub fn push_used(&mut self, head: u16, len: u32) {
         // A head that the driver made up has nothing to give back.
         if head >= self.queue.size() {
             return;
@@ -211,20 +211,20 @@ impl Ring {
         // `id` and `len`, 32 bits each.
         let element = u64::from(head) | u64::from(len) << 32;
         let _ = self.memory.write_obj(element.to_le(), GuestAddress(at));
-        self.staged += 1;
+        self.unflushed += 1;
     }
 
     /// Shows the driver what has been staged.
-    pub fn publish(&mut self) {
+    pub fn flush_used(&mut self) {
         let next = self.next_used();
-        self.staged = 0;
+        self.unflushed = 0;
         self.queue.set_next_used(next.0);
         let index = GuestAddress(self.queue.used_ring() + INDEX_OFFSET);
         let _ = self.memory.store(next.0.to_le(), index, Ordering::Release);
     }
 
     fn next_used(&self) -> Wrapping<u16> {
-        Wrapping(self.queue.next_used()) + Wrapping(self.staged)
+        Wrapping(self.queue.next_used()) + Wrapping(self.unflushed)
     }
 
     /// Asks the driver not to notify while the device looks at the ring anyway.

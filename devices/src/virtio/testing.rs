@@ -180,7 +180,7 @@ impl Interrupt for Recorder {
         self.interrupts.fetch_add(1, Ordering::SeqCst);
     }
 
-    fn queue_line(&self, _index: u16) -> &EventFd {
+    fn call_eventfd(&self, _index: u16) -> &EventFd {
         unreachable!("no unit test hands queues to the kernel")
     }
 

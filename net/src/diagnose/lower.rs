@@ -4,8 +4,8 @@ use super::{Problem, by_index, real_device};
 use crate::mode::Mode;
 use crate::netlink::Link;
 
-/// Kinds of links that take all frames of a link which is their port. An empty kind is a driver of real cards, such as
-/// that of a paravirtual card with a faster twin (net_failover, hv_netvsc).
+/// Kinds of links that take all frames of a link which is their port. An empty kind is a driver of real NICs, such as
+/// that of a paravirtual NIC with a faster twin (net_failover, hv_netvsc).
 const MASTERS_THAT_TAKE_ALL: [&str; 5] = ["bridge", "bond", "team", "hv_netvsc", ""];
 
 /// Kinds that leave the frames of their ports to others: a VRF only routes, and batman-adv takes its own protocol alone.
@@ -36,9 +36,9 @@ pub(crate) fn problems(links: &[Link], link: &Link, wireless: Option<&Link>) -> 
     }
     // The macvlan driver goes through a macvlan: what that itself is does not matter.
     let real = real_device(links, link);
-    let wifi = wireless.map(|card| Problem::Wireless {
+    let wifi = wireless.map(|nic| Problem::Wireless {
         name,
-        card: card.name.clone(),
+        nic: nic.name.clone(),
     });
     let down = (!real.up).then(|| Problem::Down {
         name: real.name.clone(),

@@ -2,8 +2,8 @@ use super::*;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 
-/// An Ethernet card in working order.
-pub(super) fn card(index: u32, name: &str) -> Link {
+/// An Ethernet NIC in working order.
+pub(super) fn nic(index: u32, name: &str) -> Link {
     Link {
         index,
         name: name.to_owned(),
@@ -34,9 +34,9 @@ fn mac() -> MacAddr {
 fn find_unknown_name_hints_at_the_near_one_and_lists_all() {
     let lo = Link {
         loopback: true,
-        ..card(1, "lo")
+        ..nic(1, "lo")
     };
-    let links = [lo, card(2, "eno1"), card(3, "wan")];
+    let links = [lo, nic(2, "eno1"), nic(3, "wan")];
     assert_eq!(find(&links, "eno1").unwrap().index, 2);
     let text = find(&links, "en01").unwrap_err().to_string();
     assert_eq!(
@@ -57,7 +57,7 @@ fn find_unknown_name_hints_at_the_near_one_and_lists_all() {
 
 #[test]
 fn find_among_many_lists_the_first_twenty() {
-    let links: Vec<Link> = (1..=25).map(|n| card(n, &format!("port{n}"))).collect();
+    let links: Vec<Link> = (1..=25).map(|n| nic(n, &format!("port{n}"))).collect();
     let text = find(&links, "x").unwrap_err().to_string();
     assert!(
         text.contains("port20, ...)") && !text.contains("port21"),
@@ -84,9 +84,9 @@ fn existing_macvtap_must_be_what_was_asked_for() {
     let macvtap = Link {
         mac: Some(MAC),
         mode: Some(Mode::Vepa),
-        ..on(1, "macvtap", card(2, "mvt"))
+        ..on(1, "macvtap", nic(2, "mvt"))
     };
-    let links = [card(1, "eno1"), macvtap.clone()];
+    let links = [nic(1, "eno1"), macvtap.clone()];
     let nothing = MacvtapSpec::new("mvt".parse().unwrap());
     check_existing(&links, &macvtap, &nothing).unwrap();
     check_existing(
@@ -160,7 +160,7 @@ fn existing_macvtap_must_be_what_was_asked_for() {
 #[test]
 fn existing_macvtap_that_would_lose_frames_is_refused() {
     let nothing = MacvtapSpec::new("mvt".parse().unwrap());
-    let macvtap = on(1, "macvtap", card(2, "mvt"));
+    let macvtap = on(1, "macvtap", nic(2, "mvt"));
     let down = |name: &str, links: &[Link]| {
         let refusal = check_existing(links, &links[1], &nothing).unwrap_err();
         assert!(matches!(refusal, Problem::Down { name: found } if found == name));
@@ -168,7 +168,7 @@ fn existing_macvtap_that_would_lose_frames_is_refused() {
     down(
         "mvt",
         &[
-            card(1, "eno1"),
+            nic(1, "eno1"),
             Link {
                 up: false,
                 ..macvtap.clone()
@@ -180,7 +180,7 @@ fn existing_macvtap_that_would_lose_frames_is_refused() {
         &[
             Link {
                 up: false,
-                ..card(1, "eno1")
+                ..nic(1, "eno1")
             },
             macvtap.clone(),
         ],
@@ -205,7 +205,7 @@ fn made_macvtap_on_a_kernel_that_ignored_something_is_refused() {
         mode: Some(Mode::Source),
         bc_queue_len: 2000,
         source_macs: vec![MAC],
-        ..on(1, "macvtap", card(2, "mvt"))
+        ..on(1, "macvtap", nic(2, "mvt"))
     };
     check_made(&made, &asked).unwrap();
     let nothing = MacvtapSpec::new("eno1".parse().unwrap());

@@ -72,7 +72,7 @@ fn what(facts: &Facts, link: &Link, real: &Link) -> String {
     let name = &link.name;
     let hardware = facts.hardware.get(&link.index).cloned().unwrap_or_default();
     match (hardware.driver, link.kind.as_str()) {
-        (Some(driver), _) => format!("`{name}` is an Ethernet card with the driver {driver}"),
+        (Some(driver), _) => format!("`{name}` is an Ethernet NIC with the driver {driver}"),
         (None, "") => format!("`{name}` is an Ethernet interface"),
         (None, "macvtap") => format!("`{name}` is a macvtap already and is used as it is"),
         (None, kind) if real.index != link.index => {
@@ -132,7 +132,7 @@ fn mtu(link: &Link) -> Check {
     }
 }
 
-/// A macvtap doesn't know which VLANs its user is in, so nobody asks the card for them.
+/// A macvtap doesn't know which VLANs its user is in, so nobody asks the NIC for them.
 fn vlans(facts: &Facts, link: &Link) -> Check {
     let name = &link.name;
     let hardware = facts.hardware.get(&link.index);

@@ -4,7 +4,7 @@ use crate::{LinkId, Mode, harness};
 
 /// A namespace where all is well: `eno1` up, with the bridge-mode macvtap `mvt0` on it.
 fn healthy() -> Facts {
-    let card = Link {
+    let nic = Link {
         index: 2,
         name: "eno1".to_owned(),
         mac: Some([2, 0, 0, 0, 0, 2]),
@@ -22,7 +22,7 @@ fn healthy() -> Facts {
         mac: Some([2, 0, 0, 0, 0, 7]),
         lower: Some(2),
         mode: Some(Mode::Bridge),
-        ..card.clone()
+        ..nic.clone()
     };
     let hardware = Hardware {
         wireless: false,
@@ -34,7 +34,7 @@ fn healthy() -> Facts {
         vhost_net: VhostNet::Usable,
         privileges: Some(ROOT),
         mounts_sysfs: true,
-        links: Some(vec![card, macvtap]),
+        links: Some(vec![nic, macvtap]),
         hardware: BTreeMap::from([(2, hardware)]),
         leaked: BTreeMap::new(),
         nodes: vec![Node {
@@ -246,7 +246,7 @@ fn of_kind(kind: &str) -> Link {
     }
 }
 
-/// What a start would look at is not the macvlan but the card under it.
+/// What a start would look at is not the macvlan but the NIC under it.
 #[test]
 fn doctor_of_a_macvlan_judges_the_link_under_it() {
     let with_macvlan = |links: &mut Vec<Link>, up: bool| {

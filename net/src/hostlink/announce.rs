@@ -1,4 +1,4 @@
-//! Telling the neighbours which card has an address now. Without it they would send to the old one until they ask
+//! Telling the neighbours which NIC has an address now. Without it they would send to the old one until they ask
 //! again, for a minute or so; and nobody hears that one once its link is deleted.
 
 use std::io;

@@ -11,7 +11,7 @@ use super::{
     HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, attached, host_links_on, list,
 };
 use crate::address::InterfaceAddress;
-use crate::diagnose::{self, Wish};
+use crate::diagnose::{self, LinkRequest};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::NewLinkName;
@@ -105,14 +105,14 @@ pub(super) fn create(
     lower: &Link,
     alias: &str,
 ) -> Result<u32, HostLinkProblem> {
-    let wish = Wish {
+    let request = LinkRequest {
         links,
         lower,
         mode: Mode::Bridge,
         mac: spec.mac,
         mtu: None,
     };
-    wish.check()?;
+    request.check()?;
     let mac = spec
         .mac
         .map_or_else(MacAddr::random, Ok)
@@ -137,7 +137,7 @@ pub(super) fn create(
                 name: new.name.to_owned(),
             },
             Some(libc::EOPNOTSUPP) => HostLinkProblem::NoDriver,
-            _ => wish.explain_create(error).into(),
+            _ => request.explain_create(error).into(),
         })
 }
 
@@ -155,7 +155,7 @@ fn bring_up(
     index: u32,
 ) -> Result<String, HostLinkProblem> {
     let made = look(host, index)?;
-    let wish = Wish {
+    let request = LinkRequest {
         links,
         lower,
         mode: Mode::Bridge,
@@ -163,7 +163,7 @@ fn bring_up(
         mtu: None,
     };
     host.up(index)
-        .map_err(|error| wish.explain_up(&made, error))?;
+        .map_err(|error| request.explain_up(&made, error))?;
     // Once more: udev renames a link while it is down.
     Ok(look(host, index)?.name)
 }

@@ -52,7 +52,7 @@ pub enum HostLinkProblem {
     )]
     NothingToMove { name: String, already: Vec<String> },
     #[error(
-        "there is already an interface `{name}`: choose another name, or leave it away for a free one"
+        "there is already an interface `{name}`: choose another name, or omit it for a free one"
     )]
     NameTaken { name: String },
     #[error(

@@ -6,9 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Macvtap, this_namespace};
-use crate::diagnose::{self, Problem, Wish};
+use crate::diagnose::{self, LinkRequest, Problem};
 use crate::identity::LinkId;
-use crate::lease::Lease;
+use crate::link_guard::LinkGuard;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::NewLinkName;
@@ -42,14 +42,14 @@ pub(super) fn make_new(
         log::info!("{macvlan} is a macvlan: the macvtap goes straight onto {real} under it");
     }
     let mode = spec.mode.unwrap_or_default();
-    let wish = Wish {
+    let request = LinkRequest {
         links,
         lower: real,
         mode,
         mac: spec.mac,
         mtu: spec.mtu,
     };
-    wish.check()?;
+    request.check()?;
     let lower_id = LinkId {
         namespace: this_namespace()?,
         index: real.index,
@@ -58,18 +58,18 @@ pub(super) fn make_new(
     // From here on this thread is in the new namespace; `host` still speaks to the lower's.
     let namespace = netns::enter_new().map_err(Problem::from_step("make a network namespace"))?;
     forbid_ipv6("default");
-    let index = create(host, &wish, spec, namespace.as_fd())?;
-    let lease = match spec.netns {
-        Placement::Private => Lease::private(namespace, index),
+    let index = create(host, &request, spec, namespace.as_fd())?;
+    let link_guard = match spec.netns {
+        Placement::Private => LinkGuard::private(namespace, index),
         Placement::Host => move_home(spec, index, home)?,
     };
-    let (link, queues, mac) = start(&wish, spec, index)?;
+    let (link, queues, mac) = start(&request, spec, index)?;
     if mode == Mode::Source && spec.source_macs.is_empty() {
         log::warn!("in source mode the macvtap hears only listed senders, and its list is empty");
     }
     Ok(Macvtap {
         queues,
-        lease,
+        link_guard,
         namespace: None,
         id: LinkId {
             namespace: this_namespace()?,
@@ -87,18 +87,18 @@ pub(super) fn make_new(
 /// Makes the macvtap in `namespace`, and hands back its index.
 fn create(
     host: &Netlink,
-    wish: &Wish<'_>,
+    request: &LinkRequest<'_>,
     spec: &MacvtapSpec,
     namespace: BorrowedFd<'_>,
 ) -> Result<u32, Problem> {
-    let mac = chosen_mac(wish.mode, spec.mac)
+    let mac = chosen_mac(request.mode, spec.mac)
         .map_err(Problem::from_step("give random bytes for a MAC address"))?;
     let new = NewLink {
         driver: Driver::Macvtap,
         name: &new_name(spec).map_err(Problem::from_step("give random bytes for a name"))?,
-        lower: wish.lower.index,
+        lower: request.lower.index,
         place: Birthplace::Private(namespace),
-        mode: wish.mode,
+        mode: request.mode,
         mac,
         mtu: spec.mtu,
         tx_queue_len: spec.tx_queue_len,
@@ -108,13 +108,13 @@ fn create(
     host.create(&new, random_index)
         .map_err(|error| match error.raw_os_error() {
             Some(libc::EEXIST) => name_taken(new.name),
-            _ => wish.explain_create(error),
+            _ => request.explain_create(error),
         })
 }
 
 /// Moves the macvtap with this index from this thread's private namespace to `home`, and the thread too. It is tagged
 /// before: whenever this process is killed, either the private namespace ends with the macvtap, or a tagged link stays.
-fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<Lease, Problem> {
+fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<LinkGuard, Problem> {
     let owner = Owner::this_process()
         .map_err(Problem::from_step("tell from /proc who this process is"))?
         .to_string();
@@ -130,12 +130,12 @@ fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<Lease, Pro
             _ => Problem::from_step("move the macvtap to this network namespace")(error),
         })?;
     netns::enter(&home).map_err(Problem::from_step("return to this network namespace"))?;
-    Ok(Lease::visible(home, index, owner))
+    Ok(LinkGuard::visible(home, index, owner))
 }
 
 /// Brings up the macvtap with this index, in the namespace of this thread, and opens its queues.
 fn start(
-    wish: &Wish<'_>,
+    request: &LinkRequest<'_>,
     spec: &MacvtapSpec,
     index: u32,
 ) -> Result<(Link, Vec<OwnedFd>, MacAddr), Problem> {
@@ -149,7 +149,7 @@ fn start(
     if spec.netns == Placement::Host {
         forbid_ipv6(&made.name);
     }
-    bring_up(&here, index).map_err(|error| wish.explain_up(&made, error))?;
+    bring_up(&here, index).map_err(|error| request.explain_up(&made, error))?;
     // Once more: with an old udev or a passthru lower the address may have changed since.
     let link = look()?;
     let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;

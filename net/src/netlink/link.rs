@@ -11,7 +11,7 @@ pub(crate) struct Link {
     pub name: String,
     /// What it is called besides (IFLA_ALT_IFNAME).
     pub alt_names: Vec<String>,
-    /// The driver's word for a virtual link (`macvtap`, `bridge`); empty for a real card.
+    /// The driver's word for a virtual link (`macvtap`, `bridge`); empty for a real NIC.
     pub kind: String,
     /// None when it isn't six bytes.
     pub mac: Option<[u8; 6]>,

@@ -26,7 +26,7 @@ fuzz_target!(|input: (Queue, u64, Vec<u8>, Vec<u8>)| {
         features: Features::from_bits_truncate(features),
         permissions: Permissions {
             change_mac: true,
-            any_address: true,
+            allow_promisc: true,
         },
     };
     control.execute(&command);

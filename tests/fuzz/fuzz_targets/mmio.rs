@@ -1,18 +1,18 @@
-//! The registers of virtio-mmio with a whole card behind them, threads included.
+//! The registers of virtio-mmio with a whole NIC behind them, threads included.
 #![no_main]
 
 use std::sync::Arc;
 
 use devices::irq::IrqLine;
 use devices::virtio::mmio::MmioTransport;
-use fuzz::{Access, card, memory};
+use fuzz::{Access, nic, memory};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (Vec<u8>, Vec<Vec<u8>>, Vec<Access>)| {
     let (bytes, frames, accesses) = input;
     let memory = memory(&bytes);
     let line = IrqLine::new().expect("an eventfd can be had");
-    let device = Box::new(card(frames));
+    let device = Box::new(nic(frames));
     let mut transport =
         MmioTransport::new(device, Arc::clone(&memory), line).expect("eventfds can be had");
     for access in accesses {

@@ -1,4 +1,4 @@
-//! Configuration space and BAR of virtio-pci with a whole card behind them, threads included.
+//! Configuration space and BAR of virtio-pci with a whole NIC behind them, threads included.
 #![no_main]
 
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use devices::irq::IrqLine;
 use devices::pci::{MsixRoutes, PciFunction};
 use devices::virtio::VirtioDevice;
 use devices::virtio::pci::PciTransport;
-use fuzz::{Access, Value, card, memory};
+use fuzz::{Access, Value, nic, memory};
 use libfuzzer_sys::fuzz_target;
 
 /// What a guest does to a function.
@@ -31,7 +31,7 @@ impl MsixRoutes for Nowhere {
 fuzz_target!(|input: (Vec<u8>, Vec<Vec<u8>>, Vec<Step>)| {
     let (bytes, frames, steps) = input;
     let memory = memory(&bytes);
-    let device: Box<dyn VirtioDevice> = Box::new(card(frames));
+    let device: Box<dyn VirtioDevice> = Box::new(nic(frames));
     let vectors = PciTransport::vectors(device.as_ref());
     let lines = (0..vectors).map(|_| IrqLine::new().expect("an eventfd can be had"));
     let routes = Box::new(Nowhere);

@@ -1,5 +1,5 @@
 //! What the targets share: a guest's memory full of the fuzzer's bytes, a network that is the fuzzer's too, and a
-//! card between the two.
+//! NIC between the two.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -131,7 +131,7 @@ impl Backend for Script {
     }
 }
 
-/// The card's MAC address.
+/// The NIC's MAC address.
 pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// Watches the guest.
@@ -140,13 +140,13 @@ pub fn observer() -> Arc<Observer> {
     Arc::new(Observer::new("net0".into(), MAC, changed))
 }
 
-/// A card with two queue pairs.
-pub fn card(frames: Vec<Vec<u8>>) -> Net<Script> {
+/// A NIC with two queue pairs.
+pub fn nic(frames: Vec<Vec<u8>>) -> Net<Script> {
     let options = NetOptions {
         observer: observer(),
         permissions: Permissions {
             change_mac: true,
-            any_address: true,
+            allow_promisc: true,
         },
         rx_limit: None,
         tx_limit: None,
@@ -166,7 +166,7 @@ pub struct Deaf;
 
 impl Interrupt for Deaf {
     fn queue(&self, _index: u16) {}
-    fn queue_line(&self, _index: u16) -> &EventFd {
+    fn call_eventfd(&self, _index: u16) -> &EventFd {
         unreachable!("no fuzz target hands queues to the kernel")
     }
     fn config(&self) {}

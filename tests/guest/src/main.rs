@@ -18,7 +18,7 @@
 //! | `memory.rs` | the heap, memory shared with devices, memcpy and its kin |
 //! | `region.rs`, `pci.rs` | registers, and the PCI bus |
 //! | `serial.rs`, `report.rs`, `power.rs` | printing, results, the ways to end |
-//! | `virtio/` | a card's registers on either transport, and a driver and rings by hand |
+//! | `virtio/` | a NIC's registers on either transport, and a driver and rings by hand |
 //! | `nic/` | the two NICs as smoltcp sees them |
 //! | `net/` | the modes: info, echo, ping, tcp-source, tcp-sink, interrupts, link |
 //! | `hostile/` | the mode that does everything wrong |

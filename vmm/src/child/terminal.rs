@@ -244,7 +244,7 @@ impl Relay {
         any
     }
 
-    /// Passes on the last of what the program has shown, and gives minivmm's terminal back.
+    /// Passes on the last of what the program has shown, and restores minivmm's terminal.
     pub fn finish(&mut self) {
         while self.show() {
             let mut screen = [PollFd::new(&self.screen, PollFlags::OUT)];

@@ -31,13 +31,13 @@ Examples:
       minivmm qemu --macvtap eno1 -- -M q35 -enable-kvm -cpu host -m 2G -nodefaults \\
           -drive if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd \\
           -serial mon:stdio -drive if=virtio,file=disk.qcow2
-  The network card in a place of its own; keys that are not the macvtap's go to -device:
+  The NIC in a place of its own; keys that are not the macvtap's go to -device:
       minivmm qemu --macvtap eno1,bus=pcie.0,addr=0x4,id=nic2 -- -M q35 ...
   The guest of the native monitor in QEMU instead, on a host without KVM too:
       minivmm qemu --kernel bzImage --initrd initrd.img --macvtap eno1
   What would be done, as a script for sh:
       minivmm qemu --dry-run --macvtap eno1 -- -M q35 ...
-  Another model of card, which needs the macvtap's MAC address in both places:
+  Another model of NIC, which needs the macvtap's MAC address in both places:
       minivmm qemu --macvtap eno1,mac=52:54:00:12:34:56 -- \\
           -device e1000e,netdev=macvtap0,mac=52:54:00:12:34:56 ...";
 
@@ -45,7 +45,7 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(arg_required_else_help = true)]
 pub struct QemuArgs {
-    /// Network card on a new macvtap of the host's interface LINK, or on LINK if that is a
+    /// NIC on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap. May be repeated. The keys are below
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = crate::qemu::parse_nic)]
     pub macvtap: Vec<NicRequest>,
@@ -121,7 +121,7 @@ pub struct MachineArgs {
     #[arg(long, value_name = "WHERE", requires = "kernel")]
     pub console: Option<ConsoleTarget>,
 
-    /// How the guest reaches its network cards: only pci, which QEMU's machine has
+    /// How the guest reaches its NICs: only pci, which QEMU's machine has
     #[arg(long, value_name = "pci", requires = "kernel", value_parser = transport)]
     pub transport: Option<Transport>,
 }
@@ -131,7 +131,7 @@ fn transport(text: &str) -> Result<Transport, String> {
     match text.parse() {
         Ok(Transport::Pci) => Ok(Transport::Pci),
         Ok(Transport::Mmio) => Err(
-            "in QEMU the network cards are on the PCI bus: leave --transport out, or give the native monitor \
+            "in QEMU the NICs are on the PCI bus: omit --transport, or give the native monitor \
              pci too, for which the guest needs the driver virtio_pci"
                 .into(),
         ),

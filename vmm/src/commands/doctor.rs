@@ -75,11 +75,11 @@ fn neighbours() -> Vec<Neighbour> {
         })
     };
     let guests = registry::running();
-    let cards = guests
+    let nics = guests
         .iter()
         .filter(|guest| guest.is_certain)
         .flat_map(|guest| guest.nics.iter().map(|nic| (guest.pid, nic)));
-    cards.filter_map(|(pid, nic)| of(pid, nic)).collect()
+    nics.filter_map(|(pid, nic)| of(pid, nic)).collect()
 }
 
 fn kvm() -> Line {

@@ -87,7 +87,7 @@ fn lowers(interfaces: &[Interface]) -> Vec<Id> {
     here.map(id).collect()
 }
 
-/// Tells what a card's links are called now, and their MTU: a record tells of the start, unless the card is watched.
+/// Tells what a NIC's links are called now, and their MTU: a record tells of the start, unless the NIC is watched.
 fn refresh(nic: &mut NicEntry, links: &HashMap<LinkId, (String, u32)>) {
     let find = |id: Option<Id>| id.and_then(|id| links.get(&id.into()));
     if let Some((name, mtu)) = find(nic.lower_id) {
@@ -101,7 +101,7 @@ fn refresh(nic: &mut NicEntry, links: &HashMap<LinkId, (String, u32)>) {
     }
 }
 
-/// Leaves the cards that stand on one of `lowers`, or are one. Where it is not known which interface a card is on, the
+/// Leaves the NICs that stand on one of `lowers`, or are one. Where it is not known which interface a NIC is on, the
 /// name has to do: it may be that of another namespace.
 fn keep_those_on(guests: &mut Vec<Entry>, lowers: &[Id], link: &str) {
     let is_on = |nic: &NicEntry| match (nic.lower_id, nic.id) {

@@ -12,9 +12,9 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::child::{self, Arrivals, Program, Rest, User, UserError};
 use crate::cli::OpenArgs;
-use crate::handed::Handed;
+use crate::exclusive::{self, Interface, SharedError};
+use crate::inherited::Inherited;
 use crate::registry::{Claim, NicEntry, Runs};
-use crate::sharing::{self, Interface, SharedError};
 
 /// Why the program was not run.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +25,7 @@ pub enum OpenError {
     /// The macvtap.
     #[error(transparent)]
     Macvtap(#[from] net::Error),
-    /// Another process's card.
+    /// Another process's NIC.
     #[error(transparent)]
     Shared(#[from] SharedError),
     /// The queues cannot be prepared for the program.
@@ -74,8 +74,8 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     if let Err(error) = &watch {
         log::warn!("the program cannot watch {}: {error}", macvtap.name());
     }
-    let mut program = program(&args.command, &Handed::of(&macvtap, watch.is_ok()));
-    let (queues, lease) = macvtap.into_parts();
+    let mut program = program(&args.command, &Inherited::of(&macvtap, watch.is_ok()));
+    let (queues, guard) = macvtap.into_parts();
     program.numbered = blocking(queues).map_err(OpenError::Descriptors)?;
     program.numbered.extend(watch.ok());
     // It counts as in use as long as the program lives, whatever becomes of minivmm.
@@ -98,7 +98,7 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
         // Returns only when it fails.
         Err(OpenError::Run(args.command[0].clone(), program.exec()))
     };
-    drop((claims, lease));
+    drop((claims, guard));
     status
 }
 
@@ -121,17 +121,17 @@ fn caller_of_sudo() -> Option<String> {
         .filter(|name| name != "root" && geteuid().is_root())
 }
 
-fn program(command: &[OsString], handed: &Handed) -> Program {
+fn program(command: &[OsString], inherited: &Inherited) -> Program {
     let mut program = Command::new(&command[0]);
     program.args(&command[1..]);
-    handed.tell(&mut program);
+    inherited.tell(&mut program);
     let mut program = Program::new(program);
     program.no_new_privs = true;
     program
 }
 
 /// Claims the macvtap, and tells `net list` and others of it: by its process and start time, which outlive exec. A
-/// user's minivmm will claim its card itself, and gets a directory for that.
+/// user's minivmm will claim its NIC itself, and gets a directory for that.
 fn claim(
     program: &OsString,
     macvtap: &Macvtap,
@@ -149,7 +149,7 @@ fn claim(
     let interface = Interface::of_macvtap(macvtap)?;
     let nic = NicEntry::of(macvtap, interface.device);
     let runs = Runs::program(Path::new(program));
-    sharing::claim(&runs, user.map(User::id), &[(&interface, &nic)])
+    exclusive::claim(&runs, user.map(User::id), &[(&interface, &nic)])
 }
 
 /// Makes the queues blocking, as programs expect of what a shell has opened.

@@ -1,4 +1,4 @@
-//! Network cards on the command line.
+//! NICs on the command line.
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -11,16 +11,16 @@ use net::{MacvtapSpec, Mode, Placement};
 
 use super::ConfigError;
 
-/// A network card that somebody wants the guest to have.
+/// A NIC that somebody wants the guest to have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NicConfig {
     /// Where its queues come from.
     pub source: NicSource,
-    /// How the guest's card behaves.
+    /// How the guest's NIC behaves.
     pub options: NicOptions,
 }
 
-/// Where a network card's queue comes from.
+/// Where a NIC's queue comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NicSource {
     /// A macvtap of our own, or one that exists.
@@ -42,12 +42,12 @@ impl NicSource {
 /// Bits and frames a second.
 type Rate = (Option<u64>, Option<u64>);
 
-/// How the guest's card behaves.
+/// How the guest's NIC behaves.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NicOptions {
     /// Who moves the frames.
     pub backend: BackendChoice,
-    /// The macvtap's MAC address follows the one that the guest gives its card.
+    /// The macvtap's MAC address follows the one that the guest gives its NIC.
     pub trust_mac: bool,
     /// What the guest may receive.
     pub rx_rate: Option<Rate>,
@@ -59,7 +59,7 @@ pub struct NicOptions {
     pub pcap: Option<PathBuf>,
 }
 
-/// Who moves a card's frames between the guest and the macvtap.
+/// Who moves a NIC's frames between the guest and the macvtap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendChoice {
     /// The kernel, where it can and nothing is wanted that needs to see the frames.
@@ -76,25 +76,25 @@ const DEFAULT_BURST: Duration = Duration::from_millis(10);
 /// More bits or frames a second than any link carries.
 const MAX_RATE: u64 = 1_000_000_000_000;
 
-/// The most queue pairs of a card: with the control queue and the configuration they take as many
-/// interrupt messages as the pending bits of one MSI-X word have.
+/// The most queue pairs of a NIC: with the control queue and the configuration they take as many
+/// MSI vectors as the pending bits of one MSI-X word have.
 pub(super) const MAX_PAIRS: usize = 31;
 
 /// The keys of a macvtap, as they go into an error.
 pub(super) const MACVTAP_KEYS: &str =
     "mode, mac, mtu, queues, txqueuelen, bcqueuelen, source-mac, name, netns and lower-netns";
 
-/// The keys of the guest's card, as they go into an error.
-pub(super) const CARD_KEYS: &str = "backend, trust-mac, rx-rate, tx-rate, burst and pcap";
+/// The keys of the guest's NIC, as they go into an error.
+pub(super) const NIC_KEYS: &str = "backend, trust-mac, rx-rate, tx-rate, burst and pcap";
 
 /// Whether [`parse_macvtap`] knows the key.
 pub fn is_macvtap_key(key: &str) -> bool {
     lists(MACVTAP_KEYS, key)
 }
 
-/// Whether the key is one of the native monitor's card.
-pub fn is_card_key(key: &str) -> bool {
-    lists(CARD_KEYS, key)
+/// Whether the key is one of the native monitor's NIC.
+pub fn is_nic_key(key: &str) -> bool {
+    lists(NIC_KEYS, key)
 }
 
 fn lists(keys: &str, key: &str) -> bool {
@@ -114,7 +114,7 @@ pub fn parse_nic(text: &str) -> Result<NicConfig, ConfigError> {
     let mut rest = Vec::from_iter(parts.next());
     let mut seen = Vec::new();
     for part in parts {
-        match part.split_once('=').filter(|(key, _)| is_card_key(key)) {
+        match part.split_once('=').filter(|(key, _)| is_nic_key(key)) {
             Some((key, _)) if seen.contains(&key) => return Err(ConfigError::Twice(key.into())),
             Some((key, value)) => {
                 options.set(key, value)?;
@@ -125,7 +125,7 @@ pub fn parse_nic(text: &str) -> Result<NicConfig, ConfigError> {
     }
     options.check()?;
     let source = parse_source(&rest.join(",")).map_err(|error| match error {
-        ConfigError::UnknownKey(key) => ConfigError::UnknownCardKey(key),
+        ConfigError::UnknownKey(key) => ConfigError::UnknownNicKey(key),
         other => other,
     })?;
     Ok(NicConfig { source, options })
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn card_is_a_macvtap_or_a_descriptor() {
+    fn nic_is_a_macvtap_or_a_descriptor() {
         assert!(matches!(
             parse_nic("eno1"),
             Ok(NicConfig {
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn card_keys_of_every_kind_are_understood() {
+    fn nic_keys_of_every_kind_are_understood() {
         let text =
             "backend=user,eno1,trust-mac=on,rx-rate=100Mbit,tx-rate=2Gbit:20Kframes,burst=5ms";
         assert!(options(text).is_err(), "the link comes first");
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn card_errors_name_the_part() {
+    fn nic_errors_name_the_part() {
         for (text, needle) in [
             ("eno1,backend=dpdk", "auto, user or vhost"),
             ("eno1,trust-mac=yes", "on or off"),
@@ -468,7 +468,7 @@ mod tests {
                 "eno1,backend=vhost,tx-rate=1Gbit",
                 "tx-rate= needs backend=user",
             ),
-            ("eno1,colour=red", "of the card backend"),
+            ("eno1,colour=red", "of the NIC backend"),
             ("fd=3,mtu=1", "fd= goes without"),
         ] {
             let error = options(text).unwrap_err();

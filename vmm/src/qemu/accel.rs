@@ -28,7 +28,7 @@ impl Engine {
 /// How long QEMU may take for a machine that does nothing, on a loaded host too.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Settles `auto`, with a warning when KVM is of no use.
+/// Settles `auto`, with a warning when KVM cannot be used.
 pub(super) fn choose(wanted: Accel, qemu: &Path) -> Engine {
     let why = match wanted {
         Accel::Kvm => return Engine::Kvm,

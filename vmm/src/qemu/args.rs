@@ -49,9 +49,9 @@ impl Machine {
     }
 }
 
-/// A network card: a netdev over open queues, and its device.
+/// A NIC: a netdev over open queues, and its device.
 #[derive(Clone, Debug)]
-pub(super) struct Card {
+pub(super) struct NetDevice {
     /// The netdev's id.
     pub id: String,
     /// The queues' numbers in QEMU.
@@ -69,14 +69,14 @@ pub(super) struct Card {
 pub(super) struct Line<'a> {
     pub machine: Option<&'a Machine>,
     pub engine: Option<Engine>,
-    pub cards: &'a [Card],
+    pub nics: &'a [NetDevice],
     /// The number of the socket by which minivmm follows the guest.
     pub control: Option<RawFd>,
     pub args: &'a [OsString],
 }
 
 impl Line<'_> {
-    /// The arguments. ARGS stand behind the machine, so that they can change it. QEMU places devices in order, so cards
+    /// The arguments. ARGS stand behind the machine, so that they can change it. QEMU places devices in order, so NICs
     /// with a slot stand before ARGS, whose devices then take others, and the rest behind them: on buses of ARGS, or
     /// wherever ARGS leave room.
     pub fn build(&self) -> Vec<OsString> {
@@ -101,20 +101,20 @@ impl Line<'_> {
             // The guest stands still at its end, until minivmm has seen why.
             push(&mut line, &["-no-shutdown"]);
         }
-        let (first, last): (Vec<_>, Vec<_>) = self.cards.iter().partition(|card| has_slot(card));
+        let (first, last): (Vec<_>, Vec<_>) = self.nics.iter().partition(|nic| has_slot(nic));
         first
             .into_iter()
-            .for_each(|card| self.push_card(&mut line, card));
+            .for_each(|nic| self.push_nic(&mut line, nic));
         line.extend_from_slice(self.args);
         last.into_iter()
-            .for_each(|card| self.push_card(&mut line, card));
+            .for_each(|nic| self.push_nic(&mut line, nic));
         line
     }
 
-    fn push_card(&self, line: &mut Vec<OsString>, card: &Card) {
-        push(line, &["-netdev", &netdev(card)]);
-        if let Some(properties) = &card.device {
-            let device = device(card, properties, self.machine.is_some());
+    fn push_nic(&self, line: &mut Vec<OsString>, nic: &NetDevice) {
+        push(line, &["-netdev", &netdev(nic)]);
+        if let Some(properties) = &nic.device {
+            let device = device(nic, properties, self.machine.is_some());
             push(line, &["-device", &device]);
         }
     }
@@ -167,20 +167,20 @@ fn machine_args(line: &mut Vec<OsString>, machine: &Machine) {
     });
 }
 
-/// Whether the card has a slot of its own on the machine's first bus, which is there before any device.
-fn has_slot(card: &Card) -> bool {
+/// Whether the NIC has a slot of its own on the machine's first bus, which is there before any device.
+fn has_slot(nic: &NetDevice) -> bool {
     let get = |wanted| {
-        let mut properties = card.device.iter().flatten();
+        let mut properties = nic.device.iter().flatten();
         properties.find(|(key, _)| key == wanted)
     };
     get("addr").is_some() && get("bus").is_none_or(|(_, bus)| bus == "pcie.0" || bus == "pci.0")
 }
 
 /// Nothing else goes with fd=: QEMU refuses script=, downscript= and ifname= there.
-fn netdev(card: &Card) -> String {
-    let (fds, vhost) = (numbers(&card.fds), numbers(&card.vhost));
-    let plural = if card.fds.len() > 1 { "s" } else { "" };
-    let mut text = format!("tap,id={},fd{plural}={fds}", card.id);
+fn netdev(nic: &NetDevice) -> String {
+    let (fds, vhost) = (numbers(&nic.fds), numbers(&nic.vhost));
+    let plural = if nic.fds.len() > 1 { "s" } else { "" };
+    let mut text = format!("tap,id={},fd{plural}={fds}", nic.id);
     if !vhost.is_empty() {
         text += &format!(",vhost=on,vhostfd{plural}={vhost}");
     }
@@ -192,25 +192,25 @@ fn numbers(fds: &[RawFd]) -> String {
     texts.join(":")
 }
 
-/// The card with the user's properties, and ours where the user has none. A guest whose kernel is given (`direct`) needs
-/// no network boot from the card's ROM.
-fn device(card: &Card, properties: &[(String, String)], direct: bool) -> String {
+/// The NIC with the user's properties, and ours where the user has none. A guest whose kernel is given (`direct`) needs
+/// no network boot from the NIC's ROM.
+fn device(nic: &NetDevice, properties: &[(String, String)], direct: bool) -> String {
     let mut all = vec![
-        ("netdev".to_owned(), card.id.clone()),
-        ("mac".to_owned(), card.mac.to_string()),
+        ("netdev".to_owned(), nic.id.clone()),
+        ("mac".to_owned(), nic.mac.to_string()),
     ];
     let mut default = |key: &str, value: String| {
         if !properties.iter().any(|(given, _)| given == key) {
             all.push((key.to_owned(), value));
         }
     };
-    if card.fds.len() > 1 {
+    if nic.fds.len() > 1 {
         default("mq", "on".into());
         // One for each direction of each queue, one for the control queue, one for the configuration.
-        default("vectors", (2 * card.fds.len() + 2).to_string());
+        default("vectors", (2 * nic.fds.len() + 2).to_string());
     }
-    if card.mtu != USUAL_MTU {
-        default("host_mtu", card.mtu.to_string());
+    if nic.mtu != USUAL_MTU {
+        default("host_mtu", nic.mtu.to_string());
     }
     if direct {
         default("romfile", String::new());
@@ -226,8 +226,8 @@ fn device(card: &Card, properties: &[(String, String)], direct: bool) -> String 
 mod tests {
     use super::*;
 
-    fn card() -> Card {
-        Card {
+    fn nic() -> NetDevice {
+        NetDevice {
             id: "macvtap0".into(),
             fds: vec![3],
             vhost: vec![],
@@ -237,12 +237,12 @@ mod tests {
         }
     }
 
-    fn line(cards: &[Card], args: &[&str]) -> Vec<String> {
+    fn line(nics: &[NetDevice], args: &[&str]) -> Vec<String> {
         let args: Vec<_> = args.iter().map(OsString::from).collect();
         let line = Line {
             machine: None,
             engine: None,
-            cards,
+            nics,
             control: None,
             args: &args,
         };
@@ -251,9 +251,9 @@ mod tests {
     }
 
     #[test]
-    fn line_without_a_kernel_is_args_untouched_and_the_card() {
+    fn line_without_a_kernel_is_args_untouched_and_the_nic() {
         assert_eq!(
-            line(&[card()], &["-M", "q35", "disk.qcow2"]),
+            line(&[nic()], &["-M", "q35", "disk.qcow2"]),
             [
                 "-M",
                 "q35",
@@ -270,18 +270,18 @@ mod tests {
     fn line_hands_device_keys_through() {
         let properties = [("bus", "pcie.0"), ("addr", "0x4"), ("id", "nic2")];
         let properties = properties.map(|(k, v)| (k.to_owned(), v.to_owned()));
-        let card = Card {
+        let nic = NetDevice {
             device: Some(properties.to_vec()),
-            ..card()
+            ..nic()
         };
-        let line = line(&[card], &[]);
+        let line = line(&[nic], &[]);
         let device =
             "virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,bus=pcie.0,addr=0x4,id=nic2";
         assert_eq!(line.last().unwrap(), device);
     }
 
     #[test]
-    fn line_has_cards_with_a_slot_first_and_those_on_a_bus_of_args_last() {
+    fn line_has_nics_with_a_slot_first_and_those_on_a_bus_of_args_last() {
         for (properties, position) in [
             (vec![("addr", "0x4")], 3),
             (vec![("bus", "pcie.0"), ("addr", "0x4")], 3),
@@ -289,25 +289,25 @@ mod tests {
             (vec![("bus", "pcie.0")], 7),
         ] {
             let properties = properties.into_iter();
-            let card = Card {
+            let nic = NetDevice {
                 device: Some(properties.map(|(k, v)| (k.into(), v.into())).collect()),
-                ..card()
+                ..nic()
             };
             let args = ["-device", "qemu-xhci", "-device", "usb-tablet"];
-            let line = line(&[card], &args);
+            let line = line(&[nic], &args);
             assert!(line[position].starts_with("virtio-net-pci"), "{line:?}");
         }
     }
 
     #[test]
     fn line_of_several_queues_has_their_vectors() {
-        let card = Card {
+        let nic = NetDevice {
             fds: vec![3, 4, 5],
             vhost: vec![6, 7, 8],
             mtu: 9000,
-            ..card()
+            ..nic()
         };
-        let line = line(&[card], &[]);
+        let line = line(&[nic], &[]);
         assert_eq!(line[1], "tap,id=macvtap0,fds=3:4:5,vhost=on,vhostfds=6:7:8");
         assert_eq!(
             line[3],
@@ -317,23 +317,23 @@ mod tests {
 
     #[test]
     fn line_of_one_queue_never_has_plurals() {
-        let card = Card {
+        let nic = NetDevice {
             vhost: vec![4],
-            ..card()
+            ..nic()
         };
         assert_eq!(
-            line(&[card], &[])[1],
+            line(&[nic], &[])[1],
             "tap,id=macvtap0,fd=3,vhost=on,vhostfd=4"
         );
     }
 
     #[test]
     fn line_with_the_device_in_args_has_the_netdev_alone() {
-        let card = Card {
+        let nic = NetDevice {
             device: None,
-            ..card()
+            ..nic()
         };
-        let line = line(&[card], &["-device", "e1000e,netdev=macvtap0"]);
+        let line = line(&[nic], &["-device", "e1000e,netdev=macvtap0"]);
         assert_eq!(line.len(), 4);
     }
 
@@ -353,7 +353,7 @@ mod tests {
         let mut line = Line {
             machine: Some(&machine),
             engine: Some(Engine::Tcg),
-            cards: &[card()],
+            nics: &[nic()],
             control: None,
             args: &[],
         };
@@ -378,7 +378,7 @@ mod tests {
         assert!(built.contains(&"max".into()));
         let args = ["-cpu", "Skylake-Client"].map(OsString::from);
         line.args = &args;
-        line.cards = &[];
+        line.nics = &[];
         line.control = Some(4);
         let built = line.build();
         assert!(!built.contains(&"max,-vmx,-svm".into()));

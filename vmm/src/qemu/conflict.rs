@@ -38,7 +38,7 @@ pub enum ConflictError {
     RandomMac(String, MacAddr),
     /// Another address for a device on our netdev.
     #[error(
-        "ARGS have -set {0:?}, but a card has its macvtap's MAC address, since no other receives anything: give it to --macvtap as mac="
+        "ARGS have -set {0:?}, but a NIC has its macvtap's MAC address, since no other receives anything: give it to --macvtap as mac="
     )]
     SetMac(String),
     /// A device for our netdev, and properties for another.
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn args_with_a_descriptor_in_use_and_no_card_name_none() {
+    fn args_with_a_descriptor_in_use_and_no_nic_name_none() {
         let error = check(&args("-add-fd fd=3,set=1"), &[], &[3]).unwrap_err();
         assert!(!error.to_string().contains("--macvtap"), "{error}");
     }

@@ -6,7 +6,7 @@ use net::{MacAddr, MacvtapSpec, Mode};
 
 use super::args::USUAL_MTU;
 use super::nics::{Queues, sysfs_of};
-use super::script::{self, Origin, ScriptCard};
+use super::script::{self, Origin, ScriptNic};
 use super::{Plan, QemuError, inherit};
 use crate::cli::QemuArgs;
 use crate::config::NicSource;
@@ -24,7 +24,7 @@ pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
     // SAFETY: as for this function.
     let mut inherited = unsafe { inherit(args) }?.into_iter();
     let plan = Plan::new(args, false)?;
-    let (mut cards, mut script_cards, mut lower) = (Vec::new(), Vec::new(), None);
+    let (mut nics, mut script_nics, mut lower) = (Vec::new(), Vec::new(), None);
     for (n, nic) in args.macvtap.iter().enumerate() {
         let (origin, mac, mtu) = match &nic.source {
             NicSource::Macvtap(spec) => {
@@ -33,24 +33,24 @@ pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
                 sketch(spec)?
             }
             NicSource::Descriptors(fds) => {
-                let queues = Queues::adopt(inherited.by_ref().take(fds.len()).collect(), fds)?;
+                let queues = Queues::from_fds(inherited.by_ref().take(fds.len()).collect(), fds)?;
                 lower.get_or_insert(queues.entry.lower);
                 (Origin::Open, queues.mac, queues.entry.mtu)
             }
         };
-        cards.push(plan.card(n, nic, mac, mtu)?);
-        script_cards.push(ScriptCard {
+        nics.push(plan.nic(n, nic, mac, mtu)?);
+        script_nics.push(ScriptNic {
             origin,
             numbers: plan.numbers[n].clone(),
         });
     }
     let mut command = vec![plan.qemu.clone().into_os_string()];
-    command.extend(plan.line(&cards, &args.args));
+    command.extend(plan.line(&nics, &args.args));
     let host_link = script::HostLink {
         lower: lower.filter(|_| !args.host_link.is_empty()),
         addresses: &args.host_link,
     };
-    Ok(script::script(&script_cards, &host_link, &command))
+    Ok(script::script(&script_nics, &host_link, &command))
 }
 
 /// What a macvtap would be: its origin, MAC address and MTU.

@@ -1,17 +1,17 @@
-//! The network cards: what was asked for, and the queues that QEMU gets.
+//! The NICs: what was asked for, and the queues that QEMU gets.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use net::{Lease, LinkName, MacAddr, Macvtap, MacvtapSpec, Mode};
+use net::{LinkGuard, LinkName, MacAddr, Macvtap, MacvtapSpec, Mode};
 
 use super::QemuError;
 use crate::config::{self, ConfigError, NicSource};
-use crate::handed::Handed;
+use crate::exclusive::Interface;
+use crate::inherited::Inherited;
 use crate::registry::NicEntry;
-use crate::sharing::Interface;
 
 /// The host kernel's data path.
 pub(super) const VHOST_NET: &str = "/dev/vhost-net";
@@ -60,9 +60,9 @@ pub fn parse_nic(text: &str) -> Result<NicRequest, ConfigError> {
             }
             "backend" if vhost.is_some() => return Err(ConfigError::Twice(key.into())),
             "backend" => vhost = backend(value)?,
-            _ if config::is_card_key(key) => {
+            _ if config::is_nic_key(key) => {
                 return Err(ConfigError::Value(format!(
-                    "{key}= is for cards of the native monitor: QEMU has options of its own for this"
+                    "{key}= is for NICs of the native monitor: QEMU has options of its own for this"
                 )));
             }
             _ if part.is_empty() || config::is_macvtap_key(key) => macvtap.push(part),
@@ -107,14 +107,14 @@ fn switch(text: &str) -> Result<bool, ConfigError> {
     }
 }
 
-/// The numbers that a card's descriptors have in QEMU.
+/// The numbers that a NIC's descriptors have in QEMU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Numbers {
     pub fds: Vec<RawFd>,
     pub vhost: Vec<RawFd>,
 }
 
-/// Numbers the descriptors of all cards from `first` on: a card's queues, then its vhost descriptors. In a `script` those
+/// Numbers the descriptors of all NICs from `first` on: a NIC's queues, then its vhost descriptors. In a `script` those
 /// that the caller has opened keep their numbers.
 pub(super) fn number(
     requests: &[NicRequest],
@@ -141,7 +141,7 @@ pub(super) fn number(
         .collect()
 }
 
-/// The queues of a card, open.
+/// The queues of a NIC, open.
 #[derive(Debug)]
 pub(super) struct Queues {
     pub descriptors: Vec<OwnedFd>,
@@ -151,7 +151,7 @@ pub(super) struct Queues {
     /// Which interface they belong to.
     pub interface: Interface,
     /// Keeps a macvtap of our own in being.
-    pub lease: Option<Lease>,
+    pub guard: Option<LinkGuard>,
 }
 
 impl Queues {
@@ -159,32 +159,32 @@ impl Queues {
     pub fn make(spec: &MacvtapSpec) -> Result<Self, QemuError> {
         let macvtap = Macvtap::open(spec)?;
         let (mac, mtu) = (macvtap.mac(), macvtap.mtu());
-        log::info!("network card on {}: MAC {mac}, MTU {mtu}", macvtap.lower());
+        log::info!("NIC on {}: MAC {mac}, MTU {mtu}", macvtap.lower());
         let interface = Interface::of_macvtap(&macvtap)?;
         let entry = NicEntry::of(&macvtap, interface.device);
-        let (descriptors, lease) = macvtap.into_parts();
+        let (descriptors, guard) = macvtap.into_parts();
         Ok(Self {
             descriptors,
             mac,
             entry,
             interface,
-            lease: Some(lease),
+            guard: Some(guard),
         })
     }
 
     /// Takes over queues that somebody else has opened, under these numbers.
-    pub fn adopt(descriptors: Vec<OwnedFd>, numbers: &[RawFd]) -> Result<Self, QemuError> {
-        let adopted = net::adopt(descriptors)?;
-        let told = Handed::from_environment().filter(|told| told.is_of(numbers, adopted.mac));
-        let interface = Interface::of_adopted(&adopted, told.as_ref())?;
-        let entry = NicEntry::of_adopted(&adopted, told.as_ref(), interface.device);
-        log::info!("network card on {}: MAC {}", entry.lower, adopted.mac);
+    pub fn from_fds(descriptors: Vec<OwnedFd>, numbers: &[RawFd]) -> Result<Self, QemuError> {
+        let existing = net::from_fds(descriptors)?;
+        let told = Inherited::from_environment().filter(|told| told.is_of(numbers, existing.mac));
+        let interface = Interface::of_existing(&existing, told.as_ref())?;
+        let entry = NicEntry::of_existing(&existing, told.as_ref(), interface.device);
+        log::info!("NIC on {}: MAC {}", entry.lower, existing.mac);
         Ok(Self {
-            descriptors: adopted.queues,
-            mac: adopted.mac,
+            descriptors: existing.queues,
+            mac: existing.mac,
             entry,
             interface,
-            lease: None,
+            guard: None,
         })
     }
 }

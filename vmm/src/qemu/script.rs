@@ -9,7 +9,7 @@ use net::{InterfaceAddress, MacAddr, MacvtapSpec, Mode};
 
 use super::nics::{Numbers, VHOST_NET};
 
-/// Where a card's queues come from.
+/// Where a NIC's queues come from.
 #[derive(Clone, Debug)]
 pub(super) enum Origin {
     /// A new macvtap with this address and this interface index.
@@ -24,9 +24,9 @@ pub(super) enum Origin {
     Open,
 }
 
-/// A card of the script.
+/// A NIC of the script.
 #[derive(Clone, Debug)]
-pub(super) struct ScriptCard {
+pub(super) struct ScriptNic {
     pub origin: Origin,
     pub numbers: Numbers,
 }
@@ -41,15 +41,11 @@ pub(super) struct HostLink<'a> {
 
 /// The script; `command` is QEMU with its arguments. QEMU runs in the foreground with the script's stdin, and what was
 /// made is deleted after it.
-pub(super) fn script(
-    cards: &[ScriptCard],
-    host_link: &HostLink<'_>,
-    command: &[OsString],
-) -> String {
+pub(super) fn script(nics: &[ScriptNic], host_link: &HostLink<'_>, command: &[OsString]) -> String {
     let mut steps = String::new();
     let mut makes_links = false;
-    for (n, card) in cards.iter().enumerate() {
-        let index = match &card.origin {
+    for (n, nic) in nics.iter().enumerate() {
+        let index = match &nic.origin {
             Origin::New { spec, mac, index } => {
                 makes_links = true;
                 steps += &new_macvtap(n, spec, *mac, *index);
@@ -58,14 +54,14 @@ pub(super) fn script(
             Origin::Existing(link) => format!("\"$(cat /sys/class/net/{}/ifindex)\"", quote(link)),
             Origin::Open => String::new(),
         };
-        steps += &open(card, &index);
+        steps += &open(nic, &index);
     }
     if let Some(lower) = &host_link.lower {
         makes_links = true;
         steps += &new_host_link(lower, host_link.addresses);
     }
     // dash knows descriptors of one digit alone.
-    let shell = if highest(cards) > 9 { "bash" } else { "sh" };
+    let shell = if highest(nics) > 9 { "bash" } else { "sh" };
     let mut script =
         format!("#!/bin/{shell}\n# What `minivmm qemu` does, by hand; run it as root.\nset -e\n");
     if makes_links {
@@ -76,10 +72,10 @@ pub(super) fn script(
 }
 
 /// The highest number that the script opens.
-fn highest(cards: &[ScriptCard]) -> RawFd {
-    let numbers = cards.iter().flat_map(|card| {
-        let queues = card.numbers.fds.iter();
-        queues.chain(&card.numbers.vhost)
+fn highest(nics: &[ScriptNic]) -> RawFd {
+    let numbers = nics.iter().flat_map(|nic| {
+        let queues = nic.numbers.fds.iter();
+        queues.chain(&nic.numbers.vhost)
     });
     numbers.copied().max().unwrap_or(0)
 }
@@ -129,12 +125,12 @@ fn new_macvtap(n: usize, spec: &MacvtapSpec, mac: MacAddr, index: u32) -> String
 }
 
 /// Opens a queue of the macvtap for each descriptor, and vhost-net.
-fn open(card: &ScriptCard, index: &str) -> String {
+fn open(nic: &ScriptNic, index: &str) -> String {
     let mut words = String::new();
-    for fd in card.numbers.fds.iter().filter(|_| !index.is_empty()) {
+    for fd in nic.numbers.fds.iter().filter(|_| !index.is_empty()) {
         let _ = write!(words, " {fd}<>/dev/tap{index}");
     }
-    for fd in &card.numbers.vhost {
+    for fd in &nic.numbers.vhost {
         let _ = write!(words, " {fd}<>{VHOST_NET}");
     }
     if words.is_empty() {
@@ -209,8 +205,8 @@ fn quote(word: impl AsRef<OsStr>) -> String {
 mod tests {
     use super::*;
 
-    fn card(text: &str, fds: Vec<RawFd>) -> ScriptCard {
-        ScriptCard {
+    fn nic(text: &str, fds: Vec<RawFd>) -> ScriptNic {
+        ScriptNic {
             origin: Origin::New {
                 spec: Box::new(crate::config::parse_macvtap(text).unwrap()),
                 mac: "52:54:00:12:34:56".parse().unwrap(),
@@ -248,9 +244,9 @@ mod tests {
 
     #[test]
     fn script_is_what_a_person_would_type() {
-        let cards = [
-            card("eno1,mtu=1400,mode=private", vec![3]),
-            card("eno2,name=second,queues=2", vec![4, 5]),
+        let nics = [
+            nic("eno1,mtu=1400,mode=private", vec![3]),
+            nic("eno2,name=second,queues=2", vec![4, 5]),
         ];
         let command = ["qemu", "-append", "a b"].map(OsString::from);
         let expected = "\
@@ -275,7 +271,7 @@ ip link set \"$tap\" allmulticast on up
 exec 4<>/dev/tap1000000 5<>/dev/tap1000000
 qemu -append 'a b'
 ";
-        assert_eq!(script(&cards, &HostLink::default(), &command), expected);
+        assert_eq!(script(&nics, &HostLink::default(), &command), expected);
     }
 
     #[test]
@@ -283,7 +279,7 @@ qemu -append 'a b'
         let (one, other) = ("02:00:00:00:00:01", "02:00:00:00:00:02");
         let spec = format!("eno1,mode=source,bcqueuelen=9,source-mac={one},source-mac={other}");
         let text = script(
-            &[card(&spec, vec![3])],
+            &[nic(&spec, vec![3])],
             &HostLink::default(),
             &["qemu".into()],
         );
@@ -293,14 +289,14 @@ qemu -append 'a b'
 
     #[test]
     fn script_of_an_existing_macvtap_makes_and_deletes_nothing() {
-        let card = ScriptCard {
+        let nic = ScriptNic {
             origin: Origin::Existing("mt0".into()),
             numbers: Numbers {
                 fds: vec![3],
                 vhost: vec![4],
             },
         };
-        let text = script(&[card], &HostLink::default(), &["qemu".into()]);
+        let text = script(&[nic], &HostLink::default(), &["qemu".into()]);
         let steps = text.split_once("set -e\n").map(|(_, steps)| steps);
         let expected =
             "exec 3<>/dev/tap\"$(cat /sys/class/net/mt0/ifindex)\" 4<>/dev/vhost-net\nqemu\n";
@@ -309,14 +305,14 @@ qemu -append 'a b'
 
     #[test]
     fn script_of_an_open_queue_leaves_it_as_it_is() {
-        let card = ScriptCard {
+        let nic = ScriptNic {
             origin: Origin::Open,
             numbers: Numbers {
                 fds: vec![7],
                 vhost: vec![],
             },
         };
-        let text = script(&[card], &HostLink::default(), &["qemu".into()]);
+        let text = script(&[nic], &HostLink::default(), &["qemu".into()]);
         assert!(text.ends_with("set -e\nqemu\n"), "{text}");
     }
 
@@ -357,7 +353,7 @@ qemu -append 'a b'
             lower: Some("eno1".into()),
             addresses: &addresses,
         };
-        let text = script(&[card("eno1", vec![3])], &host_link, &["qemu".into()]);
+        let text = script(&[nic("eno1", vec![3])], &host_link, &["qemu".into()]);
         let steps = "ip link add link eno1 name mvl$$ type macvlan mode bridge\nlinks=\"$links mvl$$\"\n\
                      ip link set mvl$$ up\nip address add 10.0.0.1/24 dev mvl$$\n\
                      ip address add fd00::1/64 dev mvl$$ nodad\nqemu\n";
@@ -367,7 +363,7 @@ qemu -append 'a b'
     #[test]
     fn script_with_many_descriptors_is_for_bash() {
         let text = script(
-            &[card("eno1", (3..11).collect())],
+            &[nic("eno1", (3..11).collect())],
             &HostLink::default(),
             &["qemu".into()],
         );

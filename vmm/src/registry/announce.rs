@@ -13,9 +13,9 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::Claim;
 use crate::link_watch::FollowedLink;
 
-/// A card of which there is news while it is used.
+/// A NIC of which there is news while it is used.
 #[derive(Debug)]
-pub struct RegisteredCard {
+pub struct RegisteredNic {
     /// Tells others.
     pub claim: Claim,
     /// Tells what its guest says.
@@ -24,7 +24,7 @@ pub struct RegisteredCard {
     pub link: Option<Arc<FollowedLink>>,
 }
 
-impl RegisteredCard {
+impl RegisteredNic {
     fn learn(&mut self) {
         self.claim.update(|nic| {
             nic.addresses = self.observer.addresses();
@@ -40,7 +40,7 @@ impl RegisteredCard {
 /// Keeps the records up to date, on the control thread.
 #[derive(Debug)]
 pub struct Announcer {
-    cards: Vec<RegisteredCard>,
+    nics: Vec<RegisteredNic>,
     changed: EventFd,
     /// Runs while something has been learnt that the file does not say yet.
     delay: TimerFd,
@@ -50,15 +50,15 @@ impl Announcer {
     /// How long a change may wait for others: a guest can cause any number of them.
     const DELAY: Duration = Duration::from_millis(100);
 
-    /// Tells of `cards` after `changed`, which the observers signal.
+    /// Tells of `nics` after `changed`, which the observers signal.
     ///
     /// # Errors
     ///
     /// Fails when the process has no file descriptor left.
-    pub fn new(mut cards: Vec<RegisteredCard>, changed: EventFd) -> io::Result<Self> {
-        cards.iter_mut().for_each(RegisteredCard::learn);
+    pub fn new(mut nics: Vec<RegisteredNic>, changed: EventFd) -> io::Result<Self> {
+        nics.iter_mut().for_each(RegisteredNic::learn);
         Ok(Self {
-            cards,
+            nics,
             changed,
             delay: TimerFd::new()?,
         })
@@ -85,7 +85,7 @@ impl MutEventSubscriber for Announcer {
             }
         } else {
             let _ = self.delay.wait();
-            self.cards.iter_mut().for_each(RegisteredCard::learn);
+            self.nics.iter_mut().for_each(RegisteredNic::learn);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The claim of this process to a network card: a locked record, and what it says.
+//! The claim of this process to a NIC: a locked record, and what it says.
 
 use std::fs::{self, File};
 use std::io;
@@ -9,7 +9,7 @@ use net::{RecordDirectory, RecordError, RecordKey, RecordLock, RecordState, Reco
 
 use super::{Entry, NicEntry, Runs, store};
 
-/// A card that nobody else has, as far as others can be known. Dropping it gives it up.
+/// A NIC that nobody else has, as far as others can be known. Dropping it gives it up.
 #[derive(Debug)]
 pub struct Claim {
     entry: Entry,
@@ -19,7 +19,7 @@ pub struct Claim {
     lock: Option<RecordLock>,
 }
 
-/// Who has a card already.
+/// Who has a NIC already.
 #[derive(Debug)]
 pub struct InUse {
     /// None while it is only starting, or tells nothing.
@@ -40,7 +40,7 @@ pub struct Wanted {
 }
 
 impl Claim {
-    /// Claims a card, and tells of it by `entry`, which has that card alone. `doubtful` hears of claims by other users,
+    /// Claims a NIC, and tells of it by `entry`, which has that NIC alone. `doubtful` hears of claims by other users,
     /// which need not be true.
     ///
     /// # Errors
@@ -63,7 +63,7 @@ impl Claim {
         Ok(claim)
     }
 
-    /// Locks it where this process may. Without that the card works; but others are not kept from it.
+    /// Locks it where this process may. Without that the NIC works; but others are not kept from it.
     fn lock(&mut self, wanted: &Wanted, own: &RecordKey) -> Result<(), InUse> {
         let mut why = None;
         for directory in RecordDirectory::own() {
@@ -130,12 +130,12 @@ impl Claim {
         Ok(())
     }
 
-    /// What is told of the card.
+    /// What is told of the NIC.
     pub fn nic(&self) -> &NicEntry {
         &self.entry.nics[0]
     }
 
-    /// A descriptor for a program that uses the card, which keeps the claim as long as it lives.
+    /// A descriptor for a program that uses the NIC, which keeps the claim as long as it lives.
     ///
     /// # Errors
     ///
@@ -144,7 +144,7 @@ impl Claim {
         self.lock.as_ref().map(RecordLock::share).transpose()
     }
 
-    /// Tells something else of the card.
+    /// Tells something else of the NIC.
     pub fn update(&mut self, change: impl FnOnce(&mut NicEntry)) {
         let before = self.entry.clone();
         change(&mut self.entry.nics[0]);
@@ -161,7 +161,7 @@ fn with_cause(error: &RecordError) -> String {
     cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
 }
 
-/// The file that tells of a card. Dropping it removes it.
+/// The file that tells of a NIC. Dropping it removes it.
 #[derive(Debug)]
 struct EntryFile {
     path: PathBuf,
@@ -176,13 +176,13 @@ impl EntryFile {
             Err(error) => {
                 // One of an earlier holder would be taken for ours.
                 let _ = fs::remove_file(&path);
-                log::warn!("`net list` cannot tell of this card: cannot write {path:?}: {error}");
+                log::warn!("`net list` cannot tell of this NIC: cannot write {path:?}: {error}");
                 None
             }
         }
     }
 
-    /// The card's device may be gone and its number another's by now, who has put its own in place of it.
+    /// The NIC's device may be gone and its number another's by now, who has put its own in place of it.
     fn is_there(&self) -> bool {
         store::id(&self.path).is_ok_and(|id| id == self.id)
     }
@@ -193,7 +193,7 @@ impl EntryFile {
         }
         match store::write(&self.path, entry) {
             Ok(id) => self.id = id,
-            Err(error) => log::debug!("cannot tell of this card in {:?}: {error}", self.path),
+            Err(error) => log::debug!("cannot tell of this NIC in {:?}: {error}", self.path),
         }
     }
 }

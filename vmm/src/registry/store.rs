@@ -23,7 +23,7 @@ const MOST: usize = 10_000;
 
 /// The ending of an entry's file.
 const ENDING: &str = ".json";
-/// How the name ends before that when the card was passed on.
+/// How the name ends before that when the NIC was passed on.
 const PASSED: &str = ".passed";
 
 /// Writes so that a reader sees the old or the new, never a part. Returns which file that is.
@@ -52,7 +52,7 @@ pub(super) fn id(path: &Path) -> io::Result<(u64, u64)> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub entry: Entry,
-    /// The card was passed on by whoever has the record of the same device.
+    /// The NIC was passed on by whoever has the record of the same device.
     pub is_passed: bool,
 }
 
@@ -99,7 +99,7 @@ fn examine(view: &RecordView, directory: &RecordDirectory, name: &CStr) -> Optio
     (is_locked && !entry.nics.is_empty()).then_some(Found { entry, is_passed })
 }
 
-/// Whether a file of this name is about the card: it is locked by its name.
+/// Whether a file of this name is about the NIC: it is locked by its name.
 fn is_of(key: &RecordKey, is_passed: bool, name: &CStr) -> bool {
     let ending = if is_passed { "passed.json" } else { "json" };
     key.file(ending).as_bytes() == name.to_bytes()

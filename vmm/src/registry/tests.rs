@@ -195,7 +195,7 @@ fn of_user(user: u32, mut entry: Entry) -> Entry {
 }
 
 #[test]
-fn card_that_a_program_passes_to_a_guest_is_told_of_once_and_as_the_program_says() {
+fn nic_that_a_program_passes_to_a_guest_is_told_of_once_and_as_the_program_says() {
     let giver = Entry {
         user: Some(1000),
         ..program()
@@ -243,7 +243,7 @@ fn users_word_hides_no_certain_entry() {
 }
 
 #[test]
-fn cards_of_one_process_are_put_together_unless_others_say_so() {
+fn nics_of_one_process_are_put_together_unless_others_say_so() {
     let mut second = guest();
     second.nics[0].device += 1;
     let other = of_user(1000, guest());

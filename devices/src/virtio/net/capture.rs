@@ -1,6 +1,6 @@
-//! What passed a card, in a pcapng file for packet analysers.
+//! What passed a NIC, in a pcapng file for packet analysers.
 //!
-//! The card's threads append to a buffer, and a thread of the capture's own writes it out, so that
+//! The NIC's threads append to a buffer, and a thread of the capture's own writes it out, so that
 //! a slow disk or a reader that sleeps costs frames of the capture, and never one of the guest's.
 //! The buffer holds whole blocks and is written as soon as there is something in it: one by one
 //! while little passes, in large batches otherwise. After each, a reader finds a valid file.
@@ -33,7 +33,7 @@ pub enum Direction {
     Sent,
 }
 
-/// A capture that is being written. All queue pairs of its card share it.
+/// A capture that is being written. All queue pairs of its NIC share it.
 ///
 /// Dropping it writes what waits and the statistics, and closes the file. A write that nobody can
 /// finish (a pipe whose reader is there and does not read, a file server that is gone) cannot be
@@ -45,7 +45,7 @@ pub struct Capture {
 }
 
 struct Shared {
-    /// The card's, in logs and in the file.
+    /// The NIC's, in logs and in the file.
     name: String,
     queue: Mutex<Queue>,
     /// The queue has something for whoever waits: the writer, or the end of the capture.
@@ -72,7 +72,7 @@ struct Queue {
 
 impl Capture {
     /// Captures into `file`, which is empty and open for writing, and may be a pipe. `name` is the
-    /// card's.
+    /// NIC's.
     ///
     /// # Errors
     ///

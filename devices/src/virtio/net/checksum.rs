@@ -28,7 +28,7 @@ const DHCP_SERVER_PORT: [u8; 2] = [0, 67];
 const MAX_LEN: usize = HEADER_LEN + ETHERNET_LEN + 1500;
 
 /// Whether the header at the beginning of a frame leaves the checksum to the driver.
-pub fn is_left_open(head: &[u8]) -> bool {
+pub fn needs_csum(head: &[u8]) -> bool {
     head[FLAGS] & NEEDS_CSUM != 0
 }
 
@@ -132,9 +132,9 @@ mod tests {
         for payload in [&[][..], b"odd", b"even"] {
             for piece in [1, 7, 40, 1000] {
                 let mut frame = datagram(67, payload);
-                assert!(is_left_open(&frame));
+                assert!(needs_csum(&frame));
                 assert!(complete(&mut frame, piece));
-                assert!(!is_left_open(&frame));
+                assert!(!needs_csum(&frame));
                 let (pseudo, udp) = ([10, 0, 0, 1, 10, 0, 0, 2, 0, UDP], &frame[46..]);
                 let whole = [&pseudo[..], &(udp.len() as u16).to_be_bytes(), udp].concat();
                 assert_eq!(sum(&whole), 0xffff, "{payload:?} in {piece}s");

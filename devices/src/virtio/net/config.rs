@@ -1,4 +1,4 @@
-//! The configuration space of the card: what the driver reads of it, and who changes it.
+//! The configuration space of the NIC: what the driver reads of it, and who changes it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,7 +26,7 @@ pub struct ConfigSpace {
 struct State {
     /// As the driver sees it now.
     config: NetConfig,
-    /// The address that the card has after a reset.
+    /// The address that the NIC has after a reset.
     own_mac: [u8; 6],
     pairs: u16,
     up: bool,
@@ -44,7 +44,7 @@ struct Driver {
 }
 
 impl ConfigSpace {
-    /// The space of a card with `pairs` queue pairs.
+    /// The space of a NIC with `pairs` queue pairs.
     pub fn new(config: NetConfig, pairs: u16) -> Self {
         Self {
             state: Mutex::new(State {
@@ -124,7 +124,7 @@ impl ConfigSpace {
         });
     }
 
-    /// The driver is gone. The card's own MAC address, where the driver has had another.
+    /// The driver is gone. The NIC's own MAC address, where the driver has had another.
     pub(super) fn detach(&self) -> Option<[u8; 6]> {
         let mut state = self.lock();
         state.driver = None;

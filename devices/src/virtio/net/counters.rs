@@ -1,4 +1,4 @@
-//! What has passed a queue pair and what has not, over all drivers that the card has had.
+//! What has passed a queue pair and what has not, over all drivers that the NIC has had.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};

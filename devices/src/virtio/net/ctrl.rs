@@ -32,7 +32,7 @@ pub struct Permissions {
     pub change_mac: bool,
     /// The host delivers frames to any address (a macvtap in passthru mode), so that a driver
     /// that asks for them gets them.
-    pub any_address: bool,
+    pub allow_promisc: bool,
 }
 
 /// Everything that commands act on.
@@ -44,7 +44,7 @@ pub struct Control<B> {
     pub config: Arc<ConfigSpace>,
     /// Which frames the driver wants.
     pub filter: Arc<Filter>,
-    /// What watches for frames from another address than the card's.
+    /// What watches for frames from another address than the NIC's.
     pub observer: Arc<Observer>,
     /// What the driver has agreed to.
     pub features: Features,
@@ -109,7 +109,7 @@ impl<B: Backend> Control<B> {
         match kind {
             spec::VIRTIO_NET_CTRL_RX_PROMISC => {
                 self.filter.change(|rules| rules.promiscuous = on);
-                !on || self.permissions.any_address
+                !on || self.permissions.allow_promisc
             }
             spec::VIRTIO_NET_CTRL_RX_ALLMULTI => {
                 self.filter.change(|rules| rules.all_multicast = on);
@@ -120,7 +120,7 @@ impl<B: Backend> Control<B> {
     }
 
     /// The MAC filter table (5.1.6.5.2): addresses, then groups, each list behind its length in
-    /// 32 bits. The host delivers to other addresses than the card's only where it delivers to any.
+    /// 32 bits. The host delivers to other addresses than the NIC's only where it delivers to any.
     fn set_table(&self, operand: &[u8]) -> bool {
         let Some((unicast, rest)) = mac_list(operand) else {
             return false;
@@ -131,7 +131,7 @@ impl<B: Backend> Control<B> {
         self.filter
             .change(|rules| rules.set_table(&unicast, &multicast));
         let own = self.config.mac();
-        self.permissions.any_address || unicast.iter().all(|&mac| mac == own)
+        self.permissions.allow_promisc || unicast.iter().all(|&mac| mac == own)
     }
 
     fn set_mac(&self, operand: &[u8]) -> bool {
@@ -221,7 +221,7 @@ pub fn use_pairs<B: Backend>(backends: &[Arc<B>], pairs: usize) -> bool {
     done
 }
 
-/// The control queue of a card.
+/// The control queue of a NIC.
 #[derive(Debug)]
 pub struct CtrlQueue<B> {
     ring: Ring,
@@ -268,7 +268,7 @@ pub enum CtrlStop {
     Empty,
     /// The budget is used up.
     Budget,
-    /// The ring makes no sense.
+    /// The avail index is invalid.
     Broken,
 }
 

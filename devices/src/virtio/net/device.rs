@@ -31,7 +31,7 @@ const QUEUE_SIZE: u16 = 256;
 /// two VLAN tags. Larger ones, which a host with BIG TCP makes, are dropped.
 const LARGEST_FRAME: usize = HEADER_LEN + 14 + 2 * 4 + 65_535;
 
-/// What a card does besides moving frames. Limits and captures are for cards without vhost-net:
+/// What a NIC does besides moving frames. Limits and captures are for NICs without vhost-net:
 /// there the monitor sees no frame.
 #[derive(Debug)]
 pub struct NetOptions {
@@ -263,7 +263,7 @@ impl<B: Backend> Net<B> {
         Ok(())
     }
 
-    /// Tells the backend. An interface that is gone has nothing to offload, and its card lives on
+    /// Tells the backend. An interface that is gone has nothing to offload, and its NIC lives on
     /// without a link.
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         match self.backends[0].set_offloads(offloads) {

@@ -1,7 +1,7 @@
 //! Which received frames the driver takes: what it has negotiated, and what it said by the control
 //! queue's RX, MAC, VLAN and offload commands (virtio 1.2, 5.1.6.5.1 to 5.1.6.5.3 and 5.1.6.5.6).
 //!
-//! The host delivers what is sent to the card's MAC address, to all, and to any group. A guest on a
+//! The host delivers what is sent to the NIC's MAC address, to all, and to any group. A guest on a
 //! busy network is woken less when what it has not asked for is dropped before it takes a buffer.
 
 use std::collections::BTreeSet;
@@ -26,7 +26,7 @@ pub struct Rules {
     pub promiscuous: bool,
     /// All groups.
     pub all_multicast: bool,
-    /// The card's own address.
+    /// The NIC's own address.
     pub own: Mac,
     /// What may be left to the driver in a frame.
     pub offloads: Offloads,
@@ -51,7 +51,7 @@ impl Rules {
         }
     }
 
-    /// The driver sends its table: addresses besides the card's own, and groups.
+    /// The driver sends its table: addresses besides the NIC's own, and groups.
     pub fn set_table(&mut self, unicast: &[Mac], multicast: &[Mac]) {
         let table =
             |macs: &[Mac]| (macs.len() <= MAX_ADDRESSES).then(|| macs.iter().copied().collect());

@@ -8,7 +8,7 @@ use super::capture::{Capture, Direction};
 use super::rate::Limiter;
 
 /// The limit and the capture of a queue, where it has them. Those of one direction are shared by all
-/// pairs of a card.
+/// pairs of a NIC.
 #[derive(Clone, Debug, Default)]
 pub struct Hooks {
     /// Holds frames back.

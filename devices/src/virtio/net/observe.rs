@@ -42,7 +42,7 @@ const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 pub struct Observer {
     /// The name in logs.
     name: String,
-    /// The card's address, as the low 48 bits: trust-mac lets it change.
+    /// The NIC's address, as the low 48 bits: trust-mac lets it change.
     mac: AtomicU64,
     wrong_source: AtomicU64,
     learnt: Mutex<Learnt>,
@@ -71,7 +71,7 @@ impl Observer {
         }
     }
 
-    /// The card has another MAC address.
+    /// The NIC has another MAC address.
     pub fn set_mac(&self, mac: [u8; 6]) {
         self.mac.store(number(mac), Ordering::Relaxed);
     }
@@ -154,8 +154,8 @@ impl Observer {
         }
         if before == 0 {
             log::warn!(
-                "{}: the guest sends from {}, but its card is {}: nobody's answer will reach it. \
-                 Let the guest use its card's address, or give the card that address with mac=; \
+                "{}: the guest sends from {}, but its NIC is {}: nobody's answer will reach it. \
+                 Let the guest use its NIC's address, or give the NIC that address with mac=; \
                  more than one address takes mode=passthru",
                 self.name,
                 Mac(source),

@@ -1,4 +1,4 @@
-//! How much may pass a card in one direction: a token bucket for bits, another for frames.
+//! How much may pass a NIC in one direction: a token bucket for bits, another for frames.
 //!
 //! A frame passes while a bucket has any token at all, and is paid for afterwards, so a bucket may
 //! go into debt. Nobody has to know a frame's length before it has passed, a frame may be larger
@@ -31,7 +31,7 @@ pub struct RateLimit {
     pub burst: Duration,
 }
 
-/// Holds one direction of a card to its limit. All queue pairs of the card share it.
+/// Holds one direction of a NIC to its limit. All queue pairs of the NIC share it.
 ///
 /// Each thread asks [`admit`](Self::admit) before a frame and tells [`charge`](Self::charge) after
 /// it, so that at most one frame for each thread is on its way unpaid.

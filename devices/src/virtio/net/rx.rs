@@ -37,7 +37,7 @@ pub enum RxStop {
     Limited(Duration),
     /// The budget is used up.
     Budget,
-    /// The ring makes no sense.
+    /// The avail index is invalid.
     Broken,
 }
 
@@ -196,7 +196,7 @@ impl RxQueue {
         // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
         // mapped.
         let seen = unsafe { iovec::gather(iovecs, 0, &mut head[..len.min(HEAD_LEN)]) };
-        if checksum::is_left_open(&head) && len <= self.capacity {
+        if checksum::needs_csum(&head) && len <= self.capacity {
             // SAFETY: as above.
             if unsafe { checksum::complete_dhcp(iovecs, len) } {
                 self.counters.dhcp_checksums += 1;
@@ -234,7 +234,7 @@ impl RxQueue {
                 }
                 Next::Chain(chain) => {
                     self.iovecs.truncate(self.iovecs.len() - chain.segments);
-                    self.ring.complete(chain.head, 0);
+                    self.ring.add_used(chain.head, 0);
                     self.counters.bad_chains += 1;
                 }
                 Next::Bad => self.counters.bad_chains += 1,
@@ -316,7 +316,7 @@ impl RxQueue {
         // At least one chain, since a frame was read into it.
         while let Some(chain) = self.chains.pop_front() {
             let written = left.min(chain.len);
-            self.ring.stage(chain.head, written as u32);
+            self.ring.push_used(chain.head, written as u32);
             self.first += chain.segments;
             self.capacity -= chain.len;
             left -= written;
@@ -332,7 +332,7 @@ impl RxQueue {
         unsafe { scatter(iovecs, NUM_BUFFERS, &u16::to_le_bytes(count)) };
         // SAFETY: as above. The driver does not have them yet.
         unsafe { self.hooks.passed(Way::Received, iovecs, len) };
-        self.ring.publish();
+        self.ring.flush_used();
         self.counters.frames += 1;
         self.counters.bytes += len as u64;
         if self.first == self.iovecs.len() {

@@ -22,7 +22,7 @@ pub enum TxStop {
     Limited(Duration),
     /// The budget is used up.
     Budget,
-    /// The ring makes no sense.
+    /// The avail index is invalid.
     Broken,
 }
 
@@ -114,7 +114,7 @@ impl TxQueue {
                     log::trace!("frame of {} bytes refused: {error}", chain.len);
                 }
             }
-            self.ring.complete(chain.head, 0);
+            self.ring.add_used(chain.head, 0);
         }
         TxStop::Budget
     }

@@ -70,7 +70,7 @@ impl VhostPair {
         let offered = net.get_features().map_err(failed_to("tell its features"))?;
         if offered & OURS != OURS {
             return Err(VhostError {
-                what: "do what a card needs",
+                what: "do what a NIC needs",
                 source: io::Error::other(format!("it offers the features {offered:#x} only")),
             });
         }
@@ -110,7 +110,7 @@ impl VhostPair {
             .map_err(failed_to("take the guest's memory"))?;
         let _ = self.error.read();
         for (index, queue) in queues.into_iter().enumerate() {
-            self.set_up(index, queue, interrupt.queue_line(first + index as u16))?;
+            self.set_up(index, queue, interrupt.call_eventfd(first + index as u16))?;
         }
         self.started = true;
         for index in 0..QUEUES {

@@ -69,7 +69,7 @@ enum Hold {
     Starved,
     /// The rate limit: only the timer ends this.
     Limited,
-    /// The ring makes no sense: only a reset ends this.
+    /// The avail index is invalid: only a reset ends this.
     Broken,
 }
 
@@ -233,7 +233,7 @@ impl<B: Backend> Worker<B> {
         }
     }
 
-    /// A ring makes no sense: nothing moves until the driver resets the device.
+    /// A ring has an invalid avail index: nothing moves until the driver resets the device.
     fn give_up(&mut self, queue: &str) {
         log::debug!("network device: the {queue} queue's available index is impossible");
         self.rx_work.hold(Hold::Broken);

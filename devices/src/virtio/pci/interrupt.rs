@@ -38,7 +38,7 @@ pub(super) struct PciInterrupt {
     pub config_vector: Vector,
     pub queue_vectors: Vec<Vector>,
     /// What a kernel that interrupts by itself signals for queues without a vector.
-    unheard: IrqLine,
+    no_vector: IrqLine,
     /// What has happened since the driver last looked (4.1.4.5).
     status: AtomicU8,
     needs_reset: AtomicBool,
@@ -60,7 +60,7 @@ impl PciInterrupt {
             lines,
             config_vector: Vector::none(),
             queue_vectors: (0..queues).map(|_| Vector::none()).collect(),
-            unheard: IrqLine::new()?,
+            no_vector: IrqLine::new()?,
             status: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
         })
@@ -74,7 +74,7 @@ impl PciInterrupt {
 
     /// The ISR status, which reading clears.
     pub fn take_status(&self) -> u8 {
-        let used = self.unheard.eventfd().read().map_or(0, |_| USED_BUFFER);
+        let used = self.no_vector.eventfd().read().map_or(0, |_| USED_BUFFER);
         self.status.swap(0, Ordering::SeqCst) | used
     }
 
@@ -99,10 +99,10 @@ impl Interrupt for PciInterrupt {
     }
 
     // Who signals a vector without us leaves the ISR status alone, whose bit is needed only where there is none (4.1.4.5.1).
-    fn queue_line(&self, index: u16) -> &EventFd {
+    fn call_eventfd(&self, index: u16) -> &EventFd {
         let vector = self.queue_vectors.get(usize::from(index));
         let line = vector.and_then(|vector| self.line(vector));
-        line.unwrap_or(&self.unheard).eventfd()
+        line.unwrap_or(&self.no_vector).eventfd()
     }
 
     fn config(&self) {

@@ -30,7 +30,7 @@ fn chain_of_the_right_direction_becomes_iovecs() {
     );
     assert_eq!(lengths, [12, 100]);
     assert_eq!(next(&mut ring, Direction::FromDriver).0, Next::Empty);
-    ring.complete(3, 7);
+    ring.add_used(3, 7);
     assert_eq!(driver.take_used(), [(3, 7)]);
 }
 
@@ -216,10 +216,10 @@ fn ring_outside_memory_or_of_a_bad_size_is_refused() {
 fn staged_chains_become_visible_together() {
     let mut driver = Driver::new();
     let mut ring = driver.ring(false);
-    ring.stage(1, 10);
-    ring.stage(2, 20);
+    ring.push_used(1, 10);
+    ring.push_used(2, 20);
     assert_eq!(driver.used_index(), 0);
-    ring.publish();
+    ring.flush_used();
     assert_eq!(driver.take_used(), [(1, 10), (2, 20)]);
 }
 
@@ -228,11 +228,11 @@ fn interrupt_without_event_idx_follows_the_drivers_flag() {
     let driver = Driver::new();
     let mut ring = driver.ring(false);
     assert!(!ring.needs_interrupt(), "nothing has been used");
-    ring.complete(0, 0);
+    ring.add_used(0, 0);
     assert!(ring.needs_interrupt());
     assert!(!ring.needs_interrupt(), "it has been told");
     driver.set_available_flags(1);
-    ring.complete(0, 0);
+    ring.add_used(0, 0);
     assert!(!ring.needs_interrupt());
 }
 
@@ -242,15 +242,15 @@ fn interrupt_with_event_idx_comes_when_the_index_is_passed() {
     let mut ring = driver.ring(true);
     driver.set_used_event(2);
     for (completed, wanted) in [(1, false), (2, false), (3, true), (4, false)] {
-        ring.complete(0, 0);
+        ring.add_used(0, 0);
         assert_eq!(ring.needs_interrupt(), wanted, "{completed}");
     }
     // Passed within a batch.
     driver.set_used_event(5);
     for _ in 0..4 {
-        ring.stage(0, 0);
+        ring.push_used(0, 0);
     }
-    ring.publish();
+    ring.flush_used();
     assert!(ring.needs_interrupt());
 }
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::diagnose::tests::{card, on};
+use crate::diagnose::tests::{nic, on};
 
 /// The lower, the links around it, the Wi-Fi interface that carries its frames, and words of each problem in order.
 type Case<'a> = (Link, Vec<Link>, Option<Link>, &'a [&'static str]);
@@ -8,9 +8,9 @@ type Case<'a> = (Link, Vec<Link>, Option<Link>, &'a [&'static str]);
 fn port_of(kind: &str) -> (Link, Vec<Link>) {
     let port = Link {
         master: Some(2),
-        ..card(1, "eno1")
+        ..nic(1, "eno1")
     };
-    (port, vec![of_kind(kind, card(2, "m0"))])
+    (port, vec![of_kind(kind, nic(2, "m0"))])
 }
 
 fn of_kind(kind: &str, link: Link) -> Link {
@@ -47,22 +47,22 @@ fn judge((link, others, wireless, expected): Case<'_>) {
 
 #[test]
 fn judge_of_a_lower_alone() {
-    let eno1 = || card(1, "eno1");
+    let eno1 = || nic(1, "eno1");
     let lo = Link {
         loopback: true,
         ethernet: false,
-        ..down(card(1, "lo"))
+        ..down(nic(1, "lo"))
     };
     let tun = Link {
         ethernet: false,
-        ..down(of_kind("tun", card(1, "tun0")))
+        ..down(of_kind("tun", nic(1, "tun0")))
     };
     let unplugged = Link {
         carrier: false,
         ..eno1()
     };
-    let wlan0 = || card(1, "wlan0");
-    let vlan = on(1, "vlan", card(2, "wlan0.5"));
+    let wlan0 = || nic(1, "wlan0");
+    let vlan = on(1, "vlan", nic(2, "wlan0.5"));
     let cases: [Case<'_>; 13] = [
         (eno1(), vec![], None, &[]),
         (unplugged, vec![], None, &[]),
@@ -132,8 +132,8 @@ fn judge_of_a_lower_that_is_a_port() {
 
 #[test]
 fn judge_of_a_lower_with_others_on_it() {
-    let eno1 = || card(1, "eno1");
-    let upper = |kind| on(1, kind, card(2, "up0"));
+    let eno1 = || nic(1, "eno1");
+    let upper = |kind| on(1, kind, nic(2, "up0"));
     for kind in ["macvlan", "macvtap", "vlan", "veth", "vxlan"] {
         judge((eno1(), vec![upper(kind)], None, &[]));
     }
@@ -142,7 +142,7 @@ fn judge_of_a_lower_with_others_on_it() {
             &["`up0`, which takes all of its frames: delete that with `ip link delete up0`"];
         judge((eno1(), vec![upper(kind)], None, expected));
         // On another link it is none of ours.
-        judge((eno1(), vec![on(9, kind, card(2, "up0"))], None, &[]));
+        judge((eno1(), vec![on(9, kind, nic(2, "up0"))], None, &[]));
     }
     let taker = || in_mode(Mode::Passthru, upper("macvtap"));
     let bridge = || in_mode(Mode::Bridge, upper("macvtap"));
@@ -152,7 +152,7 @@ fn judge_of_a_lower_with_others_on_it() {
         (eno1(), vec![taker()], None, taken),
         (
             down(eno1()),
-            vec![taker(), on(1, "ipvlan", card(3, "ipv0"))],
+            vec![taker(), on(1, "ipvlan", nic(3, "ipv0"))],
             None,
             &["ipvlan `ipv0`", "belongs to `up0`", "is down"],
         ),
@@ -163,13 +163,13 @@ fn judge_of_a_lower_with_others_on_it() {
 /// The driver goes through a macvlan, so it is what is under it that counts.
 #[test]
 fn judge_of_a_macvlan_as_lower_looks_under_it() {
-    let mv0 = || on(1, "macvlan", card(2, "mv0"));
-    let eno1 = || card(1, "eno1");
+    let mv0 = || on(1, "macvlan", nic(2, "mv0"));
+    let eno1 = || nic(1, "eno1");
     let in_a_bridge = Link {
         master: Some(9),
         ..mv0()
     };
-    let br0 = of_kind("bridge", card(9, "br0"));
+    let br0 = of_kind("bridge", nic(9, "br0"));
     let cases: [Case<'_>; 5] = [
         (mv0(), vec![eno1()], None, &[]),
         (down(mv0()), vec![eno1()], None, &[]),
@@ -186,6 +186,6 @@ fn judge_of_a_macvlan_as_lower_looks_under_it() {
     let links = [eno1(), mv0()];
     assert_eq!(real_device(&links, &links[1]).name, "eno1");
     // A veth's IFLA_LINK is its other end, which is no lower.
-    let links = [card(1, "v0"), on(1, "veth", card(2, "v1"))];
+    let links = [nic(1, "v0"), on(1, "veth", nic(2, "v1"))];
     assert_eq!(real_device(&links, &links[1]).name, "v1");
 }

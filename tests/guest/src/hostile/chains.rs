@@ -8,8 +8,8 @@ use super::rig::{RING, Rig};
 use super::{Failure, Runner};
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
-use crate::virtio::card::status;
 use crate::virtio::net::{RX, TX, feature};
+use crate::virtio::net_device::status;
 use crate::virtio::ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE};
 
 /// A whole number of descriptors for an indirect table.
@@ -278,17 +278,17 @@ pub fn run(runner: &mut Runner<'_>) {
 
 /// Offers more than a ring can hold, which the device must say that it cannot go on with (virtio 1.2, 2.1.2).
 fn nonsense_is_told(mut rig: Rig<'_>, queue: u16) -> Result<(), Failure> {
-    let card = rig.bench.card;
+    let nic = rig.bench.nic;
     if queue == RX {
         rig.rx.set_available(0x8000);
         rig.prompt();
     } else {
         rig.tx.set_available(0x8000);
     }
-    card.notify(queue);
+    nic.notify(queue);
     let end = cpu::now() + Duration::from_millis(500);
     while cpu::now() < end {
-        if card.status() & status::NEEDS_RESET != 0 {
+        if nic.status() & status::NEEDS_RESET != 0 {
             return Ok(());
         }
     }
@@ -297,11 +297,11 @@ fn nonsense_is_told(mut rig: Rig<'_>, queue: u16) -> Result<(), Failure> {
 
 /// Spoils one queue and makes the device use it.
 fn spoil(mut rig: Rig<'_>, queue: u16, poison: Poison) -> Result<(), Failure> {
-    let card = rig.bench.card;
+    let nic = rig.bench.nic;
     let mut place = Place {
         good: rig.scratch(),
         ram_end: rig.bench.ram_end,
-        registers: card.base(),
+        registers: nic.base(),
         own: if queue == RX { WRITE } else { 0 },
         table: Shared::new(PAGE),
     };
@@ -311,7 +311,7 @@ fn spoil(mut rig: Rig<'_>, queue: u16, poison: Poison) -> Result<(), Failure> {
         &mut rig.tx
     };
     poison(ring, &mut place);
-    card.notify(queue);
+    nic.notify(queue);
     if queue == RX {
         // Two frames: one for the bad chain, and one that finds out what it left behind.
         rig.prompt();

@@ -4,8 +4,8 @@ use alloc::format;
 
 use super::rig::{Bench, Rig};
 use super::{Failure, Runner};
-use crate::virtio::card::{Card, status};
 use crate::virtio::net::{RX, TX, feature, go, negotiate};
+use crate::virtio::net_device::{NetDevice, status};
 
 const STARTED: u32 = status::ACKNOWLEDGE | status::DRIVER;
 
@@ -13,16 +13,16 @@ const STARTED: u32 = status::ACKNOWLEDGE | status::DRIVER;
 pub fn run(runner: &mut Runner<'_>) {
     let rounds = runner.rounds;
     runner.attack("life-driver-ok-at-once", |bench| {
-        bench.card.reset();
-        bench.card.set_status(status::DRIVER_OK);
-        notify_all(bench.card);
+        bench.nic.reset();
+        bench.nic.set_status(status::DRIVER_OK);
+        notify_all(bench.nic);
         Ok(())
     });
     runner.attack("life-driver-ok-without-features-ok", |bench| {
-        bench.card.reset();
-        bench.card.set_status(STARTED);
-        bench.card.set_status(STARTED | status::DRIVER_OK);
-        notify_all(bench.card);
+        bench.nic.reset();
+        bench.nic.set_status(STARTED);
+        bench.nic.set_status(STARTED | status::DRIVER_OK);
+        notify_all(bench.nic);
         Ok(())
     });
     runner.attack("life-features-not-offered", |bench| {
@@ -33,15 +33,15 @@ pub fn run(runner: &mut Runner<'_>) {
     });
     runner.attack("life-features-after-features-ok", |bench| {
         let rig = Rig::start(bench, feature::PLAIN)?;
-        bench.card.accept(u64::MAX);
-        notify_all(bench.card);
+        bench.nic.accept(u64::MAX);
+        notify_all(bench.nic);
         rig.settle();
         Ok(())
     });
     runner.attack("life-feature-selectors", |bench| {
         for selector in [2, 31, u32::MAX] {
-            bench.card.accept_word(selector, u32::MAX);
-            match bench.card.offered_word(selector) {
+            bench.nic.accept_word(selector, u32::MAX);
+            match bench.nic.offered_word(selector) {
                 0 => {}
                 bits => return Err(format!("features {bits:#x} in word {selector}")),
             }
@@ -50,8 +50,8 @@ pub fn run(runner: &mut Runner<'_>) {
     });
     runner.attack("life-status-garbage", |bench| {
         for value in [0xff, 0x80, 0x40, u32::MAX, 0x100, 0x0f] {
-            bench.card.set_status(value);
-            notify_all(bench.card);
+            bench.nic.set_status(value);
+            notify_all(bench.nic);
         }
         Ok(())
     });
@@ -59,44 +59,44 @@ pub fn run(runner: &mut Runner<'_>) {
         let rig = Rig::start(bench, feature::PLAIN)?;
         [STARTED, status::ACKNOWLEDGE, status::DRIVER_OK]
             .into_iter()
-            .for_each(|value| bench.card.set_status(value));
-        go(bench.card);
+            .for_each(|value| bench.nic.set_status(value));
+        go(bench.nic);
         rig.settle();
         Ok(())
     });
     runner.attack("life-notify-before-anything", |bench| {
-        bench.card.reset();
-        notify_all(bench.card);
+        bench.nic.reset();
+        notify_all(bench.nic);
         Ok(())
     });
     runner.attack("life-notify-before-driver-ok", |bench| {
-        negotiate(bench.card, feature::PLAIN)?;
-        notify_all(bench.card);
+        negotiate(bench.nic, feature::PLAIN)?;
+        notify_all(bench.nic);
         Ok(())
     });
     runner.attack("life-notify-unknown-queues", |bench| {
         let rig = Rig::start(bench, feature::PLAIN)?;
         [2, 100, 0xffff, 0x1_0000, u32::MAX]
             .into_iter()
-            .for_each(|n| bench.card.notify_any(n));
+            .for_each(|n| bench.nic.notify_any(n));
         rig.settle();
         Ok(())
     });
     runner.attack("life-interrupts-acknowledged", |bench| {
         let mut rig = Rig::start(bench, feature::PLAIN)?;
         rig.offer_buffers();
-        bench.card.acknowledge(u32::MAX);
+        bench.nic.acknowledge(u32::MAX);
         if !rig.arp() {
             return Err("no answer to ARP".into());
         }
-        if bench.card.interrupt_status() & 1 == 0 {
+        if bench.nic.interrupt_status() & 1 == 0 {
             return Err("used buffers do not show in the interrupt status".into());
         }
-        bench.card.acknowledge(u32::MAX);
+        bench.nic.acknowledge(u32::MAX);
         Ok(())
     });
     runner.attack("life-resets", |bench| {
-        (0..rounds).for_each(|_| bench.card.reset());
+        (0..rounds).for_each(|_| bench.nic.reset());
         Ok(())
     });
     runner.attack("life-resets-in-traffic", |bench| {
@@ -106,13 +106,13 @@ pub fn run(runner: &mut Runner<'_>) {
 
 /// Offers features that the device must not take: FEATURES_OK must not stay (virtio 1.2, 3.1.1 and 6.2).
 fn refused(bench: &Bench, features: u64) -> Result<(), Failure> {
-    bench.card.reset();
-    bench.card.set_status(STARTED);
-    bench.card.accept(features);
-    bench.card.set_status(STARTED | status::FEATURES_OK);
-    let taken = bench.card.status() & status::FEATURES_OK != 0;
-    go(bench.card);
-    notify_all(bench.card);
+    bench.nic.reset();
+    bench.nic.set_status(STARTED);
+    bench.nic.accept(features);
+    bench.nic.set_status(STARTED | status::FEATURES_OK);
+    let taken = bench.nic.status() & status::FEATURES_OK != 0;
+    go(bench.nic);
+    notify_all(bench.nic);
     if taken {
         Err(format!("features {features:#x} were accepted"))
     } else {
@@ -135,6 +135,6 @@ fn resets_in_traffic(bench: &Bench, rounds: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-fn notify_all(card: Card) {
-    [RX, TX, 2].into_iter().for_each(|queue| card.notify(queue));
+fn notify_all(nic: NetDevice) {
+    [RX, TX, 2].into_iter().for_each(|queue| nic.notify(queue));
 }

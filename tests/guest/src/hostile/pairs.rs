@@ -9,8 +9,8 @@ use super::rig::{Bench, RING, Rig};
 use super::{Failure, Runner};
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
-use crate::virtio::card::status::NEEDS_RESET;
 use crate::virtio::net::{Config, RX, TX, feature, go, negotiate};
+use crate::virtio::net_device::status::NEEDS_RESET;
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 const OK: u8 = 0;
@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Runs them, where the NIC has several pairs.
 pub fn run(runner: &mut Runner<'_>) {
-    if runner.bench.card.offered() & feature::MQ == 0 {
+    if runner.bench.nic.offered() & feature::MQ == 0 {
         return;
     }
     runner.attack("pairs-fewer", fewer);
@@ -37,7 +37,7 @@ pub fn run(runner: &mut Runner<'_>) {
 
 /// The first only, and the first two.
 fn fewer(bench: &Bench) -> Result<(), Failure> {
-    let all = Config::read(bench.card).pairs;
+    let all = Config::read(bench.nic).pairs;
     works(bench, &[], &[(2, ERR), (all, ERR), (0, ERR), (1, OK)])?;
     let others = [2, 3].map(|queue| Ring::new(queue, RING));
     works(bench, &others, &[(2, OK), (3, ERR), (all, ERR), (1, OK)])
@@ -47,14 +47,14 @@ fn fewer(bench: &Bench) -> Result<(), Failure> {
 /// frames. The NIC must answer each time as expected, and move frames.
 fn works(bench: &Bench, others: &[Ring], commands: &[(u16, u8)]) -> Result<(), Failure> {
     let mut control = Control::new(bench);
-    negotiate(bench.card, feature::PLAIN | feature::CTRL_VQ | feature::MQ)?;
+    negotiate(bench.nic, feature::PLAIN | feature::CTRL_VQ | feature::MQ)?;
     let first = [RX, TX].map(|queue| Ring::new(queue, RING));
     for ring in first.iter().chain(others).chain([&control.ring]) {
-        ring.enable(bench.card);
+        ring.enable(bench.nic);
     }
     let [rx, tx] = first;
     let mut rig = Rig::run(bench, rx, tx);
-    if bench.card.status() & NEEDS_RESET != 0 {
+    if bench.nic.status() & NEEDS_RESET != 0 {
         return Err("it does not start".into());
     }
     for &(pairs, expected) in commands {
@@ -72,13 +72,13 @@ fn works(bench: &Bench, others: &[Ring], commands: &[(u16, u8)]) -> Result<(), F
 
 /// One queue of a pair without the other: there is no use in it, and the NIC must say so.
 fn half(bench: &Bench, missing: u16) -> Result<(), Failure> {
-    negotiate(bench.card, feature::PLAIN | feature::CTRL_VQ | feature::MQ)?;
+    negotiate(bench.nic, feature::PLAIN | feature::CTRL_VQ | feature::MQ)?;
     let queues = (0..4).filter(|&queue| queue != missing);
     let rings: Vec<_> = queues.map(|queue| Ring::new(queue, RING)).collect();
-    rings.iter().for_each(|ring| ring.enable(bench.card));
-    go(bench.card);
-    let status = bench.card.status();
-    bench.card.reset();
+    rings.iter().for_each(|ring| ring.enable(bench.nic));
+    go(bench.nic);
+    let status = bench.nic.status();
+    bench.nic.reset();
     match status & NEEDS_RESET {
         0 => Err(format!("it starts without queue {missing}")),
         _ => Ok(()),
@@ -95,7 +95,7 @@ impl Control {
     /// It comes after those of all pairs that the device has (5.1.2).
     fn new(bench: &Bench) -> Self {
         Self {
-            ring: Ring::new(2 * Config::read(bench.card).pairs, RING),
+            ring: Ring::new(2 * Config::read(bench.nic).pairs, RING),
             command: Shared::new(PAGE),
         }
     }
@@ -111,7 +111,7 @@ impl Control {
         self.ring.describe(0, Descriptor::new(at, 4, 0).then(1));
         self.ring.describe(1, answer);
         self.ring.offer(0);
-        bench.card.notify(self.ring.queue);
+        bench.nic.notify(self.ring.queue);
         let end = cpu::now() + PATIENCE;
         while cpu::now() < end {
             if self.ring.take().is_some() {

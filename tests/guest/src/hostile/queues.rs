@@ -38,7 +38,7 @@ const SETUPS: &[(&str, Spoil)] = &[
     }),
     ("all-at-top", |_, (_, areas)| *areas = [!15; 3]),
     ("all-in-own-registers", |bench, (_, areas)| {
-        *areas = [bench.card.base(); 3]
+        *areas = [bench.nic.base(); 3]
     }),
     ("table-misaligned", |_, (_, areas)| areas[0] += 1),
     ("available-misaligned", |_, (_, areas)| areas[1] += 1),
@@ -57,23 +57,23 @@ pub fn run(runner: &mut Runner<'_>) {
         }
     }
     runner.attack("queue-ready-unconfigured", |bench| {
-        negotiate(bench.card, feature::PLAIN)?;
+        negotiate(bench.nic, feature::PLAIN)?;
         (0..3).for_each(|queue| ready(bench, queue, 1));
         finish(bench)
     });
     runner.attack("queue-unknown", |bench| {
-        negotiate(bench.card, feature::PLAIN)?;
+        negotiate(bench.nic, feature::PLAIN)?;
         for queue in [2, 77, 0xffff, u32::MAX] {
             ready(bench, queue, 1);
-            bench.card.set_queue_size(16);
-            let _ = bench.card.queue_size() + bench.card.queue_ready();
+            bench.nic.set_queue_size(16);
+            let _ = bench.nic.queue_size() + bench.nic.queue_ready();
         }
         finish(bench)
     });
     runner.attack("queue-changed-while-ready", |bench| {
         let rig = super::rig::Rig::start(bench, feature::PLAIN)?;
         for queue in [RX, TX] {
-            configure(bench.card, queue, 4, [bench.ram_end, 1, u64::MAX]);
+            configure(bench.nic, queue, 4, [bench.ram_end, 1, u64::MAX]);
             ready(bench, queue.into(), 1);
             ready(bench, queue.into(), u32::MAX);
         }
@@ -82,12 +82,12 @@ pub fn run(runner: &mut Runner<'_>) {
         finish(bench)
     });
     runner.attack("queue-enabled-twice", |bench| {
-        negotiate(bench.card, feature::PLAIN)?;
+        negotiate(bench.nic, feature::PLAIN)?;
         let rings = [Ring::new(RX, RING), Ring::new(TX, RING)];
         for ring in &rings {
-            ring.enable(bench.card);
-            ring.enable(bench.card);
-            configure(bench.card, ring.queue, 4, [bench.ram_end, 1, u64::MAX]);
+            ring.enable(bench.nic);
+            ring.enable(bench.nic);
+            configure(bench.nic, ring.queue, 4, [bench.ram_end, 1, u64::MAX]);
             [1, 2, u32::MAX, 1]
                 .into_iter()
                 .for_each(|value| ready(bench, ring.queue.into(), value));
@@ -114,14 +114,14 @@ pub fn run(runner: &mut Runner<'_>) {
 }
 
 fn with_queue(bench: &Bench, bad: u16, spoil: Spoil) -> Result<(), Failure> {
-    negotiate(bench.card, feature::PLAIN)?;
+    negotiate(bench.nic, feature::PLAIN)?;
     let mut rings = [Ring::new(RX, RING), Ring::new(TX, RING)];
     for ring in &mut rings {
         let mut setup = (u32::from(RING), ring.areas());
         if ring.queue == bad {
             spoil(bench, &mut setup);
         }
-        configure(bench.card, ring.queue, setup.0, setup.1);
+        configure(bench.nic, ring.queue, setup.0, setup.1);
         ready(bench, ring.queue.into(), 1);
         ring.offer(0);
     }
@@ -130,17 +130,17 @@ fn with_queue(bench: &Bench, bad: u16, spoil: Spoil) -> Result<(), Failure> {
 }
 
 fn ready(bench: &Bench, queue: u32, value: u32) {
-    bench.card.select_queue(queue);
-    bench.card.set_queue_ready(value);
+    bench.nic.select_queue(queue);
+    bench.nic.set_queue_ready(value);
 }
 
 /// Starts the device with what it has been told, has it use that, and resets it.
 fn finish(bench: &Bench) -> Result<(), Failure> {
-    go(bench.card);
-    bench.card.notify(RX);
-    bench.card.notify(TX);
+    go(bench.nic);
+    bench.nic.notify(RX);
+    bench.nic.notify(TX);
     let end = cpu::now() + Duration::from_millis(3);
     while cpu::now() < end {}
-    bench.card.reset();
+    bench.nic.reset();
     Ok(())
 }

@@ -5,9 +5,9 @@ use alloc::format;
 use super::rig::{Bench, Rig};
 use super::{Failure, Runner, pci};
 use crate::region::Region;
-use crate::virtio::card::Card;
 use crate::virtio::mmio::{MAGIC_VALUE, WINDOW_SIZE, Window, at};
 use crate::virtio::net::feature;
+use crate::virtio::net_device::NetDevice;
 
 /// What is written.
 pub const VALUES: [u64; 3] = [0, u64::MAX, 0x0102_0304_0506_0708];
@@ -17,17 +17,17 @@ const REGISTERS: u64 = 0x140;
 /// How far those are apart.
 pub const STRIDE: usize = 0x75;
 
-/// Reads and writes all of the card's registers.
+/// Reads and writes all of the NIC's registers.
 pub fn run(runner: &mut Runner<'_>) {
-    match runner.bench.card {
-        Card::Mmio(window) => {
+    match runner.bench.nic {
+        NetDevice::Mmio(window) => {
             for value in VALUES {
                 in_both_states(runner, &format!("registers-{value:#x}"), |_| {
                     touch_all(window, value)
                 });
             }
         }
-        Card::Pci(card) => pci::run(runner, card),
+        NetDevice::Pci(nic) => pci::run(runner, nic),
     }
 }
 
@@ -38,7 +38,7 @@ pub fn in_both_states(
     attack: impl Fn(&Bench) -> Result<(), Failure>,
 ) {
     runner.attack(&format!("{name}-after-reset"), |bench| {
-        bench.card.reset();
+        bench.nic.reset();
         attack(bench)
     });
     runner.attack(&format!("{name}-while-running"), |bench| {

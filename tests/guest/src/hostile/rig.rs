@@ -7,8 +7,8 @@ use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::Shared;
 use crate::options::Options;
-use crate::virtio::card::Card;
 use crate::virtio::net::{Config, HEADER, Header, RX, TX, bring_up, feature, go};
+use crate::virtio::net_device::NetDevice;
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 /// The least size of a frame on Ethernet.
@@ -34,7 +34,7 @@ pub const TX_ROOM: usize = 160 * 1024;
 /// The NIC under attack, and its surroundings.
 pub struct Bench {
     /// The device.
-    pub card: Card,
+    pub nic: NetDevice,
     /// The first address after RAM.
     pub ram_end: u64,
     /// The host's kernel moves the frames.
@@ -47,7 +47,7 @@ pub struct Bench {
 impl Bench {
     /// Looks for the NIC, and for the addresses in the options.
     pub fn new(options: &Options, boot: &Boot) -> Result<Self, &'static str> {
-        let card = Card::find(options.index)?;
+        let nic = NetDevice::find(options.index)?;
         let own = options.addresses.iter().find_map(|address| match address {
             IpCidr::Ipv4(own) => Some(own.address()),
             IpCidr::Ipv6(_) => None,
@@ -56,10 +56,10 @@ impl Bench {
             return Err("guest.peer must be of IPv4");
         };
         Ok(Self {
-            card,
+            nic,
             ram_end: boot.ram.end,
             vhost: options.vhost,
-            mac: Config::read(card).mac,
+            mac: Config::read(nic).mac,
             own: own.ok_or("guest.ip is missing")?,
             peer,
         })
@@ -70,7 +70,7 @@ impl Bench {
         let mut rig = Rig::start(self, feature::PLAIN)?;
         rig.offer_buffers();
         let alive = rig.arp();
-        self.card.reset();
+        self.nic.reset();
         if alive {
             Ok(())
         } else {
@@ -110,13 +110,13 @@ pub struct Rig<'a> {
 impl<'a> Rig<'a> {
     /// Brings the NIC up with those of the features that it offers, and rings of [`RING`] descriptors.
     pub fn start(bench: &'a Bench, features: u64) -> Result<Self, &'static str> {
-        let (_, rx, tx) = bring_up(bench.card, features, RING)?;
+        let (_, rx, tx) = bring_up(bench.nic, features, RING)?;
         Ok(Self::running(bench, rx, tx))
     }
 
     /// Starts the NIC, whose queues have been set up.
     pub fn run(bench: &'a Bench, rx: Ring, tx: Ring) -> Self {
-        go(bench.card);
+        go(bench.nic);
         Self::running(bench, rx, tx)
     }
 
@@ -142,7 +142,7 @@ impl<'a> Rig<'a> {
                 .describe(index, Descriptor::new(address, RX_BUFFER as u32, WRITE));
             self.rx.offer(index);
         }
-        self.bench.card.notify(RX);
+        self.bench.nic.notify(RX);
     }
 
     /// Sends `length` bytes after the header: the frame, and then whatever is in the scratch memory.
@@ -153,7 +153,7 @@ impl<'a> Rig<'a> {
         self.tx
             .describe(0, Descriptor::new(address, (HEADER + length) as u32, 0));
         self.tx.offer(0);
-        self.bench.card.notify(TX);
+        self.bench.nic.notify(TX);
     }
 
     /// Whether the device completes something on the transmit queue in time.
@@ -189,7 +189,7 @@ impl<'a> Rig<'a> {
                 let buffer = usize::from(head % RX_BUFFERS) * RX_BUFFER;
                 self.scratch.get(buffer + HEADER, &mut frame);
                 self.rx.offer(head);
-                self.bench.card.notify(RX);
+                self.bench.nic.notify(RX);
                 if length as usize >= HEADER + 42 && self.bench.is_answer(&frame) {
                     return true;
                 }
@@ -207,6 +207,6 @@ impl<'a> Rig<'a> {
 
 impl Drop for Rig<'_> {
     fn drop(&mut self) {
-        self.bench.card.reset();
+        self.bench.nic.reset();
     }
 }

@@ -7,7 +7,7 @@ use super::ping::{PATIENCE, Pinger};
 use super::{Stack, with_stack};
 use crate::cpu;
 use crate::options::Options;
-use crate::virtio::card::Card;
+use crate::virtio::net_device::NetDevice;
 
 /// Each of `count` pings must bring an interrupt, and acknowledging it must make room for the next one.
 pub fn run(options: &Options) {
@@ -15,10 +15,10 @@ pub fn run(options: &Options) {
 }
 
 fn count(stack: &mut Stack, options: &Options) -> Result<String, String> {
-    let card = Card::find(options.index)?;
-    let line = card.line();
+    let nic = NetDevice::find(options.index)?;
+    let line = nic.line();
     let mut pinger = Pinger::start(stack, options.peer()?)?;
-    card.enable_interrupts();
+    nic.enable_interrupts();
     // This one also finds out the peer's address.
     pinger.ping(stack, 0).ok_or("a ping was not answered")?;
     let mut interrupted = 0;

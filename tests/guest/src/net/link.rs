@@ -12,8 +12,8 @@ use super::Stack;
 use super::echo::{ECHO, echo_datagrams};
 use crate::options::Options;
 use crate::serial::println;
-use crate::virtio::card::Card;
 use crate::virtio::net::Config;
+use crate::virtio::net_device::NetDevice;
 use crate::{cpu, report};
 
 /// The bit of the interrupt status that says that the configuration has changed (virtio 1.2, 4.2.2 and 4.1.4.5).
@@ -32,24 +32,24 @@ pub fn run(options: &Options) {
 }
 
 fn watch(options: &Options) -> Result<(), String> {
-    let mut cards = Vec::new();
-    for (index, card) in Card::all().into_iter().enumerate() {
-        cards.push(Watched::start(index, card, options)?);
+    let mut nics = Vec::new();
+    for (index, nic) in NetDevice::all().into_iter().enumerate() {
+        nics.push(Watched::start(index, nic, options)?);
     }
     println!("READY link");
     let end = cpu::now() + options.patience;
     let mut quit = false;
     while !quit {
-        for card in &mut cards {
-            card.tell_changes();
-            quit |= card.serve(options.peer);
+        for nic in &mut nics {
+            nic.tell_changes();
+            quit |= nic.serve(options.peer);
         }
         if cpu::now() > end {
             return Err("took too long".into());
         }
     }
-    for card in &mut cards {
-        card.stack.linger(20);
+    for nic in &mut nics {
+        nic.stack.linger(20);
     }
     Ok(())
 }
@@ -57,7 +57,7 @@ fn watch(options: &Options) -> Result<(), String> {
 /// A NIC that is up.
 struct Watched {
     index: usize,
-    card: Card,
+    nic: NetDevice,
     stack: Stack,
     socket: SocketHandle,
     datagrams: u64,
@@ -69,35 +69,35 @@ struct Watched {
 }
 
 impl Watched {
-    fn start(index: usize, card: Card, options: &Options) -> Result<Self, String> {
-        let mut stack = Stack::start_on(card, options)?;
+    fn start(index: usize, nic: NetDevice, options: &Options) -> Result<Self, String> {
+        let mut stack = Stack::start_on(nic, options)?;
         let socket = stack.add_udp();
         let bound = stack.sockets.get_mut::<udp::Socket<'_>>(socket).bind(ECHO);
         bound.map_err(|error| alloc::format!("bind: {error}"))?;
-        card.enable_interrupts();
-        let card = Self {
+        nic.enable_interrupts();
+        let nic = Self {
             index,
-            card,
+            nic,
             stack,
             socket,
             datagrams: 0,
             next_chatter: cpu::now(),
-            told: state(card),
+            told: state(nic),
             changes: 0,
         };
-        card.tell();
-        Ok(card)
+        nic.tell();
+        Ok(nic)
     }
 
     fn tell_changes(&mut self) {
-        let pending = self.card.interrupt_status();
+        let pending = self.nic.interrupt_status();
         let changed = pending & CONFIG_CHANGED;
         if changed != 0 {
-            self.card.acknowledge(changed);
+            self.nic.acknowledge(changed);
             self.changes += 1;
         }
         // Looked at without being told too: so a change that nobody announced shows.
-        let state = state(self.card);
+        let state = state(self.nic);
         if state != self.told || changed != 0 {
             self.told = state;
             self.tell();
@@ -110,7 +110,7 @@ impl Watched {
             "LINK {} status={status} generation={generation} changes={} interrupts={}",
             self.index,
             self.changes,
-            cpu::interrupts(self.card.line())
+            cpu::interrupts(self.nic.line())
         );
     }
 
@@ -130,11 +130,11 @@ impl Watched {
 }
 
 /// The link's state and the generation of the configuration that it was read from.
-fn state(card: Card) -> (u16, u32) {
+fn state(nic: NetDevice) -> (u16, u32) {
     loop {
-        let before = card.generation();
-        let status = Config::read(card).status;
-        if card.generation() == before {
+        let before = nic.generation();
+        let status = Config::read(nic).status;
+        if nic.generation() == before {
             return (status, before);
         }
     }

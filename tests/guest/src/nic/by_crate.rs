@@ -16,9 +16,9 @@ use virtio_drivers::{BufferDirection, Hal, PhysAddr};
 use super::FRAME;
 use crate::memory::Shared;
 use crate::pci::{ECAM, Function};
-use crate::virtio::card::Card;
 use crate::virtio::mmio::{WINDOW_SIZE, Window};
 use crate::virtio::net::HEADER;
+use crate::virtio::net_device::NetDevice;
 
 const QUEUE_SIZE: usize = 128;
 const BUFFER: usize = 2048;
@@ -63,10 +63,10 @@ pub struct CrateNic {
 
 impl CrateNic {
     /// Brings the device up and gives it buffers to receive into.
-    pub fn start(card: Card) -> Result<Self, String> {
-        let transport = match card {
-            Card::Mmio(window) => by_window(window)?.into(),
-            Card::Pci(card) => by_bus(card.function)?.into(),
+    pub fn start(nic: NetDevice) -> Result<Self, String> {
+        let transport = match nic {
+            NetDevice::Mmio(window) => by_window(window)?.into(),
+            NetDevice::Pci(nic) => by_bus(nic.function)?.into(),
         };
         let raw =
             VirtIONetRaw::new(transport).map_err(|error| format!("virtio-drivers: {error}"))?;

@@ -11,14 +11,14 @@ use smoltcp::phy::{Device, DeviceCapabilities, Medium, PacketMeta, RxToken, TxTo
 use smoltcp::time::Instant;
 
 use crate::options::Driver;
-use crate::virtio::card::Card;
+use crate::virtio::net_device::NetDevice;
 use by_crate::CrateNic;
 use own::OwnNic;
 
 /// The largest Ethernet frame without offloads.
 pub const FRAME: usize = 1514;
 
-/// A network card, up.
+/// A NIC, up.
 pub enum Nic {
     /// Driven by the virtio-drivers crate.
     Crate(Box<CrateNic>),
@@ -27,11 +27,11 @@ pub enum Nic {
 }
 
 impl Nic {
-    /// Brings a network card up.
-    pub fn start(card: Card, driver: Driver) -> Result<Self, String> {
+    /// Brings a NIC up.
+    pub fn start(nic: NetDevice, driver: Driver) -> Result<Self, String> {
         Ok(match driver {
-            Driver::Crate => Self::Crate(Box::new(CrateNic::start(card)?)),
-            Driver::Own => Self::Own(Box::new(OwnNic::start(card)?)),
+            Driver::Crate => Self::Crate(Box::new(CrateNic::start(nic)?)),
+            Driver::Own => Self::Own(Box::new(OwnNic::start(nic)?)),
         })
     }
 

@@ -9,10 +9,10 @@ use core::num::NonZeroUsize;
 use smoltcp::phy::{Checksum, DeviceCapabilities, PacketMeta};
 
 use crate::memory::Shared;
-use crate::virtio::card::Card;
 use crate::virtio::net::{
     Config, GSO_TCPV4, GSO_TCPV6, HEADER, Header, NEEDS_CSUM, bring_up, feature,
 };
+use crate::virtio::net_device::NetDevice;
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 const QUEUE_SIZE: u16 = 256;
@@ -27,7 +27,7 @@ const ETHERNET: usize = 14;
 
 /// The NIC with its rings and buffers. Descriptor n of the receive ring always is buffer n.
 pub struct OwnNic {
-    card: Card,
+    nic: NetDevice,
     config: Config,
     features: u64,
     rx: Ring,
@@ -40,15 +40,14 @@ pub struct OwnNic {
 
 impl OwnNic {
     /// Brings the device up and gives it buffers to receive into.
-    pub fn start(card: Card) -> Result<Self, &'static str> {
-        let (features, rx, tx) =
-            bring_up(card, feature::OFFLOADS | feature::EVENT_IDX, QUEUE_SIZE)?;
+    pub fn start(nic: NetDevice) -> Result<Self, &'static str> {
+        let (features, rx, tx) = bring_up(nic, feature::OFFLOADS | feature::EVENT_IDX, QUEUE_SIZE)?;
         if features & feature::OFFLOADS != feature::OFFLOADS {
             return Err("the device does not offer every offload");
         }
         let mut nic = Self {
-            card,
-            config: Config::read(card),
+            nic,
+            config: Config::read(nic),
             features,
             rx_buffers: Shared::new(usize::from(rx.size) * RX_BUFFER),
             tx_buffers: Shared::new(usize::from(TX_FRAMES) * TX_BUFFER),
@@ -63,7 +62,7 @@ impl OwnNic {
                 .describe(index, Descriptor::new(address, RX_BUFFER as u32, WRITE));
             nic.rx.offer(index);
         }
-        nic.card.notify(nic.rx.queue);
+        nic.nic.notify(nic.rx.queue);
         Ok(nic)
     }
 
@@ -146,7 +145,7 @@ impl OwnNic {
         self.tx.describe(head, header.then(head + 1));
         self.tx.describe(head + 1, data);
         self.tx.offer(head);
-        kick(self.card, self.features, &self.tx, 1);
+        kick(self.nic, self.features, &self.tx, 1);
         result
     }
 
@@ -170,16 +169,16 @@ impl OwnNic {
 
     fn kick_rx(&mut self, offered: u16) {
         self.rx.set_used_event(self.rx.taken().wrapping_add(0x8000));
-        kick(self.card, self.features, &self.rx, offered);
+        kick(self.nic, self.features, &self.rx, offered);
     }
 }
 
 /// Notifies the device when the last `offered` chains passed the index that it waits for (virtio 1.2, 2.7.10).
-fn kick(card: Card, features: u64, ring: &Ring, offered: u16) {
+fn kick(nic: NetDevice, features: u64, ring: &Ring, offered: u16) {
     let new = ring.available();
     let since_event = new.wrapping_sub(ring.available_event()).wrapping_sub(1);
     if features & feature::EVENT_IDX == 0 || since_event < offered {
-        card.notify(ring.queue);
+        nic.notify(ring.queue);
     }
 }
 

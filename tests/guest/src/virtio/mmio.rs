@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use super::NETWORK_CARD;
+use super::NETWORK_NIC;
 use crate::region::Region;
 
 /// Where minivmm's windows are: the first, how many, and the size of one.
@@ -50,8 +50,8 @@ pub struct Window {
 }
 
 impl Window {
-    /// The windows that hold a network card, by address.
-    pub fn network_cards() -> Vec<Self> {
+    /// The windows that hold a NIC, by address.
+    pub fn network_nics() -> Vec<Self> {
         (0..WINDOWS)
             .map(|n| Self {
                 registers: Region {
@@ -61,7 +61,7 @@ impl Window {
                 line: FIRST_LINE + n as u32,
             })
             .filter(|window| window.registers.read::<u32>(at::MAGIC) == MAGIC_VALUE)
-            .filter(|window| window.registers.read::<u32>(at::DEVICE_ID) == NETWORK_CARD)
+            .filter(|window| window.registers.read::<u32>(at::DEVICE_ID) == NETWORK_NIC)
             .collect()
     }
 }

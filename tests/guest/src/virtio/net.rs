@@ -1,6 +1,6 @@
-//! What is special to a network card, and its bring-up by hand (virtio 1.2, 5.1 and 3.1.1).
+//! What is special to a NIC, and its bring-up by hand (virtio 1.2, 5.1 and 3.1.1).
 
-use super::card::{Card, status};
+use super::net_device::{NetDevice, status};
 use super::ring::Ring;
 
 /// The receive and transmit queues of the first pair.
@@ -88,54 +88,58 @@ pub struct Config {
 
 impl Config {
     /// Reads it.
-    pub fn read(card: Card) -> Self {
+    pub fn read(nic: NetDevice) -> Self {
         Self {
-            mac: core::array::from_fn(|n| card.config(n as u64)),
-            status: card.config(6),
-            pairs: card.config(8),
-            mtu: card.config(10),
+            mac: core::array::from_fn(|n| nic.config(n as u64)),
+            status: nic.config(6),
+            pairs: nic.config(8),
+            mtu: nic.config(10),
         }
     }
 }
 
 /// Resets the device and takes it up to FEATURES_OK with those of the `wanted` features that it offers. Returns them.
-pub fn negotiate(card: Card, wanted: u64) -> Result<u64, &'static str> {
-    card.reset();
-    if card.status() != 0 {
+pub fn negotiate(nic: NetDevice, wanted: u64) -> Result<u64, &'static str> {
+    nic.reset();
+    if nic.status() != 0 {
         return Err("the status is not 0 after a reset");
     }
-    card.set_status(status::ACKNOWLEDGE);
-    card.set_status(status::ACKNOWLEDGE | status::DRIVER);
-    let features = card.offered() & wanted;
-    card.accept(features);
-    card.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
-    match card.status() & status::FEATURES_OK {
+    nic.set_status(status::ACKNOWLEDGE);
+    nic.set_status(status::ACKNOWLEDGE | status::DRIVER);
+    let features = nic.offered() & wanted;
+    nic.accept(features);
+    nic.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
+    match nic.status() & status::FEATURES_OK {
         0 => Err("FEATURES_OK does not stick"),
         _ => Ok(features),
     }
 }
 
 /// Says DRIVER_OK.
-pub fn go(card: Card) {
-    card.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK);
+pub fn go(nic: NetDevice) {
+    nic.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK);
 }
 
 /// The size of a queue to use: what the device offers, at most `limit`.
-pub fn queue_size(card: Card, queue: u16, limit: u16) -> Result<u16, &'static str> {
-    card.select_queue(queue.into());
-    match card.queue_size() {
+pub fn queue_size(nic: NetDevice, queue: u16, limit: u16) -> Result<u16, &'static str> {
+    nic.select_queue(queue.into());
+    match nic.queue_size() {
         0 => Err("the device has no such queue"),
         offered => Ok(u16::try_from(offered).unwrap_or(limit).min(limit)),
     }
 }
 
 /// Brings the device up with two rings of at most `limit` descriptors each: receive, transmit.
-pub fn bring_up(card: Card, wanted: u64, limit: u16) -> Result<(u64, Ring, Ring), &'static str> {
-    let features = negotiate(card, wanted)?;
-    let rx = Ring::new(RX, queue_size(card, RX, limit)?);
-    let tx = Ring::new(TX, queue_size(card, TX, limit)?);
-    rx.enable(card);
-    tx.enable(card);
-    go(card);
+pub fn bring_up(
+    nic: NetDevice,
+    wanted: u64,
+    limit: u16,
+) -> Result<(u64, Ring, Ring), &'static str> {
+    let features = negotiate(nic, wanted)?;
+    let rx = Ring::new(RX, queue_size(nic, RX, limit)?);
+    let tx = Ring::new(TX, queue_size(nic, TX, limit)?);
+    rx.enable(nic);
+    tx.enable(nic);
+    go(nic);
     Ok((features, rx, tx))
 }

@@ -1,9 +1,9 @@
-//! A virtio device on the PCI bus: where its structures are, and its interrupt messages (virtio 1.2, 4.1; PCI Local Bus
+//! A virtio device on the PCI bus: where its structures are, and its MSI-X vectors (virtio 1.2, 4.1; PCI Local Bus
 //! Specification 3.0, 6.8.2).
 
 use alloc::vec::Vec;
 
-use super::NETWORK_CARD;
+use super::NETWORK_NIC;
 use crate::memory::PAGE;
 use crate::pci::{Function, SLOTS, at};
 use crate::region::Region;
@@ -51,9 +51,9 @@ pub const NO_VECTOR: u16 = 0xffff;
 /// The queues whose notification addresses are known: one pair.
 const QUEUES: usize = 2;
 
-/// A network card on the bus. All its structures are in BAR 0.
+/// A NIC on the bus. All its structures are in BAR 0.
 #[derive(Clone, Copy, Debug)]
-pub struct PciCard {
+pub struct PciNic {
     /// Its place on the bus.
     pub function: Function,
     /// What is behind BAR 0.
@@ -66,19 +66,19 @@ pub struct PciCard {
     pub multiplier: u64,
     /// The ISR status.
     pub isr: Region,
-    /// The card's own configuration.
+    /// The NIC's own configuration.
     pub device: Region,
-    /// The interrupt messages.
+    /// The MSI-X vectors.
     pub msix: Msix,
     /// The capability that is a window into BAR 0.
     pub window: u64,
     notify_offsets: [u64; QUEUES],
 }
 
-impl PciCard {
-    /// The network cards on the bus, by slot.
-    pub fn network_cards() -> Vec<Self> {
-        let id = (VENDOR, DEVICE_BASE + NETWORK_CARD as u16);
+impl PciNic {
+    /// The NICs on the bus, by slot.
+    pub fn network_nics() -> Vec<Self> {
+        let id = (VENDOR, DEVICE_BASE + NETWORK_NIC as u16);
         (0..SLOTS)
             .map(|slot| Function::new(slot, 0))
             .filter(|function| function.ids() == id)
@@ -86,13 +86,13 @@ impl PciCard {
             .collect()
     }
 
-    /// The card that is this function, unless it lacks a structure.
+    /// The NIC that is this function, unless it lacks a structure.
     fn at(function: Function) -> Option<Self> {
         let bar = bar_0(function)?;
         function.enable();
         let structure = |wanted: u8| Structure::find(function, bar, wanted);
         let (common, notify) = (structure(kind::COMMON)?, structure(kind::NOTIFY)?);
-        let mut card = Self {
+        let mut nic = Self {
             function,
             bar,
             common: common.region?,
@@ -104,11 +104,11 @@ impl PciCard {
             window: structure(kind::WINDOW)?.capability,
             notify_offsets: [0; QUEUES],
         };
-        for (queue, offset) in (0_u16..).zip(&mut card.notify_offsets) {
-            card.common.write(common::QUEUE_SELECT, queue);
-            *offset = u64::from(card.common.read::<u16>(common::QUEUE_NOTIFY_OFF));
+        for (queue, offset) in (0_u16..).zip(&mut nic.notify_offsets) {
+            nic.common.write(common::QUEUE_SELECT, queue);
+            *offset = u64::from(nic.common.read::<u16>(common::QUEUE_NOTIFY_OFF));
         }
-        Some(card)
+        Some(nic)
     }
 
     /// Tells the device to look at a queue; of one that it does not have, somewhere in the page of

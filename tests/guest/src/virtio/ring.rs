@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{Ordering, fence};
 
-use super::card::Card;
+use super::net_device::NetDevice;
 use crate::memory::{PAGE, Shared};
 
 /// Descriptor flags.
@@ -98,9 +98,9 @@ impl Ring {
     }
 
     /// Tells the device where it is, and that it is ready.
-    pub fn enable(&self, card: Card) {
-        configure(card, self.queue, self.size.into(), self.areas());
-        card.set_queue_ready(1);
+    pub fn enable(&self, nic: NetDevice) {
+        configure(nic, self.queue, self.size.into(), self.areas());
+        nic.set_queue_ready(1);
     }
 
     /// Writes descriptor `index`.
@@ -159,8 +159,8 @@ impl Ring {
 }
 
 /// Tells the device about a queue, truth or not, without making it ready.
-pub fn configure(card: Card, queue: u16, size: u32, areas: [u64; 3]) {
-    card.select_queue(queue.into());
-    card.set_queue_size(size);
-    card.set_queue_areas(areas);
+pub fn configure(nic: NetDevice, queue: u16, size: u32, areas: [u64; 3]) {
+    nic.select_queue(queue.into());
+    nic.set_queue_size(size);
+    nic.set_queue_areas(areas);
 }

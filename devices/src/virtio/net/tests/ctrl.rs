@@ -164,7 +164,7 @@ fn receive_modes_are_acknowledged_where_the_host_delivers() {
         assert!(!bench.send(wrong), "{wrong:?}");
     }
     let permissions = Permissions {
-        any_address: true,
+        allow_promisc: true,
         ..Permissions::default()
     };
     assert!(Bench::new(Features::all(), permissions).send(&[0, 0, 1]));
@@ -204,7 +204,7 @@ fn table_of_addresses_is_taken_whole_or_not_at_all() {
         "longer than what is looked at"
     );
     let permissions = Permissions {
-        any_address: true,
+        allow_promisc: true,
         ..Permissions::default()
     };
     let mut passthru = Bench::new(Features::all(), permissions);
@@ -300,7 +300,7 @@ fn driver_that_can_is_asked_to_announce_itself() {
 proptest::proptest! {
     #[test]
     fn no_command_is_too_odd(class in 0..8u8, kind in 0..4u8, operand: Vec<u8>) {
-        let permissions = Permissions { change_mac: true, any_address: true };
+        let permissions = Permissions { change_mac: true, allow_promisc: true };
         let mut bench = Bench::new(Features::all(), permissions);
         bench.send(&[&[class, kind][..], &operand].concat());
     }

@@ -1,4 +1,4 @@
-//! What a card does besides moving frames: filter, limit, record, count.
+//! What a NIC does besides moving frames: filter, limit, record, count.
 
 use super::*;
 use crate::virtio::net::capture::Capture;

@@ -8,7 +8,7 @@ use super::{Failure, Runner};
 use crate::cpu::{in8, in16, in32, in32_string, out8, out16, out32, out32_string};
 use crate::pci::{ADDRESS_PORT, CONFIG_SIZE, DATA_PORT, ECAM, Function, SLOTS, aim, at};
 use crate::region::Region;
-use crate::virtio::pci::{PciCard, common};
+use crate::virtio::pci::{PciNic, common};
 
 /// The part of configuration space that conventional PCI knows.
 const CONVENTIONAL: u64 = 256;
@@ -22,10 +22,10 @@ const WINDOW_LENGTH: u64 = 12;
 const WINDOW_DATA: u64 = 16;
 
 /// Does harm by a value that is written.
-type Attack = fn(PciCard, u64);
+type Attack = fn(PciNic, u64);
 
 /// Runs them.
-pub fn run(runner: &mut Runner<'_>, card: PciCard) {
+pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
     let attacks: [(&str, Attack); 4] = [
         ("memory", by_memory),
         ("ports", by_ports),
@@ -35,48 +35,48 @@ pub fn run(runner: &mut Runner<'_>, card: PciCard) {
     for value in VALUES {
         for (name, attack) in attacks {
             in_both_states(runner, &format!("config-{name}-{value:#x}"), |_| {
-                let before = card.function.ids();
-                attack(card, value);
-                restore(card);
-                match card.function.ids() {
+                let before = nic.function.ids();
+                attack(nic, value);
+                restore(nic);
+                match nic.function.ids() {
                     now if now == before => Ok(()),
                     now => Err(format!("the ids became {now:x?}")),
                 }
             });
         }
         runner.attack(&format!("config-strings-{value:#x}"), |_| {
-            let result = by_strings(card, value);
-            restore(card);
+            let result = by_strings(nic, value);
+            restore(nic);
             result
         });
         in_both_states(runner, &format!("config-window-{value:#x}"), |_| {
-            window_anywhere(card, value);
-            restore(card);
-            window_works(card)
+            window_anywhere(nic, value);
+            restore(nic);
+            window_works(nic)
         });
     }
 }
 
-/// Brings back what the card needs for its work.
-fn restore(card: PciCard) {
-    card.function.config.write(at::BAR_0, card.bar.base as u32);
-    card.function.enable();
-    card.msix.control(0);
+/// Brings back what the NIC needs for its work.
+fn restore(nic: PciNic) {
+    nic.function.config.write(at::BAR_0, nic.bar.base as u32);
+    nic.function.enable();
+    nic.msix.control(0);
 }
 
-/// All of the card's configuration space, as memory.
-fn by_memory(card: PciCard, value: u64) {
+/// All of the NIC's configuration space, as memory.
+fn by_memory(nic: PciNic, value: u64) {
     let sparse = (CONVENTIONAL..CONFIG_SIZE - 8).step_by(STRIDE);
     let offsets = (0..CONVENTIONAL + 8).chain(sparse);
     for offset in offsets.chain([CONFIG_SIZE - 8]) {
-        touch(card.function.config, offset, value);
+        touch(nic.function.config, offset, value);
     }
 }
 
 /// All of it by ports.
-fn by_ports(card: PciCard, value: u64) {
+fn by_ports(nic: PciNic, value: u64) {
     for register in (0..CONVENTIONAL).step_by(4) {
-        aim(0, card.function.slot, 0, register as u8);
+        aim(0, nic.function.slot, 0, register as u8);
         touch_data_port(value);
     }
 }
@@ -94,10 +94,10 @@ fn touch_data_port(value: u64) {
 }
 
 /// The data port by string instructions, which repeat an access and do not go on to the next register.
-fn by_strings(card: PciCard, value: u64) -> Result<(), Failure> {
+fn by_strings(nic: PciNic, value: u64) -> Result<(), Failure> {
     let mut words = [0; 40];
     for register in (0..CONVENTIONAL).step_by(4) {
-        aim(0, card.function.slot, 0, register as u8);
+        aim(0, nic.function.slot, 0, register as u8);
         out32_string(DATA_PORT, &[value as u32; 40]);
         in32_string(DATA_PORT, &mut words);
         let expected = in32(DATA_PORT);
@@ -111,7 +111,7 @@ fn by_strings(card: PciCard, value: u64) -> Result<(), Failure> {
 }
 
 /// The address register in pieces, and addresses of nothing: switched off, on another bus, of another function.
-fn address_port(card: PciCard, value: u64) {
+fn address_port(nic: PciNic, value: u64) {
     for port in ADDRESS_PORT..DATA_PORT {
         out8(port, value as u8);
         in8(port);
@@ -121,9 +121,9 @@ fn address_port(card: PciCard, value: u64) {
         out32(port, value as u32);
         touch_data_port(value);
     }
-    out32(ADDRESS_PORT, u32::from(card.function.slot) << 11);
+    out32(ADDRESS_PORT, u32::from(nic.function.slot) << 11);
     touch_data_port(value);
-    let slot = card.function.slot;
+    let slot = nic.function.slot;
     for (bus, slot, function) in [(1, slot, 0), (0xff, slot, 0), (0, slot, 1), (0, 31, 7)] {
         aim(bus, slot, function, 0x10);
         touch_data_port(value);
@@ -131,11 +131,11 @@ fn address_port(card: PciCard, value: u64) {
 }
 
 /// The host bridge, every place where there is no function, and what follows the bus.
-fn whole_bus(_: PciCard, value: u64) {
+fn whole_bus(_: PciNic, value: u64) {
     for slot in 0..SLOTS {
         for number in [0, 1, 7] {
             let function = Function::new(slot, number);
-            let is_card = function.ids() != (0xffff, 0xffff) && slot != 0;
+            let is_nic = function.ids() != (0xffff, 0xffff) && slot != 0;
             for offset in [
                 0,
                 2,
@@ -148,7 +148,7 @@ fn whole_bus(_: PciCard, value: u64) {
                 0x100,
                 CONFIG_SIZE - 8,
             ] {
-                if !is_card {
+                if !is_nic {
                     touch(function.config, offset, value);
                 }
             }
@@ -162,9 +162,9 @@ fn whole_bus(_: PciCard, value: u64) {
 }
 
 /// Points the window to where it may not show anything, and uses it with each width.
-fn window_anywhere(card: PciCard, value: u64) {
-    let config = card.function.config;
-    let size = card.bar.size as u32;
+fn window_anywhere(nic: PciNic, value: u64) {
+    let config = nic.function.config;
+    let size = nic.bar.size as u32;
     let places = [
         0,
         2,
@@ -181,10 +181,10 @@ fn window_anywhere(card: PciCard, value: u64) {
     for bar in [0_u8, 1, 5, 6, 0xff] {
         for offset in places {
             for length in [0, 1, 2, 3, 4, 8, u32::MAX] {
-                config.write(card.window + WINDOW_BAR, bar);
-                config.write(card.window + WINDOW_OFFSET, offset);
-                config.write(card.window + WINDOW_LENGTH, length);
-                for data in card.window + WINDOW_DATA - 1..card.window + WINDOW_DATA + 2 {
+                config.write(nic.window + WINDOW_BAR, bar);
+                config.write(nic.window + WINDOW_OFFSET, offset);
+                config.write(nic.window + WINDOW_LENGTH, length);
+                for data in nic.window + WINDOW_DATA - 1..nic.window + WINDOW_DATA + 2 {
                     touch(config, data, value);
                 }
             }
@@ -193,17 +193,17 @@ fn window_anywhere(card: PciCard, value: u64) {
 }
 
 /// Whether the window shows what is there.
-fn window_works(card: PciCard) -> Result<(), Failure> {
-    let config = card.function.config;
-    let start = card.common.base - card.bar.base;
-    config.write(card.window + WINDOW_BAR, 0_u8);
+fn window_works(nic: PciNic) -> Result<(), Failure> {
+    let config = nic.function.config;
+    let start = nic.common.base - nic.bar.base;
+    config.write(nic.window + WINDOW_BAR, 0_u8);
     config.write(
-        card.window + WINDOW_OFFSET,
+        nic.window + WINDOW_OFFSET,
         (start + common::NUM_QUEUES) as u32,
     );
-    config.write(card.window + WINDOW_LENGTH, 2_u32);
-    let shown: u16 = config.read(card.window + WINDOW_DATA);
-    match card.common.read::<u16>(common::NUM_QUEUES) {
+    config.write(nic.window + WINDOW_LENGTH, 2_u32);
+    let shown: u16 = config.read(nic.window + WINDOW_DATA);
+    match nic.common.read::<u16>(common::NUM_QUEUES) {
         queues if queues == shown => Ok(()),
         queues => Err(format!(
             "the window shows {shown} queues instead of {queues}"

@@ -8,7 +8,7 @@ use super::bar::in_traffic;
 use super::{Failure, Runner};
 use crate::cpu;
 use crate::virtio::net::{TX, feature};
-use crate::virtio::pci::{Msix, PciCard, common};
+use crate::virtio::pci::{Msix, PciNic, common};
 use smoltcp::time::Duration;
 
 /// Messages that reach no processor, or none that takes them: an APIC that does not exist, with different data; an
@@ -28,18 +28,18 @@ const RX_VECTOR: u64 = 1;
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Runs them; the repeated ones `rounds` times at most.
-pub fn run(runner: &mut Runner<'_>, card: PciCard) {
+pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
     let rounds = runner.rounds.min(30);
     runner.attack("msix-garbage", |bench| {
-        in_messages(bench, card, |rig| {
+        in_messages(bench, nic, |rig| {
             // What is sent shall be told of too.
-            card.common.write(common::QUEUE_SELECT, TX);
-            card.common.write(common::QUEUE_VECTOR, 2_u16);
+            nic.common.write(common::QUEUE_SELECT, TX);
+            nic.common.write(common::QUEUE_VECTOR, 2_u16);
             for round in 0..rounds {
-                for vector in 0..card.msix.vectors.into() {
-                    card.msix.mask(vector, false);
+                for vector in 0..nic.msix.vectors.into() {
+                    nic.msix.mask(vector, false);
                     let garbage = GARBAGE[(round as usize + vector as usize) % GARBAGE.len()];
-                    card.msix.set(vector, garbage.0, garbage.1);
+                    nic.msix.set(vector, garbage.0, garbage.1);
                 }
                 rig.arp();
             }
@@ -47,10 +47,10 @@ pub fn run(runner: &mut Runner<'_>, card: PciCard) {
         })
     });
     runner.attack("msix-masks-flap", |bench| {
-        in_messages(bench, card, |rig| {
+        in_messages(bench, nic, |rig| {
             for round in 0..rounds {
-                for vector in 0..card.msix.vectors.into() {
-                    card.msix.mask(vector, round % 2 == 0);
+                for vector in 0..nic.msix.vectors.into() {
+                    nic.msix.mask(vector, round % 2 == 0);
                 }
                 rig.arp();
             }
@@ -58,10 +58,10 @@ pub fn run(runner: &mut Runner<'_>, card: PciCard) {
         })
     });
     runner.attack("msix-control-flaps", |bench| {
-        in_messages(bench, card, |rig| {
+        in_messages(bench, nic, |rig| {
             let (on, masked) = (Msix::ENABLE, Msix::MASK_ALL);
             for control in [0, on, masked, on | masked, on, 0x07ff, 0xffff].repeat(4) {
-                card.msix.control(control);
+                nic.msix.control(control);
                 rig.arp();
             }
             Ok(())
@@ -69,60 +69,60 @@ pub fn run(runner: &mut Runner<'_>, card: PciCard) {
     });
     for value in VALUES {
         runner.attack(&format!("msix-table-{value:#x}"), |bench| {
-            in_messages(bench, card, |rig| {
+            in_messages(bench, nic, |rig| {
                 rig.arp();
-                for offset in 0..card.msix.table.size - 8 {
-                    touch(card.msix.table, offset, value);
+                for offset in 0..nic.msix.table.size - 8 {
+                    touch(nic.msix.table, offset, value);
                 }
                 Ok(())
             })
         });
     }
     runner.attack("msix-pending-written", |bench| {
-        in_messages(bench, card, |rig| {
+        in_messages(bench, nic, |rig| {
             for value in VALUES {
                 rig.arp();
-                (0..=card.msix.pending.size - 8)
-                    .for_each(|offset| touch(card.msix.pending, offset, value));
+                (0..=nic.msix.pending.size - 8)
+                    .for_each(|offset| touch(nic.msix.pending, offset, value));
             }
             Ok(())
         })
     });
     runner.attack("msix-masked-is-pending", |bench| {
-        in_messages(bench, card, |rig| masked_is_pending(rig, card))
+        in_messages(bench, nic, |rig| masked_is_pending(rig, nic))
     });
     runner.attack("msix-pending-ends-at-reset", |bench| {
-        let result = pending_ends_at_reset(bench, card);
-        card.msix.control(0);
+        let result = pending_ends_at_reset(bench, nic);
+        nic.msix.control(0);
         result
     });
 }
 
-/// Runs an attack on a card whose frames interrupt, which they must do after it without a reset.
+/// Runs an attack on a NIC whose frames interrupt, which they must do after it without a reset.
 fn in_messages(
     bench: &Bench,
-    card: PciCard,
+    nic: PciNic,
     attack: impl FnOnce(&mut Rig<'_>) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     in_traffic(bench, |rig| {
-        bench.card.enable_interrupts();
+        bench.nic.enable_interrupts();
         let result = attack(rig);
-        bench.card.enable_interrupts();
-        let result = result.and_then(|()| interrupts_again(rig, card));
-        card.msix.control(0);
+        bench.nic.enable_interrupts();
+        let result = result.and_then(|()| interrupts_again(rig, nic));
+        nic.msix.control(0);
         result
     })
 }
 
 /// Whether a received frame interrupts.
-fn interrupts_again(rig: &mut Rig<'_>, card: PciCard) -> Result<(), Failure> {
+fn interrupts_again(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
     // What was pending may come now.
     rig.settle();
-    let before = count(card);
+    let before = count(nic);
     if !rig.arp() {
         return Err("no answer to ARP".into());
     }
-    if comes(card, before) {
+    if comes(nic, before) {
         Ok(())
     } else {
         Err("no interrupt".into())
@@ -130,59 +130,59 @@ fn interrupts_again(rig: &mut Rig<'_>, card: PciCard) -> Result<(), Failure> {
 }
 
 /// A frame that comes in while its vector is masked must show in the pending bits, and interrupt afterwards.
-fn masked_is_pending(rig: &mut Rig<'_>, card: PciCard) -> Result<(), Failure> {
+fn masked_is_pending(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
     rig.settle();
-    card.msix.mask(RX_VECTOR, true);
-    let before = count(card);
-    if card.msix.is_pending(RX_VECTOR) {
+    nic.msix.mask(RX_VECTOR, true);
+    let before = count(nic);
+    if nic.msix.is_pending(RX_VECTOR) {
         return Err("it is pending before a frame came".into());
     }
     if !rig.arp() {
         return Err("no answer to ARP".into());
     }
-    if !in_time(|| card.msix.is_pending(RX_VECTOR)) {
+    if !in_time(|| nic.msix.is_pending(RX_VECTOR)) {
         return Err("it is not pending".into());
     }
-    if count(card) != before {
+    if count(nic) != before {
         return Err("it interrupts although it is masked".into());
     }
-    card.msix.mask(RX_VECTOR, false);
-    if !comes(card, before) {
+    nic.msix.mask(RX_VECTOR, false);
+    if !comes(nic, before) {
         return Err("it does not interrupt when it is unmasked".into());
     }
-    if card.msix.is_pending(RX_VECTOR) {
+    if nic.msix.is_pending(RX_VECTOR) {
         return Err("it is still pending".into());
     }
     Ok(())
 }
 
 /// What is pending when the device is reset must neither stay so nor interrupt later.
-fn pending_ends_at_reset(bench: &Bench, card: PciCard) -> Result<(), Failure> {
+fn pending_ends_at_reset(bench: &Bench, nic: PciNic) -> Result<(), Failure> {
     let mut rig = Rig::start(bench, feature::PLAIN)?;
     rig.offer_buffers();
-    bench.card.enable_interrupts();
-    card.msix.mask(RX_VECTOR, true);
-    if !rig.arp() || !in_time(|| card.msix.is_pending(RX_VECTOR)) {
+    bench.nic.enable_interrupts();
+    nic.msix.mask(RX_VECTOR, true);
+    if !rig.arp() || !in_time(|| nic.msix.is_pending(RX_VECTOR)) {
         return Err("it is not pending".into());
     }
-    bench.card.reset();
-    if card.msix.is_pending(RX_VECTOR) {
+    bench.nic.reset();
+    if nic.msix.is_pending(RX_VECTOR) {
         return Err("it is still pending after a reset".into());
     }
-    let before = count(card);
-    card.msix.mask(RX_VECTOR, false);
-    if comes(card, before) {
+    let before = count(nic);
+    nic.msix.mask(RX_VECTOR, false);
+    if comes(nic, before) {
         return Err("it interrupts after a reset".into());
     }
     Ok(())
 }
 
-fn count(card: PciCard) -> u64 {
-    cpu::interrupts(card.function.slot.into())
+fn count(nic: PciNic) -> u64 {
+    cpu::interrupts(nic.function.slot.into())
 }
 
-fn comes(card: PciCard, before: u64) -> bool {
-    in_time(|| count(card) > before)
+fn comes(nic: PciNic, before: u64) -> bool {
+    in_time(|| count(nic) > before)
 }
 
 fn in_time(is_true: impl Fn() -> bool) -> bool {

@@ -11,11 +11,11 @@ mod config;
 mod messages;
 
 use super::{Failure, Runner};
-use crate::virtio::pci::PciCard;
+use crate::virtio::pci::PciNic;
 
 /// Runs all of them.
-pub fn run(runner: &mut Runner<'_>, card: PciCard) {
-    bar::run(runner, card);
-    messages::run(runner, card);
-    config::run(runner, card);
+pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
+    bar::run(runner, nic);
+    messages::run(runner, nic);
+    config::run(runner, nic);
 }

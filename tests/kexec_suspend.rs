@@ -1,4 +1,4 @@
-//! The card's lives under stock kernels: a guest that sleeps and wakes, and one that goes on with another kernel.
+//! The NIC's lives under stock kernels: a guest that sleeps and wakes, and one that goes on with another kernel.
 
 mod harness;
 mod lab;
@@ -21,12 +21,12 @@ fn start(site: &Site, args: &[&str]) -> Vm {
 }
 
 #[test]
-fn card_works_again_when_its_guest_has_slept() {
-    lab::test("card_works_again_when_its_guest_has_slept", || {
+fn nic_works_again_when_its_guest_has_slept() {
+    lab::test("nic_works_again_when_its_guest_has_slept", || {
         for (transport, backend) in [("mmio", "user"), ("pci", "user"), ("pci", "vhost")] {
             let site = Site::new();
-            let card = format!("wire,backend={backend}");
-            let mut vm = start(&site, &["--transport", transport, "--macvtap", &card]);
+            let nic = format!("wire,backend={backend}");
+            let mut vm = start(&site, &["--transport", transport, "--macvtap", &nic]);
             for _ in 0..2 {
                 // The serial console wakes it.
                 let sleep = vm.start_command(
@@ -51,14 +51,14 @@ fn card_works_again_when_its_guest_has_slept() {
 }
 
 #[test]
-fn card_works_again_under_the_next_kernel() {
-    lab::test("card_works_again_under_the_next_kernel", || {
+fn nic_works_again_under_the_next_kernel() {
+    lab::test("nic_works_again_under_the_next_kernel", || {
         let initrd = kexec_initrd();
         let initrd = initrd.to_str().expect("the cache's path is UTF-8");
         for backend in ["user", "vhost"] {
             let site = Site::new();
-            let card = format!("wire,backend={backend}");
-            let args = ["--transport", "pci", "--initrd", initrd, "--macvtap", &card];
+            let nic = format!("wire,backend={backend}");
+            let args = ["--transport", "pci", "--initrd", initrd, "--macvtap", &nic];
             let mut vm = start(&site, &args);
             let mac = vm.run("cat /sys/class/net/eth0/address");
             // Frames that come meanwhile must not end up in the next kernel's memory.

@@ -1,12 +1,12 @@
-//! One card for one interface: whoever opens a second queue of a macvtap gets a share of its frames, unasked, and a queue
+//! One NIC for one interface: whoever opens a second queue of a macvtap gets a share of its frames, unasked, and a queue
 //! that nobody empties swallows its own.
 
 use std::io;
 use std::os::fd::AsFd;
 
-use net::{Adopted, LinkId, MacAddr, Macvtap, RecordKey};
+use net::{ExistingTap, LinkId, MacAddr, Macvtap, RecordKey};
 
-use crate::handed::Handed;
+use crate::inherited::Inherited;
 use crate::registry::{Claim, Entry, InUse, NicEntry, Runs, Wanted};
 
 /// Two for one interface.
@@ -14,7 +14,7 @@ use crate::registry::{Claim, Entry, InUse, NicEntry, Runs, Wanted};
 pub enum SharedError {
     /// Both are ours.
     #[error(
-        "two cards are on {name} ({mac}), and each would get a part of its frames: give each card \
+        "two NICs are on {name} ({mac}), and each would get a part of its frames: give each NIC \
          an interface of its own"
     )]
     Twice {
@@ -25,7 +25,7 @@ pub enum SharedError {
     },
     /// The other one is another process's.
     #[error(
-        "{name} ({mac}) is the card of {by}, and each would get a part of its frames: end that, or use another interface"
+        "{name} ({mac}) is the NIC of {by}, and each would get a part of its frames: end that, or use another interface"
     )]
     InUse {
         /// The interface.
@@ -76,12 +76,15 @@ impl Interface {
     /// # Errors
     ///
     /// When a queue cannot be looked at.
-    pub fn of_adopted(adopted: &Adopted, told: Option<&Handed>) -> Result<Self, SharedError> {
+    pub fn of_existing(
+        existing: &ExistingTap,
+        told: Option<&Inherited>,
+    ) -> Result<Self, SharedError> {
         Ok(Self {
-            device: device_of(&adopted.queues[0], &adopted.name)?,
-            name: adopted.name.clone(),
-            mac: adopted.mac,
-            id: adopted.id.or(told.and_then(|told| told.id)),
+            device: device_of(&existing.queues[0], &existing.name)?,
+            name: existing.name.clone(),
+            mac: existing.mac,
+            id: existing.id.or(told.and_then(|told| told.id)),
             is_new: false,
             is_passed: told.is_some(),
         })
@@ -109,7 +112,7 @@ fn device_of(queue: impl AsFd, name: &str) -> Result<u64, SharedError> {
         .map_err(|errno| SharedError::Look(name.to_owned(), errno.into()))
 }
 
-/// Claims each card, and tells others of it. Refuses two cards on one interface, and one that is the card of another
+/// Claims each NIC, and tells others of it. Refuses two NICs on one interface, and one that is the NIC of another
 /// running minivmm. What other users say of theirs is only warned of: it need not be true.
 ///
 /// # Errors
@@ -118,11 +121,11 @@ fn device_of(queue: impl AsFd, name: &str) -> Result<u64, SharedError> {
 pub fn claim(
     runs: &Runs,
     user: Option<u32>,
-    cards: &[(&Interface, &NicEntry)],
+    nics: &[(&Interface, &NicEntry)],
 ) -> Result<Vec<Claim>, SharedError> {
-    let mut claims = Vec::with_capacity(cards.len());
-    for (n, (interface, nic)) in cards.iter().enumerate() {
-        must_be_new(interface, &cards[..n])?;
+    let mut claims = Vec::with_capacity(nics.len());
+    for (n, (interface, nic)) in nics.iter().enumerate() {
+        must_be_new(interface, &nics[..n])?;
         let Interface { mac, id, .. } = **interface;
         let wanted = Wanted {
             key: RecordKey::of_tap(interface.device, id, mac),
@@ -170,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn interface_for_two_cards_is_refused() {
+    fn interface_for_two_nics_is_refused() {
         let twice = |one: Interface, other: Interface| one.is(&other);
         assert!(twice(interface(7, None), interface(7, Some(2))));
         assert!(twice(interface(7, Some(2)), interface(7, Some(2))));

@@ -11,7 +11,7 @@ mod netns;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 
-use net::{AdoptError, Macvtap, MacvtapSpec, adopt, inherit};
+use net::{ExistingTapError, Macvtap, MacvtapSpec, from_fds, inherit};
 use netns::Netns;
 
 /// Queues of a new macvtap `name` on `v0`, which belongs to nobody.
@@ -47,14 +47,14 @@ fn tun(netns: &Netns, name: &str, flags: i32) -> OwnedFd {
     })
 }
 
-fn refusal(fds: Vec<OwnedFd>) -> AdoptError {
-    let error = adopt(fds).expect_err("a refusal");
+fn refusal(fds: Vec<OwnedFd>) -> ExistingTapError {
+    let error = from_fds(fds).expect_err("a refusal");
     eprintln!("{error}");
     error
 }
 
 #[test]
-fn queues_of_a_macvtap_are_adopted_with_mac_and_mtu() {
+fn queues_of_a_macvtap_are_taken_with_mac_and_mtu() {
     if !netns::is_root() {
         return;
     }
@@ -66,16 +66,16 @@ fn queues_of_a_macvtap_are_adopted_with_mac_and_mtu() {
         rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::empty()).unwrap();
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
     }
-    let elsewhere = adopt(fds.iter().map(|fd| fd.try_clone().unwrap()).collect()).unwrap();
+    let elsewhere = from_fds(fds.iter().map(|fd| fd.try_clone().unwrap()).collect()).unwrap();
     assert_eq!(
         elsewhere.mtu, None,
         "its namespace cannot be seen from here"
     );
-    let adopted = netns.enter(|| adopt(fds)).unwrap();
-    assert_eq!((adopted.name.as_str(), adopted.mtu), ("mine", Some(1300)));
-    assert_eq!(adopted.mac.to_string(), netns.mac("mine"));
-    assert_eq!(adopted.queues.len(), 3);
-    for fd in &adopted.queues {
+    let existing = netns.enter(|| from_fds(fds)).unwrap();
+    assert_eq!((existing.name.as_str(), existing.mtu), ("mine", Some(1300)));
+    assert_eq!(existing.mac.to_string(), netns.mac("mine"));
+    assert_eq!(existing.queues.len(), 3);
+    for fd in &existing.queues {
         let flags = rustix::fs::fcntl_getfl(fd).unwrap();
         assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
         let flags = rustix::io::fcntl_getfd(fd).unwrap();
@@ -84,18 +84,18 @@ fn queues_of_a_macvtap_are_adopted_with_mac_and_mtu() {
 }
 
 #[test]
-fn queue_of_a_tap_is_adopted_if_its_headers_fit() {
+fn queue_of_a_tap_is_taken_if_its_headers_fit() {
     if !netns::is_root() {
         return;
     }
     let netns = Netns::new();
     let fit = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    let adopted = netns
-        .enter(|| adopt(vec![tun(&netns, "tap0", fit)]))
+    let existing = netns
+        .enter(|| from_fds(vec![tun(&netns, "tap0", fit)]))
         .unwrap();
-    assert_eq!((adopted.name.as_str(), adopted.mtu), ("tap0", Some(1500)));
+    assert_eq!((existing.name.as_str(), existing.mtu), ("tap0", Some(1500)));
     let error = refusal(vec![tun(&netns, "tap1", libc::IFF_TAP | libc::IFF_NO_PI)]);
-    assert!(matches!(error, AdoptError::Headers { name, .. } if name == "tap1"));
+    assert!(matches!(error, ExistingTapError::Headers { name, .. } if name == "tap1"));
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn what_is_no_tap_queue_is_refused_with_what_it_is() {
         return;
     }
     let netns = Netns::new();
-    assert!(matches!(refusal(vec![]), AdoptError::None));
+    assert!(matches!(refusal(vec![]), ExistingTapError::None));
     let file: OwnedFd = tempfile::tempfile().unwrap().into();
     let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
     let (pipe, _) = std::io::pipe().unwrap();
@@ -117,10 +117,10 @@ fn what_is_no_tap_queue_is_refused_with_what_it_is() {
     ];
     for (fd, expected) in cases {
         let error = refusal(vec![fd]);
-        assert!(matches!(error, AdoptError::NotTap { what, .. } if what == expected));
+        assert!(matches!(error, ExistingTapError::NotTap { what, .. } if what == expected));
     }
     let error = refusal(vec![tun(&netns, "tun0", libc::IFF_TUN | libc::IFF_NO_PI)]);
-    assert!(matches!(error, AdoptError::Tun { name, .. } if name == "tun0"));
+    assert!(matches!(error, ExistingTapError::Tun { name, .. } if name == "tun0"));
     let unused = File::options()
         .read(true)
         .write(true)
@@ -128,7 +128,7 @@ fn what_is_no_tap_queue_is_refused_with_what_it_is() {
         .unwrap();
     assert!(matches!(
         refusal(vec![unused.into()]),
-        AdoptError::NoInterface { .. }
+        ExistingTapError::NoInterface { .. }
     ));
 }
 
@@ -141,7 +141,7 @@ fn queue_of_a_deleted_macvtap_is_refused() {
     netns.wire("v0");
     let fds = macvtap(&netns, "mine", 1);
     netns.ip("link delete mine");
-    assert!(matches!(refusal(fds), AdoptError::NoInterface { .. }));
+    assert!(matches!(refusal(fds), ExistingTapError::NoInterface { .. }));
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn queues_of_two_interfaces_and_a_queue_twice_are_refused() {
     fds.extend(macvtap(&netns, "two", 1));
     let error = refusal(fds);
     assert!(
-        matches!(error, AdoptError::Different { name, first_name, .. }
+        matches!(error, ExistingTapError::Different { name, first_name, .. }
         if name == "two" && first_name == "one")
     );
     // Even if they look alike, as in two namespaces.
@@ -167,13 +167,15 @@ fn queues_of_two_interfaces_and_a_queue_twice_are_refused() {
     other.up("one");
     let mut fds = queues(&netns, "one", 1);
     fds.extend(queues(&other, "one", 1));
-    assert!(matches!(refusal(fds), AdoptError::Different { .. }));
+    assert!(matches!(refusal(fds), ExistingTapError::Different { .. }));
 
     let mut fds = queues(&netns, "one", 2);
     fds.push(fds[0].as_fd().try_clone_to_owned().unwrap());
     let (first, third) = (fds[0].as_raw_fd(), fds[2].as_raw_fd());
     let error = refusal(fds);
-    assert!(matches!(error, AdoptError::SameQueue { fd, other } if (fd, other) == (third, first)));
+    assert!(
+        matches!(error, ExistingTapError::SameQueue { fd, other } if (fd, other) == (third, first))
+    );
 }
 
 #[test]
@@ -183,7 +185,7 @@ fn numbers_that_are_not_open_or_occur_twice_are_refused() {
         // SAFETY: nobody owns what isn't open.
         let error = unsafe { inherit(&[closed]) }.unwrap_err();
         assert!(
-            matches!(error, AdoptError::Closed { fd } if fd == closed),
+            matches!(error, ExistingTapError::Closed { fd } if fd == closed),
             "{error}"
         );
     }
@@ -191,7 +193,7 @@ fn numbers_that_are_not_open_or_occur_twice_are_refused() {
     // SAFETY: the number was given away just now.
     let error = unsafe { inherit(&[number, number]) }.unwrap_err();
     assert!(
-        matches!(error, AdoptError::Twice { fd } if fd == number),
+        matches!(error, ExistingTapError::Twice { fd } if fd == number),
         "{error}"
     );
     // SAFETY: it is still nobody's.
@@ -199,11 +201,11 @@ fn numbers_that_are_not_open_or_occur_twice_are_refused() {
     assert_eq!(owned[0].as_raw_fd(), number);
 }
 
-const CHILD: &str = "NET_TEST_ADOPT";
+const CHILD: &str = "NET_TEST_INHERITED";
 
 /// Not a test by itself: the body of the process that the next one starts.
 #[test]
-fn child_process_adopts_descriptor_three() {
+fn child_process_takes_descriptor_three() {
     if std::env::var_os(CHILD).is_none() {
         return;
     }
@@ -213,12 +215,15 @@ fn child_process_adopts_descriptor_three() {
     assert_eq!(result, 0);
     // SAFETY: the shell opened it, and nothing here has touched it.
     let fds = unsafe { inherit(&[3]) }.unwrap();
-    let adopted = adopt(fds).unwrap();
-    println!("CHILD {} {} {:?}", adopted.name, adopted.mac, adopted.mtu);
+    let existing = from_fds(fds).unwrap();
+    println!(
+        "CHILD {} {} {:?}",
+        existing.name, existing.mac, existing.mtu
+    );
 }
 
 #[test]
-fn ordinary_user_adopts_what_a_shell_opened() {
+fn ordinary_user_takes_what_a_shell_opened() {
     if !netns::is_root() {
         return;
     }
@@ -230,7 +235,7 @@ fn ordinary_user_adopts_what_a_shell_opened() {
     ));
     netns.up("mine");
     let script = format!(
-        "exec 3<>/dev/tap{index}; exec \"$0\" --exact child_process_adopts_descriptor_three --nocapture"
+        "exec 3<>/dev/tap{index}; exec \"$0\" --exact child_process_takes_descriptor_three --nocapture"
     );
     let output = netns
         .command("sh")

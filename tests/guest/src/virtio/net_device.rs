@@ -1,10 +1,10 @@
-//! A network card, whichever transport it is reached by: the same registers at different places and of different widths
+//! A NIC, whichever transport it is reached by: the same registers at different places and of different widths
 //! (virtio 1.2, 4.2.2 and 4.1.4).
 
 use alloc::vec::Vec;
 
 use super::mmio::{Window, at};
-use super::pci::{PciCard, common};
+use super::pci::{PciNic, common};
 use crate::cpu;
 use crate::memory::Word;
 use crate::pci;
@@ -18,24 +18,24 @@ pub mod status {
     pub const NEEDS_RESET: u32 = 64;
 }
 
-/// A network card. What is written is as wide as virtio-mmio has it, and cut off where virtio-pci has less.
+/// A NIC. What is written is as wide as virtio-mmio has it, and cut off where virtio-pci has less.
 #[derive(Clone, Copy, Debug)]
-pub enum Card {
+pub enum NetDevice {
     /// In a virtio-mmio window.
     Mmio(Window),
     /// On the PCI bus.
-    Pci(PciCard),
+    Pci(PciNic),
 }
 
-impl Card {
+impl NetDevice {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        let windows = Window::network_cards().into_iter().map(Self::Mmio);
-        let functions = PciCard::network_cards().into_iter().map(Self::Pci);
+        let windows = Window::network_nics().into_iter().map(Self::Mmio);
+        let functions = PciNic::network_nics().into_iter().map(Self::Pci);
         windows.chain(functions).collect()
     }
 
-    /// The card with this index.
+    /// The NIC with this index.
     pub fn find(index: usize) -> Result<Self, &'static str> {
         Self::all()
             .get(index)
@@ -47,8 +47,8 @@ impl Card {
     pub fn transport(&self) -> (&'static str, u32) {
         match self {
             Self::Mmio(window) => ("mmio", window.registers.read(at::VERSION)),
-            Self::Pci(card) => {
-                let revision: u8 = card.function.config.read(pci::at::REVISION);
+            Self::Pci(nic) => {
+                let revision: u8 = nic.function.config.read(pci::at::REVISION);
                 ("pci", revision.into())
             }
         }
@@ -58,7 +58,7 @@ impl Card {
     pub fn base(&self) -> u64 {
         match self {
             Self::Mmio(window) => window.registers.base,
-            Self::Pci(card) => card.bar.base,
+            Self::Pci(nic) => nic.bar.base,
         }
     }
 
@@ -66,7 +66,7 @@ impl Card {
     pub fn status(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::STATUS),
-            Self::Pci(card) => card.common.read::<u8>(common::STATUS).into(),
+            Self::Pci(nic) => nic.common.read::<u8>(common::STATUS).into(),
         }
     }
 
@@ -74,7 +74,7 @@ impl Card {
     pub fn set_status(&self, status: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::STATUS, status),
-            Self::Pci(card) => card.common.write(common::STATUS, status as u8),
+            Self::Pci(nic) => nic.common.write(common::STATUS, status as u8),
         }
     }
 
@@ -90,9 +90,9 @@ impl Card {
                 window.registers.write(at::DEVICE_FEATURES_SEL, select);
                 window.registers.read(at::DEVICE_FEATURES)
             }
-            Self::Pci(card) => {
-                card.common.write(common::DEVICE_FEATURE_SELECT, select);
-                card.common.read(common::DEVICE_FEATURE)
+            Self::Pci(nic) => {
+                nic.common.write(common::DEVICE_FEATURE_SELECT, select);
+                nic.common.read(common::DEVICE_FEATURE)
             }
         }
     }
@@ -109,9 +109,9 @@ impl Card {
                 window.registers.write(at::DRIVER_FEATURES_SEL, select);
                 window.registers.write(at::DRIVER_FEATURES, word);
             }
-            Self::Pci(card) => {
-                card.common.write(common::DRIVER_FEATURE_SELECT, select);
-                card.common.write(common::DRIVER_FEATURE, word);
+            Self::Pci(nic) => {
+                nic.common.write(common::DRIVER_FEATURE_SELECT, select);
+                nic.common.write(common::DRIVER_FEATURE, word);
             }
         }
     }
@@ -126,7 +126,7 @@ impl Card {
     pub fn select_queue(&self, queue: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::QUEUE_SEL, queue),
-            Self::Pci(card) => card.common.write(common::QUEUE_SELECT, queue as u16),
+            Self::Pci(nic) => nic.common.write(common::QUEUE_SELECT, queue as u16),
         }
     }
 
@@ -134,7 +134,7 @@ impl Card {
     pub fn queue_size(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::QUEUE_NUM_MAX),
-            Self::Pci(card) => card.common.read::<u16>(common::QUEUE_SIZE).into(),
+            Self::Pci(nic) => nic.common.read::<u16>(common::QUEUE_SIZE).into(),
         }
     }
 
@@ -142,7 +142,7 @@ impl Card {
     pub fn set_queue_size(&self, size: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::QUEUE_NUM, size),
-            Self::Pci(card) => card.common.write(common::QUEUE_SIZE, size as u16),
+            Self::Pci(nic) => nic.common.write(common::QUEUE_SIZE, size as u16),
         }
     }
 
@@ -153,8 +153,8 @@ impl Card {
                 window.registers,
                 [at::QUEUE_DESC, at::QUEUE_DRIVER, at::QUEUE_DEVICE],
             ),
-            Self::Pci(card) => (
-                card.common,
+            Self::Pci(nic) => (
+                nic.common,
                 [
                     common::QUEUE_DESC,
                     common::QUEUE_DRIVER,
@@ -171,7 +171,7 @@ impl Card {
     pub fn queue_ready(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::QUEUE_READY),
-            Self::Pci(card) => card.common.read::<u16>(common::QUEUE_ENABLE).into(),
+            Self::Pci(nic) => nic.common.read::<u16>(common::QUEUE_ENABLE).into(),
         }
     }
 
@@ -179,7 +179,7 @@ impl Card {
     pub fn set_queue_ready(&self, value: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::QUEUE_READY, value),
-            Self::Pci(card) => card.common.write(common::QUEUE_ENABLE, value as u16),
+            Self::Pci(nic) => nic.common.write(common::QUEUE_ENABLE, value as u16),
         }
     }
 
@@ -192,7 +192,7 @@ impl Card {
     pub fn notify_any(&self, queue: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::QUEUE_NOTIFY, queue),
-            Self::Pci(card) => card.notify(queue),
+            Self::Pci(nic) => nic.notify(queue),
         }
     }
 
@@ -200,7 +200,7 @@ impl Card {
     pub fn interrupt_status(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::INTERRUPT_STATUS),
-            Self::Pci(card) => card.isr.read::<u8>(0).into(),
+            Self::Pci(nic) => nic.isr.read::<u8>(0).into(),
         }
     }
 
@@ -208,15 +208,15 @@ impl Card {
     pub fn acknowledge(&self, bits: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::INTERRUPT_ACK, bits),
-            Self::Pci(card) => card.isr.write(0, bits as u8),
+            Self::Pci(nic) => nic.isr.write(0, bits as u8),
         }
     }
 
-    /// Reads the card's own configuration.
+    /// Reads the NIC's own configuration.
     pub fn config<T: Word>(&self, offset: u64) -> T {
         match self {
             Self::Mmio(window) => window.registers.read(at::CONFIG + offset),
-            Self::Pci(card) => card.device.read(offset),
+            Self::Pci(nic) => nic.device.read(offset),
         }
     }
 
@@ -224,7 +224,7 @@ impl Card {
     pub fn generation(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::CONFIG_GENERATION),
-            Self::Pci(card) => card.common.read::<u8>(common::CONFIG_GENERATION).into(),
+            Self::Pci(nic) => nic.common.read::<u8>(common::CONFIG_GENERATION).into(),
         }
     }
 
@@ -232,17 +232,17 @@ impl Card {
     pub fn line(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.line,
-            Self::Pci(card) => card.function.slot.into(),
+            Self::Pci(nic) => nic.function.slot.into(),
         }
     }
 
-    /// Lets the card, which is up, interrupt. A reset ends that on PCI.
+    /// Lets the NIC, which is up, interrupt. A reset ends that on PCI.
     pub fn enable_interrupts(&self) {
         match self {
             Self::Mmio(window) => cpu::enable_line(window.line),
-            Self::Pci(card) => {
+            Self::Pci(nic) => {
                 cpu::enable_interrupts();
-                card.enable_messages(cpu::message(self.line()));
+                nic.enable_messages(cpu::message(self.line()));
             }
         }
     }

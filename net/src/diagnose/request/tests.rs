@@ -1,10 +1,10 @@
 use super::*;
-use crate::diagnose::tests::{card, on};
+use crate::diagnose::tests::{nic, on};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 
-fn wish<'a>(links: &'a [Link], mode: Mode) -> Wish<'a> {
-    Wish {
+fn request<'a>(links: &'a [Link], mode: Mode) -> LinkRequest<'a> {
+    LinkRequest {
         links,
         lower: &links[0],
         mode,
@@ -22,12 +22,12 @@ fn mac() -> MacAddr {
 }
 
 #[test]
-fn wish_mtu_must_be_within_the_lowers() {
-    let links = [card(1, "eno1")];
+fn request_mtu_must_be_within_the_lowers() {
+    let links = [nic(1, "eno1")];
     let check = |mtu| {
-        Wish {
+        LinkRequest {
             mtu: Some(mtu),
-            ..wish(&links, Mode::Bridge)
+            ..request(&links, Mode::Bridge)
         }
         .check()
     };
@@ -45,24 +45,24 @@ fn wish_mtu_must_be_within_the_lowers() {
 }
 
 #[test]
-fn wish_mac_of_the_lower_is_for_passthru_alone() {
+fn request_mac_of_the_lower_is_for_passthru_alone() {
     let links = [
         Link {
             mac: Some(MAC),
-            ..card(1, "eno1")
+            ..nic(1, "eno1")
         },
-        card(2, "eno2"),
+        nic(2, "eno2"),
     ];
-    let own = |mode| Wish {
+    let own = |mode| LinkRequest {
         mac: Some(mac()),
-        ..wish(&links, mode)
+        ..request(&links, mode)
     };
     own(Mode::Passthru).check().unwrap();
     assert!(matches!(
         own(Mode::Bridge).check(),
         Err(Problem::MacIsLowers { .. })
     ));
-    let foreign = |mode| Wish {
+    let foreign = |mode| LinkRequest {
         lower: &links[1],
         ..own(mode)
     };
@@ -75,10 +75,10 @@ fn wish_mac_of_the_lower_is_for_passthru_alone() {
 }
 
 #[test]
-fn wish_for_passthru_on_a_shared_lower_names_who_is_there() {
-    let links = [card(1, "eno1"), on(1, "macvtap", card(2, "mvt0"))];
-    wish(&links, Mode::Bridge).check().unwrap();
-    let text = wish(&links, Mode::Passthru)
+fn request_for_passthru_on_a_shared_lower_names_who_is_there() {
+    let links = [nic(1, "eno1"), on(1, "macvtap", nic(2, "mvt0"))];
+    request(&links, Mode::Bridge).check().unwrap();
+    let text = request(&links, Mode::Passthru)
         .check()
         .unwrap_err()
         .to_string();
@@ -91,22 +91,22 @@ fn create_refused_names_every_cause_that_is_left() {
     let on_port = |kind: &str| {
         let port = Link {
             master: Some(2),
-            ..card(1, "eno1")
+            ..nic(1, "eno1")
         };
         let master = Link {
             kind: kind.to_owned(),
-            ..card(2, "m0")
+            ..nic(2, "m0")
         };
         vec![port, master]
     };
     let veth = vec![Link {
         kind: "veth".to_owned(),
-        ..card(1, "eno1")
+        ..nic(1, "eno1")
     }];
     let all =
         "(a bridge, bond, team, Open vSwitch, ipvlan, macsec or HSR device, perhaps in another";
     for (links, mode, number, expected) in [
-        (vec![card(1, "eno1")], Mode::Bridge, libc::EBUSY, &[all][..]),
+        (vec![nic(1, "eno1")], Mode::Bridge, libc::EBUSY, &[all][..]),
         (on_port("vrf"), Mode::Bridge, libc::EBUSY, &[all]),
         (
             on_port("lag9"),
@@ -137,7 +137,9 @@ fn create_refused_names_every_cause_that_is_left() {
             &["links in another", "on it already", "driver (veth)"],
         ),
     ] {
-        let text = wish(&links, mode).explain_create(errno(number)).to_string();
+        let text = request(&links, mode)
+            .explain_create(errno(number))
+            .to_string();
         for words in expected {
             assert!(text.contains(words), "{text} lacks {words}");
         }
@@ -151,8 +153,8 @@ fn create_refused_names_every_cause_that_is_left() {
 
 #[test]
 fn create_refused_for_want_of_something_says_what() {
-    let links = [card(1, "eno1")];
-    let explain = |number| wish(&links, Mode::Bridge).explain_create(errno(number));
+    let links = [nic(1, "eno1")];
+    let explain = |number| request(&links, Mode::Bridge).explain_create(errno(number));
     assert!(
         explain(libc::EOPNOTSUPP)
             .to_string()
@@ -169,15 +171,15 @@ fn create_refused_for_want_of_something_says_what() {
 fn up_with_a_taken_mac_names_the_holder_on_old_and_new_kernels() {
     let sibling = Link {
         mac: Some(MAC),
-        ..on(1, "macvlan", card(2, "mv0"))
+        ..on(1, "macvlan", nic(2, "mv0"))
     };
-    let links = [card(1, "eno1"), sibling];
+    let links = [nic(1, "eno1"), sibling];
     let made = Link {
         mac: Some(MAC),
-        ..card(9, "macvtap0")
+        ..nic(9, "macvtap0")
     };
     for number in [libc::EADDRINUSE, libc::EBUSY] {
-        let text = wish(&links, Mode::Bridge)
+        let text = request(&links, Mode::Bridge)
             .explain_up(&made, errno(number))
             .to_string();
         assert!(
@@ -187,7 +189,7 @@ fn up_with_a_taken_mac_names_the_holder_on_old_and_new_kernels() {
             "{text}"
         );
     }
-    let text = wish(&links[..1], Mode::Bridge)
+    let text = request(&links[..1], Mode::Bridge)
         .explain_up(&made, errno(libc::EADDRINUSE))
         .to_string();
     assert!(text.contains("another network namespace"), "{text}");
@@ -195,11 +197,11 @@ fn up_with_a_taken_mac_names_the_holder_on_old_and_new_kernels() {
 
 #[test]
 fn up_with_the_lowers_own_mac_says_so() {
-    let links = [card(1, "eno1")];
+    let links = [nic(1, "eno1")];
     let made = Link {
         mac: links[0].mac,
-        ..card(9, "macvtap0")
+        ..nic(9, "macvtap0")
     };
-    let refusal = wish(&links, Mode::Bridge).explain_up(&made, errno(libc::EADDRINUSE));
+    let refusal = request(&links, Mode::Bridge).explain_up(&made, errno(libc::EADDRINUSE));
     assert!(matches!(refusal, Problem::MacIsLowers { .. }));
 }

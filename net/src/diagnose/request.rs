@@ -9,7 +9,7 @@ use crate::netlink::Link;
 
 /// What is asked for, as far as explanations need it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Wish<'a> {
+pub(crate) struct LinkRequest<'a> {
     /// All links of the lower's namespace.
     pub links: &'a [Link],
     /// The link that carries the macvtap; never a macvlan itself.
@@ -19,7 +19,7 @@ pub(crate) struct Wish<'a> {
     pub mtu: Option<u32>,
 }
 
-impl Wish<'_> {
+impl LinkRequest<'_> {
     /// Refuses what the kernel would ignore, or answer with a number that says too little.
     pub(crate) fn check(&self) -> Result<(), Problem> {
         let name = self.lower.name.clone();

@@ -1,4 +1,4 @@
-//! The network card as stock drivers see it, on each transport and with each backend: traffic, offloads, commands,
+//! The NIC as stock drivers see it, on each transport and with each backend: traffic, offloads, commands,
 //! resets.
 
 mod harness;
@@ -79,7 +79,7 @@ fn generic_carries_everything(transport: &str, backend: &str) {
     let [kernel, initrd] =
         [&kernel, &initrd].map(|path| path.to_str().expect("the cache's path is UTF-8"));
     let site = site();
-    let card = format!("wire,backend={backend}");
+    let nic = format!("wire,backend={backend}");
     let args = [
         "--transport",
         transport,
@@ -90,7 +90,7 @@ fn generic_carries_everything(transport: &str, backend: &str) {
         "--initrd",
         initrd,
         "--macvtap",
-        &card,
+        &nic,
     ];
     let mut vm = boot(Some(&site.host), &args);
     address(&mut vm, "eth0", 11);
@@ -98,9 +98,9 @@ fn generic_carries_everything(transport: &str, backend: &str) {
     carries(&site, vm, backend);
 }
 
-/// Boots a guest with two CPUs and one card, and gives it its addresses.
-fn start(site: &Site, transport: &str, card: &str) -> Vm {
-    let args = ["--transport", transport, "--cpus", "2", "--macvtap", card];
+/// Boots a guest with two CPUs and one NIC, and gives it its addresses.
+fn start(site: &Site, transport: &str, nic: &str) -> Vm {
+    let args = ["--transport", transport, "--cpus", "2", "--macvtap", nic];
     let mut vm = boot(Some(&site.host), &args);
     address(&mut vm, "eth0", 11);
     vm
@@ -320,7 +320,7 @@ fn drivers_commands_take_effect_on_the_host_or_are_refused() {
             );
             let neighbour = site.far.ip("neigh show 192.168.77.12");
             assert!(neighbour.contains("02:aa:00:00:00:78"), "{neighbour}");
-            // The next driver finds the card as it was.
+            // The next driver finds the NIC as it was.
             vm.run("rmmod virtio_net && insmod /modules/virtio_net.ko");
             assert_eq!(vm.run("cat /sys/class/net/eth1/address"), first);
             address(&mut vm, "eth0", 11);
@@ -422,8 +422,8 @@ fn announces_itself(site: &Site, vm: &mut Vm) {
 }
 
 #[test]
-fn vhost_net_uses_all_queues_of_a_card() {
-    lab::test("vhost_net_uses_all_queues_of_a_card", || {
+fn vhost_net_uses_all_queues_of_a_nic() {
+    lab::test("vhost_net_uses_all_queues_of_a_nic", || {
         let site = site();
         let args = [
             "--transport",

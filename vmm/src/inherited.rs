@@ -19,7 +19,7 @@ const WATCH: &str = "MINIVMM_NET_WATCH";
 
 /// A macvtap whose queues were handed over.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Handed {
+pub struct Inherited {
     /// The numbers of its queues.
     pub fds: Vec<RawFd>,
     /// Its address.
@@ -36,11 +36,11 @@ pub struct Handed {
     pub lower_id: Option<LinkId>,
     /// Which interface it is.
     pub id: Option<LinkId>,
-    /// The number of a socket that hears of it, see [`net::LinkWatch::adopt`].
+    /// The number of a socket that hears of it, see [`net::LinkWatch::from_socket`].
     pub watch: Option<RawFd>,
 }
 
-impl Handed {
+impl Inherited {
     /// Describes a macvtap whose queues a program will have from [`child::FIRST`] on, and behind them a socket
     /// that watches it, if `is_watched`.
     pub fn of(macvtap: &Macvtap, is_watched: bool) -> Self {
@@ -136,8 +136,8 @@ mod tests {
 
     use super::*;
 
-    fn handed() -> Handed {
-        Handed {
+    fn inherited() -> Inherited {
+        Inherited {
             fds: vec![3, 4],
             mac: "02:00:00:00:00:01".parse().unwrap(),
             mode: Some(Mode::Passthru),
@@ -156,9 +156,9 @@ mod tests {
         }
     }
 
-    fn told(handed: &Handed) -> BTreeMap<String, String> {
+    fn told(inherited: &Inherited) -> BTreeMap<String, String> {
         let mut program = Command::new("true");
-        handed.tell(&mut program);
+        inherited.tell(&mut program);
         let text = |text: &std::ffi::OsStr| text.to_str().unwrap().to_owned();
         program
             .get_envs()
@@ -166,17 +166,17 @@ mod tests {
             .collect()
     }
 
-    fn read(variables: &BTreeMap<String, String>) -> Option<Handed> {
-        Handed::read(|name| variables.get(name).cloned())
+    fn read(variables: &BTreeMap<String, String>) -> Option<Inherited> {
+        Inherited::read(|name| variables.get(name).cloned())
     }
 
     #[test]
     fn handed_is_read_as_it_was_told() {
-        let mut handed = handed();
-        assert_eq!(read(&told(&handed)), Some(handed.clone()));
-        (handed.lower_id, handed.id, handed.watch) = (None, None, None);
-        handed.mode = None;
-        assert_eq!(read(&told(&handed)), Some(handed));
+        let mut inherited = inherited();
+        assert_eq!(read(&told(&inherited)), Some(inherited.clone()));
+        (inherited.lower_id, inherited.id, inherited.watch) = (None, None, None);
+        inherited.mode = None;
+        assert_eq!(read(&told(&inherited)), Some(inherited));
     }
 
     #[test]
@@ -188,7 +188,7 @@ mod tests {
             (MTU, "12"),
             (MTU, "x"),
         ] {
-            let mut variables = told(&handed());
+            let mut variables = told(&inherited());
             variables.insert(name.into(), value.into());
             assert_eq!(read(&variables), None, "{name}={value}");
             variables.remove(name);
@@ -198,12 +198,12 @@ mod tests {
 
     #[test]
     fn handed_counts_for_its_own_descriptors_with_its_own_address_alone() {
-        let handed = handed();
-        assert!(handed.is_of(&[3, 4], handed.mac) && handed.is_of(&[4], handed.mac));
-        assert!(!handed.is_of(&[3, 5], handed.mac));
-        assert_eq!(handed.watch_beside(&[3, 4, 7]), Some(5));
-        assert_eq!(handed.watch_beside(&[7]), None);
-        assert_eq!(handed.watch_beside(&[3, 5]), None);
-        assert!(!handed.is_of(&[3, 4], "02:00:00:00:00:02".parse().unwrap()));
+        let inherited = inherited();
+        assert!(inherited.is_of(&[3, 4], inherited.mac) && inherited.is_of(&[4], inherited.mac));
+        assert!(!inherited.is_of(&[3, 5], inherited.mac));
+        assert_eq!(inherited.watch_beside(&[3, 4, 7]), Some(5));
+        assert_eq!(inherited.watch_beside(&[7]), None);
+        assert_eq!(inherited.watch_beside(&[3, 5]), None);
+        assert!(!inherited.is_of(&[3, 4], "02:00:00:00:00:02".parse().unwrap()));
     }
 }

@@ -1,4 +1,4 @@
-//! The network cards of a machine, and what the control thread does for them.
+//! The NICs of a machine, and what the control thread does for them.
 
 use std::error::Error;
 use std::fs::File;
@@ -12,7 +12,7 @@ use devices::virtio::net::tap::Tap;
 use devices::virtio::net::vhost::{VhostError, VhostPair};
 use devices::virtio::net::{Net, NetOptions};
 use event_manager::MutEventSubscriber;
-use net::{FrameListener, Lease, LinkWatch};
+use net::{FrameListener, LinkGuard, LinkWatch};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -22,21 +22,21 @@ use crate::link_watch::{FollowedLink, LinkFollower};
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
 use crate::plan::Plan;
-use crate::registry::{Announcer, RegisteredCard};
+use crate::registry::{Announcer, RegisteredNic};
 
-/// The cards, once they stand on the bus.
+/// The NICs, once they stand on the bus.
 #[derive(Debug)]
-pub struct Cards {
+pub struct NetDevices {
     /// What keeps the macvtaps in being.
-    pub leases: Vec<Option<Lease>>,
+    pub guards: Vec<Option<LinkGuard>>,
     /// Signalled when a guest's addresses have changed.
     learnt: EventFd,
     watched: Vec<Watched>,
     listeners: Vec<(FrameListener, Arc<Observer>)>,
-    registered: Vec<RegisteredCard>,
+    registered: Vec<RegisteredNic>,
 }
 
-/// A card whose interface can be watched.
+/// A NIC whose interface can be watched.
 #[derive(Debug)]
 struct Watched {
     label: String,
@@ -45,16 +45,16 @@ struct Watched {
     link: Arc<FollowedLink>,
 }
 
-impl Cards {
-    /// Puts each card at its place in the machine.
+impl NetDevices {
+    /// Puts each NIC at its place in the machine.
     ///
     /// # Errors
     ///
     /// See [`MachineError`].
     pub fn add(machine: &mut Machine, plan: &Plan, nics: Vec<Nic>) -> Result<Self, MachineError> {
         let eventfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        let mut cards = Self {
-            leases: Vec::new(),
+        let mut devices = Self {
+            guards: Vec::new(),
             learnt: eventfd.map_err(MachineError::EventFd)?,
             watched: Vec::new(),
             listeners: Vec::new(),
@@ -64,7 +64,7 @@ impl Cards {
             let name = format!("net{n}");
             // As it was asked for: the macvtap's own name says little.
             let label = format!("{name} on {}", nic.entry.lower);
-            let learnt = cards.learnt.try_clone().map_err(MachineError::EventFd)?;
+            let learnt = devices.learnt.try_clone().map_err(MachineError::EventFd)?;
             let observer = Arc::new(Observer::new(label.clone(), nic.config.mac, learnt));
             let [rx_limit, tx_limit] = nic.options.limits();
             let capture = nic.pcap.map(|file| start_capture(file, &name)).transpose();
@@ -77,31 +77,31 @@ impl Cards {
             };
             let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
             if let Some(listener) = nic.listener.filter(|_| !vhost.is_empty()) {
-                cards.listeners.push((listener, Arc::clone(&observer)));
+                devices.listeners.push((listener, Arc::clone(&observer)));
             }
             let device = Net::new(name, nic.config, nic.taps, options).with_vhost(vhost);
             let config = Arc::clone(device.config());
             machine.add_virtio(*slot, Box::new(device))?;
-            cards.leases.push(nic.lease);
+            devices.guards.push(nic.guard);
             let link = nic.watch.is_some().then(Arc::<FollowedLink>::default);
-            let registered = nic.claim.map(|claim| RegisteredCard {
+            let registered = nic.claim.map(|claim| RegisteredNic {
                 claim,
                 observer,
                 link: link.clone(),
             });
-            cards.registered.extend(registered);
+            devices.registered.extend(registered);
             let watched = nic.watch.zip(link).map(|(watch, link)| Watched {
                 label,
                 watch,
                 guest: config,
                 link,
             });
-            cards.watched.extend(watched);
+            devices.watched.extend(watched);
         }
-        Ok(cards)
+        Ok(devices)
     }
 
-    /// What the control thread does meanwhile: lets each card's link follow the host's, and tells
+    /// What the control thread does meanwhile: lets each NIC's link follow the host's, and tells
     /// other programs of the guest.
     ///
     /// # Errors
@@ -123,8 +123,8 @@ impl Cards {
         for (listener, observer) in self.listeners.drain(..) {
             watchers.push(Box::new(GuestListener::new(listener, observer)?));
         }
-        let cards = std::mem::take(&mut self.registered);
-        let announcer = Announcer::new(cards, self.learnt.try_clone()?)?;
+        let nics = std::mem::take(&mut self.registered);
+        let announcer = Announcer::new(nics, self.learnt.try_clone()?)?;
         watchers.push(Box::new(announcer));
         Ok(watchers)
     }
@@ -137,7 +137,7 @@ fn start_capture(file: File, name: &str) -> io::Result<Capture> {
     Capture::start(file, name)
 }
 
-/// vhost-net for each queue of a card, or none where threads of our own are to move its frames.
+/// vhost-net for each queue of a NIC, or none where threads of our own are to move its frames.
 fn vhost_pairs(
     label: &str,
     taps: &[Tap],

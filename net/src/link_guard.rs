@@ -6,22 +6,22 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use crate::identity::LinkId;
 use crate::netlink::Netlink;
 use crate::record::{self, RecordLock};
-use crate::{netns, reap};
+use crate::{netns, stale};
 
 /// Keeps the macvtap that was made for some queues. Dropping it deletes the macvtap at once.
 ///
 /// When the process ends without that, or has no right to any more:
 ///
-/// - In its private namespace the kernel deletes the macvtap as soon as the last of its queues, and this lease, are
+/// - In its private namespace the kernel deletes the macvtap as soon as the last of its queues, and this guard, are
 ///   closed. An open queue keeps that namespace by itself, so a program that inherits nothing but the queue has a link
 ///   that works.
 /// - In the host's namespace it stays until the next [`Macvtap::open`](crate::Macvtap::open) or
-///   [`reap`](crate::reap()) there, by whichever process, once nobody has a queue of it open.
+///   [`delete_stale`](crate::delete_stale()) there, by whichever process, once nobody has a queue of it open.
 ///
 /// The lower gets back what passthru mode took, its MAC address and promiscuity, from the kernel itself whenever the
 /// macvtap is deleted, in each of these ways (`macvlan_port_destroy` and `macvlan_stop` in drivers/net/macvlan.c).
 #[derive(Debug)]
-pub struct Lease(Option<Held>);
+pub struct LinkGuard(Option<Held>);
 
 #[derive(Debug)]
 struct Held {
@@ -33,7 +33,7 @@ struct Held {
     _record: Option<RecordLock>,
 }
 
-impl Lease {
+impl LinkGuard {
     /// Of a macvtap that is somebody else's.
     pub(crate) fn of_nothing() -> Self {
         Self(None)
@@ -78,7 +78,7 @@ impl Held {
             netns::enter(&self.namespace)?;
             let netlink = Netlink::connect()?;
             let link = match netlink.link(self.index) {
-                Err(error) if reap::is_gone(&error) => return Ok(()),
+                Err(error) if stale::is_gone(&error) => return Ok(()),
                 link => link?,
             };
             if !link.is_macvlan() {
@@ -93,12 +93,12 @@ impl Held {
                     link.alias
                 );
             }
-            reap::delete(&netlink, self.index).map(drop)
+            stale::delete(&netlink, self.index).map(drop)
         })?
     }
 }
 
-impl Drop for Lease {
+impl Drop for LinkGuard {
     fn drop(&mut self) {
         let Some(held) = self.0.take() else { return };
         match held.delete() {

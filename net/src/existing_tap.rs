@@ -16,7 +16,7 @@ use crate::{diagnose, ioctl, netns};
 /// The queues of one macvtap or tap, proven to be that.
 #[derive(Debug)]
 #[non_exhaustive]
-pub struct Adopted {
+pub struct ExistingTap {
     /// In the order in which they were given; non-blocking and close-on-exec.
     pub queues: Vec<OwnedFd>,
     /// The interface's name in its own network namespace.
@@ -41,7 +41,7 @@ pub struct Adopted {
     missing_docs,
     reason = "the message above each variant says what it is and what its fields are"
 )]
-pub enum AdoptError {
+pub enum ExistingTapError {
     #[error("no file descriptor is given")]
     None,
     #[error(
@@ -67,7 +67,7 @@ pub enum AdoptError {
     )]
     Headers { fd: RawFd, name: String },
     #[error(
-        "fd {fd} is a queue of `{name}` ({mac}), and fd {first} one of `{first_name}` ({first_mac}): one card needs queues of one interface"
+        "fd {fd} is a queue of `{name}` ({mac}), and fd {first} one of `{first_name}` ({first_mac}): one NIC needs queues of one interface"
     )]
     Different {
         fd: RawFd,
@@ -99,20 +99,20 @@ pub enum AdoptError {
 ///
 /// # Errors
 ///
-/// [`AdoptError::Closed`] and [`AdoptError::Twice`].
+/// [`ExistingTapError::Closed`] and [`ExistingTapError::Twice`].
 ///
 /// # Safety
 ///
 /// Nothing else in this process may own one of the descriptors that are open under these numbers. So call it first, before
 /// anything is opened.
-pub unsafe fn inherit(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, AdoptError> {
+pub unsafe fn inherit(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, ExistingTapError> {
     for (at, &fd) in numbers.iter().enumerate() {
         if numbers[..at].contains(&fd) {
-            return Err(AdoptError::Twice { fd });
+            return Err(ExistingTapError::Twice { fd });
         }
         // SAFETY: F_GETFD takes any number, and only asks.
         if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-            return Err(AdoptError::Closed { fd });
+            return Err(ExistingTapError::Closed { fd });
         }
     }
     let own = |&fd: &RawFd| {
@@ -123,7 +123,7 @@ pub unsafe fn inherit(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, AdoptError> {
 }
 
 /// Proves that `fds` are the queues of one macvtap or tap, sets them non-blocking and close-on-exec, and asks them for
-/// what a network card needs to know. That takes no privilege.
+/// what a NIC needs to know. That takes no privilege.
 ///
 /// Each has the flags IFF_TAP, IFF_NO_PI and IFF_VNET_HDR then. The header's size is the user's to set. One thing the
 /// kernel does not tell of a tap, unlike of a macvtap: whether it was opened with IFF_NO_PI, as it must be (TUNGETIFF
@@ -131,8 +131,8 @@ pub unsafe fn inherit(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, AdoptError> {
 ///
 /// # Errors
 ///
-/// An [`AdoptError`]; the descriptors are closed then.
-pub fn adopt(fds: Vec<OwnedFd>) -> Result<Adopted, AdoptError> {
+/// An [`ExistingTapError`]; the descriptors are closed then.
+pub fn from_fds(fds: Vec<OwnedFd>) -> Result<ExistingTap, ExistingTapError> {
     let mut queues: Vec<Queue> = Vec::new();
     for fd in &fds {
         let queue = Queue::examine(fd.as_fd())?;
@@ -140,19 +140,19 @@ pub fn adopt(fds: Vec<OwnedFd>) -> Result<Adopted, AdoptError> {
             queue.must_be_of(first)?;
         }
         if let Some(same) = queues.iter().find(|other| same_file(queue.fd, other.fd)) {
-            return Err(AdoptError::SameQueue {
+            return Err(ExistingTapError::SameQueue {
                 fd: queue.fd,
                 other: same.fd,
             });
         }
-        prepare(fd.as_fd()).map_err(|source| AdoptError::Kernel {
+        prepare(fd.as_fd()).map_err(|source| ExistingTapError::Kernel {
             fd: queue.fd,
             doing: "set the flags of",
             source: source.into(),
         })?;
         queues.push(queue);
     }
-    let Queue { name, mac, .. } = queues.into_iter().next().ok_or(AdoptError::None)?;
+    let Queue { name, mac, .. } = queues.into_iter().next().ok_or(ExistingTapError::None)?;
     let seen = visible_link(&name, mac);
     let link = seen.as_ref().map(|seen| &seen.link);
     if let Some(link) = link.filter(|link| !link.up) {
@@ -164,7 +164,7 @@ pub fn adopt(fds: Vec<OwnedFd>) -> Result<Adopted, AdoptError> {
     if let Some(link) = link {
         diagnose::warn_of_filter(link);
     }
-    Ok(Adopted {
+    Ok(ExistingTap {
         queues: fds,
         name,
         mac,
@@ -185,30 +185,30 @@ struct Queue {
 }
 
 impl Queue {
-    fn examine(tap: BorrowedFd<'_>) -> Result<Self, AdoptError> {
+    fn examine(tap: BorrowedFd<'_>) -> Result<Self, ExistingTapError> {
         let fd = tap.as_raw_fd();
-        let refused = |doing| move |source| AdoptError::Kernel { fd, doing, source };
+        let refused = |doing| move |source| ExistingTapError::Kernel { fd, doing, source };
         let stat = rustix::fs::fstat(tap).map_err(|errno| refused("look at")(errno.into()))?;
         if let Some(what) = other_than_device(FileType::from_raw_mode(stat.st_mode)) {
-            return Err(AdoptError::NotTap { fd, what });
+            return Err(ExistingTapError::NotTap { fd, what });
         }
         let (name, flags) =
             ioctl::tap_interface(tap).map_err(|source| match source.raw_os_error() {
-                Some(libc::ENOTTY | libc::EINVAL | libc::ENOSYS) => AdoptError::NotTap {
+                Some(libc::ENOTTY | libc::EINVAL | libc::ENOSYS) => ExistingTapError::NotTap {
                     fd,
                     what: "some other device",
                 },
-                Some(libc::EBADFD | libc::ENOLINK) => AdoptError::NoInterface { fd },
+                Some(libc::EBADFD | libc::ENOLINK) => ExistingTapError::NoInterface { fd },
                 _ => refused("ask for the interface of")(source),
             })?;
         if flags & libc::IFF_TAP == 0 {
-            return Err(AdoptError::Tun { fd, name });
+            return Err(ExistingTapError::Tun { fd, name });
         }
         let headers = libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         // A macvtap lets its flags be changed at any time, a tap only before it has an interface.
         if flags & headers != headers && ioctl::set_tap_flags(tap, libc::IFF_TAP | headers).is_err()
         {
-            return Err(AdoptError::Headers { fd, name });
+            return Err(ExistingTapError::Headers { fd, name });
         }
         let bytes = ioctl::tap_mac(tap).map_err(refused("ask for the MAC address of"))?;
         match MacAddr::try_from(bytes) {
@@ -218,16 +218,16 @@ impl Queue {
                 name,
                 mac,
             }),
-            Err(source) => Err(AdoptError::Mac { fd, name, source }),
+            Err(source) => Err(ExistingTapError::Mac { fd, name, source }),
         }
     }
 
-    fn must_be_of(&self, first: &Self) -> Result<(), AdoptError> {
+    fn must_be_of(&self, first: &Self) -> Result<(), ExistingTapError> {
         let key = |queue: &Self| (queue.device, queue.name.clone(), queue.mac);
         if key(self) == key(first) {
             return Ok(());
         }
-        Err(AdoptError::Different {
+        Err(ExistingTapError::Different {
             fd: self.fd,
             name: self.name.clone(),
             mac: self.mac,

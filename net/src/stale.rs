@@ -22,7 +22,7 @@ use crate::sysfs::Sysfs;
 /// A link that was left behind and is deleted now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Reaped {
+pub struct StaleLink {
     /// Its name.
     pub name: String,
     /// Its driver: `macvtap` or `macvlan`.
@@ -39,43 +39,43 @@ pub struct Reaped {
 ///
 /// # Errors
 ///
-/// [`Error::Reap`], when links cannot be listed, or one cannot be deleted, for want of CAP_NET_ADMIN above all.
-pub fn reap() -> Result<Vec<Reaped>, Error> {
+/// [`Error::Stale`], when links cannot be listed, or one cannot be deleted, for want of CAP_NET_ADMIN above all.
+pub fn delete_stale() -> Result<Vec<StaleLink>, Error> {
     let all = || {
         let netlink = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
-        reap_by(&netlink).map_err(Problem::from_step("delete the links of dead processes"))
+        delete_stale_by(&netlink).map_err(Problem::from_step("delete the links of dead processes"))
     };
     netns::on_own_thread(all)
         .map_err(Problem::from_step("start a thread"))
-        .and_then(|reaped| reaped)
-        .map_err(Error::Reap)
+        .and_then(|deleted| deleted)
+        .map_err(Error::Stale)
 }
 
-/// [`reap`] by a connection to the calling thread's namespace.
-fn reap_by(netlink: &Netlink) -> io::Result<Vec<Reaped>> {
-    let mut reaped = Vec::new();
+/// [`delete_stale`] by a connection to the calling thread's namespace.
+fn delete_stale_by(netlink: &Netlink) -> io::Result<Vec<StaleLink>> {
+    let mut deleted = Vec::new();
     let judge = Judge::new();
     for link in netlink.links()? {
         let Some(owner) = judge.left_by(&link) else {
             continue;
         };
-        // Another reaper may have been faster.
+        // Another process may have been faster.
         if delete_if_still(netlink, link.index, &link.alias)? {
             judge.forget(&link);
-            reaped.push(Reaped {
+            deleted.push(StaleLink {
                 name: link.name,
                 kind: link.kind,
                 owner,
             });
         }
     }
-    Ok(reaped)
+    Ok(deleted)
 }
 
-/// [`reap`] on the way to something else, which it may help and must not hinder.
-pub(crate) fn delete_stale(netlink: &Netlink) {
-    match reap_by(netlink) {
-        Ok(reaped) => reaped.iter().for_each(|link| {
+/// [`delete_stale`] on the way to something else, which it may help and must not hinder.
+pub(crate) fn try_delete_stale(netlink: &Netlink) {
+    match delete_stale_by(netlink) {
+        Ok(deleted) => deleted.iter().for_each(|link| {
             log::info!(
                 "deleted {}, which a dead process had left: {}",
                 link.name,

@@ -1,4 +1,4 @@
-//! What a card does besides moving frames, over a real macvtap: rate limits, the capture, the counters in the log.
+//! What a NIC does besides moving frames, over a real macvtap: rate limits, the capture, the counters in the log.
 
 mod harness;
 
@@ -19,8 +19,8 @@ on_both_transports!(rate_limits_hold_in_both_directions);
 fn rate_limits_hold_in_both_directions(net: Net) {
     const BYTES: usize = 4 << 20;
     // 40 Mbit/s: 4 MiB take 0.84 s.
-    let card = "lower,tx-rate=40Mbit,rx-rate=40Mbit";
-    let mut vm = net.start_on(card, 2, &format!("mode=echo nic=own bytes={BYTES}"));
+    let nic = "lower,tx-rate=40Mbit,rx-rate=40Mbit";
+    let mut vm = net.start_on(nic, 2, &format!("mode=echo nic=own bytes={BYTES}"));
     vm.wait_for("READY echo\n", PATIENCE);
     let [ip, _] = addresses(2);
     for (direction, rate) in [
@@ -48,11 +48,11 @@ fn limited_frames_wait_without_a_spinning_thread(net: Net) {
         net.far
             .exec(&["ping", "-n", "-q", "-i0.005", "-c", count, "-W1", &ip])
     };
-    let before = (cpu_time_of_card(vm.pid()), Instant::now());
+    let before = (cpu_time_of_nic(vm.pid()), Instant::now());
     let output = flood("400");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let (used, passed) = (cpu_time_of_card(vm.pid()) - before.0, before.1.elapsed());
-    println!("the card's thread ran {used:?} of {passed:?}");
+    let (used, passed) = (cpu_time_of_nic(vm.pid()) - before.0, before.1.elapsed());
+    println!("the NIC's thread ran {used:?} of {passed:?}");
     assert!(used < passed / 10, "{used:?} of {passed:?}\n{text}");
     let answered: u32 = text
         .split(", ")
@@ -66,16 +66,16 @@ fn limited_frames_wait_without_a_spinning_thread(net: Net) {
 }
 
 /// CPU time of the thread that moves a guest's frames.
-fn cpu_time_of_card(pid: u32) -> Duration {
+fn cpu_time_of_nic(pid: u32) -> Duration {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("minivmm runs");
-    let card = threads
+    let nic = threads
         .flatten()
         .map(|thread| thread.path())
         .find(|thread| {
             fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim() == "net0")
         });
-    let card = card.expect("the card has a thread");
-    let schedstat = fs::read_to_string(card.join("schedstat")).expect("the kernel counts");
+    let nic = nic.expect("the NIC has a thread");
+    let schedstat = fs::read_to_string(nic.join("schedstat")).expect("the kernel counts");
     let ran = schedstat.split(' ').next().and_then(|ns| ns.parse().ok());
     Duration::from_nanos(ran.expect("a number"))
 }
@@ -155,9 +155,9 @@ fn capture_is_read_by_tshark(net: Net) {
     let file = dir.path().join("net0.pcapng");
     // What an earlier guest left is replaced.
     fs::write(&file, vec![0; 1 << 20]).expect("there is room");
-    let card = format!("lower,pcap={}", file.display());
+    let nic = format!("lower,pcap={}", file.display());
     power_off(net.start_on(
-        &card,
+        &nic,
         2,
         &format!("mode=ping nic=own count=5 peer={}", PEER[0]),
     ));
@@ -227,8 +227,8 @@ fn slow_reader_of_a_capture_does_not_slow_the_guest() {
         .write(true)
         .open(&fifo)
         .expect("it opens");
-    let card = format!("lower,pcap={}", fifo.display());
-    let mut vm = net.start_on(&card, 2, "mode=echo nic=own bytes=33554432");
+    let nic = format!("lower,pcap={}", fifo.display());
+    let mut vm = net.start_on(&nic, 2, "mode=echo nic=own bytes=33554432");
     vm.wait_for("READY echo\n", PATIENCE);
     let [ip, _] = addresses(2);
     let rate = net.drain_source(&ip, 32 << 20);
@@ -243,7 +243,7 @@ fn slow_reader_of_a_capture_does_not_slow_the_guest() {
 }
 
 #[test]
-fn bad_card_keys_are_told_before_anything_is_made() {
+fn bad_nic_keys_are_told_before_anything_is_made() {
     if !is_possible() {
         return;
     }
@@ -262,20 +262,17 @@ fn bad_card_keys_are_told_before_anything_is_made() {
     };
     let cases = [
         (vec![none.as_str()], "cannot record what passes"),
-        (
-            vec![one.as_str(), one.as_str()],
-            "is a network card's capture too",
-        ),
+        (vec![one.as_str(), one.as_str()], "is a NIC's capture too"),
     ];
-    for (cards, why) in cases.into_iter().chain(without_vhost) {
+    for (nics, why) in cases.into_iter().chain(without_vhost) {
         let mut command = net.command();
-        for card in &cards {
-            command.args(["--macvtap", card]);
+        for nic in &nics {
+            command.args(["--macvtap", nic]);
         }
         let output = command.output().expect("minivmm starts");
         let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{cards:?}: {log}");
-        assert!(log.contains(why), "{cards:?}: {log}");
+        assert_eq!(output.status.code(), Some(1), "{nics:?}: {log}");
+        assert!(log.contains(why), "{nics:?}: {log}");
         assert_eq!(net.host.links(), ["lower"]);
     }
     // A guest that has it all all the same.
