@@ -11,17 +11,17 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::config::{Config, ConsoleTarget};
 use crate::console::{self, Output};
-use crate::cpuid::CpuModel;
-use crate::event_loop::Control;
-use crate::exit::{Exit, ExitRequest};
+use crate::control::event_loop::Control;
+use crate::control::exit::{Exit, ExitRequest};
+use crate::kvm::cpuid::CpuModel;
+use crate::kvm::vcpu::{self, DeviceBuses, Vcpu, VcpuThread};
+use crate::kvm::vm::{Hypervisor, Vm, VmError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::net_devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices, Transport};
 use crate::resources::{ResourceError, Resources};
 use crate::terminal::RawTerminal;
-use crate::vcpu::{self, DeviceBuses, Vcpu, VcpuThread};
-use crate::vm::{Hypervisor, Vm, VmError};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]

@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::stdio::{stdin, stdout};
 
-use crate::exit::{Exit, ExitRequest};
+use crate::control::exit::{Exit, ExitRequest};
 use crate::{log_writer, terminal};
 
 /// The cursor stands behind guest output that has not ended its line.

@@ -11,9 +11,9 @@
 //! | resources | [`resources`] | what is taken from the host, given back on drop |
 //! | memory | [`memory`] | the guest's memory |
 //! | boot | the `boot` crate | kernel, tables and registers, as data |
-//! | vm, vcpu | [`vm`], [`vcpu`], [`cpuid`], [`msi`] | the only users of KVM |
+//! | KVM | [`kvm`] | the virtual machine and its vCPUs |
 //! | devices | [`machine`] and the `devices` crate | what stands on the buses |
-//! | event loop | [`event_loop`] | the control thread |
+//! | event loop | [`control`] | the control thread |
 //!
 //! A NIC's way through it: [`nic`] takes its queue from the host, [`net_devices`] puts it on the
 //! bus, and on the control thread [`link_watch`] follows the host's link
@@ -22,9 +22,9 @@
 //! runs one in QEMU on the same macvtaps; [`child`] is what starting another
 //! program takes.
 //!
-//! [`builder::run`] is that table as code. [`exit`] says how a guest ends, [`console`] is its serial
-//! port's other end, [`terminal`] keeps the terminal raw meanwhile, [`log_writer`] has the log, and [`probe`] tells what a host's KVM
-//! can run. [`printable`] is what text of others passes on its way to a terminal.
+//! [`builder::run`] is that table as code. [`console`] is the other end of the guest's serial port, [`terminal`] keeps
+//! the terminal raw meanwhile, and [`log_writer`] has the log. [`printable`] is what text of others passes on its way to
+//! a terminal.
 //! [`signals`] and [`limits`] bring what this process was started with into order, and give it to the programs that it starts.
 //!
 //! # Threads
@@ -40,37 +40,33 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod console;
-pub mod cpuid;
-pub mod event_loop;
+pub mod control;
 pub mod exclusive;
-pub mod exit;
 pub mod files;
 pub mod guest_listener;
 pub mod host_link;
 pub mod inherited;
+pub mod kvm;
 pub mod limits;
 pub mod link_watch;
 pub mod log_writer;
 pub mod machine;
 pub mod memory;
-pub mod msi;
 pub mod net_devices;
 pub mod nic;
 pub mod plan;
 pub mod printable;
-pub mod probe;
 pub mod qemu;
 pub mod registry;
 pub mod resources;
 pub mod signals;
 pub mod terminal;
 mod upkeep;
-pub mod vcpu;
-pub mod vm;
 
 #[cfg(test)]
 #[path = "../../tests/harness/signals.rs"]
 mod test_signals;
 
 pub use builder::{Error, run};
-pub use exit::Exit;
+pub use control::exit::Exit;
+pub use kvm::probe;

@@ -15,13 +15,13 @@ use devices::virtio::net::vhost::VhostError;
 use devices::virtio::pci::{BAR_LEN, NOTIFY, NOTIFY_STRIDE, PciTransport};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
-use crate::exit::{Exit, ExitRequest};
+use crate::control::exit::{Exit, ExitRequest};
+use crate::kvm::vcpu::DeviceBuses;
+use crate::kvm::vm::{Vm, VmError};
 use crate::plan::{
     Gsi, I8042_PORT, I8042_PORTS, MmioWindow, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS,
     SERIAL_GSI, SERIAL_PORT, VirtioSlot,
 };
-use crate::vcpu::DeviceBuses;
-use crate::vm::{Vm, VmError};
 
 /// What went wrong while the machine was put together.
 #[derive(Debug, thiserror::Error)]

@@ -11,8 +11,8 @@ use crate::config::{Config, ConsoleTarget, MemorySize, NicConfig};
 use crate::console;
 use crate::files::{Files, Role, SharedFile, open_for_writing};
 use crate::host_link;
+use crate::kvm::vm::{Hypervisor, VmError};
 use crate::nic::{self, Nic, NicError};
-use crate::vm::{Hypervisor, VmError};
 
 /// What the host did not give.
 #[derive(Debug, thiserror::Error)]

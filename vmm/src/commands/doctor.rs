@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::cli::DoctorArgs;
 use crate::commands::{json, report};
-use crate::probe::{self, Privileged};
+use crate::kvm::probe::{self, Privileged};
 use crate::registry::{self, NicEntry};
 
 /// A check, as JSON shows it.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::child::Program;
 use crate::cli::Accel;
-use crate::probe::{Privileged, probe};
+use crate::kvm::probe::{Privileged, probe};
 
 /// The choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

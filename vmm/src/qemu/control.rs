@@ -19,7 +19,7 @@ use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
 use crate::child::Child;
-use crate::exit::Exit;
+use crate::control::exit::Exit;
 
 /// How long a guest has to power off after its button was pressed, as in the native monitor.
 const GRACE: Duration = Duration::from_secs(10);

@@ -11,7 +11,7 @@ use signal_hook::iterator::Signals;
 use super::{Plan, QemuError, control, hints, terminal};
 use crate::child::{self, Arrivals, Child, Program};
 use crate::config::ConsoleTarget;
-use crate::exit::Exit;
+use crate::control::exit::Exit;
 use crate::signals::not_ignored;
 
 /// What ends minivmm, and QEMU with it.

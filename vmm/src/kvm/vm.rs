@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::fam;
 
 use crate::config::Cpus;
-use crate::msi::{MsiRoutes, Routes};
+use crate::kvm::msi::{MsiRoutes, Routes};
 use crate::plan::Gsi;
 
 /// What went wrong between KVM and us.

@@ -11,7 +11,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::exit::{Exit, ExitRequest};
+use crate::control::exit::{Exit, ExitRequest};
 use crate::signals::not_ignored;
 
 /// How long a guest has to power off by itself after its power button was pressed.

@@ -18,8 +18,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::exit::{Exit, ExitRequest};
-use crate::vm::{Vm, VmError, call};
+use crate::control::exit::{Exit, ExitRequest};
+use crate::kvm::vm::{Vm, VmError, call};
 
 /// The longest x86 instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
