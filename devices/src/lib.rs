@@ -15,12 +15,13 @@
 //!
 //! # Threads
 //!
-//! Register accesses come on the vCPUs' threads, one at a time for each device. A network device
-//! that its driver has started has a thread for each queue pair, unless vhost-net moves its frames,
-//! and one for the control queue, which with vhost-net also hears of rings that make no sense; they
-//! end when the driver resets the device. A pair's thread and the vCPUs share nothing but guest
-//! memory, eventfds and atomics: no lock is taken for a frame, unless the NIC has a rate limit or a
-//! capture. Counters are published when a thread has nothing to do.
+//! Register accesses come on the vCPUs' threads, one at a time for each device. A network device has
+//! a thread for each queue pair, unless vhost-net moves its frames, and one for the control queue,
+//! which with vhost-net also waits for rings that the kernel finds invalid. They are made with the
+//! device, run while a driver is ready and are parked otherwise ([`virtio::worker`]). A pair's thread
+//! and the vCPUs share nothing but guest memory, eventfds and atomics: no lock is taken for a frame,
+//! unless the NIC has a rate limit or a capture. Counters are published when a thread has nothing to
+//! do.
 
 pub mod bus;
 pub mod irq;

@@ -19,7 +19,7 @@ use crate::kvm::vm::{Hypervisor, Vm, VmError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::net_devices::NetDevices;
-use crate::plan::{Plan, TooManyDevices, Transport};
+use crate::plan::{Plan, TooManyDevices};
 use crate::resources::{ResourceError, Resources};
 use crate::terminal::RawTerminal;
 
@@ -83,7 +83,8 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     let boot = load(&config, &plan, host.kernel, host.initrd, ram.memory())?;
     let vm = Vm::new(&host.hypervisor, Arc::clone(ram.memory()))?;
     let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
-    let mut machine = Machine::new(&vm, Arc::clone(ram.memory()), Arc::clone(&exit))?;
+    let memory = Arc::clone(ram.memory());
+    let mut machine = Machine::new(&vm, memory, Arc::clone(&exit), &plan)?;
     let output = host
         .console
         .map(|file| Output::new(file, config.console.place(), Arc::clone(&exit)));
@@ -91,11 +92,8 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     let serial = output.map(|output| machine.add_serial(Box::new(output)));
     let serial = serial.transpose()?;
     let power_button = machine.add_power_button()?;
-    let mut net_devices = NetDevices::add(&mut machine, &plan, host.nics)?;
-    if plan.transport() == Transport::Pci {
-        machine.add_pci_bus()?;
-    }
-    let buses = Arc::new(machine.finish());
+    let mut net_devices = NetDevices::add(&mut machine, host.nics)?;
+    let buses = Arc::new(machine.finish()?);
     let vcpus = create_vcpus(&vm, &config, &host.hypervisor, &boot, &buses)?;
 
     let control =

@@ -1,9 +1,10 @@
 //! Puts the devices of a plan on the buses and connects them to the VM.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use boot::layout::PCI_ECAM;
+use boot::layout::{PCI_ECAM, VIRTIO_MMIO_SIZE};
 use devices::bus::{Bus, Overlap, SharedDevice};
 use devices::irq::IrqLine;
 use devices::pci::{CONFIG_PORT, CONFIG_PORTS, ConfigPorts, ECAM_BUS_LEN, Ecam, PciBus};
@@ -19,8 +20,8 @@ use crate::control::exit::{Exit, ExitRequest};
 use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vm::{Vm, VmError};
 use crate::plan::{
-    Gsi, I8042_PORT, I8042_PORTS, MmioWindow, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS,
-    SERIAL_GSI, SERIAL_PORT, VirtioSlot,
+    Gsi, I8042_PORT, I8042_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, Plan, SERIAL_GSI,
+    SERIAL_PORT, Transport, VirtioSlot,
 };
 
 /// What went wrong while the machine was put together.
@@ -32,9 +33,15 @@ pub enum MachineError {
     /// Two devices with one number.
     #[error("the plan of the machine has two PCI devices with the number {0}")]
     PciSlot(u8),
+    /// More virtio devices than were planned.
+    #[error("the plan of the machine has no place for another virtio device")]
+    NoSlot,
     /// No descriptor for an eventfd.
     #[error("cannot create an eventfd")]
     EventFd(#[source] io::Error),
+    /// The threads of a device.
+    #[error("cannot make what a device needs (threads, epoll instances, eventfds)")]
+    Device(#[source] io::Error),
     /// The capture of a NIC.
     #[error("cannot start to record what passes a NIC")]
     Capture(#[source] io::Error),
@@ -61,12 +68,14 @@ pub struct Machine<'a> {
     exit: Arc<ExitRequest>,
     ports: Bus,
     mmio: Bus,
-    /// What stands on the PCI bus so far.
+    /// Where the next virtio devices go.
+    slots: VecDeque<VirtioSlot>,
+    /// What stands on the PCI bus so far, if the machine has one.
     pci: Option<PciBus>,
 }
 
 impl<'a> Machine<'a> {
-    /// A machine that can be powered off and reset.
+    /// A machine as `plan` has it, that can be powered off and reset.
     ///
     /// # Errors
     ///
@@ -75,6 +84,7 @@ impl<'a> Machine<'a> {
         vm: &'a Vm,
         memory: Arc<GuestMemoryMmap>,
         exit: Arc<ExitRequest>,
+        plan: &Plan,
     ) -> Result<Self, MachineError> {
         let mut machine = Self {
             vm,
@@ -82,7 +92,8 @@ impl<'a> Machine<'a> {
             exit,
             ports: Bus::default(),
             mmio: Bus::default(),
-            pci: None,
+            slots: plan.virtio().iter().copied().collect(),
+            pci: (plan.transport() == Transport::Pci).then(PciBus::default),
         };
         let power = AcpiPower::new(machine.power_sink());
         machine.add_ports(POWER_PORT, POWER_PORTS, Arc::new(Mutex::new(power)))?;
@@ -112,18 +123,15 @@ impl<'a> Machine<'a> {
         Ok(serial)
     }
 
-    /// Adds a virtio device at its place.
+    /// Adds a virtio device: gives it a window, interrupts and notifications.
     ///
     /// # Errors
     ///
     /// See [`MachineError`].
-    pub fn add_virtio(
-        &mut self,
-        slot: VirtioSlot,
-        device: Box<dyn VirtioDevice>,
-    ) -> Result<(), MachineError> {
-        match slot {
-            VirtioSlot::Mmio { window, gsi } => self.add_mmio(window, gsi, device),
+    pub fn add_virtio(&mut self, device: impl VirtioDevice + 'static) -> Result<(), MachineError> {
+        let device = Box::new(device);
+        match self.slots.pop_front().ok_or(MachineError::NoSlot)? {
+            VirtioSlot::Mmio { base, gsi } => self.add_mmio(base.0, gsi, device),
             VirtioSlot::Pci {
                 device: number,
                 bar,
@@ -133,7 +141,7 @@ impl<'a> Machine<'a> {
 
     fn add_mmio(
         &mut self,
-        window: MmioWindow,
+        base: u64,
         gsi: Gsi,
         device: Box<dyn VirtioDevice>,
     ) -> Result<(), MachineError> {
@@ -141,12 +149,11 @@ impl<'a> Machine<'a> {
         self.vm.register_irqfd(irq.eventfd(), gsi)?;
         let transport = MmioTransport::new(device, Arc::clone(&self.memory), irq)
             .map_err(MachineError::EventFd)?;
-        let base = window.base().0;
         for (index, kick) in (0..).zip(transport.kicks()) {
             self.vm
                 .register_ioeventfd(kick, base + QUEUE_NOTIFY, Some(index))?;
         }
-        let window = base..base + u64::from(MmioWindow::SIZE);
+        let window = base..base + u64::from(VIRTIO_MMIO_SIZE);
         self.mmio.insert(window, Arc::new(Mutex::new(transport)))?;
         Ok(())
     }
@@ -158,10 +165,10 @@ impl<'a> Machine<'a> {
         device: Box<dyn VirtioDevice>,
     ) -> Result<(), MachineError> {
         let vectors = PciTransport::vectors(device.as_ref());
-        let lines = (0..vectors)
-            .map(|_| IrqLine::new())
-            .collect::<io::Result<Vec<_>>>();
-        let lines = lines.map_err(MachineError::EventFd)?;
+        let lines = (0..vectors).map(|_| IrqLine::new());
+        let lines: Vec<_> = lines
+            .collect::<Result<_, _>>()
+            .map_err(MachineError::EventFd)?;
         let routes = self.vm.msi_routes(&lines).map_err(MachineError::EventFd)?;
         let memory = Arc::clone(&self.memory);
         // The plan puts BARs below 4 GiB.
@@ -172,25 +179,12 @@ impl<'a> Machine<'a> {
             self.vm.register_ioeventfd(kick, address, None)?;
         }
         let function = Arc::new(Mutex::new(transport));
-        let bus = self.pci.get_or_insert_default();
-        if !bus.insert(number.into(), function.clone()) {
+        if let Some(bus) = &mut self.pci
+            && !bus.insert(number.into(), function.clone())
+        {
             return Err(MachineError::PciSlot(number));
         }
         self.mmio.insert(bar..bar + u64::from(BAR_LEN), function)?;
-        Ok(())
-    }
-
-    /// Adds the PCI bus, with what has been put on it. To be called where the plan has one.
-    ///
-    /// # Errors
-    ///
-    /// See [`MachineError`].
-    pub fn add_pci_bus(&mut self) -> Result<(), MachineError> {
-        let bus = Arc::new(self.pci.take().unwrap_or_default());
-        let ports = ConfigPorts::new(Arc::clone(&bus));
-        self.add_ports(CONFIG_PORT, CONFIG_PORTS, Arc::new(Mutex::new(ports)))?;
-        let window = PCI_ECAM.0..PCI_ECAM.0 + ECAM_BUS_LEN;
-        self.mmio.insert(window, Arc::new(Mutex::new(Ecam(bus))))?;
         Ok(())
     }
 
@@ -205,14 +199,24 @@ impl<'a> Machine<'a> {
         Ok(line)
     }
 
-    /// The finished board, for the vCPUs.
-    pub fn finish(self) -> DeviceBuses {
-        DeviceBuses {
+    /// The finished machine, for the vCPUs: adds what gives the guest the PCI bus.
+    ///
+    /// # Errors
+    ///
+    /// See [`MachineError`].
+    pub fn finish(mut self) -> Result<DeviceBuses, MachineError> {
+        if let Some(bus) = self.pci.take().map(Arc::new) {
+            let ports = ConfigPorts::new(Arc::clone(&bus));
+            self.add_ports(CONFIG_PORT, CONFIG_PORTS, Arc::new(Mutex::new(ports)))?;
+            let window = PCI_ECAM.0..PCI_ECAM.0 + ECAM_BUS_LEN;
+            self.mmio.insert(window, Arc::new(Mutex::new(Ecam(bus))))?;
+        }
+        Ok(DeviceBuses {
             memory: self.memory,
             ports: self.ports,
             mmio: self.mmio,
             exit: self.exit,
-        }
+        })
     }
 
     fn add_ports(&mut self, first: u16, count: u64, device: SharedDevice) -> Result<(), Overlap> {

@@ -21,7 +21,6 @@ use crate::guest_listener::GuestListener;
 use crate::link_watch::{FollowedLink, LinkFollower};
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
-use crate::plan::Plan;
 use crate::registry::{Announcer, RegisteredNic};
 
 /// The NICs, once they stand on the bus.
@@ -46,12 +45,12 @@ struct Watched {
 }
 
 impl NetDevices {
-    /// Puts each NIC at its place in the machine.
+    /// Puts each NIC into the machine.
     ///
     /// # Errors
     ///
     /// See [`MachineError`].
-    pub fn add(machine: &mut Machine, plan: &Plan, nics: Vec<Nic>) -> Result<Self, MachineError> {
+    pub fn add(machine: &mut Machine, nics: Vec<Nic>) -> Result<Self, MachineError> {
         let eventfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let mut devices = Self {
             guards: Vec::new(),
@@ -60,7 +59,7 @@ impl NetDevices {
             listeners: Vec::new(),
             registered: Vec::new(),
         };
-        for ((n, nic), slot) in (0..).zip(nics).zip(plan.virtio()) {
+        for (n, nic) in (0..).zip(nics) {
             let name = format!("net{n}");
             // As it was asked for: the macvtap's own name says little.
             let label = format!("{name} on {}", nic.entry.lower);
@@ -68,20 +67,22 @@ impl NetDevices {
             let observer = Arc::new(Observer::new(label.clone(), nic.config.mac, learnt));
             let [rx_limit, tx_limit] = nic.options.limits();
             let capture = nic.pcap.map(|file| start_capture(file, &name)).transpose();
+            let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
+            if let Some(listener) = nic.listener.filter(|_| !vhost.is_empty()) {
+                devices.listeners.push((listener, Arc::clone(&observer)));
+            }
             let options = NetOptions {
                 observer: Arc::clone(&observer),
                 permissions: nic.permissions,
                 rx_limit,
                 tx_limit,
                 capture: capture.map_err(MachineError::Capture)?,
+                vhost,
             };
-            let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
-            if let Some(listener) = nic.listener.filter(|_| !vhost.is_empty()) {
-                devices.listeners.push((listener, Arc::clone(&observer)));
-            }
-            let device = Net::new(name, nic.config, nic.taps, options).with_vhost(vhost);
+            let device =
+                Net::new(name, nic.config, nic.taps, options).map_err(MachineError::Device)?;
             let config = Arc::clone(device.config());
-            machine.add_virtio(*slot, Box::new(device))?;
+            machine.add_virtio(device)?;
             devices.guards.push(nic.guard);
             let link = nic.watch.is_some().then(Arc::<FollowedLink>::default);
             let registered = nic.claim.map(|claim| RegisteredNic {

@@ -46,14 +46,16 @@ pub struct PciBus {
     slots: [Option<SharedFunction>; SLOTS],
 }
 
-impl PciBus {
+impl Default for PciBus {
     /// A bus with its host bridge.
-    pub fn new() -> Self {
+    fn default() -> Self {
         let mut slots = [const { None }; SLOTS];
         slots[0] = Some(Arc::new(Mutex::new(HostBridge::new())) as SharedFunction);
         Self { slots }
     }
+}
 
+impl PciBus {
     /// Puts a function into a slot that is free, 1 to 31. False when it is not.
     #[must_use]
     pub fn insert(&mut self, slot: usize, function: SharedFunction) -> bool {
@@ -97,12 +99,6 @@ impl PciBus {
         } else {
             None
         }
-    }
-}
-
-impl Default for PciBus {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

@@ -63,7 +63,7 @@ impl PciFunction for Function {
 }
 
 fn bus() -> Arc<PciBus> {
-    let mut bus = PciBus::new();
+    let mut bus = PciBus::default();
     let function = Arc::new(Mutex::new(function().0));
     assert!(bus.insert(1, function.clone()));
     assert!(!bus.insert(1, function.clone()), "taken");

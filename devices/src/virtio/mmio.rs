@@ -249,12 +249,12 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device here has configuration that a modern driver may write.
-        if let (true, Ok(word)) = (
-            offset.is_multiple_of(4) && offset < register::CONFIG,
-            data.try_into(),
-        ) {
-            self.write_register(offset, u32::from_le_bytes(word));
+        match (offset.checked_sub(register::CONFIG), data.try_into()) {
+            (Some(config), _) => self.core.device.write_config(config as usize, data),
+            (None, Ok(word)) if offset.is_multiple_of(4) => {
+                self.write_register(offset, u32::from_le_bytes(word));
+            }
+            _ => {}
         }
     }
 }

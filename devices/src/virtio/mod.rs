@@ -1,16 +1,20 @@
 //! virtio: devices that know no transport, and the transport that carries them.
 //!
-//! A device implements [`VirtioDevice`]; a transport ([`mmio`] or [`pci`]) owns it, speaks the registers of
-//! virtio 1.2 chapter 4 with the guest and hands the device its queues when the driver is ready.
+//! A device implements [`VirtioDevice`]; a transport ([`mmio`] or [`pci`]) owns it, speaks the
+//! registers of virtio 1.2 chapter 4 with the guest and hands the device its queues when the driver
+//! is ready. A device that works by threads of its own has [`worker`]s.
 
+mod iovec;
 pub mod mmio;
 pub mod net;
 pub mod pci;
 pub mod queue;
+pub mod rate;
 pub mod status;
 #[cfg(test)]
 mod testing;
 mod transport;
+pub mod worker;
 
 use std::error::Error;
 use std::fmt;
@@ -20,7 +24,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use queue::{QueueConfig, Ring};
+pub use queue::{Queue, QueueConfig};
 
 /// VIRTIO_F_VERSION_1: the device follows virtio 1.0 or later, and so must the driver.
 pub const VIRTIO_F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -32,12 +36,19 @@ pub const VIRTIO_F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_
 pub trait VirtioDevice: Send + fmt::Debug {
     /// The device's number (virtio 1.2, chapter 5).
     fn device_id(&self) -> u32;
+    /// Base class, subclass and programming interface by which tools show it on a PCI bus: those of
+    /// a device that fits in no class, if it does not say.
+    fn pci_class(&self) -> u32 {
+        0xff_0000
+    }
     /// The largest size of each queue, in descriptors: a power of two.
     fn queue_sizes(&self) -> &[u16];
     /// The features that the device offers.
     fn features(&self) -> u64;
     /// Fills `data` from the device's configuration space; what lies past its end reads as 0.
     fn read_config(&self, offset: usize, data: &mut [u8]);
+    /// The driver writes the configuration space; a device may have nothing there to be written.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
     /// Changes whenever the configuration space has changed, so that a driver can tell that what
     /// it read belongs together (virtio 1.2, 2.5.1).
     fn config_generation(&self) -> u32 {
@@ -73,9 +84,9 @@ pub struct Activation {
 /// A queue that the driver has set up.
 #[derive(Debug)]
 pub struct ActiveQueue {
-    /// The rings.
-    pub ring: Ring,
-    /// Where the rings are, for a kernel that walks them itself.
+    /// Its chains.
+    pub queue: Queue,
+    /// Where its rings are, for a kernel that walks them itself.
     pub config: QueueConfig,
     /// Readable when the driver notified the device (QueueNotify).
     pub kick: Arc<EventFd>,

@@ -36,9 +36,6 @@ const PAGE: u32 = 0x1000;
 const VENDOR: u16 = 0x1af4;
 /// The device id of a modern device is this and its virtio number (4.1.2.1).
 const DEVICE_BASE: u16 = 0x1040;
-/// "Network controller, Ethernet": the class by which tools show it.
-const CLASS_ETHERNET: u32 = 0x02_0000;
-const CLASS_OTHER: u32 = 0xff_0000;
 
 /// The kinds of structures that a capability points to (4.1.4).
 mod cfg_type {
@@ -107,15 +104,10 @@ impl PciTransport {
         routes: Box<dyn MsixRoutes>,
     ) -> io::Result<Self> {
         let id = device.device_id() as u16;
-        let class = if device.device_id() == virtio_bindings::virtio_ids::VIRTIO_ID_NET {
-            CLASS_ETHERNET
-        } else {
-            CLASS_OTHER
-        };
         let mut config = ConfigSpace::new(Identity {
             vendor: VENDOR,
             device: DEVICE_BASE + id,
-            class,
+            class: device.pci_class(),
             // 1 or higher: no legacy driver may take it (4.1.2.1).
             revision: 1,
             subsystem_vendor: VENDOR,
@@ -386,6 +378,7 @@ impl BusDevice for PciTransport {
         let (structure, within) = split(offset);
         match structure {
             COMMON => self.write_common(within, data),
+            DEVICE => self.core.device.write_config(within, data),
             NOTIFY => self.core.notify(within / NOTIFY_STRIDE as usize),
             MSIX_TABLE => self.msix.write_table(&self.config, within, data),
             _ => {}

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Interrupt;
-use super::queue::{QueueConfig, Ring};
+use super::queue::{Queue, QueueConfig};
 
 /// Descriptors in the queue.
 pub const SIZE: u16 = 16;
@@ -79,8 +79,8 @@ impl Driver {
         }
     }
 
-    pub fn ring(&self, event_idx: bool) -> Ring {
-        Ring::new(&Self::config(), SIZE, event_idx, Arc::clone(&self.memory)).unwrap()
+    pub fn queue(&self, event_idx: bool) -> Queue {
+        Queue::new(&Self::config(), SIZE, event_idx, Arc::clone(&self.memory)).unwrap()
     }
 
     pub fn write_descriptor_at(&self, table: u64, index: u16, descriptor: Descriptor) {

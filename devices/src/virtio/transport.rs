@@ -8,7 +8,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::{QueueConfig, Ring};
+use super::queue::{Queue, QueueConfig};
 use super::status::{Status, Step};
 use super::{Activation, ActiveQueue, Complaints, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice};
 
@@ -178,9 +178,9 @@ impl<I: TransportInterrupt> Core<I> {
         let mut queues = Vec::with_capacity(self.queues.len());
         for ((config, &max_size), kick) in self.queues.iter().zip(max_sizes).zip(&self.kicks) {
             queues.push(if config.ready {
-                let ring = Ring::new(config, max_size, event_idx, Arc::clone(&self.memory))?;
+                let memory = Arc::clone(&self.memory);
                 Some(ActiveQueue {
-                    ring,
+                    queue: Queue::new(config, max_size, event_idx, memory)?,
                     config: *config,
                     kick: Arc::clone(kick),
                 })

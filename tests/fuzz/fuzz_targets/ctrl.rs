@@ -31,10 +31,10 @@ fuzz_target!(|input: (Queue, u64, Vec<u8>, Vec<u8>)| {
     };
     control.execute(&command);
     let memory = memory(&bytes);
-    let Some(ring) = queue.ring(&memory) else {
+    let Some(queue) = queue.get(&memory) else {
         return;
     };
-    let mut queue = CtrlQueue::new(ring, control);
+    let mut queue = CtrlQueue::new(queue, control);
     for _ in 0..4 {
         queue.handle(64);
     }

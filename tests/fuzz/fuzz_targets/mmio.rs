@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use devices::irq::IrqLine;
 use devices::virtio::mmio::MmioTransport;
-use fuzz::{Access, nic, memory};
+use fuzz::{Access, memory, nic};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (Vec<u8>, Vec<Vec<u8>>, Vec<Access>)| {

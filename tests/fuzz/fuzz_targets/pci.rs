@@ -8,7 +8,7 @@ use devices::irq::IrqLine;
 use devices::pci::{MsixRoutes, PciFunction};
 use devices::virtio::VirtioDevice;
 use devices::virtio::pci::PciTransport;
-use fuzz::{Access, Value, nic, memory};
+use fuzz::{Access, Value, memory, nic};
 use libfuzzer_sys::fuzz_target;
 
 /// What a guest does to a function.

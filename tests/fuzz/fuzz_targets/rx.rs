@@ -12,7 +12,7 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|input: (Queue, bool, Option<u64>, Vec<Vec<u8>>, Vec<u8>)| {
     let (queue, mergeable, features, frames, bytes) = input;
     let memory = memory(&bytes);
-    let Some(ring) = queue.ring(&memory) else {
+    let Some(queue) = queue.get(&memory) else {
         return;
     };
     let layout = RxLayout {
@@ -27,7 +27,7 @@ fuzz_target!(|input: (Queue, bool, Option<u64>, Vec<Vec<u8>>, Vec<u8>)| {
         });
     }
     let backend = Script::new(frames);
-    let mut rx = RxQueue::new(ring, layout).with_filter(filter);
+    let mut rx = RxQueue::new(queue, layout).with_filter(filter);
     for _ in 0..4 {
         rx.receive(&backend, 64);
     }

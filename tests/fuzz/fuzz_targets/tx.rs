@@ -8,11 +8,11 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|input: (Queue, Vec<u8>)| {
     let (queue, bytes) = input;
     let memory = memory(&bytes);
-    let Some(ring) = queue.ring(&memory) else {
+    let Some(queue) = queue.get(&memory) else {
         return;
     };
     let backend = Script::new(Vec::new());
-    let mut tx = TxQueue::new(ring, observer());
+    let mut tx = TxQueue::new(queue, observer());
     for _ in 0..4 {
         tx.send(&backend, 64);
     }

@@ -12,7 +12,7 @@ use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::features::Offloads;
 use devices::virtio::net::observe::Observer;
 use devices::virtio::net::{Net, NetConfig, NetOptions};
-use devices::virtio::{Interrupt, QueueConfig, Ring};
+use devices::virtio::{Interrupt, QueueConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -48,8 +48,8 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// The ring, if it is one that a transport would hand to a device.
-    pub fn ring(&self, memory: &Arc<GuestMemoryMmap>) -> Option<Ring> {
+    /// The queue, if it is one that a transport would hand to a device.
+    pub fn get(&self, memory: &Arc<GuestMemoryMmap>) -> Option<devices::virtio::Queue> {
         let config = QueueConfig {
             size: 1 << (self.size % 9),
             ready: true,
@@ -57,7 +57,7 @@ impl Queue {
             available: u64::from(self.available & !1),
             used: u64::from(self.used & !3),
         };
-        Ring::new(&config, 256, self.event_idx, Arc::clone(memory)).ok()
+        devices::virtio::Queue::new(&config, 256, self.event_idx, Arc::clone(memory)).ok()
     }
 }
 
@@ -151,13 +151,14 @@ pub fn nic(frames: Vec<Vec<u8>>) -> Net<Script> {
         rx_limit: None,
         tx_limit: None,
         capture: None,
+        vhost: Vec::new(),
     };
     let config = NetConfig {
         mac: MAC,
         mtu: 1500,
     };
     let backends = vec![Script::new(frames), Script::new(Vec::new())];
-    Net::new("net0".into(), config, backends, options)
+    Net::new("net0".into(), config, backends, options).expect("threads can be had")
 }
 
 /// Interrupts that nobody waits for.

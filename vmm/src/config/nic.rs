@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use devices::virtio::net::rate::RateLimit;
+use devices::virtio::rate::RateLimit;
 use net::{MacvtapSpec, Mode, Placement};
 
 use super::ConfigError;

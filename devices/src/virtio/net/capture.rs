@@ -14,8 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
-use super::iovec::gather;
 use super::pcapng;
+use crate::virtio::iovec::gather;
 
 /// Bytes that may wait for the writer, with those that it is writing.
 const MAX_WAITING: usize = 4 << 20;
@@ -260,9 +260,9 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::time::Instant;
 
-    use super::super::iovec::tests::iovecs;
     use super::super::pcapng::tests::{Block, Packet, parse};
     use super::*;
+    use crate::virtio::iovec::tests::iovecs;
 
     const SKIP: usize = 12;
 

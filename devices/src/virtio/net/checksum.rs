@@ -8,7 +8,7 @@ use libc::iovec as IoVec;
 use virtio_bindings::virtio_net;
 
 use super::backend::HEADER_LEN;
-use super::iovec::{self, scatter};
+use crate::virtio::iovec::{self, scatter};
 
 // `struct virtio_net_hdr` (virtio 1.2, 5.1.6): flags, gso_type, hdr_len, gso_size, csum_start,
 // csum_offset.

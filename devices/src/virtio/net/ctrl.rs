@@ -1,11 +1,11 @@
 //! The control queue (virtio 1.2, 5.1.6.5): what the driver commands, and how much of it the host
 //! can do. A command is answered with OK only where it has the effect that the driver expects.
 
-use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_net as spec;
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::Backend;
@@ -13,9 +13,10 @@ use super::config::ConfigSpace;
 use super::features::Features;
 use super::filter::Filter;
 use super::observe::Observer;
-use super::worker;
 use crate::virtio::Interrupt;
-use crate::virtio::queue::{Next, Ring};
+use crate::virtio::iovec::{gather, scatter};
+use crate::virtio::queue::{Buffers, Next, Queue};
+use crate::virtio::worker::{Job, Turn};
 
 /// Bytes of a command that are looked at. The longest is a table of MAC addresses: one of more than
 /// 1,300 is refused.
@@ -224,40 +225,61 @@ pub fn use_pairs<B: Backend>(backends: &[Arc<B>], pairs: usize) -> bool {
 /// The control queue of a NIC.
 #[derive(Debug)]
 pub struct CtrlQueue<B> {
-    ring: Ring,
+    queue: Queue,
+    buffers: Buffers,
     control: Control<B>,
 }
 
 impl<B: Backend> CtrlQueue<B> {
-    /// Does what `ring` says.
-    pub fn new(ring: Ring, control: Control<B>) -> Self {
-        Self { ring, control }
+    /// Does what `queue` says.
+    pub fn new(queue: Queue, control: Control<B>) -> Self {
+        Self {
+            queue,
+            buffers: Buffers::default(),
+            control,
+        }
     }
 
     /// Carries out up to `budget` commands of those that wait; whatever else a driver can repeat for
     /// ever costs budget too. Says why it stopped, and whether to interrupt the driver.
     pub fn handle(&mut self, budget: usize) -> (CtrlStop, bool) {
         let stop = self.drain(budget);
-        (stop, self.ring.needs_interrupt())
+        (stop, self.queue.needs_notification())
     }
 
     fn drain(&mut self, budget: usize) -> CtrlStop {
         for _ in 0..budget {
-            let request = match self.ring.next_request(COMMAND_LEN) {
-                Next::Chain(request) => request,
+            self.buffers.clear();
+            let chain = match self.queue.pop(&mut self.buffers) {
+                Next::Chain(chain) => chain,
                 Next::Bad => continue,
-                Next::Empty if self.ring.enable_notification() => continue,
+                Next::Empty if self.queue.enable_notification() => continue,
                 Next::Empty => return CtrlStop::Empty,
                 Next::Broken => return CtrlStop::Broken,
             };
-            let status = if self.control.execute(&request.question) {
-                spec::VIRTIO_NET_OK
-            } else {
-                spec::VIRTIO_NET_ERR
-            };
-            self.ring.answer(&request, status as u8);
+            // Without room for the status it is no command.
+            let status_len = chain.writable.len.min(1);
+            if status_len == 1 {
+                let status = self.execute(chain.readable.len.min(COMMAND_LEN));
+                // SAFETY: the iovecs are those of a chain that `Queue::pop` resolved inside guest
+                // memory, which the queue keeps mapped.
+                unsafe { scatter(&self.buffers.writable, 0, &[status]) };
+            }
+            self.queue.add_used(chain.head, status_len as u32);
         }
         CtrlStop::Budget
+    }
+
+    /// Carries out the command of `len` bytes in the buffers and returns its status.
+    fn execute(&self, len: usize) -> u8 {
+        let mut command = vec![0; len];
+        // SAFETY: the iovecs are those of a chain that `Queue::pop` resolved inside guest memory,
+        // which the queue keeps mapped.
+        unsafe { gather(&self.buffers.readable, 0, &mut command) };
+        match self.control.execute(&command) {
+            true => spec::VIRTIO_NET_OK as u8,
+            false => spec::VIRTIO_NET_ERR as u8,
+        }
     }
 }
 
@@ -272,103 +294,80 @@ pub enum CtrlStop {
     Broken,
 }
 
-/// The thread of the control queue, which also hears of rings that vhost-net cannot make sense of.
+/// What the thread of the control queue does, which also waits for vhost-net to find an invalid
+/// ring.
 #[derive(Debug)]
-pub struct CtrlWorker<B> {
+pub struct CtrlJob<B> {
     /// With its number and what signals it; a driver may do without.
     queue: Option<(CtrlQueue<B>, u16, Arc<EventFd>)>,
-    stop: Arc<EventFd>,
-    errors: Vec<EventFd>,
+    errors: Vec<Arc<EventFd>>,
     interrupt: Arc<dyn Interrupt>,
     ready: bool,
     broken: bool,
-    stopped: bool,
 }
 
-const KICK: u32 = 0;
-const STOP: u32 = 1;
-const ERROR: u32 = 2;
-
-impl<B: Backend> CtrlWorker<B> {
-    /// Handles the queue, of the number beside it, whenever the eventfd beside it is signalled,
-    /// until `stop` is. Asks for a reset when one of `errors` is.
+impl<B> CtrlJob<B> {
+    /// Handles the queue, of the number beside it, when the eventfd beside it is signalled. Asks
+    /// for a reset when one of `errors` is.
     pub fn new(
         queue: Option<(CtrlQueue<B>, u16, Arc<EventFd>)>,
-        stop: Arc<EventFd>,
-        errors: Vec<EventFd>,
+        errors: Vec<Arc<EventFd>>,
         interrupt: Arc<dyn Interrupt>,
     ) -> Self {
         Self {
             queue,
-            stop,
             errors,
             interrupt,
-            // The driver may have kicked before there was a worker.
             ready: true,
             broken: false,
-            stopped: false,
         }
-    }
-
-    /// Returns when it is stopped.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the process has no file descriptor left for the epoll instance.
-    pub fn run(self) -> io::Result<()> {
-        worker::run(self, |worker| {
-            if worker.stopped {
-                return None;
-            }
-            if std::mem::take(&mut worker.ready)
-                && let Some((queue, index, _)) = &mut worker.queue
-            {
-                let (stop, interrupt) = queue.handle(BUDGET);
-                if interrupt {
-                    worker.interrupt.queue(*index);
-                }
-                match stop {
-                    CtrlStop::Empty => {}
-                    CtrlStop::Budget => worker.ready = true,
-                    CtrlStop::Broken => {
-                        worker.broken = true;
-                        worker.interrupt.needs_reset();
-                    }
-                }
-            }
-            Some(worker.ready)
-        })
     }
 }
 
-impl<B: Backend> MutEventSubscriber for CtrlWorker<B> {
-    fn init(&mut self, ops: &mut EventOps) {
-        let kick = |(_, _, kick): &(_, _, Arc<EventFd>)| {
-            Events::with_data(kick.as_ref(), KICK, EventSet::IN)
-        };
-        let kick = self.queue.as_ref().map(kick);
-        let stop = Events::with_data(self.stop.as_ref(), STOP, EventSet::IN);
-        let error = |fd| Events::with_data(fd, ERROR, EventSet::IN | EventSet::EDGE_TRIGGERED);
-        let errors = self.errors.iter().map(error);
-        for events in kick.into_iter().chain([stop]).chain(errors) {
-            if let Err(error) = ops.add(events) {
-                log::error!("network device: cannot watch a file descriptor: {error}");
+const KICK: u32 = 0;
+const ERROR: u32 = 1;
+
+impl<B: Backend> Job for CtrlJob<B> {
+    fn wakeups(&self) -> Vec<(RawFd, u32, EventSet)> {
+        let kick = self.queue.iter();
+        let kick = kick.map(|(.., kick)| (kick.as_raw_fd(), KICK, EventSet::IN));
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let errors = self.errors.iter().map(|fd| (fd.as_raw_fd(), ERROR, edge));
+        kick.chain(errors).collect()
+    }
+
+    fn wake(&mut self, token: u32, _events: EventSet) {
+        match &self.queue {
+            Some((.., kick)) if token == KICK => {
+                self.ready |= kick.read().is_ok() && !self.broken;
+            }
+            _ => {
+                log::debug!("network device: vhost-net finds a ring invalid");
                 self.interrupt.needs_reset();
             }
         }
     }
 
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        match events.data() {
-            KICK => {
-                let kicked = self.queue.iter().any(|(.., kick)| kick.read().is_ok());
-                self.ready |= kicked && !self.broken;
+    fn turn(&mut self) -> Turn {
+        if std::mem::take(&mut self.ready)
+            && let Some((queue, index, _)) = &mut self.queue
+        {
+            let (stop, notify) = queue.handle(BUDGET);
+            if notify {
+                self.interrupt.queue(*index);
             }
-            STOP => self.stopped = true,
-            _ => {
-                log::debug!("network device: vhost-net cannot make sense of a ring");
-                self.interrupt.needs_reset();
+            match stop {
+                CtrlStop::Empty => {}
+                CtrlStop::Budget => self.ready = true,
+                CtrlStop::Broken => {
+                    self.broken = true;
+                    self.interrupt.needs_reset();
+                }
             }
+        }
+        Turn {
+            more: self.ready,
+            wake_at: None,
         }
     }
 }

@@ -3,7 +3,6 @@
 use std::error::Error;
 use std::io;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::eventfd::EventFd;
@@ -12,16 +11,17 @@ use super::backend::{Backend, HEADER_LEN};
 use super::capture::Capture;
 use super::config::{ConfigSpace, NetConfig};
 use super::counters::{self, PairCounters, SharedCounters};
-use super::ctrl::{self, Control, CtrlQueue, CtrlWorker, Permissions};
+use super::ctrl::{self, Control, CtrlJob, CtrlQueue, Permissions};
 use super::features::{Features, Offloads};
 use super::filter::{Filter, Rules};
 use super::hooks::Hooks;
 use super::observe::Observer;
-use super::rate::{Limiter, RateLimit};
+use super::pair::Pair;
 use super::rx::{RxLayout, RxQueue};
 use super::tx::TxQueue;
 use super::vhost::VhostPair;
-use super::worker::{Wakeups, Worker};
+use crate::virtio::rate::{Limiter, RateLimit};
+use crate::virtio::worker::Worker;
 use crate::virtio::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice};
 
 /// Descriptors in each queue.
@@ -31,8 +31,11 @@ const QUEUE_SIZE: u16 = 256;
 /// two VLAN tags. Larger ones, which a host with BIG TCP makes, are dropped.
 const LARGEST_FRAME: usize = HEADER_LEN + 14 + 2 * 4 + 65_535;
 
-/// What a NIC does besides moving frames. Limits and captures are for NICs without vhost-net:
-/// there the monitor sees no frame.
+/// "Network controller, Ethernet".
+const PCI_CLASS: u32 = 0x02_0000;
+
+/// What a NIC does besides moving frames, and who moves them. Limits and captures are for NICs
+/// without vhost-net: there the monitor sees no frame.
 #[derive(Debug)]
 pub struct NetOptions {
     /// Sees what the guest sends.
@@ -45,6 +48,8 @@ pub struct NetOptions {
     pub tx_limit: Option<RateLimit>,
     /// Records what passes.
     pub capture: Option<Capture>,
+    /// The kernel's hold on each backend, in the same order; without, threads move the frames.
+    pub vhost: Vec<VhostPair>,
 }
 
 /// A network device with one or more queue pairs.
@@ -54,74 +59,70 @@ pub struct Net<B> {
     name: String,
     /// One for each queue pair.
     pub(super) backends: Vec<Arc<B>>,
-    /// One for each queue pair, or none: then threads of our own move the frames.
+    /// One for each queue pair, or none.
     vhost: Vec<VhostPair>,
+    /// One for each queue pair, or none with vhost-net.
+    pairs: Vec<Worker<Pair<B>>>,
+    ctrl: Worker<CtrlJob<B>>,
     features: Features,
     queue_sizes: Vec<u16>,
     config: Arc<ConfigSpace>,
     filter: Arc<Filter>,
-    services: Services,
+    observer: Arc<Observer>,
+    permissions: Permissions,
+    rx_hooks: Hooks,
+    tx_hooks: Hooks,
     counters: Vec<SharedCounters>,
     complaints: Arc<Complaints>,
     is_active: bool,
-    running: Vec<Running>,
-}
-
-/// What the threads of all pairs share.
-#[derive(Clone, Debug)]
-struct Services {
-    observer: Arc<Observer>,
-    permissions: Permissions,
-    rx: Hooks,
-    tx: Hooks,
-}
-
-/// A thread of the device.
-#[derive(Debug)]
-struct Running {
-    stop: EventFd,
-    thread: JoinHandle<()>,
 }
 
 impl<B: Backend> Net<B> {
     /// A device named `name` with a queue pair for each of `backends`, of which there is at least
-    /// one.
-    pub fn new(name: String, config: NetConfig, backends: Vec<B>, options: NetOptions) -> Self {
+    /// one. Its threads are parked until the driver is ready.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process may not have so many threads or descriptors.
+    pub fn new(
+        name: String,
+        config: NetConfig,
+        backends: Vec<B>,
+        options: NetOptions,
+    ) -> io::Result<Self> {
         let pairs = backends.len();
         let capture = options.capture.map(Arc::new);
         let hooks = |limit: Option<RateLimit>| Hooks {
             limiter: limit.map(Limiter::new).map(Arc::new),
             capture: capture.clone(),
         };
+        let threads = if options.vhost.is_empty() { pairs } else { 0 };
+        let thread = |pair| match pair {
+            0 => Worker::new(name.clone()),
+            _ => Worker::new(format!("{name}.{pair}")),
+        };
         let new = Self {
-            name,
             features: Features::offered(pairs, backends[0].known_offloads()),
             backends: backends.into_iter().map(Arc::new).collect(),
-            vhost: Vec::new(),
+            vhost: options.vhost,
+            pairs: (0..threads).map(thread).collect::<io::Result<_>>()?,
+            ctrl: Worker::new(format!("{name}.ctrl"))?,
             // The last is the control queue.
             queue_sizes: vec![QUEUE_SIZE; 2 * pairs + 1],
             config: Arc::new(ConfigSpace::new(config, pairs as u16)),
             filter: Arc::default(),
-            services: Services {
-                observer: options.observer,
-                permissions: options.permissions,
-                rx: hooks(options.rx_limit),
-                tx: hooks(options.tx_limit),
-            },
+            observer: options.observer,
+            permissions: options.permissions,
+            rx_hooks: hooks(options.rx_limit),
+            tx_hooks: hooks(options.tx_limit),
             counters: (0..pairs).map(|_| SharedCounters::default()).collect(),
             complaints: Arc::default(),
             is_active: false,
-            running: Vec::new(),
+            name,
         };
-        // A queue that nobody reads must not take a share of the frames.
+        // A queue that nothing reads must not take a share of the frames.
         ctrl::use_pairs(&new.backends, 1);
-        new
-    }
-
-    /// Lets the kernel move the frames: `pairs` are those of the backends, in the same order.
-    pub fn with_vhost(mut self, pairs: Vec<VhostPair>) -> Self {
-        self.vhost = pairs;
-        self
+        Ok(new)
     }
 
     /// The configuration space, for whoever watches the host's interface.
@@ -142,10 +143,9 @@ impl<B: Backend> Net<B> {
             ..
         } = activation;
         let features = Features::from_bits_truncate(bits);
-        let pairs = if features.contains(Features::MQ) {
-            self.backends.len()
-        } else {
-            1
+        let pairs = match features.contains(Features::MQ) {
+            true => self.backends.len(),
+            false => 1,
         };
         // The control queue's number depends on what was negotiated (5.1.2).
         let ctrl_index = 2 * pairs;
@@ -168,10 +168,8 @@ impl<B: Backend> Net<B> {
                 None => self.start_pair(pair, features, [rx, tx], &interrupt)?,
             }
         }
-        if ctrl.is_some() || !self.vhost.is_empty() {
-            let backends = self.backends[..in_a_row].to_vec();
-            self.start_ctrl(ctrl, ctrl_index as u16, features, backends, &interrupt)?;
-        }
+        let ctrl = ctrl.map(|queue| (queue, ctrl_index as u16));
+        self.start_ctrl(ctrl, features, in_a_row, &interrupt)?;
         let announces = features.contains(Features::GUEST_ANNOUNCE | Features::CTRL_VQ);
         self.config.attach(interrupt, announces);
         log::debug!("{}: driver ready with {features:?}", self.name);
@@ -180,7 +178,7 @@ impl<B: Backend> Net<B> {
 
     fn start_pair(
         &mut self,
-        pair: usize,
+        index: usize,
         features: Features,
         [rx, tx]: [ActiveQueue; 2],
         interrupt: &Arc<dyn Interrupt>,
@@ -189,78 +187,43 @@ impl<B: Backend> Net<B> {
             mergeable: features.contains(Features::MRG_RXBUF),
             largest_frame: LARGEST_FRAME,
         };
-        let stop = stop_eventfd()?;
-        let wakeups = Wakeups {
-            rx_kick: rx.kick,
-            tx_kick: tx.kick,
-            stop: stop.try_clone()?,
-        };
-        let services = self.services.clone();
-        let (backend, filter) = (Arc::clone(&self.backends[pair]), Arc::clone(&self.filter));
-        let (to_driver, published) = (Arc::clone(interrupt), Arc::clone(&self.counters[pair]));
-        let name = match pair {
-            0 => self.name.clone(),
-            _ => format!("{}.{pair}", self.name),
-        };
-        self.spawn(name, stop, interrupt, move || {
-            // The queues hold pointers into guest memory, so they live on this thread alone.
-            let rx = RxQueue::new(rx.ring, layout)
-                .with_filter(filter)
-                .with_hooks(services.rx);
-            let tx = TxQueue::new(tx.ring, services.observer).with_hooks(services.tx);
-            let pair = pair as u16;
-            Worker::new(backend, (rx, tx), wakeups, to_driver, pair, published)?.run()
-        })
+        let kicks = [rx.kick, tx.kick];
+        let rx = RxQueue::new(rx.queue, layout)
+            .with_filter(Arc::clone(&self.filter))
+            .with_hooks(self.rx_hooks.clone());
+        let tx =
+            TxQueue::new(tx.queue, Arc::clone(&self.observer)).with_hooks(self.tx_hooks.clone());
+        let backend = Arc::clone(&self.backends[index]);
+        let (to_driver, counters) = (Arc::clone(interrupt), Arc::clone(&self.counters[index]));
+        let pair = Pair::new(backend, (rx, tx), kicks, to_driver, index as u16, counters);
+        self.pairs[index].start(pair, Arc::clone(interrupt))
     }
 
+    /// Starts the control queue, if the driver has one, and waits for errors of vhost-net. Commands
+    /// act on the first `pairs` pairs.
     fn start_ctrl(
         &mut self,
-        queue: Option<ActiveQueue>,
-        index: u16,
+        queue: Option<(ActiveQueue, u16)>,
         features: Features,
-        backends: Vec<Arc<B>>,
+        pairs: usize,
         interrupt: &Arc<dyn Interrupt>,
     ) -> io::Result<()> {
-        let stop = stop_eventfd()?;
-        let worker_stop = Arc::new(stop.try_clone()?);
-        let to_driver = Arc::clone(interrupt);
-        let errors = self.vhost.iter().map(|pair| pair.error().try_clone());
-        let errors = errors.collect::<io::Result<Vec<_>>>()?;
+        let errors: Vec<_> = self.vhost.iter().map(|v| Arc::clone(v.error())).collect();
+        if queue.is_none() && errors.is_empty() {
+            return Ok(());
+        }
         let control = Control {
-            backends,
+            backends: self.backends[..pairs].to_vec(),
             config: Arc::clone(&self.config),
             filter: Arc::clone(&self.filter),
-            observer: Arc::clone(&self.services.observer),
+            observer: Arc::clone(&self.observer),
             features,
-            permissions: self.services.permissions,
+            permissions: self.permissions,
         };
-        let name = format!("{}.ctrl", self.name);
-        self.spawn(name, stop, interrupt, move || {
-            let queue = queue
-                .map(|ActiveQueue { ring, kick, .. }| (CtrlQueue::new(ring, control), index, kick));
-            CtrlWorker::new(queue, worker_stop, errors, to_driver).run()
-        })
-    }
-
-    /// Starts a thread of the device. Without it the driver has to begin again, and is told.
-    pub(super) fn spawn(
-        &mut self,
-        name: String,
-        stop: EventFd,
-        interrupt: &Arc<dyn Interrupt>,
-        body: impl FnOnce() -> io::Result<()> + Send + 'static,
-    ) -> io::Result<()> {
-        let (interrupt, complaints) = (Arc::clone(interrupt), Arc::clone(&self.complaints));
-        let thread = thread::Builder::new().name(name.clone()).spawn(move || {
-            if let Err(error) = body() {
-                if complaints.may_warn() {
-                    log::warn!("{name} stopped: {error}");
-                }
-                interrupt.needs_reset();
-            }
-        })?;
-        self.running.push(Running { stop, thread });
-        Ok(())
+        let queue =
+            queue.map(|(ctrl, index)| (CtrlQueue::new(ctrl.queue, control), index, ctrl.kick));
+        let job = CtrlJob::new(queue, errors, Arc::clone(interrupt));
+        self.ctrl.start(job, Arc::clone(interrupt))
     }
 
     /// Tells the backend. An interface that is gone has nothing to offload, and its NIC lives on
@@ -277,14 +240,14 @@ impl<B> Net<B> {
     /// Stops everything that moves frames or touches guest memory.
     fn stop(&mut self) {
         self.vhost.iter_mut().for_each(VhostPair::stop);
-        for Running { stop, .. } in &self.running {
-            let _ = stop.write(1);
-        }
-        for Running { thread, .. } in self.running.drain(..) {
-            if thread.join().is_err() {
-                log::error!("{}: a thread panicked", self.name);
+        self.pairs.iter().for_each(Worker::stop);
+        self.ctrl.stop();
+        for worker in &mut self.pairs {
+            if let Some(mut pair) = worker.join() {
+                pair.publish();
             }
         }
+        self.ctrl.join();
     }
 }
 
@@ -311,13 +274,13 @@ fn take_pairs(
         .collect()
 }
 
-fn stop_eventfd() -> io::Result<EventFd> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-}
-
 impl<B: Backend> VirtioDevice for Net<B> {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_NET
+    }
+
+    fn pci_class(&self) -> u32 {
+        PCI_CLASS
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -358,12 +321,12 @@ impl<B: Backend> VirtioDevice for Net<B> {
         }
         self.stop();
         ctrl::use_pairs(&self.backends, 1);
-        // Nobody may need to segment or checksum for a driver that is gone.
+        // A driver that is gone segments and checksums nothing.
         if let Err(error) = self.set_offloads(Offloads::empty()) {
             log::debug!("{}: cannot clear the offloads: {error}", self.name);
         }
         let Some(mac) = own_mac else { return };
-        self.services.observer.set_mac(mac);
+        self.observer.set_mac(mac);
         if let Err(error) = self.backends[0].set_mac(mac)
             && self.complaints.may_warn()
         {

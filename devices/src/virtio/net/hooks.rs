@@ -1,11 +1,11 @@
 //! What happens to each frame of a queue besides being moved.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::backend::HEADER_LEN;
 use super::capture::{Capture, Direction};
-use super::rate::Limiter;
+use crate::virtio::rate::Limiter;
 
 /// The limit and the capture of a queue, where it has them. Those of one direction are shared by all
 /// pairs of a NIC.
@@ -18,9 +18,11 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    /// For how long the limit lets nothing pass.
-    pub fn wait(&self) -> Option<Duration> {
-        self.limiter.as_ref()?.admit(Instant::now()).err()
+    /// Until when the limit lets nothing pass.
+    pub fn held_until(&self) -> Option<Instant> {
+        let limiter = self.limiter.as_ref()?;
+        let now = Instant::now();
+        limiter.admit(now).err().map(|wait| now + wait)
     }
 
     /// A frame has passed that lies in `iovecs`, `len` bytes with its header.

@@ -5,13 +5,12 @@
 //! | `features` | feature bits, and which offloads of the tap follow from them |
 //! | `device` | the virtio device: activation, reset |
 //! | `config` | the configuration space: MAC address, link, MTU |
-//! | `worker` | the thread of a queue pair: maps wake-ups to queues |
+//! | `pair` | what a queue pair's thread does: maps wake-ups to queues |
 //! | `rx`, `tx` | the data path: chains to readv and writev, with no copy between |
 //! | `vhost` | the data path in the kernel |
 //! | `ctrl` | the control queue: what the driver commands |
 //! | `filter` | which frames the driver wants |
 //! | `hooks` | what happens to each frame besides |
-//! | `rate` | a limit on what passes |
 //! | `observe` | what a guest's own frames tell about it |
 //! | `capture`, `pcapng` | what passes, recorded in a file |
 //! | `checksum` | DHCP answers for clients that read raw frames |
@@ -28,15 +27,13 @@ mod device;
 pub mod features;
 pub mod filter;
 pub mod hooks;
-mod iovec;
 pub mod observe;
+pub mod pair;
 mod pcapng;
-pub mod rate;
 pub mod rx;
 pub mod tap;
 pub mod tx;
 pub mod vhost;
-pub mod worker;
 
 pub use config::NetConfig;
 pub use device::{Net, NetOptions};

@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::HEADER_LEN;
-use super::iovec;
+use crate::virtio::iovec;
 
 /// Addresses that are remembered for one guest, the latest. A guest can make up any number.
 const MAX_ADDRESSES: usize = 16;

@@ -4,16 +4,16 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
 use super::backend::{Backend, HEADER_LEN};
-use super::capture::Direction as Way;
+use super::capture::Direction;
 use super::checksum::{self, FLAGS, GSO_TYPE, NEEDS_CSUM};
 use super::counters::RxCounters;
 use super::filter::{Filter, Rules};
 use super::hooks::Hooks;
-use super::iovec::{self, scatter};
-use crate::virtio::queue::{Chain, Direction, MAX_SEGMENTS, Next, Ring};
+use crate::virtio::iovec::{self, scatter};
+use crate::virtio::queue::{Buffers, Chain, MAX_SEGMENTS, Next, Queue};
 
 /// Offset of `num_buffers` in `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6).
 const NUM_BUFFERS: usize = 10;
@@ -33,8 +33,8 @@ pub enum RxStop {
     Idle,
     /// The driver has no buffers; it will notify.
     Starved,
-    /// The rate limit lets nothing pass for so long.
-    Limited(Duration),
+    /// The rate limit lets nothing pass until then.
+    Limited(Instant),
     /// The budget is used up.
     Budget,
     /// The avail index is invalid.
@@ -67,12 +67,12 @@ struct Spill {
 /// fewer buffers than the largest frame takes and this one needed more than there were.
 #[derive(Debug)]
 pub struct RxQueue {
-    ring: Ring,
+    queue: Queue,
     layout: RxLayout,
-    /// Chains taken from the ring and not used yet.
+    /// Chains popped from the queue and not used yet.
     chains: VecDeque<Chain>,
     /// Their iovecs, from `first` on.
-    iovecs: Vec<libc::iovec>,
+    buffers: Buffers,
     first: usize,
     /// Bytes in `chains`.
     capacity: usize,
@@ -88,13 +88,13 @@ pub struct RxQueue {
 }
 
 impl RxQueue {
-    /// Fills the chains of `ring` as `layout` says.
-    pub fn new(ring: Ring, layout: RxLayout) -> Self {
+    /// Fills the chains of `queue` as `layout` says.
+    pub fn new(queue: Queue, layout: RxLayout) -> Self {
         Self {
-            ring,
+            queue,
             layout,
             chains: VecDeque::new(),
-            iovecs: Vec::with_capacity(2 * MAX_SEGMENTS),
+            buffers: Buffers::default(),
             first: 0,
             capacity: 0,
             spill: None,
@@ -131,10 +131,10 @@ impl RxQueue {
 
     /// Receives up to `budget` frames. Says why it stopped, and whether to interrupt the driver.
     pub fn receive(&mut self, backend: &impl Backend, budget: usize) -> (RxStop, bool) {
-        self.ring.disable_notification();
+        self.queue.disable_notification();
         self.filter.refresh(&mut self.rules.0, &mut self.rules.1);
         let stop = self.fill(backend, budget);
-        (stop, self.ring.needs_interrupt())
+        (stop, self.queue.needs_notification())
     }
 
     fn fill(&mut self, backend: &impl Backend, budget: usize) -> RxStop {
@@ -148,9 +148,9 @@ impl RxQueue {
                 self.finish_spill(len, at);
                 continue;
             }
-            if let Some(wait) = self.hooks.wait() {
+            if let Some(until) = self.hooks.held_until() {
                 self.counters.limited += 1;
-                return RxStop::Limited(wait);
+                return RxStop::Limited(until);
             }
             match self.read(backend) {
                 // Not a frame; a tap never does this.
@@ -191,9 +191,9 @@ impl RxQueue {
     /// it would trip over is completed on the way, and flags that it has not negotiated are taken
     /// out.
     fn is_wanted(&mut self, len: usize) -> bool {
-        let iovecs = &self.iovecs[self.first..];
+        let iovecs = &self.buffers.writable[self.first..];
         let mut head = [0; HEAD_LEN];
-        // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
+        // SAFETY: the iovecs are those of chains that lie in guest memory, which the queue keeps
         // mapped.
         let seen = unsafe { iovec::gather(iovecs, 0, &mut head[..len.min(HEAD_LEN)]) };
         if checksum::needs_csum(&head) && len <= self.capacity {
@@ -226,22 +226,26 @@ impl RxQueue {
     /// do when there are no more. Says why it has none.
     fn gather(&mut self, left: &mut usize) -> Option<RxStop> {
         while !self.enough() {
-            match self.ring.next(Direction::ToDriver, &mut self.iovecs) {
-                Next::Chain(chain) if chain.len >= HEADER_LEN => {
-                    self.capacity += chain.len;
+            match self.queue.pop(&mut self.buffers) {
+                Next::Chain(chain)
+                    if chain.readable.segments == 0 && chain.writable.len >= HEADER_LEN =>
+                {
+                    self.capacity += chain.writable.len;
                     self.chains.push_back(chain);
                     continue;
                 }
                 Next::Chain(chain) => {
-                    self.iovecs.truncate(self.iovecs.len() - chain.segments);
-                    self.ring.add_used(chain.head, 0);
+                    self.buffers.drop_last(&chain);
+                    self.queue.add_used(chain.head, 0);
                     self.counters.bad_chains += 1;
                 }
                 Next::Bad => self.counters.bad_chains += 1,
                 Next::Broken => return Some(RxStop::Broken),
                 Next::Empty if self.spill.is_none() && !self.chains.is_empty() => return None,
                 // Buffers that came while notifications were off are found by going round again.
-                Next::Empty if self.ring.enable_notification() => self.ring.disable_notification(),
+                Next::Empty if self.queue.enable_notification() => {
+                    self.queue.disable_notification()
+                }
                 Next::Empty => {
                     self.counters.starved += 1;
                     return Some(RxStop::Starved);
@@ -267,31 +271,31 @@ impl RxQueue {
 
     /// All that the driver can ever offer at once, or all that one readv takes, is here.
     fn ring_is_spent(&self) -> bool {
-        self.chains.len() >= usize::from(self.ring.size())
-            || self.iovecs.len() - self.first >= MAX_SEGMENTS
+        self.chains.len() >= usize::from(self.queue.size())
+            || self.buffers.writable.len() - self.first >= MAX_SEGMENTS
     }
 
     /// Reads a frame into the chains, or into one where they are not mergeable. What they might not
     /// hold goes on in `spare`, so that a frame is never cut.
     fn read(&mut self, backend: &impl Backend) -> io::Result<usize> {
-        let chains = self.iovecs.len();
+        let chains = self.buffers.writable.len();
         let segments = match self.chains.front() {
-            Some(chain) if !self.layout.mergeable => chain.segments,
+            Some(chain) if !self.layout.mergeable => chain.writable.segments,
             _ => (chains - self.first).min(MAX_SEGMENTS),
         };
         let mut end = self.first + segments;
         if self.capacity <= self.layout.largest_frame && segments < MAX_SEGMENTS {
             self.spare.resize(self.layout.largest_frame, 0);
-            self.iovecs.push(libc::iovec {
+            self.buffers.writable.push(libc::iovec {
                 iov_base: self.spare.as_mut_ptr().cast(),
                 iov_len: self.spare.len(),
             });
             end += 1;
         }
-        // SAFETY: the iovecs are those of chains that `Ring::next` resolved inside guest memory,
-        // which the ring keeps mapped, and at most one of `spare`, which stays as it is meanwhile.
-        let result = unsafe { backend.read_frame(&self.iovecs[self.first..end]) };
-        self.iovecs.truncate(chains);
+        // SAFETY: the iovecs are those of chains that `Queue::pop` resolved inside guest memory,
+        // which the queue keeps mapped, and at most one of `spare`, which stays as it is meanwhile.
+        let result = unsafe { backend.read_frame(&self.buffers.writable[self.first..end]) };
+        self.buffers.writable.truncate(chains);
         result
     }
 
@@ -303,9 +307,9 @@ impl RxQueue {
             return;
         }
         let end = &self.spare[..len - at];
-        // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
+        // SAFETY: the iovecs are those of chains that lie in guest memory, which the queue keeps
         // mapped.
-        unsafe { scatter(&self.iovecs[self.first..], at, end) };
+        unsafe { scatter(&self.buffers.writable[self.first..], at, end) };
         self.deliver(len);
     }
 
@@ -315,10 +319,10 @@ impl RxQueue {
         let (mut left, mut count) = (len, 0);
         // At least one chain, since a frame was read into it.
         while let Some(chain) = self.chains.pop_front() {
-            let written = left.min(chain.len);
-            self.ring.push_used(chain.head, written as u32);
-            self.first += chain.segments;
-            self.capacity -= chain.len;
+            let written = left.min(chain.writable.len);
+            self.queue.push_used(chain.head, written as u32);
+            self.first += chain.writable.segments;
+            self.capacity -= chain.writable.len;
             left -= written;
             count += 1;
             if left == 0 {
@@ -326,20 +330,20 @@ impl RxQueue {
             }
         }
         // The tap leaves num_buffers out, and a driver may have split the header anywhere.
-        let iovecs = &self.iovecs[header..];
-        // SAFETY: the iovecs are those of chains that lie in guest memory, which the ring keeps
+        let iovecs = &self.buffers.writable[header..];
+        // SAFETY: the iovecs are those of chains that lie in guest memory, which the queue keeps
         // mapped.
         unsafe { scatter(iovecs, NUM_BUFFERS, &u16::to_le_bytes(count)) };
         // SAFETY: as above. The driver does not have them yet.
-        unsafe { self.hooks.passed(Way::Received, iovecs, len) };
-        self.ring.flush_used();
+        unsafe { self.hooks.passed(Direction::Received, iovecs, len) };
+        self.queue.flush_used();
         self.counters.frames += 1;
         self.counters.bytes += len as u64;
-        if self.first == self.iovecs.len() {
-            self.iovecs.clear();
+        if self.first == self.buffers.writable.len() {
+            self.buffers.writable.clear();
             self.first = 0;
         } else if self.first >= MAX_SEGMENTS {
-            self.iovecs.drain(..self.first);
+            self.buffers.writable.drain(..self.first);
             self.first = 0;
         }
     }

@@ -18,7 +18,7 @@ use super::rx::{RxLayout, RxQueue, RxStop};
 use super::tx::{TxQueue, TxStop};
 use super::{Net, NetConfig, NetOptions};
 use crate::virtio::testing::{Driver, Recorder, SIZE, WRITE};
-use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
 mod ctrl;
 mod idle;
@@ -129,11 +129,12 @@ fn options() -> NetOptions {
         rx_limit: None,
         tx_limit: None,
         capture: None,
+        vhost: Vec::new(),
     }
 }
 
 fn device(wires: Vec<Wire>, mtu: u16, options: NetOptions) -> Net<Wire> {
-    Net::new("net0".into(), NetConfig { mac: MAC, mtu }, wires, options)
+    Net::new("net0".into(), NetConfig { mac: MAC, mtu }, wires, options).unwrap()
 }
 
 fn kick() -> Arc<EventFd> {
@@ -142,7 +143,7 @@ fn kick() -> Arc<EventFd> {
 
 fn queue(driver: &Driver, kick: &Arc<EventFd>) -> Option<ActiveQueue> {
     Some(ActiveQueue {
-        ring: driver.ring(false),
+        queue: driver.queue(false),
         config: Driver::config(),
         kick: Arc::clone(kick),
     })
@@ -161,7 +162,7 @@ const SINGLE: RxLayout = RxLayout {
 fn tx_frame_leaves_as_it_was_laid_out() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut tx = TxQueue::new(driver.ring(false), observer());
+    let mut tx = TxQueue::new(driver.queue(false), observer());
     driver.write(0x4000, &frame(12));
     driver.write(0x5000, &frame(100));
     driver.offer_chain(0, &[(0x4000, 12, 0), (0x5000, 100, 0)]);
@@ -177,7 +178,7 @@ fn tx_frame_leaves_as_it_was_laid_out() {
 fn tx_bad_chain_and_refused_frame_are_counted_and_the_rest_goes_on() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut tx = TxQueue::new(driver.ring(false), observer());
+    let mut tx = TxQueue::new(driver.queue(false), observer());
     driver.offer_chain(0, &[(0x4000, 60, WRITE)]);
     wire.refuse.store(libc::EINVAL as u32, Ordering::SeqCst);
     driver.offer_chain(1, &[(0x4000, 5, 0)]);
@@ -198,7 +199,7 @@ fn tx_bad_chain_and_refused_frame_are_counted_and_the_rest_goes_on() {
 fn tx_to_a_full_wire_keeps_the_frame_for_later() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut tx = TxQueue::new(driver.ring(false), observer());
+    let mut tx = TxQueue::new(driver.queue(false), observer());
     wire.refuse.store(libc::EAGAIN as u32, Ordering::SeqCst);
     driver.offer_chain(0, &[(0x4000, 60, 0)]);
     assert_eq!(tx.send(&wire, 10), (TxStop::Full, false));
@@ -213,7 +214,7 @@ fn tx_to_a_full_wire_keeps_the_frame_for_later() {
 fn tx_stops_at_its_budget() {
     let (wire, _far) = Wire::new();
     let mut driver = Driver::new();
-    let mut tx = TxQueue::new(driver.ring(false), observer());
+    let mut tx = TxQueue::new(driver.queue(false), observer());
     for head in 0..4 {
         driver.offer_chain(head, &[(0x4000, 60, 0)]);
     }
@@ -228,12 +229,12 @@ fn broken_ring_is_told() {
     let driver = Driver::new();
     driver.set_available(SIZE + 1);
     assert_eq!(
-        TxQueue::new(driver.ring(false), observer())
+        TxQueue::new(driver.queue(false), observer())
             .send(&wire, 10)
             .0,
         TxStop::Broken
     );
-    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
     assert_eq!(rx.receive(&wire, 10).0, RxStop::Broken);
 }
 
@@ -241,7 +242,7 @@ fn broken_ring_is_told() {
 fn rx_without_buffers_starves_and_leaves_the_frame() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.ring(false), SINGLE);
+    let mut rx = RxQueue::new(driver.queue(false), SINGLE);
     far.send(&frame(100)).unwrap();
     assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, false));
     driver.offer_chain(0, &[(0x4000, 2000, WRITE)]);
@@ -255,7 +256,7 @@ fn rx_without_buffers_starves_and_leaves_the_frame() {
 fn rx_frame_over_several_chains_says_how_many() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
     for head in 0..10 {
         driver.offer_chain(head, &[(0x4000 + 0x100 * u64::from(head), 256, WRITE)]);
     }
@@ -271,7 +272,7 @@ fn rx_frame_over_several_chains_says_how_many() {
 fn rx_frame_larger_than_what_is_offered_waits_for_the_rest_of_its_buffers() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
     driver.offer_chain(0, &[(0x4000, 100, WRITE)]);
     driver.offer_chain(1, &[(0x4064, 100, WRITE)]);
     far.send(&frame(350)).unwrap();
@@ -299,7 +300,7 @@ fn rx_frame_larger_than_what_is_offered_waits_for_the_rest_of_its_buffers() {
 fn rx_frame_larger_than_the_whole_ring_is_dropped_and_the_rest_goes_on() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
     for head in 0..SIZE {
         driver.offer_chain(head, &[(0x4000 + 100 * u64::from(head), 100, WRITE)]);
     }
@@ -315,7 +316,7 @@ fn rx_frame_larger_than_the_whole_ring_is_dropped_and_the_rest_goes_on() {
 fn rx_frame_larger_than_its_only_chain_is_dropped_and_not_cut() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.ring(false), SINGLE);
+    let mut rx = RxQueue::new(driver.queue(false), SINGLE);
     driver.offer_chain(0, &[(0x4000, 100, WRITE)]);
     driver.offer_chain(1, &[(0x5000, 100, WRITE)]);
     for len in [101, 1900, 100] {
@@ -332,7 +333,7 @@ fn rx_frame_larger_than_any_is_dropped_and_not_cut() {
     for (layout, len) in [(MERGEABLE, 2000), (MERGEABLE, 1000), (SINGLE, 2040)] {
         let (wire, far) = Wire::new();
         let mut driver = Driver::new();
-        let mut rx = RxQueue::new(driver.ring(false), layout);
+        let mut rx = RxQueue::new(driver.queue(false), layout);
         for head in 0..3 {
             driver.offer_chain(head, &[(0x4000 + 0x1000 * u64::from(head), len, WRITE)]);
         }
@@ -351,7 +352,7 @@ fn rx_header_split_between_descriptors_is_completed() {
     for split in [1, 10, 11, 12] {
         let (wire, far) = Wire::new();
         let mut driver = Driver::new();
-        let mut rx = RxQueue::new(driver.ring(false), SINGLE);
+        let mut rx = RxQueue::new(driver.queue(false), SINGLE);
         driver.offer_chain(0, &[(0x4000, split, WRITE), (0x5000, 2000, WRITE)]);
         far.send(&frame(100)).unwrap();
         rx.receive(&wire, 1);
@@ -365,7 +366,7 @@ fn rx_header_split_between_descriptors_is_completed() {
 fn rx_chain_without_room_for_a_header_is_bad() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.ring(false), SINGLE);
+    let mut rx = RxQueue::new(driver.queue(false), SINGLE);
     driver.offer_chain(0, &[(0x4000, HEADER_LEN as u32 - 1, WRITE)]);
     driver.offer_chain(1, &[(0x4000, 500, 0)]);
     driver.offer_chain(2, &[(0x5000, 500, WRITE)]);
@@ -379,7 +380,7 @@ fn rx_chain_without_room_for_a_header_is_bad() {
 fn rx_many_frames_in_and_out_of_order_of_buffers_arrive_whole() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.ring(true), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(true), MERGEABLE);
     for head in 0..SIZE {
         driver.offer_chain(head, &[(0x4000 + 0x400 * u64::from(head), 0x400, WRITE)]);
     }
@@ -508,16 +509,39 @@ fn device_sets_the_offloads_of_its_driver_and_clears_them_at_reset() {
 }
 
 #[test]
-fn thread_that_cannot_run_asks_for_a_reset() {
-    let mut running = Running::start(Features::empty());
-    let interrupt: Arc<dyn Interrupt> = running.recorder.clone();
-    let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let body = || Err(io::ErrorKind::OutOfMemory.into());
-    let device = &mut running.device;
-    device.spawn("net0".into(), stop, &interrupt, body).unwrap();
-    let needs_reset = || running.recorder.needs_reset.load(Ordering::SeqCst);
-    eventually("DEVICE_NEEDS_RESET", needs_reset);
-    running.device.reset();
+fn driver_that_comes_and_goes_opens_no_descriptor() {
+    // Those of the other tests come and go meanwhile: this thread gets a table of its own, and the
+    // device's threads share it.
+    // SAFETY: CLONE_FILES takes no pointer, and touches no memory.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
+    let open = || std::fs::read_dir("/proc/thread-self/fd").unwrap().count();
+    let threads = || {
+        std::fs::read_dir("/proc/self/task").unwrap().map(|task| {
+            std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap_or_default()
+        })
+    };
+    let (wire, _far) = Wire::new();
+    let config = NetConfig {
+        mac: MAC,
+        mtu: 1500,
+    };
+    let mut device = Net::new("once".into(), config, vec![wire], options()).unwrap();
+    let (rx, tx) = (Driver::new(), Driver::new());
+    let kicks = [(); 2].map(|()| kick());
+    let before = open();
+    for _ in 0..10 {
+        let activation = Activation {
+            memory: Arc::clone(&rx.memory),
+            features: 0,
+            queues: vec![queue(&rx, &kicks[0]), queue(&tx, &kicks[1])],
+            interrupt: Arc::new(Recorder::default()),
+        };
+        device.activate(activation).unwrap();
+        assert_eq!(open(), before);
+        device.reset();
+        assert_eq!(open(), before);
+        assert_eq!(threads().filter(|name| name.starts_with("once")).count(), 2);
+    }
 }
 
 #[test]

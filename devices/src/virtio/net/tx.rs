@@ -2,14 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
 use super::backend::Backend;
-use super::capture::Direction as Way;
+use super::capture::Direction;
 use super::counters::TxCounters;
 use super::hooks::Hooks;
 use super::observe::Observer;
-use crate::virtio::queue::{Direction, MAX_SEGMENTS, Next, Ring};
+use crate::virtio::queue::{Buffers, Next, Queue};
 
 /// Why [`TxQueue::send`] stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +18,8 @@ pub enum TxStop {
     Empty,
     /// The backend has no room; it will poll writable.
     Full,
-    /// The rate limit lets nothing pass for so long.
-    Limited(Duration),
+    /// The rate limit lets nothing pass until then.
+    Limited(Instant),
     /// The budget is used up.
     Budget,
     /// The avail index is invalid.
@@ -29,21 +29,21 @@ pub enum TxStop {
 /// The transmit queue.
 #[derive(Debug)]
 pub struct TxQueue {
-    ring: Ring,
+    queue: Queue,
     observer: Arc<Observer>,
     hooks: Hooks,
-    iovecs: Vec<libc::iovec>,
+    buffers: Buffers,
     counters: TxCounters,
 }
 
 impl TxQueue {
-    /// Sends what `ring` holds, and shows it to `observer`.
-    pub fn new(ring: Ring, observer: Arc<Observer>) -> Self {
+    /// Sends what `queue` holds, and shows it to `observer`.
+    pub fn new(queue: Queue, observer: Arc<Observer>) -> Self {
         Self {
-            ring,
+            queue,
             observer,
             hooks: Hooks::default(),
-            iovecs: Vec::with_capacity(MAX_SEGMENTS),
+            buffers: Buffers::default(),
             counters: TxCounters::default(),
         }
     }
@@ -69,28 +69,33 @@ impl TxQueue {
     pub fn send(&mut self, backend: &impl Backend, budget: usize) -> (TxStop, bool) {
         let mut left = budget;
         let stop = loop {
-            self.ring.disable_notification();
+            self.queue.disable_notification();
             match self.drain(backend, &mut left) {
                 // Frames came while notifications were still off. The retry costs budget too, or
                 // a driver that moves its index to and fro would keep the thread here.
-                TxStop::Empty if self.ring.enable_notification() && left > 0 => left -= 1,
+                TxStop::Empty if self.queue.enable_notification() && left > 0 => left -= 1,
                 TxStop::Empty if left == 0 => break TxStop::Budget,
                 stop => break stop,
             }
         };
-        (stop, self.ring.needs_interrupt())
+        (stop, self.queue.needs_notification())
     }
 
     fn drain(&mut self, backend: &impl Backend, left: &mut usize) -> TxStop {
         while *left > 0 {
             *left -= 1;
-            if let Some(wait) = self.hooks.wait() {
+            if let Some(until) = self.hooks.held_until() {
                 self.counters.limited += 1;
-                return TxStop::Limited(wait);
+                return TxStop::Limited(until);
             }
-            self.iovecs.clear();
-            let chain = match self.ring.next(Direction::FromDriver, &mut self.iovecs) {
-                Next::Chain(chain) => chain,
+            self.buffers.clear();
+            let chain = match self.queue.pop(&mut self.buffers) {
+                Next::Chain(chain) if chain.writable.segments == 0 => chain,
+                Next::Chain(chain) => {
+                    self.counters.bad_chains += 1;
+                    self.queue.add_used(chain.head, 0);
+                    continue;
+                }
                 Next::Bad => {
                     self.counters.bad_chains += 1;
                     continue;
@@ -98,34 +103,35 @@ impl TxQueue {
                 Next::Empty => return TxStop::Empty,
                 Next::Broken => return TxStop::Broken,
             };
-            // SAFETY: the iovecs are those of a chain that `Ring::next` resolved inside guest
-            // memory, which the ring keeps mapped.
-            match unsafe { backend.write_frame(&self.iovecs) } {
-                Ok(_) => self.sent(chain.len),
+            // SAFETY: the iovecs are those of a chain that `Queue::pop` resolved inside guest
+            // memory, which the queue keeps mapped.
+            match unsafe { backend.write_frame(&self.buffers.readable) } {
+                Ok(_) => self.sent(chain.readable.len),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.counters.full += 1;
-                    self.ring.undo_next();
+                    self.queue.undo_pop();
                     return TxStop::Full;
                 }
                 // EINVAL for a bad header, EMSGSIZE, ENETDOWN: the frame is lost, as it would be
                 // on a wire, and the device lives on.
                 Err(error) => {
                     self.counters.refused += 1;
-                    log::trace!("frame of {} bytes refused: {error}", chain.len);
+                    log::trace!("frame of {} bytes refused: {error}", chain.readable.len);
                 }
             }
-            self.ring.add_used(chain.head, 0);
+            self.queue.add_used(chain.head, 0);
         }
         TxStop::Budget
     }
 
     /// What is to be done for a frame of `len` bytes with its header that the backend has taken.
     fn sent(&mut self, len: usize) {
-        // SAFETY: the iovecs are those of a chain that `Ring::next` resolved inside guest memory,
-        // which the ring keeps mapped.
-        unsafe { self.observer.look(&self.iovecs) };
+        let frame = &self.buffers.readable;
+        // SAFETY: the iovecs are those of a chain that `Queue::pop` resolved inside guest memory,
+        // which the queue keeps mapped.
+        unsafe { self.observer.look(frame) };
         // SAFETY: as above.
-        unsafe { self.hooks.passed(Way::Sent, &self.iovecs, len) };
+        unsafe { self.hooks.passed(Direction::Sent, frame, len) };
         self.counters.frames += 1;
         self.counters.bytes += len as u64;
     }

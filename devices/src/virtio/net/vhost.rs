@@ -54,7 +54,7 @@ pub struct VhostPair {
     net: vhost::vhost_kern::net::Net<Arc<GuestMemoryMmap>>,
     tap: File,
     /// Signalled when the kernel cannot make sense of a ring.
-    error: EventFd,
+    error: Arc<EventFd>,
     /// The kernel may have the queues. It refuses to give back what it never had.
     started: bool,
 }
@@ -80,13 +80,14 @@ impl VhostPair {
             net,
             tap: tap.try_clone().map_err(own("have a descriptor"))?,
             error: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                .map(Arc::new)
                 .map_err(own("have an eventfd"))?,
             started: false,
         })
     }
 
     /// Signalled when the kernel cannot make sense of a ring.
-    pub fn error(&self) -> &EventFd {
+    pub fn error(&self) -> &Arc<EventFd> {
         &self.error
     }
 

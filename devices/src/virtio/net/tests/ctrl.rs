@@ -43,7 +43,7 @@ impl Bench {
             permissions,
         };
         Self {
-            queue: CtrlQueue::new(driver.ring(false), control),
+            queue: CtrlQueue::new(driver.queue(false), control),
             wires,
             config,
             filter,

@@ -1,16 +1,43 @@
 //! A worker that can do nothing sleeps, whatever waits for it: measured as the CPU time of its thread.
 
-use std::thread::JoinHandle;
+use vmm_sys_util::epoll::EventSet;
 
 use super::*;
 use crate::virtio::net::counters::{self, SharedCounters};
 use crate::virtio::net::hooks::Hooks;
-use crate::virtio::net::rate::{Limiter, RateLimit};
-use crate::virtio::net::worker::{Wakeups, Worker};
+use crate::virtio::net::pair::Pair;
+use crate::virtio::rate::{Limiter, RateLimit};
+use crate::virtio::worker::{Job, Turn, Worker};
 
 /// How long a worker is watched. One that spins uses nearly all of it.
 const WATCHED: Duration = Duration::from_millis(400);
 const IDLE: Duration = Duration::from_millis(100);
+
+/// A pair that notes the CPU time of its thread at the end of each turn.
+struct Timed {
+    pair: Pair<Wire>,
+    used: Arc<Mutex<Duration>>,
+}
+
+impl Job for Timed {
+    fn wakeups(&self) -> Vec<(RawFd, u32, EventSet)> {
+        self.pair.wakeups()
+    }
+
+    fn wake(&mut self, token: u32, events: EventSet) {
+        self.pair.wake(token, events);
+    }
+
+    fn timeout(&mut self) {
+        self.pair.timeout();
+    }
+
+    fn turn(&mut self) -> Turn {
+        let turn = self.pair.turn();
+        *self.used.lock().unwrap() = cpu_time();
+        turn
+    }
+}
 
 /// The CPU time of the calling thread.
 fn cpu_time() -> Duration {
@@ -24,59 +51,59 @@ fn cpu_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// A worker on a thread of ours, with the driver's side of its queues and the far end of its wire.
+/// A worker, with the driver's side of its queues and the far end of its wire.
 struct Watched {
     far: UnixDatagram,
     /// Frames that it took.
     sent: u64,
     rx: Driver,
+    _tx: Driver,
     kicks: [Arc<EventFd>; 2],
-    stop: EventFd,
     counters: SharedCounters,
-    /// Returns the CPU time that it took.
-    thread: JoinHandle<Duration>,
+    used: Arc<Mutex<Duration>>,
+    worker: Worker<Timed>,
 }
 
 impl Watched {
-    /// `prepare` gets the wire and the queues' drivers before the worker starts; `limit` holds what is received.
+    /// `prepare` gets the wire and the queues' drivers before the worker starts; `limit` holds what
+    /// is received.
     fn start(limit: Option<RateLimit>, prepare: impl FnOnce(&Wire, [&mut Driver; 2])) -> Self {
         let (wire, far) = Wire::new();
         let (mut rx, mut tx) = (Driver::new(), Driver::new());
         prepare(&wire, [&mut rx, &mut tx]);
-        let rings = [rx.ring(false), tx.ring(false)];
-        let (kicks, stop) = ([kick(), kick()], EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        let wakeups = Wakeups {
-            rx_kick: Arc::clone(&kicks[0]),
-            tx_kick: Arc::clone(&kicks[1]),
-            stop: stop.try_clone().unwrap(),
+        let hooks = Hooks {
+            limiter: limit.map(|limit| Arc::new(Limiter::new(limit))),
+            capture: None,
         };
-        let counters = SharedCounters::default();
-        let published = Arc::clone(&counters);
-        let thread = thread::spawn(move || {
-            // The driver's side of the sending queue lives as long as the worker.
-            let _tx = tx;
-            let hooks = Hooks {
-                limiter: limit.map(|limit| Arc::new(Limiter::new(limit))),
-                capture: None,
-            };
-            let [rx, tx] = rings;
-            let queues = (
-                RxQueue::new(rx, SINGLE).with_hooks(hooks),
-                TxQueue::new(tx, observer()),
-            );
-            let recorder = Arc::new(Recorder::default());
-            let worker = Worker::new(Arc::new(wire), queues, wakeups, recorder, 0, published);
-            worker.unwrap().run().unwrap();
-            cpu_time()
-        });
+        let queues = (
+            RxQueue::new(rx.queue(false), SINGLE).with_hooks(hooks),
+            TxQueue::new(tx.queue(false), observer()),
+        );
+        let (kicks, recorder) = ([kick(), kick()], Arc::new(Recorder::default()));
+        let (counters, used) = (SharedCounters::default(), Arc::default());
+        let pair = Pair::new(
+            Arc::new(wire),
+            queues,
+            kicks.clone(),
+            recorder.clone(),
+            0,
+            Arc::clone(&counters),
+        );
+        let job = Timed {
+            pair,
+            used: Arc::clone(&used),
+        };
+        let mut worker = Worker::new("net0".into()).unwrap();
+        worker.start(job, recorder).unwrap();
         Self {
             far,
             sent: 0,
             rx,
+            _tx: tx,
             kicks,
-            stop,
             counters,
-            thread,
+            used,
+            worker,
         }
     }
 
@@ -92,8 +119,9 @@ impl Watched {
     fn assert_idle(mut self) {
         self.flood();
         thread::sleep(WATCHED);
-        self.stop.write(1).unwrap();
-        let used = self.thread.join().unwrap();
+        self.worker.stop();
+        self.worker.join().unwrap();
+        let used = *self.used.lock().unwrap();
         let counters = counters::read(&self.counters);
         assert!(used < IDLE, "{used:?} of {WATCHED:?}, {counters}");
         let sent = self.sent;

@@ -5,7 +5,7 @@ use crate::virtio::net::capture::Capture;
 use crate::virtio::net::counters;
 use crate::virtio::net::filter::{Filter, Rules};
 use crate::virtio::net::hooks::Hooks;
-use crate::virtio::net::rate::{Limiter, RateLimit};
+use crate::virtio::rate::{Limiter, RateLimit};
 
 /// A frame to `to`, with the protocol and what follows, behind an empty header.
 fn ethernet(to: [u8; 6], rest: &[u8]) -> Vec<u8> {
@@ -26,7 +26,7 @@ fn rx_frame_that_the_driver_does_not_want_takes_no_buffer() {
         *rules = Rules::new(MAC, Features::CTRL_VLAN);
         rules.set_table(&[], &[]);
     });
-    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE).with_filter(Arc::clone(&filter));
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE).with_filter(Arc::clone(&filter));
     driver.offer_chain(0, &[(0x4000, 20, WRITE), (0x5000, 2000, WRITE)]);
     let group = [1, 0, 0x5e, 0, 0, 1];
     far.send(&ethernet(group, &[8, 0])).unwrap();
@@ -49,7 +49,7 @@ fn rx_header_carries_only_what_the_driver_has_negotiated() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
     let filter = Arc::new(Filter::default());
-    let mut rx = RxQueue::new(driver.ring(false), MERGEABLE).with_filter(Arc::clone(&filter));
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE).with_filter(Arc::clone(&filter));
     for head in (0..SIZE).step_by(2) {
         driver.offer_chain(head, &[(0x4000, 1, WRITE), (0x4001, 200, WRITE)]);
     }
@@ -131,7 +131,7 @@ fn tx_held_back_takes_nothing_from_the_ring() {
         limiter: Some(Arc::new(Limiter::new(ONE_AT_ONCE))),
         capture: None,
     };
-    let mut tx = TxQueue::new(driver.ring(false), observer()).with_hooks(hooks);
+    let mut tx = TxQueue::new(driver.queue(false), observer()).with_hooks(hooks);
     for head in 0..2 {
         driver.offer_chain(head, &[(0x4000, 60, 0)]);
     }

@@ -1,16 +1,40 @@
-//! Copies between guest memory, as iovecs describe it, and memory of our own.
+//! Guest memory as iovecs describe it, and copies between it and memory of our own.
 //!
 //! The guest's CPUs and other queues may touch the same bytes at any time, so that no reference into
 //! guest memory is ever made: what is copied goes through vm-memory's volatile slices.
 
+use std::ops::{Deref, DerefMut};
+
 use vm_memory::VolatileSlice;
+
+/// Iovecs that may move between threads.
+#[derive(Debug, Default)]
+pub struct Iovecs(Vec<libc::iovec>);
+
+// SAFETY: an iovec is an address and a length. Reading or writing what lies there is unsafe, on
+// whichever thread, and whoever does it has to make sure that the memory is there.
+unsafe impl Send for Iovecs {}
+
+impl Deref for Iovecs {
+    type Target = Vec<libc::iovec>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Iovecs {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
 
 /// Copies what lies from offset `at` on into `to`, and returns how much there was.
 ///
 /// # Safety
 ///
 /// Each iovec must describe memory that may be read, and none of it may be part of `to`.
-pub(super) unsafe fn gather(iovecs: &[libc::iovec], at: usize, to: &mut [u8]) -> usize {
+pub(crate) unsafe fn gather(iovecs: &[libc::iovec], at: usize, to: &mut [u8]) -> usize {
     let mut done = 0;
     // SAFETY: as for this function.
     for piece in unsafe { pieces(iovecs, at, to.len()) } {
@@ -24,7 +48,7 @@ pub(super) unsafe fn gather(iovecs: &[libc::iovec], at: usize, to: &mut [u8]) ->
 /// # Safety
 ///
 /// Each iovec must describe memory that may be written, and none of it may be part of `bytes`.
-pub(super) unsafe fn scatter(iovecs: &[libc::iovec], at: usize, bytes: &[u8]) {
+pub(crate) unsafe fn scatter(iovecs: &[libc::iovec], at: usize, bytes: &[u8]) {
     let mut done = 0;
     // SAFETY: as for this function.
     for piece in unsafe { pieces(iovecs, at, bytes.len()) } {
@@ -63,11 +87,11 @@ unsafe fn pieces<'a>(
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Iovecs for `bytes`, cut into pieces of `piece` bytes with empty ones between.
-    pub(in super::super) fn iovecs(bytes: &mut [u8], piece: usize) -> Vec<libc::iovec> {
+    pub(crate) fn iovecs(bytes: &mut [u8], piece: usize) -> Vec<libc::iovec> {
         let empty = libc::iovec {
             iov_base: std::ptr::null_mut(),
             iov_len: 0,

@@ -1,0 +1,231 @@
+//! What the thread of a queue pair does: maps what became ready to the queue that has work.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::backend::Backend;
+use super::counters::{self, PairCounters, SharedCounters};
+use super::rx::{RxQueue, RxStop};
+use super::tx::{TxQueue, TxStop};
+use crate::virtio::Interrupt;
+use crate::virtio::worker::{Job, Turn};
+
+/// Frames that one queue may move before the other has its turn.
+const BUDGET: usize = 256;
+
+const BACKEND: u32 = 0;
+const RX_KICK: u32 = 1;
+const TX_KICK: u32 = 2;
+
+/// Why a queue does not look for work although there may be some.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Hold {
+    #[default]
+    None,
+    /// The driver has no receive buffers: only its kick ends this.
+    Starved,
+    /// The rate limit: only the timer ends this.
+    Limited,
+    /// The avail index is invalid: only a reset ends this.
+    Broken,
+}
+
+/// Whether a queue has work.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    ready: bool,
+    hold: Hold,
+}
+
+impl Work {
+    /// Something happened that ends `hold`, if that is what the queue waits for.
+    fn wake(&mut self, hold: Hold) {
+        if self.hold == hold {
+            self.hold = Hold::None;
+        }
+        self.ready |= self.hold == Hold::None;
+    }
+
+    fn take(&mut self) -> bool {
+        std::mem::take(&mut self.ready)
+    }
+
+    fn hold(&mut self, hold: Hold) {
+        *self = Self { ready: false, hold };
+    }
+}
+
+/// One queue pair and what it knows of itself.
+#[derive(Debug)]
+pub struct Pair<B> {
+    backend: Arc<B>,
+    rx: RxQueue,
+    tx: TxQueue,
+    /// The driver has made receive buffers available, and frames.
+    kicks: [Arc<EventFd>; 2],
+    interrupt: Arc<dyn Interrupt>,
+    /// Which pair this is: its queues are 2n and 2n + 1 (virtio 1.2, 5.1.2).
+    index: u16,
+    rx_work: Work,
+    tx_work: Work,
+    /// While a rate limit holds a queue, when that may end.
+    wake_at: Option<Instant>,
+    counters: PairCounters,
+    published: SharedCounters,
+}
+
+impl<B: Backend> Pair<B> {
+    /// The pair with this index, whose driver signals `kicks` (the receive queue's first). It
+    /// publishes its counters, and counts on from what it finds there.
+    pub fn new(
+        backend: Arc<B>,
+        (rx, tx): (RxQueue, TxQueue),
+        kicks: [Arc<EventFd>; 2],
+        interrupt: Arc<dyn Interrupt>,
+        index: u16,
+        published: SharedCounters,
+    ) -> Self {
+        let ready = Work {
+            ready: true,
+            hold: Hold::None,
+        };
+        let counters = counters::read(&published);
+        Self {
+            backend,
+            rx: rx.counting_from(counters.rx),
+            tx: tx.counting_from(counters.tx),
+            kicks,
+            interrupt,
+            index,
+            rx_work: ready,
+            tx_work: ready,
+            wake_at: None,
+            counters,
+            published,
+        }
+    }
+
+    fn send(&mut self) {
+        let (stop, notify) = self.tx.send(self.backend.as_ref(), BUDGET);
+        if notify {
+            self.counters.tx_interrupts += 1;
+            self.interrupt.queue(2 * self.index + 1);
+        }
+        match stop {
+            TxStop::Budget => self.tx_work.ready = true,
+            TxStop::Limited(until) => {
+                self.tx_work.hold(Hold::Limited);
+                self.wake_by(until);
+            }
+            TxStop::Broken => self.give_up("transmit"),
+            TxStop::Empty | TxStop::Full => {}
+        }
+    }
+
+    fn receive(&mut self) {
+        let (stop, notify) = self.rx.receive(self.backend.as_ref(), BUDGET);
+        if notify {
+            self.counters.rx_interrupts += 1;
+            self.interrupt.queue(2 * self.index);
+        }
+        match stop {
+            RxStop::Budget => self.rx_work.ready = true,
+            RxStop::Limited(until) => {
+                self.rx_work.hold(Hold::Limited);
+                self.wake_by(until);
+            }
+            RxStop::Starved => self.rx_work.hold(Hold::Starved),
+            RxStop::Broken => self.give_up("receive"),
+            RxStop::Idle => {}
+        }
+    }
+
+    fn wake_by(&mut self, until: Instant) {
+        let earlier = self.wake_at.filter(|&at| at < until);
+        self.wake_at = earlier.or(Some(until));
+    }
+
+    /// A ring has an invalid avail index: nothing moves until the driver resets the device.
+    fn give_up(&mut self, queue: &str) {
+        log::debug!("network device: the {queue} queue has an invalid avail index");
+        self.rx_work.hold(Hold::Broken);
+        self.tx_work.hold(Hold::Broken);
+        self.interrupt.needs_reset();
+    }
+}
+
+impl<B: Backend> Job for Pair<B> {
+    fn wakeups(&self) -> Vec<(RawFd, u32, EventSet)> {
+        // The backend is edge-triggered: while the driver has no buffers (or the tap no room),
+        // frames that wait must not wake the thread again and again.
+        let backend = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        let [rx_kick, tx_kick] = &self.kicks;
+        vec![
+            (self.backend.as_raw_fd(), BACKEND, backend),
+            (rx_kick.as_raw_fd(), RX_KICK, EventSet::IN),
+            (tx_kick.as_raw_fd(), TX_KICK, EventSet::IN),
+        ]
+    }
+
+    fn wake(&mut self, token: u32, events: EventSet) {
+        match token {
+            BACKEND => {
+                if events.contains(EventSet::IN) {
+                    self.rx_work.wake(Hold::None);
+                }
+                if events.contains(EventSet::OUT) {
+                    self.tx_work.wake(Hold::None);
+                }
+            }
+            RX_KICK if self.kicks[0].read().is_ok() => {
+                self.counters.rx_kicks += 1;
+                self.rx_work.wake(Hold::Starved);
+            }
+            TX_KICK if self.kicks[1].read().is_ok() => {
+                self.counters.tx_kicks += 1;
+                self.tx_work.wake(Hold::None);
+            }
+            _ => {}
+        }
+    }
+
+    fn timeout(&mut self) {
+        self.wake_at = None;
+        self.rx_work.wake(Hold::Limited);
+        self.tx_work.wake(Hold::Limited);
+    }
+
+    fn turn(&mut self) -> Turn {
+        if self.tx_work.take() {
+            self.send();
+        }
+        if self.rx_work.take() {
+            self.receive();
+        }
+        let more = self.tx_work.ready || self.rx_work.ready;
+        if !more {
+            self.counters.wakeups += 1;
+            self.publish();
+        }
+        Turn {
+            more,
+            wake_at: self.wake_at,
+        }
+    }
+}
+
+impl<B> Pair<B> {
+    /// Shows what has been counted.
+    pub fn publish(&mut self) {
+        self.counters.rx = self.rx.counters();
+        self.counters.tx = self.tx.counters();
+        *self
+            .published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = self.counters;
+    }
+}
