@@ -6,16 +6,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use boot::{BootSpec, BootState};
-use event_manager::MutEventSubscriber;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{Config, ConsoleTarget};
 use crate::console::{self, Output};
-use crate::control::event_loop::Control;
+use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
+use crate::control::handle::{Handle, Requests};
 use crate::kvm::cpuid::CpuModel;
-use crate::kvm::vcpu::{self, DeviceBuses, Vcpu, VcpuThread};
-use crate::kvm::vm::{Hypervisor, Vm, VmError};
+use crate::kvm::vcpu::{DeviceBuses, Vcpu};
+use crate::kvm::vcpus::Vcpus;
+use crate::kvm::vm::{Vm, VmError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::net_devices::NetDevices;
@@ -59,7 +60,9 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |error| Error::Host(what, error)
 }
 
-/// Boots the guest and waits for its end. Whatever was taken from the host has been given back
+/// Boots the guest and waits for its end, on this thread, which controls it meanwhile: `started` gets
+/// what other threads do that by, and the first of `signals` presses the guest's power button, the
+/// second ends it. Whatever was taken from the host has been given back
 /// when this returns.
 ///
 /// # Errors
@@ -70,7 +73,11 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
 ///
 /// Nothing in this process may own the file descriptors that `config` names: call it before
 /// anything is opened.
-pub unsafe fn run(config: Config) -> Result<Exit, Error> {
+pub unsafe fn run(
+    config: Config,
+    signals: &[libc::c_int],
+    started: impl FnOnce(Handle),
+) -> Result<Exit, Error> {
     let plan = Plan::new(
         config.cpus.get(),
         config.transport,
@@ -81,7 +88,7 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     let host = unsafe { Resources::acquire(&config) }?;
     let ram = GuestRam::map(config.memory, config.hugepages)?;
     let boot = load(&config, &plan, host.kernel, host.initrd, ram.memory())?;
-    let vm = Vm::new(&host.hypervisor, Arc::clone(ram.memory()))?;
+    let vm = Vm::new(host.hypervisor, Arc::clone(ram.memory()))?;
     let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
     let memory = Arc::clone(ram.memory());
     let mut machine = Machine::new(&vm, memory, Arc::clone(&exit), &plan)?;
@@ -94,10 +101,9 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
     let power_button = machine.add_power_button()?;
     let mut net_devices = NetDevices::add(&mut machine, host.nics)?;
     let buses = Arc::new(machine.finish()?);
-    let vcpus = create_vcpus(&vm, &config, &host.hypervisor, &boot, &buses)?;
+    let vcpus = create_vcpus(&vm, &config, &boot, &buses)?;
 
-    let control =
-        Control::new(Arc::clone(&exit), power_button).map_err(failed_to("catch signals"))?;
+    let signals = CaughtSignals::catch(signals).map_err(failed_to("catch signals"))?;
     let watchers = net_devices
         .watchers()
         .map_err(failed_to("watch the NICs"))?;
@@ -111,7 +117,15 @@ pub unsafe fn run(config: Config) -> Result<Exit, Error> {
         console::spawn_input(serial, Arc::clone(&exit), terminal.is_some())
             .map_err(failed_to("start the console's thread"))?;
     }
-    run_vcpus(vcpus, control, watchers, &exit)?;
+    let vcpus = Vcpus::start(vm, vcpus, Arc::clone(&exit))
+        .map_err(failed_to("start the vCPUs' threads"))?;
+    let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
+    let control = Control::new(vcpus, Arc::clone(&exit), power_button, signals, requests)
+        .map_err(failed_to("create a timer"))?;
+    started(handle);
+    control
+        .run(watchers)
+        .map_err(failed_to("wait for events"))?;
     // The devices' threads end with the buses; only then are the macvtaps deleted.
     drop(buses);
     drop((net_devices.guards, host.host_link));
@@ -149,11 +163,10 @@ fn name_file(config: &Config, error: boot::Error) -> Error {
 fn create_vcpus(
     vm: &Vm,
     config: &Config,
-    hypervisor: &Hypervisor,
     boot: &BootState,
     buses: &Arc<DeviceBuses>,
 ) -> Result<Vec<Vcpu>, VmError> {
-    let (supported, tsc_deadline) = hypervisor.supported_cpuid()?;
+    let (supported, tsc_deadline) = vm.supported_cpuid()?;
     let model = CpuModel {
         count: config.cpus.get(),
         tsc_deadline,
@@ -169,36 +182,4 @@ fn create_vcpus(
         vcpus.push(vcpu);
     }
     Ok(vcpus)
-}
-
-/// Runs the vCPUs until an exit is requested, and joins those that were started in any case.
-fn run_vcpus(
-    vcpus: Vec<Vcpu>,
-    control: Control,
-    watchers: Vec<Box<dyn MutEventSubscriber>>,
-    exit: &ExitRequest,
-) -> Result<(), Error> {
-    vcpu::prepare_kicks().map_err(failed_to("prepare the vCPUs' signal"))?;
-    let mut threads: Vec<VcpuThread> = Vec::with_capacity(vcpus.len());
-    let mut failure = None;
-    for vcpu in vcpus {
-        match vcpu.start() {
-            Ok(thread) => threads.push(thread),
-            Err(error) => {
-                failure = Some(Error::Host("start a vCPU's thread", error));
-                break;
-            }
-        }
-    }
-    if failure.is_none() {
-        failure = control
-            .run(watchers)
-            .err()
-            .map(|error| Error::Host("wait for events", error));
-    }
-    if let Some(error) = &failure {
-        exit.request(Exit::Failure(error.to_string()));
-    }
-    vcpu::join(threads);
-    failure.map_or(Ok(()), Err)
 }

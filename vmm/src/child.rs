@@ -30,13 +30,13 @@ use rustix::process::{
     Pid, Signal, WaitId, WaitIdOptions, kill_current_process_group, kill_process,
     set_parent_process_death_signal, waitid,
 };
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
+use signal_hook::consts::{SIGCHLD, SIGWINCH};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
 use crate::limits;
 use crate::log_writer;
-use crate::signals::{self, not_ignored};
+use crate::signals::{self, ENDING, not_ignored};
 use descriptors::Passed;
 use guard::{Guard, must_have_parent};
 use terminal::{NewTerminal, Relay, Terminal};
@@ -250,9 +250,8 @@ impl Child {
     ///
     /// When the program cannot be waited for.
     pub fn wait(mut self, mut signals: Arrivals, forwarded: &[i32]) -> io::Result<ExitStatus> {
-        const ENDS: [i32; 4] = [SIGTERM, SIGHUP, SIGINT, SIGQUIT];
         let forwarded = if self.relay.is_some() {
-            &ENDS
+            &ENDING
         } else {
             forwarded
         };

@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     terminal::restore_on_panic();
     // SAFETY: this process has opened nothing yet that it would keep, so whatever is open under
     // the numbers that the command line names was handed to it.
-    let exit = unsafe { builder::run(Config::from(cli.guest)) };
+    let exit = unsafe { builder::run(Config::from(cli.guest), &signals::ENDING, drop) };
     let exit = exit.unwrap_or_else(|error| Exit::Failure(chain(&error)));
     exit.log();
     // Not `exit`: nothing that the console's thread, blocked in its read, might hold is waited for.

@@ -12,6 +12,9 @@ use std::sync::OnceLock;
 use libc::sigaction;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal};
 
+/// The signals that ask a program to end.
+pub const ENDING: [c_int; 4] = [libc::SIGTERM, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT];
+
 /// What [`settle`] has found.
 static INHERITED: OnceLock<Inherited> = OnceLock::new();
 

@@ -9,6 +9,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
 use crate::cli::HostLinkArgs;
 use crate::commands::{firewall, report};
+use crate::signals::ENDING;
 
 /// Why there is no host link, or why it stays.
 #[derive(Debug, thiserror::Error)]
@@ -136,13 +137,8 @@ struct HeldSignals {
 
 impl HeldSignals {
     fn hold() -> io::Result<Self> {
-        let held = [
-            Signal::SIGINT,
-            Signal::SIGTERM,
-            Signal::SIGHUP,
-            Signal::SIGQUIT,
-        ];
-        let held: SigSet = held.into_iter().collect();
+        let held = ENDING.into_iter().map(Signal::try_from);
+        let held: SigSet = held.collect::<Result<_, _>>()?;
         let before = held.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         Ok(Self { before })
     }

@@ -8,13 +8,14 @@ use std::process::Command;
 
 use net::{Macvtap, Placement};
 use nix::unistd::geteuid;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use crate::child::{self, Arrivals, Program, Rest, User, UserError};
 use crate::cli::OpenArgs;
 use crate::exclusive::{self, Interface, SharedError};
 use crate::inherited::Inherited;
 use crate::registry::{Claim, NicEntry, Runs};
+use crate::signals::ENDING;
 
 /// Why the program was not run.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +107,7 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
 fn wait_for(program: Program, name: &OsString) -> Result<u8, OpenError> {
     // SIGINT and SIGQUIT of a terminal reach the program by themselves; here they are only not to
     // be deadly.
-    let signals = Arrivals::new(&[SIGTERM, SIGHUP, SIGINT, SIGQUIT]).map_err(OpenError::Signals)?;
+    let signals = Arrivals::new(&ENDING).map_err(OpenError::Signals)?;
     let child = program.spawn();
     let child = child.map_err(|error| OpenError::Run(name.clone(), error))?;
     let status = child.wait(signals, &[SIGTERM, SIGHUP]);

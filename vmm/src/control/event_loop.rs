@@ -1,69 +1,107 @@
-//! The control thread: waits for the guest's end, and turns signals into the power button.
+//! The control thread: holds the run state, waits for the guest's end, and turns signals into the power button.
 
 use std::io;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use devices::irq::IrqLine;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::control::exit::{Exit, ExitRequest};
+use super::RunState;
+use super::exit::{Exit, ExitRequest};
+use super::handle::Requests;
+use crate::kvm::state::KvmState;
+use crate::kvm::vcpus::Vcpus;
+use crate::kvm::vm::VmError;
 use crate::signals::not_ignored;
 
 /// How long a guest has to power off by itself after its power button was pressed.
-const GRACE: Duration = Duration::from_secs(10);
+pub(crate) const GRACE: Duration = Duration::from_secs(10);
 
-/// The signals that ask for an end.
-const SIGNALS: [libc::c_int; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
-
-// Event tokens below the signals' numbers, which begin at 1.
+// Event tokens; the signals' are their numbers.
 const EXIT: u32 = 0;
 const GRACE_OVER: u32 = u32::MAX;
+const STOPPED: u32 = u32::MAX - 1;
+const REQUEST: u32 = u32::MAX - 2;
+
+/// The signals that end the guest, from [`CaughtSignals::catch`] on.
+#[derive(Debug)]
+pub struct CaughtSignals(Vec<(libc::c_int, UnixStream)>);
+
+impl CaughtSignals {
+    /// Catches those of `signals` that are not ignored.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the kernel refuses a handler, or has no file descriptor left.
+    pub fn catch(signals: &[libc::c_int]) -> io::Result<Self> {
+        let catch = |signal| {
+            let (caught, handler) = UnixStream::pair()?;
+            signal_hook::low_level::pipe::register(signal, handler)?;
+            caught.set_nonblocking(true)?;
+            Ok((signal, caught))
+        };
+        not_ignored(signals)
+            .into_iter()
+            .map(catch)
+            .collect::<io::Result<_>>()
+            .map(Self)
+    }
+}
 
 /// The control thread's state.
 #[derive(Debug)]
 pub struct Control {
     exit: Arc<ExitRequest>,
     power_button: IrqLine,
-    signals: Vec<(libc::c_int, UnixStream)>,
+    signals: CaughtSignals,
+    requests: Requests,
     grace: TimerFd,
     /// The signal that has pressed the power button.
     pressed_by: Option<libc::c_int>,
+    vcpus: Vcpus,
+    is_paused: bool,
+    /// Those that wait until all vCPUs have stopped.
+    pausing: Vec<Sender<()>>,
 }
 
 impl Control {
-    /// Catches the signals that are not ignored from now on. `power_button` is the line of the guest's button.
+    /// Controls a guest that runs already: the first of `signals` presses its power button, the
+    /// second ends it.
     ///
     /// # Errors
     ///
-    /// Fails when the kernel refuses a handler, or has no file descriptor left.
-    pub fn new(exit: Arc<ExitRequest>, power_button: IrqLine) -> io::Result<Self> {
-        let mut signals = Vec::with_capacity(SIGNALS.len());
-        for signal in not_ignored(&SIGNALS) {
-            let (caught, handler) = UnixStream::pair()?;
-            signal_hook::low_level::pipe::register(signal, handler)?;
-            caught.set_nonblocking(true)?;
-            signals.push((signal, caught));
-        }
-        let grace = TimerFd::new()?;
+    /// Fails when the process has no file descriptor left.
+    pub fn new(
+        vcpus: Vcpus,
+        exit: Arc<ExitRequest>,
+        power_button: IrqLine,
+        signals: CaughtSignals,
+        requests: Requests,
+    ) -> io::Result<Self> {
         Ok(Self {
             exit,
             power_button,
             signals,
-            grace,
+            requests,
+            grace: TimerFd::new()?,
             pressed_by: None,
+            vcpus,
+            is_paused: false,
+            pausing: Vec::new(),
         })
     }
 
-    /// Waits until an exit has been requested, and lets `others` have their events meanwhile.
+    /// Waits until an exit has been requested, and lets `others` have their events meanwhile. The vCPUs have ended when it
+    /// returns.
     ///
     /// # Errors
     ///
-    /// Fails when waiting itself does; the guest has to be ended then.
+    /// Fails when waiting itself does; the guest is ended then.
     pub fn run(self, others: Vec<Box<dyn MutEventSubscriber>>) -> io::Result<()> {
         let failed = |error| io::Error::other(format!("{error}"));
         let exit = Arc::clone(&self.exit);
@@ -82,6 +120,55 @@ impl Control {
         Ok(())
     }
 
+    /// Whether the guest runs.
+    pub fn state(&self) -> RunState {
+        match (self.exit.reason(), self.is_paused) {
+            (Some(_), _) => RunState::Ended,
+            (None, true) => RunState::Paused,
+            (None, false) => RunState::Running,
+        }
+    }
+
+    /// Stops the guest. `done` gets its message once nothing of it runs: a vCPU may first have to wait for a reader of the
+    /// console. It is dropped when the guest ends or is resumed before.
+    pub fn pause(&mut self, done: Sender<()>) {
+        self.pausing.push(done);
+        self.vcpus.pause();
+    }
+
+    fn vcpus_have_stopped(&mut self) {
+        let _ = self.vcpus.stopped().read();
+        // Or it was resumed meanwhile.
+        if self.vcpus.have_stopped() {
+            self.is_paused = true;
+            for done in self.pausing.drain(..) {
+                let _ = done.send(());
+            }
+        }
+    }
+
+    /// Lets a guest that was paused, or is about to be, run on.
+    pub fn resume(&mut self) {
+        self.pausing.clear();
+        self.is_paused = false;
+        self.vcpus.resume();
+    }
+
+    /// What KVM holds of a guest that is paused.
+    pub fn save(&self) -> Option<Result<KvmState, VmError>> {
+        self.is_paused.then(|| self.vcpus.save())
+    }
+
+    /// Gives a guest that is paused another state.
+    pub fn restore(&self, state: &KvmState) -> Option<Result<(), VmError>> {
+        self.is_paused.then(|| self.vcpus.restore(state))
+    }
+
+    /// Presses the guest's power button.
+    pub fn press_power_button(&self) {
+        self.power_button.raise();
+    }
+
     /// The first signal presses the power button, the second ends the guest.
     fn signalled(&mut self, signal: libc::c_int) {
         if self.pressed_by.is_some() {
@@ -89,7 +176,7 @@ impl Control {
             return;
         }
         self.pressed_by = Some(signal);
-        self.power_button.raise();
+        self.press_power_button();
         if let Err(error) = self.grace.reset(GRACE, None) {
             self.exit.request(Exit::Signal(signal));
             log::warn!("no timer for the guest's time to power off, so it has none: {error}");
@@ -102,11 +189,13 @@ impl Control {
 
 impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
-        let signals = self.signals.iter();
+        let signals = self.signals.0.iter();
         let signals = signals.map(|(n, fd)| Events::with_data(fd, n.unsigned_abs(), EventSet::IN));
         let others = [
             Events::with_data(self.exit.event(), EXIT, EventSet::IN),
             Events::with_data(&self.grace, GRACE_OVER, EventSet::IN),
+            Events::with_data(self.vcpus.stopped(), STOPPED, EventSet::IN),
+            Events::with_data(self.requests.event(), REQUEST, EventSet::IN),
         ];
         for events in signals.chain(others) {
             if let Err(error) = ops.add(events) {
@@ -121,16 +210,21 @@ impl MutEventSubscriber for Control {
         match events.data() {
             EXIT => {}
             GRACE_OVER => {
-                let signal = self.pressed_by.unwrap_or(SIGTERM);
-                self.exit.request(Exit::Signal(signal));
-                log::warn!("the guest did not power off within {} s", GRACE.as_secs());
+                // A guest that is paused cannot power off, and is ended too.
+                if let Some(signal) = self.pressed_by {
+                    self.exit.request(Exit::Signal(signal));
+                    log::warn!("the guest did not power off within {} s", GRACE.as_secs());
+                }
+            }
+            STOPPED => self.vcpus_have_stopped(),
+            REQUEST => {
+                for request in self.requests.take() {
+                    request(self);
+                }
             }
             token => {
-                let caught = self
-                    .signals
-                    .iter_mut()
-                    .find(|(n, _)| n.unsigned_abs() == token);
-                let Some((signal, stream)) = caught else {
+                let mut caught = self.signals.0.iter_mut();
+                let Some((signal, stream)) = caught.find(|(n, _)| n.unsigned_abs() == token) else {
                     return;
                 };
                 let signal = *signal;

@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::kvm::crash::Crash;
+
 /// Why the guest no longer runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -14,12 +16,14 @@ pub enum Exit {
     Reboot,
     /// Its kernel panicked, and asked for a reset.
     Panic,
-    /// Somebody pressed Ctrl-A x.
+    /// Ended from the terminal (Ctrl-A x), or by the program that runs it.
     Quit,
     /// A signal came, and the guest did not power off in time.
     Signal(i32),
-    /// It cannot go on: the text says what KVM said.
-    Crash(String),
+    /// KVM cannot run it on.
+    Crash(Crash),
+    /// QEMU cannot run it on.
+    InternalError,
     /// The monitor cannot go on.
     Failure(String),
 }
@@ -30,7 +34,7 @@ impl Exit {
         match self {
             Self::PowerOff | Self::Reboot | Self::Quit => 0,
             Self::Failure(_) => 1,
-            Self::Crash(_) => 3,
+            Self::Crash(_) | Self::InternalError => 3,
             Self::Panic => 4,
             // Signal numbers go up to 64.
             Self::Signal(number) => 128u8.saturating_add(*number as u8),
@@ -46,6 +50,9 @@ impl Exit {
             Self::Quit => log::info!("ended from the terminal"),
             Self::Signal(number) => log::error!("ended by signal {number}"),
             Self::Crash(what) => log::error!("the guest crashed: {what}"),
+            Self::InternalError => {
+                log::error!("the guest crashed: QEMU calls it an internal error");
+            }
             Self::Failure(what) => log::error!("{what}"),
         }
     }
@@ -111,7 +118,7 @@ mod tests {
             (Exit::Reboot, 0),
             (Exit::Quit, 0),
             (Exit::Failure(String::new()), 1),
-            (Exit::Crash(String::new()), 3),
+            (Exit::InternalError, 3),
             (Exit::Panic, 4),
             (Exit::Signal(libc::SIGINT), 130),
             (Exit::Signal(libc::SIGTERM), 143),

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use boot::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use devices::irq::IrqLine;
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    CpuId, KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
@@ -14,8 +15,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestReg
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::fam;
 
+use super::msi::{MsiRoutes, Routes};
+use super::state::VmState;
 use crate::config::Cpus;
-use crate::kvm::msi::{MsiRoutes, Routes};
 use crate::plan::Gsi;
 
 /// What went wrong between KVM and us.
@@ -52,6 +54,9 @@ pub enum VmError {
     /// More leaves than KVM takes.
     #[error("cannot list so many CPUID leaves for KVM")]
     Cpuid(#[source] fam::Error),
+    /// A saved state with another number of vCPUs.
+    #[error("cannot restore the state of {0} vCPUs into a guest that has another number of them")]
+    OtherCpus(usize),
     /// One of KVM's calls failed.
     #[error("KVM cannot {0}")]
     Call(&'static str, #[source] io::Error),
@@ -97,25 +102,12 @@ impl Hypervisor {
             Ok(())
         }
     }
-
-    /// What the vCPUs may tell the guest of themselves, and whether their timers know the TSC
-    /// deadline mode, which is not part of it (Documentation/virt/kvm/api.rst, 4.46).
-    ///
-    /// # Errors
-    ///
-    /// Fails when KVM does not say.
-    pub fn supported_cpuid(&self) -> Result<(CpuId, bool), VmError> {
-        let cpuid = self
-            .0
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(call("tell what its CPUs can do"))?;
-        Ok((cpuid, self.0.check_extension(Cap::TscDeadlineTimer)))
-    }
 }
 
 /// A virtual machine with memory and interrupt controllers.
 #[derive(Debug)]
 pub struct Vm {
+    hypervisor: Hypervisor,
     fd: Arc<VmFd>,
     routes: Arc<Routes>,
     /// KVM reads and writes it as long as the VM exists.
@@ -128,7 +120,7 @@ impl Vm {
     /// # Errors
     ///
     /// Says what KVM refused.
-    pub fn new(hypervisor: &Hypervisor, memory: Arc<GuestMemoryMmap>) -> Result<Self, VmError> {
+    pub fn new(hypervisor: Hypervisor, memory: Arc<GuestMemoryMmap>) -> Result<Self, VmError> {
         let fd = hypervisor
             .0
             .create_vm()
@@ -151,6 +143,7 @@ impl Vm {
         fd.create_pit2(pit).map_err(call("create the timer"))?;
         let fd = Arc::new(fd);
         Ok(Self {
+            hypervisor,
             routes: Arc::new(Routes::new(Arc::clone(&fd))),
             fd,
             _memory: memory,
@@ -200,6 +193,74 @@ impl Vm {
             None => self.fd.register_ioevent(kick, &address, NoDatamatch),
         };
         registered.map_err(call("watch a notification (ioeventfd)"))
+    }
+
+    /// What the vCPUs may tell the guest of themselves, and whether their timers know the TSC
+    /// deadline mode, which is not part of it (Documentation/virt/kvm/api.rst, 4.46).
+    ///
+    /// # Errors
+    ///
+    /// Fails when KVM does not say.
+    pub fn supported_cpuid(&self) -> Result<(CpuId, bool), VmError> {
+        let cpuid = self
+            .hypervisor
+            .0
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("tell what its CPUs can do"))?;
+        Ok((
+            cpuid,
+            self.hypervisor.0.check_extension(Cap::TscDeadlineTimer),
+        ))
+    }
+
+    /// The MSRs that are a vCPU's state.
+    pub(super) fn msrs(&self) -> Result<Vec<u32>, VmError> {
+        let list = self
+            .hypervisor
+            .0
+            .get_msr_index_list()
+            .map_err(call("list its MSRs"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// Reads the state of what the vCPUs share.
+    pub(super) fn save(&self) -> Result<VmState, VmError> {
+        let mut irqchips = [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ]
+        .map(|chip_id| kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        });
+        for chip in &mut irqchips {
+            self.fd
+                .get_irqchip(chip)
+                .map_err(call("read an interrupt controller"))?;
+        }
+        Ok(VmState {
+            irqchips,
+            pit: self.fd.get_pit2().map_err(call("read the timer"))?,
+            clock: self.fd.get_clock().map_err(call("read its clock"))?.clock,
+        })
+    }
+
+    /// Writes it, after the vCPUs' states: the I/O APIC passes pending interrupts on to their local APICs.
+    pub(super) fn restore(&self, state: &VmState) -> Result<(), VmError> {
+        for chip in &state.irqchips {
+            self.fd
+                .set_irqchip(chip)
+                .map_err(call("write an interrupt controller"))?;
+        }
+        self.fd
+            .set_pit2(&state.pit)
+            .map_err(call("write the timer"))?;
+        let clock = kvm_clock_data {
+            clock: state.clock,
+            ..Default::default()
+        };
+        self.fd.set_clock(&clock).map_err(call("write its clock"))
     }
 
     /// A new vCPU with this APIC id.

@@ -19,10 +19,9 @@ use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
 use crate::child::Child;
+use crate::control::event_loop::GRACE;
 use crate::control::exit::Exit;
 
-/// How long a guest has to power off after its button was pressed, as in the native monitor.
-const GRACE: Duration = Duration::from_secs(10);
 /// How long QEMU has to answer `quit`: one that hangs never does.
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long QEMU has to end once it has heard of it: it may have a disk's cache to write.
@@ -195,7 +194,7 @@ impl Guest {
             },
             (Some("STOP"), _) => self.command("query-status", json!({}), Asked::Status),
             (_, Some("status")) if answer["status"] == "internal-error" => {
-                self.quit(Exit::Crash("QEMU calls it an internal error".into()));
+                self.quit(Exit::InternalError);
             }
             (_, Some("reset-flag")) => {
                 let flag = answer.as_str().unwrap_or_default();
@@ -257,7 +256,7 @@ mod tests {
         assert_eq!(ended(&[shutdown("guest-shutdown")]).0, Some(Exit::PowerOff));
         let answer = json!({"return": {"status": "internal-error"}, "id": "status"});
         let (end, sent) = ended(&[json!({"event": "STOP"}), answer]);
-        assert!(matches!(end, Some(Exit::Crash(_))));
+        assert!(matches!(end, Some(Exit::InternalError)));
         assert!(sent.contains("query-status"), "{sent}");
     }
 

@@ -5,17 +5,14 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{ExitStatus, Stdio};
 
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
 use super::{Plan, QemuError, control, hints, terminal};
 use crate::child::{self, Arrivals, Child, Program};
 use crate::config::ConsoleTarget;
 use crate::control::exit::Exit;
-use crate::signals::not_ignored;
-
-/// What ends minivmm, and QEMU with it.
-const SIGNALS: [i32; 4] = [SIGTERM, SIGHUP, SIGINT, SIGQUIT];
+use crate::signals::{ENDING, not_ignored};
 
 /// How QEMU is followed.
 enum Follow {
@@ -30,17 +27,17 @@ impl Follow {
     fn new(control: Option<UnixStream>) -> io::Result<Self> {
         Ok(match control {
             Some(socket) => {
-                let signals = [not_ignored(&SIGNALS), vec![SIGCHLD]].concat();
+                let signals = [not_ignored(&ENDING), vec![SIGCHLD]].concat();
                 Self::Guest(socket, Signals::new(signals)?)
             }
-            None => Self::Program(Arrivals::new(&SIGNALS)?),
+            None => Self::Program(Arrivals::new(&ENDING)?),
         })
     }
 
     fn follow(self, mut qemu: Child) -> io::Result<(Option<Exit>, ExitStatus)> {
         match self {
             Self::Guest(socket, signals) => control::follow(&mut qemu, socket, signals),
-            Self::Program(signals) => Ok((None, qemu.wait(signals, &SIGNALS)?)),
+            Self::Program(signals) => Ok((None, qemu.wait(signals, &ENDING)?)),
         }
     }
 }
