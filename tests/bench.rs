@@ -11,7 +11,6 @@ mod harness {
     pub mod linux;
     pub mod memory;
     pub mod netns;
-    pub mod retry;
     pub mod site;
     pub mod vm;
 }
@@ -101,7 +100,6 @@ fn in_lab(rounds: usize) -> bool {
     let job = lab::machine::Job {
         program: &program,
         args: &[rounds.to_string()],
-        done: Vec::new(),
         deadline: Instant::now() + LAB_LIMIT,
     };
     lab::machine::run_shown(&job)
@@ -154,14 +152,14 @@ fn compare(rounds: usize) -> bool {
 /// Boots a guest with one CPU and 256 MiB, and lets it talk to the third host.
 fn measure(args: &[&str]) -> Sample {
     let site = Site::new();
-    let make = || {
-        let mut command = site.host.command(vm::binary());
-        command.args(args).args(["--memory", "256M", "--kernel"]);
-        command.arg(assets().bzimage()).arg("--initrd");
-        command.arg(linux::initrd()).stdin(Stdio::piped());
-        command
-    };
-    let (mut vm, init) = linux::timed_boot(make, Vm::console);
+    let mut command = site.host.command(vm::binary());
+    command.args(args).args(["--memory", "256M", "--kernel"]);
+    command.arg(assets().bzimage()).arg("--initrd");
+    command.arg(linux::initrd()).stdin(Stdio::piped());
+    let start = Instant::now();
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("GUEST init", LIMIT);
+    let init = start.elapsed();
     vm.wait_for("GUEST ready\n", LIMIT);
     address(&mut vm, "eth0", 11);
     assert!(pings(&mut vm, PEER), "{}", vm.transcript());

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use harness::assets::assets;
 use harness::iperf::Server;
-use harness::linux::{boot, boot_command, command, small_initrd};
+use harness::linux::{BOOT_LIMIT, boot, boot_command, command, small_initrd};
 use harness::netns::Netns;
 use harness::site::{Site, address, pings};
 use harness::vm::{self, Vm};
@@ -602,17 +602,13 @@ fn sigterm_presses_the_power_button_also_with_stdin_closed() {
         "sigterm_presses_the_power_button_also_with_stdin_closed",
         || {
             // A shell closes descriptor 0, which then is the first that minivmm opens itself.
-            let make = || {
-                let inner = command(None, &[]);
-                let mut shell = Command::new("sh");
-                shell
-                    .args(["-c", r#"exec "$0" "$@" <&-"#])
-                    .arg(inner.get_program())
-                    .args(inner.get_args());
-                shell
-            };
-            let mut vm = boot_command(make, Vm::console);
-            vm.wait_for("GUEST ready\n", 30 * SECOND);
+            let inner = command(None, &[]);
+            let mut shell = Command::new("sh");
+            shell
+                .args(["-c", r#"exec "$0" "$@" <&-"#])
+                .arg(inner.get_program())
+                .args(inner.get_args());
+            let mut vm = boot_command(shell);
             vm.signal(Signal::TERM);
             vm.wait_for("GUEST power button\n", 10 * SECOND);
             assert_eq!(
@@ -655,16 +651,13 @@ fn console_to_a_file_keeps_stdout_empty() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("console");
         let console = format!("file:{}", path.display());
-        let make = || {
-            let mut command = command(None, &["--console", &console]);
-            command.stdin(Stdio::null());
-            command
-        };
+        let mut command = command(None, &["--console", &console]);
+        command.stdin(Stdio::null());
+        let mut vm = Vm::spawn(command);
         let read = || std::fs::read_to_string(&path).unwrap_or_default();
-        let mut vm = boot_command(make, |_| read());
         let start = Instant::now();
         while !read().contains("GUEST ready") {
-            assert!(start.elapsed() < 30 * SECOND, "{}", read());
+            assert!(start.elapsed() < BOOT_LIMIT, "{}", read());
             thread::sleep(SECOND / 10);
         }
         vm.signal(Signal::TERM);

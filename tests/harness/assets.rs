@@ -89,22 +89,22 @@ pub fn cache_dir() -> PathBuf {
 
 /// Takes a lock that other processes of the same user wait for, until the file is dropped.
 pub fn lock(name: &str) -> fs::File {
-    one_of(name, 1)
+    one_of(name, 1).1
 }
 
-/// Takes one of `count` locks, so that so many processes of the same user go on at once.
-pub fn one_of(name: &str, count: u32) -> fs::File {
+/// Takes one of `count` locks, so that so many processes of the same user go on at once. Returns its number too.
+pub fn one_of(name: &str, count: usize) -> (usize, fs::File) {
     fs::create_dir_all(cache_dir())
         .unwrap_or_else(|e| panic!("cannot make {}: {e}", cache_dir().display()));
-    let path = |n: u32| cache_dir().join(format!("{name}.{n}"));
-    let take = |n: u32, operation| {
+    let path = |n: usize| cache_dir().join(format!("{name}.{n}"));
+    let take = |n: usize, operation| {
         let file = fs::File::create(path(n))?;
         flock(&file, operation)?;
-        Ok::<_, std::io::Error>(file)
+        Ok::<_, std::io::Error>((n, file))
     };
     let free = (0..count).find_map(|n| take(n, FlockOperation::NonBlockingLockExclusive).ok());
     // All are taken: any may be given back first, and who waits for the same one is spread.
-    let n = std::process::id() % count;
+    let n = std::process::id() as usize % count;
     free.map_or_else(|| take(n, FlockOperation::LockExclusive), Ok)
         .unwrap_or_else(|e| panic!("cannot lock {}: {e}", path(n).display()))
 }

@@ -4,42 +4,26 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::assets::{assets, cache_dir, generic};
 use super::initramfs;
 use super::netns::Netns;
-use super::retry::{Layer, retry};
-use super::vm::{Vm, binary, in_lab};
+use super::vm::{Vm, binary};
 
 /// The longest time from start to the prompt of our init; 4 to 8 s are usual in the lab.
-const BOOT_LIMIT: Duration = Duration::from_secs(90);
-/// A guest in the lab that writes nothing for this long while its kernel boots has met the emulator's bug (`retry.rs`).
-const SILENCE: Duration = Duration::from_secs(20);
+pub const BOOT_LIMIT: Duration = Duration::from_secs(90);
 
 /// Boots a guest in a namespace and waits until it takes commands. `--kernel` and `--initrd` are added unless given.
 pub fn boot(netns: Option<&Netns>, args: &[&str]) -> Vm {
-    let mut vm = boot_command(|| command(netns, args), Vm::console);
+    boot_command(command(netns, args))
+}
+
+/// Boots a guest by a command, whose console is its stdout, and waits until it takes commands.
+pub fn boot_command(command: Command) -> Vm {
+    let mut vm = Vm::spawn(command);
     vm.wait_for("GUEST ready\n", BOOT_LIMIT);
     vm
-}
-
-/// Boots a guest by a command until our init's first line is in the text that `console` reads.
-pub fn boot_command(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String) -> Vm {
-    timed_boot(make, console).0
-}
-
-/// The same, with the time that it took. In the lab a guest that falls silent or ends before that line is started again.
-pub fn timed_boot(make: impl Fn() -> Command, console: impl Fn(&Vm) -> String) -> (Vm, Duration) {
-    let in_lab = in_lab();
-    let boot = || {
-        let start = Instant::now();
-        let vm = Vm::spawn(make());
-        kernel_boots(&vm, &console, in_lab).map(|()| (vm, start.elapsed()))
-    };
-    retry(Layer::Boot, |text: &String| Some(text.clone()), boot)
-        .unwrap_or_else(|text| panic!("the guest falls silent or ends in each boot:\n{text}"))
 }
 
 /// The command line of a guest: minivmm in the namespace, with its stdin open.
@@ -101,34 +85,4 @@ fn write(name: &str, archive: &[u8]) -> PathBuf {
         .and_then(|()| fs::rename(&temp, &path))
         .unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
     path
-}
-
-/// Waits for our init's first line. A guest in the lab that falls silent or ends before is an error, with what it wrote.
-fn kernel_boots(vm: &Vm, console: impl Fn(&Vm) -> String, in_lab: bool) -> Result<(), String> {
-    let start = Instant::now();
-    let mut last = (0, start);
-    loop {
-        let text = console(vm);
-        if text.contains("GUEST init") {
-            return Ok(());
-        }
-        if in_lab && vm.has_ended() {
-            return Err(text);
-        }
-        if vm.has_ended() {
-            panic!("minivmm ended while the guest booted\n{}", vm.transcript());
-        }
-        if start.elapsed() > BOOT_LIMIT {
-            panic!(
-                "the guest did not boot within {BOOT_LIMIT:?}\n{}",
-                vm.transcript()
-            );
-        }
-        if text.len() != last.0 {
-            last = (text.len(), Instant::now());
-        } else if in_lab && last.1.elapsed() > SILENCE {
-            return Err(text);
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
 }

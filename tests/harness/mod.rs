@@ -11,7 +11,6 @@
 //! - `site`: a wire with a third host, for Linux guests
 //! - `memory`: how much of it a monitor takes
 //! - `pty`: a pseudo-terminal for a command
-//! - `retry`: what the lab's emulator breaks is tried again, and counted
 //! - `signals`: a known signal state for all that a test starts
 //! - `linux`: a minivmm with Debian's kernel in it
 #![allow(dead_code, unused_imports, unused_macros)] // Each test binary uses its own part of this module.
@@ -26,7 +25,6 @@ pub mod linux;
 pub mod memory;
 pub mod netns;
 pub mod pty;
-pub mod retry;
 pub mod signals;
 pub mod site;
 pub mod vm;

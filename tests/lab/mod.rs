@@ -10,7 +10,6 @@
 
 pub mod machine;
 
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::env;
 use std::io::Write;
@@ -22,7 +21,6 @@ use std::time::{Duration, Instant};
 use vmm::probe::{Privileged, probe};
 
 use crate::harness::netns;
-use crate::harness::retry::{Layer, MARK, report, retry};
 use crate::harness::vm::in_lab;
 
 /// When the tests in the lab are given up.
@@ -62,11 +60,9 @@ pub fn test(name: &str, body: impl Fn()) {
                 body();
             }
         }
-        // A lab before this one, which hung, has run it.
-        Place::InsideLab if is_done(name) => {}
         Place::InsideLab => {
             println!("\nLAB begin {name}");
-            let result = run_in_lab(&body);
+            let result = catch_unwind(AssertUnwindSafe(&body));
             println!(
                 "\nLAB end {name} {}",
                 if result.is_ok() { "ok" } else { "FAILED" }
@@ -83,23 +79,6 @@ pub fn test(name: &str, body: impl Fn()) {
             assert!(outcome.passed, "{name} failed in the lab, see above");
         }
     }
-}
-
-/// Runs a test's body in the lab, again when it fails.
-fn run_in_lab(body: &impl Fn()) -> thread::Result<()> {
-    let first_line = |panic: &Box<dyn Any + Send>| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let line = text.and_then(|text| text.lines().next());
-        Some(line.unwrap_or("it failed").to_owned())
-    };
-    retry(Layer::Test, first_line, || {
-        catch_unwind(AssertUnwindSafe(body))
-    })
-}
-
-fn is_done(name: &str) -> bool {
-    let done = env::var("MINIVMM_LAB_DONE").unwrap_or_default();
-    done.split(',').any(|done| done == name)
 }
 
 static LAB: Lab = Lab {
@@ -137,42 +116,20 @@ impl Lab {
             lab: self,
             start: Instant::now(),
             tests: 0,
-            retries: 0,
             current: None,
             last: None,
-            done: Vec::new(),
         };
-        let deadline = Instant::now() + LIMIT;
-        // None for a lab that hung and had got further than the one before.
-        let mut run = || {
-            let done = collector.done.len();
-            let job = machine::Job {
-                program: &program,
-                args: &args,
-                done: collector.done.clone(),
-                deadline,
-            };
-            let run = AssertUnwindSafe(|| machine::run(&job, |line| collector.line(line)));
-            let result = catch_unwind(run).unwrap_or_else(|panic| {
-                let text = panic.downcast_ref::<String>().cloned();
-                Err(machine::Failure::Other(text.unwrap_or_default()))
-            });
-            let Err(machine::Failure::Emulator(_)) = &result else {
-                return result.map(Some);
-            };
-            collector.hang();
-            if collector.done.len() == done {
-                return result.map(Some);
-            }
-            report("lab that got further than the one before");
-            Ok(None)
+        let job = machine::Job {
+            program: &program,
+            args: &args,
+            deadline: Instant::now() + LIMIT,
         };
-        let end = loop {
-            match retry(Layer::Lab, machine::Failure::of_emulator, &mut run) {
-                Ok(Some(status)) => break format!("it ended with status {status}"),
-                Ok(None) => {}
-                Err(failure) => break failure.to_string(),
-            }
+        // A panic here has to reach whoever waits for a result.
+        let run = AssertUnwindSafe(|| machine::run(&job, |line| collector.line(line)));
+        let end = match catch_unwind(run) {
+            Ok(Ok(status)) => format!("it ended with status {status}"),
+            Ok(Err(failure)) => failure,
+            Err(panic) => panic.downcast_ref::<String>().cloned().unwrap_or_default(),
         };
         collector.finish(end);
     }
@@ -205,14 +162,11 @@ struct Collector<'a> {
     lab: &'a Lab,
     start: Instant,
     tests: u32,
-    retries: u32,
     /// The test that runs, since when, and its output so far.
     current: Option<(String, Instant, String)>,
     /// The test that ended last. It is held back until the next begins or the lab ends, since this process may end,
     /// without the closing summary, as soon as its last test has a result.
     last: Option<(String, Outcome)>,
-    /// The tests that have ended.
-    done: Vec<String>,
 }
 
 impl Collector<'_> {
@@ -229,30 +183,17 @@ impl Collector<'_> {
                     "{name} ... {result} ({:.1} s)",
                     start.elapsed().as_secs_f64()
                 ));
-                self.done.push(name.clone());
                 self.last = Some((name, Outcome { passed, output }));
             }
         } else {
             if line.starts_with("NOT TESTED: ") {
                 say(line);
             }
-            if let Some(retried) = line.strip_prefix(MARK) {
-                self.retries += 1;
-                say(&format!("retry of a {retried}"));
-            }
             if let Some((_, _, output)) = &mut self.current {
                 output.push_str(line);
                 output.push('\n');
             }
         }
-    }
-
-    /// The lab hangs or crashes as a whole: the test that ran begins again in the next one.
-    fn hang(&mut self) {
-        self.retries += 1;
-        let test = self.current.take().map(|(name, ..)| name);
-        let test = test.as_deref().unwrap_or("its boot");
-        say(&format!("the emulator hangs or crashes in {test}"));
     }
 
     fn publish_last(&mut self) {
@@ -263,10 +204,8 @@ impl Collector<'_> {
     }
 
     fn finish(mut self, end: String) {
-        let (tests, retries, seconds) = (self.tests, self.retries, self.start.elapsed().as_secs());
-        say(&format!(
-            "{tests} tests in {seconds} s, {retries} retries; {end}"
-        ));
+        let (tests, seconds) = (self.tests, self.start.elapsed().as_secs());
+        say(&format!("{tests} tests in {seconds} s; {end}"));
         self.publish_last();
         let output = self
             .current

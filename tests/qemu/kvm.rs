@@ -10,8 +10,7 @@ use super::harness::assets::assets;
 use super::harness::linux::{boot_command, initrd};
 use super::harness::site::{Site, address, pings};
 use super::harness::skip;
-use super::harness::vm::Vm;
-use super::{BOOT, Permit, SECOND, lab, outcome, text, wait_for_qemu};
+use super::{Permit, SECOND, lab, outcome, text, wait_for_qemu};
 
 /// Runs a test where Linux guests run by KVM; a lab of its own is a guest by translation too.
 fn by_kvm(name: &str, body: impl Fn()) {
@@ -39,18 +38,10 @@ fn assert_vhost_runs(qemu: u32, log: &str) {
 fn guest_runs_by_kvm_with_vhost_net() {
     by_kvm("guest_runs_by_kvm_with_vhost_net", || {
         let site = Site::new();
-        let make = || {
-            let (kernel, initrd) = (assets().bzimage(), initrd());
-            let mut command = site.qemu(["--macvtap", "wire,queues=2", "--cpus", "2", "-v"]);
-            command
-                .arg("--kernel")
-                .arg(kernel)
-                .arg("--initrd")
-                .arg(initrd);
-            command
-        };
-        let mut vm = boot_command(make, Vm::console);
-        vm.wait_for("GUEST ready\n", BOOT);
+        let mut command = site.qemu(["--macvtap", "wire,queues=2", "--cpus", "2", "-v"]);
+        command.arg("--kernel").arg(assets().bzimage());
+        command.arg("--initrd").arg(initrd());
+        let mut vm = boot_command(command);
         let log = vm.log();
         assert!(!log.contains("TCG"), "auto takes KVM\n{log}");
         if Path::new("/dev/vhost-net").exists() {
@@ -86,18 +77,14 @@ fn classic_command_runs_by_kvm() {
         let site = Site::new();
         let has_vhost = Path::new("/dev/vhost-net").exists();
         let vhost = if has_vhost { "on" } else { "off" };
-        let make = || {
-            let args = format!(
-                "-v --macvtap wire,vhost={vhost},bus=pcie.0,addr=0x4,id=nic2,romfile= -- \
-                 -M q35 -enable-kvm -cpu host -smp 2 -m 512M -nodefaults -display none -serial mon:stdio \
-                 -device virtio-scsi-pci,id=scsi0 -kernel {} -initrd {} -append console=ttyS0",
-                assets().bzimage().display(),
-                initrd().display(),
-            );
-            site.qemu(args.split_whitespace())
-        };
-        let mut vm = boot_command(make, Vm::console);
-        vm.wait_for("GUEST ready\n", BOOT);
+        let args = format!(
+            "-v --macvtap wire,vhost={vhost},bus=pcie.0,addr=0x4,id=nic2,romfile= -- \
+             -M q35 -enable-kvm -cpu host -smp 2 -m 512M -nodefaults -display none -serial mon:stdio \
+             -device virtio-scsi-pci,id=scsi0 -kernel {} -initrd {} -append console=ttyS0",
+            assets().bzimage().display(),
+            initrd().display(),
+        );
+        let mut vm = boot_command(site.qemu(args.split_whitespace()));
         if has_vhost {
             assert!(vm.log().contains("vhost=on,vhostfd=4"), "{}", vm.log());
             assert_vhost_runs(wait_for_qemu(vm.pid()), &vm.log());
