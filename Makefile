@@ -17,10 +17,10 @@ build: ## Builds the program, target/release/minivmm
 demo: ## Two guests and a third host on one wire, and the pings between them (needs root)
 	@echo "Building minivmm and the demo, fetching what they need ..."
 	@$(MAKE) --no-print-directory -j2 demo-build demo-tools
-	@MINIVMM_BIN=$(TARGET)/demo/minivmm $(TARGET)/demo/examples/demo </dev/null
+	@MINIVMM_BIN=$(TARGET)/debug/minivmm $(TARGET)/debug/examples/demo </dev/null
 
 demo-build:
-	@$(CARGO) build -q --profile demo -p vmm --bin minivmm --example demo
+	@$(CARGO) build -q -p vmm --bin minivmm --example demo
 
 # Without hardware virtualisation the demo runs in the lab, which is QEMU.
 demo-tools:
