@@ -9,7 +9,7 @@ use boot::{BootSpec, BootState};
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{Config, ConsoleTarget};
-use crate::console::{self, Output};
+use crate::tty::console::{self, Output};
 use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
@@ -19,10 +19,11 @@ use crate::kvm::vcpus::Vcpus;
 use crate::kvm::vm::{Vm, VmError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
-use crate::net_devices::NetDevices;
+use crate::nic::devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices};
 use crate::resources::{ResourceError, Resources};
-use crate::terminal::RawTerminal;
+use crate::tty::RawTerminal;
+use crate::tty::console::{self, Output};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]

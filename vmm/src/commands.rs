@@ -79,7 +79,7 @@ pub unsafe fn run(command: &Command) -> Result<u8, CommandError> {
 
 fn gc() -> Result<String, net::Error> {
     // Reading the registry removes the files of the dead.
-    crate::registry::running();
+    crate::nic::registry::running();
     let line = |link: net::StaleLink| {
         format!(
             "deleted {} ({}), left by {}",

@@ -15,15 +15,12 @@
 //! | devices | [`machine`] and the `devices` crate | what stands on the buses |
 //! | event loop | [`control`] | the control thread |
 //!
-//! A NIC's way through it: [`nic`] takes its queue from the host, [`net_devices`] puts it on the
-//! bus, and on the control thread [`link_watch`] follows the host's link
-//! (`upkeep.rs` keeps it as the guest needs it), [`guest_listener`]
-//! hears a guest whose frames the kernel moves, and [`registry`] tells other programs of the guest. The subcommands that run no guest are in [`commands`], and [`qemu`]
-//! runs one in QEMU on the same macvtaps; [`child`] is what starting another
-//! program takes.
+//! [`nic`] has the NICs, from the macvtap on the host to the device on the bus. The subcommands that run
+//! no guest are in [`commands`], and [`qemu`] runs one in QEMU on the same macvtaps; [`child`] starts
+//! other programs.
 //!
-//! [`builder::run`] is that table as code. [`console`] is the other end of the guest's serial port, [`terminal`] keeps
-//! the terminal raw meanwhile, and [`log_writer`] has the log. [`printable`] is what text of others passes on its way to
+//! [`builder::run`] is that table as code. [`tty`] has the terminal and the other end of the
+//! guest's serial port, and [`log_writer`] has the log. [`printable`] is what text of others passes on its way to
 //! a terminal.
 //! [`signals`] and [`limits`] bring what this process was started with into order, and give it to the programs that it starts.
 //!
@@ -39,29 +36,20 @@ pub mod child;
 pub mod cli;
 pub mod commands;
 pub mod config;
-pub mod console;
 pub mod control;
-pub mod exclusive;
 pub mod files;
-pub mod guest_listener;
-pub mod host_link;
-pub mod inherited;
 pub mod kvm;
 pub mod limits;
-pub mod link_watch;
 pub mod log_writer;
 pub mod machine;
 pub mod memory;
-pub mod net_devices;
 pub mod nic;
 pub mod plan;
 pub mod printable;
 pub mod qemu;
-pub mod registry;
 pub mod resources;
 pub mod signals;
-pub mod terminal;
-mod upkeep;
+pub mod tty;
 
 #[cfg(test)]
 #[path = "../../tests/harness/signals.rs"]

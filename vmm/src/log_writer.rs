@@ -15,8 +15,8 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use rustix::event::PollFlags;
 use rustix::stdio::stderr;
 
-use crate::console;
 use crate::printable::printable;
+use crate::tty::console;
 
 /// How many bytes may wait.
 const ROOM: usize = 1 << 20;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use vmm::cli::Cli;
 use vmm::config::Config;
-use vmm::{Exit, builder, commands, limits, log_writer, signals, terminal};
+use vmm::{Exit, builder, commands, limits, log_writer, signals, tty};
 
 fn main() -> ExitCode {
     let settled = signals::settle();
@@ -23,7 +23,7 @@ fn main() -> ExitCode {
             error.code()
         }));
     }
-    terminal::restore_on_panic();
+    tty::restore_on_panic();
     // SAFETY: this process has opened nothing yet that it would keep, so whatever is open under
     // the numbers that the command line names was handed to it.
     let exit = unsafe { builder::run(Config::from(cli.guest), &signals::ENDING, drop) };

@@ -43,11 +43,11 @@ use net::{ExistingTapError, MacAddr, MacvtapSpec};
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
 use crate::config::{ConsoleTarget, NicSource};
-use crate::exclusive::{self, SharedError};
 use crate::files::{Files, Role, SharedFile};
-use crate::host_link;
-use crate::registry::{Claim, Runs};
-use crate::terminal::may_read;
+use crate::nic::exclusive::{self, SharedError};
+use crate::nic::host_link;
+use crate::nic::registry::{Claim, Runs};
+use crate::tty::may_read;
 
 use accel::Engine;
 use args::{Line, Machine, NetDevice};

@@ -8,11 +8,10 @@ use std::path::{Path, PathBuf};
 use net::HostLinkGuard;
 
 use crate::config::{Config, ConsoleTarget, MemorySize, NicConfig};
-use crate::console;
 use crate::files::{Files, Role, SharedFile, open_for_writing};
-use crate::host_link;
 use crate::kvm::vm::{Hypervisor, VmError};
-use crate::nic::{self, Nic, NicError};
+use crate::nic::{self, Nic, NicError, host_link};
+use crate::tty::console;
 
 /// What the host did not give.
 #[derive(Debug, thiserror::Error)]

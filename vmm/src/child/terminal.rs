@@ -20,7 +20,7 @@ use rustix::termios::{
 };
 
 use super::user::User;
-use crate::terminal::{RawTerminal, may_read, standard};
+use crate::tty::{RawTerminal, may_read, standard};
 
 /// While the terminal is another job's, how often it is looked whether it is ours again: no signal says so.
 const LOOK_AGAIN: Timespec = Timespec {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::cli::DoctorArgs;
 use crate::commands::{json, report};
 use crate::kvm::probe::{self, Privileged};
-use crate::registry::{self, NicEntry};
+use crate::nic::registry::{self, NicEntry};
 
 /// A check, as JSON shows it.
 #[derive(Debug, Serialize)]

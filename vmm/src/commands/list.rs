@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::cli::ListArgs;
 use crate::commands::{json, owner, report};
-use crate::registry::{self, Entry, Id, LinkSeen, NicEntry, Runs};
+use crate::nic::registry::{self, Entry, Id, LinkSeen, NicEntry, Runs};
 
 /// Everything, as JSON shows it.
 #[derive(Debug, Serialize)]
@@ -278,7 +278,7 @@ fn nic_line(nic: &NicEntry) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::WrongMac;
+    use crate::nic::registry::WrongMac;
 
     fn nic(lower_id: Option<Id>) -> NicEntry {
         NicEntry {

@@ -12,9 +12,9 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use crate::child::{self, Arrivals, Program, Rest, User, UserError};
 use crate::cli::OpenArgs;
-use crate::exclusive::{self, Interface, SharedError};
-use crate::inherited::Inherited;
-use crate::registry::{Claim, NicEntry, Runs};
+use crate::nic::exclusive::{self, Interface, SharedError};
+use crate::nic::inherited::Inherited;
+use crate::nic::registry::{Claim, NicEntry, Runs};
 use crate::signals::ENDING;
 
 /// Why the program was not run.

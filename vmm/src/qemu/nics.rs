@@ -9,9 +9,9 @@ use net::{LinkGuard, LinkName, MacAddr, Macvtap, MacvtapSpec, Mode};
 
 use super::QemuError;
 use crate::config::{self, ConfigError, NicSource};
-use crate::exclusive::Interface;
-use crate::inherited::Inherited;
-use crate::registry::NicEntry;
+use crate::nic::exclusive::Interface;
+use crate::nic::inherited::Inherited;
+use crate::nic::registry::NicEntry;
 
 /// The host kernel's data path.
 pub(super) const VHOST_NET: &str = "/dev/vhost-net";

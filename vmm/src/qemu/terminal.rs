@@ -4,7 +4,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-use crate::terminal::{give_back_when_killed, may_read, standard};
+use crate::tty::{give_back_when_killed, may_read, standard};
 
 /// Gives the terminal back when dropped.
 #[derive(Debug)]

@@ -17,11 +17,11 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{BackendChoice, NicOptions};
-use crate::guest_listener::GuestListener;
-use crate::link_watch::{FollowedLink, LinkFollower};
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
-use crate::registry::{Announcer, RegisteredNic};
+use crate::nic::listener::GuestListener;
+use crate::nic::watch::{FollowedLink, LinkFollower};
+use crate::nic::registry::{Announcer, RegisteredNic};
 
 /// The NICs, once they stand on the bus.
 #[derive(Debug)]

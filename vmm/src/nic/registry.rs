@@ -7,7 +7,7 @@ use std::path::Path;
 use net::{ExistingTap, LinkId, MacAddr, Macvtap, Owner, RecordDirectory, RecordKey, RecordView};
 use serde::{Deserialize, Serialize};
 
-use crate::inherited::Inherited;
+use crate::nic::inherited::Inherited;
 
 mod announce;
 mod claim;

@@ -6,8 +6,8 @@ use std::os::fd::AsFd;
 
 use net::{ExistingTap, LinkId, MacAddr, Macvtap, RecordKey};
 
-use crate::inherited::Inherited;
-use crate::registry::{Claim, Entry, InUse, NicEntry, Runs, Wanted};
+use crate::nic::inherited::Inherited;
+use crate::nic::registry::{Claim, Entry, InUse, NicEntry, Runs, Wanted};
 
 /// Two for one interface.
 #[derive(Debug, thiserror::Error)]

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::stdio::{stdin, stdout};
 
 use crate::control::exit::{Exit, ExitRequest};
-use crate::{log_writer, terminal};
+use crate::{log_writer, tty};
 
 /// The cursor stands behind guest output that has not ended its line.
 static MID_LINE: AtomicBool = AtomicBool::new(false);
@@ -183,7 +183,7 @@ impl Input {
                 Ok(length) => self.pass_on(&buffer[..length]),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => wait(stdin(), PollFlags::IN),
-                Err(Errno::IO) if !terminal::may_read() => await_foreground(),
+                Err(Errno::IO) if !tty::may_read() => await_foreground(),
                 Err(error) => return log::debug!("the console's input ended: {error}"),
             }
         }
@@ -221,10 +221,10 @@ fn push_all(serial: &Mutex<Serial>, mut input: &[u8]) {
 
 /// Waits until this job has the terminal, of which no shell tells a job that runs.
 fn await_foreground() {
-    while !terminal::may_read() {
+    while !tty::may_read() {
         thread::sleep(PATIENCE);
     }
-    if let Err(error) = terminal::take() {
+    if let Err(error) = tty::take() {
         log::warn!("cannot set up the terminal: {error}");
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 
 use net::{HostLinkGuard, HostLinkSpec, InterfaceAddress, LinkId};
 
-use crate::registry::NicEntry;
+use crate::nic::registry::NicEntry;
 
 /// Why there is none.
 #[derive(Debug, thiserror::Error)]

@@ -11,8 +11,8 @@ use net::{LinkChange, LinkWatch, MacAddr};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::registry::{LinkSeen, WrongMac};
-use crate::upkeep::Upkeep;
+use crate::nic::registry::{LinkSeen, WrongMac};
+use crate::nic::upkeep::Upkeep;
 
 /// How often a guest whose link has come back is asked to announce itself: its NIC may be somewhere
 /// else in the network now, and the first announcement may be lost on a switch that still learns.

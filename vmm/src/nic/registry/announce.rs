@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::Claim;
-use crate::link_watch::FollowedLink;
+use crate::nic::watch::FollowedLink;
 
 /// A NIC of which there is news while it is used.
 #[derive(Debug)]
