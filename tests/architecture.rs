@@ -25,8 +25,8 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
     ),
     (
         "net",
-        // futures-util: rtnetlink hands out its answers as streams.
-        &["futures-util", "rtnetlink", "tokio"],
+        // futures-util: rtnetlink hands out its answers as streams. serde: a macvtap's description goes into the registry.
+        &["futures-util", "rtnetlink", "serde", "tokio"],
         &[
             "vm-memory",
             "kvm-bindings",

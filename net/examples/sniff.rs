@@ -33,10 +33,10 @@ fn sniff() -> Result<(), Box<dyn Error>> {
     let macvtap = Macvtap::open(&MacvtapSpec::new(link.parse()?))?;
     println!(
         "{} on {}: MAC {}, MTU {}",
-        macvtap.name(),
-        macvtap.lower(),
-        macvtap.mac(),
-        macvtap.mtu()
+        macvtap.info().name.as_str(),
+        macvtap.info().lower.as_str(),
+        macvtap.info().mac,
+        macvtap.info().mtu
     );
 
     let mut buffer = [0; 65_562];

@@ -9,7 +9,7 @@ use crate::netlink::{Link, Netlink};
 use crate::netns;
 
 /// A link of some network namespace, for as long as both exist.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct LinkId {
     /// The namespace's inode, as `stat -L -c %i /proc/PID/ns/net` shows it.
     pub namespace: u64,

@@ -4,15 +4,16 @@
 //! own, and its frames are read and written through a file descriptor, its *queue*. [`Macvtap::open`] makes one by
 //! rtnetlink, in a network namespace that only this process holds, so that the kernel removes it whichever way the
 //! process ends; or, where it shall be seen, in the caller's namespace ([`Placement::Host`]), where [`delete_stale`](delete_stale())
-//! deletes what the dead left behind. Or it opens queues of a macvtap that exists. [`from_fds`](from_fds()) takes queues that
-//! somebody else has opened. What can go wrong is told in [`Problem`] and [`ExistingTapError`], a sentence each, with the
+//! deletes what the dead left behind. Or it opens queues of a macvtap that exists. [`Macvtap::from_fds`] takes queues that
+//! another program has opened. What can go wrong is told in [`Problem`] and [`ExistingTapError`], a sentence each, with the
 //! remedy.
 //!
 //! ```no_run
 //! use net::{Macvtap, MacvtapSpec};
 //!
 //! let macvtap = Macvtap::open(&MacvtapSpec::new("eno1".parse()?))?;
-//! println!("{} on {}: MAC {}, MTU {}", macvtap.name(), macvtap.lower(), macvtap.mac(), macvtap.mtu());
+//! let info = macvtap.info();
+//! println!("{} on {}: MAC {}, MTU {}", info.name, info.lower, info.mac, info.mtu);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -29,10 +30,9 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | `spec.rs` | what can be asked for, of the types in `mac.rs`, `name.rs` and `mode.rs` |
-//! | `macvtap.rs` | the way through the house: check, make, bring up, open |
+//! | `macvtap.rs` | making one: check, make, bring up, open; or queues that another program has opened |
 //! | `link_guard.rs`, `owner.rs`, `stale.rs` | giving back: at the end, and what the dead could not |
 //! | `record.rs` | a lock for each thing of the host that a process uses |
-//! | `existing_tap.rs` | queues that somebody else has opened |
 //! | `identity.rs` | which link is meant, in whichever namespace |
 //! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it; `address.rs` |
 //! | `inventory.rs`, `watch.rs` | who shares a wire, and news of links for an event loop |
@@ -55,7 +55,6 @@
 mod address;
 mod diagnose;
 mod doctor;
-mod existing_tap;
 mod hostlink;
 mod identity;
 mod inventory;
@@ -85,14 +84,13 @@ mod harness;
 pub use address::{InterfaceAddress, ParseAddressError};
 pub use diagnose::Problem;
 pub use doctor::{Check, Neighbour, Status, diagnose_host};
-pub use existing_tap::{ExistingTap, ExistingTapError, from_fds, inherit};
 pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
 pub use identity::{LinkId, current_name, links_here, this_namespace};
 pub use inventory::{InventoryError, LinkState, LowerInfo, Place, UpperInfo, UpperKind, inventory};
 pub use link_guard::LinkGuard;
 pub use listen::{FrameListener, HEARD_LEN};
 pub use mac::{MacAddr, ParseMacError};
-pub use macvtap::{Error, Macvtap};
+pub use macvtap::{Error, ExistingTapError, Macvtap, Passed, TapInfo, inherit};
 pub use mode::{Mode, ParseModeError};
 pub use name::{LinkName, NewLinkName, ParseLinkNameError};
 pub use owner::{Owner, ParseOwnerError};

@@ -6,7 +6,10 @@ use std::str::FromStr;
 use thiserror::Error;
 
 /// The MAC address of one station: holding it proves that it is unicast and not all zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(into = "String", try_from = "String")]
 pub struct MacAddr([u8; 6]);
 
 /// Why a text or six bytes are no [`MacAddr`].
@@ -63,6 +66,20 @@ impl TryFrom<[u8; 6]> for MacAddr {
             [first, ..] if first & 1 != 0 => Err(ParseMacError::Multicast(bytes)),
             _ => Ok(Self(bytes)),
         }
+    }
+}
+
+impl From<MacAddr> for String {
+    fn from(mac: MacAddr) -> Self {
+        mac.to_string()
+    }
+}
+
+impl TryFrom<String> for MacAddr {
+    type Error = ParseMacError;
+
+    fn try_from(text: String) -> Result<Self, ParseMacError> {
+        text.parse()
     }
 }
 

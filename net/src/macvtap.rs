@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::diagnose::{self, Problem};
@@ -14,12 +15,16 @@ use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
+use crate::record::RecordKey;
 use crate::spec::MacvtapSpec;
 use crate::sysfs::Sysfs;
 use crate::watch::{self, LinkWatch};
 use crate::{netns, queue, stale};
 
+mod existing;
 mod making;
+
+pub use existing::{ExistingTapError, Passed, inherit};
 use making::make_new;
 
 /// A macvtap that could not be had.
@@ -58,21 +63,61 @@ fn of(namespace: &Option<Box<Path>>) -> String {
     namespace.as_deref().map(words).unwrap_or_default()
 }
 
+/// The interface of some open queues: a macvtap, or with [`Macvtap::from_fds`] perhaps a tap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TapInfo {
+    /// Its name in its own network namespace.
+    pub name: String,
+    /// The name of the link that it sits on; its own where that link cannot be seen.
+    pub lower: String,
+    /// Its MAC address, read from a queue.
+    pub mac: MacAddr,
+    /// In bytes, without the Ethernet header; 1500 where it is unknown. A queue does not say it (`tap_ioctl` in
+    /// drivers/net/tap.c has no SIOCGIFMTU).
+    pub mtu: u32,
+    /// The number of its character device, the same in all network namespaces. All taps share one.
+    #[serde(default)]
+    pub device: u64,
+    /// Which link it is, where that is known.
+    #[serde(default)]
+    pub id: Option<LinkId>,
+    /// Which link it sits on, where that is known.
+    #[serde(default)]
+    pub lower_id: Option<LinkId>,
+    /// How it treats its siblings, where that is known.
+    #[serde(default)]
+    pub mode: Option<Mode>,
+}
+
+impl TapInfo {
+    /// The record of its use.
+    pub fn key(&self) -> RecordKey {
+        RecordKey::of_tap(self.device, self.id, self.mac)
+    }
+}
+
 /// The open queues of a macvtap that is up. Dropping it deletes the macvtap, unless it existed before.
 #[derive(Debug)]
 pub struct Macvtap {
     // Before the guard: fields are dropped in order, and a deleted macvtap's queue cannot be used.
     queues: Vec<OwnedFd>,
     link_guard: LinkGuard,
-    /// Of an existing macvtap; that of a new one is the guard's.
-    namespace: Option<OwnedFd>,
-    id: LinkId,
-    name: String,
-    lower: String,
-    lower_id: Option<LinkId>,
-    mac: MacAddr,
-    mtu: u32,
-    mode: Mode,
+    sight: Sight,
+    is_passed: bool,
+    info: TapInfo,
+}
+
+/// How this process sees the link.
+#[derive(Debug)]
+enum Sight {
+    /// In the caller's network namespace.
+    Here,
+    /// In this one.
+    In(OwnedFd),
+    /// In the guard's.
+    Guarded,
+    /// By nothing but this rtnetlink socket, if there is one.
+    By(Option<OwnedFd>),
 }
 
 impl Macvtap {
@@ -103,16 +148,31 @@ impl Macvtap {
         &self.queues
     }
 
-    /// Watches the macvtap, whose carrier and end follow the lower's.
+    /// What it is.
+    pub fn info(&self) -> &TapInfo {
+        &self.info
+    }
+
+    /// Watches the macvtap, whose carrier and end follow the lower's. None where it cannot be seen.
     ///
     /// # Errors
     ///
-    /// As for [`LinkWatch::in_namespace`].
-    pub fn watch(&self) -> io::Result<LinkWatch> {
+    /// As for [`LinkWatch::in_namespace`] and [`LinkWatch::from_socket`].
+    pub fn watch(&mut self) -> io::Result<Option<LinkWatch>> {
+        let Some(id) = self.info.id else {
+            return Ok(None);
+        };
+        let indexes = [id.index];
+        if let Sight::By(socket) = &mut self.sight {
+            let socket = socket.take();
+            return socket
+                .map(|socket| LinkWatch::from_socket(socket, &indexes))
+                .transpose();
+        }
         match self.namespace() {
-            Some(namespace) => LinkWatch::in_namespace(namespace, &[self.id.index]),
+            Some(namespace) => LinkWatch::in_namespace(namespace, &indexes).map(Some),
             // Without a right to other namespaces it can only be in this one.
-            None => LinkWatch::new(&[self.id.index]),
+            None => LinkWatch::new(&indexes).map(Some),
         }
     }
 
@@ -125,15 +185,19 @@ impl Macvtap {
         watch::open_socket_in(self.namespace())
     }
 
-    /// Listens to what its user sends, where that tells about it.
+    /// Listens to what its user sends, where that tells about it. None where the macvtap cannot be seen.
     ///
     /// # Errors
     ///
     /// As for [`FrameListener::in_namespace`].
-    pub fn listen(&self) -> io::Result<FrameListener> {
-        match self.namespace() {
-            Some(namespace) => FrameListener::in_namespace(namespace, self.id.index, self.mac),
-            None => FrameListener::new(self.id.index, self.mac),
+    pub fn listen(&self) -> io::Result<Option<FrameListener>> {
+        let (Some(id), mac) = (self.info.id, self.info.mac) else {
+            return Ok(None);
+        };
+        match (&self.sight, self.namespace()) {
+            (Sight::By(_), _) => Ok(None),
+            (_, Some(namespace)) => FrameListener::in_namespace(namespace, id.index, mac).map(Some),
+            (_, None) => FrameListener::new(id.index, mac).map(Some),
         }
     }
 
@@ -142,50 +206,23 @@ impl Macvtap {
         self.link_guard.is_of_new()
     }
 
-    /// The namespace that it lives in, if that may not be the caller's.
+    /// Whether who has passed its queues on has said what it is, see [`Passed`](crate::Passed).
+    pub fn is_passed(&self) -> bool {
+        self.is_passed
+    }
+
+    /// The namespace that it is in, if that may not be the caller's.
     fn namespace(&self) -> Option<BorrowedFd<'_>> {
-        let existing = || self.namespace.as_ref().map(AsFd::as_fd);
-        self.link_guard.namespace().or_else(existing)
+        match &self.sight {
+            Sight::In(namespace) => Some(namespace.as_fd()),
+            Sight::Guarded => self.link_guard.namespace(),
+            Sight::Here | Sight::By(_) => None,
+        }
     }
 
     /// Queues and macvtap apart, for a user that gives the queues away: keep the guard as long as they are used.
     pub fn into_parts(self) -> (Vec<OwnedFd>, LinkGuard) {
         (self.queues, self.link_guard)
-    }
-
-    /// The address, read from the queue itself.
-    pub fn mac(&self) -> MacAddr {
-        self.mac
-    }
-
-    /// In bytes, without the Ethernet header.
-    pub fn mtu(&self) -> u32 {
-        self.mtu
-    }
-
-    /// How it treats its siblings.
-    pub fn mode(&self) -> Mode {
-        self.mode
-    }
-
-    /// Its name in the network namespace that it lives in.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// The name of the link that it sits on; the macvtap's own when that link is in a namespace out of sight.
-    pub fn lower(&self) -> &str {
-        &self.lower
-    }
-
-    /// Which link it is.
-    pub fn id(&self) -> LinkId {
-        self.id
-    }
-
-    /// Which link it sits on; None when that is in a namespace out of sight.
-    pub fn lower_id(&self) -> Option<LinkId> {
-        self.lower_id
     }
 }
 
@@ -230,27 +267,29 @@ fn open_here(spec: &MacvtapSpec) -> Result<Macvtap, Error> {
 fn use_existing(links: &[Link], macvtap: &Link, spec: &MacvtapSpec) -> Result<Macvtap, Problem> {
     diagnose::check_existing(links, macvtap, spec)?;
     let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
-    let (queues, mac) = queue::open(&sysfs, macvtap, spec.queues)?;
+    let (device, queues, mac) = queue::open(&sysfs, macvtap, spec.queues)?;
     log::info!("{} is a macvtap already and is used as it is", macvtap.name);
     diagnose::warn_of_filter(macvtap);
-    let lower = diagnose::real_device(links, macvtap).name.clone();
     let namespace = this_namespace()?;
     let id = |index| LinkId { namespace, index };
+    let elsewhere = spec.lower_netns.as_ref();
     Ok(Macvtap {
         queues,
         link_guard: LinkGuard::of_nothing(),
-        namespace: spec
-            .lower_netns
-            .as_ref()
-            .and_then(|_| netns::current().ok()),
-        id: id(macvtap.index),
-        name: macvtap.name.clone(),
-        lower,
-        lower_id: macvtap.lower.map(id),
-        mac,
-        mtu: macvtap.mtu,
-        // The kernel tells it of every macvtap.
-        mode: macvtap.mode.unwrap_or_default(),
+        sight: elsewhere
+            .and_then(|_| netns::current().ok())
+            .map_or(Sight::Here, Sight::In),
+        is_passed: false,
+        info: TapInfo {
+            name: macvtap.name.clone(),
+            lower: diagnose::real_device(links, macvtap).name.clone(),
+            mac,
+            mtu: macvtap.mtu,
+            device,
+            id: Some(id(macvtap.index)),
+            lower_id: macvtap.lower.map(id),
+            mode: macvtap.mode,
+        },
     })
 }
 

@@ -6,7 +6,10 @@ use std::str::FromStr;
 use thiserror::Error;
 
 /// The mode of a macvtap (ip-link(8), "MACVLAN and MACVTAP Type Support").
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Links on the same lower reach each other directly. The kernel's own default is [`Mode::Vepa`], not this.
     #[default]

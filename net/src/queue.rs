@@ -104,13 +104,13 @@ pub enum QueueError {
     },
 }
 
-/// Opens `count` new queues of `link`, non-blocking, and reads its MAC address from them. Every one takes a share of what
-/// is received.
+/// Opens `count` new queues of `link`, non-blocking, and reads its MAC address from them; also returns the number of its device.
+/// Every queue takes a share of what is received.
 pub(crate) fn open(
     sysfs: &Sysfs,
     link: &Link,
     count: u32,
-) -> Result<(Vec<OwnedFd>, MacAddr), QueueError> {
+) -> Result<(Dev, Vec<OwnedFd>, MacAddr), QueueError> {
     let device = sysfs
         .tap_device(&link.name, link.index)
         .map_err(|source| QueueError::Find {
@@ -125,7 +125,7 @@ pub(crate) fn open(
         prove(&queue, link)?;
         queues.push(queue);
     }
-    Ok((queues, mac))
+    Ok((device, queues, mac))
 }
 
 const READ_WRITE: OFlags = OFlags::RDWR.union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);

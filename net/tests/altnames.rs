@@ -35,10 +35,10 @@ fn macvtap_is_made_on_a_link_by_any_of_its_names() {
     for name in names {
         let mut spec = MacvtapSpec::new(name);
         let macvtap = host.enter(|| Macvtap::open(&spec)).unwrap();
-        assert_eq!(macvtap.lower(), "v0");
+        assert_eq!(macvtap.info().lower.as_str(), "v0");
         spec.lower_netns = Some(host.path());
         let macvtap = elsewhere.enter(|| Macvtap::open(&spec)).unwrap();
-        assert_eq!(macvtap.lower(), "v0");
+        assert_eq!(macvtap.info().lower.as_str(), "v0");
     }
 }
 
@@ -52,7 +52,10 @@ fn macvtap_that_exists_is_used_by_any_of_its_names() {
     host.ip("link property add dev mvt0 altname tap-of-my-guest");
     let spec = MacvtapSpec::new("tap-of-my-guest".parse().unwrap());
     let macvtap = host.enter(|| Macvtap::open(&spec)).unwrap();
-    assert_eq!((macvtap.name(), macvtap.lower()), ("mvt0", "v0"));
+    assert_eq!(
+        (macvtap.info().name.as_str(), macvtap.info().lower.as_str()),
+        ("mvt0", "v0")
+    );
 }
 
 #[test]

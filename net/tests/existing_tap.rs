@@ -11,7 +11,7 @@ mod netns;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 
-use net::{ExistingTapError, Macvtap, MacvtapSpec, from_fds, inherit};
+use net::{ExistingTapError, Macvtap, MacvtapSpec, Passed, inherit};
 use netns::Netns;
 
 /// Queues of a new macvtap `name` on `v0`, which belongs to nobody.
@@ -47,6 +47,10 @@ fn tun(netns: &Netns, name: &str, flags: i32) -> OwnedFd {
     })
 }
 
+fn from_fds(fds: Vec<OwnedFd>) -> Result<Macvtap, ExistingTapError> {
+    Macvtap::from_fds(fds, None)
+}
+
 fn refusal(fds: Vec<OwnedFd>) -> ExistingTapError {
     let error = from_fds(fds).expect_err("a refusal");
     eprintln!("{error}");
@@ -66,16 +70,32 @@ fn queues_of_a_macvtap_are_taken_with_mac_and_mtu() {
         rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::empty()).unwrap();
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
     }
-    let elsewhere = from_fds(fds.iter().map(|fd| fd.try_clone().unwrap()).collect()).unwrap();
+    let copies = || fds.iter().map(|fd| fd.try_clone().unwrap()).collect();
+    let elsewhere = from_fds(copies()).unwrap();
+    // Its namespace cannot be seen from here.
+    let unseen = elsewhere.info().clone();
     assert_eq!(
-        elsewhere.mtu, None,
-        "its namespace cannot be seen from here"
+        (unseen.mtu, unseen.id, elsewhere.is_passed()),
+        (1500, None, false)
     );
-    let existing = netns.enter(|| from_fds(fds)).unwrap();
-    assert_eq!((existing.name.as_str(), existing.mtu), ("mine", Some(1300)));
-    assert_eq!(existing.mac.to_string(), netns.mac("mine"));
-    assert_eq!(existing.queues.len(), 3);
-    for fd in &existing.queues {
+    let existing = netns.enter(|| from_fds(copies())).unwrap();
+    let seen = existing.info().clone();
+    assert_eq!((seen.name.as_str(), seen.mtu), ("mine", 1300));
+    assert_eq!(
+        (seen.lower.as_str(), seen.mode),
+        ("v0", Some(net::Mode::Bridge))
+    );
+    assert_eq!(seen.mac.to_string(), netns.mac("mine"));
+    // What is passed on counts where nothing is seen, and about the same interface alone.
+    let passed = |info| Some(Passed { info, watch: None });
+    let told = Macvtap::from_fds(copies(), passed(seen.clone())).unwrap();
+    assert_eq!((told.info(), told.is_passed()), (&seen, true));
+    let mut other = seen;
+    other.mac = "02:00:00:00:00:99".parse().unwrap();
+    let told = Macvtap::from_fds(copies(), passed(other)).unwrap();
+    assert_eq!((told.info(), told.is_passed()), (&unseen, false));
+    assert_eq!(existing.queues().len(), 3);
+    for fd in existing.queues() {
         let flags = rustix::fs::fcntl_getfl(fd).unwrap();
         assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
         let flags = rustix::io::fcntl_getfd(fd).unwrap();
@@ -93,7 +113,9 @@ fn queue_of_a_tap_is_taken_if_its_headers_fit() {
     let existing = netns
         .enter(|| from_fds(vec![tun(&netns, "tap0", fit)]))
         .unwrap();
-    assert_eq!((existing.name.as_str(), existing.mtu), ("tap0", Some(1500)));
+    let info = existing.info();
+    assert_eq!((info.name.as_str(), info.mtu), ("tap0", 1500));
+    assert!(info.id.is_some());
     let error = refusal(vec![tun(&netns, "tap1", libc::IFF_TAP | libc::IFF_NO_PI)]);
     assert!(matches!(error, ExistingTapError::Headers { name, .. } if name == "tap1"));
 }
@@ -216,10 +238,8 @@ fn child_process_takes_descriptor_three() {
     // SAFETY: the shell opened it, and nothing here has touched it.
     let fds = unsafe { inherit(&[3]) }.unwrap();
     let existing = from_fds(fds).unwrap();
-    println!(
-        "CHILD {} {} {:?}",
-        existing.name, existing.mac, existing.mtu
-    );
+    let info = existing.info();
+    println!("CHILD {} {} {}", info.name, info.mac, info.mtu);
 }
 
 #[test]
@@ -245,7 +265,7 @@ fn ordinary_user_takes_what_a_shell_opened() {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    let expected = format!("CHILD mine {} Some(1500)", netns.mac("mine"));
+    let expected = format!("CHILD mine {} 1500", netns.mac("mine"));
     assert!(
         text.contains(&expected),
         "{text}{}",

@@ -89,10 +89,14 @@ fn every_key_shows_on_the_link() {
         });
         let macvtap = open(&netns, &spec);
         assert_eq!(
-            (macvtap.name(), macvtap.lower(), macvtap.mtu()),
+            (
+                macvtap.info().name.as_str(),
+                macvtap.info().lower.as_str(),
+                macvtap.info().mtu
+            ),
             ("guest", "v0", 1400)
         );
-        assert_eq!(macvtap.mac().to_string(), MAC);
+        assert_eq!(macvtap.info().mac.to_string(), MAC);
         let details = details(&netns, "guest");
         for expected in [
             "guest@v0: <BROADCAST,MULTICAST,ALLMULTI,UP,LOWER_UP>",
@@ -131,7 +135,7 @@ fn receive_ring_holds_as_many_frames_as_asked_for() {
                 spec.tx_queue_len = Some(5);
             }),
         );
-        let unicast = frame(ours.mac().octets(), theirs.mac().octets());
+        let unicast = frame(ours.info().mac.octets(), theirs.info().mac.octets());
         for _ in 0..20 {
             send(theirs.queue(), &unicast);
         }
@@ -169,7 +173,7 @@ fn every_queue_is_open_and_takes_its_share() {
         );
         assert_eq!(ours.queues().len(), 4);
         for queue in ours.queues() {
-            let hello = frame(theirs.mac().octets(), ours.mac().octets());
+            let hello = frame(theirs.info().mac.octets(), ours.info().mac.octets());
             send(queue.as_fd(), &hello);
             assert!(hears(theirs.queue(), |heard| heard == hello));
         }
@@ -177,7 +181,7 @@ fn every_queue_is_open_and_takes_its_share() {
         for port in 0..64 {
             send(
                 theirs.queue(),
-                &udp(ours.mac().octets(), theirs.mac().octets(), port),
+                &udp(ours.info().mac.octets(), theirs.info().mac.octets(), port),
             );
         }
         let heard = ours.queues().iter().map(|queue| {
@@ -301,7 +305,10 @@ fn name_is_free_in_the_private_namespace_and_may_be_taken_in_the_hosts() {
         })
     };
     assert_eq!(
-        open(&netns, &named("taken", Placement::Private)).name(),
+        open(&netns, &named("taken", Placement::Private))
+            .info()
+            .name
+            .as_str(),
         "taken"
     );
     for (name, placement) in [
@@ -324,14 +331,14 @@ fn unnamed_host_links_take_the_first_free_numbers() {
     let netns = Netns::new();
     netns.wire("v0");
     let three: Vec<Macvtap> = (0..3).map(|_| open(&netns, &on_host("v0"))).collect();
-    let names: Vec<&str> = three.iter().map(Macvtap::name).collect();
+    let names: Vec<&str> = three.iter().map(|one| one.info().name.as_str()).collect();
     assert_eq!(names, ["mvt0", "mvt1", "mvt2"]);
     let [_, second, _] = <[Macvtap; 3]>::try_from(three).unwrap();
-    assert_eq!(open(&netns, &on_host("v0")).name(), "mvt0");
+    assert_eq!(open(&netns, &on_host("v0")).info().name.as_str(), "mvt0");
     drop(second);
     // A link of that name in the way of the private one's is no obstacle.
     netns.macvtap("macvtap0", "v0", "bridge");
-    assert_eq!(open(&netns, &on_host("v0")).name(), "mvt0");
+    assert_eq!(open(&netns, &on_host("v0")).info().name.as_str(), "mvt0");
 }
 
 #[test]
@@ -347,7 +354,7 @@ fn failure_at_up_leaves_no_host_link() {
     });
     let first = open(&netns, &with_mac);
     let refusal = problem(&netns, &with_mac);
-    assert!(matches!(refusal, Problem::MacTaken { by, .. } if by == [first.name()]));
+    assert!(matches!(refusal, Problem::MacTaken { by, .. } if by == [first.info().name.as_str()]));
 }
 
 #[test]
@@ -369,9 +376,9 @@ fn lower_in_another_namespace_carries_for_both_placements() {
         let ours = open(&near, &there);
         assert_eq!(near.links(), links);
         assert_eq!(far.links(), ["v0"]);
-        assert_eq!(ours.lower(), "v0");
+        assert_eq!(ours.info().lower.as_str(), "v0");
         for (from, to) in [(&ours, &theirs), (&theirs, &ours)] {
-            let hello = frame(to.mac().octets(), from.mac().octets());
+            let hello = frame(to.info().mac.octets(), from.info().mac.octets());
             send(from.queue(), &hello);
             assert!(hears(to.queue(), |heard| heard == hello));
         }
@@ -383,7 +390,7 @@ fn lower_in_another_namespace_carries_for_both_placements() {
         &near,
         &with("mine", |spec| spec.lower_netns = Some(far.path())),
     );
-    assert_eq!(existing.mac().to_string(), far.mac("mine"));
+    assert_eq!(existing.info().mac.to_string(), far.mac("mine"));
     // And by the process that is in it, as for a container.
     let mut process = far.command("sleep").arg("60").spawn().unwrap();
     let path = PathBuf::from(format!("/proc/{}/ns/net", process.id()));
@@ -480,7 +487,7 @@ fn stale_links_are_deleted_and_no_others() {
     let dead = child::start(&netns, &on_host("v0"));
     let mine = open(&netns, &on_host("v0"));
     assert_eq!(
-        [&*alive.link, &*dead.link, mine.name()],
+        [&*alive.link, &*dead.link, mine.info().name.as_str()],
         ["mvt0", "mvt1", "mvt2"]
     );
     assert!(netns.enter(net::delete_stale).unwrap().is_empty());
@@ -507,7 +514,7 @@ fn stale_links_are_deleted_and_no_others() {
         &netns,
         &with("v0", |spec| spec.mac = Some(mac.parse().unwrap())),
     );
-    assert_eq!(next.mac().to_string(), mac);
+    assert_eq!(next.info().mac.to_string(), mac);
     assert!(!netns.links().contains(&"mvt0".to_owned()));
 }
 
@@ -557,7 +564,7 @@ fn queue_alone_keeps_the_private_macvtap_of_an_ended_guard_holder() {
     // SAFETY: the descriptor was the guard's, which is forgotten.
     unsafe { libc::close(namespace) };
     std::thread::sleep(Duration::from_millis(200));
-    let hello = frame([0xff; 6], theirs.mac().octets());
+    let hello = frame([0xff; 6], theirs.info().mac.octets());
     send(theirs.queue(), &hello);
     assert!(hears(queues[0].as_fd(), |heard| heard == hello));
 }
@@ -596,8 +603,8 @@ fn every_kind_of_lower_carries_in_both_placements() {
         netns.up("lower");
         for placement in [Placement::Private, Placement::Host] {
             let macvtap = open(&netns, &with("lower", |spec| spec.netns = placement));
-            assert_eq!(macvtap.lower(), "lower", "{args}");
-            let hello = frame([0xff; 6], macvtap.mac().octets());
+            assert_eq!(macvtap.info().lower.as_str(), "lower", "{args}");
+            let hello = frame([0xff; 6], macvtap.info().mac.octets());
             send(macvtap.queue(), &hello);
         }
         netns.ip("link delete lower");

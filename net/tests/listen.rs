@@ -58,11 +58,11 @@ fn listener_hears_what_tells_of_the_sender_and_nothing_else() {
         let mut spec = MacvtapSpec::new("v0".parse().unwrap());
         spec.netns = placement;
         let macvtap = host.enter(|| Macvtap::open(&spec)).unwrap();
-        let listener = host.enter(|| macvtap.listen()).unwrap();
+        let listener = host.enter(|| macvtap.listen()).unwrap().unwrap();
         let theirs = far
             .enter(|| Macvtap::open(&MacvtapSpec::new("v1".parse().unwrap())))
             .unwrap();
-        let (own, other) = (macvtap.mac().octets(), theirs.mac().octets());
+        let (own, other) = (macvtap.info().mac.octets(), theirs.info().mac.octets());
 
         for of_interest in [
             arp_request(own, [10, 0, 0, 1], [10, 0, 0, 2]),

@@ -80,10 +80,14 @@ fn open_by_name_of_the_lower_makes_a_private_macvtap() {
     });
     assert!(!moved, "the caller's thread was moved to another namespace");
     assert_eq!(
-        (macvtap.lower(), macvtap.name(), macvtap.mtu()),
+        (
+            macvtap.info().lower.as_str(),
+            macvtap.info().name.as_str(),
+            macvtap.info().mtu
+        ),
         ("v0", "macvtap0", 1500)
     );
-    assert!(macvtap.mac().is_local());
+    assert!(macvtap.info().mac.is_local());
     assert_eq!(
         netns.links(),
         before,
@@ -102,7 +106,7 @@ fn open_with_mac_and_mtu_gives_these() {
     spec.mtu = Some(1400);
     let macvtap = open(&netns, &spec);
     assert_eq!(
-        (macvtap.mac().to_string().as_str(), macvtap.mtu()),
+        (macvtap.info().mac.to_string().as_str(), macvtap.info().mtu),
         (MAC, 1400)
     );
 }
@@ -137,7 +141,7 @@ fn frames_pass_both_ways_through_the_queue() {
     peer.address("v1", "192.0.2.1/24");
     let macvtap = open(&host, &spec("v0"));
     // The peer's kernel answers, and to the right address.
-    let mac = macvtap.mac().octets();
+    let mac = macvtap.info().mac.octets();
     let answer = exchange(
         macvtap.queue(),
         &arp_request(mac, [192, 0, 2, 2], [192, 0, 2, 1]),
@@ -154,7 +158,7 @@ fn multicast_that_nobody_joined_is_heard() {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let (ours, theirs) = (open(&host, &spec("v0")), open(&peer, &spec("v1")));
-    let multicast = frame([0x33, 0x33, 0xff, 1, 2, 3], theirs.mac().octets());
+    let multicast = frame([0x33, 0x33, 0xff, 1, 2, 3], theirs.info().mac.octets());
     send(theirs.queue(), &multicast);
     assert!(hears(ours.queue(), |heard| heard == multicast));
 }
@@ -169,7 +173,7 @@ fn host_sends_nothing_through_the_macvtap_of_itself() {
     let listener = open(&peer, &spec("v1"));
     let quiet = open(&host, &spec("v0"));
     // Duplicate address detection and MLD reports would come within this second.
-    let mac = quiet.mac().octets();
+    let mac = quiet.info().mac.octets();
     let heard = wire::collect(listener.queue(), Duration::from_millis(1500));
     assert!(
         heard.iter().all(|frame| frame[6..12] != mac),
@@ -193,7 +197,7 @@ fn bridge_siblings_hear_each_other_and_private_and_vepa_ones_do_not() {
             open(&netns, &with_mode("v0", mode)),
             open(&netns, &with_mode("v0", mode)),
         );
-        let hello = frame(two.mac().octets(), one.mac().octets());
+        let hello = frame(two.info().mac.octets(), one.info().mac.octets());
         send(one.queue(), &hello);
         assert_eq!(
             hears(two.queue(), |heard| heard == hello),
@@ -211,9 +215,9 @@ fn passthru_takes_the_lowers_mac_and_hears_what_is_for_others() {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let ours = open(&host, &with_mode("v0", Mode::Passthru));
-    assert_eq!(ours.mac().to_string(), host.mac("v0"));
+    assert_eq!(ours.info().mac.to_string(), host.mac("v0"));
     let theirs = open(&peer, &spec("v1"));
-    let stray = frame([0x52, 0x54, 0, 9, 9, 9], theirs.mac().octets());
+    let stray = frame([0x52, 0x54, 0, 9, 9, 9], theirs.info().mac.octets());
     send(theirs.queue(), &stray);
     assert!(hears(ours.queue(), |heard| heard == stray));
 }
@@ -229,11 +233,11 @@ fn source_with_its_empty_list_hears_nobody() {
         open(&host, &with_mode("v0", Mode::Source)),
         open(&peer, &spec("v1")),
     );
-    let hello = frame(ours.mac().octets(), theirs.mac().octets());
+    let hello = frame(ours.info().mac.octets(), theirs.info().mac.octets());
     send(theirs.queue(), &hello);
     assert!(!hears(ours.queue(), |heard| heard == hello));
     // It can still be heard.
-    let hello = frame(BROADCAST, ours.mac().octets());
+    let hello = frame(BROADCAST, ours.info().mac.octets());
     send(ours.queue(), &hello);
     assert!(hears(theirs.queue(), |heard| heard == hello));
 }
@@ -265,7 +269,7 @@ fn passthru_conflicts_are_told_both_ways() {
         for cause in ["another network namespace", "its driver (veth)"] {
             assert!(text.contains(cause), "{text}");
         }
-        if hidden.mode() == Mode::Passthru {
+        if hidden.info().mode == Some(Mode::Passthru) {
             let unseen = problem(&netns, &spec("v0"));
             assert!(matches!(unseen, Problem::Invalid { kind, .. } if kind == "veth"));
         }
@@ -325,7 +329,7 @@ fn lower_in_a_bridge_is_refused_and_the_bridge_itself_carries() {
     assert!(
         matches!(refusal, Problem::Enslaved { kind, master, .. } if kind == "bridge" && master == "br0")
     );
-    assert_eq!(open(&netns, &spec("br0")).lower(), "br0");
+    assert_eq!(open(&netns, &spec("br0")).info().lower.as_str(), "br0");
 }
 
 #[test]
@@ -390,7 +394,7 @@ fn lower_that_is_a_vlan_or_dummy_carries() {
     for args in ["lower link v0 type vlan id 5", "lower type dummy"] {
         if netns.add_if_supported(args) {
             netns.up("lower");
-            assert_eq!(open(&netns, &spec("lower")).lower(), "lower");
+            assert_eq!(open(&netns, &spec("lower")).info().lower.as_str(), "lower");
             netns.ip("link delete lower");
         }
     }
@@ -404,7 +408,7 @@ fn lower_that_is_a_macvlan_stands_for_the_nic_under_it() {
     let netns = Netns::new();
     netns.wire("v0");
     netns.macvlan("mv0", &netns, "v0");
-    assert_eq!(open(&netns, &spec("mv0")).lower(), "v0");
+    assert_eq!(open(&netns, &spec("mv0")).info().lower.as_str(), "v0");
 }
 
 #[test]
@@ -428,10 +432,13 @@ fn existing_macvtap_is_used_and_left_as_it_was() {
     host.veth("v0", &peer, "v1");
     host.macvtap("mine", "v0", "vepa");
     let macvtap = open(&host, &spec("mine"));
-    assert_eq!((macvtap.name(), macvtap.lower()), ("mine", "v0"));
-    assert_eq!(macvtap.mac().to_string(), host.mac("mine"));
+    assert_eq!(
+        (macvtap.info().name.as_str(), macvtap.info().lower.as_str()),
+        ("mine", "v0")
+    );
+    assert_eq!(macvtap.info().mac.to_string(), host.mac("mine"));
     let theirs = open(&peer, &spec("v1"));
-    let hello = frame(macvtap.mac().octets(), theirs.mac().octets());
+    let hello = frame(macvtap.info().mac.octets(), theirs.info().mac.octets());
     send(theirs.queue(), &hello);
     assert!(hears(macvtap.queue(), |heard| heard == hello));
     drop(macvtap);
@@ -472,7 +479,7 @@ fn same_index_in_two_namespaces_opens_each_its_own_device() {
     }
     for netns in &spaces {
         assert_eq!(
-            open(netns, &spec("mine")).mac().to_string(),
+            open(netns, &spec("mine")).info().mac.to_string(),
             netns.mac("mine")
         );
     }
@@ -521,7 +528,7 @@ fn child_process_opens_and_waits() {
     }
     match Macvtap::open(&with_mac(&link, MAC)) {
         Ok(macvtap) => {
-            println!("CHILD opened {}", macvtap.mac());
+            println!("CHILD opened {}", macvtap.info().mac);
             std::thread::sleep(Duration::from_secs(60));
         }
         Err(error) => println!("CHILD {}", chain(&error)),

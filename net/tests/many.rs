@@ -56,18 +56,22 @@ fn sixty_four_on_one_lower_all_hear_the_wire() {
                 .flat_map(|thread| thread.join().unwrap())
                 .collect()
         });
-        let macs: HashSet<_> = all.iter().map(Macvtap::mac).collect();
+        let macs: HashSet<_> = all.iter().map(|one| one.info().mac).collect();
         assert_eq!(macs.len(), 64);
         let expected = if placement == Placement::Host { 65 } else { 1 };
         assert_eq!(host.links().len(), expected);
 
-        let hello = frame([0xff; 6], theirs.mac().octets());
+        let hello = frame([0xff; 6], theirs.info().mac.octets());
         send(theirs.queue(), &hello);
         for one in &all {
-            assert!(hears(one.queue(), |heard| heard == hello), "{}", one.name());
+            assert!(
+                hears(one.queue(), |heard| heard == hello),
+                "{}",
+                one.info().name.as_str()
+            );
         }
         let (first, last) = (&all[0], &all[63]);
-        let hello = frame(last.mac().octets(), first.mac().octets());
+        let hello = frame(last.info().mac.octets(), first.info().mac.octets());
         send(first.queue(), &hello);
         assert!(hears(last.queue(), |heard| heard == hello));
         drop(all);

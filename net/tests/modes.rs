@@ -48,7 +48,7 @@ impl Wire {
             netns.enter(|| Macvtap::open(&spec)).unwrap()
         };
         let outside = open(&peer, "v1", Mode::Passthru, &[]);
-        let sources = Vec::from_iter(lists_outside.then(|| outside.mac()));
+        let sources = Vec::from_iter(lists_outside.then(|| outside.info().mac));
         Self {
             a: open(&host, "v0", mode, &sources),
             b: (mode != Mode::Passthru).then(|| open(&host, "v0", mode, &[])),
@@ -61,12 +61,12 @@ impl Wire {
     /// The address of who is called A, B, O(utside) or L(ower), and of groups.
     fn address(&self, who: &str) -> [u8; 6] {
         match who {
-            "A" => self.a.mac().octets(),
+            "A" => self.a.info().mac.octets(),
             "B" => self
                 .b
                 .as_ref()
-                .map_or([2, 0, 0, 0, 0, 0xb], |b| b.mac().octets()),
-            "O" => self.outside.mac().octets(),
+                .map_or([2, 0, 0, 0, 0, 0xb], |b| b.info().mac.octets()),
+            "O" => self.outside.info().mac.octets(),
             "L" => self
                 .host
                 .mac("v0")
@@ -179,7 +179,7 @@ fn source_mode_hears_the_listed_sender_whomever_it_is_for() {
     for from_the_start in [true, false] {
         let wire = Wire::with_sources(Mode::Source, from_the_start);
         if !from_the_start {
-            let (name, outside) = (wire.a.name(), wire.outside.mac());
+            let (name, outside) = (wire.a.info().name.as_str(), wire.outside.info().mac);
             wire.host.ip(&format!(
                 "link set {name} type macvtap macaddr add {outside}"
             ));

@@ -59,7 +59,7 @@ fn lower_with_an_alias_that_is_no_utf8_carries_macvtaps_and_host_links() {
     let name: net::LinkName = "v0".parse().unwrap();
     host.enter(|| {
         let macvtap = Macvtap::open(&MacvtapSpec::new(name.clone())).unwrap();
-        assert_eq!(macvtap.lower(), "v0");
+        assert_eq!(macvtap.info().lower.as_str(), "v0");
         let mut spec = HostLinkSpec::new(name.clone());
         spec.addresses = vec!["192.0.2.1/24".parse().unwrap()];
         let made = HostLink::create(&spec).unwrap();
@@ -88,7 +88,7 @@ fn macvtap_whose_alias_becomes_no_utf8_is_still_let_go() {
     let macvtap = host.enter(|| Macvtap::open(&spec)).unwrap();
     ip(
         &host,
-        &format!("link set {} alias", macvtap.name()),
+        &format!("link set {} alias", macvtap.info().name.as_str()),
         LATIN_1,
     );
     soon(move || drop(macvtap));

@@ -114,7 +114,7 @@ fn has_a_link_until_it_ends() {
     let mut spec = MacvtapSpec::new("v0".parse().unwrap());
     spec.netns = Placement::Host;
     let macvtap = Macvtap::open(&spec).unwrap();
-    let name = macvtap.name().to_owned();
+    let name = macvtap.info().name.clone();
     let (mut queues, guard) = macvtap.into_parts();
     let mut program = Command::new("sleep");
     program.arg("600").stdin(queues.pop().unwrap());

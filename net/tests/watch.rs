@@ -154,7 +154,7 @@ fn socket_of_another_process_is_watched_by_and_nothing_else_is() {
     netns.wire("v0");
     let spec = MacvtapSpec::new("v0".parse().unwrap());
     let macvtap = netns.enter(|| Macvtap::open(&spec)).unwrap();
-    let index = macvtap.id().index;
+    let index = macvtap.info().id.unwrap().index;
     // The macvtap's namespace is neither this thread's nor a name's.
     let mut watch = LinkWatch::from_socket(macvtap.watch_socket().unwrap(), &[index]).unwrap();
     expect(&mut watch, &[]);

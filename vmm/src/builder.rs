@@ -9,7 +9,6 @@ use boot::{BootSpec, BootState};
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{Config, ConsoleTarget};
-use crate::tty::console::{self, Output};
 use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
@@ -19,6 +18,7 @@ use crate::kvm::vcpus::Vcpus;
 use crate::kvm::vm::{Vm, VmError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
+use crate::nic::Inherited;
 use crate::nic::devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices};
 use crate::resources::{ResourceError, Resources};
@@ -69,13 +69,9 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
 /// # Errors
 ///
 /// Says why there was no guest.
-///
-/// # Safety
-///
-/// Nothing in this process may own the file descriptors that `config` names: call it before
-/// anything is opened.
-pub unsafe fn run(
+pub fn run(
     config: Config,
+    inherited: Inherited,
     signals: &[libc::c_int],
     started: impl FnOnce(Handle),
 ) -> Result<Exit, Error> {
@@ -85,8 +81,7 @@ pub unsafe fn run(
         config.nics.len(),
         config.console.has_port(),
     )?;
-    // SAFETY: as for this function.
-    let host = unsafe { Resources::acquire(&config) }?;
+    let host = Resources::acquire(&config, inherited)?;
     let ram = GuestRam::map(config.memory, config.hugepages)?;
     let boot = load(&config, &plan, host.kernel, host.initrd, ram.memory())?;
     let vm = Vm::new(host.hypervisor, Arc::clone(ram.memory()))?;

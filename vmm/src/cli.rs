@@ -1,6 +1,7 @@
 //! The command line, as typed. What it means is in [`crate::config`].
 
 use std::ffi::OsString;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
@@ -8,7 +9,9 @@ use clap::parser::ValueSource;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 
-use crate::config::{ConsoleTarget, Cpus, MemorySize, NicConfig, parse_macvtap, parse_nic};
+use crate::config::{
+    ConsoleTarget, Cpus, MemorySize, NicConfig, NicSource, parse_macvtap, parse_nic,
+};
 use crate::plan::Transport;
 
 mod qemu;
@@ -92,6 +95,20 @@ pub struct Cli {
 }
 
 impl Cli {
+    /// The numbers of the descriptors that it names.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let sources: Vec<&NicSource> = match &self.command {
+            None => self.guest.macvtap.iter().map(|nic| &nic.source).collect(),
+            Some(Command::Qemu(args)) => args.macvtap.iter().map(|nic| &nic.source).collect(),
+            Some(_) => Vec::new(),
+        };
+        sources
+            .into_iter()
+            .flat_map(NicSource::descriptors)
+            .copied()
+            .collect()
+    }
+
     /// Reads the command line. The options of a guest do not go with a subcommand; those of the log go with all, where
     /// clap's own `args_conflicts_with_subcommands` would refuse them too.
     ///
@@ -348,7 +365,6 @@ pub struct DoctorArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::NicSource;
 
     #[test]
     fn command_line_definition_is_sound() {

@@ -9,6 +9,7 @@ mod open;
 use std::io::{self, ErrorKind, Write};
 
 use crate::cli::{Command, NetCommand};
+use crate::nic::Inherited;
 use crate::printable::{printable, printable_json};
 use crate::qemu::{self, QemuError};
 
@@ -53,23 +54,14 @@ impl CommandError {
 /// # Errors
 ///
 /// Says what could not be done.
-///
-/// # Safety
-///
-/// Nothing in this process may own the descriptors that the command names: call it before anything
-/// is opened.
-pub unsafe fn run(command: &Command) -> Result<u8, CommandError> {
+pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> {
     match command {
         Command::Net(NetCommand::Open(args)) => Ok(open::run(args)?),
         Command::Net(NetCommand::HostLink(args)) => print(&host_link::run(args)?).map(|()| 0),
         Command::Net(NetCommand::List(args)) => print(&list::run(args)?).map(|()| 0),
         Command::Net(NetCommand::Gc) => print(&gc()?).map(|()| 0),
-        Command::Qemu(args) if args.dry_run => {
-            // SAFETY: as for this function.
-            print(&unsafe { qemu::dry_run(args) }?).map(|()| 0)
-        }
-        // SAFETY: as for this function.
-        Command::Qemu(args) => Ok(unsafe { qemu::run(args) }?),
+        Command::Qemu(args) if args.dry_run => print(&qemu::dry_run(args, inherited)?).map(|()| 0),
+        Command::Qemu(args) => Ok(qemu::run(args, inherited)?),
         Command::Doctor(args) => {
             let (report, healthy) = doctor::run(args);
             print(&report).map(|()| if healthy { 0 } else { 1 })

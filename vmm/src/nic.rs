@@ -3,8 +3,7 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | `acquire.rs` | queues, claim, watch and guard of each NIC |
-//! | `inherited.rs` | what `net open` says of the queues that it passes |
-//! | `exclusive.rs` | one NIC for one interface |
+//! | `inherited.rs` | the queues that this process was started with, and what `net open` says of them |
 //! | `registry.rs` | what other programs can read of a running guest, and the locks for it |
 //! | `devices.rs` | the NICs on the bus |
 //! | `watch.rs`, `upkeep.rs` | on the control thread: the guest's link follows the host's, and the host's link is kept as the guest needs it |
@@ -13,7 +12,6 @@
 
 pub mod acquire;
 pub mod devices;
-pub mod exclusive;
 pub mod host_link;
 pub mod inherited;
 pub mod listener;
@@ -21,4 +19,5 @@ pub mod registry;
 mod upkeep;
 pub mod watch;
 
-pub use acquire::{Nic, NicError, acquire, inherit};
+pub use acquire::{HostNic, Nic, NicError, acquire, acquire_for_guest};
+pub use inherited::Inherited;

@@ -33,26 +33,26 @@ mod terminal;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, IsTerminal};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 
-use net::{ExistingTapError, MacAddr, MacvtapSpec};
+use net::{MacAddr, TapInfo};
 
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
 use crate::config::{ConsoleTarget, NicSource};
 use crate::files::{Files, Role, SharedFile};
-use crate::nic::exclusive::{self, SharedError};
-use crate::nic::host_link;
-use crate::nic::registry::{Claim, Runs};
+use crate::nic::acquire::{VHOST_NET, open_vhost};
+use crate::nic::registry::Runs;
+use crate::nic::{self, HostNic, Inherited, NicError, host_link};
 use crate::tty::may_read;
 
 use accel::Engine;
 use args::{Line, Machine, NetDevice};
 use conflict::OwnDevice;
-use nics::{Expected, Numbers, Queues};
+use nics::{Expected, Numbers};
 
 pub use binary::BinaryError;
 pub use conflict::ConflictError;
@@ -70,27 +70,18 @@ pub enum QemuError {
     Conflict(#[from] ConflictError),
     /// A macvtap.
     #[error(transparent)]
-    Macvtap(#[from] net::Error),
+    Nic(#[from] NicError),
     /// The host's own access.
     #[error(transparent)]
     HostLink(#[from] host_link::HostLinkError),
-    /// Descriptors of somebody else's.
-    #[error("cannot use the file descriptors of --macvtap fd=")]
-    Existing(#[from] ExistingTapError),
-    /// One interface for two NICs.
-    #[error(transparent)]
-    Shared(#[from] SharedError),
     /// One file for two uses.
     #[error(transparent)]
     File(#[from] SharedFile),
     /// vhost-net that was asked for.
-    #[error(
-        "cannot open {} for vhost=on: `modprobe vhost_net`, or omit vhost=on",
-        nics::VHOST_NET
-    )]
+    #[error("cannot open {VHOST_NET} for vhost=on: `modprobe vhost_net`, or omit vhost=on")]
     Vhost(#[source] io::Error),
     /// The queues cannot be prepared for QEMU.
-    #[error("cannot hand the queues over to QEMU")]
+    #[error("cannot pass the queues on to QEMU")]
     Descriptors(#[source] io::Error),
     /// The interface of a dry run.
     #[error("cannot read the {what} of `{link}`")]
@@ -138,9 +129,9 @@ impl Plan {
         let keys = io::stdin().is_terminal() && may_read();
         let machine = Machine::new(&args.machine, keys);
         machine.as_ref().map_or(Ok(()), check_files)?;
-        let vhost = nics::open_vhost();
+        let vhost = open_vhost();
         if args.macvtap.iter().any(|nic| nic.vhost == Some(true)) {
-            nics::open_vhost().map_err(QemuError::Vhost)?;
+            open_vhost().map_err(QemuError::Vhost)?;
         }
         let numbers = nics::number(&args.macvtap, vhost.is_ok(), child::FIRST, !follow);
         let mut taken: Vec<RawFd> = numbers
@@ -176,7 +167,8 @@ impl Plan {
         mac: MacAddr,
         mtu: u32,
     ) -> Result<NetDevice, QemuError> {
-        self.check_mac(n, mac)?;
+        let own = self.own_devices[n].as_ref();
+        own.map_or(Ok(()), |own| own.check(mac))?;
         Ok(NetDevice {
             id: self.ids[n].clone(),
             fds: self.numbers[n].fds.clone(),
@@ -185,12 +177,6 @@ impl Plan {
             mtu,
             device: self.own_devices[n].is_none().then(|| nic.device.clone()),
         })
-    }
-
-    /// Whether the n-th NIC's device, if ARGS have one, has this address.
-    fn check_mac(&self, n: usize, mac: MacAddr) -> Result<(), ConflictError> {
-        let own = self.own_devices[n].as_ref();
-        own.map_or(Ok(()), |own| own.check(mac))
     }
 
     fn line(&self, nics: &[NetDevice], args: &[OsString]) -> Vec<OsString> {
@@ -270,57 +256,37 @@ fn engine(args: &QemuArgs, machine: bool) -> Result<Option<Accel>, ConflictError
     }
 }
 
-/// Takes over the descriptors that `--macvtap fd=` names.
-///
-/// # Safety
-///
-/// As for [`net::inherit`].
-unsafe fn inherit(args: &QemuArgs) -> Result<Vec<OwnedFd>, QemuError> {
-    let sources = args.macvtap.iter().map(|nic| &nic.source);
-    let numbers: Vec<RawFd> = sources.flat_map(NicSource::descriptors).collect();
-    // SAFETY: as for this function.
-    Ok(unsafe { net::inherit(&numbers) }?)
-}
-
 /// Runs QEMU and returns the exit status: QEMU's, or with `--kernel` that of the native monitor.
 ///
 /// # Errors
 ///
-/// Says why QEMU was not run. Nothing is left behind then.
-///
-/// # Safety
-///
-/// Nothing in this process may own the descriptors that `--macvtap fd=` names: call it before anything is opened.
-pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
-    // SAFETY: as for this function.
-    let mut inherited = unsafe { inherit(args) }?.into_iter();
+/// Says why QEMU was not run. Nothing is left of it then.
+pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     let plan = Plan::new(args, true)?;
-    let (mut nics, mut descriptors, mut guards) = (Vec::new(), Vec::new(), Vec::new());
-    let mut interfaces = Vec::new();
-    for (n, origin) in origins(args, &plan, &mut inherited)?
-        .into_iter()
-        .enumerate()
-    {
-        let queues = match origin {
-            Origin::ToMake(spec) => Queues::make(spec)?,
-            Origin::Open(queues) => *queues,
-        };
-        nics.push(plan.nic(n, &args.macvtap[n], queues.mac, queues.entry.mtu)?);
-        descriptors.extend(queues.descriptors);
-        for _ in &plan.numbers[n].vhost {
-            descriptors.push(nics::open_vhost().map_err(QemuError::Vhost)?.into());
-        }
-        guards.extend(queues.guard);
-        interfaces.push((queues.interface, queues.entry));
-    }
     let runs = match &args.machine.kernel {
         Some(kernel) => Runs::kernel(kernel),
         None => Runs::program(&plan.qemu),
     };
-    let wanted: Vec<_> = interfaces.iter().map(|(one, entry)| (one, entry)).collect();
-    // Given up when QEMU has ended.
-    let claims = exclusive::claim(&runs, None, &wanted)?;
-    let host_link = host_link::make(claims.first().map(Claim::nic), &args.host_link)?;
+    let sources = args.macvtap.iter().map(|nic| &nic.source);
+    let hosts = nic::acquire(sources, inherited, &runs)?;
+    // The claims are given up when QEMU has ended.
+    let (mut nics, mut descriptors, mut claims, mut guards) = (vec![], vec![], vec![], vec![]);
+    for (n, HostNic { claim, macvtap }) in hosts.into_iter().enumerate() {
+        let TapInfo {
+            lower, mac, mtu, ..
+        } = macvtap.info();
+        log::info!("NIC on {lower}: MAC {mac}, MTU {mtu}");
+        nics.push(plan.nic(n, &args.macvtap[n], *mac, *mtu)?);
+        let (queues, guard) = macvtap.into_parts();
+        descriptors.extend(queues);
+        for _ in &plan.numbers[n].vhost {
+            descriptors.push(open_vhost().map_err(QemuError::Vhost)?.into());
+        }
+        claims.push(claim);
+        guards.push(guard);
+    }
+    let first = claims.first().map(|claim| &claim.nic().tap);
+    let host_link = host_link::make(first, &args.host_link)?;
     let control = plan
         .control
         .map(|_| UnixStream::pair())
@@ -342,28 +308,4 @@ pub unsafe fn run(args: &QemuArgs) -> Result<u8, QemuError> {
     let status = process::supervise(program, control, &plan);
     drop((guards, host_link));
     status
-}
-
-/// Where a NIC's queues come from.
-#[derive(Debug)]
-enum Origin<'a> {
-    ToMake(&'a MacvtapSpec),
-    Open(Box<Queues>),
-}
-
-/// Takes over the queues that somebody else has opened: what is wrong with them is told before anything is made.
-fn origins<'a>(
-    args: &'a QemuArgs,
-    plan: &Plan,
-    inherited: &mut impl Iterator<Item = OwnedFd>,
-) -> Result<Vec<Origin<'a>>, QemuError> {
-    let origin = |(n, nic): (usize, &'a NicRequest)| match &nic.source {
-        NicSource::Macvtap(spec) => Ok(Origin::ToMake(spec)),
-        NicSource::Descriptors(fds) => {
-            let queues = Queues::from_fds(inherited.by_ref().take(fds.len()).collect(), fds)?;
-            plan.check_mac(n, queues.mac)?;
-            Ok(Origin::Open(Box::new(queues)))
-        }
-    };
-    args.macvtap.iter().enumerate().map(origin).collect()
 }

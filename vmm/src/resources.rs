@@ -10,7 +10,7 @@ use net::HostLinkGuard;
 use crate::config::{Config, ConsoleTarget, MemorySize, NicConfig};
 use crate::files::{Files, Role, SharedFile, open_for_writing};
 use crate::kvm::vm::{Hypervisor, VmError};
-use crate::nic::{self, Nic, NicError, host_link};
+use crate::nic::{self, Inherited, Nic, NicError, host_link};
 use crate::tty::console;
 
 /// What the host did not give.
@@ -94,20 +94,13 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Takes it all: first the descriptors that this process was started with, then the cheapest,
-    /// and last what has to be made, so that a typing error is told before anything has been.
+    /// Takes it all: the cheapest first, and last what has to be made, so that a typing error is
+    /// reported before anything has been.
     ///
     /// # Errors
     ///
     /// Says what could not be had; what had been taken is given back.
-    ///
-    /// # Safety
-    ///
-    /// Nothing in this process may own the descriptors that `config` names: call it before
-    /// anything is opened.
-    pub unsafe fn acquire(config: &Config) -> Result<Self, ResourceError> {
-        // SAFETY: as for this function.
-        let inherited = unsafe { nic::inherit(&config.nics) }?;
+    pub fn acquire(config: &Config, inherited: Inherited) -> Result<Self, ResourceError> {
         let kernel = open("kernel", &config.kernel)?;
         let initrd = config
             .initrd
@@ -124,11 +117,12 @@ impl Resources {
         }
         let console = open_console(&config.console, &mut files)?;
         let captures = open_captures(&config.nics, &mut files)?;
-        let mut nics = nic::acquire(&config.nics, inherited, &config.kernel)?;
+        let mut nics = nic::acquire_for_guest(&config.nics, inherited, &config.kernel)?;
         for (nic, capture) in nics.iter_mut().zip(captures) {
             nic.pcap = capture;
         }
-        let host_link = host_link::make(nics.first().map(|nic| &nic.entry), &config.host_link)?;
+        let host_link =
+            host_link::make(nics.first().map(|nic| &nic.entry().tap), &config.host_link)?;
         // With all else at hand, so that a failed start leaves an older file as it was.
         if let (Some(file), ConsoleTarget::File(path)) = (&console, &config.console) {
             empty(file).map_err(|source| ResourceError::Console(path.clone(), source))?;

@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Macvtap, this_namespace};
+use rustix::fs::Dev;
+
+use super::{Macvtap, Sight, TapInfo, this_namespace};
 use crate::diagnose::{self, LinkRequest, Problem};
 use crate::identity::LinkId;
 use crate::link_guard::LinkGuard;
@@ -63,24 +65,28 @@ pub(super) fn make_new(
         Placement::Private => LinkGuard::private(namespace, index),
         Placement::Host => move_home(spec, index, home)?,
     };
-    let (link, queues, mac) = start(&request, spec, index)?;
+    let (link, device, queues, mac) = start(&request, spec, index)?;
     if mode == Mode::Source && spec.source_macs.is_empty() {
         log::warn!("in source mode the macvtap hears only listed senders, and its list is empty");
     }
     Ok(Macvtap {
         queues,
         link_guard,
-        namespace: None,
-        id: LinkId {
-            namespace: this_namespace()?,
-            index: link.index,
+        sight: Sight::Guarded,
+        is_passed: false,
+        info: TapInfo {
+            name: link.name,
+            lower: real.name.clone(),
+            mac,
+            mtu: link.mtu,
+            device,
+            id: Some(LinkId {
+                namespace: this_namespace()?,
+                index: link.index,
+            }),
+            lower_id: Some(lower_id),
+            mode: Some(mode),
         },
-        name: link.name,
-        lower: real.name.clone(),
-        lower_id: Some(lower_id),
-        mac,
-        mtu: link.mtu,
-        mode,
     })
 }
 
@@ -138,7 +144,7 @@ fn start(
     request: &LinkRequest<'_>,
     spec: &MacvtapSpec,
     index: u32,
-) -> Result<(Link, Vec<OwnedFd>, MacAddr), Problem> {
+) -> Result<(Link, Dev, Vec<OwnedFd>, MacAddr), Problem> {
     let here = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
     let look = || {
         here.link(index)
@@ -153,11 +159,12 @@ fn start(
     // Once more: with an old udev or a passthru lower the address may have changed since.
     let link = look()?;
     let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
-    let (queues, mac) = queue::open(&sysfs, &link, spec.queues).map_err(explain_open)?;
+    let opened = queue::open(&sysfs, &link, spec.queues).map_err(explain_open)?;
+    let (device, queues, mac) = opened;
     if let Some(wanted) = spec.mac.filter(|wanted| *wanted != mac) {
         log::warn!("{}", other_mac(&link.name, wanted, mac));
     }
-    Ok((link, queues, mac))
+    Ok((link, device, queues, mac))
 }
 
 /// The meaning of a refusal to open the device of a new macvtap. Its node is gone when this process has ended, so giving

@@ -116,7 +116,7 @@ fn opens_and_waits() {
     if !changed.is_empty() {
         set_mac(&macvtap, &changed);
     }
-    println!("CHILD {}", macvtap.name());
+    println!("CHILD {}", macvtap.info().name.as_str());
     std::thread::sleep(Duration::from_secs(60));
 }
 

@@ -62,15 +62,16 @@ pub fn run(args: &DoctorArgs) -> (String, bool) {
 fn neighbours() -> Vec<Neighbour> {
     let of = |pid: u32, nic: &NicEntry| {
         let wrong_mac = nic.link.and_then(|link| link.wrong_mac);
-        let mac = nic.mac.parse().ok()?;
+        let tap = &nic.tap;
+        let mac = tap.mac;
         Some(Neighbour {
-            name: nic.name.clone(),
-            id: nic.id.map(Into::into),
-            lower: nic.lower_id?.into(),
+            name: tap.name.clone(),
+            id: tap.id,
+            lower: tap.lower_id?,
             mac: wrong_mac.map_or(mac, |wrong| wrong.link),
             guest_mac: wrong_mac.map_or(mac, |wrong| wrong.guest),
             filters_multicast: nic.link.is_some_and(|link| link.filters_multicast),
-            mode: nic.mode.as_deref().and_then(|mode| mode.parse().ok()),
+            mode: tap.mode,
             pid,
         })
     };

@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use net::{InventoryError, LinkId, LinkState, LowerInfo, UpperInfo};
+use net::{InventoryError, LinkId, LinkState, LowerInfo, TapInfo, UpperInfo};
 use serde::Serialize;
 
 use crate::cli::ListArgs;
 use crate::commands::{json, owner, report};
-use crate::nic::registry::{self, Entry, Id, LinkSeen, NicEntry, Runs};
+use crate::nic::registry::{self, Entry, LinkSeen, NicEntry, Runs};
 
 /// Everything, as JSON shows it.
 #[derive(Debug, Serialize)]
@@ -75,12 +75,12 @@ pub fn run(args: &ListArgs) -> Result<String, InventoryError> {
 }
 
 /// The interfaces of this namespace in a listing.
-fn lowers(interfaces: &[Interface]) -> Vec<Id> {
+fn lowers(interfaces: &[Interface]) -> Vec<LinkId> {
     let Ok(namespace) = net::this_namespace() else {
         return Vec::new();
     };
     let here = interfaces.iter().filter(|found| found.name.is_some());
-    let id = |found: &Interface| Id {
+    let id = |found: &Interface| LinkId {
         namespace,
         index: found.index,
     };
@@ -89,23 +89,24 @@ fn lowers(interfaces: &[Interface]) -> Vec<Id> {
 
 /// Tells what a NIC's links are called now, and their MTU: a record tells of the start, unless the NIC is watched.
 fn refresh(nic: &mut NicEntry, links: &HashMap<LinkId, (String, u32)>) {
-    let find = |id: Option<Id>| id.and_then(|id| links.get(&id.into()));
-    if let Some((name, mtu)) = find(nic.lower_id) {
-        nic.lower.clone_from(name);
+    let find = |id: Option<LinkId>| links.get(&id?);
+    let tap = &mut nic.tap;
+    if let Some((name, mtu)) = find(tap.lower_id) {
+        tap.lower.clone_from(name);
         // A macvtap's follows its lower's down, and not up again.
-        nic.mtu = nic.mtu.min(*mtu);
+        tap.mtu = tap.mtu.min(*mtu);
     }
-    if let Some((name, mtu)) = find(nic.id) {
-        nic.name.clone_from(name);
-        nic.mtu = *mtu;
+    if let Some((name, mtu)) = find(tap.id) {
+        tap.name.clone_from(name);
+        tap.mtu = *mtu;
     }
 }
 
 /// Leaves the NICs that stand on one of `lowers`, or are one. Where it is not known which interface a NIC is on, the
 /// name has to do: it may be that of another namespace.
-fn keep_those_on(guests: &mut Vec<Entry>, lowers: &[Id], link: &str) {
-    let is_on = |nic: &NicEntry| match (nic.lower_id, nic.id) {
-        (None, None) => nic.lower == link || nic.name == link,
+fn keep_those_on(guests: &mut Vec<Entry>, lowers: &[LinkId], link: &str) {
+    let is_on = |nic: &NicEntry| match (nic.tap.lower_id, nic.tap.id) {
+        (None, None) => nic.tap.lower == link || nic.tap.name == link,
         ids => [ids.0, ids.1]
             .iter()
             .flatten()
@@ -237,17 +238,19 @@ fn guest_line(guest: &Entry) -> String {
 
 fn nic_line(nic: &NicEntry) -> String {
     let NicEntry {
+        tap,
+        addresses,
+        wrong_source_frames,
+        link,
+    } = nic;
+    let TapInfo {
         name,
         lower,
         mac,
         mtu,
-        addresses,
-        wrong_source_frames,
-        mode,
-        link,
         ..
-    } = nic;
-    let mode = mode.as_deref().unwrap_or("-");
+    } = tap;
+    let mode = tap.mode.map_or("-", net::Mode::as_str);
     let up = match link {
         Some(LinkSeen { exists: false, .. }) => "gone",
         Some(link) => state(link.up, link.carrier),
@@ -280,20 +283,17 @@ mod tests {
     use super::*;
     use crate::nic::registry::WrongMac;
 
-    fn nic(lower_id: Option<Id>) -> NicEntry {
-        NicEntry {
+    fn nic(lower_id: Option<LinkId>) -> NicEntry {
+        NicEntry::new(TapInfo {
             name: "macvtap0".into(),
             lower: "eno1".into(),
-            mac: "02:00:00:00:00:01".into(),
+            mac: "02:00:00:00:00:01".parse().unwrap(),
             mtu: 1500,
-            addresses: Vec::new(),
-            wrong_source_frames: 0,
             device: 1,
             id: None,
             lower_id,
             mode: None,
-            link: None,
-        }
+        })
     }
 
     #[test]
@@ -326,7 +326,7 @@ mod tests {
 
     #[test]
     fn guests_of_another_interface_with_the_same_name_are_left_out() {
-        let id = |namespace| Id {
+        let id = |namespace| LinkId {
             namespace,
             index: 2,
         };

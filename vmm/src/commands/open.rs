@@ -12,9 +12,9 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use crate::child::{self, Arrivals, Program, Rest, User, UserError};
 use crate::cli::OpenArgs;
-use crate::nic::exclusive::{self, Interface, SharedError};
-use crate::nic::inherited::Inherited;
-use crate::nic::registry::{Claim, NicEntry, Runs};
+use crate::nic::inherited::Variables;
+use crate::nic::registry::Runs;
+use crate::nic::{HostNic, NicError};
 use crate::signals::ENDING;
 
 /// Why the program was not run.
@@ -25,12 +25,9 @@ pub enum OpenError {
     User(#[from] UserError),
     /// The macvtap.
     #[error(transparent)]
-    Macvtap(#[from] net::Error),
-    /// Another process's NIC.
-    #[error(transparent)]
-    Shared(#[from] SharedError),
+    Nic(#[from] NicError),
     /// The queues cannot be prepared for the program.
-    #[error("cannot hand the queues over")]
+    #[error("cannot pass the queues on")]
     Descriptors(#[source] io::Error),
     /// Signals cannot be passed on.
     #[error("cannot catch signals")]
@@ -69,21 +66,19 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
         log::warn!("the program runs as root: choose an ordinary user with --user");
     }
     let user = user.as_deref().map(User::parse).transpose()?;
-    let macvtap = Macvtap::open(&args.macvtap)?;
-    let claims = claim(&args.command[0], &macvtap, user.as_ref())?;
+    let HostNic { claim, macvtap } = acquire(args, user.as_ref())?;
     let watch = macvtap.watch_socket();
     if let Err(error) = &watch {
-        log::warn!("the program cannot watch {}: {error}", macvtap.name());
+        let name = &macvtap.info().name;
+        log::warn!("the program cannot watch {name}: {error}");
     }
-    let mut program = program(&args.command, &Inherited::of(&macvtap, watch.is_ok()));
+    let mut program = program(&args.command, &Variables::of(&macvtap, watch.is_ok()));
     let (queues, guard) = macvtap.into_parts();
     program.numbered = blocking(queues).map_err(OpenError::Descriptors)?;
     program.numbered.extend(watch.ok());
-    // It counts as in use as long as the program lives, whatever becomes of minivmm.
-    for claim in &claims {
-        let lock = claim.share().map_err(OpenError::Descriptors)?;
-        program.numbered.extend(lock);
-    }
+    // It counts as in use as long as the program runs, whatever becomes of minivmm.
+    let lock = claim.share().map_err(OpenError::Descriptors)?;
+    program.numbered.extend(lock);
     if let Some(user) = &user {
         user.settle(&mut program.command, Path::new("/run/user"));
     }
@@ -99,7 +94,7 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
         // Returns only when it fails.
         Err(OpenError::Run(args.command[0].clone(), program.exec()))
     };
-    drop((claims, guard));
+    drop((claim, guard));
     status
 }
 
@@ -122,22 +117,18 @@ fn caller_of_sudo() -> Option<String> {
         .filter(|name| name != "root" && geteuid().is_root())
 }
 
-fn program(command: &[OsString], inherited: &Inherited) -> Program {
+fn program(command: &[OsString], variables: &Variables) -> Program {
     let mut program = Command::new(&command[0]);
     program.args(&command[1..]);
-    inherited.tell(&mut program);
+    variables.set(&mut program);
     let mut program = Program::new(program);
     program.no_new_privs = true;
     program
 }
 
-/// Claims the macvtap, and tells `net list` and others of it: by its process and start time, which outlive exec. A
-/// user's minivmm will claim its NIC itself, and gets a directory for that.
-fn claim(
-    program: &OsString,
-    macvtap: &Macvtap,
-    user: Option<&User>,
-) -> Result<Vec<Claim>, SharedError> {
+/// Makes the macvtap, and claims it for the program: by this process and its start time, which outlive exec. A user's
+/// minivmm will claim its NIC itself, and gets a directory for that.
+fn acquire(args: &OpenArgs, user: Option<&User>) -> Result<HostNic, NicError> {
     if let Some(user) = user
         && user.id() != 0
         && let Err(error) = net::make_record_directory_for(user.id(), user.group_id())
@@ -147,10 +138,8 @@ fn claim(
             user.id()
         );
     }
-    let interface = Interface::of_macvtap(macvtap)?;
-    let nic = NicEntry::of(macvtap, interface.device);
-    let runs = Runs::program(Path::new(program));
-    exclusive::claim(&runs, user.map(User::id), &[(&interface, &nic)])
+    let runs = Runs::program(Path::new(&args.command[0]));
+    HostNic::claim(Macvtap::open(&args.macvtap)?, &runs, user.map(User::id))
 }
 
 /// Makes the queues blocking, as programs expect of what a shell has opened.

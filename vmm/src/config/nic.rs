@@ -31,10 +31,10 @@ pub enum NicSource {
 
 impl NicSource {
     /// The descriptors that it names, if any.
-    pub fn descriptors(&self) -> Vec<RawFd> {
+    pub fn descriptors(&self) -> &[RawFd] {
         match self {
-            Self::Macvtap(_) => Vec::new(),
-            Self::Descriptors(numbers) => numbers.clone(),
+            Self::Macvtap(_) => &[],
+            Self::Descriptors(numbers) => numbers,
         }
     }
 }

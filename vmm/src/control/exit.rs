@@ -1,5 +1,6 @@
 //! How a guest ends, and who said so first.
 
+use std::error::Error;
 use std::io;
 use std::sync::OnceLock;
 
@@ -56,6 +57,18 @@ impl Exit {
             Self::Failure(what) => log::error!("{what}"),
         }
     }
+}
+
+/// The error and its causes, in one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
 }
 
 /// The place where any thread may end the guest. The first reason is the one that counts.

@@ -1,21 +1,17 @@
-//! A NIC's share of the host: a queue, its interface, and what keeps and watches it.
+//! Taking a NIC from the host: for a guest of minivmm, for one in QEMU, and for the program of `net open`.
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::tap::{Tap, TapError};
-use net::{
-    ExistingTapError, FrameListener, LinkGuard, LinkWatch, MacAddr, Macvtap, MacvtapSpec, Mode,
-};
+use net::{ExistingTapError, FrameListener, LinkGuard, LinkWatch, Macvtap, Mode, TapInfo};
 
+use super::inherited::Inherited;
+use super::registry::{Claim, ClaimError, NicEntry, Runs};
 use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource};
-use crate::nic::exclusive::{self, Interface, SharedError};
-use crate::nic::inherited::Inherited;
-use crate::nic::registry::{Claim, NicEntry, Runs};
 
 /// Why there is no NIC.
 #[derive(Debug, thiserror::Error)]
@@ -23,12 +19,12 @@ pub enum NicError {
     /// The macvtap.
     #[error(transparent)]
     Macvtap(#[from] net::Error),
-    /// Descriptors of somebody else's.
+    /// Inherited descriptors.
     #[error("cannot use the file descriptors of --macvtap fd=")]
     Existing(#[from] ExistingTapError),
-    /// One interface for two NICs.
+    /// Another NIC is on the same interface.
     #[error(transparent)]
-    Shared(#[from] SharedError),
+    Claim(#[from] ClaimError),
     /// A queue that cannot be set up.
     #[error("the queue of {name} cannot be used")]
     Tap {
@@ -40,238 +36,211 @@ pub enum NicError {
     },
 }
 
+/// A macvtap that this process alone uses, as far as others can be known.
+#[derive(Debug)]
+pub struct HostNic {
+    /// Keeps others from it.
+    pub claim: Claim,
+    /// Its queues, and what deletes it if it is new.
+    pub macvtap: Macvtap,
+}
+
+impl HostNic {
+    /// Claims `macvtap` for what this process `runs`, for itself or for the program of another `user`.
+    ///
+    /// # Errors
+    ///
+    /// [`NicError::Claim`].
+    pub fn claim(macvtap: Macvtap, runs: &Runs, user: Option<u32>) -> Result<Self, NicError> {
+        let claim = Claim::new(&macvtap, runs, user)?;
+        Ok(Self { claim, macvtap })
+    }
+}
+
+/// Opens a macvtap for each of `sources`, in order, and claims it for what this process `runs`.
+///
+/// # Errors
+///
+/// What could not be had; what had been made is gone again.
+pub fn acquire<'a>(
+    sources: impl Iterator<Item = &'a NicSource> + Clone,
+    mut inherited: Inherited,
+    runs: &Runs,
+) -> Result<Vec<HostNic>, NicError> {
+    // What is wrong with inherited queues is said before anything is made.
+    let existing = sources.clone().map(|source| match source {
+        NicSource::Macvtap(_) => Ok(None),
+        NicSource::Descriptors(numbers) => inherited.macvtap(numbers).map(Some),
+    });
+    let existing = existing.collect::<Result<Vec<_>, _>>()?;
+    let mut macvtaps = Vec::<Macvtap>::new();
+    for (source, existing) in sources.zip(existing) {
+        let macvtap = match (source, existing) {
+            (NicSource::Macvtap(spec), None) => Macvtap::open(spec)?,
+            (_, existing) => existing.ok_or(ExistingTapError::None)?,
+        };
+        let tap = macvtap.info();
+        if macvtaps.iter().any(|other| is_same(other.info(), tap)) {
+            let (name, mac) = (tap.name.clone(), tap.mac);
+            return Err(ClaimError::Twice { name, mac }.into());
+        }
+        macvtaps.push(macvtap);
+    }
+    let claim = |macvtap| HostNic::claim(macvtap, runs, None);
+    macvtaps.into_iter().map(claim).collect()
+}
+
+/// Whether both are one interface. Two taps may look the same in two namespaces.
+fn is_same(one: &TapInfo, other: &TapInfo) -> bool {
+    (one.device, &one.name, one.mac) == (other.device, &other.name, other.mac)
+        && (one.id.is_none() || other.id.is_none() || one.id == other.id)
+}
+
 /// An open queue that is ready to be a NIC.
 #[derive(Debug)]
 pub struct Nic {
     /// The queues, one for each pair.
     pub taps: Vec<Tap>,
-    /// What the guest is told.
+    /// What the guest finds in its NIC.
     pub config: NetConfig,
     /// How the NIC is to behave.
     pub options: NicOptions,
     /// What the guest's commands may do on the host.
     pub permissions: Permissions,
-    /// The file for what passes, which is opened before any NIC is made.
+    /// The file for its frames, which is opened before any NIC is made.
     pub pcap: Option<File>,
-    /// What others are told.
-    pub entry: NicEntry,
-    /// Which interface it is.
-    pub interface: Interface,
     /// Keeps others from it.
-    pub claim: Option<Claim>,
+    pub claim: Claim,
     /// News of the interface, where it can be seen.
     pub watch: Option<LinkWatch>,
-    /// Hears what the guest sends, where its frames may pass through the kernel alone.
+    /// Learns what the guest sends, where its frames may pass through the kernel alone.
     pub listener: Option<FrameListener>,
-    /// Keeps a macvtap of our own in being.
-    pub guard: Option<LinkGuard>,
+    /// Deletes a new macvtap.
+    pub guard: LinkGuard,
 }
 
 impl Nic {
-    fn make(spec: &MacvtapSpec, options: &NicOptions) -> Result<Self, NicError> {
-        let macvtap = Macvtap::open(spec)?;
-        let interface = Interface::of_macvtap(&macvtap)?;
-        let listener = wants_listener(options).then(|| listening(macvtap.name(), macvtap.listen()));
-        let host = Host {
-            entry: NicEntry::of(&macvtap, interface.device),
-            interface,
-            mac: macvtap.mac(),
-            mode: Some(macvtap.mode()),
-            watch: watched(macvtap.name(), macvtap.watch()),
-            listener: listener.flatten(),
-        };
-        let (queues, guard) = macvtap.into_parts();
-        Self::new(host, queues, Some(guard), options)
-    }
-
-    /// `numbers` are those that the descriptors had on the command line.
-    fn from_fds(
-        descriptors: Vec<OwnedFd>,
-        numbers: &[RawFd],
-        given: &mut Given,
-        options: &NicOptions,
-    ) -> Result<Self, NicError> {
-        let existing = net::from_fds(descriptors)?;
-        let told = given.inherited.as_ref();
-        let told = told.filter(|told| told.is_of(numbers, existing.mac));
-        let interface = Interface::of_existing(&existing, told)?;
-        let name = &existing.name;
-        let watch = match (existing.id, told.and_then(|told| told.id), &mut given.watch) {
-            (Some(id), _, _) => watched(name, LinkWatch::new(&[id.index])),
-            (None, Some(id), socket @ Some(_)) => socket
-                .take()
-                .and_then(|socket| watched(name, LinkWatch::from_socket(socket, &[id.index]))),
-            _ => {
-                log::info!(
-                    "{name} is in a network namespace that minivmm does not see: its carrier and its \
-                     end will not show in the guest"
-                );
-                None
-            }
-        };
-        let listener = existing.id.filter(|_| wants_listener(options));
-        let listener =
-            listener.and_then(|id| listening(name, FrameListener::new(id.index, existing.mac)));
-        let host = Host {
-            entry: NicEntry::of_existing(&existing, told, interface.device),
-            interface,
-            mac: existing.mac,
-            mode: existing.mode.or(told.and_then(|told| told.mode)),
-            watch,
-            listener,
-        };
-        Self::new(host, existing.queues, None, options)
-    }
-
-    fn new(
-        host: Host,
-        queues: Vec<OwnedFd>,
-        guard: Option<LinkGuard>,
-        options: &NicOptions,
-    ) -> Result<Self, NicError> {
-        let Host {
-            entry,
-            interface,
-            mac,
-            mode,
-            watch,
-            listener,
-        } = host;
+    fn new(host: HostNic, options: &NicOptions) -> Result<Self, NicError> {
+        let HostNic { claim, mut macvtap } = host;
+        let tap = claim.nic().tap.clone();
         // An Ethernet interface's MTU is at most 65,535.
-        let mtu = u16::try_from(entry.mtu).unwrap_or(u16::MAX);
-        log::info!("NIC on {}: MAC {mac}, MTU {mtu}", entry.lower);
-        let name = entry.name.clone();
-        let taps = queues
-            .into_iter()
-            .map(Tap::new)
-            .collect::<Result<Vec<_>, _>>();
-        let taps = taps.map_err(|source| NicError::Tap { name, source })?;
-        let config = NetConfig {
-            mac: mac.octets(),
-            mtu,
-        };
-        let permissions = Permissions {
-            change_mac: options.trust_mac,
-            // The lower is promiscuous then, and all that it hears is for the macvtap.
-            allow_promisc: mode == Some(Mode::Passthru),
-        };
+        let mtu = u16::try_from(tap.mtu).unwrap_or(u16::MAX);
+        log::info!("NIC on {}: MAC {}, MTU {mtu}", tap.lower, tap.mac);
+        let (watch, listener) = (watch(&mut macvtap), listener(&macvtap, options));
+        let (queues, guard) = macvtap.into_parts();
+        let taps = queues.into_iter().map(Tap::new).collect::<Result<_, _>>();
+        let name = tap.name;
         Ok(Self {
-            taps,
-            config,
+            taps: taps.map_err(|source| NicError::Tap { name, source })?,
+            config: NetConfig {
+                mac: tap.mac.octets(),
+                mtu,
+            },
             options: options.clone(),
-            permissions,
+            permissions: Permissions {
+                change_mac: options.trust_mac,
+                // The lower is promiscuous then, and all that it receives is for the macvtap.
+                allow_promisc: tap.mode == Some(Mode::Passthru),
+            },
             pcap: None,
-            entry,
-            interface,
-            claim: None,
+            claim,
             watch,
             listener,
             guard,
         })
     }
-}
 
-/// What is known of a NIC's macvtap on the host.
-#[derive(Debug)]
-struct Host {
-    entry: NicEntry,
-    interface: Interface,
-    mac: MacAddr,
-    mode: Option<Mode>,
-    watch: Option<LinkWatch>,
-    listener: Option<FrameListener>,
-}
-
-/// What this process was started with.
-#[derive(Debug)]
-pub struct Given {
-    /// The queues of the NICs that name descriptors.
-    queues: Vec<OwnedFd>,
-    /// What is told of them.
-    inherited: Option<Inherited>,
-    /// The socket that comes with them.
-    watch: Option<OwnedFd>,
-}
-
-/// Whether vhost-net may get the frames.
-fn wants_listener(options: &NicOptions) -> bool {
-    options.backend != BackendChoice::User
-        && options.needs_frames().is_none()
-        && opens("/dev/vhost-net")
-}
-
-fn opens(path: &str) -> bool {
-    OpenOptions::new().read(true).write(true).open(path).is_ok()
-}
-
-/// A NIC works without being heard, so a failure is no more than a word.
-fn listening(name: &str, listener: io::Result<FrameListener>) -> Option<FrameListener> {
-    listener
-        .inspect_err(|error| {
-            log::info!("{name}: the guest's addresses will not be learnt from its frames: {error}");
-        })
-        .ok()
-}
-
-/// Takes over the descriptors that the NICs name.
-///
-/// # Errors
-///
-/// Says which of them is not open.
-///
-/// # Safety
-///
-/// Nothing in this process may own them: call it before anything is opened.
-pub unsafe fn inherit(nics: &[NicConfig]) -> Result<Given, NicError> {
-    let sources = nics.iter().map(|nic| &nic.source);
-    let numbers: Vec<RawFd> = sources.flat_map(NicSource::descriptors).collect();
-    let inherited = Inherited::from_environment();
-    // SAFETY: as for this function.
-    let queues = unsafe { net::inherit(&numbers) }?;
-    let watch = inherited.as_ref().and_then(|told| {
-        let number = told.watch_beside(&numbers)?;
-        // SAFETY: as for this function; it is none of `numbers`.
-        unsafe { net::inherit(&[number]) }
-            .inspect_err(|error| log::warn!("cannot watch {}: {error}", told.name))
-            .ok()?
-            .pop()
-    });
-    Ok(Given {
-        queues,
-        inherited,
-        watch,
-    })
-}
-
-/// Makes what each NIC needs, in order, or takes it from what was `given`, and claims it for a guest with this kernel.
-///
-/// # Errors
-///
-/// Says what could not be had; what had been made is gone again.
-pub fn acquire(nics: &[NicConfig], mut given: Given, kernel: &Path) -> Result<Vec<Nic>, NicError> {
-    let mut inherited = std::mem::take(&mut given.queues).into_iter();
-    let make = |NicConfig { source, options }: &NicConfig| match source {
-        NicSource::Macvtap(spec) => Nic::make(spec, options),
-        NicSource::Descriptors(fds) => {
-            let descriptors = inherited.by_ref().take(fds.len()).collect();
-            Nic::from_fds(descriptors, fds, &mut given, options)
-        }
-    };
-    let mut nics: Vec<Nic> = nics.iter().map(make).collect::<Result<_, _>>()?;
-    let wanted: Vec<_> = nics
-        .iter()
-        .map(|nic| (&nic.interface, &nic.entry))
-        .collect();
-    let claims = exclusive::claim(&Runs::kernel(kernel), None, &wanted)?;
-    for (nic, claim) in nics.iter_mut().zip(claims) {
-        nic.claim = Some(claim);
+    /// What is published of it.
+    pub fn entry(&self) -> &NicEntry {
+        self.claim.nic()
     }
-    Ok(nics)
+}
+
+/// The NICs of a guest with this kernel.
+///
+/// # Errors
+///
+/// See [`acquire`].
+pub fn acquire_for_guest(
+    nics: &[NicConfig],
+    inherited: Inherited,
+    kernel: &Path,
+) -> Result<Vec<Nic>, NicError> {
+    let sources = nics.iter().map(|nic| &nic.source);
+    let hosts = acquire(sources, inherited, &Runs::kernel(kernel))?;
+    let ready = |(host, nic): (_, &NicConfig)| Nic::new(host, &nic.options);
+    hosts.into_iter().zip(nics).map(ready).collect()
 }
 
 /// A NIC works without being watched, so a failure is no more than a warning.
-fn watched(name: &str, watch: io::Result<LinkWatch>) -> Option<LinkWatch> {
-    watch
-        .inspect_err(|error| log::warn!("cannot watch {name}: {error}"))
-        .ok()
+fn watch(macvtap: &mut Macvtap) -> Option<LinkWatch> {
+    let watch = macvtap.watch();
+    let name = &macvtap.info().name;
+    match watch {
+        Ok(None) => log::info!(
+            "{name} is in a network namespace that minivmm does not see: its carrier and its end \
+             will not show in the guest"
+        ),
+        Err(error) => log::warn!("cannot watch {name}: {error}"),
+        Ok(watch) => return watch,
+    }
+    None
+}
+
+/// Where vhost-net may get the frames. A NIC works without, so a failure is no more than a line.
+fn listener(macvtap: &Macvtap, options: &NicOptions) -> Option<FrameListener> {
+    let may_be_vhost = options.backend != BackendChoice::User && options.needs_frames().is_none();
+    if !may_be_vhost || open_vhost().is_err() {
+        return None;
+    }
+    let name = &macvtap.info().name;
+    let failed = |error: &io::Error| {
+        log::info!("{name}: the guest's addresses will not be learnt from its frames: {error}");
+    };
+    macvtap.listen().inspect_err(failed).ok().flatten()
+}
+
+/// The host kernel's data path.
+pub const VHOST_NET: &str = "/dev/vhost-net";
+
+/// Opens vhost-net once: each open file serves one queue.
+///
+/// # Errors
+///
+/// When the host has none, or not for this user.
+pub fn open_vhost() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(VHOST_NET)
+}
+
+#[cfg(test)]
+mod tests {
+    use net::LinkId;
+
+    use super::*;
+
+    fn tap(device: u64, index: Option<u32>) -> TapInfo {
+        TapInfo {
+            name: "mine".into(),
+            lower: "eno1".into(),
+            mac: "02:00:00:00:00:01".parse().unwrap(),
+            mtu: 1500,
+            device,
+            id: index.map(|index| LinkId {
+                namespace: 1,
+                index,
+            }),
+            lower_id: None,
+            mode: None,
+        }
+    }
+
+    #[test]
+    fn interface_is_the_same_unless_device_or_link_differ() {
+        let same = |one, other| is_same(&one, &other);
+        assert!(same(tap(7, None), tap(7, Some(2))));
+        assert!(same(tap(7, Some(2)), tap(7, Some(2))));
+        assert!(!same(tap(7, None), tap(8, None)));
+        // Taps of two namespaces.
+        assert!(!same(tap(7, Some(2)), tap(7, Some(3))));
+    }
 }

@@ -20,14 +20,14 @@ use crate::config::{BackendChoice, NicOptions};
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
 use crate::nic::listener::GuestListener;
-use crate::nic::watch::{FollowedLink, LinkFollower};
 use crate::nic::registry::{Announcer, RegisteredNic};
+use crate::nic::watch::{FollowedLink, LinkFollower};
 
 /// The NICs, once they stand on the bus.
 #[derive(Debug)]
 pub struct NetDevices {
     /// What keeps the macvtaps in being.
-    pub guards: Vec<Option<LinkGuard>>,
+    pub guards: Vec<LinkGuard>,
     /// Signalled when a guest's addresses have changed.
     learnt: EventFd,
     watched: Vec<Watched>,
@@ -62,7 +62,7 @@ impl NetDevices {
         for (n, nic) in (0..).zip(nics) {
             let name = format!("net{n}");
             // As it was asked for: the macvtap's own name says little.
-            let label = format!("{name} on {}", nic.entry.lower);
+            let label = format!("{name} on {}", nic.entry().tap.lower);
             let learnt = devices.learnt.try_clone().map_err(MachineError::EventFd)?;
             let observer = Arc::new(Observer::new(label.clone(), nic.config.mac, learnt));
             let [rx_limit, tx_limit] = nic.options.limits();
@@ -85,12 +85,11 @@ impl NetDevices {
             machine.add_virtio(device)?;
             devices.guards.push(nic.guard);
             let link = nic.watch.is_some().then(Arc::<FollowedLink>::default);
-            let registered = nic.claim.map(|claim| RegisteredNic {
-                claim,
+            devices.registered.push(RegisteredNic {
+                claim: nic.claim,
                 observer,
                 link: link.clone(),
             });
-            devices.registered.extend(registered);
             let watched = nic.watch.zip(link).map(|(watch, link)| Watched {
                 label,
                 watch,

@@ -2,9 +2,7 @@
 
 use std::io;
 
-use net::{HostLinkGuard, HostLinkSpec, InterfaceAddress, LinkId};
-
-use crate::nic::registry::NicEntry;
+use net::{HostLinkGuard, HostLinkSpec, InterfaceAddress, LinkId, TapInfo};
 
 /// Why there is none.
 #[derive(Debug, thiserror::Error)]
@@ -42,14 +40,14 @@ fn of(lower: &Option<String>) -> String {
 ///
 /// See [`HostLinkError`].
 pub fn make(
-    nic: Option<&NicEntry>,
+    nic: Option<&TapInfo>,
     addresses: &[InterfaceAddress],
 ) -> Result<Option<HostLinkGuard>, HostLinkError> {
     let (Some(nic), false) = (nic, addresses.is_empty()) else {
         return Ok(None);
     };
     // By its identity: another interface here may have the same name.
-    let id = nic.lower_id.map(LinkId::from);
+    let id = nic.lower_id;
     let here = id.map(LinkId::name_here).transpose();
     let here = here.map_err(HostLinkError::Look)?.flatten();
     let lower = here.ok_or_else(|| HostLinkError::Elsewhere {

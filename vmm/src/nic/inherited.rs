@@ -1,10 +1,12 @@
-//! What `minivmm net open` tells the program that it runs, by its environment: the descriptors alone do not say it all.
+//! The descriptors that this process was started with, and what `minivmm net open` says of them to the program that it
+//! runs, by its environment: they do not say it all themselves.
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::Command;
 
-use net::{LinkId, MacAddr, Macvtap, Mode};
+use net::{ExistingTapError, LinkId, Macvtap, Passed, TapInfo};
 
+use super::NicError;
 use crate::child;
 
 const FDS: &str = "MINIVMM_NET_FDS";
@@ -17,117 +19,154 @@ const LOWER_ID: &str = "MINIVMM_NET_LOWER_ID";
 const ID: &str = "MINIVMM_NET_ID";
 const WATCH: &str = "MINIVMM_NET_WATCH";
 
-/// A macvtap whose queues were handed over.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The descriptors that the command line names, taken over once, in `main`.
+#[derive(Debug, Default)]
 pub struct Inherited {
-    /// The numbers of its queues.
-    pub fds: Vec<RawFd>,
-    /// Its address.
-    pub mac: MacAddr,
-    /// How it treats its siblings.
-    pub mode: Option<Mode>,
-    /// In bytes.
-    pub mtu: u32,
-    /// Its name.
-    pub name: String,
-    /// The name of the interface that it stands on.
-    pub lower: String,
-    /// Which interface that is.
-    pub lower_id: Option<LinkId>,
-    /// Which interface it is.
-    pub id: Option<LinkId>,
-    /// The number of a socket that hears of it, see [`net::LinkWatch::from_socket`].
-    pub watch: Option<RawFd>,
+    queues: Vec<OwnedFd>,
+    variables: Option<Variables>,
+    /// The socket that comes with the queues.
+    watch: Option<OwnedFd>,
 }
 
 impl Inherited {
-    /// Describes a macvtap whose queues a program will have from [`child::FIRST`] on, and behind them a socket
-    /// that watches it, if `is_watched`.
+    /// Takes over the queues with these numbers, and the socket that `net open` has passed beside them.
+    ///
+    /// # Errors
+    ///
+    /// Says which of them is not open.
+    ///
+    /// # Safety
+    ///
+    /// Nothing in this process may own them: call it before anything is opened.
+    pub unsafe fn take(numbers: &[RawFd]) -> Result<Self, NicError> {
+        // SAFETY: as for this function.
+        let queues = unsafe { net::inherit(numbers) }?;
+        let variables = Variables::of_this_process();
+        let watch = variables.as_ref().and_then(|variables| {
+            let number = variables.watch_beside(numbers)?;
+            // SAFETY: as for this function; it is none of `numbers`.
+            unsafe { net::inherit(&[number]) }
+                .inspect_err(|error| log::warn!("cannot watch {}: {error}", variables.info.name))
+                .ok()?
+                .pop()
+        });
+        Ok(Self {
+            queues,
+            variables,
+            watch,
+        })
+    }
+
+    /// The macvtap whose queues have these numbers.
+    ///
+    /// # Errors
+    ///
+    /// See [`ExistingTapError`].
+    pub fn macvtap(&mut self, numbers: &[RawFd]) -> Result<Macvtap, ExistingTapError> {
+        let is_named = |fd: &mut OwnedFd| numbers.contains(&fd.as_raw_fd());
+        let queues = self.queues.extract_if(.., is_named).collect();
+        let variables = self.variables.as_ref();
+        let passed = variables.filter(|variables| variables.are_of(numbers));
+        let passed = passed.map(|variables| Passed {
+            info: variables.info.clone(),
+            watch: self.watch.take(),
+        });
+        Macvtap::from_fds(queues, passed)
+    }
+}
+
+/// The variables `MINIVMM_NET_*`: a macvtap whose queues a program inherits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variables {
+    /// The numbers of its queues.
+    fds: Vec<RawFd>,
+    /// The number of a socket that watches it, see [`net::LinkWatch::from_socket`].
+    watch: Option<RawFd>,
+    info: TapInfo,
+}
+
+impl Variables {
+    /// Of a macvtap whose queues a program will have from [`child::FIRST`] on, followed by a socket that watches it, if
+    /// `is_watched`.
     pub fn of(macvtap: &Macvtap, is_watched: bool) -> Self {
         let queues = macvtap.queues().len();
         Self {
             fds: (child::FIRST..).take(queues).collect(),
             watch: is_watched.then_some(child::FIRST + queues as RawFd),
-            id: Some(macvtap.id()),
-            mac: macvtap.mac(),
-            mode: Some(macvtap.mode()),
-            mtu: macvtap.mtu(),
-            name: macvtap.name().to_owned(),
-            lower: macvtap.lower().to_owned(),
-            lower_id: macvtap.lower_id(),
+            info: macvtap.info().clone(),
         }
     }
 
-    /// Tells the program.
-    pub fn tell(&self, program: &mut Command) {
+    /// Puts them into the environment of `program`.
+    pub fn set(&self, program: &mut Command) {
         let numbers: Vec<_> = self.fds.iter().map(ToString::to_string).collect();
-        program
-            .env(FDS, numbers.join(":"))
-            .env(MAC, self.mac.to_string())
-            .env(MTU, self.mtu.to_string())
-            .env(NAME, &self.name)
-            .env(LOWER, &self.lower);
-        let text = |id: LinkId| format!("{}:{}", id.namespace, id.index);
+        let info = &self.info;
+        let id = |id: LinkId| format!("{}:{}", id.namespace, id.index);
         for (name, value) in [
-            (MODE, self.mode.map(|mode| mode.to_string())),
-            (LOWER_ID, self.lower_id.map(text)),
-            (ID, self.id.map(text)),
+            (FDS, Some(numbers.join(":"))),
+            (MAC, Some(info.mac.to_string())),
+            (MTU, Some(info.mtu.to_string())),
+            (NAME, Some(info.name.clone())),
+            (LOWER, Some(info.lower.clone())),
+            (MODE, info.mode.map(|mode| mode.to_string())),
+            (LOWER_ID, info.lower_id.map(id)),
+            (ID, info.id.map(id)),
             (WATCH, self.watch.map(|number| number.to_string())),
         ] {
             match value {
                 Some(value) => program.env(name, value),
-                // An outer `net open` may have told of another.
+                // An outer `net open` may have set it for another.
                 None => program.env_remove(name),
             };
         }
     }
 
-    /// What this process was told, if anything.
-    pub fn from_environment() -> Option<Self> {
+    fn of_this_process() -> Option<Self> {
         Self::read(|name| std::env::var(name).ok())
     }
 
     fn read(variable: impl Fn(&str) -> Option<String>) -> Option<Self> {
         let numbers = variable(FDS)?;
         let numbers = numbers.split(':').map(|number| number.parse().ok());
+        let id = |name| {
+            let text = variable(name)?;
+            let (namespace, index) = text.split_once(':')?;
+            Some(LinkId {
+                namespace: namespace.parse().ok()?,
+                index: index.parse().ok()?,
+            })
+        };
+        // An Ethernet interface's, whatever else the environment may say.
+        let mtu = variable(MTU)?.parse().ok();
         Some(Self {
             fds: numbers.collect::<Option<_>>()?,
-            mac: variable(MAC)?.parse().ok()?,
-            mode: variable(MODE).and_then(|mode| mode.parse().ok()),
-            // An Ethernet interface's, whatever else the environment may say.
-            mtu: variable(MTU)?
-                .parse()
-                .ok()
-                .filter(|mtu| (68..=65_535).contains(mtu))?,
-            name: variable(NAME)?,
-            lower: variable(LOWER)?,
-            lower_id: variable(LOWER_ID).and_then(|text| link_id(&text)),
-            id: variable(ID).and_then(|text| link_id(&text)),
             watch: variable(WATCH).and_then(|number| number.parse().ok()),
+            info: TapInfo {
+                name: variable(NAME)?,
+                lower: variable(LOWER)?,
+                mac: variable(MAC)?.parse().ok()?,
+                mtu: mtu.filter(|mtu| (68..=65_535).contains(mtu))?,
+                device: 0,
+                id: id(ID),
+                lower_id: id(LOWER_ID),
+                mode: variable(MODE).and_then(|mode| mode.parse().ok()),
+            },
         })
     }
 
     /// The number of the socket that watches it, if the queues with these numbers are its: none of them, nor one that
     /// every program has.
-    pub fn watch_beside(&self, numbers: &[RawFd]) -> Option<RawFd> {
+    fn watch_beside(&self, numbers: &[RawFd]) -> Option<RawFd> {
         let is_ours = numbers.iter().any(|number| self.fds.contains(number));
         let free = |number: &RawFd| *number >= child::FIRST && !numbers.contains(number);
         self.watch.filter(free).filter(|_| is_ours)
     }
 
-    /// Whether it is the interface with this address whose queues have these numbers: an environment is inherited by
-    /// programs that the descriptors never reach.
-    pub fn is_of(&self, numbers: &[RawFd], mac: MacAddr) -> bool {
-        self.mac == mac && numbers.iter().all(|number| self.fds.contains(number))
+    /// Whether they are about the interface whose queues have these numbers: an environment is inherited by programs that
+    /// the descriptors never reach, so that its MAC address has to be the same too.
+    fn are_of(&self, numbers: &[RawFd]) -> bool {
+        numbers.iter().all(|number| self.fds.contains(number))
     }
-}
-
-fn link_id(text: &str) -> Option<LinkId> {
-    let (namespace, index) = text.split_once(':')?;
-    Some(LinkId {
-        namespace: namespace.parse().ok()?,
-        index: index.parse().ok()?,
-    })
 }
 
 #[cfg(test)]
@@ -136,29 +175,32 @@ mod tests {
 
     use super::*;
 
-    fn inherited() -> Inherited {
-        Inherited {
+    fn variables() -> Variables {
+        Variables {
             fds: vec![3, 4],
-            mac: "02:00:00:00:00:01".parse().unwrap(),
-            mode: Some(Mode::Passthru),
-            mtu: 1400,
-            name: "mine".into(),
-            lower: "eno1".into(),
-            lower_id: Some(LinkId {
-                namespace: 4_026_531_840,
-                index: 2,
-            }),
-            id: Some(LinkId {
-                namespace: 4_026_532_000,
-                index: 7,
-            }),
             watch: Some(5),
+            info: TapInfo {
+                name: "mine".into(),
+                lower: "eno1".into(),
+                mac: "02:00:00:00:00:01".parse().unwrap(),
+                mtu: 1400,
+                device: 0,
+                id: Some(LinkId {
+                    namespace: 4_026_532_000,
+                    index: 7,
+                }),
+                lower_id: Some(LinkId {
+                    namespace: 4_026_531_840,
+                    index: 2,
+                }),
+                mode: Some(net::Mode::Passthru),
+            },
         }
     }
 
-    fn told(inherited: &Inherited) -> BTreeMap<String, String> {
+    fn environment(variables: &Variables) -> BTreeMap<String, String> {
         let mut program = Command::new("true");
-        inherited.tell(&mut program);
+        variables.set(&mut program);
         let text = |text: &std::ffi::OsStr| text.to_str().unwrap().to_owned();
         program
             .get_envs()
@@ -166,21 +208,22 @@ mod tests {
             .collect()
     }
 
-    fn read(variables: &BTreeMap<String, String>) -> Option<Inherited> {
-        Inherited::read(|name| variables.get(name).cloned())
+    fn read(variables: &BTreeMap<String, String>) -> Option<Variables> {
+        Variables::read(|name| variables.get(name).cloned())
     }
 
     #[test]
-    fn handed_is_read_as_it_was_told() {
-        let mut inherited = inherited();
-        assert_eq!(read(&told(&inherited)), Some(inherited.clone()));
-        (inherited.lower_id, inherited.id, inherited.watch) = (None, None, None);
-        inherited.mode = None;
-        assert_eq!(read(&told(&inherited)), Some(inherited));
+    fn variables_are_read_as_they_were_set() {
+        let mut variables = variables();
+        assert_eq!(read(&environment(&variables)), Some(variables.clone()));
+        let info = &mut variables.info;
+        (info.lower_id, info.id, info.mode) = (None, None, None);
+        variables.watch = None;
+        assert_eq!(read(&environment(&variables)), Some(variables));
     }
 
     #[test]
-    fn handed_with_nonsense_or_parts_missing_is_none() {
+    fn variables_with_nonsense_or_parts_missing_are_none() {
         for (name, value) in [
             (FDS, ""),
             (FDS, "3:x"),
@@ -188,22 +231,24 @@ mod tests {
             (MTU, "12"),
             (MTU, "x"),
         ] {
-            let mut variables = told(&inherited());
-            variables.insert(name.into(), value.into());
-            assert_eq!(read(&variables), None, "{name}={value}");
-            variables.remove(name);
-            assert_eq!(read(&variables), None, "no {name}");
+            let mut environment = environment(&variables());
+            environment.insert(name.into(), value.into());
+            assert_eq!(read(&environment), None, "{name}={value}");
+        }
+        for name in [FDS, MAC, MTU, NAME, LOWER] {
+            let mut environment = environment(&variables());
+            environment.remove(name);
+            assert_eq!(read(&environment), None, "no {name}");
         }
     }
 
     #[test]
-    fn handed_counts_for_its_own_descriptors_with_its_own_address_alone() {
-        let inherited = inherited();
-        assert!(inherited.is_of(&[3, 4], inherited.mac) && inherited.is_of(&[4], inherited.mac));
-        assert!(!inherited.is_of(&[3, 5], inherited.mac));
-        assert_eq!(inherited.watch_beside(&[3, 4, 7]), Some(5));
-        assert_eq!(inherited.watch_beside(&[7]), None);
-        assert_eq!(inherited.watch_beside(&[3, 5]), None);
-        assert!(!inherited.is_of(&[3, 4], "02:00:00:00:00:02".parse().unwrap()));
+    fn variables_count_for_their_own_descriptors_alone() {
+        let variables = variables();
+        assert!(variables.are_of(&[3, 4]) && variables.are_of(&[4]));
+        assert!(!variables.are_of(&[3, 5]));
+        assert_eq!(variables.watch_beside(&[3, 4, 7]), Some(5));
+        assert_eq!(variables.watch_beside(&[7]), None);
+        assert_eq!(variables.watch_beside(&[3, 5]), None);
     }
 }

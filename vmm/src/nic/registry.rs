@@ -4,21 +4,15 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use net::{ExistingTap, LinkId, MacAddr, Macvtap, Owner, RecordDirectory, RecordKey, RecordView};
+use net::{MacAddr, Owner, RecordDirectory, RecordView, TapInfo};
 use serde::{Deserialize, Serialize};
-
-use crate::nic::inherited::Inherited;
 
 mod announce;
 mod claim;
 mod store;
-mod text;
 
 pub use announce::{Announcer, RegisteredNic};
-pub use claim::{Claim, InUse, Wanted};
-
-/// The MTU of an interface that cannot be asked: Ethernet's.
-const USUAL_MTU: u32 = 1500;
+pub use claim::{Claim, ClaimError};
 
 /// A running monitor, or another program that has its NIC by minivmm.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,30 +68,13 @@ impl Runs {
 /// A NIC of a running guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicEntry {
-    /// The macvtap.
-    pub name: String,
-    /// The interface that it stands on.
-    pub lower: String,
-    /// The address that the guest has to use.
-    pub mac: String,
-    /// In bytes.
-    pub mtu: u32,
+    /// Its macvtap. The guest has to use the MAC address.
+    #[serde(flatten)]
+    pub tap: TapInfo,
     /// What the guest has said its addresses are.
     pub addresses: Vec<IpAddr>,
     /// Frames that the guest has sent from another MAC address.
     pub wrong_source_frames: u64,
-    /// The number of the macvtap's character device, the same in all namespaces.
-    #[serde(default)]
-    pub device: u64,
-    /// Which link the macvtap is, where that is known.
-    #[serde(default)]
-    pub id: Option<Id>,
-    /// Which link it stands on, where that is known.
-    #[serde(default)]
-    pub lower_id: Option<Id>,
-    /// The macvtap's mode, where that is known.
-    #[serde(default)]
-    pub mode: Option<String>,
     /// What the host last said of the macvtap, where that is watched.
     #[serde(default)]
     pub link: Option<LinkSeen>,
@@ -124,82 +101,20 @@ pub struct LinkSeen {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WrongMac {
     /// The link's.
-    #[serde(with = "text")]
     pub link: MacAddr,
     /// The guest's, which it may have changed since it started.
-    #[serde(with = "text")]
     pub guest: MacAddr,
 }
 
 impl NicEntry {
-    /// Of a macvtap with the character device `device`.
-    pub fn of(macvtap: &Macvtap, device: u64) -> Self {
+    /// Of a guest that has sent nothing yet.
+    pub fn new(tap: TapInfo) -> Self {
         Self {
-            name: macvtap.name().to_owned(),
-            lower: macvtap.lower().to_owned(),
-            mac: macvtap.mac().to_string(),
-            mtu: macvtap.mtu(),
+            tap,
             addresses: Vec::new(),
             wrong_source_frames: 0,
-            device,
-            id: Some(macvtap.id().into()),
-            lower_id: macvtap.lower_id().map(Into::into),
-            mode: Some(macvtap.mode().to_string()),
             link: None,
         }
-    }
-
-    /// Of queues that somebody else has opened, and of which somebody may have `told`.
-    pub fn of_existing(existing: &ExistingTap, told: Option<&Inherited>, device: u64) -> Self {
-        // What can be seen counts more than what was told, which may have changed since.
-        let (lower, lower_id) = match (&existing.lower, told) {
-            (Some((lower, id)), _) => (lower, Some(*id)),
-            (None, Some(told)) => (&told.lower, told.lower_id),
-            (None, None) => (&existing.name, None),
-        };
-        let mtu = existing.mtu.or(told.map(|told| told.mtu));
-        let mode = existing.mode.or(told.and_then(|told| told.mode));
-        let id = existing.id.or(told.and_then(|told| told.id));
-        Self {
-            name: existing.name.clone(),
-            lower: lower.clone(),
-            mac: existing.mac.to_string(),
-            mtu: mtu.unwrap_or(USUAL_MTU),
-            addresses: Vec::new(),
-            wrong_source_frames: 0,
-            device,
-            id: id.map(Into::into),
-            lower_id: lower_id.map(Into::into),
-            mode: mode.map(|mode| mode.to_string()),
-            link: None,
-        }
-    }
-
-    /// Its record; none if its address is none.
-    fn key(&self) -> Option<RecordKey> {
-        let mac = self.mac.parse().ok()?;
-        Some(RecordKey::of_tap(self.device, self.id.map(Into::into), mac))
-    }
-}
-
-/// A [`LinkId`] in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Id {
-    /// The network namespace's inode.
-    pub namespace: u64,
-    /// The interface index.
-    pub index: u32,
-}
-
-impl From<LinkId> for Id {
-    fn from(LinkId { namespace, index }: LinkId) -> Self {
-        Self { namespace, index }
-    }
-}
-
-impl From<Id> for LinkId {
-    fn from(Id { namespace, index }: Id) -> Self {
-        Self { namespace, index }
     }
 }
 
@@ -222,8 +137,8 @@ impl Entry {
     fn tame(&mut self) {
         let tame = |text: &mut String| text.retain(|c| !c.is_control());
         for nic in &mut self.nics {
-            let texts = [&mut nic.name, &mut nic.lower, &mut nic.mac];
-            texts.into_iter().chain(&mut nic.mode).for_each(tame);
+            tame(&mut nic.tap.name);
+            tame(&mut nic.tap.lower);
         }
         let (Runs::Kernel(path) | Runs::Program(path)) = &mut self.runs;
         tame(path);
@@ -254,7 +169,7 @@ fn once(found: Vec<store::Found>) -> Vec<Entry> {
         let is_giver = |giver: &Entry| {
             giver.is_certain
                 && matches!(giver.runs, Runs::Program(_))
-                && giver.nics[0].key() == guest.nics[0].key()
+                && giver.nics[0].tap.key() == guest.nics[0].tap.key()
                 && (guest.is_certain || giver.user == Some(guest.vouched_by))
         };
         let Some(at) = entries.iter().position(|found| is_giver(&found.entry)) else {
@@ -262,13 +177,10 @@ fn once(found: Vec<store::Found>) -> Vec<Entry> {
         };
         let giver = entries.swap_remove(at).entry;
         guest.is_certain = true;
-        let told = guest.nics[0].clone();
-        guest.nics[0] = NicEntry {
-            addresses: told.addresses,
-            wrong_source_frames: told.wrong_source_frames,
-            link: told.link,
-            mtu: told.mtu,
-            ..giver.nics[0].clone()
+        let tap = &mut guest.nics[0].tap;
+        *tap = TapInfo {
+            mtu: tap.mtu,
+            ..giver.nics[0].tap.clone()
         };
     }
     entries.extend(passed);
@@ -286,7 +198,7 @@ fn together(mut entries: Vec<Entry>) -> Vec<Entry> {
         }
     }
     for entry in &mut all {
-        entry.nics.sort_by_key(|nic| nic.device);
+        entry.nics.sort_by_key(|nic| nic.tap.device);
     }
     all
 }

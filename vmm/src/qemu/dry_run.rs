@@ -2,27 +2,22 @@
 
 use std::io;
 
-use net::{MacAddr, MacvtapSpec, Mode};
+use net::{MacAddr, MacvtapSpec, Mode, TapInfo};
 
 use super::args::USUAL_MTU;
-use super::nics::{Queues, sysfs_of};
+use super::nics::sysfs_of;
 use super::script::{self, Origin, ScriptNic};
-use super::{Plan, QemuError, inherit};
+use super::{Plan, QemuError};
 use crate::cli::QemuArgs;
 use crate::config::NicSource;
+use crate::nic::{Inherited, NicError};
 
 /// The script that does what [`run`](super::run) would do.
 ///
 /// # Errors
 ///
 /// As for [`run`](super::run), as far as it shows without making anything.
-///
-/// # Safety
-///
-/// As for [`run`](super::run).
-pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
-    // SAFETY: as for this function.
-    let mut inherited = unsafe { inherit(args) }?.into_iter();
+pub fn dry_run(args: &QemuArgs, mut inherited: Inherited) -> Result<String, QemuError> {
     let plan = Plan::new(args, false)?;
     let (mut nics, mut script_nics, mut lower) = (Vec::new(), Vec::new(), None);
     for (n, nic) in args.macvtap.iter().enumerate() {
@@ -33,9 +28,16 @@ pub unsafe fn dry_run(args: &QemuArgs) -> Result<String, QemuError> {
                 sketch(spec)?
             }
             NicSource::Descriptors(fds) => {
-                let queues = Queues::from_fds(inherited.by_ref().take(fds.len()).collect(), fds)?;
-                lower.get_or_insert(queues.entry.lower);
-                (Origin::Open, queues.mac, queues.entry.mtu)
+                let macvtap = inherited.macvtap(fds).map_err(NicError::from)?;
+                let TapInfo {
+                    lower: on,
+                    mac,
+                    mtu,
+                    ..
+                } = macvtap.info();
+                log::info!("NIC on {on}: MAC {mac}");
+                lower.get_or_insert_with(|| on.clone());
+                (Origin::Open, *mac, *mtu)
             }
         };
         nics.push(plan.nic(n, nic, mac, mtu)?);

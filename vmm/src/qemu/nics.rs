@@ -1,20 +1,11 @@
 //! The NICs: what was asked for, and the queues that QEMU gets.
 
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use net::{LinkGuard, LinkName, MacAddr, Macvtap, MacvtapSpec, Mode};
+use net::{LinkName, MacAddr, MacvtapSpec, Mode};
 
-use super::QemuError;
 use crate::config::{self, ConfigError, NicSource};
-use crate::nic::exclusive::Interface;
-use crate::nic::inherited::Inherited;
-use crate::nic::registry::NicEntry;
-
-/// The host kernel's data path.
-pub(super) const VHOST_NET: &str = "/dev/vhost-net";
 
 /// A value of `--macvtap`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,54 +132,6 @@ pub(super) fn number(
         .collect()
 }
 
-/// The queues of a NIC, open.
-#[derive(Debug)]
-pub(super) struct Queues {
-    pub descriptors: Vec<OwnedFd>,
-    pub mac: MacAddr,
-    /// What others are told.
-    pub entry: NicEntry,
-    /// Which interface they belong to.
-    pub interface: Interface,
-    /// Keeps a macvtap of our own in being.
-    pub guard: Option<LinkGuard>,
-}
-
-impl Queues {
-    /// Makes the macvtap and opens its queues.
-    pub fn make(spec: &MacvtapSpec) -> Result<Self, QemuError> {
-        let macvtap = Macvtap::open(spec)?;
-        let (mac, mtu) = (macvtap.mac(), macvtap.mtu());
-        log::info!("NIC on {}: MAC {mac}, MTU {mtu}", macvtap.lower());
-        let interface = Interface::of_macvtap(&macvtap)?;
-        let entry = NicEntry::of(&macvtap, interface.device);
-        let (descriptors, guard) = macvtap.into_parts();
-        Ok(Self {
-            descriptors,
-            mac,
-            entry,
-            interface,
-            guard: Some(guard),
-        })
-    }
-
-    /// Takes over queues that somebody else has opened, under these numbers.
-    pub fn from_fds(descriptors: Vec<OwnedFd>, numbers: &[RawFd]) -> Result<Self, QemuError> {
-        let existing = net::from_fds(descriptors)?;
-        let told = Inherited::from_environment().filter(|told| told.is_of(numbers, existing.mac));
-        let interface = Interface::of_existing(&existing, told.as_ref())?;
-        let entry = NicEntry::of_existing(&existing, told.as_ref(), interface.device);
-        log::info!("NIC on {}: MAC {}", entry.lower, existing.mac);
-        Ok(Self {
-            descriptors: existing.queues,
-            mac: existing.mac,
-            entry,
-            interface,
-            guard: None,
-        })
-    }
-}
-
 /// What is known of the address of a macvtap that is still to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Expected {
@@ -224,11 +167,6 @@ pub(super) fn expected_mac(spec: &MacvtapSpec) -> Expected {
     } else {
         Expected::Unknown
     }
-}
-
-/// Opens vhost-net once: each open file serves one queue.
-pub(super) fn open_vhost() -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open(VHOST_NET)
 }
 
 #[cfg(test)]

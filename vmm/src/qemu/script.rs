@@ -7,7 +7,8 @@ use std::os::unix::ffi::OsStrExt;
 
 use net::{InterfaceAddress, MacAddr, MacvtapSpec, Mode};
 
-use super::nics::{Numbers, VHOST_NET};
+use super::nics::Numbers;
+use crate::nic::acquire::VHOST_NET;
 
 /// Where a NIC's queues come from.
 #[derive(Clone, Debug)]

@@ -31,7 +31,7 @@ impl RegisteredNic {
             nic.wrong_source_frames = self.observer.wrong_source();
             if let Some(link) = &self.link {
                 nic.link = Some(link.seen());
-                nic.mtu = link.mtu().unwrap_or(nic.mtu);
+                nic.tap.mtu = link.mtu().unwrap_or(nic.tap.mtu);
             }
         });
     }

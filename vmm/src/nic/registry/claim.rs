@@ -5,11 +5,56 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use net::{RecordDirectory, RecordError, RecordKey, RecordLock, RecordState, RecordView};
+use net::{
+    MacAddr, Macvtap, RecordDirectory, RecordError, RecordKey, RecordLock, RecordState, RecordView,
+    TapInfo,
+};
 
 use super::{Entry, NicEntry, Runs, store};
+use crate::control::exit::chain;
 
-/// A NIC that nobody else has, as far as others can be known. Dropping it gives it up.
+/// Why a NIC cannot be claimed: whoever opens a second queue of a macvtap gets a share of its frames, unasked, and a queue
+/// that nothing empties swallows its own.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Another NIC of this process is on the same interface.
+    #[error(
+        "two NICs are on {name} ({mac}), and each would get a part of its frames: give each NIC \
+         an interface of its own"
+    )]
+    Twice {
+        /// The interface.
+        name: String,
+        /// Its MAC address.
+        mac: MacAddr,
+    },
+    /// Another process has it.
+    #[error(
+        "{name} ({mac}) is the NIC of {by}, and each would get a part of its frames: end that, or use another interface"
+    )]
+    InUse {
+        /// The interface.
+        name: String,
+        /// Its MAC address.
+        mac: MacAddr,
+        /// The other process.
+        by: String,
+    },
+}
+
+impl ClaimError {
+    /// `entry` is None while the other process is only starting, or says nothing.
+    fn in_use(tap: &TapInfo, entry: Option<&Entry>) -> Self {
+        let by = entry.map_or_else(
+            || "another process, which is only starting".to_owned(),
+            |entry| format!("{} (pid {})", entry.runs.path(), entry.pid),
+        );
+        let (name, mac) = (tap.name.clone(), tap.mac);
+        Self::InUse { name, mac, by }
+    }
+}
+
+/// A NIC that this process alone has, as far as others can be known. Dropping it gives it up.
 #[derive(Debug)]
 pub struct Claim {
     entry: Entry,
@@ -19,58 +64,41 @@ pub struct Claim {
     lock: Option<RecordLock>,
 }
 
-/// Who has a NIC already.
-#[derive(Debug)]
-pub struct InUse {
-    /// None while it is only starting, or tells nothing.
-    pub entry: Option<Entry>,
-    /// Whether root or this process's own user says so; else which user does.
-    pub said_by: Option<u32>,
-}
-
-/// What is claimed.
-#[derive(Debug)]
-pub struct Wanted {
-    /// Its record.
-    pub key: RecordKey,
-    /// This process has made it: nobody else can have it.
-    pub is_new: bool,
-    /// Another program has it, and has passed it on.
-    pub is_passed: bool,
-}
-
 impl Claim {
-    /// Claims a NIC, and tells of it by `entry`, which has that NIC alone. `doubtful` hears of claims by other users,
-    /// which need not be true.
+    /// Claims `macvtap` for what this process `runs`, and publishes that. A claim of another user's is only warned of: it
+    /// need not be true.
     ///
     /// # Errors
     ///
-    /// Who has it.
-    pub fn new(wanted: &Wanted, entry: Entry, doubtful: impl FnMut(InUse)) -> Result<Self, InUse> {
+    /// [`ClaimError::InUse`].
+    pub fn new(macvtap: &Macvtap, runs: &Runs, user: Option<u32>) -> Result<Self, ClaimError> {
+        let key = macvtap.info().key();
+        let nic = NicEntry::new(macvtap.info().clone());
         let mut claim = Self {
-            entry,
+            entry: Entry::new(runs.clone(), user, nic),
             file: None,
             lock: None,
         };
-        let own = match wanted.is_passed {
-            true => wanted.key.clone().passed(),
-            false => wanted.key.clone(),
+        let own = match macvtap.is_passed() {
+            true => key.clone().passed(),
+            false => key.clone(),
         };
-        claim.lock(wanted, &own)?;
-        if !wanted.is_new {
-            claim.must_be_alone(wanted, doubtful)?;
+        claim.lock(&own, macvtap.is_new())?;
+        // What this process has made, no other can have.
+        if !macvtap.is_new() {
+            claim.must_be_alone(&key, macvtap.is_passed())?;
         }
         Ok(claim)
     }
 
     /// Locks it where this process may. Without that the NIC works; but others are not kept from it.
-    fn lock(&mut self, wanted: &Wanted, own: &RecordKey) -> Result<(), InUse> {
+    fn lock(&mut self, own: &RecordKey, is_new: bool) -> Result<(), ClaimError> {
         let mut why = None;
         for directory in RecordDirectory::own() {
             let mut write = |_: &mut File| {
                 self.file = EntryFile::new(directory.join(own.file("json")), &self.entry);
             };
-            let taken = match wanted.is_new {
+            let taken = match is_new {
                 true => RecordLock::take_new(&directory, own, &mut write),
                 false => RecordLock::take(&directory, own, &mut write),
             };
@@ -80,16 +108,15 @@ impl Claim {
                     return Ok(());
                 }
                 Err(RecordError::Held(_)) => {
-                    let entry = store::read_one(&directory, own);
-                    let said_by = None;
-                    return Err(InUse { entry, said_by });
+                    let other = store::read_one(&directory, own);
+                    return Err(ClaimError::in_use(&self.nic().tap, other.as_ref()));
                 }
                 Err(error) => why = Some(error),
             }
         }
-        let name = &self.entry.nics[0].name;
-        let why = why.map_or_else(String::new, |error| format!(": {}", with_cause(&error)));
-        let effect = match wanted.is_new {
+        let name = &self.nic().tap.name;
+        let why = why.map_or_else(String::new, |error| format!(": {}", chain(&error)));
+        let effect = match is_new {
             true => "`net list` does not show it",
             false => "another minivmm can start on it and take a part of its frames",
         };
@@ -104,33 +131,32 @@ impl Claim {
     }
 
     /// Whoever has locked a record of its own before this process looks is seen here; whoever does it later sees this one's.
-    fn must_be_alone(&self, wanted: &Wanted, mut doubtful: impl FnMut(InUse)) -> Result<(), InUse> {
+    fn must_be_alone(&self, key: &RecordKey, is_passed: bool) -> Result<(), ClaimError> {
         let view = RecordView::default();
         for directory in RecordDirectory::all() {
-            for key in [wanted.key.clone(), wanted.key.clone().passed()] {
-                let path = directory.path().join(key.file("lock"));
+            for other in [key.clone(), key.clone().passed()] {
+                let path = directory.path().join(other.file("lock"));
                 let is_own = self.lock.as_ref().is_some_and(|lock| lock.path() == path);
-                if is_own || view.state(&directory, &key) != RecordState::Held {
+                if is_own || view.state(&directory, &other) != RecordState::Held {
                     continue;
                 }
-                let entry = store::read_one(directory.path(), &key);
+                let entry = store::read_one(directory.path(), &other);
                 let is_guest = |entry: &Entry| matches!(entry.runs, Runs::Kernel(_));
                 // Who has passed it on waits for our end.
-                if wanted.is_passed && key == wanted.key && !entry.as_ref().is_some_and(is_guest) {
+                if is_passed && other == *key && !entry.as_ref().is_some_and(is_guest) {
                     continue;
                 }
-                let said_by = (!directory.is_certain()).then_some(directory.user());
-                let in_use = InUse { entry, said_by };
-                match said_by {
-                    None => return Err(in_use),
-                    Some(_) => doubtful(in_use),
+                let in_use = ClaimError::in_use(&self.nic().tap, entry.as_ref());
+                if directory.is_certain() {
+                    return Err(in_use);
                 }
+                log::warn!("user {} says that {in_use}", directory.user());
             }
         }
         Ok(())
     }
 
-    /// What is told of the NIC.
+    /// What is published of the NIC.
     pub fn nic(&self) -> &NicEntry {
         &self.entry.nics[0]
     }
@@ -144,7 +170,7 @@ impl Claim {
         self.lock.as_ref().map(RecordLock::share).transpose()
     }
 
-    /// Tells something else of the NIC.
+    /// Publishes something else of the NIC.
     pub fn update(&mut self, change: impl FnOnce(&mut NicEntry)) {
         let before = self.entry.clone();
         change(&mut self.entry.nics[0]);
@@ -154,11 +180,6 @@ impl Claim {
             file.rewrite(&self.entry);
         }
     }
-}
-
-fn with_cause(error: &RecordError) -> String {
-    let cause = std::error::Error::source(error);
-    cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
 }
 
 /// The file that tells of a NIC. Dropping it removes it.

@@ -89,20 +89,14 @@ fn examine(view: &RecordView, directory: &RecordDirectory, name: &CStr) -> Optio
         return None;
     }
     let is_passed = stem.ends_with(PASSED);
+    // The name says which NIC the lock is for.
     let is_locked = entry.nics.iter().all(|nic| {
-        let key = nic.key().filter(|key| is_of(key, is_passed, name));
-        key.is_some_and(|key| {
-            let key = if is_passed { key.passed() } else { key };
-            view.state(directory, &key) == RecordState::Held
-        })
+        let key = nic.tap.key();
+        let key = if is_passed { key.passed() } else { key };
+        key.file("json").as_bytes() == name.to_bytes()
+            && view.state(directory, &key) == RecordState::Held
     });
     (is_locked && !entry.nics.is_empty()).then_some(Found { entry, is_passed })
-}
-
-/// Whether a file of this name is about the NIC: it is locked by its name.
-fn is_of(key: &RecordKey, is_passed: bool, name: &CStr) -> bool {
-    let ending = if is_passed { "passed.json" } else { "json" };
-    key.file(ending).as_bytes() == name.to_bytes()
 }
 
 /// What its holder says of one record. Nothing while that is only starting.

@@ -2,32 +2,31 @@ use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use net::RecordLock;
+use net::{LinkId, RecordKey, RecordLock};
 
 use super::*;
 
 /// The macvtap of these tests: its device, and which link it is.
 const DEVICE: u64 = 0xf105;
-const ID: Id = Id {
+const ID: LinkId = LinkId {
     namespace: 4_026_531_840,
     index: 7,
 };
 
 fn nic() -> NicEntry {
     NicEntry {
-        name: "macvtap0".into(),
-        lower: "eno1".into(),
-        mac: "02:00:00:00:00:01".into(),
-        mtu: 1500,
+        tap: TapInfo {
+            name: "macvtap0".into(),
+            lower: "eno1".into(),
+            mac: "02:00:00:00:00:01".parse().unwrap(),
+            mtu: 1500,
+            device: DEVICE,
+            id: Some(ID),
+            lower_id: Some(LinkId { index: 2, ..ID }),
+            mode: Some(net::Mode::Bridge),
+        },
         addresses: vec!["10.0.0.5".parse().unwrap(), "fe80::1".parse().unwrap()],
         wrong_source_frames: 3,
-        device: DEVICE,
-        id: Some(ID),
-        lower_id: Some(Id {
-            namespace: 4_026_531_840,
-            index: 2,
-        }),
-        mode: Some("bridge".into()),
         link: Some(LinkSeen {
             exists: true,
             up: true,
@@ -87,7 +86,7 @@ fn read_as(directory: &Path, user: Option<u32>) -> Vec<Entry> {
 #[test]
 fn entry_is_read_back_while_its_record_is_locked_and_removed_when_it_is_not() {
     let directory = tempfile::tempdir().unwrap();
-    let key = nic().key().unwrap();
+    let key = nic().tap.key();
     for entry in [guest(), program()] {
         let lock = hold(directory.path(), &key, &entry);
         assert_eq!(read(directory.path()), [entry]);
@@ -106,7 +105,7 @@ fn entry_with_a_path_that_is_no_text_can_be_written() {
     let path = PathBuf::from(std::ffi::OsStr::from_bytes(b"k\xff"));
     let _lock = hold(
         directory.path(),
-        &nic().key().unwrap(),
+        &nic().tap.key(),
         &entry(Runs::kernel(&path)),
     );
     assert_eq!(read(directory.path())[0].runs.path(), "k\u{fffd}");
@@ -115,26 +114,21 @@ fn entry_with_a_path_that_is_no_text_can_be_written() {
 #[test]
 fn entry_about_another_device_than_its_locks_is_not_believed() {
     let directory = tempfile::tempdir().unwrap();
-    let other = RecordKey::of_tap(
-        DEVICE + 1,
-        Some(ID.into()),
-        "02:00:00:00:00:01".parse().unwrap(),
-    );
-    let _lock = hold(directory.path(), &other, &guest());
+    let mut other = nic().tap;
+    other.device += 1;
+    let _lock = hold(directory.path(), &other.key(), &guest());
     assert_eq!(read(directory.path()), []);
 }
 
 #[test]
 fn entry_of_who_had_the_device_before_is_replaced_and_stays_so() {
     let directory = tempfile::tempdir().unwrap();
-    let key = nic().key().unwrap();
+    let key = nic().tap.key();
     let _before = hold(directory.path(), &key, &guest());
-    let now = NicEntry {
-        id: Some(Id { index: 8, ..ID }),
-        ..nic()
-    };
+    let mut now = nic();
+    now.tap.id = Some(LinkId { index: 8, ..ID });
     let now = Entry::new(Runs::Kernel("other".into()), None, now);
-    let _now = hold(directory.path(), &now.nics[0].key().unwrap(), &now);
+    let _now = hold(directory.path(), &now.nics[0].tap.key(), &now);
     assert_eq!(read(directory.path()), [now]);
 }
 
@@ -142,7 +136,7 @@ fn entry_of_who_had_the_device_before_is_replaced_and_stays_so() {
 fn file_that_is_not_what_it_should_be_is_not_read() {
     let directory = tempfile::tempdir().unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
-    let key = nic().key().unwrap();
+    let key = nic().tap.key();
     let path = directory.path().join(key.file("json"));
     let target = elsewhere.path().join("target");
     store::write(&target, &guest()).unwrap();
@@ -171,7 +165,7 @@ fn users_word_is_marked_as_such_and_junk_of_theirs_is_left_alone() {
     fs::write(&junk, "{}").unwrap();
     // Another user cannot speak for a process of this one.
     let liar = entry(Runs::Kernel("bzImage".into()));
-    let lock = hold(directory.path(), &nic().key().unwrap(), &liar);
+    let lock = hold(directory.path(), &nic().tap.key(), &liar);
     let user = rustix::process::geteuid().as_raw() + 1;
     assert_eq!(read_as(directory.path(), Some(user)), []);
     drop(lock);
@@ -179,7 +173,7 @@ fn users_word_is_marked_as_such_and_junk_of_theirs_is_left_alone() {
         owner: String::new(),
         ..guest()
     };
-    let _lock = hold(directory.path(), &nic().key().unwrap(), &unknown);
+    let _lock = hold(directory.path(), &nic().tap.key(), &unknown);
     let read = read_as(directory.path(), Some(user));
     assert_eq!((read[0].vouched_by, read[0].is_certain), (user, false));
     assert!(junk.exists());
@@ -201,7 +195,7 @@ fn nic_that_a_program_passes_to_a_guest_is_told_of_once_and_as_the_program_says(
         ..program()
     };
     let mut inner = of_user(1000, guest());
-    inner.nics[0].lower = "invented".into();
+    inner.nics[0].tap.lower = "invented".into();
     let told = once(vec![
         found(giver.clone(), false),
         found(inner.clone(), true),
@@ -209,7 +203,7 @@ fn nic_that_a_program_passes_to_a_guest_is_told_of_once_and_as_the_program_says(
     assert_eq!(told.len(), 1);
     assert_eq!(told[0].vouched_by, 1000);
     assert_eq!(
-        (&*told[0].nics[0].lower, told[0].is_certain),
+        (&*told[0].nics[0].tap.lower, told[0].is_certain),
         ("eno1", true)
     );
     assert_eq!(told[0].nics[0].addresses, nic().addresses);
@@ -245,7 +239,7 @@ fn users_word_hides_no_certain_entry() {
 #[test]
 fn nics_of_one_process_are_put_together_unless_others_say_so() {
     let mut second = guest();
-    second.nics[0].device += 1;
+    second.nics[0].tap.device += 1;
     let other = of_user(1000, guest());
     let told = together(vec![second.clone(), other.clone(), guest()]);
     assert_eq!(told.len(), 2);
@@ -256,8 +250,8 @@ fn nics_of_one_process_are_put_together_unless_others_say_so() {
 #[test]
 fn text_of_a_user_cannot_drive_the_terminal() {
     let mut entry = entry(Runs::Program("x\ry".into()));
-    entry.nics[0].name = "a\x1b[2Jb\n".into();
+    entry.nics[0].tap.name = "a\x1b[2Jb\n".into();
     entry.tame();
-    assert_eq!(entry.nics[0].name, "a[2Jb");
+    assert_eq!(entry.nics[0].tap.name, "a[2Jb");
     assert_eq!(entry.runs.path(), "xy");
 }

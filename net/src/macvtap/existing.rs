@@ -1,4 +1,4 @@
-//! Queues that somebody else has opened: a shell by `3<>/dev/tap8`, a service manager, a container's network plug-in.
+//! Queues that another program has opened: a shell by `3<>/dev/tap8`, a service manager, a container's network plug-in.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -7,32 +7,24 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::FdFlags;
 use thiserror::Error;
 
+use super::{Macvtap, Sight, TapInfo};
 use crate::identity::LinkId;
+use crate::link_guard::LinkGuard;
 use crate::mac::{MacAddr, ParseMacError};
-use crate::mode::Mode;
 use crate::netlink::{Link, Netlink};
 use crate::{diagnose, ioctl, netns};
 
-/// The queues of one macvtap or tap, proven to be that.
+/// What who has passed queues on says of their interface.
 #[derive(Debug)]
-#[non_exhaustive]
-pub struct ExistingTap {
-    /// In the order in which they were given; non-blocking and close-on-exec.
-    pub queues: Vec<OwnedFd>,
-    /// The interface's name in its own network namespace.
-    pub name: String,
-    /// The interface's address.
-    pub mac: MacAddr,
-    /// In bytes, without the Ethernet header. The descriptor cannot tell it (`tap_ioctl` in drivers/net/tap.c has no
-    /// SIOCGIFMTU), so it is None unless the interface is in the caller's network namespace. 1500 fits most links.
-    pub mtu: Option<u32>,
-    /// Which link it is, when it is in the caller's network namespace.
-    pub id: Option<LinkId>,
-    /// The link that it sits on, with its name, when both are in the caller's network namespace.
-    pub lower: Option<(String, LinkId)>,
-    /// The macvtap's mode, when it is in the caller's network namespace.
-    pub mode: Option<Mode>,
+pub struct Passed {
+    /// Counts where the interface cannot be seen, and only if its MAC address is the same.
+    pub info: TapInfo,
+    /// From [`Macvtap::watch_socket`].
+    pub watch: Option<OwnedFd>,
 }
+
+/// The MTU of an interface that cannot be seen: Ethernet's.
+const USUAL_MTU: u32 = 1500;
 
 /// Why descriptors are not the queues of one macvtap or tap.
 #[derive(Debug, Error)]
@@ -122,19 +114,65 @@ pub unsafe fn inherit(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, ExistingTapErro
     Ok(numbers.iter().map(own).collect())
 }
 
-/// Proves that `fds` are the queues of one macvtap or tap, sets them non-blocking and close-on-exec, and asks them for
-/// what a NIC needs to know. That takes no privilege.
-///
-/// Each has the flags IFF_TAP, IFF_NO_PI and IFF_VNET_HDR then. The header's size is the user's to set. One thing the
-/// kernel does not tell of a tap, unlike of a macvtap: whether it was opened with IFF_NO_PI, as it must be (TUNGETIFF
-/// shows the same bit for IFF_NOFILTER).
-///
-/// # Errors
-///
-/// An [`ExistingTapError`]; the descriptors are closed then.
-pub fn from_fds(fds: Vec<OwnedFd>) -> Result<ExistingTap, ExistingTapError> {
+impl Macvtap {
+    /// Proves that `fds` are the queues of one macvtap or tap, sets them non-blocking and close-on-exec, and asks them for
+    /// what a NIC needs to know. That takes no privilege. Who has opened them may have `passed` more.
+    ///
+    /// Each has the flags IFF_TAP, IFF_NO_PI and IFF_VNET_HDR then. The header's size is the user's to set. One thing the
+    /// kernel does not tell of a tap, unlike of a macvtap: whether it was opened with IFF_NO_PI, as it must be (TUNGETIFF
+    /// shows the same bit for IFF_NOFILTER).
+    ///
+    /// # Errors
+    ///
+    /// An [`ExistingTapError`]; the descriptors are closed then.
+    pub fn from_fds(fds: Vec<OwnedFd>, passed: Option<Passed>) -> Result<Self, ExistingTapError> {
+        let Queue {
+            device, name, mac, ..
+        } = examine_all(&fds)?;
+        let passed = passed.filter(|passed| passed.info.mac == mac);
+        let is_passed = passed.is_some();
+        let info = TapInfo {
+            lower: name.clone(),
+            name,
+            mac,
+            mtu: USUAL_MTU,
+            device,
+            id: None,
+            lower_id: None,
+            mode: None,
+        };
+        let (info, sight) = match (visible(&info), passed) {
+            (Some(mut seen), passed) => {
+                if let (None, Some(Passed { info: said, .. })) = (seen.lower_id, passed) {
+                    (seen.lower, seen.lower_id) = (said.lower, said.lower_id);
+                }
+                (seen, Sight::Here)
+            }
+            (None, Some(Passed { info: said, watch })) => {
+                let name = info.name;
+                let said = TapInfo {
+                    name,
+                    device,
+                    ..said
+                };
+                (said, Sight::By(watch))
+            }
+            (None, None) => (info, Sight::By(None)),
+        };
+        Ok(Self {
+            queues: fds,
+            link_guard: LinkGuard::of_nothing(),
+            sight,
+            is_passed,
+            info,
+        })
+    }
+}
+
+/// Proves all of them, and returns what the first says.
+fn examine_all(fds: &[OwnedFd]) -> Result<Queue, ExistingTapError> {
     let mut queues: Vec<Queue> = Vec::new();
-    for fd in &fds {
+    for fd in fds {
         let queue = Queue::examine(fd.as_fd())?;
         if let Some(first) = queues.first() {
             queue.must_be_of(first)?;
@@ -152,27 +190,7 @@ pub fn from_fds(fds: Vec<OwnedFd>) -> Result<ExistingTap, ExistingTapError> {
         })?;
         queues.push(queue);
     }
-    let Queue { name, mac, .. } = queues.into_iter().next().ok_or(ExistingTapError::None)?;
-    let seen = visible_link(&name, mac);
-    let link = seen.as_ref().map(|seen| &seen.link);
-    if let Some(link) = link.filter(|link| !link.up) {
-        log::warn!(
-            "{name} is down, and frames vanish in it silently: bring it up with `ip link set {} up`",
-            link.name
-        );
-    }
-    if let Some(link) = link {
-        diagnose::warn_of_filter(link);
-    }
-    Ok(ExistingTap {
-        queues: fds,
-        name,
-        mac,
-        mtu: link.map(|link| link.mtu),
-        mode: link.and_then(|link| link.mode),
-        id: seen.as_ref().map(|seen| seen.id),
-        lower: seen.and_then(|seen| seen.lower),
-    })
+    queues.into_iter().next().ok_or(ExistingTapError::None)
 }
 
 /// What one descriptor says of itself.
@@ -266,18 +284,11 @@ fn prepare(queue: BorrowedFd<'_>) -> rustix::io::Result<()> {
     rustix::io::fcntl_setfd(queue, FdFlags::CLOEXEC)
 }
 
-/// An interface of the caller's network namespace.
-struct Seen {
-    link: Link,
-    id: LinkId,
-    lower: Option<(String, LinkId)>,
-}
-
-/// The interface, if it is in the caller's network namespace.
-fn visible_link(name: &str, mac: MacAddr) -> Option<Seen> {
+/// What the caller's network namespace shows of the interface, if that is in it.
+fn visible(tap: &TapInfo) -> Option<TapInfo> {
     let is_it = |link: &&Link| {
-        link.name == name
-            && link.mac == Some(mac.octets())
+        link.name == tap.name
+            && link.mac == Some(tap.mac.octets())
             && (link.is_macvtap() || link.kind == "tun")
     };
     let find = || {
@@ -287,17 +298,30 @@ fn visible_link(name: &str, mac: MacAddr) -> Option<Seen> {
         };
         let namespace = netns::inode_of_current()?;
         let id = |index| LinkId { namespace, index };
+        if !link.up {
+            let name = &link.name;
+            log::warn!(
+                "{name} is down, and frames vanish in it silently: bring it up with `ip link set {name} up`"
+            );
+        }
+        diagnose::warn_of_filter(link);
         let lower = diagnose::by_index(&links, link.lower);
-        Ok::<_, io::Error>(Some(Seen {
-            id: id(link.index),
-            lower: lower.map(|lower| (lower.name.clone(), id(lower.index))),
-            link: link.clone(),
+        Ok::<_, io::Error>(Some(TapInfo {
+            lower: lower.unwrap_or(link).name.clone(),
+            mtu: link.mtu,
+            id: Some(id(link.index)),
+            lower_id: lower.map(|lower| id(lower.index)),
+            mode: link.mode,
+            ..tap.clone()
         }))
     };
     match netns::on_own_thread(find).and_then(|found| found) {
         Ok(seen) => seen,
         Err(error) => {
-            log::debug!("cannot look for {name} in this network namespace: {error}");
+            log::debug!(
+                "cannot look for {} in this network namespace: {error}",
+                tap.name
+            );
             None
         }
     }
