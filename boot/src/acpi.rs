@@ -62,7 +62,7 @@ pub(crate) fn write(memory: &GuestMemoryMmap, platform: &Platform) -> Result<(),
         .map_err(Error::Write)
 }
 
-/// All tables, one behind the other; the first byte belongs at [`layout::ACPI_START`].
+/// All tables, one after the other; the first byte belongs at [`layout::ACPI_START`].
 struct Tables {
     bytes: Vec<u8>,
 }

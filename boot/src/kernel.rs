@@ -65,12 +65,12 @@ pub enum Error {
     /// The image contradicts itself.
     #[error("the image is damaged: {0}")]
     Damaged(&'static str),
-    /// The image wants memory that belongs to the boot data.
+    /// The image overlaps memory that belongs to the boot data.
     #[error(
         "it is linked at {0:#x}, and the memory below 0x100000 is taken; link it at 1 MiB or above"
     )]
     TooLow(u64),
-    /// The image wants memory that no guest has.
+    /// The image needs memory that no guest has.
     #[error("it reaches up to {0:#x}, and a kernel must end below 0xc0000000; link it lower")]
     TooHigh(u64),
     /// The RAM ends before the kernel does.
@@ -96,7 +96,7 @@ pub(crate) struct Kernel {
     pub entry: GuestAddress,
     /// The memory it uses before it reads the memory map: image, decompression buffer, BSS.
     pub occupied: Range<u64>,
-    /// A bzImage's setup header, to be handed on in the zero page.
+    /// A bzImage's setup header, to be copied to the zero page.
     pub header: Option<setup_header>,
     /// The initrd must end at or below this address.
     pub initrd_end_max: u64,

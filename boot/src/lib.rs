@@ -67,13 +67,13 @@ pub use regs::BootState;
 /// What to boot, and on which machine.
 #[derive(Debug)]
 pub struct BootSpec<'a> {
-    /// The kernel: a bzImage or an ELF vmlinux. Read from its start, whatever its position.
+    /// The kernel: a bzImage or an ELF vmlinux. Read from its start, not from its position.
     pub kernel: &'a mut File,
     /// The initial RAM disk, if any; its format is a matter between the user and the kernel.
     pub initrd: Option<&'a mut File>,
     /// The whole kernel command line.
     pub cmdline: &'a str,
-    /// The devices that the guest is told about.
+    /// The devices that the ACPI tables describe.
     pub platform: &'a Platform,
 }
 

@@ -58,7 +58,7 @@ pub(crate) const BZIMAGE_INIT_SIZE: u32 = 0x100_0000;
 pub(crate) const BZIMAGE_SETUP: usize = 1024;
 pub(crate) const BZIMAGE_KERNEL: usize = 0x1_0000;
 
-/// A bzImage of the right form, with a payload of 0xcc, that wants to run from 16 to 32 MiB.
+/// A bzImage of the right form, with a payload of 0xcc, that runs from 16 to 32 MiB.
 pub(crate) fn bzimage() -> Vec<u8> {
     let mut image = vec![0; BZIMAGE_SETUP];
     image.resize(BZIMAGE_SETUP + BZIMAGE_KERNEL, 0xcc);

@@ -145,7 +145,7 @@ fn descriptor_with_keys_or_twice_is_refused() {
         "fd=3,mac=02:00:00:00:00:01",
         "fd=3,netns=host",
     ] {
-        refused(&one, &["--macvtap", keys], USAGE, &["fd= goes without"]);
+        refused(&one, &["--macvtap", keys], USAGE, &["fd= excludes"]);
     }
     for bad in ["fd=", "fd=x", "fd=-1"] {
         refused(

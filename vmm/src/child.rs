@@ -46,7 +46,7 @@ pub use guard::Rest;
 pub use output::MOST;
 pub use user::{User, UserError};
 
-/// What systemd's socket activation tells of descriptors (sd_listen_fds(3)), whose numbers are others' here.
+/// Variables of systemd's socket activation (sd_listen_fds(3)): the descriptors have other numbers here.
 const ACTIVATION: [&str; 3] = ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
 
 /// A program to be run.
@@ -60,7 +60,7 @@ pub struct Program {
     pub no_new_privs: bool,
     /// It finds them as [`FIRST`] and the numbers that follow.
     pub numbered: Vec<OwnedFd>,
-    /// These stay open in it, under whatever numbers.
+    /// These stay open in it, under any numbers.
     pub others: Vec<OwnedFd>,
     /// Whether it inherits what minivmm has inherited and not taken over.
     pub inherits: bool,
@@ -277,12 +277,12 @@ impl Child {
         }
     }
 
-    /// When the program has stopped, stops minivmm and whoever shares its job, as the terminal's key would have.
+    /// When the program has stopped, stops minivmm and its whole job, as the terminal's key would have.
     fn stop_together(&self) {
         let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG;
         if let Ok(Some(_)) = waitid(WaitId::Pid(self.pid()), stopped) {
             let _ = kill_current_process_group(Signal::TSTP);
-            // The user goes on.
+            // Continued by the user.
             if let Some(relay) = &self.relay {
                 relay.go_on();
             }
@@ -339,7 +339,7 @@ impl AsFd for Arrivals {
     }
 }
 
-/// The exit status as a shell tells it: 128+N when signal N killed the program.
+/// The exit status as a shell reports it: 128+N when signal N killed the program.
 pub fn exit_code(status: ExitStatus) -> u8 {
     match (status.code(), status.signal()) {
         (Some(code), _) => code as u8,
@@ -348,7 +348,7 @@ pub fn exit_code(status: ExitStatus) -> u8 {
     }
 }
 
-/// The status by which a shell tells that a program cannot be run: 127 when there is none, else 126.
+/// The status that a shell gives for a program that cannot be run: 127 when there is none, else 126.
 pub fn exec_failure_code(error: &io::Error) -> u8 {
     if error.kind() == io::ErrorKind::NotFound {
         127
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn program_that_is_missing_is_told() {
+    fn program_that_is_missing_is_an_error() {
         let mut program = Program::new(Command::new("/no/such/program"));
         program.numbered = vec![File::open("/dev/null").unwrap().into()];
         let error = program.spawn().unwrap_err();
@@ -404,8 +404,8 @@ mod tests {
 
     #[test]
     fn program_whose_parent_is_dead_already_is_not_run() {
-        let nobody = Pid::from_raw(i32::MAX).unwrap();
-        let error = must_have_parent(nobody).unwrap_err();
+        let unused = Pid::from_raw(i32::MAX).unwrap();
+        let error = must_have_parent(unused).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
     }
 
@@ -433,7 +433,7 @@ mod tests {
     }
 
     /// The pid that a program writes to the pipe which it has as descriptor 3.
-    fn told(mut reader: impl Read) -> i32 {
+    fn read_pid(mut reader: impl Read) -> i32 {
         let mut digits = Vec::new();
         let mut byte = [0];
         while reader.read(&mut byte).unwrap() == 1 && byte != [b'\n'] {
@@ -458,7 +458,7 @@ mod tests {
             program.numbered = vec![writer.into(), go.into()];
             program.rest = rest;
             let mut child = program.spawn().unwrap();
-            let pid = told(reader);
+            let pid = read_pid(reader);
             goes.write_all(b"\n").unwrap();
             assert_eq!(exit_code(child.guard.wait().unwrap()), 5);
             assert!(!is_there(pid), "{rest:?}");
@@ -472,7 +472,7 @@ mod tests {
         program.numbered.push(writer.into());
         program.rest = Rest::Leave;
         let mut child = program.spawn().unwrap();
-        let pid = told(reader);
+        let pid = read_pid(reader);
         assert_eq!(exit_code(child.guard.wait().unwrap()), 5);
         assert!(is_there(pid));
         kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
@@ -485,7 +485,7 @@ mod tests {
             let mut program = shell("trap '' TERM; sh -c 'echo $$ >&3; exec sleep 1000'; :");
             program.numbered.push(writer.into());
             let mut child = program.spawn().unwrap();
-            let pid = told(reader);
+            let pid = read_pid(reader);
             if kills {
                 assert_eq!(exit_code(child.kill().unwrap()), 137);
             }

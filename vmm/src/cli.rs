@@ -30,7 +30,7 @@ Keys of --macvtap:
   mtu=BYTES          the interface's by default
   txqueuelen=FRAMES  room for frames that the guest has not received yet, 500 by default
   bcqueuelen=FRAMES  room for broadcasts on their way to all guests, 1000 by default
-  source-mac=ADDRESS  a sender that the guest hears in mode=source; may be repeated
+  source-mac=ADDRESS  a sender whose frames the guest gets in mode=source; may be repeated
   name=NAME          of the macvtap
   netns=private      in a network namespace of its own, gone with minivmm (default), or
   netns=host         in this one, where `ip link` shows it
@@ -50,7 +50,7 @@ Exit status:
     1  minivmm could not start the guest, or failed while it ran
     2  the command line is wrong
     3  the guest crashed: a triple fault, or something that KVM cannot run
-    4  the guest's kernel panicked (told by the default command line's reboot=panic_warm)
+    4  the guest's kernel panicked (known by the default command line's reboot=panic_warm)
 128+N  ended by signal N, before the guest powered off by itself
 
 Examples:
@@ -249,7 +249,7 @@ pub enum Command {
     /// Runs a guest in QEMU on macvtaps: for UEFI, disk images, graphics, other machines
     #[command(after_help = qemu::HELP)]
     Qemu(Box<QemuArgs>),
-    /// Says what stands in the way of a guest on this host, and what to do about it
+    /// Checks whether this host can run guests, and says what to do where it cannot
     Doctor(DoctorArgs),
 }
 
@@ -263,7 +263,7 @@ pub enum NetCommand {
     HostLink(HostLinkArgs),
     /// Lists the macvtaps and macvlans of each interface, and the addresses of running guests
     List(ListArgs),
-    /// Deletes the macvtaps that killed programs have left behind
+    /// Deletes stale macvtaps, which killed programs have left
     Gc,
 }
 
@@ -274,16 +274,16 @@ The program finds in its environment:
   MINIVMM_NET_MTU    the MTU in bytes
   MINIVMM_NET_MODE   the macvtap's mode
   MINIVMM_NET_NAME   the macvtap's name
-  MINIVMM_NET_LOWER  the interface that it stands on
+  MINIVMM_NET_LOWER  its lower interface
   MINIVMM_NET_LOWER_ID  the inode of that one's network namespace, and its index there, as in
                      4026531840:2
   MINIVMM_NET_ID     the same of the macvtap
   MINIVMM_NET_WATCH  file descriptor of a netlink socket (rtnetlink, group link) in the macvtap's
-                     network namespace, which hears of its carrier, its MTU and its end
+                     network namespace, subscribed to its link state
 
 Example, a guest without any right but to /dev/kvm:
     minivmm net open eno1 --user me -- minivmm --kernel bzImage --macvtap fd=3
-There minivmm takes from the environment what the descriptor does not tell, the MTU
+There minivmm takes from the environment what the descriptor does not have, the MTU
 above all, and watches the link by the socket.
 
 With --user, HOME, USER, LOGNAME and XDG_RUNTIME_DIR are that user's. The program has no
@@ -354,7 +354,7 @@ pub struct ListArgs {
 /// `minivmm doctor`.
 #[derive(Clone, Debug, Args)]
 pub struct DoctorArgs {
-    /// The interface that guests are to stand on
+    /// The lower interface for guests
     pub link: Option<LinkName>,
 
     /// As JSON

@@ -70,7 +70,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
 }
 
 fn gc() -> Result<String, net::Error> {
-    // Reading the registry removes the files of the dead.
+    // Reading the registry removes stale files.
     crate::nic::registry::running();
     let line = |link: net::StaleLink| {
         format!(

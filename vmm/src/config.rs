@@ -17,13 +17,13 @@ pub use nic::{
 };
 use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 
-/// What every kernel is told: after a panic reset at once, with the "warm" flag by which the monitor
-/// tells it from a reboot.
+/// On every command line: after a panic reset at once, with the "warm" flag by which the monitor
+/// distinguishes it from a reboot.
 const BASE_CMDLINE: &str = "reboot=panic_warm panic=-1";
-/// What a kernel is told whose console is COM1.
+/// On the command line of a kernel whose console is COM1.
 const CONSOLE: &str = "console=ttyS0 ";
 
-/// A guest that somebody wants to have.
+/// A guest, validated.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Path of the kernel.
@@ -70,7 +70,7 @@ impl From<GuestArgs> for Config {
     }
 }
 
-/// What the kernel is told, with the user's words behind what every kernel is told.
+/// The kernel's command line: ours, then the user's.
 pub fn whole_cmdline(console: &ConsoleTarget, users: &str) -> String {
     let console = if console.has_port() { CONSOLE } else { "" };
     format!("{console}{BASE_CMDLINE} {users}")
@@ -99,8 +99,8 @@ pub enum ConfigError {
     /// The transport.
     #[error("not one of pci and mmio")]
     Transport,
-    /// A comma with nothing behind it.
-    #[error("nothing stands between two commas, or after the last one")]
+    /// An empty item between commas.
+    #[error("there is an empty item: two commas in a row, or one at the end")]
     Empty,
     /// A macvtap option that is no KEY=VALUE.
     #[error("`{0}` is not KEY=VALUE")]
@@ -115,15 +115,13 @@ pub enum ConfigError {
     #[error("the key `{0}` is given twice")]
     Twice(String),
     /// File descriptors and something else.
-    #[error(
-        "fd= goes without {MACVTAP_KEYS}: the macvtap behind it is as whoever opened it has made it"
-    )]
+    #[error("fd= excludes {MACVTAP_KEYS}: its macvtap exists already")]
     NotAlone,
     /// What needs the monitor to see the frames, and a kernel that moves them.
     #[error("{0}= needs backend=user: with vhost-net the frames do not pass through minivmm")]
     NotWithVhost(&'static str),
-    /// A list of senders, and a mode that hears everybody.
-    #[error("source-mac= needs mode=source: in other modes every sender is heard")]
+    /// A list of senders without source mode.
+    #[error("source-mac= needs mode=source: other modes take frames of every sender")]
     SourceMac,
     /// More queues than a guest's NIC can have.
     #[error("a guest's NIC has 1 to {MAX_PAIRS} queues")]

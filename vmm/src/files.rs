@@ -61,7 +61,7 @@ pub struct Files(Vec<(Role, u64, u64)>);
 
 impl Files {
     /// The standard streams, of which the console has two where it is `on_stdio`. What they share is
-    /// the choice of whoever has opened them.
+    /// the choice of the program that opened them.
     pub fn standard(on_stdio: bool) -> Self {
         let mut files = Self::default();
         let console = [(Role::Input, stdin()), (Role::Console, stdout())];

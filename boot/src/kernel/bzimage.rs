@@ -67,7 +67,7 @@ fn read_header(image: &Image) -> Result<setup_header, Error> {
     Ok(header)
 }
 
-/// Where to load the protected-mode kernel. A relocatable one goes to the address at which it wants to run,
+/// Where to load the protected-mode kernel. A relocatable one goes to the address at which it runs,
 /// so that it need not move itself first; it runs there even if it was loaded lower.
 fn load_address(header: &setup_header) -> Result<u64, Error> {
     let start = match header.relocatable_kernel {

@@ -9,14 +9,14 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 /// The number of the first that is passed by number: the lowest that a shell leaves free.
 pub const FIRST: RawFd = 3;
 
-/// Descriptors for a program: some as [`FIRST`] and the numbers that follow, in order, others under whatever number.
+/// Descriptors for a program: some as [`FIRST`] and the numbers that follow, in order, others under any number.
 ///
 /// Close-on-exec stays set on them here: no other child of this process inherits one.
 #[derive(Debug)]
 pub(super) struct Passed {
     numbered: Vec<OwnedFd>,
     others: Vec<OwnedFd>,
-    /// Whatever has a wanted number during the fork is overwritten there. These keep the pipe away by which
+    /// A descriptor with a wanted number is overwritten during the fork. These keep the pipe away by which
     /// [`std::process::Command`] learns whether exec worked.
     _occupied: Vec<OwnedFd>,
 }
@@ -88,7 +88,7 @@ pub(super) fn close_on_exec() -> io::Result<()> {
     Ok(())
 }
 
-/// Closes every descriptor of a process that goes on without any. Runs after a fork, and calls what may be called there.
+/// Closes every descriptor of a process that needs none. Runs after a fork, and calls what may be called there.
 pub(super) fn close_all() {
     // SAFETY: it takes numbers. This process runs no destructor of what owned them.
     if unsafe { libc::syscall(libc::SYS_close_range, 0, c_uint::MAX, 0) } == 0 {

@@ -33,10 +33,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// By which minivmm has the guard kill everything.
 pub(super) const KILL_ALL: Signal = Signal::USR1;
 
-/// What becomes of the processes that a program has started and that go on when it has ended.
+/// What becomes of the processes that a program has started and that outlive it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rest {
-    /// They go on.
+    /// They keep running.
     Leave,
     /// They are asked to end, and killed if they do not.
     End,
@@ -90,7 +90,7 @@ impl Guard {
 
     fn watch(&self, program: Pid) -> ! {
         close_all();
-        // Both are for the eye, or for those who unmount.
+        // For ps, and for umount.
         let _ = rustix::thread::set_name(c"minivmm-guard");
         let _ = rustix::process::chdir(c"/");
         let mut tree = Tree {
@@ -131,7 +131,7 @@ impl Guard {
     }
 }
 
-/// Refuses to go on when the parent has ended already: nobody would be told of it any more.
+/// Fails when the parent has ended already: its death signal would never come.
 pub(super) fn must_have_parent(parent: Pid) -> io::Result<()> {
     if getppid() == Some(parent) {
         Ok(())
@@ -193,7 +193,7 @@ impl Tree {
             if asks {
                 self.for_each_child(|pid| {
                     let _ = kill_process(pid, Signal::TERM);
-                    // One that has stopped hears nothing.
+                    // A stopped process handles no signal but this.
                     let _ = kill_process(pid, Signal::CONT);
                 });
             }

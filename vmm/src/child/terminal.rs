@@ -109,7 +109,7 @@ impl NewTerminal {
         tcsetpgrp(&self.terminal, getpid())?;
         for (number, _) in (0..).zip(self.replaced).filter(|(_, replaced)| *replaced) {
             let terminal = self.terminal.as_raw_fd();
-            // SAFETY: dup2 takes numbers; the standard descriptors are nobody's to close.
+            // SAFETY: dup2 takes numbers; no owner of this process closes the standard descriptors.
             if unsafe { libc::dup2(terminal, number) } < 0 {
                 return Err(io::Error::last_os_error());
             }

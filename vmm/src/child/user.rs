@@ -13,7 +13,7 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs,
 };
 
-/// Why somebody cannot be a program's user.
+/// Why a program cannot run as a user.
 #[derive(Debug, thiserror::Error)]
 pub enum UserError {
     /// Neither a name nor a number.
@@ -93,7 +93,7 @@ impl User {
         self.group.as_raw()
     }
 
-    /// Tells the program whose it is: root's directories are not open to it. `runtime` is where
+    /// Sets the user's variables: root's directories are not open to the program. `runtime` is where
     /// users' own ones are, if they are logged in.
     pub fn settle(&self, program: &mut Command, runtime: &Path) {
         program
@@ -129,9 +129,9 @@ fn number(text: &str) -> Option<u32> {
     (number != u32::MAX).then_some(number)
 }
 
-/// Becomes the user, if one is named, without any capability: whatever this process has, by its own user or by its ambient
-/// set, is for minivmm's own work. Root's programs alone have root's, which exec gives to them whatever is done here, but
-/// inherit none beyond. Runs between fork and exec.
+/// Becomes the user, if one is named, without any capability: those of this process, of its user or in its ambient set, are
+/// for minivmm's own work. Only root's programs have root's, which exec gives them in any case, but they inherit
+/// none beyond. Runs between fork and exec.
 pub(super) fn enter(user: Option<&User>, no_new_privs: bool) -> io::Result<()> {
     let becomes_root = user.map_or_else(geteuid, |user| user.user).is_root();
     if !becomes_root {
@@ -209,10 +209,10 @@ mod tests {
     }
 
     #[test]
-    fn program_is_told_whose_it_is() {
+    fn program_gets_the_variables_of_its_user() {
         let user = me();
         let runtime = tempfile::tempdir().unwrap();
-        let told = |name: &str| {
+        let variable_of = |name: &str| {
             let mut program = Command::new("true");
             program.env("XDG_RUNTIME_DIR", "/run/user/0");
             user.settle(&mut program, runtime.path());
@@ -220,11 +220,11 @@ mod tests {
             found.unwrap().1.map(ToOwned::to_owned)
         };
         for (name, value) in [("USER", "me"), ("LOGNAME", "me"), ("HOME", "/")] {
-            assert_eq!(told(name), Some(value.into()), "{name}");
+            assert_eq!(variable_of(name), Some(value.into()), "{name}");
         }
-        assert_eq!(told("XDG_RUNTIME_DIR"), None);
+        assert_eq!(variable_of("XDG_RUNTIME_DIR"), None);
         let own = runtime.path().join("4711");
         std::fs::create_dir(&own).unwrap();
-        assert_eq!(told("XDG_RUNTIME_DIR"), Some(own.into()));
+        assert_eq!(variable_of("XDG_RUNTIME_DIR"), Some(own.into()));
     }
 }

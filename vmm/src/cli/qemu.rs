@@ -19,7 +19,7 @@ Keys of --macvtap besides those of `minivmm --help`:
   id=, bus=, addr=, and any other key: properties of -device virtio-net-pci
 The n-th --macvtap is QEMU's netdev macvtapN, counted from 0; its descriptors begin at 3.
 
-A signal that ends minivmm goes on to QEMU, or with --kernel presses the guest's power button. In a
+A signal that ends minivmm is passed on to QEMU, or with --kernel presses the guest's power button. In a
 systemd service KillMode=mixed lets it come to minivmm alone, as it has to: QEMU by itself would
 end at once.
 
@@ -27,7 +27,7 @@ Exit status: QEMU's own, or 128+N when signal N killed it; 1 when QEMU was not s
 command line is wrong. With --kernel as of `minivmm --help`, but a triple fault is a reboot.
 
 Examples:
-  The classic command, its two macvtap lines replaced by --macvtap; all else is handed through:
+  The classic command, its two macvtap lines replaced by --macvtap; all else is passed through:
       minivmm qemu --macvtap eno1 -- -M q35 -enable-kvm -cpu host -m 2G -nodefaults \\
           -drive if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd \\
           -serial mon:stdio -drive if=virtio,file=disk.qcow2
@@ -72,7 +72,7 @@ pub struct QemuArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
 
-    /// QEMU's options, handed through
+    /// QEMU's options, passed through
     #[arg(value_name = "ARGS", last = true)]
     pub args: Vec<OsString>,
 }

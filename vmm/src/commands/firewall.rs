@@ -57,7 +57,7 @@ pub(super) fn warn_of_rules(from: &str, to: Option<&str>) {
     }
     if !unknown.is_empty() {
         let why = unknown.join("; ");
-        log::warn!("cannot tell all firewall rules that go by the name {from}: {why}");
+        log::warn!("cannot list all firewall rules that match the name {from}: {why}");
     }
 }
 

@@ -405,7 +405,7 @@ mod tests {
         for (text, needle) in [
             ("eno1,colour=red", "unknown key `colour`"),
             ("eno1,mode", "`mode` is not KEY=VALUE"),
-            ("eno1,", "nothing stands"),
+            ("eno1,", "empty item"),
             ("eno1,mode=vepa,mode=vepa", "`mode` is given twice"),
             ("eno1,mtu=big", "mtu=big is not a number"),
             ("eno1,netns=other", "neither private nor host"),
@@ -469,7 +469,7 @@ mod tests {
                 "tx-rate= needs backend=user",
             ),
             ("eno1,colour=red", "of the NIC backend"),
-            ("fd=3,mtu=1", "fd= goes without"),
+            ("fd=3,mtu=1", "fd= excludes"),
         ] {
             let error = options(text).unwrap_err();
             assert!(error.contains(needle), "{text}: {error}");

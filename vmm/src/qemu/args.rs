@@ -76,8 +76,8 @@ pub(super) struct Line<'a> {
 }
 
 impl Line<'_> {
-    /// The arguments. ARGS stand behind the machine, so that they can change it. QEMU places devices in order, so NICs
-    /// with a slot stand before ARGS, whose devices then take others, and the rest behind them: on buses of ARGS, or
+    /// The arguments. ARGS come after the machine, so that they can change it. QEMU places devices in order, so NICs
+    /// with a slot come before ARGS, whose devices then take others, and the rest after them: on buses of ARGS, or
     /// wherever ARGS leave room.
     pub fn build(&self) -> Vec<OsString> {
         let mut line = Vec::new();
@@ -98,7 +98,7 @@ impl Line<'_> {
             let socket = format!("socket,id=minivmm-control,fd={fd}");
             push(&mut line, &["-chardev", &socket]);
             push(&mut line, &["-mon", "chardev=minivmm-control,mode=control"]);
-            // The guest stands still at its end, until minivmm has seen why.
+            // The guest is paused at its end, until minivmm has seen why.
             push(&mut line, &["-no-shutdown"]);
         }
         let (first, last): (Vec<_>, Vec<_>) = self.nics.iter().partition(|nic| has_slot(nic));

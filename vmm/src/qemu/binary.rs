@@ -11,7 +11,7 @@ use crate::child::Program;
 
 /// The oldest that is known to work.
 const OLDEST: (u32, u32) = (4, 2);
-/// How long it may take to tell its version; a first start reads it from disk.
+/// How long it may take to print its version; a first start reads it from disk.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Where it is outside PATH: Red Hat's.
 const ELSEWHERE: &str = "/usr/libexec/qemu-kvm";
@@ -28,7 +28,7 @@ pub enum BinaryError {
     #[error("cannot run {0:?}: name a QEMU with --qemu")]
     Run(PathBuf, #[source] io::Error),
     /// Runs, and says something else.
-    #[error("{0:?} does not tell its version as QEMU does: name a QEMU with --qemu")]
+    #[error("{0:?} does not print its version as QEMU does: name a QEMU with --qemu")]
     NotQemu(PathBuf),
     /// Runs, and is too old.
     #[error("{path:?} is QEMU {major}.{minor}: 4.2 or newer is needed")]

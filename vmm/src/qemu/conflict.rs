@@ -1,6 +1,6 @@
 //! What in ARGS would clash with what minivmm adds.
 //!
-//! Only what stands in ARGS themselves is seen, not what a `-readconfig` file brings; QEMU then complains itself.
+//! Only ARGS themselves are looked at, not what a `-readconfig` file brings; QEMU then complains itself.
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::args::{has_option, option};
 
-/// Why ARGS cannot be handed through.
+/// Why ARGS cannot be passed through.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConflictError {
     /// The id of a netdev of ours.
@@ -114,7 +114,7 @@ pub(super) fn check(args: &[OsString], ids: &[String], fds: &[RawFd]) -> Result<
     Ok(())
 }
 
-/// The ids of the devices in ARGS that stand on a netdev of ours.
+/// The ids of the devices in ARGS that use a netdev of ours.
 fn devices_of(args: &[OsString], netdevs: &[String]) -> Vec<String> {
     let id = |(name, text): (&str, String)| {
         let properties = properties(&text);
@@ -150,7 +150,7 @@ pub(super) fn own_device(args: &[OsString], id: &str) -> Result<Option<OwnDevice
     Ok(None)
 }
 
-/// Each word with the option that stands before it (the empty name when there is none).
+/// Each word with the option before it (the empty name when there is none).
 fn values(args: &[OsString]) -> impl Iterator<Item = (&str, String)> {
     let before = std::iter::once("").chain(args.iter().map(|arg| option(arg).unwrap_or_default()));
     before
@@ -182,7 +182,7 @@ fn descriptors(properties: &[(String, String)]) -> impl Iterator<Item = RawFd> {
     })
 }
 
-/// Reads `a,b=c,d=e`, where two commas stand for one in a value, or a JSON object, whose objects' members become keys
+/// Reads `a,b=c,d=e`, where two commas mean one in a value, or a JSON object, whose objects' members become keys
 /// with dots, as in the other form. A word without a value has the empty key.
 fn properties(text: &str) -> Vec<(String, String)> {
     if let Ok(object @ Value::Object(_)) = serde_json::from_str(text) {

@@ -1,4 +1,4 @@
-//! Follows a guest that stands in for the native monitor's, so that it ends in the same ways and with the same status.
+//! Follows a guest in QEMU in place of the native monitor, so that it ends in the same ways and with the same status.
 //!
 //! minivmm holds the other end of a QMP monitor of QEMU's. At its end the guest is kept (`-no-shutdown`) until minivmm
 //! has looked at physical address 0x472, where a Linux that panicked writes 0x1234 before its reset
@@ -24,7 +24,7 @@ use crate::control::exit::Exit;
 
 /// How long QEMU has to answer `quit`: one that hangs never does.
 const ANSWER: Duration = Duration::from_secs(5);
-/// How long QEMU has to end once it has heard of it: it may have a disk's cache to write.
+/// How long QEMU may take to quit: it may have a disk's cache to write.
 const QUIT_GRACE: Duration = Duration::from_secs(60);
 /// How often it is looked whether a QEMU that has closed its socket has ended.
 const POLL: Duration = Duration::from_millis(20);
@@ -38,7 +38,7 @@ enum News {
     Closed,
 }
 
-/// Follows QEMU to its end; `signals` has SIGCHLD too. Without an [`Exit`] QEMU ended of itself: its status then tells.
+/// Follows QEMU to its end; `signals` has SIGCHLD too. Without an [`Exit`] QEMU ended of itself: its status then counts.
 pub(super) fn follow(
     child: &mut Child,
     socket: UnixStream,
@@ -130,7 +130,7 @@ struct Guest {
     end: Option<Exit>,
     signal: Option<i32>,
     deadline: Option<Instant>,
-    /// QEMU was told to end.
+    /// QEMU has been sent `quit`.
     ending: bool,
     /// QEMU has to be killed.
     gone: bool,
@@ -174,7 +174,7 @@ impl Guest {
             self.gone = true;
             return;
         }
-        log::warn!("the guest has not powered off: QEMU is told to quit");
+        log::warn!("the guest has not powered off: sending QEMU `quit`");
         self.end_qemu(ANSWER);
     }
 
@@ -189,7 +189,7 @@ impl Guest {
                 }
                 Some("guest-panic") => self.quit(Exit::Panic),
                 Some("guest-shutdown") => self.quit(Exit::PowerOff),
-                // QEMU was told to end, by minivmm or somebody else, and does.
+                // QEMU was asked to quit, by minivmm or another client, and does.
                 _ => self.end_qemu(QUIT_GRACE),
             },
             (Some("STOP"), _) => self.command("query-status", json!({}), Asked::Status),
@@ -306,7 +306,7 @@ mod tests {
         crate::child::Program::new(command).spawn().unwrap()
     }
 
-    /// A QEMU that goes on for a minute after it has closed its socket, and its guest.
+    /// A QEMU that runs for a minute after it has closed its socket, and its guest.
     fn deaf() -> (Guest, Child, Sender<News>, Receiver<News>) {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let child = sleep("60");

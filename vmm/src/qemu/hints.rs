@@ -8,7 +8,7 @@ use std::time::Duration;
 
 const NO_QUEUE: &str = "a descriptor in -netdev tap is no tap queue, or its interface is gone; open one as by `9<>/dev/tapN`";
 
-/// A text of QEMU's, all words of which stand in one line, and what to do about it.
+/// Words that stand in one line of QEMU's, and what to do about it.
 const KNOWN: &[(&[&str], &str)] = &[
     (&["tap", "Unable to query TUNGETIFF"], NO_QUEUE),
     (

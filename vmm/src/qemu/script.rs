@@ -35,7 +35,7 @@ pub(super) struct ScriptNic {
 /// The host's own link among its guests.
 #[derive(Clone, Debug, Default)]
 pub(super) struct HostLink<'a> {
-    /// What it stands on; `None` for no such link.
+    /// Its lower; `None` for no such link.
     pub lower: Option<String>,
     pub addresses: &'a [InterfaceAddress],
 }
