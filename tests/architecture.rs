@@ -39,7 +39,8 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
     (
         "devices",
         &[
-            "event-manager",
+            "serde",
+            "serde_json",
             "vhost",
             "virtio-bindings",
             "virtio-queue",

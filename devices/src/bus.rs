@@ -1,8 +1,11 @@
 //! Routes a guest's port and memory accesses to the device that owns the address.
 
+use std::error::Error;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Map, Value};
 
 /// A device that answers accesses inside a window of a [`Bus`].
 ///
@@ -14,6 +17,25 @@ pub trait BusDevice: Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// Takes what the guest writes at `offset` bytes into the window.
     fn write(&mut self, offset: u64, data: &[u8]);
+
+    /// Stops what the device does by itself, until [`BusDevice::resume`]: no thread touches guest
+    /// memory or the host's side of the device once this has returned, and nothing is lost. The
+    /// vCPUs have to stand still before.
+    fn pause(&mut self) {}
+    /// Goes on.
+    fn resume(&mut self) {}
+    /// What a fresh device needs to take the place of this one, which is paused.
+    fn save(&self) -> Value {
+        Value::Null
+    }
+    /// Makes a fresh device the one that was saved, paused.
+    ///
+    /// # Errors
+    ///
+    /// Says what does not fit, or what the host refuses.
+    fn restore(&mut self, _state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Ok(())
+    }
 }
 
 /// A device on a bus, with its own lock.
@@ -25,6 +47,20 @@ pub type SharedDevice = Arc<Mutex<dyn BusDevice>>;
 pub struct Overlap {
     new: Range<u64>,
     existing: Range<u64>,
+}
+
+/// A state that the devices of a bus do not take.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The state is not one of a bus.
+    #[error("the saved state is none of devices on a bus")]
+    NotABus,
+    /// Another machine was saved.
+    #[error("the saved machine has a device at {0} that this one lacks")]
+    NoDevice(String),
+    /// A device refuses its state.
+    #[error("cannot restore the device at {0}")]
+    Device(String, #[source] Box<dyn Error + Send + Sync>),
 }
 
 /// An address space (ports or guest-physical memory) and the devices in it.
@@ -95,6 +131,51 @@ impl Bus {
         for part in data.chunks(width.max(1)) {
             self.write(address, part);
         }
+    }
+
+    /// Pauses all devices: see [`BusDevice::pause`].
+    pub fn pause(&self) {
+        self.devices().for_each(|(_, mut device)| device.pause());
+    }
+
+    /// Has all devices go on.
+    pub fn resume(&self) {
+        self.devices().for_each(|(_, mut device)| device.resume());
+    }
+
+    /// The states of the devices, which are paused, by their addresses.
+    pub fn save(&self) -> Value {
+        let states = self.devices().map(|(name, device)| (name, device.save()));
+        states.collect::<Map<_, _>>().into()
+    }
+
+    /// Makes the devices, which are fresh, those that were saved, paused.
+    ///
+    /// # Errors
+    ///
+    /// Says which device does not take its state.
+    pub fn restore(&self, state: Value) -> Result<(), RestoreError> {
+        let Value::Object(mut states) = state else {
+            return Err(RestoreError::NotABus);
+        };
+        for (name, mut device) in self.devices() {
+            let state = states.remove(&name).unwrap_or_default();
+            device
+                .restore(state)
+                .map_err(|source| RestoreError::Device(name, source))?;
+        }
+        match states.into_iter().next() {
+            Some((name, _)) => Err(RestoreError::NoDevice(name)),
+            None => Ok(()),
+        }
+    }
+
+    /// The devices, each locked, with their addresses.
+    fn devices(&self) -> impl Iterator<Item = (String, MutexGuard<'_, dyn BusDevice + 'static>)> {
+        self.windows.iter().map(|(window, device)| {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            (format!("{:#x}", window.start), device)
+        })
     }
 
     fn find(&self, address: u64) -> Option<(u64, &Mutex<dyn BusDevice>)> {
@@ -184,6 +265,51 @@ mod tests {
             assert_eq!(read(&bus, address), 0xff);
             bus.write(address, &[0]);
         }
+    }
+
+    #[test]
+    fn states_go_to_the_devices_at_the_same_addresses() {
+        struct State(u8);
+        impl BusDevice for State {
+            fn read(&mut self, _offset: u64, data: &mut [u8]) {
+                data.fill(self.0);
+            }
+            fn write(&mut self, _offset: u64, data: &[u8]) {
+                self.0 = data[0];
+            }
+            fn save(&self) -> Value {
+                self.0.into()
+            }
+            fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+                self.0 = serde_json::from_value(state)?;
+                Ok(())
+            }
+        }
+        let bus = |windows: &[u64]| {
+            let mut bus = Bus::default();
+            for &start in windows {
+                let device = Arc::new(Mutex::new(State(0)));
+                bus.insert(start..start + 1, device).unwrap();
+            }
+            bus
+        };
+        let saved = bus(&[1, 2]);
+        saved.write(1, &[10]);
+        saved.write(2, &[20]);
+        let same = bus(&[1, 2]);
+        same.restore(saved.save()).unwrap();
+        assert_eq!((read(&same, 1), read(&same, 2)), (10, 20));
+        for (windows, error) in [
+            (&[1, 2, 3][..], "cannot restore the device at 0x3"),
+            (
+                &[1],
+                "the saved machine has a device at 0x2 that this one lacks",
+            ),
+        ] {
+            let refused = bus(windows).restore(saved.save());
+            assert_eq!(refused.unwrap_err().to_string(), error);
+        }
+        assert!(same.restore(Value::Null).is_err());
     }
 
     #[test]

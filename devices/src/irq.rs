@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -9,8 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 ///
 /// The monitor registers the eventfd with the hypervisor (irqfd), so that no thread has to wake up
 /// to deliver the interrupt.
-#[derive(Debug)]
-pub struct IrqLine(EventFd);
+#[derive(Clone, Debug)]
+pub struct IrqLine(Arc<EventFd>);
 
 impl IrqLine {
     /// A line of its own, not yet connected to anything.
@@ -19,7 +20,7 @@ impl IrqLine {
     ///
     /// Fails when the process has no file descriptor left.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Self)
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(|eventfd| Self(Arc::new(eventfd)))
     }
 
     /// The eventfd to register as irqfd.

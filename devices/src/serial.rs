@@ -1,11 +1,14 @@
 //! COM1: a 16550A whose output goes to a writer and whose input is pushed by the monitor.
 
 use std::collections::VecDeque;
+use std::error::Error;
 use std::fmt;
-use std::io::Write;
+use std::io::{self, Write};
 
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use vm_superio::Serial as Uart;
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
@@ -62,6 +65,21 @@ impl Serial {
     }
 }
 
+/// The registers, and the input that the guest has not read.
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    fifo: Vec<u8>,
+    waiting: VecDeque<u8>,
+}
+
 impl BusDevice for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         // Registers are a byte wide, and reading one may change it: nothing else is answered.
@@ -81,6 +99,49 @@ impl BusDevice for Serial {
         }
         // The end of loopback mode.
         self.fill_fifo();
+    }
+
+    fn save(&self) -> Value {
+        let uart = self.uart.state();
+        json!(State {
+            divisor: [uart.baud_divisor_low, uart.baud_divisor_high],
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            fifo: uart.in_buffer,
+            waiting: self.waiting.clone(),
+        })
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let state: State = serde_json::from_value(state)?;
+        let [baud_divisor_low, baud_divisor_high] = state.divisor;
+        let uart = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.fifo,
+        };
+        if uart.in_buffer.len() > self.fifo || state.waiting.len() > MOST_WAITING {
+            return Err("more input than a serial port holds".into());
+        }
+        let irq = self.irq().clone();
+        let none = Uart::new(irq.clone(), Box::new(io::sink()) as Box<dyn Write + Send>);
+        let output = std::mem::replace(&mut self.uart, none).into_writer();
+        self.uart =
+            Uart::from_state(&uart, irq, NoEvents, output).map_err(|error| format!("{error:?}"))?;
+        self.waiting = state.waiting;
+        Ok(())
     }
 }
 
@@ -139,6 +200,20 @@ mod tests {
         assert_eq!(read_all(&mut serial), input[..taken + again]);
         assert_eq!(serial.push_input(b"more"), 4);
         assert_eq!(read_all(&mut serial), b"more");
+    }
+
+    #[test]
+    fn restored_port_has_the_registers_and_the_input_of_the_saved_one() {
+        let mut saved = serial();
+        saved.write(7, b"s");
+        let input: Vec<u8> = (0..1000).map(|n| (n % 251) as u8).collect();
+        assert_eq!(saved.push_input(&input), 1000);
+        let mut other = serial();
+        other.restore(saved.save()).unwrap();
+        assert_eq!(other.save(), saved.save());
+        assert_eq!(read(&mut other, 7), b's');
+        assert_eq!(read_all(&mut other), input);
+        assert!(other.restore(Value::Null).is_err());
     }
 
     #[test]

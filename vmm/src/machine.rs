@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use boot::layout::{PCI_ECAM, VIRTIO_MMIO_SIZE};
-use devices::bus::{Bus, Overlap, SharedDevice};
+use devices::bus::{Bus, Overlap, RestoreError, SharedDevice};
 use devices::irq::IrqLine;
 use devices::pci::{CONFIG_PORT, CONFIG_PORTS, ConfigPorts, ECAM_BUS_LEN, Ecam, PciBus};
 use devices::power::{AcpiPower, I8042, PowerRequest, PowerSink};
@@ -14,6 +14,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::net::vhost::VhostError;
 use devices::virtio::pci::{BAR_LEN, NOTIFY, NOTIFY_STRIDE, PciTransport};
+use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use crate::control::exit::{Exit, ExitRequest};
@@ -234,6 +235,39 @@ impl<'a> Machine<'a> {
                 PowerRequest::Reset => Exit::Reboot,
             });
         })
+    }
+}
+
+impl DeviceBuses {
+    /// Pauses all devices, once the vCPUs stand still: no thread of theirs, nor vhost-net, touches
+    /// guest memory, a tap or an interrupt when this has returned. Nothing is lost: frames wait in
+    /// the tap, chains in their rings.
+    pub fn pause(&self) {
+        self.ports.pause();
+        self.mmio.pause();
+    }
+
+    /// Has the devices go on, before the vCPUs do.
+    pub fn resume(&self) {
+        self.ports.resume();
+        self.mmio.resume();
+    }
+
+    /// The states of all devices, which are paused.
+    pub fn save(&self) -> Value {
+        json!({ "ports": self.ports.save(), "mmio": self.mmio.save() })
+    }
+
+    /// Makes the devices of a machine that has not run those that were saved, paused. To be called
+    /// once guest memory and KVM's interrupt controllers are as they were.
+    ///
+    /// # Errors
+    ///
+    /// Says which device does not take its state.
+    pub fn restore(&self, mut state: Value) -> Result<(), RestoreError> {
+        let mut bus = |name| state.get_mut(name).map(Value::take).unwrap_or_default();
+        self.ports.restore(bus("ports"))?;
+        self.mmio.restore(bus("mmio"))
     }
 }
 

@@ -1,6 +1,8 @@
 //! The configuration space of a function: a type 0 header and capabilities (PCI Local Bus
 //! Specification 3.0, chapter 6).
 
+use serde_json::{Value, json};
+
 /// What a function is.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Identity {
@@ -145,6 +147,22 @@ impl ConfigSpace {
             Some(bytes) => data.copy_from_slice(bytes),
             None => data.fill(0xff),
         }
+    }
+
+    /// All of it, as the guest reads it.
+    pub fn save(&self) -> Value {
+        json!(&self.bytes[..])
+    }
+
+    /// Takes from what was saved what a guest may have changed.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it is no configuration space.
+    pub fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        let bytes: Vec<u8> = serde_json::from_value(state)?;
+        self.write(0, &bytes);
+        Ok(())
     }
 
     /// The guest writes.

@@ -8,11 +8,14 @@
 mod config;
 mod msix;
 
+use std::error::Error;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::Value;
 
 pub use config::{CapabilityId, ConfigSpace, Identity};
-pub use msix::{MSIX_ENTRY_LEN, Msix, MsixRoutes};
+pub use msix::{Entry as MsixEntry, MSIX_ENTRY_LEN, Msix, MsixRoutes};
 
 use crate::bus::BusDevice;
 
@@ -44,14 +47,16 @@ pub type SharedFunction = Arc<Mutex<dyn PciFunction>>;
 #[derive(Debug)]
 pub struct PciBus {
     slots: [Option<SharedFunction>; SLOTS],
+    bridge: Arc<Mutex<HostBridge>>,
 }
 
 impl Default for PciBus {
     /// A bus with its host bridge.
     fn default() -> Self {
+        let bridge = Arc::new(Mutex::new(HostBridge::new()));
         let mut slots = [const { None }; SLOTS];
-        slots[0] = Some(Arc::new(Mutex::new(HostBridge::new())) as SharedFunction);
-        Self { slots }
+        slots[0] = Some(Arc::clone(&bridge) as SharedFunction);
+        Self { slots, bridge }
     }
 }
 
@@ -93,6 +98,10 @@ impl PciBus {
         }
     }
 
+    fn bridge(&self) -> MutexGuard<'_, HostBridge> {
+        self.bridge.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn find(&self, slot: usize, function: usize) -> Option<&SharedFunction> {
         if function == 0 {
             self.slots.get(slot)?.as_ref()
@@ -126,6 +135,15 @@ impl BusDevice for Ecam {
     fn write(&mut self, offset: u64, data: &[u8]) {
         let (slot, function, offset) = Self::decode(offset);
         self.0.write(slot, function, offset, data);
+    }
+
+    // Of the functions, only the bridge is on no other bus.
+    fn save(&self) -> Value {
+        self.0.bridge().0.save()
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Ok(self.0.bridge().0.restore(state)?)
     }
 }
 
@@ -175,6 +193,15 @@ impl BusDevice for ConfigPorts {
         } else if let (0, Ok(word)) = (offset, data.try_into()) {
             self.address = u32::from_le_bytes(word);
         }
+    }
+
+    fn save(&self) -> Value {
+        self.address.into()
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.address = serde_json::from_value(state)?;
+        Ok(())
     }
 }
 

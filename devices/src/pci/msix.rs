@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::irq::IrqLine;
 use crate::pci::config::{CapabilityId, ConfigSpace};
 
@@ -24,8 +26,9 @@ pub trait MsixRoutes: Send + fmt::Debug {
     fn disconnect(&self, vector: usize);
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Entry {
+/// An entry of the table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
     address: u64,
     data: u32,
     control: u32,
@@ -124,6 +127,23 @@ impl Msix {
             bits |= u64::from(waits) << vector;
         }
         crate::virtio::read_at(&bits.to_le_bytes(), offset, data);
+    }
+
+    /// The table.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Sets up the table as another one was, and connects its vectors. False where that had another
+    /// number of them.
+    #[must_use]
+    pub fn restore(&mut self, config: &ConfigSpace, entries: &[Entry]) -> bool {
+        if entries.len() != self.entries.len() {
+            return false;
+        }
+        self.entries.copy_from_slice(entries);
+        self.update(config);
+        true
     }
 
     /// Connects and disconnects vectors as table and control register say. To be called after a

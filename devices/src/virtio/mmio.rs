@@ -1,13 +1,16 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2, 4.2).
 
+use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::transport::{Core, TransportInterrupt, set_high, set_low};
+use super::transport::{self, Core, TransportInterrupt, set_high, set_low};
 use super::{Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
@@ -114,6 +117,15 @@ impl TransportInterrupt for MmioInterrupt {
         self.by_kernel.store(false, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::SeqCst);
     }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    core: transport::State,
+    interrupt_status: u32,
+    needs_reset: bool,
+    /// The features that the device and the driver select, and the queue.
+    selected: [u32; 3],
 }
 
 /// A virtio device behind a window of virtio-mmio registers.
@@ -256,6 +268,45 @@ impl BusDevice for MmioTransport {
             }
             _ => {}
         }
+    }
+
+    fn pause(&mut self) {
+        self.core.pause();
+    }
+
+    fn resume(&mut self) {
+        self.core.resume();
+    }
+
+    fn save(&self) -> Value {
+        json!(State {
+            core: self.core.save(),
+            interrupt_status: self.core.interrupt.status(),
+            needs_reset: self.core.interrupt.is_broken(),
+            selected: [
+                self.device_features_sel,
+                self.driver_features_sel,
+                self.queue_sel,
+            ],
+        })
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let state: State = serde_json::from_value(state)?;
+        self.core.restore(state.core)?;
+        let interrupt = &self.core.interrupt;
+        interrupt
+            .pending
+            .store(state.interrupt_status, Ordering::SeqCst);
+        interrupt
+            .needs_reset
+            .store(state.needs_reset, Ordering::SeqCst);
+        [
+            self.device_features_sel,
+            self.driver_features_sel,
+            self.queue_sel,
+        ] = state.selected;
+        Ok(())
     }
 }
 

@@ -21,6 +21,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde_json::Value;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -63,6 +64,30 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// The driver has given a queue another interrupt. Matters to a device whose queues are in the
     /// kernel's hands, which it has told of [`Interrupt::call_eventfd`] when it was activated.
     fn interrupt_changed(&mut self, _queue: u16, _line: &EventFd) {}
+    /// Stop until [`VirtioDevice::resume`], and lose nothing: neither guest memory nor the host's
+    /// side is touched once this has returned. Returns where each queue in use stands, its next
+    /// index in the available ring; nothing where the device is not active.
+    fn pause(&mut self) -> Vec<Option<u16>>;
+    /// Go on after a pause, or where the device that was saved had been paused. The queues are those
+    /// that were in use, as they stood.
+    ///
+    /// # Errors
+    ///
+    /// As for [`VirtioDevice::activate`].
+    fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
+    /// What a fresh device needs to take the place of this one, which is paused, besides what the
+    /// transport keeps.
+    fn save(&self) -> Value {
+        Value::Null
+    }
+    /// Become the device that [`VirtioDevice::save`] was called on, paused. Called on a fresh device.
+    ///
+    /// # Errors
+    ///
+    /// Says what does not fit, or what the host refuses.
+    fn restore(&mut self, _state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Ok(())
+    }
     /// The driver wants nothing more: stop, and forget the queues. Guest memory is not touched
     /// once this has returned. Also called on a device that is not active.
     fn reset(&mut self);

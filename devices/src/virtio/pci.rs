@@ -2,20 +2,23 @@
 
 mod interrupt;
 
+use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::interrupt::PciInterrupt;
 use super::status::Status;
-use super::transport::{Core, set_high, set_low};
+use super::transport::{self, Core, set_high, set_low};
 use super::{Interrupt as _, VirtioDevice, read_at};
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
 use crate::pci::{
-    CapabilityId, ConfigSpace, Identity, MSIX_ENTRY_LEN, Msix, MsixRoutes, PciFunction,
+    CapabilityId, ConfigSpace, Identity, MSIX_ENTRY_LEN, Msix, MsixEntry, MsixRoutes, PciFunction,
 };
 
 /// Bytes of BAR 0, which holds everything.
@@ -65,6 +68,16 @@ mod common {
     pub const QUEUE_DRIVER: usize = 40;
     pub const QUEUE_DEVICE: usize = 48;
     pub const LEN: usize = 56;
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    core: transport::State,
+    config: Value,
+    msix: Vec<MsixEntry>,
+    interrupt: interrupt::State,
+    /// The features that the device and the driver select, and the queue.
+    selected: (u32, u32, u16),
 }
 
 /// A virtio device as a PCI function. On the memory bus it is BAR 0.
@@ -383,6 +396,45 @@ impl BusDevice for PciTransport {
             MSIX_TABLE => self.msix.write_table(&self.config, within, data),
             _ => {}
         }
+    }
+
+    fn pause(&mut self) {
+        self.core.pause();
+    }
+
+    fn resume(&mut self) {
+        self.core.resume();
+    }
+
+    fn save(&self) -> Value {
+        json!(State {
+            core: self.core.save(),
+            config: self.config.save(),
+            msix: self.msix.entries().to_vec(),
+            interrupt: self.core.interrupt.save(),
+            selected: (
+                self.device_feature_select,
+                self.driver_feature_select,
+                self.queue_select,
+            ),
+        })
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let state: State = serde_json::from_value(state)?;
+        self.core.restore(state.core)?;
+        self.config.restore(state.config)?;
+        if !self.msix.restore(&self.config, &state.msix) {
+            return Err("it has another number of MSI-X vectors".into());
+        }
+        // What waits goes out where it is unmasked, so after the routes.
+        self.core.interrupt.restore(&state.interrupt);
+        (
+            self.device_feature_select,
+            self.driver_feature_select,
+            self.queue_select,
+        ) = state.selected;
+        Ok(())
     }
 }
 

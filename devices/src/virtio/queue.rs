@@ -8,6 +8,7 @@ use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Error, Queue as Rings, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -18,7 +19,7 @@ use super::iovec::Iovecs;
 pub const MAX_SEGMENTS: usize = 1024;
 
 /// How the driver set up a queue, register by register.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueConfig {
     /// Number of descriptors.
     pub size: u16,
@@ -141,6 +142,20 @@ impl Queue {
         })
     }
 
+    /// Goes on where a queue with the same rings has stopped: at this index of the available ring,
+    /// and where the used ring ends.
+    pub fn resume(&mut self, next_avail: u16) {
+        let used = self.rings.used_idx(self.memory.as_ref(), Ordering::Acquire);
+        self.signalled = used.unwrap_or_default();
+        self.rings.set_next_used(self.signalled.0);
+        self.rings.set_next_avail(next_avail);
+    }
+
+    /// The index in the available ring of the chain that is popped next.
+    pub fn next_avail(&self) -> u16 {
+        self.rings.next_avail()
+    }
+
     /// Number of descriptors.
     pub fn size(&self) -> u16 {
         self.rings.size()
@@ -174,6 +189,30 @@ impl Queue {
     /// Puts the chain that was popped last back, to be popped again.
     pub fn undo_pop(&mut self) {
         self.rings.go_to_previous_position();
+    }
+
+    /// Puts the chains with these heads back, all that have been popped and not used.
+    pub fn put_back(&mut self, heads: &[u16]) {
+        let size = self.rings.size();
+        let first = self.rings.next_avail().wrapping_sub(heads.len() as u16);
+        let available = |n: usize| {
+            let slot = first.wrapping_add(n as u16) % size;
+            let at = self.rings.avail_ring()
+                + AVAILABLE_HEADER_LEN
+                + u64::from(slot) * AVAILABLE_ELEMENT_LEN;
+            self.memory.read_obj(GuestAddress(at)).map(u16::from_le)
+        };
+        if (0..)
+            .zip(heads)
+            .all(|(n, &head)| available(n).ok() == Some(head))
+        {
+            return self.rings.set_next_avail(first);
+        }
+        // Bad chains stood between them, and have been completed. So are these, without a byte.
+        for &head in heads {
+            self.push_used(head, 0);
+        }
+        self.flush_used();
     }
 
     /// Gives a chain back to the driver, with `len` bytes written into it.

@@ -7,6 +7,8 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 /// Shorter waits would cost more in wake-ups than they gain in smoothness.
 const MIN_WAIT: Duration = Duration::from_micros(100);
 /// Whoever has waited asks again, so that a longer wait may be told in parts.
@@ -56,6 +58,34 @@ impl Limiter {
         }
     }
 
+    /// How full the buckets are now.
+    pub fn save(&self) -> Levels {
+        let Some(buckets) = &self.buckets else {
+            return Levels::default();
+        };
+        let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        buckets.fill(Instant::now());
+        let level = |bucket: &Bucket| bucket.level.div_euclid(TOKEN) as i64;
+        Levels {
+            bits: buckets.bits.as_ref().map(level),
+            frames: buckets.frames.as_ref().map(level),
+        }
+    }
+
+    /// Sets how full the buckets are; those without a level stay full.
+    pub fn restore(&self, levels: Levels) {
+        let Some(buckets) = &self.buckets else {
+            return;
+        };
+        let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buckets { bits, frames, .. } = &mut *buckets;
+        for (bucket, level) in [(bits, levels.bits), (frames, levels.frames)] {
+            if let (Some(bucket), Some(level)) = (bucket, level) {
+                bucket.level = (i128::from(level) * TOKEN).min(bucket.capacity);
+            }
+        }
+    }
+
     /// Whether a frame may pass now.
     ///
     /// # Errors
@@ -85,6 +115,13 @@ impl Limiter {
             frames.take(1);
         }
     }
+}
+
+/// How full a limiter's buckets are, in whole tokens: negative in debt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Levels {
+    bits: Option<i64>,
+    frames: Option<i64>,
 }
 
 #[derive(Debug)]

@@ -1,10 +1,11 @@
 //! The device status field and the order in which a driver may set it (virtio 1.2, 2.1 and 3.1).
 
 use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
 
 bitflags! {
     /// The device status field (virtio 1.2, 2.1).
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
     pub struct Status: u8 {
         /// The guest has found the device.
         const ACKNOWLEDGE = 1;

@@ -4,6 +4,8 @@ use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -20,6 +22,17 @@ pub(super) trait TransportInterrupt: Interrupt + 'static {
     fn clear(&self);
 }
 
+/// What [`Core::save`] keeps.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct State {
+    device_id: u32,
+    device: Value,
+    status: Status,
+    driver_features: u64,
+    queues: Vec<QueueConfig>,
+    positions: Vec<Option<u16>>,
+}
+
 /// The part of a virtio device's state that the driver sees through whatever registers.
 #[derive(Debug)]
 pub(super) struct Core<I> {
@@ -30,6 +43,8 @@ pub(super) struct Core<I> {
     memory: Arc<GuestMemoryMmap>,
     status: Status,
     driver_features: u64,
+    /// While the device is paused: where its queues stand.
+    paused: Option<Vec<Option<u16>>>,
     complaints: Complaints,
 }
 
@@ -57,6 +72,7 @@ impl<I: TransportInterrupt> Core<I> {
             memory,
             status: Status::empty(),
             driver_features: 0,
+            paused: None,
             complaints: Complaints::default(),
         })
     }
@@ -173,27 +189,106 @@ impl<I: TransportInterrupt> Core<I> {
     }
 
     fn activate(&mut self) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        let max_sizes = self.device.queue_sizes().iter();
-        let mut queues = Vec::with_capacity(self.queues.len());
-        for ((config, &max_size), kick) in self.queues.iter().zip(max_sizes).zip(&self.kicks) {
-            queues.push(if config.ready {
-                let memory = Arc::clone(&self.memory);
-                Some(ActiveQueue {
-                    queue: Queue::new(config, max_size, event_idx, memory)?,
-                    config: *config,
-                    kick: Arc::clone(kick),
-                })
-            } else {
-                None
-            });
-        }
-        self.device.activate(Activation {
+        let queues = (0..self.queues.len()).map(|index| self.queue(index));
+        let activation = self.activation(queues.collect::<Result<_, _>>()?);
+        self.device.activate(activation)
+    }
+
+    fn activation(&self, queues: Vec<Option<ActiveQueue>>) -> Activation {
+        Activation {
             memory: Arc::clone(&self.memory),
             features: self.driver_features,
             queues,
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
-        })
+        }
+    }
+
+    /// A queue as the driver has set it up, if it has.
+    fn queue(&self, index: usize) -> Result<Option<ActiveQueue>, virtio_queue::Error> {
+        let config = self.queues[index];
+        if !config.ready {
+            return Ok(None);
+        }
+        let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let (max_size, memory) = (self.queue_size_max(index), Arc::clone(&self.memory));
+        Ok(Some(ActiveQueue {
+            queue: Queue::new(&config, max_size, event_idx, memory)?,
+            config,
+            kick: Arc::clone(&self.kicks[index]),
+        }))
+    }
+
+    /// Pauses the device.
+    pub fn pause(&mut self) {
+        if self.paused.is_none() {
+            self.paused = Some(self.device.pause());
+        }
+    }
+
+    /// Has the device go on, if it was active.
+    pub fn resume(&mut self) {
+        let positions = self.paused.take().unwrap_or_default();
+        if positions.iter().any(Option::is_some)
+            && let Err(error) = self.resume_from(&positions)
+        {
+            self.complain(&error.to_string());
+            self.interrupt.needs_reset();
+        }
+    }
+
+    fn resume_from(
+        &mut self,
+        positions: &[Option<u16>],
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let mut queues = Vec::with_capacity(positions.len());
+        for (index, position) in positions.iter().enumerate() {
+            let mut active = position.map_or(Ok(None), |_| self.queue(index))?;
+            if let (Some(active), &Some(position)) = (&mut active, position) {
+                active.queue.resume(position);
+            }
+            queues.push(active);
+        }
+        let activation = self.activation(queues);
+        self.device.resume(activation)
+    }
+
+    /// What a fresh device needs to take the place of this one, which is paused.
+    pub fn save(&self) -> State {
+        State {
+            device_id: self.device.device_id(),
+            device: self.device.save(),
+            status: self.status,
+            driver_features: self.driver_features,
+            queues: self.queues.clone(),
+            positions: self.paused.clone().unwrap_or_default(),
+        }
+    }
+
+    /// Makes this device, which is fresh, the one that was saved, paused.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it was of another kind, or its state is not taken.
+    pub fn restore(&mut self, state: State) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let queues = self.queues.len();
+        if state.device_id != self.device.device_id()
+            || state.queues.len() != queues
+            || state.positions.len() > queues
+        {
+            return Err("it is another device".into());
+        }
+        let lacking = state.driver_features & !self.offered_features();
+        if state.status.contains(Status::FEATURES_OK) && lacking != 0 {
+            return Err(
+                format!("its driver has features that are not offered: {lacking:#x}").into(),
+            );
+        }
+        self.device.restore(state.device)?;
+        self.status = state.status;
+        self.driver_features = state.driver_features;
+        self.queues = state.queues;
+        self.paused = Some(state.positions);
+        Ok(())
     }
 
     /// Warns of what a driver did wrong.
@@ -211,6 +306,7 @@ impl<I: TransportInterrupt> Core<I> {
         self.queues = fresh_queues(self.device.as_ref());
         self.status = Status::empty();
         self.driver_features = 0;
+        self.paused = self.paused.take().map(|_| Vec::new());
         self.interrupt.clear();
     }
 }

@@ -12,6 +12,7 @@ use super::*;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
     Activate { features: u64, queues: [bool; 2] },
+    Resume(Option<u16>),
     Reset,
 }
 
@@ -44,6 +45,24 @@ impl VirtioDevice for Probe {
             .unwrap()
             .push(Call::Activate { features, queues });
         if self.fail { Err("no".into()) } else { Ok(()) }
+    }
+    fn pause(&mut self) -> Vec<Option<u16>> {
+        vec![None, Some(5)]
+    }
+    fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let [None, Some(second)] = &activation.queues[..] else {
+            return Err("other queues than those in use".into());
+        };
+        let call = Call::Resume(Some(second.queue.next_avail()));
+        self.calls.lock().unwrap().push(call);
+        Ok(())
+    }
+    fn save(&self) -> Value {
+        json!("probe")
+    }
+    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        assert_eq!(state, "probe");
+        Ok(())
     }
     fn reset(&mut self) {
         self.calls.lock().unwrap().push(Call::Reset);
@@ -295,6 +314,42 @@ fn notification_reaches_the_queues_eventfd() {
     }
     let kicks = guest.transport.kicks();
     assert_eq!((kicks[0].read().unwrap(), kicks[1].read().unwrap()), (1, 1));
+}
+
+#[test]
+fn restored_transport_is_the_saved_one_and_goes_on() {
+    let mut guest = Guest::new(false);
+    guest.negotiate(VIRTIO_F_VERSION_1 | 0x21);
+    guest.set_up_queue(1, Driver::config());
+    guest.write(register::STATUS, 15);
+    guest.write(register::DEVICE_FEATURES_SEL, 1);
+    guest.transport.core.interrupt.queue(1);
+    guest.transport.core.interrupt.needs_reset();
+    guest.transport.pause();
+    guest.transport.pause();
+    let state = guest.transport.save();
+    let mut other = Guest::new(false);
+    other.transport.restore(state.clone()).unwrap();
+    assert_eq!(other.transport.save(), state);
+    for register in (0..0x100).step_by(4) {
+        assert_eq!(other.read(register), guest.read(register), "{register:#x}");
+    }
+    guest.calls();
+    for mut guest in [guest, other] {
+        guest.transport.resume();
+        guest.transport.resume();
+        assert_eq!(guest.calls(), [Call::Resume(Some(5))]);
+    }
+    for (key, value) in [
+        ("device_id", json!(1)),
+        ("queues", json!([])),
+        ("driver_features", json!(u64::MAX)),
+        ("status", json!("SOME")),
+    ] {
+        let mut wrong = state.clone();
+        wrong["core"][key] = value;
+        assert!(Guest::new(false).transport.restore(wrong).is_err(), "{key}");
+    }
 }
 
 proptest::proptest! {

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
 use crate::virtio::{Interrupt, read_at};
@@ -33,6 +34,17 @@ struct State {
     announce: bool,
     generation: u32,
     driver: Option<Driver>,
+    /// Something has changed while there was no driver to be notified.
+    untold: bool,
+}
+
+/// What the driver has made of the configuration space, or been asked by it. Link and MTU are the
+/// host's.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ConfigState {
+    pub mac: [u8; 6],
+    announce: bool,
+    generation: u32,
 }
 
 /// The driver, while there is one.
@@ -55,6 +67,7 @@ impl ConfigSpace {
                 announce: false,
                 generation: 0,
                 driver: None,
+                untold: false,
             }),
         }
     }
@@ -116,12 +129,39 @@ impl ConfigSpace {
         self.lock().announce = false;
     }
 
-    /// From now on changes are told to a driver.
-    pub(super) fn attach(&self, interrupt: Arc<dyn Interrupt>, announces: bool) {
-        self.lock().driver = Some(Driver {
+    /// From now on a driver is notified of changes, and of those before it if it was there then.
+    pub(super) fn attach(&self, interrupt: Arc<dyn Interrupt>, announces: bool, resumed: bool) {
+        let mut state = self.lock();
+        if std::mem::take(&mut state.untold) && resumed {
+            interrupt.config();
+        }
+        state.driver = Some(Driver {
             interrupt,
             announces,
         });
+    }
+
+    /// Until the driver is attached again, it is not notified.
+    pub(super) fn pause(&self) {
+        self.lock().driver = None;
+    }
+
+    pub(super) fn save(&self) -> ConfigState {
+        let state = self.lock();
+        ConfigState {
+            mac: state.config.mac,
+            announce: state.announce,
+            generation: state.generation,
+        }
+    }
+
+    pub(super) fn restore(&self, saved: &ConfigState) {
+        let mut state = self.lock();
+        state.config.mac = saved.mac;
+        state.announce = saved.announce;
+        state.generation = saved.generation;
+        // Link and MTU may be others here.
+        state.untold = true;
     }
 
     /// The driver is gone. The NIC's own MAC address, where the driver has had another.
@@ -152,8 +192,9 @@ impl ConfigSpace {
 impl State {
     fn changed(&mut self) {
         self.generation = self.generation.wrapping_add(1);
-        if let Some(driver) = &self.driver {
-            driver.interrupt.config();
+        match &self.driver {
+            Some(driver) => driver.interrupt.config(),
+            None => self.untold = true,
         }
     }
 

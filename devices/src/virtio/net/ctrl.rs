@@ -86,7 +86,7 @@ impl<B: Backend> Control<B> {
                 if self.has(Features::MQ) =>
             {
                 let pairs = operand.try_into().map(u16::from_le_bytes);
-                pairs.is_ok_and(|pairs| use_pairs(&self.backends, pairs.into()))
+                pairs.is_ok_and(|pairs| self.set_pairs(pairs))
             }
             (spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS, spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET)
                 if self.has(Features::CTRL_GUEST_OFFLOADS) =>
@@ -99,6 +99,14 @@ impl<B: Backend> Control<B> {
 
     fn has(&self, feature: Features) -> bool {
         self.features.contains(feature)
+    }
+
+    fn set_pairs(&self, pairs: u16) -> bool {
+        let done = use_pairs(&self.backends, pairs.into());
+        if done {
+            self.filter.change(|rules| rules.pairs = pairs);
+        }
+        done
     }
 
     /// A receive mode (5.1.6.5.1): one byte, 0 or 1. The host delivers all groups anyway.
@@ -321,6 +329,12 @@ impl<B> CtrlJob<B> {
             ready: true,
             broken: false,
         }
+    }
+
+    /// The number of the queue, and where it stands.
+    pub fn position(&self) -> Option<(u16, u16)> {
+        let (queue, index, _) = self.queue.as_ref()?;
+        Some((*index, queue.queue.next_avail()))
     }
 }
 

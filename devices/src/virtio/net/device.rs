@@ -4,12 +4,14 @@ use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
 use super::capture::Capture;
-use super::config::{ConfigSpace, NetConfig};
+use super::config::{ConfigSpace, ConfigState, NetConfig};
 use super::counters::{self, PairCounters, SharedCounters};
 use super::ctrl::{self, Control, CtrlJob, CtrlQueue, Permissions};
 use super::features::{Features, Offloads};
@@ -20,7 +22,7 @@ use super::pair::Pair;
 use super::rx::{RxLayout, RxQueue};
 use super::tx::TxQueue;
 use super::vhost::VhostPair;
-use crate::virtio::rate::{Limiter, RateLimit};
+use crate::virtio::rate::{Levels, Limiter, RateLimit};
 use crate::virtio::worker::Worker;
 use crate::virtio::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice};
 
@@ -52,6 +54,16 @@ pub struct NetOptions {
     pub vhost: Vec<VhostPair>,
 }
 
+/// What a network device needs to go on elsewhere.
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    config: ConfigState,
+    rules: Rules,
+    frames: Vec<Option<Vec<u8>>>,
+    rx_limit: Option<Levels>,
+    tx_limit: Option<Levels>,
+}
+
 /// A network device with one or more queue pairs.
 #[derive(Debug)]
 pub struct Net<B> {
@@ -73,6 +85,8 @@ pub struct Net<B> {
     rx_hooks: Hooks,
     tx_hooks: Hooks,
     counters: Vec<SharedCounters>,
+    /// While paused: of each pair, the frame that was received and waits for buffers.
+    frames: Vec<Option<Vec<u8>>>,
     complaints: Arc<Complaints>,
     is_active: bool,
 }
@@ -116,6 +130,7 @@ impl<B: Backend> Net<B> {
             rx_hooks: hooks(options.rx_limit),
             tx_hooks: hooks(options.tx_limit),
             counters: (0..pairs).map(|_| SharedCounters::default()).collect(),
+            frames: vec![None; pairs],
             complaints: Arc::default(),
             is_active: false,
             name,
@@ -135,7 +150,11 @@ impl<B: Backend> Net<B> {
         &self.counters
     }
 
-    fn start(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn start(
+        &mut self,
+        activation: Activation,
+        resumed: bool,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
         let Activation {
             features: bits,
             mut queues,
@@ -153,10 +172,11 @@ impl<B: Backend> Net<B> {
             .get_mut(ctrl_index)
             .and_then(Option::take)
             .filter(|_| features.contains(Features::CTRL_VQ));
-        self.set_offloads(features.offloads())?;
-        let rules = Rules::new(self.config.mac(), features);
-        self.filter.change(|filter| *filter = rules);
-
+        if !resumed {
+            self.set_offloads(features.offloads())?;
+            let rules = Rules::new(self.config.mac(), features);
+            self.filter.change(|filter| *filter = rules);
+        }
         let queues = take_pairs(queues, pairs)?;
         let in_a_row = queues.iter().take_while(|pair| pair.is_some()).count();
         for (pair, queues) in queues.into_iter().enumerate() {
@@ -171,7 +191,7 @@ impl<B: Backend> Net<B> {
         let ctrl = ctrl.map(|queue| (queue, ctrl_index as u16));
         self.start_ctrl(ctrl, features, in_a_row, &interrupt)?;
         let announces = features.contains(Features::GUEST_ANNOUNCE | Features::CTRL_VQ);
-        self.config.attach(interrupt, announces);
+        self.config.attach(interrupt, announces, resumed);
         log::debug!("{}: driver ready with {features:?}", self.name);
         Ok(())
     }
@@ -189,6 +209,7 @@ impl<B: Backend> Net<B> {
         };
         let kicks = [rx.kick, tx.kick];
         let rx = RxQueue::new(rx.queue, layout)
+            .with_frame(self.frames[index].take())
             .with_filter(Arc::clone(&self.filter))
             .with_hooks(self.rx_hooks.clone());
         let tx =
@@ -237,17 +258,25 @@ impl<B: Backend> Net<B> {
 }
 
 impl<B> Net<B> {
-    /// Stops everything that moves frames or touches guest memory.
-    fn stop(&mut self) {
-        self.vhost.iter_mut().for_each(VhostPair::stop);
+    /// Stops everything that moves frames or touches guest memory. Returns where the queues stand.
+    fn stop(&mut self) -> Vec<Option<u16>> {
+        let mut positions = vec![None; self.queue_sizes.len()];
         self.pairs.iter().for_each(Worker::stop);
         self.ctrl.stop();
-        for worker in &mut self.pairs {
-            if let Some(mut pair) = worker.join() {
-                pair.publish();
+        for (pair, vhost) in positions.chunks_mut(2).zip(&mut self.vhost) {
+            pair.copy_from_slice(&vhost.stop());
+        }
+        for (index, worker) in self.pairs.iter_mut().enumerate() {
+            if let Some(([rx, tx], frame)) = worker.join().map(Pair::park) {
+                positions[2 * index] = Some(rx);
+                positions[2 * index + 1] = Some(tx);
+                self.frames[index] = frame;
             }
         }
-        self.ctrl.join();
+        if let Some((index, position)) = self.ctrl.join().and_then(|ctrl| ctrl.position()) {
+            positions[usize::from(index)] = Some(position);
+        }
+        positions
     }
 }
 
@@ -301,7 +330,57 @@ impl<B: Backend> VirtioDevice for Net<B> {
 
     fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
         self.is_active = true;
-        self.start(activation).inspect_err(|_| self.stop())
+        let started = self.start(activation, false);
+        started.inspect_err(|_| drop(self.stop()))
+    }
+
+    fn pause(&mut self) -> Vec<Option<u16>> {
+        self.config.pause();
+        self.stop()
+    }
+
+    fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.is_active = true;
+        let started = self.start(activation, true);
+        started.inspect_err(|_| drop(self.stop()))
+    }
+
+    fn save(&self) -> Value {
+        let levels = |hooks: &Hooks| hooks.limiter.as_ref().map(|limiter| limiter.save());
+        serde_json::json!(State {
+            config: self.config.save(),
+            rules: self.filter.change(|rules| rules.clone()),
+            frames: self.frames.clone(),
+            rx_limit: levels(&self.rx_hooks),
+            tx_limit: levels(&self.tx_hooks),
+        })
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let state: State = serde_json::from_value(state)?;
+        let fits = |frame: &Vec<u8>| (HEADER_LEN..=LARGEST_FRAME).contains(&frame.len());
+        if state.frames.len() != self.frames.len() || !state.frames.iter().flatten().all(fits) {
+            return Err("its queue pairs are others".into());
+        }
+        self.set_offloads(state.rules.offloads)?;
+        ctrl::use_pairs(&self.backends, state.rules.pairs.into());
+        let mac = state.config.mac;
+        if mac != self.config.mac() {
+            self.backends[0].set_mac(mac)?;
+            self.observer.set_mac(mac);
+        }
+        self.config.restore(&state.config);
+        self.filter.change(|rules| *rules = state.rules);
+        self.frames = state.frames;
+        for (hooks, levels) in [
+            (&self.rx_hooks, state.rx_limit),
+            (&self.tx_hooks, state.tx_limit),
+        ] {
+            if let (Some(limiter), Some(levels)) = (&hooks.limiter, levels) {
+                limiter.restore(levels);
+            }
+        }
+        Ok(())
     }
 
     fn interrupt_changed(&mut self, queue: u16, line: &EventFd) {
@@ -320,6 +399,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
             return;
         }
         self.stop();
+        self.frames.fill(None);
         ctrl::use_pairs(&self.backends, 1);
         // A driver that is gone segments and checksums nothing.
         if let Err(error) = self.set_offloads(Offloads::empty()) {

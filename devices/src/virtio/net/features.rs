@@ -1,6 +1,7 @@
 //! The features of the network device, and what they mean to the tap behind it.
 
 use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::{virtio_net, virtio_ring};
 
 bitflags! {
@@ -64,7 +65,7 @@ bitflags! {
 
 bitflags! {
     /// What a tap may leave to the reader of its frames (TUNSETOFFLOAD, linux/if_tun.h).
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
     pub struct Offloads: u32 {
         /// Checksums. Without it the kernel ignores the others.
         const CSUM = libc::TUN_F_CSUM;

@@ -8,6 +8,8 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::features::{Features, Offloads};
 
 /// A MAC address.
@@ -20,7 +22,7 @@ const BROADCAST: Mac = [0xff; 6];
 const VLAN_ID: u16 = 0xfff;
 
 /// What the driver takes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rules {
     /// Everything.
     pub promiscuous: bool,
@@ -30,6 +32,8 @@ pub struct Rules {
     pub own: Mac,
     /// What may be left to the driver in a frame.
     pub offloads: Offloads,
+    /// How many queue pairs take frames, from the first on.
+    pub pairs: u16,
     /// The other addresses that the driver listed; `None` for any.
     unicast: Option<BTreeSet<Mac>>,
     /// The groups that the driver listed; `None` for any.
@@ -46,6 +50,7 @@ impl Rules {
         Self {
             own,
             offloads: features.offloads(),
+            pairs: 1,
             vlans: with_vlans.then(BTreeSet::new),
             ..Self::default()
         }

@@ -219,8 +219,14 @@ impl<B: Backend> Job for Pair<B> {
 }
 
 impl<B> Pair<B> {
-    /// Shows what has been counted.
-    pub fn publish(&mut self) {
+    /// Ends. Returns where the two queues stand, and a received frame that waits for more buffers.
+    pub fn park(mut self) -> ([u16; 2], Option<Vec<u8>>) {
+        self.publish();
+        let (rx, frame) = self.rx.park();
+        ([rx, self.tx.next_avail()], frame)
+    }
+
+    fn publish(&mut self) {
         self.counters.rx = self.rx.counters();
         self.counters.tx = self.tx.counters();
         *self

@@ -129,6 +129,32 @@ impl RxQueue {
         self.counters
     }
 
+    /// Goes on with a frame that [`RxQueue::park`] has returned.
+    pub fn with_frame(mut self, frame: Option<Vec<u8>>) -> Self {
+        self.spill = frame.as_ref().map(|frame| Spill {
+            len: frame.len(),
+            at: 0,
+        });
+        self.spare = frame.unwrap_or_default();
+        self
+    }
+
+    /// Puts back what was popped and not used. Returns where the queue stands, and the frame that
+    /// waits for more chains.
+    pub fn park(mut self) -> (u16, Option<Vec<u8>>) {
+        let frame = self.spill.take().map(|Spill { len, at }| {
+            let mut frame = vec![0; at];
+            // SAFETY: the iovecs are those of chains that lie in guest memory, which the queue
+            // keeps mapped.
+            unsafe { iovec::gather(&self.buffers.writable[self.first..], 0, &mut frame) };
+            frame.extend_from_slice(&self.spare[..len - at]);
+            frame
+        });
+        let heads: Vec<_> = self.chains.iter().map(|chain| chain.head).collect();
+        self.queue.put_back(&heads);
+        (self.queue.next_avail(), frame)
+    }
+
     /// Receives up to `budget` frames. Says why it stopped, and whether to interrupt the driver.
     pub fn receive(&mut self, backend: &impl Backend, budget: usize) -> (RxStop, bool) {
         self.queue.disable_notification();

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
+use super::counters;
 use super::ctrl::Permissions;
 use super::features::{Features, Offloads};
 use super::observe::Observer;
@@ -24,6 +25,7 @@ mod ctrl;
 mod idle;
 mod options;
 mod pairs;
+mod pause;
 
 /// One end of a socketpair; each datagram is a frame.
 #[derive(Debug)]

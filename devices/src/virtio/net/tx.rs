@@ -65,6 +65,11 @@ impl TxQueue {
         self.counters
     }
 
+    /// Where the queue stands.
+    pub fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
     /// Sends up to `budget` frames. Says why it stopped, and whether to interrupt the driver.
     pub fn send(&mut self, backend: &impl Backend, budget: usize) -> (TxStop, bool) {
         let mut left = budget;

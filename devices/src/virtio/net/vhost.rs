@@ -114,10 +114,12 @@ impl VhostPair {
             self.set_up(index, queue, interrupt.call_eventfd(first + index as u16))?;
         }
         self.started = true;
-        for index in 0..QUEUES {
+        for (index, queue) in queues.into_iter().enumerate() {
             self.net
                 .set_backend(index, Some(&self.tap))
                 .map_err(failed_to("take the tap"))?;
+            // A notification may have come while the queue was paused.
+            let _ = queue.kick.write(1);
         }
         Ok(())
     }
@@ -135,7 +137,7 @@ impl VhostPair {
         };
         net.set_vring_num(index, config.size)
             .map_err(failed_to("take the size of a queue"))?;
-        net.set_vring_base(index, 0)
+        net.set_vring_base(index, queue.queue.next_avail())
             .map_err(failed_to("take the beginning of a queue"))?;
         net.set_vring_addr(index, &data)
             .map_err(failed_to("take the addresses of a queue"))?;
@@ -164,16 +166,19 @@ impl VhostPair {
             .map_err(failed_to("take the interrupt of a queue"))
     }
 
-    /// Takes the queues back. Guest memory is not touched once this has returned.
-    pub fn stop(&mut self) {
+    /// Takes the queues back, and says where each stands. Guest memory is not touched once this has
+    /// returned.
+    pub fn stop(&mut self) -> [Option<u16>; QUEUES] {
         if !std::mem::take(&mut self.started) {
-            return;
+            return [None; QUEUES];
         }
-        for index in 0..QUEUES {
-            if let Err(error) = self.net.set_backend(index, None) {
-                log::error!("vhost-net does not let go of a queue: {error}");
-            }
-        }
+        [0, 1].map(|index| {
+            let stopped = self.net.set_backend(index, None);
+            stopped
+                .and_then(|()| self.net.get_vring_base(index))
+                .inspect_err(|error| log::error!("vhost-net does not let go of a queue: {error}"))
+                .map_or(None, |base| Some(base as u16))
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::Interrupt;
@@ -44,6 +45,17 @@ pub(super) struct PciInterrupt {
     needs_reset: AtomicBool,
 }
 
+/// What [`PciInterrupt::save`] keeps.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct State {
+    config_vector: u16,
+    queue_vectors: Vec<u16>,
+    status: u8,
+    needs_reset: bool,
+    /// Vectors that wait to be unmasked.
+    pending: Vec<usize>,
+}
+
 /// ISR status: a queue has been used.
 const USED_BUFFER: u8 = 1;
 /// ISR status: the configuration has changed.
@@ -76,6 +88,34 @@ impl PciInterrupt {
     pub fn take_status(&self) -> u8 {
         let used = self.no_vector.eventfd().read().map_or(0, |_| USED_BUFFER);
         self.status.swap(0, Ordering::SeqCst) | used
+    }
+
+    pub fn save(&self) -> State {
+        let used = if self.no_vector.is_raised() {
+            USED_BUFFER
+        } else {
+            0
+        };
+        let lines = self.lines.iter().enumerate();
+        let pending = lines.filter_map(|(n, line)| line.is_raised().then_some(n));
+        State {
+            config_vector: self.config_vector.get(),
+            queue_vectors: self.queue_vectors.iter().map(Vector::get).collect(),
+            status: self.status.load(Ordering::SeqCst) | used,
+            needs_reset: self.is_broken(),
+            pending: pending.collect(),
+        }
+    }
+
+    pub fn restore(&self, state: &State) {
+        self.assign(&self.config_vector, state.config_vector);
+        for (event, &vector) in self.queue_vectors.iter().zip(&state.queue_vectors) {
+            self.assign(event, vector);
+        }
+        self.status.store(state.status, Ordering::SeqCst);
+        self.needs_reset.store(state.needs_reset, Ordering::SeqCst);
+        let pending = state.pending.iter().filter_map(|&n| self.lines.get(n));
+        pending.for_each(IrqLine::raise);
     }
 
     fn raise(&self, event: u8, vector: &Vector) {

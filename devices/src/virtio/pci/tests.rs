@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::Mutex;
 
@@ -31,27 +32,40 @@ impl VirtioDevice for Probe {
         *self.active.lock().unwrap() = Some(activation);
         Ok(())
     }
+    fn pause(&mut self) -> Vec<Option<u16>> {
+        self.active.lock().unwrap().take();
+        vec![Some(3), Some(4)]
+    }
+    fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.activate(activation)
+    }
     fn reset(&mut self) {
         *self.active.lock().unwrap() = None;
     }
 }
 
-#[derive(Debug)]
-struct NoRoutes;
+/// The messages of the vectors that are connected.
+#[derive(Clone, Debug, Default)]
+struct Routes(Arc<Mutex<BTreeMap<usize, (u64, u32)>>>);
 
-impl MsixRoutes for NoRoutes {
-    fn connect(&self, _vector: usize, _address: u64, _data: u32) {}
-    fn disconnect(&self, _vector: usize) {}
+impl MsixRoutes for Routes {
+    fn connect(&self, vector: usize, address: u64, data: u32) {
+        self.0.lock().unwrap().insert(vector, (address, data));
+    }
+    fn disconnect(&self, vector: usize) {
+        self.0.lock().unwrap().remove(&vector);
+    }
 }
 
 struct Guest {
     transport: PciTransport,
     active: Arc<Mutex<Option<Activation>>>,
+    routes: Routes,
 }
 
 impl Guest {
     fn new() -> Self {
-        let active = Arc::default();
+        let (active, routes) = (Arc::default(), Routes::default());
         let device = Probe {
             active: Arc::clone(&active),
         };
@@ -64,11 +78,12 @@ impl Guest {
             memory,
             0xe800_0000,
             lines,
-            Box::new(NoRoutes),
+            Box::new(routes.clone()),
         );
         Self {
             transport: transport.unwrap(),
             active,
+            routes,
         }
     }
 
@@ -297,6 +312,62 @@ fn window_in_configuration_space_reads_and_writes_the_bar() {
             .transport
             .write_config(window + WINDOW_DATA, &[0xff; 4]);
     }
+}
+
+#[test]
+fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
+    const COMMAND: usize = 4;
+    let mut guest = Guest::new();
+    guest.transport.write_config(COMMAND, &[6, 0]);
+    guest.negotiate(VIRTIO_F_VERSION_1 | 1);
+    for (queue, vector) in [(0, 1), (1, 2)] {
+        guest.set_up_queue(queue, Driver::config(), vector);
+    }
+    guest.write(common::CONFIG_VECTOR, &0u16.to_le_bytes());
+    guest.set_status(15);
+    // Vectors 0 and 1 are unmasked, 2 is not, and waits.
+    for vector in [0, 1] {
+        let entry = MSIX_TABLE as usize + vector * MSIX_ENTRY_LEN;
+        guest.write(entry, &(0xfee0_0000 + vector as u64).to_le_bytes());
+        guest.write(entry + 8, &0x41u32.to_le_bytes());
+        guest.write(entry + 12, &0u32.to_le_bytes());
+    }
+    let control = 0x40 + 2;
+    guest.transport.write_config(control, &[0, 0x80]);
+    guest.transport.core.interrupt.queue(1);
+    guest.transport.pause();
+    let state = BusDevice::save(&guest.transport);
+    let mut other = Guest::new();
+    BusDevice::restore(&mut other.transport, state.clone()).unwrap();
+    assert_eq!(BusDevice::save(&other.transport), state);
+    let routes = |guest: &Guest| guest.routes.0.lock().unwrap().clone();
+    assert_eq!(
+        routes(&other),
+        BTreeMap::from([(0, (0xfee0_0000, 0x41)), (1, (0xfee0_0001, 0x41))])
+    );
+    assert_eq!(routes(&other), routes(&guest));
+    for offset in (0..u64::from(ISR))
+        .chain(u64::from(DEVICE)..u64::from(BAR_LEN))
+        .step_by(4)
+    {
+        assert_eq!(other.read::<4>(offset), guest.read(offset), "{offset:#x}");
+    }
+    for offset in (0..256).step_by(4) {
+        let [mut a, mut b] = [[0; 4]; 2];
+        other.transport.read_config(offset, &mut a);
+        guest.transport.read_config(offset, &mut b);
+        assert_eq!(a, b, "{offset:#x}");
+    }
+    assert_eq!(other.read(u64::from(ISR)), [1]);
+    other.transport.resume();
+    let active = other.active.lock().unwrap().take().unwrap();
+    assert_eq!(active.features, VIRTIO_F_VERSION_1 | 1);
+    let positions = active
+        .queues
+        .iter()
+        .flatten()
+        .map(|queue| queue.queue.next_avail());
+    assert_eq!(positions.collect::<Vec<_>>(), [3, 4]);
 }
 
 proptest! {

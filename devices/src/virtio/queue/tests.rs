@@ -279,6 +279,47 @@ fn chain_put_back_comes_again() {
     assert_eq!(next(&mut queue), first);
 }
 
+#[test]
+fn chains_put_back_come_again_in_a_queue_that_goes_on() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(true);
+    for head in 0..5 {
+        driver.offer_chain(head, &[(0x4000, 20, 0)]);
+    }
+    for _ in 0..4 {
+        next(&mut queue);
+    }
+    queue.add_used(0, 0);
+    queue.put_back(&[1, 2, 3]);
+    assert_eq!(queue.next_avail(), 1);
+    let mut other = driver.queue(true);
+    other.resume(queue.next_avail());
+    driver.set_used_event(1);
+    assert!(!other.needs_notification(), "what was used before");
+    for head in 1..5 {
+        assert_eq!(next(&mut other).0, chain(head, [(20, 1), (0, 0)]));
+        other.add_used(head, 0);
+    }
+    assert_eq!(next(&mut other).0, Next::Empty);
+    assert!(other.needs_notification());
+    assert_eq!(driver.take_used(), [0, 1, 2, 3, 4].map(|head| (head, 0)));
+}
+
+#[test]
+fn chains_put_back_past_a_bad_one_are_completed() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(false);
+    driver.offer_chain(0, &[(0x4000, 20, 0)]);
+    driver.offer_chain(1, &[(END, 20, 0)]);
+    driver.offer_chain(2, &[(0x4000, 20, 0)]);
+    for _ in 0..3 {
+        next(&mut queue);
+    }
+    queue.put_back(&[0, 2]);
+    assert_eq!(driver.take_used(), [(1, 0), (0, 0), (2, 0)]);
+    assert_eq!(next(&mut queue).0, Next::Empty);
+}
+
 fn descriptor() -> impl Strategy<Value = Descriptor> {
     let address = prop_oneof![0..END + 0x100, any::<u64>()];
     let len = prop_oneof![0..200u32, any::<u32>()];

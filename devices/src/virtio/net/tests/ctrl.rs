@@ -277,7 +277,7 @@ fn driver_that_can_is_asked_to_announce_itself() {
         config.read(6, &mut bytes);
         bytes[0]
     };
-    bench.config.attach(recorder.clone(), true);
+    bench.config.attach(recorder.clone(), true, false);
     bench.config.ask_to_announce();
     assert_eq!(status(&bench.config), 3);
     assert_eq!(recorder.config_changes.load(Ordering::SeqCst), 1);
@@ -292,7 +292,7 @@ fn driver_that_can_is_asked_to_announce_itself() {
     bench.config.set_up(true);
     assert_eq!(status(&bench.config), 1);
     // Nor a driver that cannot.
-    bench.config.attach(recorder, false);
+    bench.config.attach(recorder, false, false);
     bench.config.ask_to_announce();
     assert_eq!(status(&bench.config), 1);
 }

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::virtio::net::capture::Capture;
-use crate::virtio::net::counters;
 use crate::virtio::net::filter::{Filter, Rules};
 use crate::virtio::net::hooks::Hooks;
 use crate::virtio::rate::{Limiter, RateLimit};

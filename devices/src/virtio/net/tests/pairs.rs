@@ -1,7 +1,6 @@
 //! A device with several queue pairs, of which its driver uses as many as it likes.
 
 use super::*;
-use crate::virtio::net::counters;
 
 /// A device, and its driver's end of each queue and each wire.
 struct Pairs {
