@@ -8,7 +8,7 @@ use thiserror::Error as ThisError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::kernel::Kernel;
-use crate::{layout, params};
+use crate::layout;
 
 /// The initrd begins on a page of its own: the kernel frees it by pages.
 const PAGE: u64 = 4096;
@@ -68,7 +68,7 @@ pub(crate) fn load(
     }
     file.rewind().map_err(Error::Size)?;
 
-    let ram_end = params::low_ram_end(memory);
+    let ram_end = layout::low_ram_end(memory);
     let highest = ram_end.min(kernel.initrd_end_max);
     let start = place(size, highest, &kernel.occupied).ok_or(Error::DoesNotFit {
         size,

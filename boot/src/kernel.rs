@@ -17,7 +17,7 @@ use linux_loader::loader::bootparam::setup_header;
 use thiserror::Error as ThisError;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use crate::{Protocol, layout, params};
+use crate::{Protocol, layout};
 
 /// What is wrong with a kernel image.
 #[derive(Debug, ThisError)]
@@ -166,7 +166,7 @@ fn require_ram(memory: &GuestMemoryMmap, needs: u64) -> Result<(), Error> {
     if needs > layout::MMIO_HOLE_START.0 {
         return Err(Error::TooHigh(needs));
     }
-    let ram_end = params::low_ram_end(memory);
+    let ram_end = layout::low_ram_end(memory);
     if needs > ram_end {
         return Err(Error::DoesNotFit { needs, ram_end });
     }

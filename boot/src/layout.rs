@@ -18,7 +18,7 @@
 //! 0x1_0000_0000  the rest of the RAM
 //! ```
 
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Where Linux leaves its reboot type (2 bytes, `0x1234` for `reboot=warm`) before it resets the machine
 /// (arch/x86/kernel/reboot.c, `native_machine_emergency_restart`).
@@ -108,6 +108,13 @@ pub fn ram_regions(bytes: u64) -> Vec<(GuestAddress, usize)> {
         // This crate is for x86-64 alone, where a usize has 64 bits.
         .map(|(start, size)| (start, size as usize))
         .collect()
+}
+
+/// The end of the RAM that begins at address 0.
+pub(crate) fn low_ram_end(memory: &GuestMemoryMmap) -> u64 {
+    memory
+        .find_region(GuestAddress(0))
+        .map_or(0, |region| region.len())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use linux_loader::loader::elf::start_info::{
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use thiserror::Error as ThisError;
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::initrd::Initrd;
 use crate::kernel::Kernel;
@@ -41,13 +41,6 @@ struct MemoryRange {
     kind: MemoryKind,
 }
 
-/// The end of the RAM that begins at address 0.
-pub(crate) fn low_ram_end(memory: &GuestMemoryMmap) -> u64 {
-    memory
-        .find_region(GuestAddress(0))
-        .map_or(0, |region| region.len())
-}
-
 /// The memory map: all RAM, but for the last part of the first MiB, of which the ACPI tables are
 /// declared as reserved and the rest is not mentioned.
 fn memory_map(memory: &GuestMemoryMmap) -> Vec<MemoryRange> {
@@ -61,7 +54,7 @@ fn memory_map(memory: &GuestMemoryMmap) -> Vec<MemoryRange> {
         size: layout::ACPI_END.0 - layout::ACPI_START.0,
         kind: MemoryKind::Reserved,
     };
-    let low = ram(0, layout::LOW_RAM_END.0.min(low_ram_end(memory)));
+    let low = ram(0, layout::LOW_RAM_END.0.min(layout::low_ram_end(memory)));
     let high = memory.iter().map(|region| {
         let start = region.start_addr().max(layout::HIGH_RAM_START);
         ram(start.0, region.start_addr().raw_value() + region.len())

@@ -3,7 +3,7 @@
 use super::*;
 use crate::testing::{bzimage, elf, file_with, memory};
 use proptest::prelude::*;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddress};
 
 const INITRD: Initrd = Initrd {
     start: GuestAddress(0x3f0_0000),
