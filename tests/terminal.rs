@@ -203,10 +203,10 @@ fn foreground(session: &Session) -> Pid {
 #[ignore = "a child of terminal_is_given_back_by_a_panic"]
 fn panic_child() {
     // Run by somebody who asked for all ignored tests, it has no terminal.
-    let Some(_terminal) = vmm::tty::RawTerminal::enter().unwrap() else {
+    let Some(_terminal) = vmm::RawTerminal::enter().unwrap() else {
         return;
     };
-    vmm::tty::restore_on_panic();
+    vmm::restore_on_panic();
     let thread = thread::spawn(|| {
         println!("ready");
         let mut key = [0];

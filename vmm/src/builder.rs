@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use boot::{BootSpec, BootState};
+use devices::serial::Serial;
 use vm_memory::GuestMemoryMmap;
 
-use crate::config::{Config, ConsoleTarget};
+use crate::config::{Config, ConsoleTarget, whole_cmdline};
 use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
@@ -52,6 +53,9 @@ pub enum Error {
     /// A device cannot be added.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// The guest has ended.
+    #[error("the guest has ended")]
+    Ended,
     /// The host refuses something small.
     #[error("cannot {0}")]
     Host(&'static str, #[source] io::Error),
@@ -61,10 +65,9 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |error| Error::Host(what, error)
 }
 
-/// Boots the guest and waits for its end, on this thread, which controls it meanwhile: `started` gets
-/// what other threads do that by, and the first of `signals` presses the guest's power button, the
-/// second ends it. Whatever was taken from the host has been given back
-/// when this returns.
+/// Boots the guest and waits for its end, on this thread, which becomes its control thread: `started`
+/// gets what other threads ask that by. The first of `signals` presses the guest's power button, the
+/// second ends it. Whatever was taken from the host has been given back when this returns.
 ///
 /// # Errors
 ///
@@ -103,16 +106,7 @@ pub fn run(
     let watchers = net_devices
         .watchers()
         .map_err(failed_to("watch the NICs"))?;
-    let terminal = match config.console {
-        ConsoleTarget::Stdio => RawTerminal::enter().map_err(failed_to("set up the terminal"))?,
-        _ => None,
-    };
-    if config.console == ConsoleTarget::Stdio
-        && let Some(serial) = serial
-    {
-        console::spawn_input(serial, Arc::clone(&exit), terminal.is_some())
-            .map_err(failed_to("start the console's thread"))?;
-    }
+    let _terminal = connect_stdio(&config.console, serial, &exit)?;
     let vcpus = Vcpus::start(vm, vcpus, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
     let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
@@ -131,6 +125,21 @@ pub fn run(
     Ok(exit.reason().cloned().unwrap_or(Exit::Quit))
 }
 
+/// Connects a serial port whose console is stdio with the terminal there, or whatever it is.
+fn connect_stdio(
+    console: &ConsoleTarget,
+    serial: Option<Arc<Mutex<Serial>>>,
+    exit: &Arc<ExitRequest>,
+) -> Result<Option<RawTerminal>, Error> {
+    let Some(serial) = serial.filter(|_| *console == ConsoleTarget::Stdio) else {
+        return Ok(None);
+    };
+    let terminal = RawTerminal::enter().map_err(failed_to("set up the terminal"))?;
+    console::spawn_input(serial, Arc::clone(exit), terminal.is_some())
+        .map_err(failed_to("start the console's thread"))?;
+    Ok(terminal)
+}
+
 fn load(
     config: &Config,
     plan: &Plan,
@@ -141,7 +150,7 @@ fn load(
     let mut spec = BootSpec {
         kernel: &mut kernel,
         initrd: initrd.as_mut(),
-        cmdline: &config.cmdline,
+        cmdline: &whole_cmdline(&config.console, &config.cmdline),
         platform: &plan.platform(),
     };
     boot::load(memory, &mut spec).map_err(|error| name_file(config, error))

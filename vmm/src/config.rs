@@ -30,7 +30,7 @@ pub struct Config {
     pub kernel: PathBuf,
     /// Path of the initial RAM disk.
     pub initrd: Option<PathBuf>,
-    /// The whole kernel command line.
+    /// The kernel command line, after what every kernel gets.
     pub cmdline: String,
     /// Number of vCPUs.
     pub cpus: Cpus,
@@ -50,14 +50,32 @@ pub struct Config {
     pub host_link: Vec<InterfaceAddress>,
 }
 
+impl Config {
+    /// A guest with this kernel, one CPU, 512 MiB of memory and its console on stdio.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: String::new(),
+            cpus: Cpus(1),
+            nested: false,
+            memory: MemorySize(512 << 20),
+            hugepages: false,
+            console: ConsoleTarget::Stdio,
+            nics: Vec::new(),
+            transport: Transport::default(),
+            host_link: Vec::new(),
+        }
+    }
+}
+
 impl From<GuestArgs> for Config {
     fn from(args: GuestArgs) -> Self {
-        let cmdline = whole_cmdline(&args.console, &args.cmdline);
         Self {
             // clap has seen to it that there is one.
             kernel: args.kernel.unwrap_or_default(),
             initrd: args.initrd,
-            cmdline,
+            cmdline: args.cmdline,
             cpus: args.cpus,
             nested: args.nested == Nested::On,
             memory: args.memory,

@@ -36,9 +36,9 @@ struct Settings {
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes stdin's terminal raw, now or at the first [`take`] at which it is ours and no other job's. `None` when
-    /// stdin is no terminal. From then on every signal that kills, and that nobody has caught or ignored before, gives
-    /// it back first.
+    /// Makes stdin's terminal raw, or has it made so once this job is in its foreground. `None` when
+    /// stdin is no terminal. From then on every signal that kills, and is neither caught nor ignored
+    /// yet, restores it first.
     ///
     /// # Errors
     ///

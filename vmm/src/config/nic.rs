@@ -131,6 +131,15 @@ pub fn parse_nic(text: &str) -> Result<NicConfig, ConfigError> {
     Ok(NicConfig { source, options })
 }
 
+impl FromStr for NicConfig {
+    type Err = ConfigError;
+
+    /// Takes the value of `--macvtap`.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        parse_nic(text)
+    }
+}
+
 fn parse_source(text: &str) -> Result<NicSource, ConfigError> {
     let Some(descriptors) = text.strip_prefix("fd=") else {
         let spec = parse_macvtap(text)?;

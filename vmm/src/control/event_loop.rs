@@ -164,6 +164,11 @@ impl Control {
         self.is_paused.then(|| self.vcpus.restore(state))
     }
 
+    /// Ends the guest at once.
+    pub fn end(&self) {
+        self.exit.request(Exit::Quit);
+    }
+
     /// Presses the guest's power button.
     pub fn press_power_button(&self) {
         self.power_button.raise();

@@ -1,0 +1,349 @@
+//! minivmm as a library: a guest that is paused and resumed, and whose state goes into another one.
+
+// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+#[path = "harness/tiny.rs"]
+mod tiny;
+
+use std::arch::global_asm;
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use harness::elf::elf;
+use harness::guest::{ECHO, Net, PATIENCE, addresses, on_both_transports};
+use harness::skip::has_kvm;
+use tempfile::TempDir;
+use vmm::config::{Config, ConsoleTarget};
+use vmm::{Exit, Guest, GuestError, RunState};
+
+// Computes for ever, in registers alone, from the last byte of its command line: in EBX the last of EBP steps, and in the
+// MSR KERNEL_GS_BASE and in CR8 (the local APIC's task priority) what it began with. It looks for the power button (IRQ 5)
+// in the PIC's request register (Intel 8259A, OCW3), and then writes EBP, EBX, the MSR and CR8 to COM1 and powers off.
+global_asm!(
+    r#"
+    .pushsection .rodata.computing_guest, "a", @progbits
+computing_begin:
+    mov eax, [rsi + 0x228]
+2:  inc eax
+    cmp byte ptr [rax], 0
+    jne 2b
+    movzx ebx, byte ptr [rax - 1]
+    mov ecx, 0xc0000102
+    mov eax, ebx
+    xor edx, edx
+    wrmsr
+    mov eax, ebx
+    and eax, 15
+    mov cr8, rax
+    xor ebp, ebp
+    mov al, 0x0a
+    out 0x20, al
+3:  imul ebx, ebx, 1664525
+    add ebx, 1013904223
+    inc ebp
+    in al, 0x20
+    test al, 0x20
+    jz 3b
+    rdmsr
+    mov esi, eax
+    mov edx, 0x3f8
+    mov eax, ebp
+    mov ecx, 4
+4:  out dx, al
+    shr eax, 8
+    loop 4b
+    mov eax, ebx
+    mov ecx, 4
+5:  out dx, al
+    shr eax, 8
+    loop 5b
+    mov eax, esi
+    out dx, al
+    mov rax, cr8
+    out dx, al
+    mov edx, 0x600
+    mov al, 0x34
+    out dx, al
+6:  hlt
+    jmp 6b
+computing_end:
+    .popsection
+    "#
+);
+
+// SAFETY: the assembler defines these above; only their addresses are taken.
+unsafe extern "C" {
+    static computing_begin: u8;
+    static computing_end: u8;
+}
+
+/// The computing guest and where it writes.
+struct Computing {
+    directory: TempDir,
+    seed: u8,
+}
+
+impl Computing {
+    fn new(seed: u8) -> Self {
+        let begin = &raw const computing_begin;
+        let size = (&raw const computing_end).addr() - begin.addr();
+        // SAFETY: the bytes between the labels are one read-only section of this program.
+        let code = unsafe { &*ptr::slice_from_raw_parts(begin, size) };
+        let directory = TempDir::new().unwrap();
+        fs::write(directory.path().join("kernel"), tiny::elf(code, 0)).unwrap();
+        Self { directory, seed }
+    }
+
+    fn start(&self) -> Guest {
+        let mut config = config(self.path("kernel"), self.path("console"));
+        config.cmdline = char::from(self.seed).into();
+        config.transport = "mmio".parse().unwrap();
+        Guest::start(config).unwrap()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Ends the guest by its power button; returns how many steps it took. All else must be as after those, from `seed`.
+    fn finish(&self, guest: Guest, seed: u8) -> u32 {
+        guest.press_power_button();
+        assert_eq!(guest.wait().unwrap(), Exit::PowerOff);
+        let output = fs::read(self.path("console")).unwrap();
+        let [a, b, c, d, e, f, g, h, msr, cr8] = output[..] else {
+            panic!("{output:?}")
+        };
+        let steps = u32::from_le_bytes([a, b, c, d]);
+        let next = |x: u32, _| x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let result = (0..steps).fold(seed.into(), next);
+        assert_eq!(
+            u32::from_le_bytes([e, f, g, h]),
+            result,
+            "after {steps} steps"
+        );
+        assert_eq!((msr, cr8), (seed, seed & 15));
+        steps
+    }
+}
+
+fn config(kernel: PathBuf, console: PathBuf) -> Config {
+    let mut config = Config::new(kernel);
+    config.memory = "128M".parse().unwrap();
+    config.console = ConsoleTarget::File(console);
+    config
+}
+
+/// The state of a paused guest as text.
+fn saved(guest: &Guest) -> String {
+    serde_json::to_string(&guest.save().unwrap()).unwrap()
+}
+
+/// The general registers in it.
+fn registers(state: &str) -> String {
+    let state: serde_json::Value = serde_json::from_str(state).unwrap();
+    let registers = &state["vcpus"][0]["regs"];
+    assert!(!registers.is_null());
+    registers.to_string()
+}
+
+#[test]
+fn guest_that_is_paused_stands_still_and_goes_on_where_it_was() {
+    if !has_kvm() {
+        return;
+    }
+    let computing = Computing::new(b'1');
+    let guest = computing.start();
+    let mut before = String::new();
+    for _ in 0..20 {
+        thread::sleep(Duration::from_millis(20));
+        assert!(matches!(guest.save(), Err(GuestError::NotPaused)));
+        guest.pause().unwrap();
+        assert_eq!(guest.state(), RunState::Paused);
+        let stopped = registers(&saved(&guest));
+        assert_ne!(stopped, before);
+        thread::sleep(Duration::from_millis(10));
+        guest.pause().unwrap();
+        assert_eq!(registers(&saved(&guest)), stopped);
+        before = stopped;
+        guest.resume().unwrap();
+        assert_eq!(guest.state(), RunState::Running);
+    }
+    computing.finish(guest, b'1');
+}
+
+#[test]
+fn state_of_a_guest_goes_on_in_another_one() {
+    if !has_kvm() {
+        return;
+    }
+    let (first, second) = (Computing::new(b'1'), Computing::new(b'2'));
+    let (from, to) = (first.start(), second.start());
+    thread::sleep(Duration::from_millis(300));
+    from.pause().unwrap();
+    to.pause().unwrap();
+    let state = saved(&from);
+    to.restore(serde_json::from_str(&state).unwrap()).unwrap();
+    assert_eq!(registers(&saved(&to)), registers(&state));
+    // The first one goes back and runs that way too.
+    from.resume().unwrap();
+    thread::sleep(Duration::from_millis(100));
+    from.pause().unwrap();
+    from.restore(serde_json::from_str(&state).unwrap()).unwrap();
+    for guest in [&from, &to] {
+        guest.resume().unwrap();
+    }
+    thread::sleep(Duration::from_millis(100));
+    second.finish(to, b'1');
+    first.finish(from, b'1');
+}
+
+#[test]
+fn guest_that_is_paused_can_be_ended() {
+    if !has_kvm() {
+        return;
+    }
+    let computing = Computing::new(b'1');
+    for _ in 0..3 {
+        let guest = computing.start();
+        guest.pause().unwrap();
+        guest.press_power_button();
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(guest.state(), RunState::Paused);
+        guest.end();
+        assert_eq!(guest.state(), RunState::Ended);
+        assert!(matches!(guest.pause(), Err(GuestError::Ended)));
+        assert_eq!(guest.wait().unwrap(), Exit::Quit);
+    }
+    // Dropped, paused or not.
+    computing.start().pause().unwrap();
+    drop(computing.start());
+}
+
+#[test]
+fn guest_that_cannot_be_started_says_why() {
+    let mut config = Config::new("/no/such/kernel");
+    config.console = ConsoleTarget::None;
+    let error = Guest::start(config).unwrap_err().to_string();
+    assert!(error.contains("/no/such/kernel"), "{error}");
+}
+
+on_both_transports! {
+    pauses_lose_no_frame_and_double_none
+}
+
+fn pauses_lose_no_frame_and_double_none(net: Net) {
+    let transport = net.transport.unwrap().name();
+    let backends: &[_] = match Path::new("/dev/vhost-net").exists() {
+        true => &["user", "vhost"],
+        false => &["user"],
+    };
+    for backend in backends {
+        let directory = TempDir::new().unwrap();
+        let console = directory.path().join("console");
+        let mut config = config(elf().to_owned(), console.clone());
+        config.transport = transport.parse().unwrap();
+        config.nics = vec![format!("lower,backend={backend}").parse().unwrap()];
+        let [ip, _] = addresses(2);
+        config.cmdline = format!("guest.mode=echo guest.ip={ip}/24 guest.seconds=300");
+        let guest = net.host.enter(|| Guest::start(config).unwrap());
+        wait_for(&console, "READY echo");
+        // Both sides know each other's Ethernet address from here on.
+        assert_eq!(net.datagram(&ip, b"hello"), b"hello");
+
+        let traffic = Traffic::default();
+        thread::scope(|scope| {
+            let exchange = scope.spawn(|| net.far.enter(|| traffic.exchange(&ip)));
+            let running = Until(&traffic.is_over);
+            for _ in 0..10 {
+                thread::sleep(Duration::from_millis(100));
+                guest.pause().unwrap();
+                // What is on the wire arrives.
+                thread::sleep(Duration::from_millis(20));
+                let before = traffic.received.load(Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(50));
+                assert_eq!(traffic.received.load(Ordering::Relaxed), before);
+                guest.resume().unwrap();
+            }
+            drop(running);
+            let frames = exchange.join().unwrap();
+            println!("{transport}, {backend}: {frames} frames went and came back, each once");
+        });
+        assert_eq!(net.datagram(&ip, b"quit"), b"quit");
+        assert_eq!(guest.wait().unwrap(), Exit::PowerOff);
+    }
+}
+
+/// Waits for `text` in a console's file.
+fn wait_for(console: &Path, text: &str) {
+    let start = Instant::now();
+    while !fs::read_to_string(console).is_ok_and(|found| found.contains(text)) {
+        assert!(start.elapsed() < PATIENCE, "no {text:?} on the console");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Sets a flag when dropped, also by a failed test.
+struct Until<'a>(&'a AtomicBool);
+
+impl Drop for Until<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Numbered frames to a guest that sends each of them back.
+#[derive(Default)]
+struct Traffic {
+    is_over: AtomicBool,
+    received: AtomicU32,
+}
+
+impl Traffic {
+    /// Frames on their way at a time: fewer than any queue holds, so that none is lost for want of room.
+    const WINDOW: u32 = 16;
+
+    /// Sends as fast as the guest answers until it is over; returns how many.
+    fn exchange(&self, ip: &str) -> u32 {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect((ip, ECHO)).unwrap();
+        let (mut sent, mut missing) = (0, BTreeSet::new());
+        let mut frame = [0; 1400];
+        let mut patience = PATIENCE;
+        loop {
+            while !self.is_over.load(Ordering::Relaxed) && missing.len() < Self::WINDOW as usize {
+                frame[..4].copy_from_slice(&u32::to_le_bytes(sent));
+                socket.send(&frame).unwrap();
+                missing.insert(sent);
+                sent += 1;
+            }
+            if missing.is_empty() {
+                // A frame that comes twice may come late.
+                patience = Duration::from_millis(200);
+            }
+            socket.set_read_timeout(Some(patience)).unwrap();
+            match socket.recv(&mut frame) {
+                Ok(length) => {
+                    assert_eq!(length, frame.len());
+                    let number = u32::from_le_bytes(frame[..4].try_into().unwrap());
+                    assert!(missing.remove(&number), "frame {number} came twice");
+                    self.received.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => {
+                    assert!(
+                        missing.is_empty(),
+                        "{missing:?} of {sent} are lost: {error}"
+                    );
+                    return sent;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! A guest that runs beside the program that has started it.
+
+use std::panic::resume_unwind;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+
+use crate::builder::{self, Error};
+use crate::config::Config;
+use crate::control::RunState;
+use crate::control::exit::Exit;
+use crate::control::handle::Handle;
+use crate::kvm::state::KvmState;
+use crate::kvm::vm::VmError;
+use crate::nic::Inherited;
+
+/// A running guest. Dropping it ends the guest.
+#[derive(Debug)]
+pub struct Guest {
+    control: Handle,
+    /// None once [`Guest::wait`] has taken it.
+    thread: Option<JoinHandle<Result<Exit, Error>>>,
+}
+
+/// What cannot be done with a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// The guest has ended.
+    #[error("the guest has ended")]
+    Ended,
+    /// It was resumed while it was to be paused.
+    #[error("the guest is not paused")]
+    NotPaused,
+    /// KVM refuses something.
+    #[error(transparent)]
+    Kvm(#[from] VmError),
+}
+
+impl Guest {
+    /// Boots a guest. Its NICs are made in the calling thread's network namespace. Signals are left
+    /// to the calling program.
+    ///
+    /// # Errors
+    ///
+    /// Says why there is no guest. What was taken from the host has been given back.
+    pub fn start(config: Config) -> Result<Self, Error> {
+        let (sender, started) = mpsc::channel();
+        let run = move || {
+            builder::run(config, Inherited::default(), &[], |handle| {
+                // The receiver waits for it.
+                let _ = sender.send(handle);
+            })
+        };
+        let thread = thread::Builder::new().name("control".into()).spawn(run);
+        let thread = thread.map_err(|error| Error::Host("start the control thread", error))?;
+        match started.recv() {
+            Ok(control) => Ok(Self {
+                control,
+                thread: Some(thread),
+            }),
+            Err(_) => match join(thread) {
+                Err(error) => Err(error),
+                Ok(_) => Err(Error::Ended),
+            },
+        }
+    }
+
+    /// Whether it runs.
+    pub fn state(&self) -> RunState {
+        let asked = self.control.ask(|control, reply| {
+            let _ = reply.send(control.state());
+        });
+        asked.unwrap_or(RunState::Ended)
+    }
+
+    /// Presses its power button. A guest that takes notice powers off, in its own time.
+    pub fn press_power_button(&self) {
+        self.control.ask(|control, reply| {
+            control.press_power_button();
+            let _ = reply.send(());
+        });
+    }
+
+    /// Stops its vCPUs, then its devices. Nothing of the guest runs when this returns, and no frame
+    /// is lost that has room in the host's queue. A vCPU whose output waits for a reader of the
+    /// console stops when that reads.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the guest has ended, or is resumed meanwhile.
+    pub fn pause(&self) -> Result<(), GuestError> {
+        let done = self.control.ask(|control, done| control.pause(done));
+        done.ok_or_else(|| match self.state() {
+            RunState::Ended => GuestError::Ended,
+            _ => GuestError::NotPaused,
+        })
+    }
+
+    /// Lets a paused guest run on.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the guest has ended.
+    pub fn resume(&self) -> Result<(), GuestError> {
+        let done = self.control.ask(|control, reply| {
+            control.resume();
+            let _ = reply.send(());
+        });
+        done.ok_or(GuestError::Ended)
+    }
+
+    /// Reads what KVM holds of a paused guest: its vCPUs, interrupt controllers, timer and clock.
+    /// Its memory and its devices are not part of it.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the guest is not paused.
+    pub fn save(&self) -> Result<KvmState, GuestError> {
+        let saved = self.control.ask(|control, reply| {
+            let _ = reply.send(control.save());
+        });
+        Ok(saved
+            .ok_or(GuestError::Ended)?
+            .ok_or(GuestError::NotPaused)??)
+    }
+
+    /// Writes what [`Guest::save`] has read, into the same guest or one with the same CPUs.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the guest is not paused, or KVM refuses the state.
+    pub fn restore(&self, state: KvmState) -> Result<(), GuestError> {
+        let restored = self.control.ask(move |control, reply| {
+            let _ = reply.send(control.restore(&state));
+        });
+        Ok(restored
+            .ok_or(GuestError::Ended)?
+            .ok_or(GuestError::NotPaused)??)
+    }
+
+    /// Ends it at once, as by pulling its plug.
+    pub fn end(&self) {
+        self.control.ask::<()>(|control, _reply| control.end());
+    }
+
+    /// Waits for its end. What was taken from the host has been given back then.
+    ///
+    /// # Errors
+    ///
+    /// Says what kept the guest from running on, if it was not the guest itself.
+    pub fn wait(mut self) -> Result<Exit, Error> {
+        self.thread.take().map_or(Err(Error::Ended), join)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.end();
+            let _ = thread.join();
+        }
+    }
+}
+
+fn join(thread: JoinHandle<Result<Exit, Error>>) -> Result<Exit, Error> {
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+}

@@ -1,0 +1,46 @@
+//! The program `minivmm`: command line, log, and the exit status.
+
+use std::process::ExitCode;
+
+use crate::cli::Cli;
+use crate::config::Config;
+use crate::control::exit::{Exit, chain};
+use crate::nic::Inherited;
+use crate::{builder, commands, limits, log_writer, signals, tty};
+
+/// Does what the command line says.
+///
+/// # Safety
+///
+/// Nothing in this process may own a file descriptor that the command line can name: call it first in
+/// `main`.
+pub unsafe fn main() -> ExitCode {
+    let settled = signals::settle();
+    limits::raise();
+    let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let _log = log_writer::start(i16::from(cli.log.verbose) - i16::from(cli.log.quiet));
+    if let Err(error) = settled {
+        log::warn!("cannot change what signals do: {error}");
+    }
+    // SAFETY: as for this function, which has opened nothing that it keeps.
+    let inherited = match unsafe { Inherited::take(&cli.descriptors()) } {
+        Ok(inherited) => inherited,
+        Err(error) => {
+            log::error!("{}", chain(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    if let Some(command) = &cli.command {
+        let status = commands::run(command, inherited);
+        return ExitCode::from(status.unwrap_or_else(|error| {
+            log::error!("{}", chain(&error));
+            error.code()
+        }));
+    }
+    tty::restore_on_panic();
+    let exit = builder::run(Config::from(cli.guest), inherited, &signals::ENDING, drop);
+    let exit = exit.unwrap_or_else(|error| Exit::Failure(chain(&error)));
+    exit.log();
+    // Not `exit`: nothing that the console's thread, blocked in its read, might hold is waited for.
+    ExitCode::from(exit.code())
+}
