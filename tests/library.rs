@@ -149,7 +149,7 @@ fn saved(guest: &Guest) -> String {
 /// The general registers in it.
 fn registers(state: &str) -> String {
     let state: serde_json::Value = serde_json::from_str(state).unwrap();
-    let registers = &state["vcpus"][0]["regs"];
+    let registers = &state["kvm"]["vcpus"][0]["regs"];
     assert!(!registers.is_null());
     registers.to_string()
 }

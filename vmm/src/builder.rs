@@ -110,14 +110,14 @@ pub fn run(
     let vcpus = Vcpus::start(vm, vcpus, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
     let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
-    let control = Control::new(vcpus, Arc::clone(&exit), power_button, signals, requests)
+    let control = Control::new(vcpus, buses, power_button, signals, requests)
         .map_err(failed_to("create a timer"))?;
     started(handle);
     control
         .run(watchers)
         .map_err(failed_to("wait for events"))?;
-    // The devices' threads end with the buses; only then are the macvtaps deleted.
-    drop(buses);
+    // With the control thread's share of the buses the devices' threads have ended; only then are the
+    // macvtaps deleted.
     drop((net_devices.guards, host.host_link));
     if let Some(lost) = lost {
         lost.log();

@@ -1,6 +1,13 @@
 //! The control thread: [`event_loop`] waits for events and holds the run state, [`handle`] takes what other threads want
 //! done, and [`exit`] says how a guest ends.
 
+use devices::bus::RestoreError;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::kvm::state::KvmState;
+use crate::kvm::vm::VmError;
+
 pub mod event_loop;
 pub mod exit;
 pub mod handle;
@@ -14,4 +21,28 @@ pub enum RunState {
     Paused,
     /// It has ended, or is about to.
     Ended,
+}
+
+/// What a guest is besides its memory: its vCPUs, interrupt controllers, timer, clock and devices.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct GuestState {
+    kvm: KvmState,
+    devices: Value,
+}
+
+/// What cannot be done with a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// It has ended.
+    #[error("the guest has ended")]
+    Ended,
+    /// It runs, or was resumed while it was to be paused.
+    #[error("the guest is not paused")]
+    NotPaused,
+    /// KVM refuses something.
+    #[error(transparent)]
+    Kvm(#[from] VmError),
+    /// A device does not take its state.
+    #[error(transparent)]
+    Devices(#[from] RestoreError),
 }

@@ -6,11 +6,9 @@ use std::thread::{self, JoinHandle};
 
 use crate::builder::{self, Error};
 use crate::config::Config;
-use crate::control::RunState;
 use crate::control::exit::Exit;
 use crate::control::handle::Handle;
-use crate::kvm::state::KvmState;
-use crate::kvm::vm::VmError;
+use crate::control::{GuestError, GuestState, RunState};
 use crate::nic::Inherited;
 
 /// A running guest. Dropping it ends the guest.
@@ -19,20 +17,6 @@ pub struct Guest {
     control: Handle,
     /// None once [`Guest::wait`] has taken it.
     thread: Option<JoinHandle<Result<Exit, Error>>>,
-}
-
-/// What cannot be done with a guest.
-#[derive(Debug, thiserror::Error)]
-pub enum GuestError {
-    /// The guest has ended.
-    #[error("the guest has ended")]
-    Ended,
-    /// It was resumed while it was to be paused.
-    #[error("the guest is not paused")]
-    NotPaused,
-    /// KVM refuses something.
-    #[error(transparent)]
-    Kvm(#[from] VmError),
 }
 
 impl Guest {
@@ -108,33 +92,29 @@ impl Guest {
         done.ok_or(GuestError::Ended)
     }
 
-    /// Reads what KVM holds of a paused guest: its vCPUs, interrupt controllers, timer and clock.
-    /// Its memory and its devices are not part of it.
+    /// Reads the state of a paused guest, apart from its memory.
     ///
     /// # Errors
     ///
-    /// Fails when the guest is not paused.
-    pub fn save(&self) -> Result<KvmState, GuestError> {
+    /// Fails when the guest is not paused, or KVM refuses something.
+    pub fn save(&self) -> Result<GuestState, GuestError> {
         let saved = self.control.ask(|control, reply| {
             let _ = reply.send(control.save());
         });
-        Ok(saved
-            .ok_or(GuestError::Ended)?
-            .ok_or(GuestError::NotPaused)??)
+        saved.unwrap_or(Err(GuestError::Ended))
     }
 
-    /// Writes what [`Guest::save`] has read, into the same guest or one with the same CPUs.
+    /// Writes what [`Guest::save`] has read into a paused guest of the same configuration, whose NICs'
+    /// drivers have not started yet, and whose memory is as it was then.
     ///
     /// # Errors
     ///
-    /// Fails when the guest is not paused, or KVM refuses the state.
-    pub fn restore(&self, state: KvmState) -> Result<(), GuestError> {
+    /// Fails when the guest is not paused, or KVM or a device refuses the state.
+    pub fn restore(&self, state: GuestState) -> Result<(), GuestError> {
         let restored = self.control.ask(move |control, reply| {
-            let _ = reply.send(control.restore(&state));
+            let _ = reply.send(control.restore(state));
         });
-        Ok(restored
-            .ok_or(GuestError::Ended)?
-            .ok_or(GuestError::NotPaused)??)
+        restored.unwrap_or(Err(GuestError::Ended))
     }
 
     /// Ends it at once, as by pulling its plug.

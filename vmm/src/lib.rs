@@ -84,10 +84,9 @@ mod tty;
 mod test_signals;
 
 pub use builder::Error;
-pub use control::RunState;
 pub use control::exit::Exit;
-pub use guest::{Guest, GuestError};
+pub use control::{GuestError, GuestState, RunState};
+pub use guest::Guest;
 pub use kvm::crash::{Crash, CrashPlace, CrashReason};
 pub use kvm::probe;
-pub use kvm::state::KvmState;
 pub use tty::{RawTerminal, restore_on_panic};

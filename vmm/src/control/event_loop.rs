@@ -11,12 +11,11 @@ use devices::irq::IrqLine;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::RunState;
 use super::exit::{Exit, ExitRequest};
 use super::handle::Requests;
-use crate::kvm::state::KvmState;
+use super::{GuestError, GuestState, RunState};
+use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vcpus::Vcpus;
-use crate::kvm::vm::VmError;
 use crate::signals::not_ignored;
 
 /// How long a guest has to power off by itself after its power button was pressed.
@@ -64,6 +63,7 @@ pub struct Control {
     /// The signal that has pressed the power button.
     pressed_by: Option<libc::c_int>,
     vcpus: Vcpus,
+    devices: Arc<DeviceBuses>,
     is_paused: bool,
     /// Those that wait until all vCPUs have stopped.
     pausing: Vec<Sender<()>>,
@@ -78,19 +78,20 @@ impl Control {
     /// Fails when the process has no file descriptor left.
     pub fn new(
         vcpus: Vcpus,
-        exit: Arc<ExitRequest>,
+        devices: Arc<DeviceBuses>,
         power_button: IrqLine,
         signals: CaughtSignals,
         requests: Requests,
     ) -> io::Result<Self> {
         Ok(Self {
-            exit,
+            exit: Arc::clone(&devices.exit),
             power_button,
             signals,
             requests,
             grace: TimerFd::new()?,
             pressed_by: None,
             vcpus,
+            devices,
             is_paused: false,
             pausing: Vec::new(),
         })
@@ -129,8 +130,8 @@ impl Control {
         }
     }
 
-    /// Stops the guest. `done` gets its message once nothing of it runs: a vCPU may first have to wait for a reader of the
-    /// console. It is dropped when the guest ends or is resumed before.
+    /// Stops the guest. `done` gets its message once nothing of it runs: a vCPU may first have to wait
+    /// for a reader of the console. It is dropped when the guest ends or is resumed before.
     pub fn pause(&mut self, done: Sender<()>) {
         self.pausing.push(done);
         self.vcpus.pause();
@@ -140,7 +141,9 @@ impl Control {
         let _ = self.vcpus.stopped().read();
         // Or it was resumed meanwhile.
         if self.vcpus.have_stopped() {
-            self.is_paused = true;
+            if !std::mem::replace(&mut self.is_paused, true) {
+                self.devices.pause();
+            }
             for done in self.pausing.drain(..) {
                 let _ = done.send(());
             }
@@ -150,18 +153,38 @@ impl Control {
     /// Lets a guest that was paused, or is about to be, run on.
     pub fn resume(&mut self) {
         self.pausing.clear();
-        self.is_paused = false;
+        if std::mem::take(&mut self.is_paused) {
+            self.devices.resume();
+        }
         self.vcpus.resume();
     }
 
-    /// What KVM holds of a guest that is paused.
-    pub fn save(&self) -> Option<Result<KvmState, VmError>> {
-        self.is_paused.then(|| self.vcpus.save())
+    /// The state of a guest that is paused.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it runs, or KVM refuses something.
+    pub fn save(&self) -> Result<GuestState, GuestError> {
+        self.check_paused()?;
+        Ok(GuestState {
+            kvm: self.vcpus.save()?,
+            devices: self.devices.save(),
+        })
     }
 
-    /// Gives a guest that is paused another state.
-    pub fn restore(&self, state: &KvmState) -> Option<Result<(), VmError>> {
-        self.is_paused.then(|| self.vcpus.restore(state))
+    /// Gives a guest that is paused this state. Its memory has to be as it was then.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it runs, or KVM or a device refuses the state.
+    pub fn restore(&self, state: GuestState) -> Result<(), GuestError> {
+        self.check_paused()?;
+        self.vcpus.restore(&state.kvm)?;
+        Ok(self.devices.restore(state.devices)?)
+    }
+
+    fn check_paused(&self) -> Result<(), GuestError> {
+        self.is_paused.then_some(()).ok_or(GuestError::NotPaused)
     }
 
     /// Ends the guest at once.
