@@ -150,7 +150,7 @@ impl Facts {
             filters_vlans: named == Some(link.index) && filters_vlans(link),
         };
         let judge = Judge::new();
-        let dead = |link: &Link| judge.left_by(link).map(|owner| (link.index, owner));
+        let dead = |link: &Link| judge.stale_owner(link).map(|owner| (link.index, owner));
         let mut facts = Self {
             vhost_net: VhostNet::look(Path::new("/dev/vhost-net")),
             privileges: Privileges::of_this_thread().ok(),
@@ -187,7 +187,7 @@ impl Driver {
     fn look() -> Self {
         let asked = netns::enter_new()
             .and_then(|_namespace| Netlink::connect())
-            .map(|private| private.ask_for_impossible_macvtap());
+            .map(|private| private.request_impossible_macvtap());
         match asked {
             Ok(Err(error)) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Self::Absent,
             Ok(Err(error)) if error.raw_os_error() == Some(libc::EINVAL) => Self::Present,

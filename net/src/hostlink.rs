@@ -1,12 +1,12 @@
-//! The host's own place among its guests.
+//! The host link: the host's own link among its guests.
 //!
-//! A link and the macvtaps on it cannot hear each other: the macvlan driver hands frames to the wire and to its own
-//! links, never to the link below. So the host talks with its guests through a macvlan in bridge mode beside them,
-//! which carries the host's address: the host link.
+//! A link and the macvtaps on it cannot reach each other: the macvlan driver passes frames to the wire and to its own
+//! links, never to the link below. So the host talks with its guests through a macvlan in bridge mode beside them, which
+//! carries the host's address.
 //!
-//! When the lower link had the host's only address in that network, it has to move: two links that lead to the same
-//! network would leave the host looking for its guests on the wrong one. Routes move with it. A step that fails takes
-//! all before it back. What is needed for the way back is remembered in the alias of the host link.
+//! When the lower link had the host's only address in that network, it has to move: of two links into the same network the
+//! host would use the wrong one. Routes move with it. A step that fails takes all before it back. The alias of the host
+//! link records what undoing the move takes.
 
 use rtnetlink::packet_route::address::AddressMessage;
 
@@ -15,13 +15,12 @@ use crate::diagnose;
 use crate::link_guard::LinkGuard;
 use crate::mac::MacAddr;
 use crate::name::{LinkName, NewLinkName};
-use crate::netlink::{Link, Netlink};
+use crate::netlink::{Link, Netlink, Object};
 use crate::netns;
 use crate::owner::Owner;
 use crate::stale::{self, Judge};
 
 mod announce;
-mod attached;
 mod making;
 mod moving;
 mod present;
@@ -30,8 +29,9 @@ mod settings;
 mod step;
 mod tag;
 
-use making::{make, move_steps, vrf_of};
-use present::{Everything, Present};
+use making::make;
+use moving::Everything;
+use present::Present;
 pub use problem::{HostLinkError, HostLinkProblem};
 use settings::Paused;
 use step::{Journal, Step};
@@ -48,9 +48,9 @@ pub struct HostLinkSpec {
     /// The host's addresses among its guests.
     pub addresses: Vec<InterfaceAddress>,
     /// Move the addresses and routes of the lower link onto this one: all of both families, in all tables, but those
-    /// that hold on a single link only; and with them the neighbour entries that it was given, the policy rules by its
-    /// name, and its settings in /proc/sys/net. Firewall rules by its name stay as they are. Something that manages the
-    /// lower's addresses (a DHCP client, a network manager) does not know of it, and has to be told.
+    /// that hold on a single link only; and with them the neighbour entries that were set, the policy rules by its name,
+    /// and its settings in /proc/sys/net. Firewall rules by its name stay as they are. What manages the lower's addresses
+    /// (a DHCP client, a network manager) has to be reconfigured.
     pub move_addresses: bool,
     /// None for a random, locally administered one.
     pub mac: Option<MacAddr>,
@@ -80,7 +80,7 @@ pub struct HostLink {
     pub index: u32,
     /// The name of the link that it sits on.
     pub lower: String,
-    /// All that it was given, those that were moved first.
+    /// All that it has, the moved ones first.
     pub addresses: Vec<InterfaceAddress>,
     /// Whether the lower's addresses were moved onto it, or back.
     pub moved: bool,
@@ -124,8 +124,8 @@ impl HostLink {
     }
 }
 
-/// A host link that belongs to the calling process: dropping this deletes it. Its alias names the [`Owner`], so that what
-/// a killed process left behind is deleted by [`delete_stale`](crate::delete_stale()) and the next [`Macvtap::open`](crate::Macvtap::open).
+/// A host link that belongs to the calling process: dropping this deletes it. Its alias names the [`Owner`]: after a kill,
+/// [`delete_stale`](crate::delete_stale()) or the next [`Macvtap::open`](crate::Macvtap::open) deletes it.
 #[derive(Debug)]
 pub struct HostLinkGuard {
     link: HostLink,
@@ -134,7 +134,7 @@ pub struct HostLinkGuard {
 
 impl HostLinkGuard {
     /// Makes a host link as [`HostLink::create`] does, for as long as this value lives. It cannot take over the lower's
-    /// addresses: whoever is killed could not give them back.
+    /// addresses: a killed process could not move them back.
     ///
     /// # Errors
     ///
@@ -150,7 +150,7 @@ impl HostLinkGuard {
             }
             stale::try_delete_stale(host);
             let owner = Owner::this_process()
-                .map_err(HostLinkProblem::from_step("tell who this process is"))?;
+                .map_err(HostLinkProblem::from_step("identify this process"))?;
             let namespace = netns::current()
                 .map_err(HostLinkProblem::from_step("open the network namespace"))?;
             let link = make(host, spec, Some(&owner), Journal::new(host))?;
@@ -203,13 +203,14 @@ fn host_links_on<'a>(links: &'a [Link], lower: &Link) -> impl Iterator<Item = (&
     macvlans_on(links, lower).filter_map(|link| Some((link, Tag::from_alias(&link.alias)?)))
 }
 
-/// A host link for a process's lifetime, if the process has ended without deleting it.
-fn left_by<'a>(link: &'a Link, owner: &Owner) -> Result<(&'a Link, Tag), HostLinkProblem> {
-    if Judge::new().left_by(link).is_some() {
-        return Ok((link, Tag::default()));
-    }
+/// A host link for a process's lifetime, if the process has ended without deleting it; None if `link` has no owner.
+fn stale_one(link: &Link) -> Option<Result<(&Link, Tag), HostLinkProblem>> {
+    let owner: Owner = link.alias.parse().ok()?;
     let (name, pid) = (link.name.clone(), owner.pid());
-    Err(HostLinkProblem::InUse { name, pid })
+    Some(match Judge::new().stale_owner(link) {
+        Some(_) => Ok((link, Tag::default())),
+        None => Err(HostLinkProblem::InUse { name, pid }),
+    })
 }
 
 /// The host link that is called `name`, or sits on the link of that name.
@@ -217,31 +218,28 @@ fn host_link_of<'a>(links: &'a [Link], name: &str) -> Result<(&'a Link, Tag), Ho
     let named = diagnose::find(links, name)?;
     let name = named.name.clone();
     if named.is_macvlan() {
-        if let Ok(owner) = named.alias.parse() {
-            return left_by(named, &owner);
-        }
-        let tag = Tag::from_alias(&named.alias).ok_or(HostLinkProblem::NotOurs { name })?;
-        return Ok((named, tag));
+        let tagged = || Tag::from_alias(&named.alias).map(|tag| (named, tag));
+        let not_one = HostLinkProblem::NotOurs { name };
+        return stale_one(named).unwrap_or_else(|| tagged().ok_or(not_one));
     }
     let mut found: Vec<_> = host_links_on(links, named).collect();
-    match (found.pop(), found.is_empty()) {
-        (None, _) => {
-            let owned = macvlans_on(links, named)
-                .find_map(|link| Some((link, link.alias.parse::<Owner>().ok()?)));
-            let (link, owner) = owned.ok_or(HostLinkProblem::NoHostLink { name })?;
-            left_by(link, &owner)
-        }
-        (Some(one), true) => Ok(one),
-        (Some(last), false) => {
-            found.push(last);
-            let names = found.iter().map(|(link, _)| format!("`{}`", link.name));
-            let names = names.collect();
-            Err(HostLinkProblem::Several { names })
-        }
+    if found.len() > 1 {
+        let names = found.iter().map(|(link, _)| format!("`{}`", link.name));
+        let names = names.collect();
+        return Err(HostLinkProblem::Several { names });
     }
+    let stale = || macvlans_on(links, named).find_map(stale_one);
+    let none = HostLinkProblem::NoHostLink { name };
+    found.pop().map_or_else(|| stale().unwrap_or(Err(none)), Ok)
 }
 
-/// Refuses a way back out of a VRF, or into one.
+/// The VRF that a link belongs to. A host link has to be in the lower's, or its addresses and routes would be in another
+/// table.
+fn vrf_of<'a>(links: &'a [Link], link: &Link) -> Option<&'a Link> {
+    diagnose::by_index(links, link.master).filter(|master| master.kind == "vrf")
+}
+
+/// Refuses to move addresses back out of a VRF, or into one.
 fn check_vrf(links: &[Link], link: &Link, lower: &Link) -> Result<(), HostLinkProblem> {
     let vrf = vrf_of(links, link);
     if vrf == vrf_of(links, lower) {
@@ -262,53 +260,24 @@ fn unmake(
     mut journal: Journal<'_>,
 ) -> Result<HostLink, HostLinkProblem> {
     let lower = diagnose::by_index(links, link.lower);
-    let of_link = |message: &AddressMessage| moving::moves(message, link.into());
     let mut had = host
         .addresses()
         .map_err(HostLinkProblem::from_step("list the addresses"))?;
-    had.retain(of_link);
+    had.retain(|message| moving::moves(message, link.into()));
     if tag.moved {
-        let Some(lower) = lower else {
-            let name = link.name.clone();
-            return Err(HostLinkProblem::LowerElsewhere { name });
-        };
+        let lower = lower.ok_or_else(|| HostLinkProblem::LowerElsewhere {
+            name: link.name.clone(),
+        })?;
         check_vrf(links, link, lower)?;
-        let mut take = |step: Step| {
-            let explain = |source| HostLinkProblem::explain(&step, &lower.name, source);
-            journal.take(step.clone()).map_err(explain)
-        };
-        // As long as its neighbours are the lower's, it would answer for all of them.
-        if let Some(value) = Paused::ProxyArp.read(&link.name) {
-            take(Paused::ProxyArp.off(&link.name, value))?;
-        }
-        let is_own = |message: &&AddressMessage| {
-            moving::ip_of(message).is_some_and(|address| tag.own.contains(&address.ip()))
-        };
-        for own in had.iter().filter(is_own) {
-            take(Step::DeleteAddress(own.clone()))?;
-        }
-        // Their routes went with them, so only now is it clear what is left to move.
-        let all = Everything::of(host)?;
-        let mut left = all.addresses.clone();
-        left.retain(|message| of_link(message) && !moving::is_autoconfigured(message));
-        // A move that was interrupted has left some of it on both links.
-        let present = Present::on(lower.into(), &all);
-        for step in move_steps(link.into(), lower.into(), &left, &all)? {
-            if !present.covers(&step) {
-                take(step)?;
-            }
-        }
-        for (what, value) in &tag.paused {
-            take(what.on(&lower.name, *value))?;
-        }
+        move_back(host, link, lower, tag, &had, &mut journal)?;
     }
     host.delete(link.index)
         .map_err(HostLinkProblem::from_step("delete the link"))?;
     journal.commit();
     let addresses: Vec<InterfaceAddress> = had.iter().filter_map(moving::ip_of).collect();
     if let Some(lower) = lower.filter(|_| tag.moved) {
-        let is_back = |address: &&InterfaceAddress| !tag.own.contains(&address.ip());
-        let back: Vec<_> = addresses.iter().filter(is_back).copied().collect();
+        let mut back = addresses.clone();
+        back.retain(|address| !tag.own.contains(&address.ip()));
         announce(host, lower.index, &back);
     }
     Ok(HostLink {
@@ -318,6 +287,44 @@ fn unmake(
         addresses,
         moved: tag.moved,
     })
+}
+
+/// Moves what the host link took over back to its lower. `had` are its addresses, its own ones included.
+fn move_back(
+    host: &Netlink,
+    link: &Link,
+    lower: &Link,
+    tag: &Tag,
+    had: &[AddressMessage],
+    journal: &mut Journal<'_>,
+) -> Result<(), HostLinkProblem> {
+    let mut take = |step: Step| {
+        let explain = |source| HostLinkProblem::explain(&step, &lower.name, source);
+        journal.take(step.clone()).map_err(explain)
+    };
+    // As long as its neighbours are the lower's, it would answer for all of them.
+    if let Some(value) = Paused::ProxyArp.read(&link.name) {
+        take(Paused::ProxyArp.set(&link.name, value, 0))?;
+    }
+    let is_own = |message: &&AddressMessage| {
+        moving::ip_of(message).is_some_and(|address| tag.own.contains(&address.ip()))
+    };
+    for own in had.iter().filter(is_own) {
+        take(Step::Delete(Object::Address(own.clone())))?;
+    }
+    // Their routes went with them, so only now is it clear what is left to move.
+    let all = Everything::of(host)?;
+    let mut left = all.addresses.clone();
+    left.retain(|message| !moving::is_autoconfigured(message));
+    // A move that was interrupted has left some of it on both links.
+    let present = Present::on(lower.into(), &all);
+    for step in moving::plan(link.into(), lower.into(), &left, &all)? {
+        if !present.covers(&step) {
+            take(step)?;
+        }
+    }
+    let mut paused = tag.paused.iter();
+    paused.try_for_each(|(what, value)| take(what.set(&lower.name, 0, *value)))
 }
 
 #[cfg(test)]

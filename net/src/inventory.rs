@@ -134,7 +134,7 @@ fn judge(lowers: &mut [LowerInfo], links: &[Link]) {
     for upper in lowers.iter_mut().flat_map(|lower| &mut lower.uppers) {
         if let Some(link) = diagnose::by_index(links, Some(upper.index)) {
             upper.owner = judge.owner_of(link);
-            upper.leaked = judge.left_by(link).is_some();
+            upper.leaked = judge.stale_owner(link).is_some();
         }
     }
 }

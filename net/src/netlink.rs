@@ -1,26 +1,25 @@
-//! The kernel's tables of links, addresses and routes behind blocking calls, none of which waits for ever: what is asked
-//! for goes through a small client of our own (`reading.rs`), what is made and changed through rtnetlink.
+//! The kernel's tables of links, addresses, routes and so on. Calls block, none for ever. rtnetlink's messages make and
+//! change things; a client of our own sends them, and reads what the kernel says (`client.rs`).
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use rtnetlink::LinkUnspec;
+use rtnetlink::packet_core::{NLM_F_ACK, NetlinkSerializable};
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::link::LinkMessage;
+use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
-mod changing;
-mod ip;
+mod client;
 mod link;
-mod making;
-mod policy;
-mod reading;
+mod new_link;
+mod objects;
 mod wire;
 mod worker;
 
+use client::Request;
+pub(crate) use client::{is_interrupted, receive};
 pub(crate) use link::Link;
-pub(crate) use making::{Birthplace, CHOSEN_INDEXES, Driver, NewLink, random_index, random_name};
-use reading::Request;
-pub(crate) use reading::{is_interrupted, receive};
+pub(crate) use new_link::{CHOSEN_INDEXES, Driver, NewLink, random_index, random_name};
+pub(crate) use objects::Object;
 pub(crate) use wire::{Message, Messages};
 use worker::Worker;
 
@@ -31,7 +30,7 @@ pub(crate) struct Netlink(Worker);
 impl Netlink {
     /// Connects to the network namespace of the calling thread.
     pub(crate) fn connect() -> io::Result<Self> {
-        Worker::start(reading::LIMIT).map(Self)
+        Worker::start(client::LIMIT).map(Self)
     }
 
     /// All links of the namespace.
@@ -47,9 +46,8 @@ impl Netlink {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
-    /// Writes a text on a link.
     pub(crate) fn set_alias(&self, index: u32, alias: &str) -> io::Result<()> {
-        self.set(LinkUnspec::new_with_index(index).alias(alias).build())
+        self.set(link(index).alias(alias))
     }
 
     /// Moves a link that is down to another namespace, and renames it there: `mvt%d` stands for the first free one of
@@ -60,37 +58,48 @@ impl Netlink {
         index: u32,
         name: &str,
     ) -> io::Result<()> {
-        let message = LinkUnspec::new_with_index(index).setns_by_fd(namespace.as_raw_fd());
-        self.set(message.name(name).build())
+        self.set(link(index).setns_by_fd(namespace.as_raw_fd()).name(name))
     }
 
-    /// Brings a link up, receiving all multicast: the macvlan driver would pass on only the groups that the *host* has
+    /// Brings a link up and changes nothing else.
+    pub(crate) fn up(&self, index: u32) -> io::Result<()> {
+        self.set(link(index).up())
+    }
+
+    /// Brings a link up that receives all multicast: the macvlan driver would pass on only the groups that the *host* has
     /// joined.
     pub(crate) fn bring_up(&self, index: u32) -> io::Result<()> {
-        let message = LinkUnspec::new_with_index(index)
-            .allmulticast(true)
-            .up()
-            .build();
-        self.set(message)
+        self.set(link(index).allmulticast(true).up())
     }
 
-    fn set(&self, message: LinkMessage) -> io::Result<()> {
-        self.change(RouteNetlinkMessage::SetLink(message), 0)
+    /// Makes a link a port of another one.
+    pub(crate) fn set_master(&self, index: u32, master: u32) -> io::Result<()> {
+        self.set(link(index).controller(master))
+    }
+
+    fn set(&self, link: LinkMessageBuilder<LinkUnspec>) -> io::Result<()> {
+        self.change(vec![(RouteNetlinkMessage::SetLink(link.build()), 0)])
     }
 
     /// Deletes a link.
     pub(crate) fn delete(&self, index: u32) -> io::Result<()> {
-        let message = LinkUnspec::new_with_index(index).build();
-        self.change(RouteNetlinkMessage::DelLink(message), 0)
+        let message = RouteNetlinkMessage::DelLink(link(index).build());
+        self.change(vec![(message, 0)])
     }
 
-    fn change(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        self.change_all(vec![(message, flags)])
-    }
-
-    /// Makes changes by one datagram, which the kernel works off in one go, and goes on after one that it refuses.
-    fn change_all(&self, messages: Vec<(RouteNetlinkMessage, u16)>) -> io::Result<()> {
-        self.0.call(move |changer| changer.change(messages))
+    /// Makes changes by one datagram, each with these of `NLM_F_*`: see [`client::change`].
+    fn change(&self, messages: Vec<(RouteNetlinkMessage, u16)>) -> io::Result<()> {
+        let request = |(message, flags): (RouteNetlinkMessage, u16)| {
+            let mut body = vec![0; message.buffer_len()];
+            message.serialize(&mut body);
+            Request {
+                kind: message.message_type(),
+                flags: (NLM_F_ACK | flags).into(),
+                body,
+            }
+        };
+        let requests: Vec<Request> = messages.into_iter().map(request).collect();
+        self.0.call(move || client::change(&requests))
     }
 
     fn ask<T: Send + 'static>(
@@ -98,17 +107,22 @@ impl Netlink {
         request: Request,
         parse: fn(&[u8]) -> Option<T>,
     ) -> io::Result<Vec<T>> {
-        self.0.call(move |_| reading::ask(&request, parse))
+        self.0.call(move || client::ask(request, parse))
     }
 }
 
-/// The message that asks for all links, with an answer that has this number.
+/// The beginning of a message about the link with this index.
+fn link(index: u32) -> LinkMessageBuilder<LinkUnspec> {
+    LinkUnspec::new_with_index(index)
+}
+
+/// The message that requests all links, with answers of this number.
 pub(crate) fn link_dump(sequence: u32) -> Vec<u8> {
     let all = link_request(0, libc::NLM_F_DUMP);
     wire::request(all.kind, all.flags, sequence, &all.body)
 }
 
-/// The message that turns these flags of a link on (of IFF_*), with a refusal that has this number.
+/// The message that turns these flags of a link on (of IFF_*), with a refusal of this number.
 pub(crate) fn flags_change(index: u32, flags: u32, sequence: u32) -> Vec<u8> {
     let mut body = link::header(index);
     // ifi_flags, and ifi_change, which says which of them count.
@@ -117,7 +131,7 @@ pub(crate) fn flags_change(index: u32, flags: u32, sequence: u32) -> Vec<u8> {
     wire::request(libc::RTM_SETLINK, 0, sequence, &body)
 }
 
-/// Asks for the link with this index, or with NLM_F_DUMP and 0 for all, without the statistics.
+/// Requests the link with this index, or with NLM_F_DUMP and 0 all, without the statistics.
 fn link_request(index: u32, flags: i32) -> Request {
     let mut body = link::header(index);
     let without_statistics = libc::RTEXT_FILTER_SKIP_STATS.to_ne_bytes();
@@ -126,6 +140,5 @@ fn link_request(index: u32, flags: i32) -> Request {
         kind: libc::RTM_GETLINK,
         flags,
         body,
-        answer: libc::RTM_NEWLINK,
     }
 }

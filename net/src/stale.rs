@@ -56,7 +56,7 @@ fn delete_stale_by(netlink: &Netlink) -> io::Result<Vec<StaleLink>> {
     let mut deleted = Vec::new();
     let judge = Judge::new();
     for link in netlink.links()? {
-        let Some(owner) = judge.left_by(&link) else {
+        let Some(owner) = judge.stale_owner(&link) else {
             continue;
         };
         // Another process may have been faster.
@@ -125,7 +125,7 @@ impl Judge {
     }
 
     /// Who has left it behind; None for a link that is somebody else's, and for one that may be in use.
-    pub(crate) fn left_by(&self, link: &Link) -> Option<Owner> {
+    pub(crate) fn stale_owner(&self, link: &Link) -> Option<Owner> {
         let owner = self.owner_of(link)?;
         let is_left = match self.record_of(link) {
             RecordState::Held => false,

@@ -1,32 +1,29 @@
-//! Telling the neighbours which NIC has an address now. Without it they would send to the old one until they ask
-//! again, for a minute or so; and nobody hears that one once its link is deleted.
+//! Announces to the neighbours which NIC has an address now. Without it they would send to the old one until they ask
+//! again, for a minute or so; and a deleted link receives nothing.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::SendFlags;
+
+use crate::listen::packet_socket;
 
 type Mac = [u8; 6];
 
 const BROADCAST: Mac = [0xff; 6];
+const ICMPV6: u8 = libc::IPPROTO_ICMPV6 as u8;
 
 /// Announces that link `index` with address `mac` has these addresses. Needs CAP_NET_RAW; without it nothing is lost
 /// but time.
 pub(super) fn announce(index: u32, mac: Mac, addresses: impl IntoIterator<Item = IpAddr>) {
     let all = || {
-        let socket = rustix::net::socket_with(
-            AddressFamily::PACKET,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let socket = packet_socket(index, 0, &[])?;
         for address in addresses {
             let frame = match address {
                 IpAddr::V4(ip) => arp_announcement(mac, ip),
                 IpAddr::V6(ip) => neighbour_advertisement(mac, ip),
             };
-            send(&socket, index, &frame)?;
+            rustix::net::send(&socket, &frame, SendFlags::empty())?;
         }
         io::Result::Ok(())
     };
@@ -35,96 +32,33 @@ pub(super) fn announce(index: u32, mac: Mac, addresses: impl IntoIterator<Item =
     }
 }
 
-fn send(socket: &OwnedFd, index: u32, frame: &[u8]) -> io::Result<()> {
-    let to = libc::sockaddr_ll {
-        sll_family: libc::AF_PACKET as u16,
-        sll_protocol: 0,
-        sll_ifindex: index as i32,
-        sll_hatype: 0,
-        sll_pkttype: 0,
-        sll_halen: 0,
-        sll_addr: [0; 8],
-    };
-    let (length, socket) = (size_of_val(&to) as libc::socklen_t, socket.as_raw_fd());
-    // SAFETY: both pointers come from references that outlive the call, each with the length of what it points to, and
-    // sendto only reads there.
-    let sent = unsafe {
-        libc::sendto(
-            socket,
-            frame.as_ptr().cast(),
-            frame.len(),
-            0,
-            (&raw const to).cast(),
-            length,
-        )
-    };
-    if sent < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-/// A question for one's own address, which everybody takes notice of (RFC 5227, 2.3).
+/// An ARP request for one's own address, which all neighbours take notice of (RFC 5227, 2.3).
 fn arp_announcement(mac: Mac, ip: Ipv4Addr) -> Vec<u8> {
     // Ethernet header; hardware type Ethernet, protocol IPv4, their address lengths, request.
     let head: [u8; 10] = [0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 1];
-    let parts: [&[u8]; 7] = [
-        &BROADCAST,
-        &mac,
-        &head,
-        &mac,
-        &ip.octets(),
-        &[0; 6],
-        &ip.octets(),
-    ];
-    let mut frame = parts.concat();
+    let sender = [&mac[..], &ip.octets()].concat();
+    let target = [&[0; 6][..], &ip.octets()].concat();
+    let mut frame = [&BROADCAST[..], &mac, &head, &sender, &target].concat();
     frame.resize(60, 0);
     frame
 }
 
-/// An answer that nobody asked for, to all nodes on the link (RFC 4861, 4.4 and 7.2.6).
+/// An unsolicited neighbour advertisement, to all nodes on the link (RFC 4861, 4.4 and 7.2.6).
 fn neighbour_advertisement(mac: Mac, ip: Ipv6Addr) -> Vec<u8> {
     let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
     // Type 136 with its checksum still 0 and the override flag; then the option "target link-layer address".
-    let mut message = [
-        &[136, 0, 0, 0, 0x20, 0, 0, 0],
-        ip.octets().as_slice(),
-        &[2, 1],
-        &mac,
-    ]
-    .concat();
+    let start = [136, 0, 0, 0, 0x20, 0, 0, 0];
+    let mut message = [&start[..], &ip.octets(), &[2, 1], &mac].concat();
     let length = message.len() as u8;
-    let pseudo_header = [
-        ip.octets().as_slice(),
-        &all_nodes.octets(),
-        &[0, 0, 0, length, 0, 0, 0, libc::IPPROTO_ICMPV6 as u8],
-    ]
-    .concat();
-    let sum = checksum(&[pseudo_header.as_slice(), &message].concat());
+    let pseudo_header = [0, 0, 0, length, 0, 0, 0, ICMPV6];
+    let addresses = [ip.octets(), all_nodes.octets()].concat();
+    let sum = checksum(&[&addresses[..], &pseudo_header, &message].concat());
     message[2..4].copy_from_slice(&sum.to_be_bytes());
     // Ethernet header with the group's MAC address; IPv6 header with hop limit 255.
     let group = [0x33, 0x33, 0, 0, 0, 1];
-    let ethernet_and_ip = [
-        0x86,
-        0xdd,
-        0x60,
-        0,
-        0,
-        0,
-        0,
-        length,
-        libc::IPPROTO_ICMPV6 as u8,
-        255,
-    ];
-    let parts: [&[u8]; 6] = [
-        &group,
-        &mac,
-        &ethernet_and_ip,
-        &ip.octets(),
-        &all_nodes.octets(),
-        &message,
-    ];
-    parts.concat()
+    let ethernet_and_ip = [0x86, 0xdd, 0x60, 0, 0, 0, 0, length, ICMPV6, 255];
+    let head = [&group[..], &mac, &ethernet_and_ip].concat();
+    [&head[..], &ip.octets(), &all_nodes.octets(), &message].concat()
 }
 
 /// RFC 1071, of an even number of bytes.

@@ -1,19 +1,24 @@
-//! Moving addresses and routes from one link to another: the plan, which is pure.
+//! Moving addresses, routes, neighbour entries and policy rules from one link to another: the plan, which is pure.
 
 use std::net::IpAddr;
 
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
-use rtnetlink::packet_route::route::{
-    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags, RouteProtocol,
-    RouteType,
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
-use rtnetlink::packet_route::{AddressFamily, route::RouteAddress};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags,
+    RouteProtocol, RouteType,
+};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
 
+use super::HostLinkProblem;
 use super::step::Step;
 use crate::address::{InterfaceAddress, is_link_local};
-use crate::netlink::Link;
+use crate::netlink::{Link, Netlink, Object};
 
 /// What a move needs to know of a link.
 #[derive(Clone, Copy, Debug)]
@@ -31,11 +36,32 @@ impl<'a> From<&'a Link> for End<'a> {
     }
 }
 
-/// A route by a next-hop object, which would have to be moved itself: `ip nexthop`.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct UsesNextHopObject;
+/// All that can be moved in a namespace. There may be thousands.
+#[derive(Debug, Default)]
+pub(super) struct Everything {
+    pub addresses: Vec<AddressMessage>,
+    pub routes: Vec<RouteMessage>,
+    pub neighbours: Vec<NeighbourMessage>,
+    pub rules: Vec<RuleMessage>,
+}
 
-/// What has to be done to move all of `addresses` and `routes` that are `from`'s and not link-local ones.
+impl Everything {
+    /// What there is now.
+    pub(super) fn of(host: &Netlink) -> Result<Self, HostLinkProblem> {
+        let explain = HostLinkProblem::from_step;
+        Ok(Self {
+            addresses: host.addresses().map_err(explain("list the addresses"))?,
+            routes: host.routes().map_err(explain("list the routes"))?,
+            neighbours: host.neighbours().map_err(explain("list the neighbours"))?,
+            rules: host.rules().map_err(explain("list the policy rules"))?,
+        })
+    }
+}
+
+/// An object as it is to be, and as it was.
+type Moved = (Object, Object);
+
+/// The steps that move those of `addresses`, and of `all` else, that are `from`'s and not link-local ones.
 ///
 /// A route through a gateway can be made only where another route leads to that gateway, and that goes for the way back
 /// too. So for a time both links have the addresses and the routes on the link, and meanwhile those through a gateway
@@ -44,44 +70,57 @@ pub(super) fn plan(
     from: End<'_>,
     to: End<'_>,
     addresses: &[AddressMessage],
-    routes: &[RouteMessage],
-) -> Result<Vec<Step>, UsesNextHopObject> {
-    let addresses = in_order_of_making(addresses.iter().filter(|address| moves(address, from)));
-    let routes = routes.iter().filter(|route| leads_over(route, from));
-    let (through, direct): (Vec<_>, Vec<_>) = routes.partition(|route| has_gateway(route));
-    let by_object = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::NhId(_));
-    let mut all = through.iter().chain(&direct);
-    if all.any(|route| route.attributes.iter().any(by_object)) {
-        return Err(UsesNextHopObject);
-    }
+    all: &Everything,
+) -> Result<Vec<Step>, HostLinkProblem> {
+    let address = |it: &AddressMessage, to| Object::Address(address_on(it, from, to));
+    let route = |it: &RouteMessage, to| Object::Route(route_over(it, from, to));
+    let neighbour = |it: &NeighbourMessage, to| Object::Neighbour(neighbour_on(it, to));
+    let rule = |it: &RuleMessage, to| Object::Rule(rule_on(it, from, to));
 
-    let mut steps = Vec::new();
-    steps.extend(
-        addresses
-            .iter()
-            .map(|address| Step::AddAddress(address_on(address, from, to))),
-    );
-    steps.extend(
-        direct
-            .iter()
-            .map(|route| Step::AddRoute(route_over(route, from, to))),
-    );
-    for route in through {
-        let mut change = [
-            Step::AddRoute(route_over(route, from, to)),
-            Step::DeleteRoute(route_over(route, from, from)),
-        ];
-        // IPv6 would make one route with two next hops of both. So whoever is killed in between loses it.
-        if route.header.address_family == AddressFamily::Inet6 {
+    let routes = all.routes.iter().filter(|route| leads_over(route, from));
+    let by_object = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::NhId(_));
+    if routes
+        .clone()
+        .any(|route| route.attributes.iter().any(by_object))
+    {
+        let name = from.name.to_owned();
+        return Err(HostLinkProblem::NextHopObject { name });
+    }
+    let (through, direct): (Vec<_>, Vec<_>) = routes.partition(|route| has_gateway(route));
+    let direct: Vec<Moved> = direct
+        .into_iter()
+        .map(|it| (route(it, to), route(it, from)))
+        .collect();
+    let addresses = addresses.iter().filter(|address| moves(address, from));
+    let addresses = in_order_of_making(addresses).into_iter();
+    let addresses: Vec<Moved> = addresses
+        .map(|it| (address(it, to), address(it, from)))
+        .collect();
+    let neighbours = all.neighbours.iter().filter(|entry| is_set(entry, from));
+    let neighbours: Vec<Moved> = neighbours
+        .map(|it| (neighbour(it, to), neighbour(it, from)))
+        .collect();
+    let rules = all.rules.iter().filter(|rule| names(rule, from));
+    let rules: Vec<Moved> = rules.map(|it| (rule(it, to), rule(it, from))).collect();
+
+    let add = |(new, _): &Moved| Step::Add(new.clone());
+    let delete = |(_, old): &Moved| Step::Delete(old.clone());
+    let first = neighbours.iter().chain(&rules).chain(&addresses);
+    let mut steps: Vec<Step> = first.chain(&direct).map(add).collect();
+    for it in through {
+        let mut change = [Step::Add(route(it, to)), Step::Delete(route(it, from))];
+        // IPv6 would make one route with two next hops of both. So one that is killed in between loses it.
+        if it.header.address_family == AddressFamily::Inet6 {
             change.reverse();
         }
         steps.extend(change);
     }
-    let gone = direct.iter().rev();
-    steps.extend(gone.map(|route| Step::DeleteRoute(route_over(route, from, from))));
+    steps.extend(direct.iter().rev().map(delete));
+    // With a link's last IPv4 address the kernel drops its neighbour entries, set ones too (`fib_disable_ip` in
+    // net/ipv4/fib_frontend.c): before that they can still be put back.
+    steps.extend(rules.iter().chain(&neighbours).map(delete));
     // Secondaries first, because the kernel deletes them with their primary.
-    let gone = addresses.iter().rev();
-    steps.extend(gone.map(|address| Step::DeleteAddress(address_on(address, from, from))));
+    steps.extend(addresses.iter().rev().map(delete));
     Ok(steps)
 }
 
@@ -112,20 +151,20 @@ pub(super) fn ip_of(message: &AddressMessage) -> Option<InterfaceAddress> {
     InterfaceAddress::new(local.or(address)?, message.header.prefix_len)
 }
 
-/// Whether an address was given for a time only, as DHCP and router advertisements do.
+/// Whether an address has a lifetime, as those of DHCP and router advertisements do.
 pub(super) fn is_leased(message: &AddressMessage) -> bool {
     message.attributes.iter().any(
         |attribute| matches!(attribute, AddressAttribute::CacheInfo(times) if times.ifa_valid != u32::MAX),
     )
 }
 
-/// Whether the kernel made an IPv6 address up from a router advertisement, rather than that it was given to the link:
-/// by us, that is without duplicate detection.
+/// Whether the kernel made an IPv6 address of a router advertisement. Those that this crate adds are without duplicate
+/// detection.
 pub(super) fn is_autoconfigured(message: &AddressMessage) -> bool {
-    let given = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Nodad));
+    let added = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Nodad));
     message.header.family == AddressFamily::Inet6
         && is_leased(message)
-        && !message.attributes.iter().any(given)
+        && !message.attributes.iter().any(added)
 }
 
 /// Whether `route` is the kernel's own to the network of an address.
@@ -154,7 +193,7 @@ fn address_on(message: &AddressMessage, from: End<'_>, to: End<'_>) -> AddressMe
         | AddressFlags::Homeaddress
         | AddressFlags::Managetempaddr
         | AddressFlags::Mcautojoin;
-    // It was in use a moment ago: nobody else has it, and it has to go on at once.
+    // It was in use a moment ago: no other host has it, and it has to go on at once.
     let at_once = match message.header.family {
         AddressFamily::Inet6 => AddressFlags::Nodad,
         _ => AddressFlags::empty(),
@@ -220,7 +259,7 @@ fn has_gateway(route: &RouteMessage) -> bool {
     route.attributes.iter().any(through)
 }
 
-/// `route`, which leads over `from`, leading over `to` in its stead.
+/// `route`, which leads over `from`, leading over `to` instead.
 pub(super) fn route_over(route: &RouteMessage, from: End<'_>, to: End<'_>) -> RouteMessage {
     let change = |index: &mut u32| {
         if *index == from.index {
@@ -249,5 +288,88 @@ pub(super) fn route_over(route: &RouteMessage, from: End<'_>, to: End<'_>) -> Ro
         }
         true
     });
+    moved
+}
+
+/// Whether `entry` is one of `from`'s that was set: not learnt by the kernel, nor made by it for a group.
+fn is_set(entry: &NeighbourMessage, from: End<'_>) -> bool {
+    let header = &entry.header;
+    // The kernel gives groups and broadcasts such entries: their MAC addresses have the group bit.
+    let to_one = || {
+        entry.attributes.iter().any(|attribute| {
+            matches!(attribute, NeighbourAttribute::LinkLayerAddress(mac) if mac.first().is_some_and(|first| first & 1 == 0) && mac.iter().any(|byte| *byte != 0))
+        })
+    };
+    let set = match header.state {
+        NeighbourState::Permanent => true,
+        NeighbourState::Noarp => to_one(),
+        _ => header.flags.contains(NeighbourFlags::Proxy) || is_managed(entry),
+    };
+    set && header.ifindex == from.index
+        && matches!(header.family, AddressFamily::Inet | AddressFamily::Inet6)
+}
+
+/// Whether the kernel keeps looking for that neighbour.
+fn is_managed(entry: &NeighbourMessage) -> bool {
+    let managed = |attribute: &NeighbourAttribute| matches!(attribute, NeighbourAttribute::ExtFlags(flags) if flags.contains(NeighbourExtFlags::Managed));
+    entry.attributes.iter().any(managed)
+}
+
+fn neighbour_on(entry: &NeighbourMessage, to: End<'_>) -> NeighbourMessage {
+    let managed = is_managed(entry);
+    let mut moved = entry.clone();
+    moved.header.ifindex = to.index;
+    moved.header.flags &= NeighbourFlags::Proxy | NeighbourFlags::Router;
+    if managed {
+        // Found again by the kernel.
+        moved.header.state = NeighbourState::None;
+    }
+    moved.attributes.retain_mut(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(_) => !managed,
+        NeighbourAttribute::ExtFlags(flags) => {
+            *flags &= NeighbourExtFlags::Managed;
+            managed
+        }
+        NeighbourAttribute::Destination(_) | NeighbourAttribute::Protocol(_) => true,
+        _ => false,
+    });
+    moved
+}
+
+/// What identifies a neighbour entry.
+pub(super) fn neighbour_key(entry: &NeighbourMessage) -> NeighbourMessage {
+    let mut key = NeighbourMessage::default();
+    key.header.family = entry.header.family;
+    key.header.ifindex = entry.header.ifindex;
+    key.header.flags = entry.header.flags & NeighbourFlags::Proxy;
+    let is_destination =
+        |attribute: &&NeighbourAttribute| matches!(attribute, NeighbourAttribute::Destination(_));
+    key.attributes = entry
+        .attributes
+        .iter()
+        .filter(is_destination)
+        .cloned()
+        .collect();
+    key
+}
+
+fn names(rule: &RuleMessage, from: End<'_>) -> bool {
+    rule.attributes.iter().any(|attribute| {
+        matches!(attribute, RuleAttribute::Iifname(name) | RuleAttribute::Oifname(name) if name == from.name)
+    })
+}
+
+/// `rule`, which names `from`, naming `to` instead.
+pub(super) fn rule_on(rule: &RuleMessage, from: End<'_>, to: End<'_>) -> RuleMessage {
+    let mut moved = rule.clone();
+    // The kernel sets all others itself.
+    moved.header.flags &= RuleFlags::Invert;
+    for attribute in &mut moved.attributes {
+        if let RuleAttribute::Iifname(name) | RuleAttribute::Oifname(name) = attribute
+            && name == from.name
+        {
+            *name = to.name.to_owned();
+        }
+    }
     moved
 }

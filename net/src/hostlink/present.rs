@@ -1,87 +1,54 @@
-//! What a link has already, of that which a move would add: an earlier one was interrupted, or is taken back after it was.
+//! Which steps of a move are done already: an earlier move was interrupted, or is undone after that.
 
 use std::collections::HashSet;
 
 use rtnetlink::packet_core::Emitable;
-use rtnetlink::packet_route::address::AddressMessage;
-use rtnetlink::packet_route::neighbour::NeighbourMessage;
-use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
-use rtnetlink::packet_route::rule::RuleMessage;
+use rtnetlink::packet_route::route::RouteAttribute;
 
-use super::HostLinkProblem;
-use super::attached::{neighbour_key, rule_on};
-use super::moving::{End, ip_of, leads_over, route_over};
+use super::moving::{End, Everything, ip_of, leads_over, neighbour_key, route_over, rule_on};
 use super::step::Step;
-use crate::address::InterfaceAddress;
-use crate::netlink::Netlink;
+use crate::netlink::Object;
 
-/// All that can be moved in a namespace. There may be thousands.
+/// The keys of what a link has.
 #[derive(Debug, Default)]
-pub(super) struct Everything {
-    pub addresses: Vec<AddressMessage>,
-    pub routes: Vec<RouteMessage>,
-    pub neighbours: Vec<NeighbourMessage>,
-    pub rules: Vec<RuleMessage>,
-}
-
-impl Everything {
-    /// What there is now.
-    pub(super) fn of(host: &Netlink) -> Result<Self, HostLinkProblem> {
-        let explain = HostLinkProblem::from_step;
-        Ok(Self {
-            addresses: host.addresses().map_err(explain("list the addresses"))?,
-            routes: host.routes().map_err(explain("list the routes"))?,
-            neighbours: host.neighbours().map_err(explain("list the neighbours"))?,
-            rules: host.rules().map_err(explain("list the policy rules"))?,
-        })
-    }
-}
-
-/// What the link has.
-#[derive(Debug, Default)]
-pub(super) struct Present {
-    addresses: HashSet<(u32, Option<InterfaceAddress>)>,
-    /// The messages of all else.
-    others: HashSet<Vec<u8>>,
-}
+pub(super) struct Present(HashSet<Vec<u8>>);
 
 impl Present {
     /// What the link `to` has of all that there is.
     pub(super) fn on(to: End<'_>, all: &Everything) -> Self {
         let routes = all.routes.iter().filter(|route| leads_over(route, to));
-        let routes = routes.map(|route| route_bytes(route_over(route, to, to)));
-        let rules = all.rules.iter().map(|rule| bytes(&rule_on(rule, to, to)));
-        let neighbours = all
-            .neighbours
-            .iter()
-            .map(|entry| bytes(&neighbour_key(entry)));
-        Self {
-            addresses: all.addresses.iter().map(address_key).collect(),
-            others: routes.chain(rules).chain(neighbours).collect(),
-        }
+        let routes = routes.map(|route| Object::Route(route_over(route, to, to)));
+        let rules = all.rules.iter().map(|rule| rule_on(rule, to, to));
+        let objects = routes
+            .chain(rules.map(Object::Rule))
+            .chain(all.neighbours.iter().cloned().map(Object::Neighbour))
+            .chain(all.addresses.iter().cloned().map(Object::Address));
+        Self(objects.map(|object| key(&object)).collect())
     }
 
-    /// Whether there is nothing left to do for the step.
+    /// Whether the step has been taken.
     pub(super) fn covers(&self, step: &Step) -> bool {
-        match step {
-            Step::AddAddress(new) => self.addresses.contains(&address_key(new)),
-            Step::AddRoute(new) => self.others.contains(&route_bytes(new.clone())),
-            Step::AddNeighbour(new) => self.others.contains(&bytes(&neighbour_key(new))),
-            Step::AddRule(new) => self.others.contains(&bytes(new)),
-            _ => false,
-        }
+        matches!(step, Step::Add(object) if self.0.contains(&key(object)))
     }
 }
 
-fn address_key(message: &AddressMessage) -> (u32, Option<InterfaceAddress>) {
-    (message.header.index, ip_of(message))
-}
-
-/// A route without the time that is left to it, which is never the same twice.
-fn route_bytes(mut route: RouteMessage) -> Vec<u8> {
-    let is_time = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Expires(_));
-    route.attributes.retain(|attribute| !is_time(attribute));
-    bytes(&route)
+/// What two objects have in common that stand for the same thing.
+fn key(object: &Object) -> Vec<u8> {
+    match object {
+        Object::Address(address) => {
+            format!("{} {:?}", address.header.index, ip_of(address)).into_bytes()
+        }
+        Object::Route(route) => {
+            let mut route = route.clone();
+            // The time that is left to it is never the same twice.
+            let lasts =
+                |attribute: &RouteAttribute| !matches!(attribute, RouteAttribute::Expires(_));
+            route.attributes.retain(lasts);
+            bytes(&route)
+        }
+        Object::Neighbour(entry) => bytes(&neighbour_key(entry)),
+        Object::Rule(rule) => bytes(rule),
+    }
 }
 
 fn bytes(message: &impl Emitable) -> Vec<u8> {

@@ -2,12 +2,14 @@
 
 use std::io;
 
+use rtnetlink::packet_route::AddressFamily;
 use thiserror::Error;
 
 use super::step::Step;
 use crate::address::InterfaceAddress;
 use crate::diagnose::Problem;
 use crate::name::LinkName;
+use crate::netlink::Object;
 use crate::privileges::Obstacle;
 
 /// A host link that could not be made or deleted. All is as it was before.
@@ -131,7 +133,7 @@ impl HostLinkProblem {
 
     /// The meaning of the kernel's refusal of a step for the link `name`.
     pub(super) fn explain(step: &Step, name: &str, source: io::Error) -> Self {
-        let six = matches!(step, Step::AddAddress(address) if u8::from(address.header.family) == libc::AF_INET6 as u8);
+        let six = matches!(step, Step::Add(Object::Address(address)) if address.header.family == AddressFamily::Inet6);
         match source.raw_os_error() {
             Some(libc::EACCES | libc::EOPNOTSUPP | libc::EAFNOSUPPORT) if six => {
                 let name = name.to_owned();

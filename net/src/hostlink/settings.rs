@@ -1,7 +1,7 @@
-//! What is set for a link alone, in /proc/sys/net (`sysctl net.ipv4.conf.LINK`).
+//! The settings of single links in /proc/sys/net (`sysctl net.ipv4.conf.LINK`), which shows the namespace of the thread
+//! that reads it.
 //!
-//! A new link has the defaults, whatever its lower has been given: so a router that moves its addresses would forward
-//! nothing any more. /proc/sys/net shows the namespace of the thread that looks.
+//! A new link has the defaults, whatever its lower has: a router that moves its addresses would no longer forward.
 
 use std::fs;
 use std::io;
@@ -18,12 +18,12 @@ const FOLDERS: [&str; 5] = [
     "mpls/conf",
 ];
 
-/// What each link has of its own: its MTU, and how it comes by its link-local address. And what is done about
-/// [`Paused::ProxyArp`] in its own time.
+/// What stays with its link: the MTU, and what its link-local address is made of. [`Paused::ProxyArp`] moves in its own
+/// time.
 const OWN: [&str; 4] = ["mtu", "addr_gen_mode", "stable_secret", "proxy_arp"];
 
-/// Gives link `to` the settings of link `from`, but those called `except`, and returns in words what it could not.
-pub(super) fn carry(from: &str, to: &str, except: Option<&str>) -> Vec<String> {
+/// Copies the settings of link `from` to link `to`, but those called `except`, and returns what failed, in words.
+pub(super) fn copy(from: &str, to: &str, except: Option<&str>) -> Vec<String> {
     let mut failed = Vec::new();
     for folder in FOLDERS {
         // A kernel without IPv6 or MPLS has none.
@@ -38,7 +38,7 @@ pub(super) fn carry(from: &str, to: &str, except: Option<&str>) -> Vec<String> {
             if OWN.contains(&name.as_str()) || except == Some(&name) {
                 continue;
             }
-            if let Err(error) = carry_one(folder, from, to, &name) {
+            if let Err(error) = copy_one(folder, from, to, &name) {
                 let key = folder.replace('/', ".");
                 failed.push(format!("net.{key}.{from}.{name} ({error})"));
             }
@@ -47,7 +47,7 @@ pub(super) fn carry(from: &str, to: &str, except: Option<&str>) -> Vec<String> {
     failed
 }
 
-fn carry_one(folder: &str, from: &str, to: &str, name: &str) -> io::Result<()> {
+fn copy_one(folder: &str, from: &str, to: &str, name: &str) -> io::Result<()> {
     // Some cannot be read: they have no value yet.
     let Ok(value) = fs::read(path(folder, from, name)) else {
         return Ok(());
@@ -68,7 +68,7 @@ fn path(folder: &str, link: &str, name: &str) -> PathBuf {
 pub(crate) enum Paused {
     /// Router advertisements would give it addresses again.
     AcceptRa,
-    /// It would answer for every host on its own wire, since the way to them leads over another link now.
+    /// It would answer for every host on its own wire, since the routes to them lead over another link now.
     ProxyArp,
 }
 
@@ -97,21 +97,12 @@ impl Paused {
         text.trim().parse().ok().filter(|value| *value != 0)
     }
 
-    /// Turns it off, for a link that has this value.
-    pub(super) fn off(self, link: &str, value: u8) -> Step {
+    /// Sets it for `link`.
+    pub(super) fn set(self, link: &str, before: u8, after: u8) -> Step {
         Step::Write {
             path: self.path(link),
-            before: value.to_string(),
-            after: "0".to_owned(),
-        }
-    }
-
-    /// Turns it on again with this value.
-    pub(super) fn on(self, link: &str, value: u8) -> Step {
-        Step::Write {
-            path: self.path(link),
-            before: "0".to_owned(),
-            after: value.to_string(),
+            before: before.to_string(),
+            after: after.to_string(),
         }
     }
 }

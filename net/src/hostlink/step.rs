@@ -5,24 +5,15 @@ use std::path::PathBuf;
 
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressMessage;
-use rtnetlink::packet_route::neighbour::NeighbourMessage;
-use rtnetlink::packet_route::route::RouteMessage;
-use rtnetlink::packet_route::rule::RuleMessage;
 
 use super::moving::{is_leased, is_prefix_route};
-use crate::netlink::Netlink;
+use crate::netlink::{Netlink, Object};
 
 /// One change to the namespace, and by [`Step::inverse`] the way back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    AddAddress(AddressMessage),
-    DeleteAddress(AddressMessage),
-    AddRoute(RouteMessage),
-    DeleteRoute(RouteMessage),
-    AddNeighbour(NeighbourMessage),
-    DeleteNeighbour(NeighbourMessage),
-    AddRule(RuleMessage),
-    DeleteRule(RuleMessage),
+    Add(Object),
+    Delete(Object),
     /// A setting in /proc/sys.
     Write {
         path: PathBuf,
@@ -34,22 +25,16 @@ pub(super) enum Step {
 impl Step {
     fn inverse(self) -> Self {
         match self {
-            Self::AddAddress(address) => Self::DeleteAddress(address),
-            Self::DeleteAddress(address) => Self::AddAddress(address),
-            Self::AddRoute(route) => Self::DeleteRoute(route),
-            Self::DeleteRoute(route) => Self::AddRoute(route),
-            Self::AddNeighbour(entry) => Self::DeleteNeighbour(entry),
-            Self::DeleteNeighbour(entry) => Self::AddNeighbour(entry),
-            Self::AddRule(rule) => Self::DeleteRule(rule),
-            Self::DeleteRule(rule) => Self::AddRule(rule),
+            Self::Add(object) => Self::Delete(object),
+            Self::Delete(object) => Self::Add(object),
             Self::Write {
-                path,
-                before,
-                after,
-            } => Self::Write {
                 path,
                 before: after,
                 after: before,
+            } => Self::Write {
+                path,
+                before,
+                after,
             },
         }
     }
@@ -57,48 +42,44 @@ impl Step {
     /// What it does, for a message that begins "the kernel refused to".
     pub(super) const fn doing(&self) -> &'static str {
         match self {
-            Self::AddAddress(_) => "add an address",
-            Self::DeleteAddress(_) => "take an address from its link",
-            Self::AddRoute(_) => "add a route",
-            Self::DeleteRoute(_) => "take a route from its link",
-            Self::AddNeighbour(_) => "add a neighbour entry",
-            Self::DeleteNeighbour(_) => "take a neighbour entry from its link",
-            Self::AddRule(_) => "add a policy rule",
-            Self::DeleteRule(_) => "delete a policy rule",
+            Self::Add(Object::Address(_)) => "add an address",
+            Self::Add(Object::Route(_)) => "add a route",
+            Self::Add(Object::Neighbour(_)) => "add a neighbour entry",
+            Self::Add(Object::Rule(_)) => "add a policy rule",
+            Self::Delete(Object::Address(_)) => "delete an address",
+            Self::Delete(Object::Route(_)) => "delete a route",
+            Self::Delete(Object::Neighbour(_)) => "delete a neighbour entry",
+            Self::Delete(Object::Rule(_)) => "delete a policy rule",
             Self::Write { .. } => "change a setting in /proc/sys/net",
         }
     }
 
     fn apply(&self, host: &Netlink) -> io::Result<()> {
         match self {
-            Self::AddAddress(address) => host.add_address(address),
-            Self::DeleteAddress(address) => {
-                host.delete_address(address)?;
+            // The routes that the kernel itself keeps for an address come and go with it.
+            Self::Add(route @ Object::Route(_)) => unless(libc::EEXIST, host.add(route)),
+            Self::Add(object) => host.add(object),
+            Self::Delete(object @ Object::Address(address)) => {
+                host.remove(object)?;
                 delete_prefix_route(host, address)
             }
-            // The routes that the kernel itself keeps for an address come and go with it.
-            Self::AddRoute(route) => unless(libc::EEXIST, host.add_route(route)),
-            Self::DeleteRoute(route) => unless(libc::ESRCH, host.delete_route(route)),
-            Self::AddNeighbour(entry) => host.add_neighbour(entry),
-            Self::DeleteNeighbour(entry) => unless(libc::ENOENT, host.delete_neighbour(entry)),
-            Self::AddRule(rule) => host.add_rule(rule),
-            Self::DeleteRule(rule) => unless(libc::ENOENT, host.delete_rule(rule)),
+            Self::Delete(route @ Object::Route(_)) => unless(libc::ESRCH, host.remove(route)),
+            Self::Delete(object) => unless(libc::ENOENT, host.remove(object)),
             Self::Write { path, after, .. } => std::fs::write(path, after),
         }
     }
 }
 
-/// Deletes the route to the network of an IPv6 address, which the kernel leaves there for addresses that were given for a
-/// time only (`ipv6_del_addr` in net/ipv6/addrconf.c). In which table it is, the link's VRF says.
+/// Deletes the route to the network of an IPv6 address, which the kernel keeps for addresses with a lifetime
+/// (`ipv6_del_addr` in net/ipv6/addrconf.c). In which table it is, the link's VRF says.
 fn delete_prefix_route(host: &Netlink, address: &AddressMessage) -> io::Result<()> {
     if address.header.family != AddressFamily::Inet6 || !is_leased(address) {
         return Ok(());
     }
-    let routes = host.routes()?;
-    routes
-        .iter()
-        .filter(|route| is_prefix_route(route, address))
-        .try_for_each(|route| unless(libc::ESRCH, host.delete_route(route)))
+    let mut routes = host.routes()?;
+    routes.retain(|route| is_prefix_route(route, address));
+    let mut routes = routes.into_iter().map(Object::Route);
+    routes.try_for_each(|route| unless(libc::ESRCH, host.remove(&route)))
 }
 
 fn unless(harmless: i32, result: io::Result<()>) -> io::Result<()> {
@@ -108,11 +89,14 @@ fn unless(harmless: i32, result: io::Result<()>) -> io::Result<()> {
     })
 }
 
-/// The steps that were taken. Dropped before [`Journal::commit`], it takes them back, the last one first.
+/// What was done so far. Dropped before [`Journal::commit`], it takes the steps back, the last one first, and then deletes
+/// the new link.
 #[derive(Debug)]
 pub(super) struct Journal<'a> {
     host: &'a Netlink,
     taken: Vec<Step>,
+    /// The index of a link that was made for the steps.
+    pub(super) new_link: Option<u32>,
     /// The number of steps that may still succeed, in tests of what happens when one doesn't.
     #[cfg(test)]
     pub(super) patience: Option<usize>,
@@ -123,6 +107,7 @@ impl<'a> Journal<'a> {
         Self {
             host,
             taken: Vec::new(),
+            new_link: None,
             #[cfg(test)]
             patience: None,
         }
@@ -142,6 +127,7 @@ impl<'a> Journal<'a> {
 
     pub(super) fn commit(mut self) {
         self.taken.clear();
+        self.new_link = None;
     }
 }
 
@@ -155,6 +141,11 @@ impl Drop for Journal<'_> {
                     back.doing()
                 );
             }
+        }
+        if let Some(index) = self.new_link
+            && let Err(error) = self.host.delete(index)
+        {
+            log::error!("cannot delete the new link {index} again: {error}");
         }
     }
 }

@@ -2,7 +2,7 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressScope;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 
-use super::making::{create, new_address};
+use super::making::{create, new_address, request};
 use super::moving::End;
 use super::*;
 
@@ -191,7 +191,7 @@ fn move_that_was_killed_at_any_step_is_undone_by_delete() {
                 unmake_with(&netlink, None).unwrap();
             }
             if let Some(route) = lost {
-                netlink.add_route(&route).unwrap();
+                netlink.add(&Object::Route(route)).unwrap();
             }
             becomes(&host, &before, &format!("killed after step {killed_after}"));
             assert_eq!(host.links(), ["v0"]);
@@ -213,17 +213,18 @@ fn half_a_move(host: &Netlink, count: usize) -> (usize, Option<RouteMessage>) {
     };
     let mut spec = spec(&[], true);
     spec.name = Some("half".parse().unwrap());
-    let index = create(host, &spec, &links, lower, &tag.to_alias().unwrap()).unwrap();
+    let request = request(&spec, &links, lower);
+    let index = create(host, &spec, &request, &tag.to_alias().unwrap()).unwrap();
     let link = host.link(index).unwrap();
     host.up(link.index).unwrap();
     let all = Everything::of(host).unwrap();
-    let steps = move_steps(lower.into(), (&link).into(), &all.addresses, &all).unwrap();
+    let steps = moving::plan(lower.into(), (&link).into(), &all.addresses, &all).unwrap();
     let length = steps.len();
     let lost = match (
         count.checked_sub(1).map(|last| &steps[last]),
         steps.get(count),
     ) {
-        (Some(Step::DeleteRoute(old)), Some(Step::AddRoute(_)))
+        (Some(Step::Delete(Object::Route(old))), Some(Step::Add(Object::Route(_))))
             if old.header.address_family == AddressFamily::Inet6 =>
         {
             Some(old.clone())
@@ -364,29 +365,26 @@ fn route_by_a_next_hop_object_is_refused() {
     let mut route = RouteMessage::default();
     route.header.kind = RouteType::Unicast;
     route.attributes = vec![RouteAttribute::Oif(2), RouteAttribute::NhId(7)];
-    let (from, to) = (
-        End {
-            index: 2,
-            name: "v0",
-        },
-        End {
-            index: 3,
-            name: "m0",
-        },
-    );
-    assert!(moving::plan(from, to, &[], std::slice::from_ref(&route)).is_err());
-    assert_eq!(
-        moving::plan(
+    let steps = |index| {
+        let (from, to) = (
+            End { index, name: "v0" },
             End {
-                index: 9,
-                name: "v9"
+                index: 3,
+                name: "m0",
             },
-            to,
-            &[],
-            &[route]
-        ),
-        Ok(Vec::new())
-    );
+        );
+        moving::plan(from, to, &[], &of_routes(vec![route.clone()]))
+    };
+    let refusal = steps(2).unwrap_err();
+    assert!(matches!(refusal, HostLinkProblem::NextHopObject { name } if name == "v0"));
+    assert_eq!(steps(9).unwrap(), []);
+}
+
+fn of_routes(routes: Vec<RouteMessage>) -> Everything {
+    Everything {
+        routes,
+        ..Everything::default()
+    }
 }
 
 #[test]
@@ -412,13 +410,13 @@ fn plan_leaves_link_local_and_foreign_addresses_alone() {
             name: "m0",
         },
     );
-    let steps = moving::plan(from, to, &addresses, &[]).unwrap();
+    let steps = moving::plan(from, to, &addresses, &Everything::default()).unwrap();
     let moved = message("192.0.2.2/24", 3, AddressScope::Universe);
     assert_eq!(
         steps,
         [
-            Step::AddAddress(moved),
-            Step::DeleteAddress(addresses[3].clone())
+            Step::Add(Object::Address(moved)),
+            Step::Delete(Object::Address(addresses[3].clone()))
         ]
     );
 }
@@ -442,19 +440,12 @@ fn plan_of_routes_that_are_there_already_is_covered_however_many() {
     for route in &mut on_two {
         route.attributes[0] = RouteAttribute::Oif(2);
     }
-    let steps = moving::plan(end(2), end(3), &[], &on_two).unwrap();
-    let adds = || {
-        steps
-            .iter()
-            .filter(|step| matches!(step, Step::AddRoute(_)))
-    };
-    let on = |routes| Everything {
-        routes,
-        ..Everything::default()
-    };
     let count = on_two.len();
-    let present = Present::on(end(3), &on(on_three));
+    let on_two = of_routes(on_two);
+    let steps = moving::plan(end(2), end(3), &[], &on_two).unwrap();
+    let adds = || steps.iter().filter(|step| matches!(step, Step::Add(_)));
+    let present = Present::on(end(3), &of_routes(on_three));
     assert_eq!(adds().filter(|step| present.covers(step)).count(), count);
-    let absent = Present::on(end(3), &on(on_two));
+    let absent = Present::on(end(3), &on_two);
     assert!(!adds().any(|step| absent.covers(step)));
 }

@@ -14,7 +14,7 @@ use crate::link_guard::LinkGuard;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::NewLinkName;
-use crate::netlink::{Birthplace, Driver, Link, Netlink, NewLink, random_index, random_name};
+use crate::netlink::{Driver, Link, Netlink, NewLink, random_index, random_name};
 use crate::owner::Owner;
 use crate::privileges::{Obstacle, Privileges};
 use crate::queue::QueueError;
@@ -103,7 +103,8 @@ fn create(
         driver: Driver::Macvtap,
         name: &new_name(spec).map_err(Problem::from_step("give random bytes for a name"))?,
         lower: request.lower.index,
-        place: Birthplace::Private(namespace),
+        namespace: Some(namespace),
+        alias: "",
         mode: request.mode,
         mac,
         mtu: spec.mtu,

@@ -1,4 +1,4 @@
-//! What the kernel tells of one link (RTM_NEWLINK).
+//! What the kernel says of one link (RTM_NEWLINK).
 
 use super::wire::{Attribute, Attributes, u16_of, u32_of};
 use crate::mode::Mode;
@@ -9,7 +9,7 @@ pub(crate) struct Link {
     /// Unique in its namespace, and only there.
     pub index: u32,
     pub name: String,
-    /// What it is called besides (IFLA_ALT_IFNAME).
+    /// Its alternative names (IFLA_ALT_IFNAME).
     pub alt_names: Vec<String>,
     /// The driver's word for a virtual link (`macvtap`, `bridge`); empty for a real NIC.
     pub kind: String,
@@ -18,9 +18,9 @@ pub(crate) struct Link {
     pub mtu: u32,
     /// For a macvtap: how many frames its queue holds for a slow reader.
     pub tx_queue_len: u32,
-    /// For a macvtap or macvlan: how many broadcasts from outside it wants to be held for it.
+    /// For a macvtap or macvlan: how many broadcasts from outside may wait for it.
     pub bc_queue_len: u32,
-    /// Somebody has brought it up (IFF_UP).
+    /// It was brought up (IFF_UP).
     pub up: bool,
     /// The wire is there (IFF_LOWER_UP).
     pub carrier: bool,
@@ -34,16 +34,15 @@ pub(crate) struct Link {
     pub lower: Option<u32>,
     /// The mode of a macvlan or macvtap.
     pub mode: Option<Mode>,
-    /// The senders that a macvlan or macvtap in source mode hears.
+    /// The senders that a macvlan or macvtap in source mode receives from.
     pub source_macs: Vec<[u8; 6]>,
-    /// When the link that it sits on is in another namespace: our number for that namespace, and the link's index there.
+    /// The link that it sits on in another namespace: our number for that namespace, and the link's index there.
     pub lower_elsewhere: Option<(i32, u32)>,
     /// The mode of an ipvlan.
     pub ipvlan_mode: Option<&'static str>,
     /// RFC 2863's word for its state, as ip-link(8) has it, in small letters.
     pub oper_state: String,
-    /// Free text that anybody may give a link (IFLA_IFALIAS); empty for none. What is not UTF-8 is U+FFFD here, as in
-    /// the name.
+    /// Free text (IFLA_IFALIAS); empty for none. What is not UTF-8 is U+FFFD here, as in the name.
     pub alias: String,
 }
 
@@ -72,8 +71,7 @@ pub(super) fn header(index: u32) -> Vec<u8> {
 }
 
 impl Link {
-    /// Reads the body of RTM_NEWLINK or RTM_DELLINK. What it has of attributes that are unknown, or not as they should
-    /// be, is left out; None when there is not even a header.
+    /// Reads the body of RTM_NEWLINK or RTM_DELLINK, and skips unknown and malformed attributes. None without a header.
     pub(crate) fn parse(body: &[u8]) -> Option<Self> {
         let (header, attributes) = body.split_at_checked(HEADER)?;
         let flags = u32_of(&header[8..])?.cast_signed();

@@ -1,5 +1,4 @@
-//! Netlink messages and their attributes as bytes: what is there is walked, what is not understood is passed over.
-//! Nothing here fails. A length that cannot be ends the walk.
+//! Netlink messages and their attributes as bytes. Nothing here fails: an impossible length ends an iteration.
 
 use std::io;
 
@@ -85,7 +84,7 @@ impl<'a> Attribute<'a> {
     }
 }
 
-/// The attributes behind a message's own header, or in another attribute.
+/// The attributes after a message's own header, or in another attribute.
 #[derive(Clone, Debug)]
 pub(crate) struct Attributes<'a>(pub &'a [u8]);
 

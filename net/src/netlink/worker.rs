@@ -1,7 +1,7 @@
 //! A time limit for calls that have none of their own.
 //!
-//! The kernel does what a netlink message asks for while it is being sent, and waits for its lock (RTNL) there, deaf to
-//! signals and to the time limits of sockets. So a thread of its own sends and receives, and the caller waits for that
+//! The kernel carries out a netlink message while it is being sent, and waits for its lock (RTNL) there, whatever signals
+//! come and whatever time limit the socket has. So a thread of its own sends and receives, and the caller waits for that
 //! thread, not for the kernel.
 
 use std::cell::Cell;
@@ -10,10 +10,9 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::changing::Changer;
-use super::reading::timed_out;
+use super::client::timed_out;
 
-type Job = Box<dyn FnOnce(&mut Changer) + Send>;
+type Job = Box<dyn FnOnce() + Send>;
 
 /// The thread, in the network namespace of the one that started it. It ends with this value.
 #[derive(Debug)]
@@ -22,7 +21,7 @@ pub(super) struct Worker {
     /// None when it is to end.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    /// It did not answer in time, and nobody waits for it any more.
+    /// It did not answer in time: its end is not waited for.
     is_given_up: Cell<bool>,
 }
 
@@ -30,10 +29,7 @@ impl Worker {
     /// Starts it, for calls that take no longer than `limit`.
     pub(super) fn start(limit: Duration) -> io::Result<Self> {
         let (jobs, to_do) = mpsc::channel::<Job>();
-        let work = move || {
-            let mut changer = Changer::default();
-            to_do.into_iter().for_each(|job| job(&mut changer));
-        };
+        let work = move || to_do.into_iter().for_each(|job| job());
         let thread = thread::Builder::new().name("rtnetlink".to_owned());
         Ok(Self {
             limit,
@@ -45,17 +41,17 @@ impl Worker {
 
     /// Has `work` done by the thread.
     ///
-    /// After a call that took too long nobody can tell what became of it. Later ones still take their turn, to put back
-    /// what can be put back, and their result is an error at once.
+    /// The outcome of a call that took too long is unknown. Later ones still take their turn, to put back what can be put
+    /// back, and return an error at once.
     pub(super) fn call<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Changer) -> io::Result<T> + Send + 'static,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let ended = || io::Error::other("the thread that speaks to rtnetlink has ended");
         let (answer, result) = mpsc::sync_channel(1);
-        let job: Job = Box::new(move |changer| {
+        let job: Job = Box::new(move || {
             // The caller may have given up.
-            let _ = answer.send(work(changer));
+            let _ = answer.send(work());
         });
         let jobs = self.jobs.as_ref().ok_or_else(ended)?;
         jobs.send(job).map_err(|_| ended())?;
@@ -92,13 +88,13 @@ mod tests {
     fn call_that_does_not_end_is_given_up_and_later_ones_take_their_turn() {
         let worker = Worker::start(Duration::from_millis(20)).unwrap();
         let (go_on, wait) = mpsc::channel::<()>();
-        let stuck = worker.call(move |_| {
+        let stuck = worker.call(move || {
             let _ = wait.recv();
             Ok(())
         });
         assert_eq!(stuck.unwrap_err().kind(), io::ErrorKind::TimedOut);
         let (done, later) = mpsc::channel();
-        let result = worker.call(move |_| {
+        let result = worker.call(move || {
             let _ = done.send(());
             Ok(())
         });

@@ -1,5 +1,5 @@
-//! Asking the kernel what there is. rtnetlink's own parser is not used for that: one attribute that it does not take
-//! makes a whole link invisible to it, or a request wait for ever.
+//! Requests to the kernel and its answers. rtnetlink's own parser reads none of them: one attribute that it rejects would
+//! hide a whole link, or leave a request without an answer.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,55 +17,59 @@ use super::wire::{Message, Messages, request};
 /// same lock (RTNL), which some drivers hold for seconds.
 pub(super) const LIMIT: Duration = Duration::from_secs(10);
 
-/// How often a dump is asked for until one is not interrupted by changes.
+/// How often a dump is requested until no change interrupts it.
 const TRIES: u32 = 20;
 
 /// The kernel puts up to 32 KiB of a dump in a datagram, and a single message may be longer.
 const BUFFER: usize = 64 * 1024;
 
-/// The number of the only request on a socket.
+/// The number of all requests on a socket.
 const SEQUENCE: u32 = 1;
 
-/// What is asked for.
+/// One message to the kernel.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// One of `RTM_GET*`.
+    /// Of `RTM_*`.
     pub kind: u16,
-    /// NLM_F_DUMP for all, or NLM_F_ACK for one.
+    /// Of `NLM_F_*`, besides NLM_F_REQUEST.
     pub flags: i32,
     /// The header of that kind of message, and attributes.
     pub body: Vec<u8>,
-    /// What the messages of the answer are: one of `RTM_NEW*`. Others are passed over.
-    pub answer: u16,
 }
 
-/// Asks the network namespace of the calling thread, and hands back what `parse` makes of the messages that come.
+/// Asks the network namespace of the calling thread, and returns what `parse` makes of the messages that come.
 ///
 /// # Errors
 ///
-/// The kernel's refusal; TimedOut after [`LIMIT`]; and when dumps were interrupted again and again.
-pub(super) fn ask<T>(request: &Request, parse: impl Fn(&[u8]) -> Option<T>) -> io::Result<Vec<T>> {
-    // A socket for each request: nothing of a request that failed can be taken for the answer to the next.
-    ask_by(|| open_socket(LIMIT), request, parse)
+/// The kernel's refusal; TimedOut after [`LIMIT`]; and when changes interrupted every dump.
+pub(super) fn ask<T>(request: Request, parse: impl Fn(&[u8]) -> Option<T>) -> io::Result<Vec<T>> {
+    // A socket for each request: the answer to a failed one is never taken for that to the next.
+    ask_by(open_socket, request, parse)
 }
 
 fn ask_by<T, S: AsFd>(
     mut open: impl FnMut() -> io::Result<S>,
-    request: &Request,
+    request: Request,
     parse: impl Fn(&[u8]) -> Option<T>,
 ) -> io::Result<Vec<T>> {
+    let request = [request];
     for _ in 0..TRIES {
-        match exchange(open()?.as_fd(), request, &parse) {
+        match exchange(open()?.as_fd(), &request, &parse) {
             Ok(Some(found)) => return Ok(found),
             Ok(None) => {}
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(timed_out()),
             Err(error) => return Err(error),
         }
     }
     Err(io::Error::other(format!(
-        "what the kernel lists has changed each of the {TRIES} times while it did so"
+        "changes have interrupted the kernel's list {TRIES} times"
     )))
+}
+
+/// Has changes made by one datagram, in the network namespace of the calling thread. The kernel handles it in one go, and
+/// goes on after one that it refuses; the first refusal is the error.
+pub(super) fn change(requests: &[Request]) -> io::Result<()> {
+    exchange(open_socket()?.as_fd(), requests, |_| None::<()>).map(drop)
 }
 
 pub(super) fn timed_out() -> io::Error {
@@ -77,49 +81,61 @@ pub(super) fn timed_out() -> io::Error {
 }
 
 /// A socket that only the kernel can send to.
-fn open_socket(limit: Duration) -> io::Result<Socket> {
+fn open_socket() -> io::Result<Socket> {
     let socket = Socket::new(NETLINK_ROUTE)?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    // It makes the kernel (4.20 or newer) look at what is asked for, and leave out what is not.
+    // It makes the kernel (4.20 or newer) check a request, and leave out of a dump what was not requested.
     if let Err(error) = socket.set_netlink_get_strict_chk(true) {
         log::debug!("the kernel does not check requests strictly: {error}");
     }
-    sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(limit))?;
+    sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(LIMIT))?;
     Ok(socket)
 }
 
-/// One request and all of its answer; None when that may have gaps.
+/// Requests in one datagram and all of their answers; None when these may have gaps.
 fn exchange<T>(
     socket: BorrowedFd<'_>,
-    asked: &Request,
+    requests: &[Request],
     parse: impl Fn(&[u8]) -> Option<T>,
 ) -> io::Result<Option<Vec<T>>> {
-    let bytes = request(asked.kind, asked.flags, SEQUENCE, &asked.body);
+    let bytes: Vec<u8> = requests
+        .iter()
+        .flat_map(|one| request(one.kind, one.flags, SEQUENCE, &one.body))
+        .collect();
     rustix::net::send(socket, &bytes, SendFlags::NOSIGNAL)?;
-    let mut found = Vec::new();
+    let (mut found, mut result, mut outcomes) = (Vec::new(), Ok(()), 0);
     let mut is_whole = true;
     let mut buffer = Vec::new();
-    loop {
-        receive(socket, &mut buffer)?;
+    while outcomes < requests.len() {
+        receive(socket, &mut buffer).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => timed_out(),
+            _ => error,
+        })?;
         for message in Messages(&buffer).filter(|message| message.sequence == SEQUENCE) {
             is_whole &= !is_interrupted(&message);
-            if let Some(outcome) = message.outcome() {
-                outcome?;
-                return Ok(is_whole.then_some(found));
-            }
-            if message.kind == asked.answer {
-                found.extend(parse(message.body));
+            match message.outcome() {
+                Some(outcome) => {
+                    outcomes += 1;
+                    result = result.and(outcome);
+                }
+                // RTM_GETLINK is answered with RTM_NEWLINK, two less, and so on.
+                None if requests.iter().any(|one| message.kind + 2 == one.kind) => {
+                    found.extend(parse(message.body));
+                }
+                None => {}
             }
         }
     }
+    result?;
+    Ok(is_whole.then_some(found))
 }
 
-/// Whether a dump was told of while what it lists changed: it may have left something out.
+/// Whether what a dump lists changed meanwhile: it may have left something out.
 pub(crate) fn is_interrupted(message: &Message<'_>) -> bool {
     i32::from(message.flags) & libc::NLM_F_DUMP_INTR != 0
 }
 
-/// Receives one datagram into `buffer`, however long it is, and tells who sent it where that is a netlink socket.
+/// Receives one datagram into `buffer`, however long it is, and returns its sender if that is a netlink socket.
 pub(crate) fn receive(
     socket: BorrowedFd<'_>,
     buffer: &mut Vec<u8>,
@@ -159,7 +175,6 @@ mod tests {
             kind: libc::RTM_GETLINK,
             flags: DUMP,
             body: vec![0; 16],
-            answer: libc::RTM_NEWLINK,
         }
     }
 
@@ -207,7 +222,7 @@ mod tests {
             sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(limit))?;
             Ok(socket)
         };
-        let found = ask_by(open, &asked(), |body| body.first().copied());
+        let found = ask_by(open, asked(), |body| body.first().copied());
         drop(sockets);
         kernels
             .into_iter()
@@ -260,7 +275,7 @@ mod tests {
 
         let always = vec![interrupted; TRIES as usize];
         let error = ask_kernels(always).unwrap_err();
-        assert!(error.to_string().contains("changed"), "{error}");
+        assert!(error.to_string().contains("interrupted"), "{error}");
     }
 
     #[test]
