@@ -1,33 +1,32 @@
-//! What makes a link unfit to carry a macvtap, and what the kernel's error numbers mean. Pure: it reads a list of links
-//! and asks nobody.
+//! What makes a link unfit to carry a macvtap, and what the kernel's error numbers mean. Pure: it reads a list of links.
 //!
 //! The kernel says little: EINVAL for a loopback, for a NIC that is no Ethernet, for a driver that allows no link on top
 //! and for a passthru conflict, EBUSY for everything that already takes a link's frames, and nothing at all for a lower
-//! that is down, where frames then vanish silently (drivers/net/macvlan.c, drivers/net/tap.c). So the lower is judged
-//! before (`lower.rs`), and the number that comes all the same is explained with every cause that is left (`request.rs`).
+//! that is down and drops frames silently (drivers/net/macvlan.c, drivers/net/tap.c). So the lower is checked before
+//! (`lower.rs`), and a number that comes all the same is explained with every cause that is left (`request.rs`).
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::name::NewLinkName;
 use crate::netlink::Link;
 use crate::privileges::Obstacle;
 use crate::queue::QueueError;
-use crate::spec::MacvtapSpec;
 
 mod existing;
 pub(crate) mod lower;
 mod request;
 
+pub use existing::Difference;
 pub(crate) use existing::{check_existing, check_made, problems_of_existing, warn_of_filter};
+pub use lower::Unfit;
 pub(crate) use lower::{check_lower, warn_of_carrier};
-pub(crate) use request::LinkRequest;
+pub(crate) use request::{LinkRequest, check_spec};
 
-/// Why there is no macvtap: one sentence each, with the remedy where there is one.
+/// Why there is no macvtap, with the remedy where there is one.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 #[allow(
@@ -35,50 +34,12 @@ pub(crate) use request::LinkRequest;
     reason = "the message above each variant says what it is and what its fields are"
 )]
 pub enum Problem {
+    #[error("{}: {}", .0, .0.remedy())]
+    Unfit(Unfit),
+    #[error("{}: {}", .0, .0.remedy())]
+    NotPermitted(Obstacle),
     #[error("there is no network interface `{name}`{hint}")]
     NoSuchLink { name: String, hint: String },
-    #[error(
-        "`{name}` is the loopback interface, which has no wire to share: choose an Ethernet interface"
-    )]
-    Loopback { name: String },
-    #[error("`{name}` is not an Ethernet interface, and a macvtap needs one: choose another")]
-    NotEthernet { name: String },
-    #[error(
-        "`{name}` {}, and access points drop frames from any MAC address but the NIC's own: choose a wired interface", wifi(.name, .nic)
-    )]
-    Wireless { name: String, nic: String },
-    #[error(
-        "`{name}` is a port of the {kind} `{master}`, which takes all of its frames: use `{master}` instead, or free it with `ip link set {name} nomaster`"
-    )]
-    Enslaved {
-        name: String,
-        kind: String,
-        master: String,
-    },
-    #[error(
-        "`{name}` is a port of an Open vSwitch, which takes all of its frames: use an internal port of the switch instead, or free it with `ovs-vsctl del-port {name}`"
-    )]
-    InOpenVswitch { name: String },
-    #[error(
-        "`{name}` is down, and frames would vanish in it silently: bring it up with `ip link set {name} up`"
-    )]
-    Down { name: String },
-    #[error(
-        "`{name}` already carries the {kind} `{by}`, which takes all of its frames: delete that with `ip link delete {by}`, or choose another interface"
-    )]
-    HasExclusive {
-        name: String,
-        kind: &'static str,
-        by: String,
-    },
-    #[error(
-        "`{name}` is of the kind {kind}, on which the kernel allows no other link: choose {instead}"
-    )]
-    CarriesNone {
-        name: String,
-        kind: String,
-        instead: &'static str,
-    },
     #[error("the frames of `{name}` already go to something else ({}): free it, or choose another interface", takers(.master))]
     InUse {
         name: String,
@@ -93,8 +54,6 @@ pub enum Problem {
     },
     #[error("passthru mode needs `{name}` for itself alone, and it already carries {}: delete them, or choose another mode", list(.others))]
     NotAlone { name: String, others: Vec<String> },
-    #[error("`{name}` belongs to {} alone, which is in passthru mode: end that, or choose another interface", list(.by))]
-    TakenByPassthru { name: String, by: Vec<String> },
     #[error(
         "in passthru mode a macvtap has the MAC address of `{name}`, not {mac}: omit the MAC, or give it to `{name}` first with `ip link set {name} address {mac}`"
     )]
@@ -105,18 +64,16 @@ pub enum Problem {
         "{mac} is the MAC address of `{name}` itself: choose another, or omit it for a random one"
     )]
     MacIsLowers { name: String, mac: MacAddr },
-    #[error("the MAC address {mac} is already taken on `{name}` by {}: choose another, or omit it for a random one", list_or(.by, "a link in another network namespace, perhaps another VM's or one that was left behind"))]
+    #[error("the MAC address {mac} is already taken on `{name}` by {}: choose another, or omit it for a random one", holders(.by))]
     MacTaken {
         name: String,
         mac: MacAddr,
         by: Vec<String>,
     },
     #[error(
-        "this kernel has no macvtap driver: load it with `modprobe macvtap`, or use a kernel with CONFIG_MACVTAP"
+        "this kernel has no {driver} driver: load it with `modprobe {driver}`, or use a kernel with CONFIG_{}", .driver.to_uppercase()
     )]
-    NoDriver,
-    #[error(transparent)]
-    NotPermitted(#[from] Obstacle),
+    NoDriver { driver: &'static str },
     #[error(
         "the device of the new macvtap `{name}` may not be opened: run as root, and in a container allow the device class macvtap"
     )]
@@ -124,74 +81,34 @@ pub enum Problem {
     #[error("`{name}` disappeared meanwhile")]
     Gone { name: String },
     #[error(
-        "the macvtap `{name}` has the MAC address {has}, not {mac}: omit the MAC, or change it with `ip link set {name} address {mac}`"
+        "the macvtap `{name}` has the {} {}, not {wanted}: omit that, or change it with `ip link set {name} {} {wanted}`",
+        .difference.what, .difference.has, .difference.set, wanted = .difference.wanted
     )]
-    ExistingMac {
+    Existing {
         name: String,
-        has: String,
-        mac: MacAddr,
+        difference: Box<Difference>,
     },
-    #[error(
-        "the macvtap `{name}` is in {has} mode, not {mode}: omit the mode, or change it with `ip link set {name} type macvtap mode {mode}`"
-    )]
-    ExistingMode {
-        name: String,
-        has: String,
-        mode: Mode,
-    },
-    #[error(
-        "the macvtap `{name}` has an MTU of {has}, not {mtu}: omit the MTU, or change it with `ip link set {name} mtu {mtu}`"
-    )]
-    ExistingMtu { name: String, has: u32, mtu: u32 },
-    #[error(
-        "the macvtap `{name}` has a queue length of 0, so that it can receive nothing: change it with `ip link set {name} txqueuelen 500`"
-    )]
-    NoReceiveRing { name: String },
-    #[error(
-        "the macvtap `{name}` has a {key} of {has}, not {wanted}: omit that, or change it with `ip link set {name} {command} {wanted}`"
-    )]
-    ExistingLength {
-        name: String,
+    #[error("{key} has to be 1 to {max}, not {wanted}: choose another, or omit it")]
+    OutOfRange {
         key: &'static str,
-        has: u32,
+        max: u32,
         wanted: u32,
-        command: &'static str,
     },
     #[error(
-        "`{name}` is a macvtap already, used as it is and not renamed to `{wanted}`: omit the new name"
-    )]
-    ExistingName { name: String, wanted: NewLinkName },
-    #[error("a macvtap has 1 to {max} queues, not {wanted}", max = MacvtapSpec::MAX_QUEUES)]
-    Queues { wanted: u32 },
-    #[error(
-        "a queue of a macvtap holds 1 to {max} frames, not {wanted}: choose another txqueuelen, or omit it for 500",
-        max = MacvtapSpec::MAX_TX_QUEUE_LEN
-    )]
-    TxQueueLen { wanted: u32 },
-    #[error(
-        "with a bcqueuelen of 0 no broadcast is heard, ARP and DHCP included: choose 1 or more, or omit it for 1000"
+        "with a bcqueuelen of 0 a macvtap receives no broadcast, ARP and DHCP included: choose 1 or more, or omit it for 1000"
     )]
     BcQueueLen,
     #[error(
-        "only a macvtap in source mode has a list of senders that it hears: give it that mode, or omit the list"
+        "only a macvtap in source mode has a list of senders that it receives from: give it that mode, or omit the list"
     )]
     SourceMacs,
-    #[error("the macvtap `{name}` hears in source mode {}, not {wanted}: omit the list, or change it with `ip link set {name} type macvtap macaddr set {wanted}`", if .has.is_empty() { "nobody" } else { .has })]
-    ExistingSources {
-        name: String,
-        has: Box<str>,
-        wanted: Box<str>,
-    },
     #[error(
-        "this kernel made the macvtap with {key} {has}, not {wanted} as it was asked to: omit that, or take a newer kernel (5.11 for bcqueuelen)"
+        "this kernel made the macvtap with {} {}, not {} as it was asked to: omit that, or take a newer kernel (5.11 for bcqueuelen)",
+        .0.what, .0.has, .0.wanted
     )]
-    Ignored {
-        key: &'static str,
-        has: String,
-        wanted: String,
-    },
+    Ignored(Box<Difference>),
     #[error(
-        "`{name}` cannot be the name of a new macvtap: a `%` makes the kernel count, so that nobody could tell its name beforehand"
+        "`{name}` cannot be the name of a new macvtap: a `%` makes the kernel count, and its name would not be known before"
     )]
     NameReserved { name: String },
     #[error(
@@ -217,12 +134,36 @@ pub enum Problem {
     },
 }
 
+// Not `#[from]`: it would make them sources, and their texts would be printed twice.
+impl From<Unfit> for Problem {
+    fn from(unfit: Unfit) -> Self {
+        Self::Unfit(unfit)
+    }
+}
+
+impl From<Obstacle> for Problem {
+    fn from(obstacle: Obstacle) -> Self {
+        Self::NotPermitted(obstacle)
+    }
+}
+
 impl Problem {
     /// For a step that only the lack of a privilege or a broken machine can refuse.
     pub(crate) fn from_step(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) => Self::NotPermitted(Obstacle::of_this_thread()),
             _ => Self::Kernel { doing, source },
+        }
+    }
+
+    /// For entering the network namespace that a path stands for.
+    pub(crate) fn from_namespace(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        |source| match source.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => Obstacle::of_this_thread().into(),
+            _ => Self::Namespace {
+                path: path.to_owned(),
+                source,
+            },
         }
     }
 }
@@ -291,14 +232,7 @@ pub(crate) fn by_index(links: &[Link], index: Option<u32>) -> Option<&Link> {
     links.iter().find(|link| Some(link.index) == index)
 }
 
-fn wifi(name: &str, nic: &str) -> String {
-    if name == nic {
-        return "is a Wi-Fi interface".to_owned();
-    }
-    format!("goes over the Wi-Fi interface `{nic}`")
-}
-
-/// Why the kernel may say EINVAL to a lower that has been judged fit.
+/// Why the kernel may say EINVAL to a lower that was found fit.
 fn reasons(mode: Mode, kind: &str) -> String {
     let hidden = match mode {
         Mode::Passthru => {
@@ -319,7 +253,7 @@ fn reasons(mode: Mode, kind: &str) -> String {
     format!("{hidden}, or {driver} allows no link on top of it{old}")
 }
 
-/// What may take the frames of a lower that has been judged free.
+/// What may take the frames of a lower that was found free.
 fn takers(master: &Option<String>) -> String {
     let all = "a bridge, bond, team, Open vSwitch, ipvlan, macsec or HSR device, perhaps in another network namespace";
     match master {
@@ -328,9 +262,10 @@ fn takers(master: &Option<String>) -> String {
     }
 }
 
-fn list_or(names: &[String], otherwise: &str) -> String {
+fn holders(names: &[String]) -> String {
     if names.is_empty() {
-        return otherwise.to_owned();
+        return "a link in another network namespace, perhaps another VM's or a stale one"
+            .to_owned();
     }
     list(names)
 }

@@ -1,8 +1,8 @@
-//! What stands in the way of macvtaps on this machine, before somebody runs into it: one line a check.
+//! What stands in the way of macvtaps on this machine: one line a check.
 //!
-//! [`diagnose_host`] collects facts, and `verdicts.rs`, `lower.rs` and `neighbour.rs` judge them without asking anybody.
+//! [`diagnose_host`] collects facts; `verdicts.rs`, `lower.rs` and `neighbour.rs` judge them, and are pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
@@ -68,7 +68,7 @@ impl Status {
 struct Facts {
     driver: Driver,
     vhost_net: VhostNet,
-    /// None when /proc does not tell.
+    /// None when /proc does not show them.
     privileges: Option<Privileges>,
     /// It can mount the sysfs of its network namespace.
     mounts_sysfs: bool,
@@ -76,13 +76,13 @@ struct Facts {
     links: Option<Vec<Link>>,
     /// By interface index.
     hardware: BTreeMap<u32, Hardware>,
-    /// Links whose owner is dead, by interface index.
-    leaked: BTreeMap<u32, Owner>,
+    /// Links whose owner has ended, by interface index.
+    stale: BTreeMap<u32, Owner>,
     nodes: Vec<Node>,
-    /// Macvtaps on links of this namespace that are in others, and whose they are.
-    neighbours: Vec<(Link, u32)>,
-    /// Macvtaps of running guests that somebody has changed.
-    changed: Vec<neighbour::Changed>,
+    /// The inode of this network namespace.
+    namespace: u64,
+    /// Macvtaps of running guests; none when the namespace is unknown.
+    neighbours: Vec<Neighbour>,
 }
 
 /// What is known of the macvtap driver.
@@ -106,12 +106,12 @@ enum VhostNet {
     Absent,
 }
 
-/// What sysfs and ioctls tell of a link.
+/// What sysfs and ioctls say of a link.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Hardware {
     wireless: bool,
     driver: Option<String>,
-    /// It drops the frames of VLANs that nothing on this host has asked for. Looked at for the named link alone.
+    /// It drops the frames of VLANs that nothing on this host is in. Looked at for the named link alone.
     filters_vlans: bool,
 }
 
@@ -125,8 +125,8 @@ struct Node {
     expected: Option<u64>,
 }
 
-/// Looks at whatever macvtaps need of the host's network, in the caller's network namespace: the driver, vhost-net, what
-/// is wrong with the macvtaps that there are; and with a link, whether that can carry one.
+/// Checks what macvtaps need of the host's network, in the caller's network namespace: the driver, vhost-net, the macvtaps
+/// that there are; and with a link, whether that can carry one.
 ///
 /// What is in other namespaces does not show: `neighbours` are those that the caller knows of.
 ///
@@ -150,7 +150,7 @@ impl Facts {
             filters_vlans: named == Some(link.index) && filters_vlans(link),
         };
         let judge = Judge::new();
-        let dead = |link: &Link| judge.stale_owner(link).map(|owner| (link.index, owner));
+        let stale = |link: &Link| judge.stale_owner(link).map(|owner| (link.index, owner));
         let mut facts = Self {
             vhost_net: VhostNet::look(Path::new("/dev/vhost-net")),
             privileges: Privileges::of_this_thread().ok(),
@@ -159,13 +159,12 @@ impl Facts {
                 .iter()
                 .map(|link| (link.index, hardware(link)))
                 .collect(),
-            leaked: seen.iter().filter_map(dead).collect(),
+            stale: seen.iter().filter_map(stale).collect(),
             nodes: nodes(seen, sysfs.as_ref(), Path::new("/dev")),
             ..Self::default()
         };
         if let Ok(namespace) = netns::inode_of_current() {
-            facts.neighbours = neighbour::out_of_sight(neighbours, seen, namespace);
-            facts.changed = neighbour::changed(neighbours, seen, namespace);
+            (facts.namespace, facts.neighbours) = (namespace, neighbours.to_vec());
         }
         facts.links = links;
         // Last: it moves this thread to another namespace.
@@ -239,30 +238,25 @@ fn filters_vlans(link: &Link) -> bool {
 
 /// Every `tap<index>` in `directory`, and every macvtap of this namespace.
 fn nodes(links: &[Link], sysfs: Option<&Sysfs>, directory: &Path) -> Vec<Node> {
-    let mut nodes: BTreeMap<u32, Node> = BTreeMap::new();
-    let node = |index| Node {
-        index,
-        found: None,
-        expected: None,
-    };
-    for link in links.iter().filter(|link| link.is_macvtap()) {
-        let device = sysfs.map(|sysfs| sysfs.tap_device(&link.name, link.index));
+    let found: BTreeMap<u32, u64> = tap_nodes(directory).unwrap_or_default();
+    let device = |link: &Link| {
         // Without the right sysfs nothing can be said.
-        if let Some(Ok(device)) = device {
-            nodes
-                .entry(link.index)
-                .or_insert_with(|| node(link.index))
-                .expected = Some(device);
-        }
-    }
-    for (index, device) in tap_nodes(directory).unwrap_or_default() {
-        nodes.entry(index).or_insert_with(|| node(index)).found = Some(device);
-    }
-    nodes.into_values().collect()
+        let device = sysfs?.tap_device(&link.name, link.index).ok()?;
+        Some((link.index, device))
+    };
+    let macvtaps = links.iter().filter(|link| link.is_macvtap());
+    let expected: BTreeMap<u32, u64> = macvtaps.filter_map(device).collect();
+    let indexes: BTreeSet<&u32> = found.keys().chain(expected.keys()).collect();
+    let node = |index: &u32| Node {
+        index: *index,
+        found: found.get(index).copied(),
+        expected: expected.get(index).copied(),
+    };
+    indexes.into_iter().map(node).collect()
 }
 
-fn tap_nodes(directory: &Path) -> io::Result<Vec<(u32, u64)>> {
-    let mut found = Vec::new();
+fn tap_nodes(directory: &Path) -> io::Result<BTreeMap<u32, u64>> {
+    let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(directory)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -272,7 +266,7 @@ fn tap_nodes(directory: &Path) -> io::Result<Vec<(u32, u64)>> {
         let Some(index) = index else { continue };
         let stat = rustix::fs::lstat(entry.path())?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice {
-            found.push((index, stat.st_rdev));
+            found.insert(index, stat.st_rdev);
         }
     }
     Ok(found)

@@ -82,7 +82,7 @@ mod wifi;
 mod harness;
 
 pub use address::{InterfaceAddress, ParseAddressError};
-pub use diagnose::Problem;
+pub use diagnose::{Difference, Problem, Unfit};
 pub use doctor::{Check, Neighbour, Status, diagnose_host};
 pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
 pub use identity::{LinkId, current_name, links_here, this_namespace};

@@ -237,7 +237,7 @@ fn make_error(spec: &MacvtapSpec, source: Problem) -> Error {
 /// [`Macvtap::open`], on a thread that may change its namespace.
 fn open_here(spec: &MacvtapSpec) -> Result<Macvtap, Error> {
     let make = |source| make_error(spec, source);
-    spec.check().map_err(make)?;
+    diagnose::check_spec(spec).map_err(make)?;
     let home = netns::current()
         .map_err(Problem::from_step("show this thread's network namespace"))
         .map_err(make)?;
@@ -245,7 +245,10 @@ fn open_here(spec: &MacvtapSpec) -> Result<Macvtap, Error> {
     let mut host = connect().map_err(make)?;
     stale::try_delete_stale(&host);
     if let Some(path) = &spec.lower_netns {
-        netns::enter_path(path).map_err(make)?;
+        let entered = netns::open(path).and_then(netns::enter);
+        entered
+            .map_err(Problem::from_namespace(path))
+            .map_err(make)?;
         host = connect().map_err(make)?;
     }
     let links = host

@@ -1,7 +1,7 @@
 //! The private network namespace that a macvtap is made in.
 //!
 //! It has no name and no process in it: an open descriptor alone keeps it. So when the process ends, in whatever way,
-//! the kernel takes the namespace down, and the macvtap in it, without anybody's help.
+//! the kernel takes the namespace down, and the macvtap in it.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,9 +11,6 @@ use std::thread;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
-
-use crate::diagnose::Problem;
-use crate::privileges::Obstacle;
 
 /// Runs `work` on a thread of its own, which may move to other namespaces without taking the caller along.
 pub(crate) fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
@@ -27,7 +24,7 @@ pub(crate) fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Res
     })
 }
 
-/// Moves the calling thread into a new, empty network namespace, and hands back the descriptor that keeps it.
+/// Moves the calling thread into a new, empty network namespace, and returns the descriptor that keeps it.
 pub(crate) fn enter_new() -> io::Result<OwnedFd> {
     // SAFETY: the obligation concerns CLONE_FILES alone, and this is CLONE_NEWNET.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
@@ -57,20 +54,9 @@ pub(crate) fn enter(namespace: impl AsFd) -> io::Result<()> {
     )?)
 }
 
-/// Moves the calling thread into the network namespace that a path stands for.
-pub(crate) fn enter_path(path: &Path) -> Result<(), Problem> {
-    let moved = open_namespace(path).and_then(enter);
-    moved.map_err(|source| match source.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => Obstacle::of_this_thread().into(),
-        _ => Problem::Namespace {
-            path: path.to_owned(),
-            source,
-        },
-    })
-}
-
-/// Opens a namespace, and nothing else: opening a FIFO would wait for its other end, and opening a device may do anything.
-fn open_namespace(path: &Path) -> io::Result<OwnedFd> {
+/// Opens a namespace by its path, and nothing else: opening a FIFO would wait for its other end, and opening a device may
+/// do anything.
+pub(crate) fn open(path: &Path) -> io::Result<OwnedFd> {
     let place = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     if rustix::fs::fstatfs(&place)?.f_type != libc::NSFS_MAGIC {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use crate::diagnose::Problem;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::{LinkName, NewLinkName};
@@ -75,109 +74,6 @@ impl MacvtapSpec {
             source_macs: Vec::new(),
             name: None,
             netns: Placement::Private,
-        }
-    }
-
-    /// Whether its numbers make sense, whatever the link.
-    pub(crate) fn check(&self) -> Result<(), Problem> {
-        if !(1..=Self::MAX_QUEUES).contains(&self.queues) {
-            return Err(Problem::Queues {
-                wanted: self.queues,
-            });
-        }
-        if let Some(wanted) = self
-            .tx_queue_len
-            .filter(|n| !(1..=Self::MAX_TX_QUEUE_LEN).contains(n))
-        {
-            return Err(Problem::TxQueueLen { wanted });
-        }
-        if self.bc_queue_len == Some(0) {
-            return Err(Problem::BcQueueLen);
-        }
-        if !self.source_macs.is_empty() && self.mode != Some(Mode::Source) {
-            return Err(Problem::SourceMacs);
-        }
-        match &self.name {
-            Some(name) if name.counts() => Err(Problem::NameReserved {
-                name: name.to_string(),
-            }),
-            _ => Ok(()),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn spec_numbers_at_the_limits_pass_and_beyond_are_refused() {
-        let spec = MacvtapSpec::new("eno1".parse().unwrap());
-        spec.check().unwrap();
-        let largest = MacvtapSpec {
-            queues: 256,
-            tx_queue_len: Some(524_288),
-            bc_queue_len: Some(1),
-            mode: Some(Mode::Source),
-            source_macs: vec!["02:00:00:00:00:01".parse().unwrap()],
-            name: Some("guest".parse().unwrap()),
-            ..spec.clone()
-        };
-        largest.check().unwrap();
-        let refusals = [
-            (
-                MacvtapSpec {
-                    queues: 0,
-                    ..spec.clone()
-                },
-                "1 to 256 queues, not 0",
-            ),
-            (
-                MacvtapSpec {
-                    queues: 257,
-                    ..spec.clone()
-                },
-                "1 to 256 queues, not 257",
-            ),
-            (
-                MacvtapSpec {
-                    tx_queue_len: Some(0),
-                    ..spec.clone()
-                },
-                "1 to 524288 frames, not 0",
-            ),
-            (
-                MacvtapSpec {
-                    tx_queue_len: Some(524_289),
-                    ..spec.clone()
-                },
-                "not 524289",
-            ),
-            (
-                MacvtapSpec {
-                    bc_queue_len: Some(0),
-                    ..spec.clone()
-                },
-                "choose 1 or more",
-            ),
-            (
-                MacvtapSpec {
-                    source_macs: vec!["02:00:00:00:00:01".parse().unwrap()],
-                    ..spec.clone()
-                },
-                "give it that mode",
-            ),
-            (
-                MacvtapSpec {
-                    name: Some("vm%d".parse().unwrap()),
-                    ..spec
-                },
-                "`vm%d`",
-            ),
-        ];
-        for (spec, expected) in refusals {
-            let text = spec.check().unwrap_err().to_string();
-            assert!(text.contains(expected), "{text}");
         }
     }
 }

@@ -8,7 +8,7 @@
 #[path = "../../tests/harness/netns.rs"]
 mod netns;
 
-use net::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec, Problem};
+use net::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec, Problem, Unfit};
 use netns::Netns;
 
 fn spec(addresses: &[&str]) -> HostLinkSpec {
@@ -210,7 +210,7 @@ fn unfit_lowers_and_names_are_refused_each_with_its_reason() {
     absent.link = "lo".parse().unwrap();
     assert!(matches!(
         problem(&host, &absent),
-        P::Lower(Problem::Loopback { .. })
+        P::Lower(Problem::Unfit(Unfit::Loopback { .. }))
     ));
     let mut with_mac = spec(&["10.7.0.1/24"]);
     with_mac.mac = Some(host.mac("v0").parse().unwrap());
@@ -222,13 +222,13 @@ fn unfit_lowers_and_names_are_refused_each_with_its_reason() {
     host.macvtap("taker", "v0", "passthru");
     assert!(matches!(
         problem(&host, &spec(&["10.7.0.1/24"])),
-        P::Lower(Problem::TakenByPassthru { by, .. }) if by == ["taker"]
+        P::Lower(Problem::Unfit(Unfit::TakenByPassthru { by, .. })) if by == ["taker"]
     ));
     host.ip("link delete taker");
     host.ip("link set v0 down");
     assert!(matches!(
         problem(&host, &spec(&["10.7.0.1/24"])),
-        P::Lower(Problem::Down { .. })
+        P::Lower(Problem::Unfit(Unfit::Down { .. }))
     ));
     host.up("v0");
     host.enter(|| std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap());
@@ -239,7 +239,7 @@ fn unfit_lowers_and_names_are_refused_each_with_its_reason() {
     host.bridge("br0", &["v0"]);
     assert!(matches!(
         problem(&host, &spec(&["10.7.0.1/24"])),
-        P::Lower(Problem::Enslaved { .. })
+        P::Lower(Problem::Unfit(Unfit::Enslaved { .. }))
     ));
 }
 

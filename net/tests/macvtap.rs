@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use net::{Error, Macvtap, MacvtapSpec, Mode, Problem};
+use net::{Error, Macvtap, MacvtapSpec, Mode, Problem, Unfit};
 use netns::Netns;
 use wire::{arp_request, exchange, frame, hears, send};
 
@@ -257,7 +257,9 @@ fn passthru_conflicts_are_told_both_ways() {
     netns.macvtap("taker", "v0", "passthru");
     for mode in [Mode::Bridge, Mode::Passthru] {
         let seen = problem(&netns, &with_mode("v0", mode));
-        assert!(matches!(seen, Problem::TakenByPassthru { by, .. } if by == ["taker"]));
+        assert!(
+            matches!(seen, Problem::Unfit(Unfit::TakenByPassthru { by, .. }) if by == ["taker"])
+        );
     }
     netns.ip("link delete taker");
 
@@ -296,16 +298,18 @@ fn unfit_lowers_are_refused_each_with_its_reason() {
     );
     assert!(matches!(
         problem(&netns, &spec("lo")),
-        Problem::Loopback { .. }
+        Problem::Unfit(Unfit::Loopback { .. })
     ));
     netns.ip("tuntap add mode tun name tun0");
     netns.up("tun0");
     assert!(matches!(
         problem(&netns, &spec("tun0")),
-        Problem::NotEthernet { .. }
+        Problem::Unfit(Unfit::NotEthernet { .. })
     ));
     netns.down("v0");
-    assert!(matches!(problem(&netns, &spec("v0")), Problem::Down { name } if name == "v0"));
+    assert!(
+        matches!(problem(&netns, &spec("v0")), Problem::Unfit(Unfit::Down { name }) if name == "v0")
+    );
     netns.up("v0");
     let mut large = spec("v0");
     large.mtu = Some(1501);
@@ -327,7 +331,7 @@ fn lower_in_a_bridge_is_refused_and_the_bridge_itself_carries() {
     netns.bridge("br0", &["v0"]);
     let refusal = problem(&netns, &spec("v0"));
     assert!(
-        matches!(refusal, Problem::Enslaved { kind, master, .. } if kind == "bridge" && master == "br0")
+        matches!(refusal, Problem::Unfit(Unfit::Enslaved { kind, master, .. }) if kind == "bridge" && master == "br0")
     );
     assert_eq!(open(&netns, &spec("br0")).info().lower.as_str(), "br0");
 }
@@ -345,7 +349,7 @@ fn lower_in_a_bond_or_team_is_refused_with_its_name() {
             netns.ip("link set v0 master m0");
             let refusal = problem(&netns, &spec("v0"));
             assert!(
-                matches!(refusal, Problem::Enslaved { kind, master, .. } if kind == expected && master == "m0")
+                matches!(refusal, Problem::Unfit(Unfit::Enslaved { kind, master, .. }) if kind == expected && master == "m0")
             );
         }
     }
@@ -360,11 +364,13 @@ fn lower_with_an_ipvlan_is_refused_with_its_name() {
     netns.wire("v0");
     if netns.add_if_supported("ipv0 link v0 type ipvlan") {
         assert!(
-            matches!(problem(&netns, &spec("v0")), Problem::HasExclusive { by, .. } if by == "ipv0")
+            matches!(problem(&netns, &spec("v0")), Problem::Unfit(Unfit::HasExclusive { by, .. }) if by == "ipv0")
         );
         netns.up("ipv0");
         let on_it = problem(&netns, &spec("ipv0"));
-        assert!(matches!(on_it, Problem::CarriesNone { kind, .. } if kind == "ipvlan"));
+        assert!(
+            matches!(on_it, Problem::Unfit(Unfit::CarriesNone { kind, .. }) if kind == "ipvlan")
+        );
     }
 }
 
@@ -378,7 +384,9 @@ fn lower_that_is_a_vrf_is_refused_and_a_port_of_it_carries() {
     if netns.add_if_supported("red type vrf table 10") {
         netns.up("red");
         let refusal = problem(&netns, &spec("red"));
-        assert!(matches!(refusal, Problem::CarriesNone { kind, .. } if kind == "vrf"));
+        assert!(
+            matches!(refusal, Problem::Unfit(Unfit::CarriesNone { kind, .. }) if kind == "vrf")
+        );
         netns.ip("link set v0 master red");
         open(&netns, &spec("v0"));
     }
@@ -446,19 +454,21 @@ fn existing_macvtap_is_used_and_left_as_it_was() {
 
     assert!(matches!(
         problem(&host, &with_mac("mine", MAC)),
-        Problem::ExistingMac { .. }
+        Problem::Existing { difference, .. } if difference.what == "MAC address"
     ));
     assert!(matches!(
         problem(&host, &with_mode("mine", Mode::Bridge)),
-        Problem::ExistingMode { .. }
+        Problem::Existing { difference, .. } if difference.what == "mode"
     ));
     host.down("mine");
-    assert!(matches!(problem(&host, &spec("mine")), Problem::Down { name } if name == "mine"));
+    assert!(
+        matches!(problem(&host, &spec("mine")), Problem::Unfit(Unfit::Down { name }) if name == "mine")
+    );
     host.up("mine");
     host.ip("link set mine txqueuelen 0");
     assert!(matches!(
         problem(&host, &spec("mine")),
-        Problem::NoReceiveRing { .. }
+        Problem::Unfit(Unfit::NoReceiveRing { .. })
     ));
 }
 

@@ -314,7 +314,7 @@ fn user_namespace_is_told_by_doctor_and_by_the_start() {
     // In a network of its own nothing is missing until the device is to be opened.
     let own = format!("{link} && lower=v0");
     let devices = "CAP_SYS_ADMIN and CAP_MKNOD in the initial one";
-    let network = "CAP_NET_ADMIN has to be had in the one that owns it";
+    let network = "CAP_NET_ADMIN is needed in the one that owns it";
     // Group and user 65534: nobody outside.
     let nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups";
     // Where nobody can start it.

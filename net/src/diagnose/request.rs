@@ -1,4 +1,4 @@
-//! What is asked of a lower beyond carrying a macvtap at all, and what the kernel's refusals mean. Pure.
+//! What is asked of a macvtap and its lower, and what the kernel's refusals mean. Pure.
 
 use std::io;
 
@@ -6,6 +6,35 @@ use super::{Problem, by_index, lower};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::netlink::Link;
+use crate::spec::MacvtapSpec;
+
+/// Refuses what makes no sense on any link.
+pub(crate) fn check_spec(spec: &MacvtapSpec) -> Result<(), Problem> {
+    for (key, max, wanted) in [
+        ("queues", MacvtapSpec::MAX_QUEUES, Some(spec.queues)),
+        (
+            "txqueuelen",
+            MacvtapSpec::MAX_TX_QUEUE_LEN,
+            spec.tx_queue_len,
+        ),
+    ] {
+        if let Some(wanted) = wanted.filter(|wanted| !(1..=max).contains(wanted)) {
+            return Err(Problem::OutOfRange { key, max, wanted });
+        }
+    }
+    if spec.bc_queue_len == Some(0) {
+        return Err(Problem::BcQueueLen);
+    }
+    if !spec.source_macs.is_empty() && spec.mode != Some(Mode::Source) {
+        return Err(Problem::SourceMacs);
+    }
+    match &spec.name {
+        Some(name) if name.counts() => Err(Problem::NameReserved {
+            name: name.to_string(),
+        }),
+        _ => Ok(()),
+    }
+}
 
 /// What is asked for, as far as explanations need it.
 #[derive(Clone, Copy, Debug)]
@@ -20,7 +49,7 @@ pub(crate) struct LinkRequest<'a> {
 }
 
 impl LinkRequest<'_> {
-    /// Refuses what the kernel would ignore, or answer with a number that says too little.
+    /// Refuses what the kernel would ignore, or refuse with a number that says too little.
     pub(crate) fn check(&self) -> Result<(), Problem> {
         let name = self.lower.name.clone();
         let others = self.users(Link::is_macvlan);
@@ -32,18 +61,15 @@ impl LinkRequest<'_> {
             return Err(Problem::Mtu { name, mtu, limit });
         }
         let Some(mac) = self.mac else { return Ok(()) };
-        match (
-            self.mode == Mode::Passthru,
-            self.lower.mac == Some(mac.octets()),
-        ) {
+        let is_own = self.lower.mac == Some(mac.octets());
+        match (self.mode == Mode::Passthru, is_own) {
             (true, false) => Err(Problem::PassthruMac { name, mac }),
             (false, true) => Err(Problem::MacIsLowers { name, mac }),
             _ => Ok(()),
         }
     }
 
-    /// The meaning of the kernel's refusal to make it on a lower that was judged fit. So what is known of the lower is
-    /// not the cause, and all that remains is named.
+    /// The meaning of the kernel's refusal to make it on a lower that was found fit: every cause that is left.
     pub(crate) fn explain_create(&self, source: io::Error) -> Problem {
         let name = self.lower.name.clone();
         match source.raw_os_error() {
@@ -60,7 +86,7 @@ impl LinkRequest<'_> {
                 kind: self.lower.kind.clone(),
                 mode: self.mode,
             },
-            Some(libc::EOPNOTSUPP) => Problem::NoDriver,
+            Some(libc::EOPNOTSUPP) => Problem::NoDriver { driver: "macvtap" },
             Some(libc::ENODEV) => Problem::Gone { name },
             _ => Problem::from_step("make the macvtap")(source),
         }
@@ -71,10 +97,10 @@ impl LinkRequest<'_> {
         let name = self.lower.name.clone();
         let mac = made.mac.and_then(|bytes| MacAddr::try_from(bytes).ok());
         match (source.raw_os_error(), mac) {
-            (Some(libc::EADDRINUSE | libc::EBUSY), Some(mac)) if made.mac == self.lower.mac => {
-                Problem::MacIsLowers { name, mac }
-            }
             (Some(libc::EADDRINUSE | libc::EBUSY), Some(mac)) => {
+                if made.mac == self.lower.mac {
+                    return Problem::MacIsLowers { name, mac };
+                }
                 let by = self.users(|user| user.is_macvlan() && user.mac == made.mac);
                 Problem::MacTaken { name, mac, by }
             }
@@ -83,7 +109,7 @@ impl LinkRequest<'_> {
         }
     }
 
-    /// The names of the links on the lower that we can see and `pick` chooses.
+    /// The names of the known links on the lower that `pick` chooses.
     fn users(&self, pick: impl Fn(&Link) -> bool) -> Vec<String> {
         let picked = lower::uppers(self.links, self.lower).filter(|link| pick(link));
         picked.map(|link| link.name.clone()).collect()

@@ -1,4 +1,5 @@
 use super::*;
+use crate::spec::MacvtapSpec;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 
@@ -115,7 +116,7 @@ fn existing_macvtap_must_be_what_was_asked_for() {
         ..nothing.clone()
     });
     assert!(
-        text.starts_with("the macvtap `mvt` is in vepa mode, not bridge"),
+        text.starts_with("the macvtap `mvt` has the mode vepa, not bridge"),
         "{text}"
     );
     let text = refusal(MacvtapSpec {
@@ -133,14 +134,14 @@ fn existing_macvtap_must_be_what_was_asked_for() {
         ..nothing.clone()
     });
     assert!(
-        text.starts_with("the macvtap `mvt` has an MTU of 1500, not 9000"),
+        text.starts_with("the macvtap `mvt` has the MTU 1500, not 9000"),
         "{text}"
     );
     let text = refusal(MacvtapSpec {
         tx_queue_len: Some(500),
         ..nothing.clone()
     });
-    assert!(text.contains("a txqueuelen of 1000, not 500"), "{text}");
+    assert!(text.contains("the txqueuelen 1000, not 500"), "{text}");
     assert!(text.contains("`ip link set mvt txqueuelen 500`"), "{text}");
     let text = refusal(MacvtapSpec {
         bc_queue_len: Some(1),
@@ -154,7 +155,7 @@ fn existing_macvtap_must_be_what_was_asked_for() {
         name: Some("other".parse().unwrap()),
         ..nothing.clone()
     });
-    assert!(text.contains("not renamed to `other`"), "{text}");
+    assert!(text.contains("has the name mvt, not other"), "{text}");
 }
 
 #[test]
@@ -163,7 +164,7 @@ fn existing_macvtap_that_would_lose_frames_is_refused() {
     let macvtap = on(1, "macvtap", nic(2, "mvt"));
     let down = |name: &str, links: &[Link]| {
         let refusal = check_existing(links, &links[1], &nothing).unwrap_err();
-        assert!(matches!(refusal, Problem::Down { name: found } if found == name));
+        assert!(matches!(refusal, Problem::Unfit(Unfit::Down { name: found }) if found == name));
     };
     down(
         "mvt",
@@ -190,7 +191,10 @@ fn existing_macvtap_that_would_lose_frames_is_refused() {
         ..macvtap
     };
     let refusal = check_existing(&[], &deaf, &nothing).unwrap_err();
-    assert!(matches!(refusal, Problem::NoReceiveRing { .. }));
+    assert!(matches!(
+        refusal,
+        Problem::Unfit(Unfit::NoReceiveRing { .. })
+    ));
 }
 
 #[test]

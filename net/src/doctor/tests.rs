@@ -36,14 +36,14 @@ fn healthy() -> Facts {
         mounts_sysfs: true,
         links: Some(vec![nic, macvtap]),
         hardware: BTreeMap::from([(2, hardware)]),
-        leaked: BTreeMap::new(),
+        stale: BTreeMap::new(),
         nodes: vec![Node {
             index: 7,
             found: Some(99),
             expected: Some(99),
         }],
+        namespace: 1,
         neighbours: Vec::new(),
-        changed: Vec::new(),
     }
 }
 
@@ -358,7 +358,7 @@ fn doctor_of_macvtaps_says_which_disturb_each_other() {
         "it has no sibling"
     );
     assert_complaint((Warn, "`ip link delete mvt0`"), "eno1", |facts, _| {
-        facts.leaked.insert(7, Owner::this_process().unwrap());
+        facts.stale.insert(7, Owner::this_process().unwrap());
     });
 }
 
@@ -385,9 +385,7 @@ fn private(mode: Mode) -> Neighbour {
 #[test]
 fn doctor_knows_macvtaps_of_other_namespaces() {
     use Status::Warn;
-    let with = |facts: &mut Facts, neighbour: Neighbour| {
-        facts.neighbours = neighbour::out_of_sight(&[neighbour], &[], 1);
-    };
+    let with = |facts: &mut Facts, neighbour: Neighbour| facts.neighbours = vec![neighbour];
     assert_eq!(
         complaints("eno1", |facts, _| with(facts, private(Mode::Bridge))),
         []
@@ -422,7 +420,7 @@ fn doctor_knows_macvtaps_of_other_namespaces() {
         "eno1",
         |facts, links| {
             with(facts, private(Mode::Bridge));
-            links[1].mac = facts.neighbours[0].0.mac;
+            links[1].mac = Some(facts.neighbours[0].mac.octets());
         },
     );
 }
@@ -430,7 +428,11 @@ fn doctor_knows_macvtaps_of_other_namespaces() {
 #[test]
 fn neighbours_of_other_lowers_and_those_in_sight_are_left_out() {
     let found = |neighbour: Neighbour| {
-        neighbour::out_of_sight(&[neighbour], &healthy().links.unwrap(), 1).len()
+        let facts = Facts {
+            neighbours: vec![neighbour],
+            ..healthy()
+        };
+        neighbour::out_of_sight(&facts, facts.links.as_ref().unwrap()).len()
     };
     let bridge = || private(Mode::Bridge);
     assert_eq!(found(bridge()), 1);
@@ -455,9 +457,10 @@ fn neighbours_of_other_lowers_and_those_in_sight_are_left_out() {
 #[test]
 fn doctor_of_running_guests_says_what_somebody_has_changed_on_their_macvtaps() {
     use Status::Warn;
-    let changed =
-        |neighbour: Neighbour| neighbour::changed(&[neighbour], &healthy().links.unwrap(), 1);
-    assert_eq!(changed(private(Mode::Bridge)).len(), 0);
+    let with = |link: &str, neighbour: Neighbour| {
+        complaints(link, |facts, _| facts.neighbours = vec![neighbour])
+    };
+    assert_eq!(with("", private(Mode::Bridge)), []);
     let other_mac = || Neighbour {
         mac: "02:00:00:00:02:99".parse().unwrap(),
         ..private(Mode::Bridge)
@@ -476,12 +479,12 @@ fn doctor_of_running_guests_says_what_somebody_has_changed_on_their_macvtaps() {
                     02:00:00:00:02:01 and gets no frame -> `ip link set macvtap0 address \
                     02:00:00:00:02:01` in the network namespace";
         assert_complaint((Warn, text), link, |facts, _| {
-            facts.changed = changed(other_mac());
+            facts.neighbours = vec![other_mac()];
         });
         let text = "`mvt0` of pid 4711 filters multicast, so IPv6 neighbours may not find its guest \
                     -> `ip link set mvt0 allmulticast on`";
         assert_complaint((Warn, text), link, |facts, _| {
-            facts.changed = changed(multicast.clone());
+            facts.neighbours = vec![multicast.clone()];
         });
     }
     // On another link, and in another namespace.
@@ -491,16 +494,13 @@ fn doctor_of_running_guests_says_what_somebody_has_changed_on_their_macvtaps() {
         lower,
         ..other_mac()
     };
-    assert_eq!(
-        complaints("eno1", |facts, _| facts.changed = changed(on_other)),
-        []
-    );
+    assert_eq!(with("eno1", on_other), []);
     lower.namespace = 2;
     let elsewhere = Neighbour {
         lower,
         ..other_mac()
     };
-    assert_eq!(changed(elsewhere).len(), 0);
+    assert_eq!(with("", elsewhere), []);
 }
 
 #[test]

@@ -1,9 +1,9 @@
-//! From facts to verdicts. Pure.
+//! From facts to checks. Pure.
 
 use super::lower::lower;
-use super::neighbour::guests;
+use super::neighbour::{guests, out_of_sight};
 use super::{Check, Driver, Facts, Node, Status, VhostNet};
-use crate::diagnose::{self, Problem};
+use crate::diagnose;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::netlink::{CHOSEN_INDEXES, Link};
@@ -18,44 +18,52 @@ pub(super) fn all(facts: &Facts, link: Option<&str>) -> Vec<Check> {
     ];
     let Some(links) = &facts.links else {
         let remedy = "check that this container or sandbox allows netlink sockets";
-        checks.push(Check::fail(
-            "links",
-            "the network interfaces cannot be listed",
-            remedy,
-        ));
+        let message = "the network interfaces cannot be listed";
+        checks.push(Check::fail("links", message, remedy));
         return checks;
     };
-    let neighbours = facts.neighbours.iter().map(|(link, _)| link);
-    let known: Vec<Link> = links.iter().chain(neighbours).cloned().collect();
-    match link.map(|name| diagnose::find(links, name)) {
-        Some(Ok(link)) => checks.extend(lower(facts, &known, link)),
-        Some(Err(problem)) => {
+    let named = match link.map(|name| diagnose::find(links, name)).transpose() {
+        Ok(named) => named,
+        Err(problem) => {
             let remedy = "name one that is here, or run this in the network namespace that has it";
             checks.push(Check::fail("link", problem.to_string(), remedy));
             return checks;
         }
+    };
+    let hidden = out_of_sight(facts, links);
+    let known: Vec<Link> = links
+        .iter()
+        .chain(hidden.iter().map(|(link, _)| link))
+        .cloned()
+        .collect();
+    match named {
+        Some(link) => checks.extend(lower(facts, &known, link)),
         None => checks.push(candidates(facts, &known)),
     }
-    let only = link.and_then(|name| diagnose::find(links, name).ok());
-    let only = only.map(|link| diagnose::real_device(links, link).index);
-    let all: Vec<&Link> = known.iter().collect();
-    let mut uppers = all.clone();
-    uppers.retain(|link| link.is_macvlan() && (only.is_none() || link.lower == only));
-    match only {
-        // Its judge has said that they keep others off.
-        Some(_) if checks.iter().any(|check| check.name == "macvtaps") => {}
-        Some(_) => checks.push(present(&uppers)),
-        None => checks.push(macvtaps(facts, links, &uppers)),
+    let only = named.map(|link| diagnose::real_device(links, link).index);
+    let is_upper = |link: &&Link| link.is_macvlan() && (only.is_none() || link.lower == only);
+    let macvtaps = Macvtaps {
+        links,
+        known: &known,
+        uppers: known.iter().filter(is_upper).collect(),
+        hidden: &hidden,
+    };
+    // Unless one keeps others off the named lower, which is a failure of that.
+    if !checks.iter().any(|check| check.name == "macvtaps") {
+        checks.push(macvtaps.present(named.is_none()));
     }
-    checks.push(duplicate_macs(facts, &all, &uppers));
-    checks.push(vepa(facts, &uppers));
-    checks.push(guests(facts, only));
-    checks.push(leaked(facts, &uppers));
+    checks.push(macvtaps.duplicate_macs());
+    checks.push(macvtaps.vepa());
+    checks.push(guests(facts, links, only));
+    checks.push(macvtaps.stale(facts));
     checks.push(nodes(links, &facts.nodes));
     checks
 }
 
 impl Check {
+    /// The name of the check for links whose process has ended, which [`delete_stale`](crate::delete_stale()) deletes.
+    pub const LEAKED_LINKS: &'static str = "leaked links";
+
     pub(super) fn ok(name: &'static str, message: impl Into<String>) -> Self {
         Self {
             name,
@@ -71,10 +79,9 @@ impl Check {
         remedy: impl Into<String>,
     ) -> Self {
         Self {
-            name,
             status: Status::Warn,
-            message: message.into(),
             remedy: Some(remedy.into()),
+            ..Self::ok(name, message)
         }
     }
 
@@ -88,18 +95,6 @@ impl Check {
             ..Self::warn(name, message, remedy)
         }
     }
-
-    /// A problem's sentence has its remedy behind the colon.
-    pub(super) fn from_problem(name: &'static str, problem: &Problem) -> Self {
-        let text = problem.to_string();
-        match text.split_once(": ") {
-            Some((message, remedy)) => Self::fail(name, message, remedy),
-            None => Self {
-                status: Status::Fail,
-                ..Self::ok(name, text)
-            },
-        }
-    }
 }
 
 fn driver(driver: Driver) -> Check {
@@ -107,10 +102,14 @@ fn driver(driver: Driver) -> Check {
     match driver {
         Driver::Present => Check::ok(name, "the kernel has it"),
         Driver::Loadable => Check::ok(name, "it is a module, which is loaded when it is needed"),
-        Driver::Absent => Check::from_problem(name, &Problem::NoDriver),
+        Driver::Absent => Check::fail(
+            name,
+            "this kernel has no macvtap driver",
+            "load it with `modprobe macvtap`, or use a kernel with CONFIG_MACVTAP",
+        ),
         Driver::Unknown => Check::warn(
             name,
-            "whether the kernel has it cannot be found out without privileges",
+            "whether the kernel has it shows only to privileged processes",
             "run this as root",
         ),
     }
@@ -118,41 +117,35 @@ fn driver(driver: Driver) -> Check {
 
 fn vhost_net(vhost_net: VhostNet) -> Check {
     let name = "vhost-net";
-    match vhost_net {
-        VhostNet::Usable => Check::ok(name, "/dev/vhost-net can be opened"),
-        VhostNet::NotPermitted => Check::warn(
-            name,
-            "/dev/vhost-net may not be opened, so the kernel cannot take over the copying of frames",
+    let (message, remedy) = match vhost_net {
+        VhostNet::Usable => return Check::ok(name, "/dev/vhost-net can be opened"),
+        VhostNet::NotPermitted => (
+            "/dev/vhost-net may not be opened",
             "run this as root, or let root give it away with `setfacl -m u:$USER:rw /dev/vhost-net`",
         ),
-        VhostNet::Absent => Check::warn(
-            name,
-            "there is no /dev/vhost-net, so the kernel cannot take over the copying of frames",
+        VhostNet::Absent => (
+            "there is no /dev/vhost-net",
             "load it with `modprobe vhost_net`, or do without",
         ),
-    }
+    };
+    let message = format!("{message}, so the kernel cannot take over the copying of frames");
+    Check::warn(name, message, remedy)
 }
 
 /// What this process lacks. Without privileges it may still use what root has opened for it.
 fn privileges(facts: &Facts) -> Check {
     let name = "privileges";
     let Some(privileges) = facts.privileges else {
-        let message = "/proc does not tell what this process may do";
+        let message = "/proc does not show what this process may do";
         return Check::warn(name, message, "mount /proc here");
     };
     let opening = privileges.obstacle_to_opening(facts.mounts_sysfs);
     match privileges.obstacle_to_making().or(opening) {
         None => Check::ok(name, "this process may make and open macvtaps"),
-        Some(obstacle) => {
-            let status = match obstacle {
-                Obstacle::Capabilities(_) => Status::Warn,
-                _ => Status::Fail,
-            };
-            Check {
-                status,
-                ..Check::from_problem(name, &obstacle.into())
-            }
+        Some(lack @ Obstacle::Capabilities(_)) => {
+            Check::warn(name, lack.to_string(), lack.remedy())
         }
+        Some(obstacle) => Check::fail(name, obstacle.to_string(), obstacle.remedy()),
     }
 }
 
@@ -163,178 +156,167 @@ fn candidates(facts: &Facts, known: &[Link]) -> Check {
         let alone = !link.is_macvlan() && link.carrier;
         alone && diagnose::check_lower(known, link, wireless).is_ok()
     };
-    let names: Vec<&str> = known
-        .iter()
-        .filter(fits)
-        .map(|link| link.name.as_str())
-        .collect();
+    let fit = known.iter().filter(fits);
+    let names: Vec<&str> = fit.map(|link| link.name.as_str()).collect();
     if names.is_empty() {
         let message = "no network interface here could carry a macvtap";
-        Check::warn("links", message, "name one to learn what is amiss with it")
-    } else {
-        Check::ok(
-            "links",
-            format!("{} could carry macvtaps", names.join(", ")),
-        )
+        return Check::warn("links", message, "name one to learn why it cannot");
     }
+    Check::ok(
+        "links",
+        format!("{} could carry macvtaps", names.join(", ")),
+    )
 }
 
-/// Which macvtaps there are, and whether one of them wants its lower for itself.
-fn macvtaps(facts: &Facts, links: &[Link], uppers: &[&Link]) -> Check {
-    let name = "macvtaps";
-    if let Some(taker) = uppers
-        .iter()
-        .find(|upper| upper.mode == Some(Mode::Passthru))
-    {
-        let lower = diagnose::by_index(links, taker.lower);
+/// The macvtaps and macvlans to judge.
+struct Macvtaps<'a> {
+    /// All links of this namespace.
+    links: &'a [Link],
+    /// And those that are known of in others.
+    known: &'a [Link],
+    uppers: Vec<&'a Link>,
+    /// Those of other namespaces, with their processes.
+    hidden: &'a [(Link, u32)],
+}
+
+impl Macvtaps<'_> {
+    /// The process that uses a link, if that is one of another namespace, which no command here could change.
+    fn user_of(&self, link: &Link) -> Option<u32> {
+        let mut hidden = self.hidden.iter();
+        let (_, pid) = hidden.find(|(hidden, _)| hidden.index == link.index)?;
+        Some(*pid)
+    }
+
+    /// Which macvtaps there are, and if `warns`, whether one of them wants its lower for itself.
+    fn present(&self, warns: bool) -> Check {
+        let name = "macvtaps";
+        let mut takers = self
+            .uppers
+            .iter()
+            .filter(|upper| upper.mode == Some(Mode::Passthru));
+        let Some(taker) = takers.next().filter(|_| warns) else {
+            let message = match self.uppers[..] {
+                [] => "there are no macvtaps or macvlans in this network namespace yet".to_owned(),
+                _ => format!("there are {}", quoted(&self.uppers)),
+            };
+            return Check::ok(name, message);
+        };
+        let lower = diagnose::by_index(self.links, taker.lower);
         let lower = lower.map_or("its lower link", |lower| &lower.name);
+        let upper = &taker.name;
+        let end = match self.user_of(taker) {
+            Some(pid) => format!("end the process {pid}"),
+            None => format!("delete it with `ip link delete {upper}`"),
+        };
+        let message = format!("`{upper}` has `{lower}` for itself alone (passthru mode)");
+        Check::warn(name, message, format!("{end}, or use another interface"))
+    }
+
+    fn duplicate_macs(&self) -> Check {
+        let name = "duplicate MACs";
+        let same_wire = |one: &Link, other: &Link| {
+            one.mac.is_some()
+                && one.mac == other.mac
+                && one.index != other.index
+                && one.lower.is_some()
+                && (one.lower == other.lower || one.lower == Some(other.index))
+                // It takes its lower's on purpose.
+                && one.mode != Some(Mode::Passthru)
+        };
+        let pair = self.uppers.iter().find_map(|upper| {
+            let twin = self.known.iter().find(|link| same_wire(upper, link))?;
+            let is_fixed = |link: &Link| self.user_of(link).is_some();
+            // The first is the one to change.
+            let swap = is_fixed(upper) && !is_fixed(twin) && twin.is_macvlan();
+            Some(if swap { (twin, *upper) } else { (*upper, twin) })
+        });
+        let Some((Link { name: one, mac, .. }, Link { name: other, .. })) = pair else {
+            return Check::ok(name, "no two links on a wire have the same MAC address");
+        };
+        let mac = mac.and_then(|bytes| MacAddr::try_from(bytes).ok());
+        let mac = mac.map_or_else(String::new, |mac| format!(" {mac}"));
         let message = format!(
-            "`{}` has `{lower}` for itself alone (passthru mode)",
-            taker.name
+            "`{one}` and `{other}` share a wire and have the same MAC address{mac}: only one of them can be up"
         );
-        return Check::warn(
+        let remedy = match pair.and_then(|(one, _)| self.user_of(one)) {
+            Some(pid) => format!("end the process {pid}, or start it with another address"),
+            None => format!(
+                "delete the one that is not needed, or give it another with `ip link set {one} address MAC`"
+            ),
+        };
+        Check::warn(name, message, remedy)
+    }
+
+    fn vepa(&self) -> Check {
+        let name = "vepa";
+        let has_sibling = |upper: &&&Link| {
+            let is_sibling =
+                |other: &&Link| other.lower == upper.lower && other.index != upper.index;
+            upper.mode == Some(Mode::Vepa)
+                && upper.lower.is_some()
+                && self.uppers.iter().any(is_sibling)
+        };
+        let Some(upper) = self.uppers.iter().find(has_sibling) else {
+            return Check::ok(name, "no link depends on a hairpin switch");
+        };
+        let (link, kind) = (&upper.name, &upper.kind);
+        let message = format!(
+            "`{link}` is in VEPA mode and has siblings, which it reaches only through a switch that sends frames back (hairpin); most don't"
+        );
+        let change = match self.user_of(upper) {
+            Some(_) => "have it made again in bridge mode".to_owned(),
+            None => format!("change it with `ip link set {link} type {kind} mode bridge`"),
+        };
+        Check::warn(
             name,
             message,
-            match facts.user_of(taker) {
-                Some(pid) => format!("end the process {pid}, or use another interface"),
-                None => format!(
-                    "delete it with `ip link delete {}`, or use another interface",
-                    taker.name
-                ),
-            },
+            format!("turn hairpin on at the switch, or {change}"),
+        )
+    }
+
+    fn stale(&self, facts: &Facts) -> Check {
+        let mut stale = self.uppers.clone();
+        stale.retain(|upper| facts.stale.contains_key(&upper.index));
+        let Some(first) = stale.first() else {
+            return Check::ok(Check::LEAKED_LINKS, "every link with an owner is in use");
+        };
+        let owner = &facts.stale[&first.index];
+        let message = format!(
+            "stale: {} (`{}` of {}, pid {}, which has ended)",
+            quoted(&stale),
+            first.name,
+            owner.program(),
+            owner.pid()
         );
+        let delete = stale
+            .iter()
+            .map(|link| format!("`ip link delete {}`", link.name));
+        let delete: Vec<String> = delete.collect();
+        let remedy = format!("delete with {}", delete.join(", "));
+        Check::warn(Check::LEAKED_LINKS, message, remedy)
     }
-    present(uppers)
-}
-
-fn present(uppers: &[&Link]) -> Check {
-    let message = match uppers {
-        [] => "there are no macvtaps or macvlans in this network namespace yet".to_owned(),
-        _ => format!("there are {}", quoted(uppers)),
-    };
-    Check::ok("macvtaps", message)
-}
-
-fn duplicate_macs(facts: &Facts, all: &[&Link], uppers: &[&Link]) -> Check {
-    let name = "duplicate MACs";
-    let same_wire = |one: &Link, other: &Link| {
-        one.mac.is_some()
-            && one.mac == other.mac
-            && one.index != other.index
-            && one.lower.is_some()
-            && (one.lower == other.lower || one.lower == Some(other.index))
-            // It takes its lower's on purpose.
-            && one.mode != Some(Mode::Passthru)
-    };
-    let pair = uppers.iter().find_map(|upper| {
-        let twin = all.iter().find(|link| same_wire(upper, link))?;
-        // The first is the one to change.
-        match facts.user_of(upper) {
-            Some(_) if facts.user_of(twin).is_none() && twin.is_macvlan() => Some((twin, upper)),
-            _ => Some((upper, twin)),
-        }
-    });
-    match pair {
-        Some((one, other)) => {
-            let mac = one.mac.and_then(|bytes| MacAddr::try_from(bytes).ok());
-            let mac = mac.map_or_else(String::new, |mac| format!(" {mac}"));
-            let message = format!(
-                "`{}` and `{}` share a wire and have the same MAC address{mac}: only one of them can be up",
-                one.name, other.name
-            );
-            Check::warn(
-                name,
-                message,
-                match facts.user_of(one) {
-                    Some(pid) => format!("end the process {pid}, or start it with another address"),
-                    None => format!(
-                        "delete the one that is not needed, or give it another with `ip link set {} address MAC`",
-                        one.name
-                    ),
-                },
-            )
-        }
-        None => Check::ok(name, "no two links on a wire have the same MAC address"),
-    }
-}
-
-fn vepa(facts: &Facts, uppers: &[&Link]) -> Check {
-    let name = "vepa";
-    let with_sibling = uppers.iter().find(|upper| {
-        let is_sibling = |other: &&Link| other.lower == upper.lower && other.index != upper.index;
-        upper.mode == Some(Mode::Vepa)
-            && upper.lower.is_some()
-            && uppers.iter().copied().any(|other| is_sibling(&other))
-    });
-    match with_sibling {
-        Some(upper) => Check::warn(
-            name,
-            format!(
-                "`{}` is in VEPA mode and has siblings, which it reaches only through a switch that sends frames back (hairpin); most don't",
-                upper.name
-            ),
-            match facts.user_of(upper) {
-                Some(_) => {
-                    "turn hairpin on at the switch, or have it made again in bridge mode".to_owned()
-                }
-                None => format!(
-                    "turn hairpin on at the switch, or change it with `ip link set {} type {} mode bridge`",
-                    upper.name, upper.kind
-                ),
-            },
-        ),
-        None => Check::ok(name, "no link depends on a hairpin switch"),
-    }
-}
-
-fn leaked(facts: &Facts, uppers: &[&Link]) -> Check {
-    let name = "leaked links";
-    let dead = uppers
-        .iter()
-        .filter(|upper| facts.leaked.contains_key(&upper.index));
-    let dead: Vec<&Link> = dead.copied().collect();
-    let Some(first) = dead.first() else {
-        return Check::ok(name, "no link was left behind by a dead process");
-    };
-    let owner = &facts.leaked[&first.index];
-    let message = format!(
-        "{} {} left behind by dead processes (`{}` by {}, pid {})",
-        quoted(&dead),
-        if dead.len() == 1 { "was" } else { "were" },
-        first.name,
-        owner.program(),
-        owner.pid()
-    );
-    let delete: Vec<String> = dead
-        .iter()
-        .map(|link| format!("`ip link delete {}`", link.name))
-        .collect();
-    Check::warn(name, message, format!("delete with {}", delete.join(", ")))
 }
 
 fn nodes(links: &[Link], nodes: &[Node]) -> Check {
     let name = "device nodes";
     let text = |node: &Node| {
         let index = node.index;
-        let link = diagnose::by_index(links, Some(index));
-        match (node.found, node.expected) {
-            (Some(found), Some(expected)) if found != expected => {
-                let link = link.map_or("it", |link| &link.name);
-                Some(format!(
-                    "/dev/tap{index} is not `{link}` but a macvtap of another network namespace"
-                ))
+        let path = format!("/dev/tap{index}");
+        let foreign = "a macvtap of another network namespace";
+        let link = diagnose::by_index(links, Some(index)).map(|link| &link.name);
+        match (node.found, node.expected, link) {
+            (Some(found), Some(expected), link) if found != expected => {
+                let link = link.map_or("it", |link| link);
+                Some(format!("{path} is not `{link}` but {foreign}"))
             }
-            (Some(_), None) if index < CHOSEN_INDEXES => Some(match link {
-                Some(link) => format!(
-                    "/dev/tap{index} has the index of `{}` and is a macvtap of another network namespace",
-                    link.name
-                ),
-                None => format!("/dev/tap{index} is a macvtap of another network namespace"),
-            }),
-            (None, Some(_)) => Some(format!(
-                "`{}` has no node /dev/tap{index}",
-                link.map_or("a macvtap", |link| &link.name)
-            )),
+            (Some(_), None, Some(link)) if index < CHOSEN_INDEXES => {
+                Some(format!("{path} has the index of `{link}` and is {foreign}"))
+            }
+            (Some(_), None, None) if index < CHOSEN_INDEXES => Some(format!("{path} is {foreign}")),
+            (None, Some(_), link) => {
+                let link = link.map_or("a macvtap", |link| link);
+                Some(format!("`{link}` has no node {path}"))
+            }
             _ => None,
         }
     };
@@ -348,19 +330,14 @@ fn nodes(links: &[Link], nodes: &[Node]) -> Check {
 
 fn quoted(links: &[&Link]) -> String {
     const SHOWN: usize = 8;
-    let names: Vec<String> = links
-        .iter()
-        .take(SHOWN)
-        .map(|link| match link.mode {
-            Some(mode) => format!("`{}` ({mode})", link.name),
-            None => format!("`{}`", link.name),
-        })
-        .collect();
-    let more = links.len().saturating_sub(SHOWN);
-    let more = if more > 0 {
-        format!(" and {more} more")
-    } else {
-        String::new()
+    let name = |link: &&Link| match link.mode {
+        Some(mode) => format!("`{}` ({mode})", link.name),
+        None => format!("`{}`", link.name),
     };
-    names.join(", ") + &more
+    let names: Vec<String> = links.iter().take(SHOWN).map(name).collect();
+    let names = names.join(", ");
+    match links.len().saturating_sub(SHOWN) {
+        0 => names,
+        more => format!("{names} and {more} more"),
+    }
 }

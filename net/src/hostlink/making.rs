@@ -8,7 +8,7 @@ use super::settings::{self, Paused};
 use super::step::{Journal, Step};
 use super::{HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, host_links_on, list, vrf_of};
 use crate::address::InterfaceAddress;
-use crate::diagnose::{self, LinkRequest};
+use crate::diagnose::{self, LinkRequest, Problem};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::NewLinkName;
@@ -111,7 +111,7 @@ pub(super) fn create(
         Some(libc::EEXIST) => HostLinkProblem::NameTaken {
             name: name.to_owned(),
         },
-        Some(libc::EOPNOTSUPP) => HostLinkProblem::NoDriver,
+        Some(libc::EOPNOTSUPP) => Problem::NoDriver { driver: "macvlan" }.into(),
         _ => request.explain_create(error).into(),
     };
     host.create(&new, random_index).map_err(explain)

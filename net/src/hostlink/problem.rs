@@ -86,10 +86,6 @@ pub enum HostLinkProblem {
         "a route over `{name}` uses a next-hop object, which cannot be moved: replace it by a plain route (`ip nexthop` lists the objects)"
     )]
     NextHopObject { name: String },
-    #[error(
-        "this kernel has no macvlan driver: load it with `modprobe macvlan`, or use a kernel with CONFIG_MACVLAN"
-    )]
-    NoDriver,
     #[error("there is no host link on `{name}`: `ip -d link` lists the links that there are")]
     NoHostLink { name: String },
     #[error("there are several, {}: name one of them", .names.join(", "))]

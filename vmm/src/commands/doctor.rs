@@ -32,7 +32,7 @@ impl From<Check> for Line {
             message,
             // The library does not know of this program.
             remedy: remedy.map(|remedy| match name {
-                "leaked links" => format!("`minivmm net gc`, or {remedy}"),
+                Check::LEAKED_LINKS => format!("`minivmm net gc`, or {remedy}"),
                 _ => remedy,
             }),
         }

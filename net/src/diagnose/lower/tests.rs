@@ -34,7 +34,8 @@ fn down(link: Link) -> Link {
 fn judge((link, others, wireless, expected): Case<'_>) {
     let links = [vec![link.clone()], others].concat();
     let found = problems(&links, &link, wireless.as_ref());
-    let texts: Vec<String> = found.iter().map(ToString::to_string).collect();
+    let found = found.into_iter().map(Problem::from);
+    let texts: Vec<String> = found.map(|problem| problem.to_string()).collect();
     assert_eq!(texts.len(), expected.len(), "{link:?}: {texts:#?}");
     for (text, words) in texts.iter().zip(expected) {
         assert!(text.contains(words), "{text} lacks {words}");

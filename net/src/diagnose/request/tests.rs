@@ -205,3 +205,74 @@ fn up_with_the_lowers_own_mac_says_so() {
     let refusal = request(&links, Mode::Bridge).explain_up(&made, errno(libc::EADDRINUSE));
     assert!(matches!(refusal, Problem::MacIsLowers { .. }));
 }
+
+#[test]
+fn spec_numbers_at_the_limits_pass_and_beyond_are_refused() {
+    let spec = MacvtapSpec::new("eno1".parse().unwrap());
+    check_spec(&spec).unwrap();
+    let largest = MacvtapSpec {
+        queues: 256,
+        tx_queue_len: Some(524_288),
+        bc_queue_len: Some(1),
+        mode: Some(Mode::Source),
+        source_macs: vec!["02:00:00:00:00:01".parse().unwrap()],
+        name: Some("guest".parse().unwrap()),
+        ..spec.clone()
+    };
+    check_spec(&largest).unwrap();
+    let refusals = [
+        (
+            MacvtapSpec {
+                queues: 0,
+                ..spec.clone()
+            },
+            "queues has to be 1 to 256, not 0",
+        ),
+        (
+            MacvtapSpec {
+                queues: 257,
+                ..spec.clone()
+            },
+            "1 to 256, not 257",
+        ),
+        (
+            MacvtapSpec {
+                tx_queue_len: Some(0),
+                ..spec.clone()
+            },
+            "1 to 524288, not 0",
+        ),
+        (
+            MacvtapSpec {
+                tx_queue_len: Some(524_289),
+                ..spec.clone()
+            },
+            "not 524289",
+        ),
+        (
+            MacvtapSpec {
+                bc_queue_len: Some(0),
+                ..spec.clone()
+            },
+            "choose 1 or more",
+        ),
+        (
+            MacvtapSpec {
+                source_macs: vec!["02:00:00:00:00:01".parse().unwrap()],
+                ..spec.clone()
+            },
+            "give it that mode",
+        ),
+        (
+            MacvtapSpec {
+                name: Some("vm%d".parse().unwrap()),
+                ..spec
+            },
+            "`vm%d`",
+        ),
+    ];
+    for (spec, expected) in refusals {
+        let text = check_spec(&spec).unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
+}
