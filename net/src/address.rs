@@ -17,18 +17,18 @@ pub struct InterfaceAddress {
 /// Why a text is no [`InterfaceAddress`].
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ParseAddressError {
-    /// No slash, and without the prefix nobody knows who else is on the wire.
+    /// No slash: without the prefix it is unknown who else is on the wire.
     #[error(
-        "`{0}` lacks the length of its prefix: write it behind a slash, like 192.168.0.5/24 or fd00::5/64"
+        "`{0}` lacks the length of its prefix: write it after a slash, like 192.168.0.5/24 or fd00::5/64"
     )]
     NoPrefix(String),
     /// What is before the slash is no IP address.
     #[error("`{0}` is not an IP address: write one like 192.168.0.5/24 or fd00::5/64")]
     Malformed(String),
-    /// What is behind the slash is no number, or too large a one.
+    /// What follows the slash is no number, or too large a one.
     #[error("the prefix of `{text}` must be a number from 1 to {max}")]
     Prefix {
-        /// What was given.
+        /// The text.
         text: String,
         /// The length of an address in bits.
         max: u8,
@@ -56,25 +56,16 @@ impl InterfaceAddress {
 
     /// Whether `other` is of the network that the prefix spans.
     pub fn contains(&self, other: IpAddr) -> bool {
-        let shift = |bits: u32| bits - u32::from(self.prefix);
-        match (self.ip, other) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => {
-                (a.to_bits() ^ b.to_bits())
-                    .checked_shr(shift(32))
-                    .unwrap_or(0)
-                    == 0
-            }
-            (IpAddr::V6(a), IpAddr::V6(b)) => {
-                (a.to_bits() ^ b.to_bits())
-                    .checked_shr(shift(128))
-                    .unwrap_or(0)
-                    == 0
-            }
-            _ => false,
-        }
+        let number = |ip| match ip {
+            IpAddr::V4(ip) => u128::from(ip.to_bits()),
+            IpAddr::V6(ip) => ip.to_bits(),
+        };
+        let differing = number(self.ip) ^ number(other);
+        let shift = bits(self.ip) - self.prefix;
+        bits(self.ip) == bits(other) && differing.checked_shr(shift.into()).unwrap_or(0) == 0
     }
 
-    /// The address that all of an IPv4 network listen to; None where there is none (IPv6, /31, /32: RFC 3021).
+    /// The broadcast address of an IPv4 network; None where there is none (IPv6, /31, /32: RFC 3021).
     pub(crate) fn broadcast(&self) -> Option<Ipv4Addr> {
         match self.ip {
             IpAddr::V4(ip) if self.prefix < 31 => {

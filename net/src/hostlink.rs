@@ -23,15 +23,12 @@ use crate::stale::{self, Judge};
 mod announce;
 mod making;
 mod moving;
-mod present;
 mod problem;
 mod settings;
 mod step;
 mod tag;
 
 use making::make;
-use moving::Everything;
-use present::Present;
 pub use problem::{HostLinkError, HostLinkProblem};
 use settings::Paused;
 use step::{Journal, Step};
@@ -313,13 +310,12 @@ fn move_back(
         take(Step::Delete(Object::Address(own.clone())))?;
     }
     // Their routes went with them, so only now is it clear what is left to move.
-    let all = Everything::of(host)?;
-    let mut left = all.addresses.clone();
-    left.retain(|message| !moving::is_autoconfigured(message));
+    let mut all = moving::everything(host)?;
     // A move that was interrupted has left some of it on both links.
-    let present = Present::on(lower.into(), &all);
-    for step in moving::plan(link.into(), lower.into(), &left, &all)? {
-        if !present.covers(&step) {
+    let is_done = moving::done(lower.into(), &all);
+    all.retain(|object| !matches!(object, Object::Address(it) if moving::is_autoconfigured(it)));
+    for step in moving::plan(link.into(), lower.into(), &all)? {
+        if !is_done(&step) {
             take(step)?;
         }
     }

@@ -44,13 +44,13 @@ pub(crate) fn has_wireless_extensions(socket: BorrowedFd<'_>, link: &str) -> boo
 
 /// Whether a namespace belongs to a user namespace that is neither the caller's nor under it (NS_GET_USERNS, which hands
 /// out no other), so that the caller's capabilities do not count for it.
-pub(crate) fn belongs_to_a_stranger(namespace: BorrowedFd<'_>) -> bool {
+pub(crate) fn is_owned_elsewhere(namespace: BorrowedFd<'_>) -> bool {
     // SAFETY: the request takes no argument and touches no memory; the descriptor is open as long as it is borrowed.
     let result = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS) };
     if result < 0 {
         return io::Error::last_os_error().raw_os_error() == Some(libc::EPERM);
     }
-    // SAFETY: the kernel has just opened this descriptor for the caller, and nobody else knows of it.
+    // SAFETY: the kernel has just opened this descriptor for the caller, and nothing else owns it.
     drop(unsafe { OwnedFd::from_raw_fd(result) });
     false
 }
@@ -127,7 +127,7 @@ fn ifreq_ioctl(
 ) -> io::Result<()> {
     // SAFETY: the requests of this file read and write at most one ifreq (SIOCGIWNAME's iwreq is smaller), which
     // `argument` is, and keep no pointer to it; the descriptor is open as long as it is borrowed. What SIOCETHTOOL
-    // finds behind the pointer in it is a slice that `has_feature` has sized for the command, and outlives the call.
+    // finds at the pointer in it is a slice that `has_feature` has sized for the command, and outlives the call.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) };
     if result < 0 {
         Err(io::Error::last_os_error())

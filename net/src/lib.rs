@@ -1,12 +1,11 @@
-//! From the name of a network interface to an open, proven macvtap queue.
+//! From the name of a network interface to an open macvtap queue.
 //!
-//! A macvtap is a second Ethernet NIC on the wire of an existing one (its *lower* link): it has a MAC address of its
-//! own, and its frames are read and written through a file descriptor, its *queue*. [`Macvtap::open`] makes one by
-//! rtnetlink, in a network namespace that only this process holds, so that the kernel removes it whichever way the
-//! process ends; or, where it shall be seen, in the caller's namespace ([`Placement::Host`]), where [`delete_stale`](delete_stale())
-//! deletes what the dead left behind. Or it opens queues of a macvtap that exists. [`Macvtap::from_fds`] takes queues that
-//! another program has opened. What can go wrong is told in [`Problem`] and [`ExistingTapError`], a sentence each, with the
-//! remedy.
+//! A macvtap is a second Ethernet NIC on the wire of an existing one (its *lower* link): it has a MAC address of its own,
+//! and its frames are read and written through a file descriptor, its *queue*. [`Macvtap::open`] makes one by rtnetlink,
+//! in a network namespace that only this process holds: the kernel removes it when the process ends, in whatever way.
+//! In the caller's namespace ([`Placement::Host`]), [`delete_stale`](delete_stale()) deletes those of ended processes. Or it opens
+//! queues of a macvtap that exists, and [`Macvtap::from_fds`] takes queues that another program has opened. [`Problem`] and
+//! [`ExistingTapError`] say what can go wrong, with the remedy.
 //!
 //! ```no_run
 //! use net::{Macvtap, MacvtapSpec};
@@ -17,40 +16,41 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! The link and the macvtaps on it cannot hear each other. [`HostLink`] makes the macvlan by which the host talks with
-//! them all the same. [`inventory()`] lists who shares which wire, [`diagnose_host`] says what is amiss, and a
-//! [`LinkWatch`] tells an event loop of carrier, MTU and deletion; `examples/watch.rs` shows two of them. A
-//! [`FrameListener`] hears which addresses the user of a macvtap says it has.
+//! The link and the macvtaps on it cannot reach each other. [`HostLink`] makes the macvlan by which the host does.
+//! [`inventory()`] lists who shares which wire, [`diagnose_host`] checks the host, a [`LinkWatch`] reports carrier, MTU and
+//! deletion to an event loop (`examples/watch.rs`), and a [`FrameListener`] shows the addresses that a macvtap's user has.
 //!
-//! The crate knows nothing of virtual machines: header size, offloads and buffer sizes of the queue are its user's to
-//! set.
+//! The crate knows nothing of virtual machines: header size, offloads and buffer sizes of a queue are its user's to set.
 //!
 //! # Files
 //!
+//! Each uses only those below it.
+//!
 //! | file | what it is |
 //! | --- | --- |
-//! | `spec.rs` | what can be asked for, of the types in `mac.rs`, `name.rs` and `mode.rs` |
-//! | `macvtap.rs` | making one: check, make, bring up, open; or queues that another program has opened |
-//! | `link_guard.rs`, `owner.rs`, `stale.rs` | giving back: at the end, and what the dead could not |
-//! | `record.rs` | a lock for each thing of the host that a process uses |
-//! | `identity.rs` | which link is meant, in whichever namespace |
-//! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it; `address.rs` |
-//! | `inventory.rs`, `watch.rs` | who shares a wire, and news of links for an event loop |
-//! | `listen.rs` | what the user of a macvtap sends, where that tells about it |
-//! | `doctor.rs` | what stands in the way on this machine, one line a check |
-//! | `diagnose.rs` | what makes a lower link unfit, and what the kernel's error numbers mean; pure |
-//! | `netlink.rs` | reads links, addresses and routes by a client of our own, and changes them by rtnetlink, the only async code |
-//! | `netns.rs` | the private network namespace |
-//! | `queue.rs` | finds the right device node, opens it and proves it |
+//! | `doctor.rs` | `diagnose_host`: what stands in the way on this machine, one line a check |
+//! | `inventory.rs` | who shares a wire |
+//! | `macvtap.rs` | checks, makes, brings up and opens a macvtap; or takes queues that another program has opened |
+//! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it |
+//! | `link_guard.rs` | deletes what was made |
+//! | `stale.rs`, `owner.rs` | deletes what ended processes have made |
 //! | `wifi.rs` | whether frames go over the air |
-//! | `sysfs.rs`, `ioctl.rs` | what only sysfs and ioctls can tell |
+//! | `diagnose.rs` | what makes a lower link unfit, and what the kernel's error numbers mean; pure |
+//! | `privileges.rs` | what a thread may do |
+//! | `queue.rs` | finds the right device node, opens it and proves it |
+//! | `record.rs` | a lock for each thing of the host that a process uses |
+//! | `watch.rs`, `listen.rs` | events of links and frames with addresses, for an event loop |
+//! | `identity.rs` | which link is meant, in whichever namespace |
+//! | `spec.rs` | what can be asked for, of the types in `mac.rs`, `name.rs` and `mode.rs`; `address.rs` |
+//! | `netlink.rs` | links, addresses, routes and so on: reads, makes and changes them |
+//! | `netns.rs` | the private network namespace |
+//! | `sysfs.rs`, `ioctl.rs` | what only sysfs and ioctls show |
 //!
 //! # Threads
 //!
 //! All calls block. Each does its work on a short-lived thread of its own, and that thread alone ever enters another
-//! network namespace. So the caller's threads stay where they are. A second one speaks to rtnetlink, with a
-//! current-thread tokio runtime where something is changed: the first waits for it 10 seconds at most. So a caller may be
-//! inside a runtime of its own.
+//! network namespace: the caller's threads stay where they are. A second one speaks to the kernel by netlink; the first
+//! waits for it 10 seconds at most.
 
 mod address;
 mod diagnose;
@@ -101,5 +101,5 @@ pub use record::{
     make_record_directory_for,
 };
 pub use spec::{MacvtapSpec, Placement};
-pub use stale::{StaleLink, delete_stale};
+pub use stale::{StaleError, StaleLink, delete_stale};
 pub use watch::{LinkChange, LinkEvent, LinkWatch};

@@ -1,5 +1,5 @@
-//! Listens to what the user of a macvtap sends that tells its addresses, also where the kernel alone moves the frames, as
-//! with vhost-net.
+//! Listens for frames that show the addresses of a macvtap's user, also where the kernel alone moves the frames, as with
+//! vhost-net.
 //!
 //! A packet socket on the macvtap itself, with a filter: the kernel passes on what names the sender's addresses (ARP, IPv6
 //! neighbour discovery, DHCP), and what comes from another MAC address than the macvtap's.

@@ -53,9 +53,6 @@ pub enum Error {
         #[source]
         source: Problem,
     },
-    /// What dead processes left behind could not be deleted.
-    #[error("cannot clear away what dead processes left")]
-    Stale(#[source] Problem),
 }
 
 fn of(namespace: &Option<Box<Path>>) -> String {

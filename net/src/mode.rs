@@ -1,4 +1,4 @@
-//! How the macvlan driver lets the links on one lower link hear each other.
+//! How the macvlan driver connects the links on one lower link with each other.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ pub enum Mode {
     /// All frames go out on the wire; links on the same lower reach each other only through a switch that sends frames
     /// back where they came from (hairpin).
     Vepa,
-    /// Links on the same lower don't hear each other, unless a switch sends a unicast frame back where it came from: that
+    /// Links on the same lower don't reach each other, unless a switch sends a unicast frame back where it came from: that
     /// alone the driver lets through.
     Private,
     /// The lower belongs to this link alone, which takes over its MAC address and receives everything.

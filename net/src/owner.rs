@@ -1,6 +1,6 @@
-//! Whose a link is, written on the link itself, so that what a dead process left behind can be told from all else.
+//! The process that a link belongs to, written on the link itself, so that stale links can be found.
 //!
-//! The tag is the link's alias (IFLA_IFALIAS; `ip link` shows it). A pid alone would not do: it is given out again, and
+//! The tag is the link's alias (IFLA_IFALIAS; `ip link` shows it). A pid alone would not do: it is used again, and
 //! means another process in a container. So the tag has the start time too, and the namespaces in which both count.
 
 use std::fmt;
@@ -35,7 +35,7 @@ impl Owner {
     ///
     /// # Errors
     ///
-    /// When /proc is not there, or not that of the process's own pid namespace, so that nobody could be judged by it.
+    /// When /proc is not there, or not that of the process's own pid namespace.
     pub fn this_process() -> io::Result<Self> {
         let pid = std::process::id();
         if fs::read_link("/proc/self")?.to_str() != Some(&pid.to_string()) {
@@ -65,8 +65,8 @@ impl Owner {
 
     /// The user that it runs as. None when it has ended, and when it is out of the calling process's sight.
     pub fn user(&self) -> Option<u32> {
-        let judge = Self::this_process().ok()?;
-        if self.pid_namespace != judge.pid_namespace || self.is_dead_to(&judge) {
+        let me = Self::this_process().ok()?;
+        if self.pid_namespace != me.pid_namespace || self.is_dead_to(&me) {
             return None;
         }
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
@@ -76,14 +76,14 @@ impl Owner {
     }
 
     /// Whether it has certainly ended, as the calling process sees it. In doubt, as for most processes of other
-    /// containers, it lives.
+    /// containers, it runs.
     pub fn is_dead(&self) -> bool {
-        Self::this_process().is_ok_and(|judge| self.is_dead_to(&judge))
+        Self::this_process().is_ok_and(|me| self.is_dead_to(&me))
     }
 
-    pub(crate) fn is_dead_to(&self, judge: &Self) -> bool {
-        if self.pid_namespace != judge.pid_namespace {
-            return judge.pid_namespace == FIRST_PID_NAMESPACE && is_deserted(&self.pid_namespace);
+    pub(crate) fn is_dead_to(&self, me: &Self) -> bool {
+        if self.pid_namespace != me.pid_namespace {
+            return me.pid_namespace == FIRST_PID_NAMESPACE && is_deserted(&self.pid_namespace);
         }
         // Asked by kill(2), which a /proc that hides others' processes cannot mislead.
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
@@ -91,7 +91,7 @@ impl Owner {
             return true;
         }
         // Start times are as the reader's time namespace counts them.
-        let same_clock = self.time_namespace == judge.time_namespace;
+        let same_clock = self.time_namespace == me.time_namespace;
         Status::of(self.pid)
             .is_ok_and(|now| now.has_ended || (same_clock && now.start != self.start))
     }
@@ -152,12 +152,12 @@ impl FromStr for Owner {
     }
 }
 
-/// What /proc/PID/stat tells of a process (proc_pid_stat(5)).
+/// What /proc/PID/stat says of a process (proc_pid_stat(5)).
 #[derive(Debug, PartialEq, Eq)]
 struct Status {
     /// In clock ticks since the machine was started; field 22.
     start: u64,
-    /// Nobody has waited for it yet, but all of its threads are gone.
+    /// It has not been waited for yet, but all of its threads are gone.
     has_ended: bool,
 }
 
@@ -197,7 +197,7 @@ fn is_namespace(text: &str, kind: &str) -> bool {
 
 /// Whether no process is in the pid namespace any more. In doubt there is one.
 fn is_deserted(pid_namespace: &str) -> bool {
-    // A look at process 1 proves that /proc hides nobody from us.
+    // Process 1 in sight proves that /proc hides none from us.
     let Ok(processes) = namespace("1", "pid").and_then(|_| fs::read_dir("/proc")) else {
         return false;
     };

@@ -88,7 +88,7 @@ impl Privileges {
             effective: effective(&fs::read_to_string("/proc/thread-self/status")?),
             initial: rustix::fs::stat("/proc/thread-self/ns/user")?.st_ino == INITIAL,
             // A kernel without that ioctl (before 4.9) is not worth a false alarm.
-            over_network: !ioctl::belongs_to_a_stranger(network),
+            over_network: !ioctl::is_owned_elsewhere(network),
             owns_devices: owner == rustix::process::geteuid().as_raw(),
         })
     }
@@ -104,7 +104,7 @@ impl Privileges {
         (!lacks.is_empty()).then_some(Obstacle::Capabilities(lacks))
     }
 
-    /// What will keep it from opening them, as far as that can be told before. `mounts_sysfs`: it can mount the sysfs that
+    /// What will keep it from opening them, as far as that can be known before. `mounts_sysfs`: it can mount the sysfs that
     /// shows which device is meant.
     pub(crate) fn obstacle_to_opening(&self, mounts_sysfs: bool) -> Option<Obstacle> {
         let may = self.initial || (self.owns_devices && mounts_sysfs);

@@ -1,4 +1,4 @@
-//! Taking away the links that ended processes left behind.
+//! Deleting the links of ended processes.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, RawFd};
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use crate::Error;
 use crate::diagnose::Problem;
 use crate::identity::LinkId;
 use crate::ioctl;
@@ -19,7 +18,7 @@ use crate::owner::Owner;
 use crate::record::{self, RecordDirectory, RecordKey, RecordState, RecordView};
 use crate::sysfs::Sysfs;
 
-/// A link that was left behind and is deleted now.
+/// A stale link that was deleted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StaleLink {
@@ -27,28 +26,33 @@ pub struct StaleLink {
     pub name: String,
     /// Its driver: `macvtap` or `macvlan`.
     pub kind: String,
-    /// Whose it was.
+    /// The process that it belonged to.
     pub owner: Owner,
 }
 
-/// Deletes the stale macvtaps and macvlans of the caller's network namespace, and says which: those that a process has
+/// Stale links could not be deleted.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot delete the links of ended processes")]
+pub struct StaleError(#[source] Problem);
+
+/// Deletes the stale macvtaps and macvlans of the caller's network namespace, and returns them: those that a process has
 /// made for its own time and that no process uses any more. A link without an [`Owner`] is never touched, nor one that
 /// may be in use.
 ///
-/// Two that do this at once share the work, and each tells only its part.
+/// Two that do this at once share the work, and each returns only its part.
 ///
 /// # Errors
 ///
-/// [`Error::Stale`], when links cannot be listed, or one cannot be deleted, for want of CAP_NET_ADMIN above all.
-pub fn delete_stale() -> Result<Vec<StaleLink>, Error> {
+/// When links cannot be listed, or one cannot be deleted, for want of CAP_NET_ADMIN above all.
+pub fn delete_stale() -> Result<Vec<StaleLink>, StaleError> {
     let all = || {
         let netlink = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
-        delete_stale_by(&netlink).map_err(Problem::from_step("delete the links of dead processes"))
+        delete_stale_by(&netlink).map_err(Problem::from_step("delete the links of ended processes"))
     };
     netns::on_own_thread(all)
         .map_err(Problem::from_step("start a thread"))
         .and_then(|deleted| deleted)
-        .map_err(Error::Stale)
+        .map_err(StaleError)
 }
 
 /// [`delete_stale`] by a connection to the calling thread's namespace.
@@ -72,28 +76,24 @@ fn delete_stale_by(netlink: &Netlink) -> io::Result<Vec<StaleLink>> {
     Ok(deleted)
 }
 
-/// [`delete_stale`] on the way to something else, which it may help and must not hinder.
+/// [`delete_stale`] before something else, which it may help and must not hinder.
 pub(crate) fn try_delete_stale(netlink: &Netlink) {
     match delete_stale_by(netlink) {
         Ok(deleted) => deleted.iter().for_each(|link| {
-            log::info!(
-                "deleted {}, which a dead process had left: {}",
-                link.name,
-                link.owner
-            );
+            log::info!("deleted {} of an ended process: {}", link.name, link.owner);
         }),
-        Err(error) => log::debug!("cannot delete what dead processes left: {error}"),
+        Err(error) => log::debug!("cannot delete the links of ended processes: {error}"),
     }
 }
 
-/// Tells which links of the calling thread's namespace are stale.
+/// Decides which links of the calling thread's namespace are stale.
 #[derive(Debug)]
 pub(crate) struct Judge {
     namespace: Option<u64>,
     directories: Vec<RecordDirectory>,
     view: RecordView,
     me: Option<Owner>,
-    /// What is needed for a link that is probably stale alone.
+    /// Needed only for a link that is probably stale.
     sysfs: OnceCell<Option<Sysfs>>,
     open_devices: OnceCell<OpenDevices>,
 }
@@ -110,7 +110,7 @@ impl Judge {
         }
     }
 
-    /// Whose link it is, by its alias; or by its record, if somebody has given it another one.
+    /// Whose link it is, by its alias; or by its record, if the alias was changed.
     pub(crate) fn owner_of(&self, link: &Link) -> Option<Owner> {
         if !link.is_macvlan() {
             return None;
@@ -124,10 +124,10 @@ impl Judge {
         link.alias.parse().ok().or_else(recorded)
     }
 
-    /// Who has left it behind; None for a link that is somebody else's, and for one that may be in use.
+    /// The ended owner of a stale link; None for a link without owner, and for one that may be in use.
     pub(crate) fn stale_owner(&self, link: &Link) -> Option<Owner> {
         let owner = self.owner_of(link)?;
-        let is_left = match self.record_of(link) {
+        let is_stale = match self.record_of(link) {
             RecordState::Held => false,
             RecordState::Free => true,
             RecordState::Missing => {
@@ -135,8 +135,8 @@ impl Judge {
                 me.is_some_and(|me| owner.is_dead_to(me))
             }
         };
-        // The one who made it may have passed its queues on.
-        (is_left && !(link.is_macvtap() && self.may_be_open(link))).then_some(owner)
+        // The process that made it may have passed its queues on.
+        (is_stale && !(link.is_macvtap() && self.may_be_open(link))).then_some(owner)
     }
 
     fn id(&self, link: &Link) -> Option<LinkId> {
@@ -171,7 +171,7 @@ impl Judge {
             return true;
         }
         let open = self.open_devices.get_or_init(OpenDevices::look);
-        // Where there is a record, whoever was given a queue was given its lock too.
+        // Where there is a record, its lock is passed on with a queue.
         let in_doubt = open.is_partial && self.record_of(link) == RecordState::Missing;
         in_doubt || open.has(device, &link.name)
     }
@@ -215,8 +215,8 @@ impl OpenDevices {
         found
     }
 
-    /// Whether somebody has the macvtap `name` open. Its device's number may have been that of one which is gone, and of
-    /// which there are descriptors left.
+    /// Whether a process has the macvtap `name` open. Its device's number may have been that of a deleted one, of which
+    /// descriptors are still open.
     fn has(&self, device: u64, name: &str) -> bool {
         let descriptors = self.devices.get(&device).into_iter().flatten();
         let mut names = descriptors.map(|(pid, number)| {
@@ -236,7 +236,7 @@ fn number(entry: &fs::DirEntry) -> Option<i32> {
     entry.file_name().to_str()?.parse().ok()
 }
 
-/// The character device behind a descriptor in /proc.
+/// The character device of a descriptor in /proc.
 fn device(descriptor: &fs::DirEntry) -> Option<u64> {
     // It may be a file of a server that does not answer.
     let flags = AtFlags::STATX_DONT_SYNC;
@@ -246,8 +246,8 @@ fn device(descriptor: &fs::DirEntry) -> Option<u64> {
         .then(|| rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor))
 }
 
-/// Deletes the link with this index if it still has this alias, and says whether it did. The look comes first since an
-/// index could be another link's by now.
+/// Deletes the link with this index if it still has this alias, and returns whether it did: the index could be another
+/// link's by now.
 fn delete_if_still(netlink: &Netlink, index: u32, alias: &str) -> io::Result<bool> {
     match netlink.link(index) {
         Ok(link) if link.alias == alias => delete(netlink, index),
@@ -257,7 +257,7 @@ fn delete_if_still(netlink: &Netlink, index: u32, alias: &str) -> io::Result<boo
     }
 }
 
-/// Deletes the link with this index, and says whether it was there.
+/// Deletes the link with this index, and returns whether it was there.
 pub(crate) fn delete(netlink: &Netlink, index: u32) -> io::Result<bool> {
     match netlink.delete(index) {
         Ok(()) => Ok(true),

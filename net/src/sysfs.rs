@@ -1,4 +1,4 @@
-//! What only sysfs can tell, asked of the sysfs of the right network namespace.
+//! What only sysfs shows, read from the sysfs of the right network namespace.
 
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
@@ -51,7 +51,7 @@ impl Sysfs {
         exists("phy80211") || exists("wireless")
     }
 
-    /// The name of the driver behind `link`; None for a link without hardware.
+    /// The name of the driver of `link`; None for a link without hardware.
     pub(crate) fn driver(&self, link: &str) -> Option<String> {
         let path = format!("class/net/{link}/device/driver");
         let target = rustix::fs::readlinkat(&self.root, path, Vec::new()).ok()?;

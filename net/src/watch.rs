@@ -23,17 +23,17 @@ pub struct LinkEvent {
     pub index: u32,
     /// Its name at the time.
     pub name: String,
-    /// What is new.
+    /// What has changed.
     pub change: LinkChange,
 }
 
-/// What is new about a link.
+/// What has changed about a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LinkChange {
-    /// The wire is there, or gone (IFF_LOWER_UP).
+    /// Its carrier is there, or gone (IFF_LOWER_UP).
     Carrier(bool),
-    /// Somebody has brought it up, or down (IFF_UP).
+    /// It was brought up, or down (IFF_UP).
     Admin(bool),
     /// Its new MTU in bytes, without the Ethernet header.
     Mtu(u32),
@@ -43,20 +43,20 @@ pub enum LinkChange {
     AllMulticast(bool),
     /// What [`LinkWatch::turn_all_multicast_on`] asked for was refused, with this error number.
     Refused(i32),
-    /// It doesn't exist in this namespace any more. Nothing more will be heard of it.
+    /// It doesn't exist in this namespace any more; its last event.
     Deleted,
 }
 
 /// Watches some links of one network namespace. Wait for [`LinkWatch::as_fd`] to become readable, then call
 /// [`LinkWatch::next`] until it has nothing more.
 ///
-/// The first events tell what is amiss already: for a link that is up, has its carrier and exists there is none.
+/// The first events are those of links that are down, without carrier or gone; for others there is none.
 #[derive(Debug)]
 pub struct LinkWatch {
     socket: OwnedFd,
     buffer: Vec<u8>,
-    /// What is known of each link; None for one that is gone.
-    known: BTreeMap<u32, Option<State>>,
+    /// What is known of each link, [`unseen`] before the first look; None for one that is gone.
+    known: BTreeMap<u32, Option<Link>>,
     ready: VecDeque<LinkEvent>,
     /// The number of the last dump that was asked for.
     sequence: u32,
@@ -71,15 +71,13 @@ pub struct LinkWatch {
 /// The number of a request for a change, which no dump has.
 const CHANGE: u32 = u32::MAX;
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct State {
-    name: String,
-    carrier: bool,
-    up: bool,
-    mtu: u32,
-    /// None before the first look.
-    mac: Option<MacAddr>,
-    all_multicast: Option<bool>,
+/// A link as it should be, so that the first look makes events of all else.
+fn unseen() -> Link {
+    Link {
+        up: true,
+        carrier: true,
+        ..Link::default()
+    }
 }
 
 impl LinkWatch {
@@ -92,7 +90,7 @@ impl LinkWatch {
         Self::over(open_socket()?, indexes)
     }
 
-    /// Watches by a socket that somebody else has opened, by [`Macvtap::watch_socket`](crate::Macvtap::watch_socket), the
+    /// Watches by a socket that another process has opened, by [`Macvtap::watch_socket`](crate::Macvtap::watch_socket), the
     /// links with these indexes in its network namespace. That takes no privilege.
     ///
     /// # Errors
@@ -113,10 +111,9 @@ impl LinkWatch {
         let mut watch = Self {
             socket,
             buffer: Vec::new(),
-            // As a link should be, so that the dump makes events of all else.
             known: indexes
                 .iter()
-                .map(|index| (*index, Some(State::healthy())))
+                .map(|index| (*index, Some(unseen())))
                 .collect(),
             ready: VecDeque::new(),
             sequence: 0,
@@ -142,12 +139,12 @@ impl LinkWatch {
 
     /// The next event; None when there is none for now.
     ///
-    /// When events came faster than they were fetched, the kernel drops some. The state of all links is then asked for
-    /// again, and the differences come as events: what was lost in between is only what has passed.
+    /// When events came faster than they were fetched, the kernel drops some. The state of all links is then requested
+    /// again, and the differences become events.
     ///
     /// # Errors
     ///
-    /// When the socket fails, which it doesn't in an ordinary life.
+    /// When the socket fails.
     #[allow(
         clippy::should_implement_trait,
         reason = "an iterator that ends may not go on later"
@@ -158,7 +155,7 @@ impl LinkWatch {
                 return Ok(Some(event));
             }
             match receive(self.socket.as_fd(), &mut self.buffer) {
-                // Another process may write to the socket; only the kernel is believed.
+                // Another process may write to the socket.
                 Ok(sender) if sender.is_some_and(|sender| sender.pid() == 0) => self.learn()?,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -171,12 +168,12 @@ impl LinkWatch {
         }
     }
 
-    /// Asks the kernel to let a watched link take every multicast frame, and waits for nothing: it comes as an event, and
-    /// so does a refusal. What is asked for while the kernel's lock (RTNL) is held would wait for that, so a thread asks.
+    /// Asks the kernel to let a watched link take every multicast frame, and does not wait: the change is an event, and so
+    /// is a refusal. The request itself would wait while the kernel's lock (RTNL) is held, so a thread sends it.
     ///
     /// # Errors
     ///
-    /// When there can be no such thread.
+    /// When the thread cannot be started.
     pub fn turn_all_multicast_on(&mut self, index: u32) -> io::Result<()> {
         let socket = self.socket.try_clone()?;
         let request = flags_change(index, libc::IFF_ALLMULTI as u32, CHANGE);
@@ -227,7 +224,7 @@ impl LinkWatch {
             self.note_refusal(outcome);
             return Ok(());
         }
-        // A bridge talks of its ports by the same messages: that one left it does not mean that it is gone.
+        // A bridge reports its ports by the same messages: one that left it is not deleted.
         let of_bridge = message.body.first() == Some(&(libc::AF_BRIDGE as u8));
         let Some(link) = Link::parse(message.body).filter(|_| !of_bridge) else {
             return Ok(());
@@ -253,72 +250,61 @@ impl LinkWatch {
             return self.request_dump();
         }
         outcome?;
-        let is_gone = |(index, state): (&u32, &Option<State>)| {
-            (state.is_some() && !shown.contains(index)).then_some(*index)
+        let is_gone = |(index, link): (&u32, &Option<Link>)| {
+            (link.is_some() && !shown.contains(index)).then_some(*index)
         };
         let gone: Vec<u32> = self.known.iter().filter_map(is_gone).collect();
         gone.into_iter().for_each(|index| self.forget(index));
         Ok(())
     }
 
-    /// Makes events of what is new about `link`.
+    /// Makes events of what has changed about `link`.
     fn compare(&mut self, link: Link) {
         let Some(Some(known)) = self.known.get_mut(&link.index) else {
             return;
         };
-        let new = State {
-            name: link.name,
-            carrier: link.carrier,
-            up: link.up,
-            mtu: link.mtu,
-            mac: link.mac.and_then(|mac| mac.try_into().ok()),
-            all_multicast: Some(link.all_multicast),
-        };
-        let old = std::mem::replace(known, new.clone());
+        let old = std::mem::replace(known, link.clone());
+        let is_first = old.name.is_empty();
+        let later = |differs: bool| differs && !is_first;
+        let mac = link.mac.and_then(|mac| mac.try_into().ok());
         let changes = [
-            (old.up != new.up).then_some(LinkChange::Admin(new.up)),
-            (old.carrier != new.carrier).then_some(LinkChange::Carrier(new.carrier)),
-            (old.mtu != new.mtu && old.mtu != 0).then_some(LinkChange::Mtu(new.mtu)),
-            new.mac
-                .filter(|mac| old.mac.is_some_and(|old| old != *mac))
+            (old.up != link.up).then_some(LinkChange::Admin(link.up)),
+            (old.carrier != link.carrier).then_some(LinkChange::Carrier(link.carrier)),
+            later(old.mtu != link.mtu).then_some(LinkChange::Mtu(link.mtu)),
+            mac.filter(|_| later(old.mac != link.mac))
                 .map(LinkChange::Mac),
-            old.all_multicast
-                .filter(|old| *old != link.all_multicast)
-                .map(|_| LinkChange::AllMulticast(link.all_multicast)),
+            later(old.all_multicast != link.all_multicast)
+                .then_some(LinkChange::AllMulticast(link.all_multicast)),
         ];
-        let event = |change| LinkEvent {
-            index: link.index,
-            name: new.name.clone(),
+        for change in changes.into_iter().flatten() {
+            self.report(&link, link.index, change);
+        }
+    }
+
+    fn report(&mut self, link: &Link, index: u32, change: LinkChange) {
+        self.ready.push_back(LinkEvent {
+            index,
+            name: link.name.clone(),
             change,
-        };
-        self.ready.extend(changes.into_iter().flatten().map(event));
+        });
     }
 
     fn note_refusal(&mut self, outcome: io::Result<()>) {
         let index = self.changed;
         let number = outcome.err().and_then(|error| error.raw_os_error());
-        if let (Some(number), Some(Some(state))) = (number, self.known.get(&index)) {
-            self.ready.push_back(LinkEvent {
-                index,
-                name: state.name.clone(),
-                change: LinkChange::Refused(number),
-            });
+        if let (Some(number), Some(Some(link))) = (number, self.known.get(&index)) {
+            self.report(&link.clone(), index, LinkChange::Refused(number));
         }
     }
 
     fn forget(&mut self, index: u32) {
-        if let Some(state) = self.known.get_mut(&index).and_then(Option::take) {
-            let change = LinkChange::Deleted;
-            self.ready.push_back(LinkEvent {
-                index,
-                name: state.name,
-                change,
-            });
+        if let Some(link) = self.known.get_mut(&index).and_then(Option::take) {
+            self.report(&link, index, LinkChange::Deleted);
         }
     }
 }
 
-/// A socket that hears of the links of this thread's network namespace, and stays in it.
+/// A socket that receives the events of all links of this thread's network namespace, and stays in it.
 fn open_socket() -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     // No protocol stands for 0, which is NETLINK_ROUTE.
@@ -333,20 +319,6 @@ pub(crate) fn open_socket_in(namespace: Option<BorrowedFd<'_>>) -> io::Result<Ow
         namespace.map_or(Ok(()), netns::enter)?;
         open_socket()
     })?
-}
-
-impl State {
-    /// What needs no event when the first look shows it. All but the first three are not known before.
-    fn healthy() -> Self {
-        Self {
-            name: String::new(),
-            carrier: true,
-            up: true,
-            mtu: 0,
-            mac: None,
-            all_multicast: None,
-        }
-    }
 }
 
 impl AsFd for LinkWatch {

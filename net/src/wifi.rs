@@ -8,7 +8,7 @@ use crate::ioctl;
 use crate::netlink::Link;
 use crate::sysfs::Sysfs;
 
-/// Tells Wi-Fi interfaces of the calling thread's network namespace from others.
+/// Finds the Wi-Fi interfaces of the calling thread's network namespace.
 #[derive(Debug)]
 pub(crate) struct Air<'a> {
     sysfs: &'a Sysfs,

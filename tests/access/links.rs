@@ -90,7 +90,7 @@ fn leaked_macvtap_is_deleted_by_the_next_start() {
     assert_eq!(place.net.host.links(), ["lower", "guest0"]);
     // Its name and its MAC address would be in the way.
     let vm = place.serve(2, &["--macvtap", &spec]);
-    vm.wait_for_log("deleted guest0, which a dead process had left", PATIENCE);
+    vm.wait_for_log("deleted guest0 of an ended process", PATIENCE);
     assert!(place.net.far.pings(&addresses(2)[0], 3));
     place.net.quit(2, vm);
     assert_eq!(place.net.host.links(), ["lower"]);

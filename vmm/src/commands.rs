@@ -30,7 +30,7 @@ pub enum CommandError {
     List(#[from] net::InventoryError),
     /// `net gc`.
     #[error(transparent)]
-    Gc(#[from] net::Error),
+    Gc(#[from] net::StaleError),
     /// `qemu`.
     #[error(transparent)]
     Qemu(#[from] QemuError),
@@ -69,7 +69,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
     }
 }
 
-fn gc() -> Result<String, net::Error> {
+fn gc() -> Result<String, net::StaleError> {
     // Reading the registry removes stale files.
     crate::nic::registry::running();
     let line = |link: net::StaleLink| {

@@ -168,7 +168,7 @@ fn candidates(facts: &Facts, known: &[Link]) -> Check {
     )
 }
 
-/// The macvtaps and macvlans to judge.
+/// The macvtaps and macvlans that are checked.
 struct Macvtaps<'a> {
     /// All links of this namespace.
     links: &'a [Link],

@@ -3,7 +3,7 @@
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 
-use super::moving::{self, Everything};
+use super::moving;
 use super::settings::{self, Paused};
 use super::step::{Journal, Step};
 use super::{HostLink, HostLinkProblem, HostLinkSpec, Tag, announce, host_links_on, list, vrf_of};
@@ -58,7 +58,7 @@ pub(super) fn make(
         .map_err(|error| request.explain_up(&made, error))?;
     // Once more: udev renames a link while it is down.
     let made = look()?;
-    for step in plan.steps(host, lower, &made, &addresses)? {
+    for step in plan.steps(host, lower, &made)? {
         let explain = |source| HostLinkProblem::explain(&step, &made.name, source);
         journal.take(step.clone()).map_err(explain)?;
     }
@@ -192,19 +192,13 @@ impl MovePlan {
     }
 
     /// The steps onto the link `to`.
-    fn steps(
-        &self,
-        host: &Netlink,
-        lower: &Link,
-        to: &Link,
-        addresses: &[AddressMessage],
-    ) -> Result<Vec<Step>, HostLinkProblem> {
+    fn steps(&self, host: &Netlink, lower: &Link, to: &Link) -> Result<Vec<Step>, HostLinkProblem> {
         let paused = self.paused.iter();
         let off = |(what, value): &(Paused, u8)| what.set(&lower.name, *value, 0);
         let mut steps: Vec<Step> = paused.clone().map(off).collect();
         if !self.moved.is_empty() {
-            let all = Everything::of(host)?;
-            steps.extend(moving::plan(lower.into(), to.into(), addresses, &all)?);
+            let all = moving::everything(host)?;
+            steps.extend(moving::plan(lower.into(), to.into(), &all)?);
             // Not before: as long as the routes to its neighbours led over the lower, it would answer for all of them.
             let proxy = paused.filter(|(what, _)| *what == Paused::ProxyArp);
             steps.extend(proxy.map(|(what, value)| what.set(&to.name, 0, *value)));

@@ -1,7 +1,9 @@
 //! Moving addresses, routes, neighbour entries and policy rules from one link to another: the plan, which is pure.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
+use rtnetlink::packet_core::Emitable;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
@@ -36,32 +38,45 @@ impl<'a> From<&'a Link> for End<'a> {
     }
 }
 
-/// All that can be moved in a namespace. There may be thousands.
-#[derive(Debug, Default)]
-pub(super) struct Everything {
-    pub addresses: Vec<AddressMessage>,
-    pub routes: Vec<RouteMessage>,
-    pub neighbours: Vec<NeighbourMessage>,
-    pub rules: Vec<RuleMessage>,
+/// All that can be moved in a namespace, addresses in the order in which they were made. There may be thousands.
+pub(super) fn everything(host: &Netlink) -> Result<Vec<Object>, HostLinkProblem> {
+    let explain = HostLinkProblem::from_step;
+    let addresses = host.addresses().map_err(explain("list the addresses"))?;
+    let routes = host.routes().map_err(explain("list the routes"))?;
+    let neighbours = host.neighbours().map_err(explain("list the neighbours"))?;
+    let rules = host.rules().map_err(explain("list the policy rules"))?;
+    // The kernel lists IPv4 addresses as they came, a primary before its secondaries, and IPv6 ones the newest first
+    // (`ipv6_link_dev_addr` in net/ipv6/addrconf.c). It prefers those that are listed first.
+    let is_v6 = |address: &AddressMessage| address.header.family == AddressFamily::Inet6;
+    let (six, four): (Vec<_>, Vec<_>) = addresses.into_iter().partition(is_v6);
+    let addresses = four.into_iter().chain(six.into_iter().rev());
+    let objects = addresses.map(Object::Address);
+    let objects = objects.chain(routes.into_iter().map(Object::Route));
+    let objects = objects.chain(neighbours.into_iter().map(Object::Neighbour));
+    Ok(objects.chain(rules.into_iter().map(Object::Rule)).collect())
 }
 
-impl Everything {
-    /// What there is now.
-    pub(super) fn of(host: &Netlink) -> Result<Self, HostLinkProblem> {
-        let explain = HostLinkProblem::from_step;
-        Ok(Self {
-            addresses: host.addresses().map_err(explain("list the addresses"))?,
-            routes: host.routes().map_err(explain("list the routes"))?,
-            neighbours: host.neighbours().map_err(explain("list the neighbours"))?,
-            rules: host.rules().map_err(explain("list the policy rules"))?,
-        })
+/// Whether an object is tied to `from`, and goes along when its addresses are moved.
+fn is_of(object: &Object, from: End<'_>) -> bool {
+    match object {
+        Object::Address(address) => moves(address, from),
+        Object::Route(route) => leads_over(route, from),
+        Object::Neighbour(entry) => is_set(entry, from),
+        Object::Rule(rule) => names(rule, from),
     }
 }
 
-/// An object as it is to be, and as it was.
-type Moved = (Object, Object);
+/// An object of `from` as it has to be on `to`.
+fn moved(object: &Object, from: End<'_>, to: End<'_>) -> Object {
+    match object {
+        Object::Address(address) => Object::Address(address_on(address, from, to)),
+        Object::Route(route) => Object::Route(route_over(route, from, to)),
+        Object::Neighbour(entry) => Object::Neighbour(neighbour_on(entry, to)),
+        Object::Rule(rule) => Object::Rule(rule_on(rule, from, to)),
+    }
+}
 
-/// The steps that move those of `addresses`, and of `all` else, that are `from`'s and not link-local ones.
+/// The steps that move those of `all` that are `from`'s and not link-local ones.
 ///
 /// A route through a gateway can be made only where another route leads to that gateway, and that goes for the way back
 /// too. So for a time both links have the addresses and the routes on the link, and meanwhile those through a gateway
@@ -69,48 +84,29 @@ type Moved = (Object, Object);
 pub(super) fn plan(
     from: End<'_>,
     to: End<'_>,
-    addresses: &[AddressMessage],
-    all: &Everything,
+    all: &[Object],
 ) -> Result<Vec<Step>, HostLinkProblem> {
-    let address = |it: &AddressMessage, to| Object::Address(address_on(it, from, to));
-    let route = |it: &RouteMessage, to| Object::Route(route_over(it, from, to));
-    let neighbour = |it: &NeighbourMessage, to| Object::Neighbour(neighbour_on(it, to));
-    let rule = |it: &RuleMessage, to| Object::Rule(rule_on(it, from, to));
-
-    let routes = all.routes.iter().filter(|route| leads_over(route, from));
-    let by_object = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::NhId(_));
-    if routes
-        .clone()
-        .any(|route| route.attributes.iter().any(by_object))
-    {
-        let name = from.name.to_owned();
-        return Err(HostLinkProblem::NextHopObject { name });
+    let [mut neighbours, mut rules, mut addresses] = [const { Vec::new() }; 3];
+    let [mut direct, mut through] = [const { Vec::new() }; 2];
+    for object in all.iter().filter(|object| is_of(object, from)) {
+        let part = match object {
+            Object::Neighbour(_) => &mut neighbours,
+            Object::Rule(_) => &mut rules,
+            Object::Address(_) => &mut addresses,
+            Object::Route(route) if has_gateway(route, from)? => &mut through,
+            Object::Route(_) => &mut direct,
+        };
+        part.push((moved(object, from, to), moved(object, from, from)));
     }
-    let (through, direct): (Vec<_>, Vec<_>) = routes.partition(|route| has_gateway(route));
-    let direct: Vec<Moved> = direct
-        .into_iter()
-        .map(|it| (route(it, to), route(it, from)))
-        .collect();
-    let addresses = addresses.iter().filter(|address| moves(address, from));
-    let addresses = in_order_of_making(addresses).into_iter();
-    let addresses: Vec<Moved> = addresses
-        .map(|it| (address(it, to), address(it, from)))
-        .collect();
-    let neighbours = all.neighbours.iter().filter(|entry| is_set(entry, from));
-    let neighbours: Vec<Moved> = neighbours
-        .map(|it| (neighbour(it, to), neighbour(it, from)))
-        .collect();
-    let rules = all.rules.iter().filter(|rule| names(rule, from));
-    let rules: Vec<Moved> = rules.map(|it| (rule(it, to), rule(it, from))).collect();
-
-    let add = |(new, _): &Moved| Step::Add(new.clone());
-    let delete = |(_, old): &Moved| Step::Delete(old.clone());
+    let add = |(new, _): &(Object, Object)| Step::Add(new.clone());
+    let delete = |(_, old): &(Object, Object)| Step::Delete(old.clone());
     let first = neighbours.iter().chain(&rules).chain(&addresses);
     let mut steps: Vec<Step> = first.chain(&direct).map(add).collect();
-    for it in through {
-        let mut change = [Step::Add(route(it, to)), Step::Delete(route(it, from))];
+    for route in &through {
+        let mut change = [add(route), delete(route)];
         // IPv6 would make one route with two next hops of both. So one that is killed in between loses it.
-        if it.header.address_family == AddressFamily::Inet6 {
+        if matches!(&route.0, Object::Route(new) if new.header.address_family == AddressFamily::Inet6)
+        {
             change.reverse();
         }
         steps.extend(change);
@@ -124,16 +120,39 @@ pub(super) fn plan(
     Ok(steps)
 }
 
-/// The kernel lists IPv4 addresses as they came, a primary before its secondaries, and IPv6 ones the newest first
-/// (`ipv6_link_dev_addr` in net/ipv6/addrconf.c). It prefers those that are listed first.
-fn in_order_of_making<'a>(
-    listed: impl Iterator<Item = &'a AddressMessage>,
-) -> Vec<&'a AddressMessage> {
-    let is_v6 = |address: &&AddressMessage| address.header.family == AddressFamily::Inet6;
-    let (mut six, mut all): (Vec<_>, Vec<_>) = listed.partition(is_v6);
-    six.reverse();
-    all.append(&mut six);
-    all
+/// Which steps of a move onto the link `to` are done already: an earlier move was interrupted, or is undone after that.
+pub(super) fn done(to: End<'_>, all: &[Object]) -> impl Fn(&Step) -> bool + use<> {
+    let key_of = |object: &Object| match object {
+        Object::Route(_) | Object::Rule(_) => {
+            is_of(object, to).then(|| key(&moved(object, to, to)))
+        }
+        Object::Address(_) | Object::Neighbour(_) => Some(key(object)),
+    };
+    let present: HashSet<Vec<u8>> = all.iter().filter_map(key_of).collect();
+    move |step| matches!(step, Step::Add(object) if present.contains(&key(object)))
+}
+
+/// What two objects have in common that stand for the same thing.
+fn key(object: &Object) -> Vec<u8> {
+    match object {
+        Object::Address(it) => format!("{} {:?}", it.header.index, ip_of(it)).into_bytes(),
+        Object::Route(route) => {
+            let mut route = route.clone();
+            // The time that is left to it is never the same twice.
+            let lasts =
+                |attribute: &RouteAttribute| !matches!(attribute, RouteAttribute::Expires(_));
+            route.attributes.retain(lasts);
+            bytes(&route)
+        }
+        Object::Neighbour(entry) => bytes(&neighbour_key(entry)),
+        Object::Rule(rule) => bytes(rule),
+    }
+}
+
+fn bytes(message: &impl Emitable) -> Vec<u8> {
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    bytes
 }
 
 /// The address in a message, if that is one of IP.
@@ -223,7 +242,7 @@ fn relabel(label: &str, from: &str, to: &str) -> Option<String> {
     (label.len() < libc::IFNAMSIZ).then_some(label)
 }
 
-pub(super) fn leads_over(route: &RouteMessage, from: End<'_>) -> bool {
+fn leads_over(route: &RouteMessage, from: End<'_>) -> bool {
     let RouteHeader { kind, flags, .. } = route.header;
     let over = route.attributes.iter().any(|attribute| match attribute {
         RouteAttribute::Oif(index) => *index == from.index,
@@ -251,16 +270,22 @@ fn destination(route: &RouteMessage) -> Option<IpAddr> {
         })
 }
 
-fn has_gateway(route: &RouteMessage) -> bool {
-    let through = |attribute: &RouteAttribute| {
-        use RouteAttribute::{Gateway, MultiPath, Via};
-        matches!(attribute, Gateway(_) | Via(_) | MultiPath(_))
-    };
-    route.attributes.iter().any(through)
+/// Whether a route leads through a gateway; an error for one by a next-hop object, which would have to be moved itself.
+fn has_gateway(route: &RouteMessage, from: End<'_>) -> Result<bool, HostLinkProblem> {
+    use RouteAttribute::{Gateway, MultiPath, NhId, Via};
+    let mut attributes = route.attributes.iter();
+    if attributes
+        .clone()
+        .any(|attribute| matches!(attribute, NhId(_)))
+    {
+        let name = from.name.to_owned();
+        return Err(HostLinkProblem::NextHopObject { name });
+    }
+    Ok(attributes.any(|attribute| matches!(attribute, Gateway(_) | Via(_) | MultiPath(_))))
 }
 
 /// `route`, which leads over `from`, leading over `to` instead.
-pub(super) fn route_over(route: &RouteMessage, from: End<'_>, to: End<'_>) -> RouteMessage {
+fn route_over(route: &RouteMessage, from: End<'_>, to: End<'_>) -> RouteMessage {
     let change = |index: &mut u32| {
         if *index == from.index {
             *index = to.index;
@@ -337,7 +362,7 @@ fn neighbour_on(entry: &NeighbourMessage, to: End<'_>) -> NeighbourMessage {
 }
 
 /// What identifies a neighbour entry.
-pub(super) fn neighbour_key(entry: &NeighbourMessage) -> NeighbourMessage {
+fn neighbour_key(entry: &NeighbourMessage) -> NeighbourMessage {
     let mut key = NeighbourMessage::default();
     key.header.family = entry.header.family;
     key.header.ifindex = entry.header.ifindex;
@@ -360,7 +385,7 @@ fn names(rule: &RuleMessage, from: End<'_>) -> bool {
 }
 
 /// `rule`, which names `from`, naming `to` instead.
-pub(super) fn rule_on(rule: &RuleMessage, from: End<'_>, to: End<'_>) -> RuleMessage {
+fn rule_on(rule: &RuleMessage, from: End<'_>, to: End<'_>) -> RuleMessage {
     let mut moved = rule.clone();
     // The kernel sets all others itself.
     moved.header.flags &= RuleFlags::Invert;

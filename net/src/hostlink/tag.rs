@@ -1,5 +1,4 @@
-//! What a host link remembers about itself: it stands in the link's alias, where `ip link` shows it, so there is no
-//! file that could be lost or out of date.
+//! How a host link was made. It stands in the link's alias, where `ip link` shows it: no file can be lost or out of date.
 
 use std::net::IpAddr;
 
@@ -38,7 +37,7 @@ impl Tag {
         (alias.len() <= ROOM).then_some(alias)
     }
 
-    /// The tag in an alias; None when the link is somebody else's.
+    /// The tag in an alias; None when the link is no host link.
     pub(crate) fn from_alias(alias: &str) -> Option<Self> {
         let mut words = alias.split(' ');
         if words.next() != Some(MARK) {
@@ -89,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn tag_of_somebody_else_is_none() {
+    fn alias_that_is_no_tag_is_none() {
         for alias in [
             "",
             "uplink to rack 7",

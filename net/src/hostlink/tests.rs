@@ -217,8 +217,8 @@ fn half_a_move(host: &Netlink, count: usize) -> (usize, Option<RouteMessage>) {
     let index = create(host, &spec, &request, &tag.to_alias().unwrap()).unwrap();
     let link = host.link(index).unwrap();
     host.up(link.index).unwrap();
-    let all = Everything::of(host).unwrap();
-    let steps = moving::plan(lower.into(), (&link).into(), &all.addresses, &all).unwrap();
+    let all = moving::everything(host).unwrap();
+    let steps = moving::plan(lower.into(), (&link).into(), &all).unwrap();
     let length = steps.len();
     let lost = match (
         count.checked_sub(1).map(|last| &steps[last]),
@@ -373,18 +373,11 @@ fn route_by_a_next_hop_object_is_refused() {
                 name: "m0",
             },
         );
-        moving::plan(from, to, &[], &of_routes(vec![route.clone()]))
+        moving::plan(from, to, &[Object::Route(route.clone())])
     };
     let refusal = steps(2).unwrap_err();
     assert!(matches!(refusal, HostLinkProblem::NextHopObject { name } if name == "v0"));
     assert_eq!(steps(9).unwrap(), []);
-}
-
-fn of_routes(routes: Vec<RouteMessage>) -> Everything {
-    Everything {
-        routes,
-        ..Everything::default()
-    }
 }
 
 #[test]
@@ -410,13 +403,14 @@ fn plan_leaves_link_local_and_foreign_addresses_alone() {
             name: "m0",
         },
     );
-    let steps = moving::plan(from, to, &addresses, &Everything::default()).unwrap();
+    let addresses = addresses.map(Object::Address);
+    let steps = moving::plan(from, to, &addresses).unwrap();
     let moved = message("192.0.2.2/24", 3, AddressScope::Universe);
     assert_eq!(
         steps,
         [
             Step::Add(Object::Address(moved)),
-            Step::Delete(Object::Address(addresses[3].clone()))
+            Step::Delete(addresses[3].clone())
         ]
     );
 }
@@ -440,12 +434,14 @@ fn plan_of_routes_that_are_there_already_is_covered_however_many() {
     for route in &mut on_two {
         route.attributes[0] = RouteAttribute::Oif(2);
     }
-    let count = on_two.len();
-    let on_two = of_routes(on_two);
-    let steps = moving::plan(end(2), end(3), &[], &on_two).unwrap();
+    let [on_two, on_three] = [on_two, on_three].map(|routes| {
+        let objects = routes.into_iter().map(Object::Route);
+        objects.collect::<Vec<_>>()
+    });
+    let steps = moving::plan(end(2), end(3), &on_two).unwrap();
     let adds = || steps.iter().filter(|step| matches!(step, Step::Add(_)));
-    let present = Present::on(end(3), &of_routes(on_three));
-    assert_eq!(adds().filter(|step| present.covers(step)).count(), count);
-    let absent = Present::on(end(3), &on_two);
-    assert!(!adds().any(|step| absent.covers(step)));
+    let is_done = moving::done(end(3), &on_three);
+    assert_eq!(adds().filter(|step| is_done(step)).count(), on_two.len());
+    let is_done = moving::done(end(3), &on_two);
+    assert!(!adds().any(is_done));
 }
