@@ -90,15 +90,7 @@ impl HostLink {
     ///
     /// One of the [`HostLinkProblem`]s. All is as it was before, then.
     pub fn create(spec: &HostLinkSpec) -> Result<Self, HostLinkError> {
-        let error = |source| HostLinkError::Make {
-            link: spec.link.clone(),
-            source,
-        };
-        let make = |host: &Netlink| {
-            stale::try_delete_stale(host);
-            make(host, spec, None, Journal::new(host))
-        };
-        on_host(make).map_err(error)
+        make_on_host(spec, |host| make(host, spec, None, Journal::new(host)))
     }
 
     /// Deletes a host link, named itself or by the link that it sits on, and moves addresses and routes back if they had
@@ -137,33 +129,41 @@ impl HostLinkGuard {
     ///
     /// As for [`HostLink::create`].
     pub fn create(spec: &HostLinkSpec) -> Result<Self, HostLinkError> {
-        let error = |source| HostLinkError::Make {
-            link: spec.link.clone(),
-            source,
-        };
-        let make = |host: &Netlink| {
+        make_on_host(spec, |host| {
             if spec.move_addresses {
                 return Err(HostLinkProblem::MoveIsLasting);
             }
-            stale::try_delete_stale(host);
             let owner = Owner::this_process()
                 .map_err(HostLinkProblem::from_step("identify this process"))?;
             let namespace = netns::current()
                 .map_err(HostLinkProblem::from_step("open the network namespace"))?;
             let link = make(host, spec, Some(&owner), Journal::new(host))?;
-            let link_guard = LinkGuard::visible(namespace, link.index, owner.to_string());
+            let guard = LinkGuard::visible(namespace, link.index, owner.to_string());
             Ok(Self {
                 link,
-                _guard: link_guard,
+                _guard: guard,
             })
-        };
-        on_host(make).map_err(error)
+        })
     }
 
     /// What was made.
     pub const fn link(&self) -> &HostLink {
         &self.link
     }
+}
+
+fn make_on_host<T: Send>(
+    spec: &HostLinkSpec,
+    make: impl FnOnce(&Netlink) -> Result<T, HostLinkProblem> + Send,
+) -> Result<T, HostLinkError> {
+    let made = on_host(|host| {
+        stale::try_delete_stale(host);
+        make(host)
+    });
+    made.map_err(|source| HostLinkError::Make {
+        link: spec.link.clone(),
+        source,
+    })
 }
 
 /// Runs `work` with a connection to the caller's namespace, on a thread of its own.

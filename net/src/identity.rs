@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io;
 
 use crate::name::LinkName;
-use crate::netlink::{Link, Netlink};
+use crate::netlink::{Link, Netlink, is_gone};
 use crate::netns;
 
 /// A link of some network namespace, for as long as both exist.
@@ -30,7 +30,7 @@ impl LinkId {
             }
             match Netlink::connect()?.link(self.index) {
                 Ok(link) => Ok(Some(link.name)),
-                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+                Err(error) if is_gone(&error) => Ok(None),
                 Err(error) => Err(error),
             }
         })?

@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::identity::LinkId;
-use crate::netlink::Netlink;
+use crate::netlink::{Netlink, is_gone};
+use crate::netns;
 use crate::record::{self, RecordLock};
-use crate::{netns, stale};
 
 /// Keeps the macvtap that was made for some queues. Dropping it deletes the macvtap at once.
 ///
@@ -78,7 +78,7 @@ impl Held {
             netns::enter(&self.namespace)?;
             let netlink = Netlink::connect()?;
             let link = match netlink.link(self.index) {
-                Err(error) if stale::is_gone(&error) => return Ok(()),
+                Err(error) if is_gone(&error) => return Ok(()),
                 link => link?,
             };
             if !link.is_macvlan() {
@@ -93,7 +93,7 @@ impl Held {
                     link.alias
                 );
             }
-            stale::delete(&netlink, self.index).map(drop)
+            netlink.delete(self.index).map(|_| ())
         })?
     }
 }

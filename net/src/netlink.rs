@@ -81,10 +81,13 @@ impl Netlink {
         self.change(vec![(RouteNetlinkMessage::SetLink(link.build()), 0)])
     }
 
-    /// Deletes a link.
-    pub(crate) fn delete(&self, index: u32) -> io::Result<()> {
+    /// Deletes a link, and returns whether there was one.
+    pub(crate) fn delete(&self, index: u32) -> io::Result<bool> {
         let message = RouteNetlinkMessage::DelLink(link(index).build());
-        self.change(vec![(message, 0)])
+        match self.change(vec![(message, 0)]) {
+            Err(error) if is_gone(&error) => Ok(false),
+            result => result.map(|()| true),
+        }
     }
 
     /// Makes changes by one datagram, each with these of `NLM_F_*`: see [`client::change`].
@@ -109,6 +112,11 @@ impl Netlink {
     ) -> io::Result<Vec<T>> {
         self.0.call(move || client::ask(request, parse))
     }
+}
+
+/// The kernel says that there is no such link.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENODEV)
 }
 
 /// The beginning of a message about the link with this index.

@@ -12,7 +12,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use crate::diagnose::Problem;
 use crate::identity::LinkId;
 use crate::ioctl;
-use crate::netlink::{CHOSEN_INDEXES, Link, Netlink};
+use crate::netlink::{CHOSEN_INDEXES, Link, Netlink, is_gone};
 use crate::netns;
 use crate::owner::Owner;
 use crate::record::{self, RecordDirectory, RecordKey, RecordState, RecordView};
@@ -250,23 +250,8 @@ fn device(descriptor: &fs::DirEntry) -> Option<u64> {
 /// link's by now.
 fn delete_if_still(netlink: &Netlink, index: u32, alias: &str) -> io::Result<bool> {
     match netlink.link(index) {
-        Ok(link) if link.alias == alias => delete(netlink, index),
-        Ok(_) => Ok(false),
+        Ok(link) => Ok(link.alias == alias && netlink.delete(index)?),
         Err(error) if is_gone(&error) => Ok(false),
         Err(error) => Err(error),
     }
-}
-
-/// Deletes the link with this index, and returns whether it was there.
-pub(crate) fn delete(netlink: &Netlink, index: u32) -> io::Result<bool> {
-    match netlink.delete(index) {
-        Ok(()) => Ok(true),
-        Err(error) if is_gone(&error) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// The kernel says that there is no such link.
-pub(crate) fn is_gone(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ENODEV)
 }
