@@ -103,9 +103,6 @@ pub fn run(
     let vcpus = create_vcpus(&vm, &config, &boot, &buses)?;
 
     let signals = CaughtSignals::catch(signals).map_err(failed_to("catch signals"))?;
-    let watchers = net_devices
-        .watchers()
-        .map_err(failed_to("watch the NICs"))?;
     let _terminal = connect_stdio(&config.console, serial, &exit)?;
     let vcpus = Vcpus::start(vm, vcpus, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
@@ -114,7 +111,7 @@ pub fn run(
         .map_err(failed_to("create a timer"))?;
     started(handle);
     control
-        .run(watchers)
+        .run(net_devices.followers())
         .map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are the
     // macvtaps deleted.

@@ -6,18 +6,18 @@
 //! | `inherited.rs` | the queues that this process was started with, and what `net open` says of them |
 //! | `registry.rs` | what other programs can read of a running guest, and the locks for it |
 //! | `devices.rs` | the NICs on the bus |
-//! | `watch.rs`, `upkeep.rs` | on the control thread: the guest's link follows the host's, and the host's link is kept as the guest needs it |
-//! | `listener.rs` | learns of a guest whose frames the kernel moves |
+//! | `follow.rs` | what the control thread does for a NIC while the guest runs |
+//! | `link.rs`, `upkeep.rs` | the guest's link follows the host's, which is kept as the guest needs it |
 //! | `host_link.rs` | the host's own link among its guests |
 
 pub mod acquire;
 pub mod devices;
+pub mod follow;
 pub mod host_link;
 pub mod inherited;
-pub mod listener;
+mod link;
 pub mod registry;
 mod upkeep;
-pub mod watch;
 
 pub use acquire::{HostNic, Nic, NicError, acquire, acquire_for_guest};
 pub use inherited::Inherited;

@@ -6,42 +6,27 @@ use std::io;
 use std::sync::Arc;
 
 use devices::virtio::net::capture::Capture;
-use devices::virtio::net::config::ConfigSpace;
 use devices::virtio::net::observe::Observer;
 use devices::virtio::net::tap::Tap;
 use devices::virtio::net::vhost::{VhostError, VhostPair};
 use devices::virtio::net::{Net, NetOptions};
 use event_manager::MutEventSubscriber;
-use net::{FrameListener, LinkGuard, LinkWatch};
+use net::LinkGuard;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{BackendChoice, NicOptions};
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
-use crate::nic::listener::GuestListener;
-use crate::nic::registry::{Announcer, RegisteredNic};
-use crate::nic::watch::{FollowedLink, LinkFollower};
+use crate::nic::follow::Follower;
+use crate::nic::link::Link;
 
 /// The NICs, once they stand on the bus.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct NetDevices {
     /// What keeps the macvtaps in being.
     pub guards: Vec<LinkGuard>,
-    /// Signalled when a guest's addresses have changed.
-    learnt: EventFd,
-    watched: Vec<Watched>,
-    listeners: Vec<(FrameListener, Arc<Observer>)>,
-    registered: Vec<RegisteredNic>,
-}
-
-/// A NIC whose interface can be watched.
-#[derive(Debug)]
-struct Watched {
-    label: String,
-    watch: LinkWatch,
-    guest: Arc<ConfigSpace>,
-    link: Arc<FollowedLink>,
+    followers: Vec<Follower>,
 }
 
 impl NetDevices {
@@ -51,26 +36,19 @@ impl NetDevices {
     ///
     /// See [`MachineError`].
     pub fn add(machine: &mut Machine, nics: Vec<Nic>) -> Result<Self, MachineError> {
-        let eventfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        let mut devices = Self {
-            guards: Vec::new(),
-            learnt: eventfd.map_err(MachineError::EventFd)?,
-            watched: Vec::new(),
-            listeners: Vec::new(),
-            registered: Vec::new(),
-        };
+        let mut devices = Self::default();
         for (n, nic) in (0..).zip(nics) {
             let name = format!("net{n}");
             // As it was asked for: the macvtap's own name says little.
             let label = format!("{name} on {}", nic.entry().tap.lower);
-            let learnt = devices.learnt.try_clone().map_err(MachineError::EventFd)?;
-            let observer = Arc::new(Observer::new(label.clone(), nic.config.mac, learnt));
+            let learnt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+            let learnt = learnt.map_err(MachineError::EventFd)?;
+            let signal = learnt.try_clone().map_err(MachineError::EventFd)?;
+            let observer = Arc::new(Observer::new(label.clone(), nic.config.mac, signal));
             let [rx_limit, tx_limit] = nic.options.limits();
             let capture = nic.pcap.map(|file| start_capture(file, &name)).transpose();
             let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
-            if let Some(listener) = nic.listener.filter(|_| !vhost.is_empty()) {
-                devices.listeners.push((listener, Arc::clone(&observer)));
-            }
+            let listener = nic.listener.filter(|_| !vhost.is_empty());
             let options = NetOptions {
                 observer: Arc::clone(&observer),
                 permissions: nic.permissions,
@@ -81,52 +59,24 @@ impl NetDevices {
             };
             let device =
                 Net::new(name, nic.config, nic.taps, options).map_err(MachineError::Device)?;
-            let config = Arc::clone(device.config());
+            let guest = Arc::clone(device.config());
             machine.add_virtio(device)?;
             devices.guards.push(nic.guard);
-            let link = nic.watch.is_some().then(Arc::<FollowedLink>::default);
-            devices.registered.push(RegisteredNic {
-                claim: nic.claim,
-                observer,
-                link: link.clone(),
+            let link = nic.watch.map(Link::new).transpose();
+            let follower = link.and_then(|link| {
+                Follower::new(label, guest, (observer, learnt), nic.claim, link, listener)
             });
-            let watched = nic.watch.zip(link).map(|(watch, link)| Watched {
-                label,
-                watch,
-                guest: config,
-                link,
-            });
-            devices.watched.extend(watched);
+            devices
+                .followers
+                .push(follower.map_err(MachineError::EventFd)?);
         }
         Ok(devices)
     }
 
-    /// What the control thread does meanwhile: lets each NIC's link follow the host's, and tells
-    /// other programs of the guest.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the process has no file descriptor left.
-    pub fn watchers(&mut self) -> io::Result<Vec<Box<dyn MutEventSubscriber>>> {
-        let mut watchers: Vec<Box<dyn MutEventSubscriber>> = Vec::new();
-        for Watched {
-            label,
-            watch,
-            guest,
-            link,
-        } in self.watched.drain(..)
-        {
-            let changed = self.learnt.try_clone()?;
-            let follower = LinkFollower::new(label, watch, guest, link, changed)?;
-            watchers.push(Box::new(follower));
-        }
-        for (listener, observer) in self.listeners.drain(..) {
-            watchers.push(Box::new(GuestListener::new(listener, observer)?));
-        }
-        let nics = std::mem::take(&mut self.registered);
-        let announcer = Announcer::new(nics, self.learnt.try_clone()?)?;
-        watchers.push(Box::new(announcer));
-        Ok(watchers)
+    /// What the control thread does for them while the guest runs.
+    pub fn followers(&mut self) -> Vec<Box<dyn MutEventSubscriber>> {
+        let boxed = |follower| Box::new(follower) as Box<dyn MutEventSubscriber>;
+        self.followers.drain(..).map(boxed).collect()
     }
 }
 

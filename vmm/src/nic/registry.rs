@@ -7,11 +7,9 @@ use std::path::Path;
 use net::{MacAddr, Owner, RecordDirectory, RecordView, TapInfo};
 use serde::{Deserialize, Serialize};
 
-mod announce;
 mod claim;
 mod store;
 
-pub use announce::{Announcer, RegisteredNic};
 pub use claim::{Claim, ClaimError};
 
 /// A running monitor, or another program that has its NIC by minivmm.

@@ -1,0 +1,174 @@
+//! What the control thread does for a NIC while the guest runs: the guest's link follows the host's, frames that only the
+//! kernel moves tell of the guest, and what is known of it is published.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use devices::virtio::net::config::ConfigSpace;
+use devices::virtio::net::observe::Observer;
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use net::{FrameListener, HEARD_LEN};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::link::Link;
+use super::registry::Claim;
+
+/// How long news waits to be published: a guest can cause any amount of it.
+const PUBLISH_DELAY: Duration = Duration::from_millis(100);
+/// Frames that are looked at before a pause: a guest can send any number.
+const FRAME_BUDGET: usize = 64;
+const FRAME_PAUSE: Duration = Duration::from_millis(100);
+
+// Event tokens.
+const LEARNT: u32 = 0;
+const PUBLISH: u32 = 1;
+const FRAME: u32 = 2;
+const PAUSE_OVER: u32 = 3;
+const LINK: u32 = 4;
+const ANNOUNCE: u32 = 5;
+const UPKEEP: u32 = 6;
+
+/// A NIC, and all that there may be news of.
+#[derive(Debug)]
+pub struct Follower {
+    /// The NIC, in logs.
+    name: String,
+    /// Has the NIC's MAC address, MTU and link state.
+    guest: Arc<ConfigSpace>,
+    observer: Arc<Observer>,
+    /// Signalled by the observer.
+    learnt: EventFd,
+    claim: Claim,
+    /// Runs while there is something that is not published yet.
+    publish: TimerFd,
+    link: Option<Link>,
+    /// The timer runs during a pause.
+    listener: Option<(FrameListener, TimerFd)>,
+}
+
+impl Follower {
+    /// Publishes by `claim` what `observer`, which signals `learnt`, `listener` and `link` say of `guest`.
+    ///
+    /// # Errors
+    ///
+    /// Fails with EMFILE.
+    pub fn new(
+        name: String,
+        guest: Arc<ConfigSpace>,
+        (observer, learnt): (Arc<Observer>, EventFd),
+        claim: Claim,
+        link: Option<Link>,
+        listener: Option<FrameListener>,
+    ) -> io::Result<Self> {
+        let with_timer = |listener| Ok::<_, io::Error>((listener, TimerFd::new()?));
+        let mut follower = Self {
+            name,
+            guest,
+            observer,
+            learnt,
+            claim,
+            publish: TimerFd::new()?,
+            link,
+            listener: listener.map(with_timer).transpose()?,
+        };
+        follower.publish();
+        Ok(follower)
+    }
+
+    fn publish(&mut self) {
+        self.claim.update(|nic| {
+            nic.addresses = self.observer.addresses();
+            nic.wrong_source_frames = self.observer.wrong_source();
+            nic.tap.mtu = self.guest.mtu().into();
+            nic.link = self.link.as_ref().map(Link::seen);
+        });
+    }
+
+    fn publish_later(&mut self) {
+        if !self.publish.is_armed().unwrap_or(false) {
+            let _ = self.publish.reset(PUBLISH_DELAY, None);
+        }
+    }
+}
+
+/// Looks at the frames that have come, and returns whether there may be more.
+fn look_at_frames(listener: &FrameListener, observer: &Observer) -> bool {
+    let mut buffer = [0; HEARD_LEN];
+    for _ in 0..FRAME_BUDGET {
+        match listener.next(&mut buffer) {
+            Ok(Some(frame)) => observer.see(frame),
+            Ok(None) => return false,
+            // The link is down or gone, as its watch shows; there may be more later.
+            Err(error) => {
+                log::debug!("cannot read the guest's frames: {error}");
+                return true;
+            }
+        }
+    }
+    true
+}
+
+impl MutEventSubscriber for Follower {
+    fn init(&mut self, ops: &mut EventOps) {
+        let mut all = vec![
+            (self.learnt.as_raw_fd(), LEARNT),
+            (self.publish.as_raw_fd(), PUBLISH),
+        ];
+        if let Some((listener, pause)) = &self.listener {
+            all.push((listener.as_fd().as_raw_fd(), FRAME));
+            all.push((pause.as_raw_fd(), PAUSE_OVER));
+        }
+        if let Some(link) = &self.link {
+            all.push((link.watch.as_fd().as_raw_fd(), LINK));
+            all.push((link.announce.as_raw_fd(), ANNOUNCE));
+            all.push((link.upkeep.timer.as_raw_fd(), UPKEEP));
+        }
+        for (fd, token) in all {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
+                log::warn!("{}: cannot follow the NIC: {error}", self.name);
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match (events.data(), &mut self.listener, &mut self.link) {
+            (LEARNT, _, _) => {
+                let _ = self.learnt.read();
+                self.publish_later();
+            }
+            (PUBLISH, _, _) => {
+                let _ = self.publish.wait();
+                self.publish();
+            }
+            (FRAME, Some((listener, pause)), _) => {
+                if look_at_frames(listener, &self.observer) {
+                    let _ = ops.remove(events);
+                    let _ = pause.reset(FRAME_PAUSE, None);
+                }
+            }
+            (PAUSE_OVER, Some((listener, pause)), _) => {
+                let _ = pause.wait();
+                let fd = listener.as_fd().as_raw_fd();
+                if let Err(error) = ops.add(Events::with_data_raw(fd, FRAME, EventSet::IN)) {
+                    log::warn!("{}: cannot follow its frames: {error}", self.name);
+                }
+            }
+            (LINK, _, Some(link)) => {
+                if let Err(error) = link.follow(&self.name, &self.guest) {
+                    log::warn!("{}: its link is no longer watched: {error}", self.name);
+                    let _ = ops.remove(events);
+                }
+                self.publish_later();
+            }
+            (ANNOUNCE, _, Some(link)) => link.announce(&self.name, &self.guest),
+            (UPKEEP, _, Some(link)) => {
+                link.keep_up(&self.name, &self.guest);
+                self.publish_later();
+            }
+            _ => {}
+        }
+    }
+}
