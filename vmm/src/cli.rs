@@ -9,9 +9,7 @@ use clap::parser::ValueSource;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 
-use crate::config::{
-    ConsoleTarget, Cpus, MemorySize, NicConfig, NicSource, parse_macvtap, parse_nic,
-};
+use crate::config::{Config, ConsoleTarget, Cpus, MemorySize, NicConfig, NicSource, parse_macvtap};
 use crate::plan::Transport;
 
 mod qemu;
@@ -186,7 +184,7 @@ pub struct GuestArgs {
 
     /// NIC on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap; or fd=N, a macvtap queue that is open already. May be repeated. The keys are below
-    #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = parse_nic, help_heading = "Network")]
+    #[arg(long, value_name = "LINK[,KEY=VALUE...]", help_heading = "Network")]
     pub macvtap: Vec<NicConfig>,
 
     /// How the guest reaches its NICs: pci with an MSI-X vector per queue, or mmio
@@ -217,6 +215,25 @@ pub struct GuestArgs {
         help_heading = "Console and log"
     )]
     pub console: ConsoleTarget,
+}
+
+impl From<GuestArgs> for Config {
+    fn from(args: GuestArgs) -> Self {
+        Self {
+            // clap has seen to it that there is one.
+            kernel: args.kernel.unwrap_or_default(),
+            initrd: args.initrd,
+            cmdline: args.cmdline,
+            cpus: args.cpus,
+            nested: args.nested == Nested::On,
+            memory: args.memory,
+            hugepages: args.hugepages,
+            console: args.console,
+            nics: args.macvtap,
+            transport: args.transport,
+            host_link: args.host_link,
+        }
+    }
 }
 
 /// Whether a guest may run guests of its own.

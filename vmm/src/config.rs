@@ -6,16 +6,14 @@ use std::str::FromStr;
 
 use net::InterfaceAddress;
 
-use crate::cli::{GuestArgs, Nested};
 use crate::plan::Transport;
 
 mod nic;
+mod qemu;
 
-pub use nic::{
-    BackendChoice, NicConfig, NicOptions, NicSource, is_macvtap_key, is_nic_key, parse_descriptors,
-    parse_macvtap, parse_nic,
-};
-use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
+pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
+use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS, listed};
+pub use qemu::QemuNic;
 
 /// On every command line: after a panic reset at once, with the "warm" flag by which the monitor
 /// distinguishes it from a reboot.
@@ -69,25 +67,6 @@ impl Config {
     }
 }
 
-impl From<GuestArgs> for Config {
-    fn from(args: GuestArgs) -> Self {
-        Self {
-            // clap has seen to it that there is one.
-            kernel: args.kernel.unwrap_or_default(),
-            initrd: args.initrd,
-            cmdline: args.cmdline,
-            cpus: args.cpus,
-            nested: args.nested == Nested::On,
-            memory: args.memory,
-            hugepages: args.hugepages,
-            console: args.console,
-            nics: args.macvtap,
-            transport: args.transport,
-            host_link: args.host_link,
-        }
-    }
-}
-
 /// The kernel's command line: ours, then the user's.
 pub fn whole_cmdline(console: &ConsoleTarget, users: &str) -> String {
     let console = if console.has_port() { CONSOLE } else { "" };
@@ -124,16 +103,20 @@ pub enum ConfigError {
     #[error("`{0}` is not KEY=VALUE")]
     NoValue(String),
     /// A macvtap option that does not exist.
-    #[error("unknown key `{0}`: the keys are {MACVTAP_KEYS}")]
+    #[error("unknown key `{0}`: the keys are {keys}", keys = listed(&MACVTAP_KEYS))]
     UnknownKey(String),
     /// A NIC's option that does not exist.
-    #[error("unknown key `{0}`: the keys are {MACVTAP_KEYS}; and of the NIC {NIC_KEYS}")]
+    #[error(
+        "unknown key `{0}`: the keys are {keys}; and of the NIC {nic}",
+        keys = listed(&MACVTAP_KEYS),
+        nic = listed(&NIC_KEYS)
+    )]
     UnknownNicKey(String),
     /// A macvtap option given twice.
     #[error("the key `{0}` is given twice")]
     Twice(String),
     /// File descriptors and something else.
-    #[error("fd= excludes {MACVTAP_KEYS}: its macvtap exists already")]
+    #[error("fd= excludes {}: its macvtap exists already", listed(&MACVTAP_KEYS))]
     NotAlone,
     /// What needs the monitor to see the frames, and a kernel that moves them.
     #[error("{0}= needs backend=user: with vhost-net the frames do not pass through minivmm")]

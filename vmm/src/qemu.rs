@@ -2,13 +2,13 @@
 //!
 //! | file | what it is |
 //! | --- | --- |
-//! | `nics.rs` | the keys of `--macvtap`, and the queues |
+//! | `nics.rs` | the numbers of the descriptors, and what is known of a NIC before it is made |
 //! | `args.rs` | QEMU's command line; pure |
 //! | `conflict.rs` | what in ARGS would clash with it; pure |
 //! | `binary.rs`, `accel.rs` | which QEMU, and what runs the guest's code |
 //! | `process.rs` | QEMU as a process, from its start to its end |
 //! | `control.rs` | the end of a guest that was asked for by `--kernel`, by QMP |
-//! | `hints.rs`, `terminal.rs` | QEMU's stderr, and the terminal after it |
+//! | `hints.rs` | QEMU's stderr |
 //! | `dry_run.rs`, `script.rs` | `--dry-run`: what would be made, and the script of it |
 //!
 //! # Why minivmm stays
@@ -28,7 +28,6 @@ mod hints;
 mod nics;
 mod process;
 mod script;
-mod terminal;
 
 use std::ffi::OsString;
 use std::fs;
@@ -42,7 +41,7 @@ use net::{MacAddr, TapInfo};
 
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
-use crate::config::{ConsoleTarget, NicSource};
+use crate::config::{ConsoleTarget, NicSource, QemuNic};
 use crate::files::{Files, Role, SharedFile};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
 use crate::nic::registry::Runs;
@@ -57,7 +56,6 @@ use nics::{Expected, Numbers};
 pub use binary::BinaryError;
 pub use conflict::ConflictError;
 pub use dry_run::dry_run;
-pub use nics::{NicRequest, parse_nic};
 
 /// Why QEMU was not run.
 #[derive(Debug, thiserror::Error)]
@@ -160,13 +158,7 @@ impl Plan {
     }
 
     /// The n-th NIC, once its address is known.
-    fn nic(
-        &self,
-        n: usize,
-        nic: &NicRequest,
-        mac: MacAddr,
-        mtu: u32,
-    ) -> Result<NetDevice, QemuError> {
+    fn nic(&self, n: usize, nic: &QemuNic, mac: MacAddr, mtu: u32) -> Result<NetDevice, QemuError> {
         let own = self.own_devices[n].as_ref();
         own.map_or(Ok(()), |own| own.check(mac))?;
         Ok(NetDevice {
@@ -202,7 +194,7 @@ fn all_ids(args: &QemuArgs, ids: &[String]) -> Vec<String> {
 }
 
 fn own_devices(args: &QemuArgs, ids: &[String]) -> Result<Vec<Option<OwnDevice>>, ConflictError> {
-    let own_device = |(id, nic): (&String, &NicRequest)| {
+    let own_device = |(id, nic): (&String, &QemuNic)| {
         let own = conflict::own_device(&args.args, id)?;
         match (&own, nic.device.first()) {
             (Some(own), Some((key, _))) => {
@@ -236,7 +228,7 @@ fn check_files(machine: &Machine) -> Result<(), SharedFile> {
 }
 
 /// Checks a device's address against that of a macvtap still to be made, as far as it is known.
-fn check_expected(own: &OwnDevice, nic: &NicRequest) -> Result<(), ConflictError> {
+fn check_expected(own: &OwnDevice, nic: &QemuNic) -> Result<(), ConflictError> {
     match &nic.source {
         NicSource::Macvtap(spec) => match nics::expected_mac(spec) {
             Expected::Known(mac) => own.check(mac),

@@ -75,18 +75,30 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Has every signal that kills, and that nobody has caught or ignored before, restore the terminal
-/// as it is now, with its flags: for the time in which a child has it. Does nothing when it is not ours.
-///
-/// # Errors
-///
-/// Fails when the terminal's settings cannot be read, or signals cannot be caught.
-pub fn give_back_when_killed() -> io::Result<()> {
-    if settings()?.is_some() {
+/// The terminal and the flags of the standard descriptors as they were before another program had
+/// them: QEMU makes them raw and non-blocking, and restores them only when it ends by itself. Dropping
+/// it restores them, and so does a signal that kills.
+#[derive(Debug)]
+pub struct Saved(());
+
+impl Saved {
+    /// Saves them as they are now.
+    pub fn save() -> Self {
         FLAGS.get_or_init(|| standard().map(|fd| fcntl_getfl(fd).ok()));
-        signals::catch_fatal()?;
+        if let Ok(cooked) = tcgetattr(stdin()) {
+            SETTINGS.get_or_init(|| Settings::of(cooked));
+            if let Err(error) = signals::catch_fatal() {
+                log::debug!("cannot catch the signals that kill: {error}");
+            }
+        }
+        Self(())
     }
-    Ok(())
+}
+
+impl Drop for Saved {
+    fn drop(&mut self) {
+        cook();
+    }
 }
 
 /// The terminal's settings, as they were at the first call; `None` when stdin is no terminal of ours.
@@ -95,11 +107,7 @@ fn settings() -> io::Result<Option<&'static Settings>> {
         return Ok(None);
     }
     let cooked = tcgetattr(stdin())?;
-    let settings = SETTINGS.get_or_init(|| Settings {
-        raw: raw(&cooked),
-        cooked,
-    });
-    Ok(Some(settings))
+    Ok(Some(SETTINGS.get_or_init(|| Settings::of(cooked))))
 }
 
 /// stdin, stdout and stderr.
@@ -107,12 +115,14 @@ pub(crate) fn standard() -> [BorrowedFd<'static>; 3] {
     [stdin(), stdout(), stderr()]
 }
 
-fn raw(cooked: &Termios) -> Termios {
-    let mut raw = cooked.clone();
-    raw.make_raw();
-    // Output stays as it was: the log's lines have to begin at the left margin.
-    raw.output_modes = cooked.output_modes;
-    raw
+impl Settings {
+    fn of(cooked: Termios) -> Self {
+        let mut raw = cooked.clone();
+        raw.make_raw();
+        // Output stays as it was: the log's lines have to begin at the left margin.
+        raw.output_modes = cooked.output_modes;
+        Self { cooked, raw }
+    }
 }
 
 /// Whether stdin may be read: a terminal stops a job that is not in its foreground for that.

@@ -7,9 +7,8 @@ use clap::{Args, ValueEnum};
 use net::InterfaceAddress;
 
 use super::Nested;
-use crate::config::{ConsoleTarget, Cpus, MemorySize};
+use crate::config::{ConsoleTarget, Cpus, MemorySize, QemuNic};
 use crate::plan::Transport;
-use crate::qemu::NicRequest;
 
 pub(super) const HELP: &str = "\
 Keys of --macvtap besides those of `minivmm --help`:
@@ -47,8 +46,8 @@ Examples:
 pub struct QemuArgs {
     /// NIC on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap. May be repeated. The keys are below
-    #[arg(long, value_name = "LINK[,KEY=VALUE...]", value_parser = crate::qemu::parse_nic)]
-    pub macvtap: Vec<NicRequest>,
+    #[arg(long, value_name = "LINK[,KEY=VALUE...]")]
+    pub macvtap: Vec<QemuNic>,
 
     /// Lets the host talk to its guests for as long as this one runs, as in the native monitor. May
     /// be repeated

@@ -37,6 +37,14 @@ impl NicSource {
             Self::Descriptors(numbers) => numbers,
         }
     }
+
+    /// How many queues it has.
+    pub fn queues(&self) -> usize {
+        match self {
+            Self::Macvtap(spec) => spec.queues as usize,
+            Self::Descriptors(numbers) => numbers.len(),
+        }
+    }
 }
 
 /// Bits and frames a second.
@@ -80,79 +88,93 @@ const MAX_RATE: u64 = 1_000_000_000_000;
 /// MSI vectors as the pending bits of one MSI-X word have.
 pub(super) const MAX_PAIRS: usize = 31;
 
-/// The keys of a macvtap, as they go into an error.
-pub(super) const MACVTAP_KEYS: &str =
-    "mode, mac, mtu, queues, txqueuelen, bcqueuelen, source-mac, name, netns and lower-netns";
+/// The keys of a macvtap.
+pub(super) const MACVTAP_KEYS: [&str; 10] = [
+    "mode",
+    "mac",
+    "mtu",
+    "queues",
+    "txqueuelen",
+    "bcqueuelen",
+    SOURCE_MAC,
+    "name",
+    "netns",
+    "lower-netns",
+];
 
-/// The keys of the guest's NIC, as they go into an error.
-pub(super) const NIC_KEYS: &str = "backend, trust-mac, rx-rate, tx-rate, burst and pcap";
+/// The one key that may be repeated.
+const SOURCE_MAC: &str = "source-mac";
 
-/// Whether [`parse_macvtap`] knows the key.
-pub fn is_macvtap_key(key: &str) -> bool {
-    lists(MACVTAP_KEYS, key)
+/// The keys of the guest's NIC.
+pub(super) const NIC_KEYS: [&str; 6] = [
+    "backend",
+    "trust-mac",
+    "rx-rate",
+    "tx-rate",
+    "burst",
+    "pcap",
+];
+
+/// Keys, for people.
+pub(super) fn listed(keys: &[&str]) -> String {
+    let (last, first) = keys.split_last().unwrap_or((&"", &[]));
+    format!("{} and {last}", first.join(", "))
 }
 
-/// Whether the key is one of the native monitor's NIC.
-pub fn is_nic_key(key: &str) -> bool {
-    lists(NIC_KEYS, key)
-}
-
-fn lists(keys: &str, key: &str) -> bool {
-    keys.split([',', ' '])
-        .any(|word| word == key && word != "and")
-}
-
-/// Reads the value of `--macvtap`: `LINK[,KEY=VALUE...]` or `fd=N[:N...][,KEY=VALUE...]`.
-///
-/// # Errors
-///
-/// Says which part is wrong.
-pub fn parse_nic(text: &str) -> Result<NicConfig, ConfigError> {
-    let mut options = NicOptions::default();
-    let mut parts = text.split(',');
-    // The link or the descriptors.
-    let mut rest = Vec::from_iter(parts.next());
-    let mut seen = Vec::new();
+/// Calls `set` with key and value of those of `parts` that have one of `keys`, and returns the others.
+fn take_keys<'a>(
+    keys: &[&str],
+    parts: impl Iterator<Item = &'a str>,
+    mut set: impl FnMut(&str, &str) -> Result<(), ConfigError>,
+) -> Result<Vec<&'a str>, ConfigError> {
+    let (mut seen, mut others) = (Vec::new(), Vec::new());
     for part in parts {
-        match part.split_once('=').filter(|(key, _)| is_nic_key(key)) {
-            Some((key, _)) if seen.contains(&key) => return Err(ConfigError::Twice(key.into())),
-            Some((key, value)) => {
-                options.set(key, value)?;
+        match part.split_once('=') {
+            Some((key, _)) if seen.contains(&key) && key != SOURCE_MAC => {
+                return Err(ConfigError::Twice(key.to_owned()));
+            }
+            Some((key, text)) if keys.contains(&key) => {
+                set(key, text)?;
                 seen.push(key);
             }
-            None => rest.push(part),
+            _ => others.push(part),
         }
     }
-    options.check()?;
-    let source = parse_source(&rest.join(",")).map_err(|error| match error {
-        ConfigError::UnknownKey(key) => ConfigError::UnknownNicKey(key),
-        other => other,
-    })?;
-    Ok(NicConfig { source, options })
+    Ok(others)
 }
 
 impl FromStr for NicConfig {
     type Err = ConfigError;
 
-    /// Takes the value of `--macvtap`.
+    /// Takes the value of `--macvtap`: `LINK[,KEY=VALUE...]` or `fd=N[:N...][,KEY=VALUE...]`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        parse_nic(text)
+        let mut parts = text.split(',');
+        let first = parts.next().unwrap_or_default();
+        let mut options = NicOptions::default();
+        let others = take_keys(&NIC_KEYS, parts, |key, text| options.set(key, text))?;
+        options.check()?;
+        let source = parse_source(first, &others).map_err(|error| match error {
+            ConfigError::UnknownKey(key) => ConfigError::UnknownNicKey(key),
+            other => other,
+        })?;
+        if !(1..=MAX_PAIRS).contains(&source.queues()) {
+            return Err(ConfigError::Queues);
+        }
+        Ok(Self { source, options })
     }
 }
 
-fn parse_source(text: &str) -> Result<NicSource, ConfigError> {
-    let Some(descriptors) = text.strip_prefix("fd=") else {
-        let spec = parse_macvtap(text)?;
-        if !(1..=MAX_PAIRS as u32).contains(&spec.queues) {
-            return Err(ConfigError::Queues);
-        }
-        return Ok(NicSource::Macvtap(spec));
-    };
-    let descriptors = parse_descriptors(descriptors)?;
-    if descriptors.len() > MAX_PAIRS {
-        return Err(ConfigError::Queues);
+/// Reads a link with the keys of its macvtap, or descriptors.
+///
+/// # Errors
+///
+/// Says which part is wrong.
+pub(super) fn parse_source(first: &str, keys: &[&str]) -> Result<NicSource, ConfigError> {
+    match first.strip_prefix("fd=") {
+        Some(_) if !keys.is_empty() => Err(ConfigError::NotAlone),
+        Some(numbers) => parse_descriptors(numbers).map(NicSource::Descriptors),
+        None => parse_link(first, keys.iter().copied()).map(NicSource::Macvtap),
     }
-    Ok(NicSource::Descriptors(descriptors))
 }
 
 impl NicOptions {
@@ -163,25 +185,25 @@ impl NicOptions {
                     "auto" => BackendChoice::Auto,
                     "user" => BackendChoice::User,
                     "vhost" => BackendChoice::Vhost,
-                    _ => return Err(not(key, text, "auto, user or vhost")),
+                    _ => return Err(wrong(key, text, "is not auto, user or vhost")),
                 }
             }
             "trust-mac" => {
                 self.trust_mac = match text {
                     "on" => true,
                     "off" => false,
-                    _ => return Err(not(key, text, "on or off")),
+                    _ => return Err(wrong(key, text, "is not on or off")),
                 }
             }
             "rx-rate" => self.rx_rate = Some(rate(key, text)?),
             "tx-rate" => self.tx_rate = Some(rate(key, text)?),
             "burst" => {
-                let wrong = || not(key, text, "a time from 1ms to 10000ms");
                 let ms = text.strip_suffix("ms").and_then(|ms| ms.parse().ok());
                 let ms = ms.filter(|ms| (1..=10_000).contains(ms));
+                let wrong = || wrong(key, text, "is not a time from 1ms to 10000ms");
                 self.burst = Some(Duration::from_millis(ms.ok_or_else(wrong)?));
             }
-            _ if text.is_empty() => return Err(not(key, text, "the path of a file")),
+            _ if text.is_empty() => return Err(wrong(key, text, "is not the path of a file")),
             _ => self.pcap = Some(text.into()),
         }
         Ok(())
@@ -222,19 +244,10 @@ impl NicOptions {
     }
 }
 
-fn not(key: &str, text: &str, expected: &str) -> ConfigError {
-    ConfigError::Value(format!("{key}={text} is not {expected}"))
-}
-
 /// Reads `LIMIT[:LIMIT]`, a number with `bit` or `frames` behind it, and K, M or G between.
 fn rate(key: &str, text: &str) -> Result<Rate, ConfigError> {
-    let wrong = || {
-        not(
-            key,
-            text,
-            "a rate: as in 100Mbit, 20Kframes, or 1Gbit:100Kframes",
-        )
-    };
+    let expected = "is not a rate: as in 100Mbit, 20Kframes, or 1Gbit:100Kframes";
+    let wrong = || wrong(key, text, expected);
     let (mut bits, mut frames) = (None, None);
     for limit in text.split(':') {
         let (place, number) = match (limit.strip_suffix("bit"), limit.strip_suffix("frames")) {
@@ -263,14 +276,7 @@ fn scaled(text: &str) -> Option<u64> {
 }
 
 /// Reads `N[:N...]`.
-///
-/// # Errors
-///
-/// Says which part is wrong.
-pub fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, ConfigError> {
-    if text.contains(',') {
-        return Err(ConfigError::NotAlone);
-    }
+fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, ConfigError> {
     let number = |text: &str| match text.parse() {
         Ok(number @ 0..) => Ok(number),
         _ => Err(ConfigError::Value(format!(
@@ -287,32 +293,24 @@ pub fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, ConfigError> {
 /// Says which part is wrong.
 pub fn parse_macvtap(text: &str) -> Result<MacvtapSpec, ConfigError> {
     let mut parts = text.split(',');
-    let mut spec = MacvtapSpec::new(value(parts.next().unwrap_or_default())?);
-    let mut seen = Vec::new();
-    for part in parts {
-        if part.is_empty() {
-            return Err(ConfigError::Empty);
+    parse_link(parts.next().unwrap_or_default(), parts)
+}
+
+fn parse_link<'a>(
+    link: &str,
+    parts: impl Iterator<Item = &'a str>,
+) -> Result<MacvtapSpec, ConfigError> {
+    let mut spec = MacvtapSpec::new(value(link)?);
+    let set = |key: &str, text: &str| set_key(&mut spec, key, text);
+    match take_keys(&MACVTAP_KEYS, parts, set)?.first() {
+        Some(&"") => return Err(ConfigError::Empty),
+        Some(part) => {
+            return Err(match part.split_once('=') {
+                Some((key, _)) => ConfigError::UnknownKey(key.to_owned()),
+                None => ConfigError::NoValue((*part).to_owned()),
+            });
         }
-        let (key, text) = part
-            .split_once('=')
-            .ok_or_else(|| ConfigError::NoValue(part.to_owned()))?;
-        if seen.contains(&key) && key != "source-mac" {
-            return Err(ConfigError::Twice(key.to_owned()));
-        }
-        seen.push(key);
-        match key {
-            "mode" => spec.mode = Some(value(text)?),
-            "mac" => spec.mac = Some(value(text)?),
-            "mtu" => spec.mtu = Some(number(key, text)?),
-            "queues" => spec.queues = number(key, text)?,
-            "txqueuelen" => spec.tx_queue_len = Some(number(key, text)?),
-            "bcqueuelen" => spec.bc_queue_len = Some(number(key, text)?),
-            "source-mac" => spec.source_macs.push(value(text)?),
-            "name" => spec.name = Some(value(text)?),
-            "netns" => spec.netns = placement(text)?,
-            "lower-netns" => spec.lower_netns = Some(text.into()),
-            _ => return Err(ConfigError::UnknownKey(key.to_owned())),
-        }
+        None => {}
     }
     if !spec.source_macs.is_empty() && spec.mode != Some(Mode::Source) {
         return Err(ConfigError::SourceMac);
@@ -325,24 +323,44 @@ fn value<T: FromStr<Err: fmt::Display>>(text: &str) -> Result<T, ConfigError> {
         .map_err(|error: T::Err| ConfigError::Value(error.to_string()))
 }
 
-fn number(key: &str, text: &str) -> Result<u32, ConfigError> {
-    text.parse()
-        .map_err(|_| ConfigError::Value(format!("{key}={text} is not a number")))
+fn set_key(spec: &mut MacvtapSpec, key: &str, text: &str) -> Result<(), ConfigError> {
+    match key {
+        "mode" => spec.mode = Some(value(text)?),
+        "mac" => spec.mac = Some(value(text)?),
+        "mtu" => spec.mtu = Some(number(key, text)?),
+        "queues" => spec.queues = number(key, text)?,
+        "txqueuelen" => spec.tx_queue_len = Some(number(key, text)?),
+        "bcqueuelen" => spec.bc_queue_len = Some(number(key, text)?),
+        SOURCE_MAC => spec.source_macs.push(value(text)?),
+        "name" => spec.name = Some(value(text)?),
+        "netns" => {
+            spec.netns = match text {
+                "private" => Placement::Private,
+                "host" => Placement::Host,
+                _ => return Err(wrong(key, text, "is neither private nor host")),
+            }
+        }
+        _ => spec.lower_netns = Some(text.into()),
+    }
+    Ok(())
 }
 
-fn placement(text: &str) -> Result<Placement, ConfigError> {
-    match text {
-        "private" => Ok(Placement::Private),
-        "host" => Ok(Placement::Host),
-        _ => Err(ConfigError::Value(format!(
-            "netns={text} is neither private nor host"
-        ))),
-    }
+pub(super) fn wrong(key: &str, text: &str, why: &str) -> ConfigError {
+    ConfigError::Value(format!("{key}={text} {why}"))
+}
+
+fn number(key: &str, text: &str) -> Result<u32, ConfigError> {
+    let number = text.parse();
+    number.map_err(|_| wrong(key, text, "is not a number"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn parse_nic(text: &str) -> Result<NicConfig, ConfigError> {
+        text.parse()
+    }
 
     #[test]
     fn macvtap_keys_are_read_in_any_order() {

@@ -143,11 +143,9 @@ impl MutEventSubscriber for Follower {
                 let _ = self.publish.wait();
                 self.publish();
             }
-            (FRAME, Some((listener, pause)), _) => {
-                if look_at_frames(listener, &self.observer) {
-                    let _ = ops.remove(events);
-                    let _ = pause.reset(FRAME_PAUSE, None);
-                }
+            (FRAME, Some((listener, pause)), _) if look_at_frames(listener, &self.observer) => {
+                let _ = ops.remove(events);
+                let _ = pause.reset(FRAME_PAUSE, None);
             }
             (PAUSE_OVER, Some((listener, pause)), _) => {
                 let _ = pause.wait();

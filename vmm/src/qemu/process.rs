@@ -8,11 +8,12 @@ use std::process::{ExitStatus, Stdio};
 use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
-use super::{Plan, QemuError, control, hints, terminal};
+use super::{Plan, QemuError, control, hints};
 use crate::child::{self, Arrivals, Child, Program};
 use crate::config::ConsoleTarget;
 use crate::control::exit::Exit;
 use crate::signals::{ENDING, not_ignored};
+use crate::tty;
 
 /// How QEMU is followed.
 enum Follow {
@@ -60,7 +61,7 @@ pub(super) fn supervise(
         }
     }
     let means = Follow::new(control).map_err(QemuError::Signals)?;
-    let terminal = terminal::SavedTerminal::save();
+    let terminal = tty::Saved::save();
     // ARGS may name what the caller has opened.
     program.inherits = true;
     // It holds QEMU's end of the control socket no longer than QEMU does.
