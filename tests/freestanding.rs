@@ -4,6 +4,7 @@
 mod harness;
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use harness::guest::{
 };
 use harness::netns::Netns;
 use harness::vm::Vm;
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, setrlimit};
 
 /// How much the bulk streams carry.
 const BULK: usize = 50 << 20;
@@ -161,6 +162,51 @@ fn guest_pings_the_far_side() {
 
 fn received_frames_interrupt_the_guest(net: Net) {
     succeed(net.start(2, &format!("mode=interrupts count=20 peer={}", PEER[0])));
+}
+
+#[test]
+fn descriptors_that_lack_fail_the_start_and_never_a_running_guest() {
+    if !is_possible() {
+        return;
+    }
+    let net = Net::new();
+    let line = format!(
+        "guest.mode=ping guest.count=1 guest.peer={} guest.ip=10.77.0.2/24",
+        PEER[0]
+    );
+    let start = |most: u64| {
+        let mut command = net.command();
+        command.args([
+            "--macvtap",
+            "lower,backend=user,queues=4",
+            "--cmdline",
+            &line,
+        ]);
+        let limit = Rlimit {
+            current: Some(most),
+            maximum: Some(most),
+        };
+        // SAFETY: it makes one system call.
+        unsafe { command.pre_exec(move || Ok(setrlimit(Resource::Nofile, limit)?)) };
+        Vm::spawn(command)
+    };
+    let mut refused = 0;
+    for most in (40..).step_by(2) {
+        let mut vm = start(most);
+        let status = vm.wait_exit(PATIENCE);
+        if vm.console().is_empty() {
+            let log = vm.log();
+            assert!(
+                !status.success() && log.contains("Too many open files"),
+                "{most}: {log}"
+            );
+            refused += 1;
+            continue;
+        }
+        assert!(status.success(), "{most}: {}", vm.transcript());
+        break;
+    }
+    assert!(refused > 5, "{refused}");
 }
 
 #[test]

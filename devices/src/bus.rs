@@ -24,11 +24,11 @@ pub trait BusDevice: Send {
     fn pause(&mut self) {}
     /// Goes on.
     fn resume(&mut self) {}
-    /// What a fresh device needs to take the place of this one, which is paused.
+    /// What another device needs to take the place of this one, which is paused.
     fn save(&self) -> Value {
         Value::Null
     }
-    /// Makes a fresh device the one that was saved, paused.
+    /// Makes this device, which has not run or is paused, the one that was saved, paused.
     ///
     /// # Errors
     ///
@@ -149,7 +149,7 @@ impl Bus {
         states.collect::<Map<_, _>>().into()
     }
 
-    /// Makes the devices, which are fresh, those that were saved, paused.
+    /// Makes the devices, which have not run or are paused, those that were saved, paused.
     ///
     /// # Errors
     ///

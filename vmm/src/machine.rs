@@ -258,8 +258,8 @@ impl DeviceBuses {
         json!({ "ports": self.ports.save(), "mmio": self.mmio.save() })
     }
 
-    /// Makes the devices of a machine that has not run those that were saved, paused. To be called
-    /// once guest memory and KVM's interrupt controllers are as they were.
+    /// Makes the devices, which have not run or are paused, those that were saved, paused. To be
+    /// called once guest memory and KVM's interrupt controllers are as they were.
     ///
     /// # Errors
     ///

@@ -5,12 +5,11 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::transport::{self, Core, TransportInterrupt, set_high, set_low};
+use super::transport::{Core, TransportInterrupt, set_high, set_low};
 use super::{Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
@@ -60,8 +59,8 @@ struct MmioInterrupt {
     line: IrqLine,
     /// The bits of InterruptStatus that the driver has not acknowledged yet.
     pending: AtomicU32,
-    /// The kernel raises the line by itself, so that nobody sets the bit for used buffers: the
-    /// driver then finds it set whenever it looks.
+    /// The kernel raises the line by itself and sets no bit for used buffers: the driver then finds
+    /// it set whenever it looks.
     by_kernel: AtomicBool,
     /// DEVICE_NEEDS_RESET, as set by a device's own thread.
     needs_reset: AtomicBool,
@@ -112,6 +111,17 @@ impl TransportInterrupt for MmioInterrupt {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
+    fn save(&self) -> Value {
+        json!((self.status(), self.is_broken()))
+    }
+
+    fn restore(&self, state: Value) -> serde_json::Result<()> {
+        let (pending, needs_reset) = serde_json::from_value(state)?;
+        self.pending.store(pending, Ordering::SeqCst);
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+        Ok(())
+    }
+
     fn clear(&self) {
         self.pending.store(0, Ordering::SeqCst);
         self.by_kernel.store(false, Ordering::SeqCst);
@@ -119,22 +129,10 @@ impl TransportInterrupt for MmioInterrupt {
     }
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct State {
-    core: transport::State,
-    interrupt_status: u32,
-    needs_reset: bool,
-    /// The features that the device and the driver select, and the queue.
-    selected: [u32; 3],
-}
-
 /// A virtio device behind a window of virtio-mmio registers.
 #[derive(Debug)]
 pub struct MmioTransport {
     core: Core<MmioInterrupt>,
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    queue_sel: u32,
 }
 
 impl MmioTransport {
@@ -156,9 +154,6 @@ impl MmioTransport {
         };
         Ok(Self {
             core: Core::new(device, memory, interrupt)?,
-            device_features_sel: 0,
-            driver_features_sel: 0,
-            queue_sel: 0,
         })
     }
 
@@ -180,11 +175,11 @@ impl MmioTransport {
             register::VERSION => VERSION,
             register::DEVICE_ID => core.device.device_id(),
             register::VENDOR_ID => VENDOR,
-            register::DEVICE_FEATURES => core.device_features(self.device_features_sel),
-            register::QUEUE_SIZE_MAX => core.queue_size_max(self.queue_sel as usize).into(),
+            register::DEVICE_FEATURES => core.device_features(),
+            register::QUEUE_SIZE_MAX => core.queue_size_max(core.queue_sel as usize).into(),
             register::QUEUE_READY => core
                 .queues
-                .get(self.queue_sel as usize)
+                .get(core.queue_sel as usize)
                 .map_or(0, |queue| queue.ready.into()),
             register::INTERRUPT_STATUS => core.interrupt.status(),
             register::STATUS => core.status().bits().into(),
@@ -197,13 +192,10 @@ impl MmioTransport {
 
     fn write_register(&mut self, offset: u64, value: u32) {
         match offset {
-            register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
-            register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            register::DRIVER_FEATURES => {
-                self.core
-                    .set_driver_features(self.driver_features_sel, value);
-            }
-            register::QUEUE_SEL => self.queue_sel = value,
+            register::DEVICE_FEATURES_SEL => self.core.device_features_sel = value,
+            register::DRIVER_FEATURES_SEL => self.core.driver_features_sel = value,
+            register::DRIVER_FEATURES => self.core.set_driver_features(value),
+            register::QUEUE_SEL => self.core.queue_sel = value,
             register::QUEUE_NOTIFY => self.core.notify(value as usize),
             register::INTERRUPT_ACK => {
                 self.core
@@ -213,22 +205,17 @@ impl MmioTransport {
             }
             register::STATUS => {
                 // A status has 8 bits, and only 0 is a reset.
-                if u8::try_from(value).is_ok_and(|status| self.core.set_status(status)) {
-                    self.device_features_sel = 0;
-                    self.driver_features_sel = 0;
-                    self.queue_sel = 0;
+                if let Ok(status) = u8::try_from(value) {
+                    self.core.set_status(status);
                 }
             }
-            register::QUEUE_READY => {
-                self.core
-                    .set_queue_ready(self.queue_sel as usize, value == 1);
-            }
+            register::QUEUE_READY => self.core.set_queue_ready(value == 1),
             _ => self.set_queue(offset, value),
         }
     }
 
     fn set_queue(&mut self, offset: u64, value: u32) {
-        let Some(queue) = self.core.queue_in_setup(self.queue_sel as usize) else {
+        let Some(queue) = self.core.queue_in_setup() else {
             return;
         };
         match offset {
@@ -279,34 +266,11 @@ impl BusDevice for MmioTransport {
     }
 
     fn save(&self) -> Value {
-        json!(State {
-            core: self.core.save(),
-            interrupt_status: self.core.interrupt.status(),
-            needs_reset: self.core.interrupt.is_broken(),
-            selected: [
-                self.device_features_sel,
-                self.driver_features_sel,
-                self.queue_sel,
-            ],
-        })
+        self.core.save()
     }
 
     fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let state: State = serde_json::from_value(state)?;
-        self.core.restore(state.core)?;
-        let interrupt = &self.core.interrupt;
-        interrupt
-            .pending
-            .store(state.interrupt_status, Ordering::SeqCst);
-        interrupt
-            .needs_reset
-            .store(state.needs_reset, Ordering::SeqCst);
-        [
-            self.device_features_sel,
-            self.driver_features_sel,
-            self.queue_sel,
-        ] = state.selected;
-        Ok(())
+        self.core.restore(state)
     }
 }
 

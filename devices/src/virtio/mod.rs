@@ -12,7 +12,7 @@ pub mod queue;
 pub mod rate;
 pub mod status;
 #[cfg(test)]
-mod testing;
+mod tests;
 mod transport;
 pub mod worker;
 
@@ -75,12 +75,13 @@ pub trait VirtioDevice: Send + fmt::Debug {
     ///
     /// As for [`VirtioDevice::activate`].
     fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
-    /// What a fresh device needs to take the place of this one, which is paused, besides what the
+    /// What another device needs to take the place of this one, which is paused, besides what the
     /// transport keeps.
     fn save(&self) -> Value {
         Value::Null
     }
-    /// Become the device that [`VirtioDevice::save`] was called on, paused. Called on a fresh device.
+    /// Become the device that [`VirtioDevice::save`] was called on, paused. Called on a device that
+    /// has not run or is paused.
     ///
     /// # Errors
     ///

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -18,19 +18,26 @@ use super::{Activation, ActiveQueue, Complaints, Interrupt, VIRTIO_F_VERSION_1, 
 pub(super) trait TransportInterrupt: Interrupt + 'static {
     /// Whether [`Interrupt::needs_reset`] has been called since the last reset.
     fn is_broken(&self) -> bool;
+    /// What is pending.
+    fn save(&self) -> Value;
+    /// Has pending again what was.
+    fn restore(&self, state: Value) -> serde_json::Result<()>;
     /// Forgets everything that is pending, for a reset.
     fn clear(&self);
 }
 
 /// What [`Core::save`] keeps.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct State {
+struct State {
     device_id: u32,
     device: Value,
+    interrupt: Value,
     status: Status,
     driver_features: u64,
     queues: Vec<QueueConfig>,
     positions: Vec<Option<u16>>,
+    /// The features that the device and the driver select, and the queue.
+    selected: [u32; 3],
 }
 
 /// The part of a virtio device's state that the driver sees through whatever registers.
@@ -40,6 +47,12 @@ pub(super) struct Core<I> {
     pub interrupt: Arc<I>,
     pub kicks: Vec<Arc<EventFd>>,
     pub queues: Vec<QueueConfig>,
+    /// Which 32 bits of the offered features the driver reads.
+    pub device_features_sel: u32,
+    /// Which 32 bits of its features it writes.
+    pub driver_features_sel: u32,
+    /// Which queue it sets up.
+    pub queue_sel: u32,
     memory: Arc<GuestMemoryMmap>,
     status: Status,
     driver_features: u64,
@@ -69,6 +82,9 @@ impl<I: TransportInterrupt> Core<I> {
             interrupt: Arc::new(interrupt),
             kicks,
             queues,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            queue_sel: 0,
             memory,
             status: Status::empty(),
             driver_features: 0,
@@ -86,22 +102,22 @@ impl<I: TransportInterrupt> Core<I> {
         }
     }
 
-    /// The 32 bits of the offered features that `select` names.
-    pub fn device_features(&self, select: u32) -> u32 {
-        half(self.offered_features(), select)
+    /// The selected 32 bits of the offered features.
+    pub fn device_features(&self) -> u32 {
+        half(self.offered_features(), self.device_features_sel)
     }
 
-    /// The 32 bits of the driver's features that `select` names.
-    pub fn driver_features(&self, select: u32) -> u32 {
-        half(self.driver_features, select)
+    /// The selected 32 bits of the driver's features.
+    pub fn driver_features(&self) -> u32 {
+        half(self.driver_features, self.driver_features_sel)
     }
 
-    /// Takes 32 bits of the driver's features.
-    pub fn set_driver_features(&mut self, select: u32, value: u32) {
+    /// Takes the selected 32 bits of the driver's features.
+    pub fn set_driver_features(&mut self, value: u32) {
         if self.status.contains(Status::FEATURES_OK) {
             return;
         }
-        match select {
+        match self.driver_features_sel {
             0 => set_low(&mut self.driver_features, value),
             1 => set_high(&mut self.driver_features, value),
             // Bits above 63 are not offered; taking one makes FEATURES_OK fail below.
@@ -115,19 +131,19 @@ impl<I: TransportInterrupt> Core<I> {
         self.device.queue_sizes().get(queue).copied().unwrap_or(0)
     }
 
-    /// A queue that the driver may still set up: one that exists, while it is not enabled and the
-    /// device does not run.
-    pub fn queue_in_setup(&mut self, queue: usize) -> Option<&mut QueueConfig> {
+    /// The selected queue, if the driver may still set it up: it exists, and neither is it enabled
+    /// nor does the device run.
+    pub fn queue_in_setup(&mut self) -> Option<&mut QueueConfig> {
         let running = self.status.contains(Status::DRIVER_OK);
         self.queues
-            .get_mut(queue)
+            .get_mut(self.queue_sel as usize)
             .filter(|queue| !queue.ready && !running)
     }
 
-    /// Enables a queue, or disables one again.
-    pub fn set_queue_ready(&mut self, queue: usize, ready: bool) {
+    /// Enables the selected queue, or disables it again.
+    pub fn set_queue_ready(&mut self, ready: bool) {
         let running = self.status.contains(Status::DRIVER_OK);
-        let Some(queue) = self.queues.get_mut(queue) else {
+        let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else {
             return;
         };
         if !running {
@@ -140,7 +156,8 @@ impl<I: TransportInterrupt> Core<I> {
         }
     }
 
-    /// Stops the device where it may not touch memory any more. The driver finds DRIVER_OK gone, and has to reset it.
+    /// Stops the device where it may not touch memory any more. The driver finds DRIVER_OK gone, and
+    /// has to reset it.
     pub fn halt(&mut self) {
         if self.status.contains(Status::DRIVER_OK) {
             self.device.reset();
@@ -155,8 +172,8 @@ impl<I: TransportInterrupt> Core<I> {
         }
     }
 
-    /// The driver writes the status field. True when that was a reset.
-    pub fn set_status(&mut self, value: u8) -> bool {
+    /// The driver writes the status field.
+    pub fn set_status(&mut self, value: u8) {
         match self.status().written(value) {
             Step::Set(status) => self.status = status,
             Step::CheckFeatures(status) => {
@@ -175,13 +192,9 @@ impl<I: TransportInterrupt> Core<I> {
                     self.interrupt.needs_reset();
                 }
             }
-            Step::Reset => {
-                self.reset();
-                return true;
-            }
+            Step::Reset => self.reset(),
             Step::Refuse => log::debug!("virtio status {:?}: refused {value:#x}", self.status),
         }
-        false
     }
 
     fn offered_features(&self) -> u64 {
@@ -252,24 +265,31 @@ impl<I: TransportInterrupt> Core<I> {
         self.device.resume(activation)
     }
 
-    /// What a fresh device needs to take the place of this one, which is paused.
-    pub fn save(&self) -> State {
-        State {
+    /// What another device needs to take the place of this one, which is paused.
+    pub fn save(&self) -> Value {
+        json!(State {
             device_id: self.device.device_id(),
             device: self.device.save(),
+            interrupt: self.interrupt.save(),
             status: self.status,
             driver_features: self.driver_features,
             queues: self.queues.clone(),
             positions: self.paused.clone().unwrap_or_default(),
-        }
+            selected: [
+                self.device_features_sel,
+                self.driver_features_sel,
+                self.queue_sel,
+            ],
+        })
     }
 
-    /// Makes this device, which is fresh, the one that was saved, paused.
+    /// Makes this device, which has not run or is paused, the one that was saved, paused.
     ///
     /// # Errors
     ///
     /// Fails when it was of another kind, or its state is not taken.
-    pub fn restore(&mut self, state: State) -> Result<(), Box<dyn Error + Send + Sync>> {
+    pub fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let state: State = serde_json::from_value(state)?;
         let queues = self.queues.len();
         if state.device_id != self.device.device_id()
             || state.queues.len() != queues
@@ -284,10 +304,16 @@ impl<I: TransportInterrupt> Core<I> {
             );
         }
         self.device.restore(state.device)?;
+        self.interrupt.restore(state.interrupt)?;
         self.status = state.status;
         self.driver_features = state.driver_features;
         self.queues = state.queues;
         self.paused = Some(state.positions);
+        [
+            self.device_features_sel,
+            self.driver_features_sel,
+            self.queue_sel,
+        ] = state.selected;
         Ok(())
     }
 
@@ -306,6 +332,9 @@ impl<I: TransportInterrupt> Core<I> {
         self.queues = fresh_queues(self.device.as_ref());
         self.status = Status::empty();
         self.driver_features = 0;
+        self.device_features_sel = 0;
+        self.driver_features_sel = 0;
+        self.queue_sel = 0;
         self.paused = self.paused.take().map(|_| Vec::new());
         self.interrupt.clear();
     }

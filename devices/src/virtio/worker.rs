@@ -210,7 +210,7 @@ fn arm(timer: &mut TimerFd, at: Option<Instant>) -> io::Result<()> {
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    use super::super::testing::Recorder;
+    use super::super::tests::Recorder;
     use super::*;
 
     /// Counts its turns, and panics at the one that it is told to.

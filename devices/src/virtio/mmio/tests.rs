@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::super::queue::QueueConfig;
-use super::super::testing::{Driver, END};
+use super::super::tests::{Driver, END};
 use super::super::{Activation, VIRTIO_F_VERSION_1};
 use super::*;
 
@@ -347,7 +347,7 @@ fn restored_transport_is_the_saved_one_and_goes_on() {
         ("status", json!("SOME")),
     ] {
         let mut wrong = state.clone();
-        wrong["core"][key] = value;
+        wrong[key] = value;
         assert!(Guest::new(false).transport.restore(wrong).is_err(), "{key}");
     }
 }

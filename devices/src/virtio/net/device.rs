@@ -4,14 +4,13 @@ use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
 use super::capture::Capture;
-use super::config::{ConfigSpace, ConfigState, NetConfig};
+use super::config::{ConfigSpace, NetConfig};
 use super::counters::{self, PairCounters, SharedCounters};
 use super::ctrl::{self, Control, CtrlJob, CtrlQueue, Permissions};
 use super::features::{Features, Offloads};
@@ -22,7 +21,7 @@ use super::pair::Pair;
 use super::rx::{RxLayout, RxQueue};
 use super::tx::TxQueue;
 use super::vhost::VhostPair;
-use crate::virtio::rate::{Levels, Limiter, RateLimit};
+use crate::virtio::rate::{Limiter, RateLimit};
 use crate::virtio::worker::Worker;
 use crate::virtio::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice};
 
@@ -31,7 +30,7 @@ const QUEUE_SIZE: u16 = 256;
 
 /// The most that a driver can be given: an IP packet of 65,535 bytes behind an Ethernet header with
 /// two VLAN tags. Larger ones, which a host with BIG TCP makes, are dropped.
-const LARGEST_FRAME: usize = HEADER_LEN + 14 + 2 * 4 + 65_535;
+pub(super) const LARGEST_FRAME: usize = HEADER_LEN + 14 + 2 * 4 + 65_535;
 
 /// "Network controller, Ethernet".
 const PCI_CLASS: u32 = 0x02_0000;
@@ -54,16 +53,6 @@ pub struct NetOptions {
     pub vhost: Vec<VhostPair>,
 }
 
-/// What a network device needs to go on elsewhere.
-#[derive(Debug, Serialize, Deserialize)]
-struct State {
-    config: ConfigState,
-    rules: Rules,
-    frames: Vec<Option<Vec<u8>>>,
-    rx_limit: Option<Levels>,
-    tx_limit: Option<Levels>,
-}
-
 /// A network device with one or more queue pairs.
 #[derive(Debug)]
 pub struct Net<B> {
@@ -78,15 +67,15 @@ pub struct Net<B> {
     ctrl: Worker<CtrlJob<B>>,
     features: Features,
     queue_sizes: Vec<u16>,
-    config: Arc<ConfigSpace>,
-    filter: Arc<Filter>,
-    observer: Arc<Observer>,
+    pub(super) config: Arc<ConfigSpace>,
+    pub(super) filter: Arc<Filter>,
+    pub(super) observer: Arc<Observer>,
     permissions: Permissions,
-    rx_hooks: Hooks,
-    tx_hooks: Hooks,
+    pub(super) rx_hooks: Hooks,
+    pub(super) tx_hooks: Hooks,
     counters: Vec<SharedCounters>,
     /// While paused: of each pair, the frame that was received and waits for buffers.
-    frames: Vec<Option<Vec<u8>>>,
+    pub(super) frames: Vec<Option<Vec<u8>>>,
     complaints: Arc<Complaints>,
     is_active: bool,
 }
@@ -249,7 +238,7 @@ impl<B: Backend> Net<B> {
 
     /// Tells the backend. An interface that is gone has nothing to offload, and its NIC lives on
     /// without a link.
-    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+    pub(super) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         match self.backends[0].set_offloads(offloads) {
             Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(()),
             result => result,
@@ -346,41 +335,11 @@ impl<B: Backend> VirtioDevice for Net<B> {
     }
 
     fn save(&self) -> Value {
-        let levels = |hooks: &Hooks| hooks.limiter.as_ref().map(|limiter| limiter.save());
-        serde_json::json!(State {
-            config: self.config.save(),
-            rules: self.filter.change(|rules| rules.clone()),
-            frames: self.frames.clone(),
-            rx_limit: levels(&self.rx_hooks),
-            tx_limit: levels(&self.tx_hooks),
-        })
+        self.save_state()
     }
 
     fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let state: State = serde_json::from_value(state)?;
-        let fits = |frame: &Vec<u8>| (HEADER_LEN..=LARGEST_FRAME).contains(&frame.len());
-        if state.frames.len() != self.frames.len() || !state.frames.iter().flatten().all(fits) {
-            return Err("its queue pairs are others".into());
-        }
-        self.set_offloads(state.rules.offloads)?;
-        ctrl::use_pairs(&self.backends, state.rules.pairs.into());
-        let mac = state.config.mac;
-        if mac != self.config.mac() {
-            self.backends[0].set_mac(mac)?;
-            self.observer.set_mac(mac);
-        }
-        self.config.restore(&state.config);
-        self.filter.change(|rules| *rules = state.rules);
-        self.frames = state.frames;
-        for (hooks, levels) in [
-            (&self.rx_hooks, state.rx_limit),
-            (&self.tx_hooks, state.tx_limit),
-        ] {
-            if let (Some(limiter), Some(levels)) = (&hooks.limiter, levels) {
-                limiter.restore(levels);
-            }
-        }
-        Ok(())
+        self.restore_state(state)
     }
 
     fn interrupt_changed(&mut self, queue: u16, line: &EventFd) {

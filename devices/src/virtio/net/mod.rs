@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `features` | feature bits, and which offloads of the tap follow from them |
 //! | `device` | the virtio device: activation, reset |
+//! | `state` | what a device saves, to go on elsewhere |
 //! | `config` | the configuration space: MAC address, link, MTU |
 //! | `pair` | what a queue pair's thread does: maps wake-ups to queues |
 //! | `rx`, `tx` | the data path: chains to readv and writev, with no copy between |
@@ -31,6 +32,7 @@ pub mod observe;
 pub mod pair;
 mod pcapng;
 pub mod rx;
+mod state;
 pub mod tap;
 pub mod tx;
 pub mod vhost;

@@ -136,30 +136,30 @@ fn pad(body: &mut Vec<u8>, start: usize) {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// One block, taken apart.
     #[derive(Debug, PartialEq)]
-    pub(in super::super) enum Block {
+    pub(crate) enum Block {
         Section(Options),
         Interface(Options),
         Packet(Packet),
         Statistics(Options),
     }
 
-    pub(in super::super) type Options = Vec<(u16, Vec<u8>)>;
+    pub(crate) type Options = Vec<(u16, Vec<u8>)>;
 
     #[derive(Debug, PartialEq)]
-    pub(in super::super) struct Packet {
-        pub(in super::super) nanos: u64,
-        pub(in super::super) original: u32,
-        pub(in super::super) frame: Vec<u8>,
-        pub(in super::super) options: Options,
+    pub(crate) struct Packet {
+        pub(crate) nanos: u64,
+        pub(crate) original: u32,
+        pub(crate) frame: Vec<u8>,
+        pub(crate) options: Options,
     }
 
     impl Packet {
-        pub(in super::super) fn flags(&self) -> u32 {
+        pub(crate) fn flags(&self) -> u32 {
             let (code, value) = &self.options[0];
             assert_eq!((*code, self.options.len()), (EPB_FLAGS, 1));
             u32_at(value, 0)
@@ -197,7 +197,7 @@ pub(super) mod tests {
     }
 
     /// Takes a file apart, which has to end with a whole block.
-    pub(in super::super) fn parse(mut file: &[u8]) -> Vec<Block> {
+    pub(crate) fn parse(mut file: &[u8]) -> Vec<Block> {
         let mut blocks = Vec::new();
         while !file.is_empty() {
             let (kind, len) = (u32_at(file, 0), u32_at(file, 4) as usize);

@@ -41,9 +41,7 @@ impl Tap {
     pub fn new(fd: OwnedFd) -> Result<Self, TapError> {
         let raw = fd.as_raw_fd();
         let setting = |what| move |error| TapError::Setting(raw, what, error);
-        // Zeroed memory is a valid ifreq: a C struct of integers.
-        // SAFETY: all bytes zero is a valid value of `ifreq`, which has no invalid ones.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let mut request = ifreq();
         // SAFETY: TUNGETIFF writes one ifreq, and `request` is one.
         check(unsafe { ioctl_with_mut_ref(&fd, TUNGETIFF, &mut request) })
             .map_err(|error| TapError::NotATap(raw, error))?;
@@ -133,8 +131,7 @@ impl Backend for Tap {
     }
 
     fn set_mac(&self, mac: [u8; 6]) -> io::Result<()> {
-        // SAFETY: all bytes zero is a valid value of `ifreq`, which has no invalid ones.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let mut request = ifreq();
         let mut address = libc::sockaddr {
             sa_family: libc::ARPHRD_ETHER,
             sa_data: [0; 14],
@@ -152,8 +149,7 @@ impl Backend for Tap {
         if self.enabled.load(Ordering::SeqCst) == enabled {
             return Ok(());
         }
-        // SAFETY: all bytes zero is a valid value of `ifreq`, which has no invalid ones.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let mut request = ifreq();
         let change = if enabled {
             libc::IFF_ATTACH_QUEUE
         } else {
@@ -165,6 +161,11 @@ impl Backend for Tap {
         self.enabled.store(enabled, Ordering::SeqCst);
         Ok(())
     }
+}
+
+fn ifreq() -> libc::ifreq {
+    // SAFETY: all bytes zero is a valid value of `ifreq`, a C struct of integers.
+    unsafe { std::mem::zeroed() }
 }
 
 fn set_offloads(fd: &OwnedFd, offloads: Offloads) -> io::Result<()> {

@@ -18,7 +18,7 @@ use super::observe::Observer;
 use super::rx::{RxLayout, RxQueue, RxStop};
 use super::tx::{TxQueue, TxStop};
 use super::{Net, NetConfig, NetOptions};
-use crate::virtio::testing::{Driver, Recorder, SIZE, WRITE};
+use crate::virtio::tests::{Driver, Recorder, SIZE, WRITE};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
 mod ctrl;

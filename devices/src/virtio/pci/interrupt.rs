@@ -4,6 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::Interrupt;
@@ -45,9 +46,8 @@ pub(super) struct PciInterrupt {
     needs_reset: AtomicBool,
 }
 
-/// What [`PciInterrupt::save`] keeps.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct State {
+struct State {
     config_vector: u16,
     queue_vectors: Vec<u16>,
     status: u8,
@@ -90,34 +90,6 @@ impl PciInterrupt {
         self.status.swap(0, Ordering::SeqCst) | used
     }
 
-    pub fn save(&self) -> State {
-        let used = if self.no_vector.is_raised() {
-            USED_BUFFER
-        } else {
-            0
-        };
-        let lines = self.lines.iter().enumerate();
-        let pending = lines.filter_map(|(n, line)| line.is_raised().then_some(n));
-        State {
-            config_vector: self.config_vector.get(),
-            queue_vectors: self.queue_vectors.iter().map(Vector::get).collect(),
-            status: self.status.load(Ordering::SeqCst) | used,
-            needs_reset: self.is_broken(),
-            pending: pending.collect(),
-        }
-    }
-
-    pub fn restore(&self, state: &State) {
-        self.assign(&self.config_vector, state.config_vector);
-        for (event, &vector) in self.queue_vectors.iter().zip(&state.queue_vectors) {
-            self.assign(event, vector);
-        }
-        self.status.store(state.status, Ordering::SeqCst);
-        self.needs_reset.store(state.needs_reset, Ordering::SeqCst);
-        let pending = state.pending.iter().filter_map(|&n| self.lines.get(n));
-        pending.for_each(IrqLine::raise);
-    }
-
     fn raise(&self, event: u8, vector: &Vector) {
         self.status.fetch_or(event, Ordering::SeqCst);
         if let Some(line) = self.line(vector) {
@@ -138,7 +110,8 @@ impl Interrupt for PciInterrupt {
         }
     }
 
-    // Who signals a vector without us leaves the ISR status alone, whose bit is needed only where there is none (4.1.4.5.1).
+    // A kernel that signals a vector leaves the ISR status alone, whose bit is needed only where
+    // there is no vector (4.1.4.5.1).
     fn call_eventfd(&self, index: u16) -> &EventFd {
         let vector = self.queue_vectors.get(usize::from(index));
         let line = vector.and_then(|vector| self.line(vector));
@@ -158,6 +131,38 @@ impl Interrupt for PciInterrupt {
 impl TransportInterrupt for PciInterrupt {
     fn is_broken(&self) -> bool {
         self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    fn save(&self) -> Value {
+        let used = if self.no_vector.is_raised() {
+            USED_BUFFER
+        } else {
+            0
+        };
+        let lines = self.lines.iter().enumerate();
+        json!(State {
+            config_vector: self.config_vector.get(),
+            queue_vectors: self.queue_vectors.iter().map(Vector::get).collect(),
+            status: self.status.load(Ordering::SeqCst) | used,
+            needs_reset: self.is_broken(),
+            pending: lines
+                .filter_map(|(n, line)| line.is_raised().then_some(n))
+                .collect(),
+        })
+    }
+
+    fn restore(&self, state: Value) -> serde_json::Result<()> {
+        let state: State = serde_json::from_value(state)?;
+        self.clear();
+        self.assign(&self.config_vector, state.config_vector);
+        for (event, &vector) in self.queue_vectors.iter().zip(&state.queue_vectors) {
+            self.assign(event, vector);
+        }
+        self.status.store(state.status, Ordering::SeqCst);
+        self.needs_reset.store(state.needs_reset, Ordering::SeqCst);
+        let pending = state.pending.iter().filter_map(|&n| self.lines.get(n));
+        pending.for_each(IrqLine::raise);
+        Ok(())
     }
 
     fn clear(&self) {

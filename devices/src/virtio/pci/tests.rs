@@ -5,8 +5,9 @@ use std::sync::Mutex;
 use proptest::prelude::*;
 
 use super::super::queue::QueueConfig;
-use super::super::testing::Driver;
+use super::super::tests::Driver;
 use super::super::{Activation, Interrupt, VIRTIO_F_VERSION_1};
+use super::common::offset;
 use super::interrupt::NO_VECTOR;
 use super::*;
 
@@ -98,11 +99,11 @@ impl Guest {
     }
 
     fn status(&mut self) -> u8 {
-        self.read::<1>(common::STATUS as u64)[0]
+        self.read::<1>(offset::STATUS as u64)[0]
     }
 
     fn set_status(&mut self, value: u8) {
-        self.write(common::STATUS, &[value]);
+        self.write(offset::STATUS, &[value]);
     }
 
     fn negotiate(&mut self, features: u64) {
@@ -110,47 +111,40 @@ impl Guest {
             self.set_status(status);
         }
         for select in [0u32, 1] {
-            self.write(common::DRIVER_FEATURE_SELECT, &select.to_le_bytes());
+            self.write(offset::DRIVER_FEATURE_SELECT, &select.to_le_bytes());
             let half = (features >> (32 * select)) as u32;
-            self.write(common::DRIVER_FEATURE, &half.to_le_bytes());
+            self.write(offset::DRIVER_FEATURE, &half.to_le_bytes());
         }
         self.set_status(11);
     }
 
     fn set_up_queue(&mut self, index: u16, config: QueueConfig, vector: u16) {
-        self.write(common::QUEUE_SELECT, &index.to_le_bytes());
-        self.write(common::QUEUE_SIZE, &config.size.to_le_bytes());
-        self.write(common::QUEUE_VECTOR, &vector.to_le_bytes());
-        self.write(common::QUEUE_DESC, &config.descriptors.to_le_bytes());
+        self.write(offset::QUEUE_SELECT, &index.to_le_bytes());
+        self.write(offset::QUEUE_SIZE, &config.size.to_le_bytes());
+        self.write(offset::QUEUE_VECTOR, &vector.to_le_bytes());
+        self.write(offset::QUEUE_DESC, &config.descriptors.to_le_bytes());
         for (offset, address) in [
-            (common::QUEUE_DRIVER, config.available),
-            (common::QUEUE_DEVICE, config.used),
+            (offset::QUEUE_DRIVER, config.available),
+            (offset::QUEUE_DEVICE, config.used),
         ] {
             self.write(offset, &(address as u32).to_le_bytes());
             self.write(offset + 4, &((address >> 32) as u32).to_le_bytes());
         }
-        self.write(common::QUEUE_ENABLE, &1u16.to_le_bytes());
+        self.write(offset::QUEUE_ENABLE, &1u16.to_le_bytes());
     }
 }
 
 #[test]
 fn driver_finds_features_queues_and_configuration() {
     let mut guest = Guest::new();
-    assert_eq!(
-        u32::from_le_bytes(guest.read(common::DEVICE_FEATURE as u64)),
-        3
-    );
-    guest.write(common::DEVICE_FEATURE_SELECT, &1u32.to_le_bytes());
-    assert_eq!(
-        u32::from_le_bytes(guest.read(common::DEVICE_FEATURE as u64)),
-        1,
-        "VERSION_1"
-    );
-    assert_eq!(u16::from_le_bytes(guest.read(common::NUM_QUEUES as u64)), 2);
+    assert_eq!(u32::from_le_bytes(guest.read(4)), 3);
+    guest.write(offset::DEVICE_FEATURE_SELECT, &1u32.to_le_bytes());
+    assert_eq!(u32::from_le_bytes(guest.read(4)), 1, "VERSION_1");
+    assert_eq!(u16::from_le_bytes(guest.read(18)), 2);
     for (queue, size) in [(0u16, 16), (1, 64), (2, 0), (0xffff, 0)] {
-        guest.write(common::QUEUE_SELECT, &queue.to_le_bytes());
+        guest.write(offset::QUEUE_SELECT, &queue.to_le_bytes());
         assert_eq!(
-            u16::from_le_bytes(guest.read(common::QUEUE_SIZE as u64)),
+            u16::from_le_bytes(guest.read(offset::QUEUE_SIZE as u64)),
             size
         );
     }
@@ -165,9 +159,9 @@ fn driver_ok_hands_over_the_queues_and_their_vectors() {
     assert_eq!(guest.status(), 11);
     guest.set_up_queue(0, Driver::config(), 1);
     guest.set_up_queue(1, Driver::config(), 2);
-    guest.write(common::CONFIG_VECTOR, &0u16.to_le_bytes());
+    guest.write(offset::CONFIG_VECTOR, &0u16.to_le_bytes());
     assert_eq!(
-        u16::from_le_bytes(guest.read(common::QUEUE_ENABLE as u64)),
+        u16::from_le_bytes(guest.read(offset::QUEUE_ENABLE as u64)),
         1
     );
     guest.set_status(15);
@@ -207,14 +201,14 @@ fn isr_status_tells_what_happened_until_it_is_read() {
 fn vector_that_does_not_exist_reads_back_as_none() {
     let mut guest = Guest::new();
     for (wanted, got) in [(2u16, 2), (3, NO_VECTOR), (NO_VECTOR, NO_VECTOR)] {
-        guest.write(common::CONFIG_VECTOR, &wanted.to_le_bytes());
+        guest.write(offset::CONFIG_VECTOR, &wanted.to_le_bytes());
         assert_eq!(
-            u16::from_le_bytes(guest.read(common::CONFIG_VECTOR as u64)),
+            u16::from_le_bytes(guest.read(offset::CONFIG_VECTOR as u64)),
             got
         );
-        guest.write(common::QUEUE_VECTOR, &wanted.to_le_bytes());
+        guest.write(offset::QUEUE_VECTOR, &wanted.to_le_bytes());
         assert_eq!(
-            u16::from_le_bytes(guest.read(common::QUEUE_VECTOR as u64)),
+            u16::from_le_bytes(guest.read(offset::QUEUE_VECTOR as u64)),
             got
         );
     }
@@ -232,11 +226,11 @@ fn reset_takes_everything_back() {
     assert_eq!(guest.status(), 0);
     assert!(guest.active.lock().unwrap().is_none());
     assert_eq!(
-        u16::from_le_bytes(guest.read(common::QUEUE_ENABLE as u64)),
+        u16::from_le_bytes(guest.read(offset::QUEUE_ENABLE as u64)),
         0
     );
     assert_eq!(
-        u16::from_le_bytes(guest.read(common::QUEUE_VECTOR as u64)),
+        u16::from_le_bytes(guest.read(offset::QUEUE_VECTOR as u64)),
         NO_VECTOR
     );
 }
@@ -246,7 +240,7 @@ fn pending_bits_end_at_a_reset() {
     let mut guest = Guest::new();
     guest.negotiate(VIRTIO_F_VERSION_1);
     guest.set_up_queue(0, Driver::config(), 1);
-    guest.write(common::CONFIG_VECTOR, &0u16.to_le_bytes());
+    guest.write(offset::CONFIG_VECTOR, &0u16.to_le_bytes());
     guest.set_status(15);
     let interrupt = Arc::clone(&guest.transport.core.interrupt);
     interrupt.queue(0);
@@ -288,7 +282,7 @@ fn notification_without_ioeventfd_reaches_its_queue() {
 #[test]
 fn window_in_configuration_space_reads_and_writes_the_bar() {
     let mut guest = Guest::new();
-    let window = guest.transport.window;
+    let window = guest.transport.pci_cfg;
     let aim = |guest: &mut Guest, offset: u32, len: u32| {
         guest.transport.write_config(window + 4, &[0]);
         guest
@@ -300,17 +294,21 @@ fn window_in_configuration_space_reads_and_writes_the_bar() {
     };
     aim(&mut guest, DEVICE + 4, 2);
     let mut data = [0xaa; 4];
-    guest.transport.read_config(window + WINDOW_DATA, &mut data);
+    guest
+        .transport
+        .read_config(window + PCI_CFG_DATA, &mut data);
     assert_eq!(data, [5, 6, 0, 0]);
-    aim(&mut guest, common::STATUS as u32, 1);
-    guest.transport.write_config(window + WINDOW_DATA, &[1]);
+    aim(&mut guest, offset::STATUS as u32, 1);
+    guest.transport.write_config(window + PCI_CFG_DATA, &[1]);
     assert_eq!(guest.status(), 1);
     for (offset, len) in [(BAR_LEN, 4), (2, 4), (0, 3), (0, 0), (u32::MAX, 1)] {
         aim(&mut guest, offset, len);
-        guest.transport.read_config(window + WINDOW_DATA, &mut data);
         guest
             .transport
-            .write_config(window + WINDOW_DATA, &[0xff; 4]);
+            .read_config(window + PCI_CFG_DATA, &mut data);
+        guest
+            .transport
+            .write_config(window + PCI_CFG_DATA, &[0xff; 4]);
     }
 }
 
@@ -323,7 +321,7 @@ fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
     for (queue, vector) in [(0, 1), (1, 2)] {
         guest.set_up_queue(queue, Driver::config(), vector);
     }
-    guest.write(common::CONFIG_VECTOR, &0u16.to_le_bytes());
+    guest.write(offset::CONFIG_VECTOR, &0u16.to_le_bytes());
     guest.set_status(15);
     // Vectors 0 and 1 are unmasked, 2 is not, and waits.
     for vector in [0, 1] {

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use vm_memory::GuestMemoryBackend;
 
-use super::super::testing::{Buffer, Descriptor, Driver, END, INDIRECT, NEXT, REGION, SIZE, WRITE};
+use super::super::tests::{Buffer, Descriptor, Driver, END, INDIRECT, NEXT, REGION, SIZE, WRITE};
 use super::*;
 
 fn lengths(iovecs: &[libc::iovec]) -> Vec<usize> {
