@@ -18,7 +18,7 @@ impl IrqLine {
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails with EMFILE.
     pub fn new() -> io::Result<Self> {
         EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(|eventfd| Self(Arc::new(eventfd)))
     }

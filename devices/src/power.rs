@@ -74,7 +74,7 @@ const I8042_COMMAND: u64 = 4;
 /// "Pulse the CPU's reset line", the one command that guests use without a keyboard.
 const I8042_RESET_CPU: u8 = 0xfe;
 
-/// An i8042 that can only reset the CPU, for guests told `reboot=k`.
+/// An i8042 that can only reset the CPU, for guests with `reboot=k`.
 pub struct I8042 {
     sink: PowerSink,
 }

@@ -54,7 +54,7 @@ pub enum MachineError {
     Vm(#[from] VmError),
 }
 
-// What the tables tell the guest to write is what the device understands. Neither crate knows the
+// What the tables have the guest write is what the device understands. Neither crate knows the
 // other, so this is where they are held together.
 const _: () = assert!(
     boot::layout::S5_SLEEP_TYPE == AcpiPower::SLP_TYP_S5
@@ -225,7 +225,7 @@ impl<'a> Machine<'a> {
             .insert(u64::from(first)..u64::from(first) + count, device)
     }
 
-    /// Ends the guest as it asks, and tells a panic from a reboot.
+    /// Ends the guest as it asks, and distinguishes a panic from a reboot.
     fn power_sink(&self) -> PowerSink {
         let (exit, memory) = (Arc::clone(&self.exit), Arc::clone(&self.memory));
         Box::new(move |request| {

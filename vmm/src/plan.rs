@@ -35,7 +35,7 @@ pub enum Transport {
 /// Where a virtio device stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VirtioSlot {
-    /// Behind virtio-mmio.
+    /// On virtio-mmio.
     Mmio {
         /// Where its [`VIRTIO_MMIO_SIZE`] bytes of registers begin.
         base: GuestAddress,

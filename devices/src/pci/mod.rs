@@ -1,7 +1,7 @@
 //! A PCI Express host bridge with one bus (PCI Firmware Specification 3.3, 4.1; PCI Local Bus
 //! Specification 3.0).
 //!
-//! Devices sit at fixed addresses: their BARs tell size and place as the specification asks, but
+//! Devices sit at fixed addresses: their BARs show size and place as the specification asks, but
 //! the place is the plan's and cannot be moved. So the windows stand on the memory bus for good,
 //! and an ioeventfd inside one never goes stale.
 

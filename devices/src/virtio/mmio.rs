@@ -53,7 +53,7 @@ mod register {
     pub const CONFIG: u64 = 0x100;
 }
 
-/// The interrupt status register and the line behind it.
+/// The interrupt status register and the line that it belongs to.
 #[derive(Debug)]
 struct MmioInterrupt {
     line: IrqLine,
@@ -129,18 +129,18 @@ impl TransportInterrupt for MmioInterrupt {
     }
 }
 
-/// A virtio device behind a window of virtio-mmio registers.
+/// A virtio device with a window of virtio-mmio registers.
 #[derive(Debug)]
 pub struct MmioTransport {
     core: Core<MmioInterrupt>,
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers that interrupt by `line`.
+    /// Gives `device` registers and `line` to interrupt by.
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails with EMFILE.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemoryMmap>,

@@ -62,7 +62,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// A device that cannot start says why; the transport then sets DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
     /// The driver has given a queue another interrupt. Matters to a device whose queues are in the
-    /// kernel's hands, which it has told of [`Interrupt::call_eventfd`] when it was activated.
+    /// kernel's hands, which got [`Interrupt::call_eventfd`] when the device was activated.
     fn interrupt_changed(&mut self, _queue: u16, _line: &EventFd) {}
     /// Stop until [`VirtioDevice::resume`], and lose nothing: neither guest memory nor the host's
     /// side is touched once this has returned. Returns where each queue in use stands, its next
@@ -123,7 +123,7 @@ pub trait Interrupt: Send + Sync + fmt::Debug {
     /// Buffers of this queue have been used.
     fn queue(&self, index: u16);
     /// The eventfd that does the same as [`Interrupt::queue`], for a kernel that interrupts by
-    /// itself. [`VirtioDevice::interrupt_changed`] tells of another one.
+    /// itself. [`VirtioDevice::interrupt_changed`] has another one.
     fn call_eventfd(&self, index: u16) -> &EventFd;
     /// The configuration space has changed.
     fn config(&self);

@@ -82,7 +82,7 @@ impl PciTransport {
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails with EMFILE.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemoryMmap>,

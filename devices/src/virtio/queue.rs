@@ -1,4 +1,4 @@
-//! A virtqueue in use: guest-supplied descriptor chains become iovecs, or are told apart as bad.
+//! A virtqueue in use: guest-supplied descriptor chains become iovecs, or are bad.
 //!
 //! The rings themselves are walked by the `virtio-queue` crate. This module adds what a device
 //! that hands guest memory to the kernel needs: every address is resolved once, against the

@@ -1,7 +1,7 @@
 //! How much may pass a NIC in one direction: a token bucket for bits, another for frames.
 //!
 //! A frame passes while a bucket has any token at all, and is paid for afterwards, so a bucket may
-//! go into debt. Nobody has to know a frame's length before it has passed, a frame may be larger
+//! go into debt. A frame's length need not be known before it has passed, a frame may be larger
 //! than a full bucket, and yet what passes in the long run is the rate to the bit.
 
 use std::sync::{Mutex, PoisonError};
@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 /// Shorter waits would cost more in wake-ups than they gain in smoothness.
 const MIN_WAIT: Duration = Duration::from_micros(100);
-/// Whoever has waited asks again, so that a longer wait may be told in parts.
+/// A sender asks again after each wait, so that a longer one may come in parts.
 const MAX_WAIT: Duration = Duration::from_secs(60);
-/// A bucket that ran over while its sender waits as told, or is woken a little late, would make
+/// A bucket that ran over while its sender waits, or is woken a little late, would make
 /// the rate a lie.
 const MIN_BURST: Duration = Duration::from_millis(1);
 
@@ -35,7 +35,7 @@ pub struct RateLimit {
 
 /// Holds one direction of a NIC to its limit. All queue pairs of the NIC share it.
 ///
-/// Each thread asks [`admit`](Self::admit) before a frame and tells [`charge`](Self::charge) after
+/// Each thread asks [`admit`](Self::admit) before a frame and calls [`charge`](Self::charge) after
 /// it, so that at most one frame for each thread is on its way unpaid.
 #[derive(Debug)]
 pub struct Limiter {
@@ -216,7 +216,7 @@ mod tests {
         })
     }
 
-    /// Sends frames of this size for so long, waiting as told; returns how many passed.
+    /// Sends frames of this size for so long, waiting as long as it has to; returns how many passed.
     fn backlogged(limiter: &Limiter, start: Instant, time: Duration, frame: usize) -> u64 {
         let (mut now, mut passed) = (start, 0);
         while now < start + time {

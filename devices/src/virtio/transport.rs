@@ -1,4 +1,4 @@
-//! What every virtio transport does alike: features, status, queues, and the device behind them.
+//! What every virtio transport does alike: features, status, queues, and the device.
 
 use std::error::Error;
 use std::io;
@@ -14,7 +14,7 @@ use super::queue::{Queue, QueueConfig};
 use super::status::{Status, Step};
 use super::{Activation, ActiveQueue, Complaints, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice};
 
-/// A transport's own half of the way to the driver.
+/// What a transport adds to [`Interrupt`].
 pub(super) trait TransportInterrupt: Interrupt + 'static {
     /// Whether [`Interrupt::needs_reset`] has been called since the last reset.
     fn is_broken(&self) -> bool;
@@ -64,7 +64,7 @@ pub(super) struct Core<I> {
 impl<I: TransportInterrupt> Core<I> {
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails with EMFILE.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemoryMmap>,

@@ -213,7 +213,7 @@ mod tests {
     use super::super::tests::Recorder;
     use super::*;
 
-    /// Counts its turns, and panics at the one that it is told to.
+    /// Counts its turns, and panics at a chosen one.
     #[derive(Debug)]
     struct Count {
         kick: Arc<EventFd>,

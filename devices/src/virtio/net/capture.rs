@@ -35,9 +35,9 @@ pub enum Direction {
 
 /// A capture that is being written. All queue pairs of its NIC share it.
 ///
-/// Dropping it writes what waits and the statistics, and closes the file. A write that nobody can
-/// finish (a pipe whose reader is there and does not read, a file server that is gone) cannot be
-/// taken back either: after two seconds the writer is left behind. It ends when its write does, or
+/// Dropping it writes what waits and the statistics, and closes the file. A write that cannot
+/// finish (a pipe whose reader does not read, a file server that is gone) cannot be cancelled
+/// either: after two seconds it is no longer waited for. It ends when its write does, or
 /// with the process, and until then it has the file and at most 4 MiB of frames.
 pub struct Capture {
     shared: Arc<Shared>,
@@ -162,7 +162,7 @@ impl Drop for Capture {
         let ended = queue.ended;
         drop(queue);
         if ended {
-            // It has nothing left to do, and tells nothing by its end.
+            // It has nothing left to do, and no result.
             let _ = self.writer.take().map(JoinHandle::join);
         } else {
             let name = &shared.name;
@@ -266,7 +266,7 @@ mod tests {
 
     const SKIP: usize = 12;
 
-    /// Records this frame behind a header, cut into pieces of `piece` bytes.
+    /// Records this frame after a header, cut into pieces of `piece` bytes.
     fn record(capture: &Capture, direction: Direction, frame: &[u8], piece: usize) {
         let mut bytes = [&[0xaa; SKIP][..], frame].concat();
         let len = bytes.len();
@@ -444,7 +444,7 @@ mod tests {
         let took = start.elapsed();
         assert!(PATIENCE <= took && took < 3 * PATIENCE, "{took:?}");
 
-        // The writer that was left behind finishes when the reader wakes up.
+        // The writer that was not waited for finishes when the reader wakes up.
         let mut file = Vec::new();
         reader.read_to_end(&mut file).unwrap();
         let (packets, counts) = packets(&file);

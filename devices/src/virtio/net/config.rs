@@ -7,7 +7,7 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
 use crate::virtio::{Interrupt, read_at};
 
-/// What a network device tells its driver (`struct virtio_net_config`, virtio 1.2, 5.1.4).
+/// What a driver reads of a network device (`struct virtio_net_config`, virtio 1.2, 5.1.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NetConfig {
     /// The MAC address that the guest has to use.
@@ -72,7 +72,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes the link down or brings it up, and tells the driver when that is a change.
+    /// Takes the link down or brings it up, and notifies the driver if that is a change.
     pub fn set_up(&self, up: bool) {
         let mut state = self.lock();
         if state.up != up {
@@ -98,7 +98,7 @@ impl ConfigSpace {
         self.lock().up
     }
 
-    /// Tells a new MTU. Drivers of today read it only when they start.
+    /// Sets a new MTU. Drivers of today read it only when they start.
     pub fn set_mtu(&self, mtu: u16) {
         let mut state = self.lock();
         if state.config.mtu != mtu {
@@ -117,7 +117,7 @@ impl ConfigSpace {
         self.lock().config.mac
     }
 
-    /// The driver has changed the MAC address itself, and need not be told.
+    /// The driver has changed the MAC address itself, and needs no notification.
     pub(super) fn set_mac(&self, mac: [u8; 6]) {
         let mut state = self.lock();
         state.config.mac = mac;

@@ -128,7 +128,7 @@ impl<B: Backend> Control<B> {
         }
     }
 
-    /// The MAC filter table (5.1.6.5.2): addresses, then groups, each list behind its length in
+    /// The MAC filter table (5.1.6.5.2): addresses, then groups, each list after its length in
     /// 32 bits. The host delivers to other addresses than the NIC's only where it delivers to any.
     fn set_table(&self, operand: &[u8]) -> bool {
         let Some((unicast, rest)) = mac_list(operand) else {

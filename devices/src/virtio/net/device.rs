@@ -28,7 +28,7 @@ use crate::virtio::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice
 /// Descriptors in each queue.
 const QUEUE_SIZE: u16 = 256;
 
-/// The most that a driver can be given: an IP packet of 65,535 bytes behind an Ethernet header with
+/// The most that a driver can be given: an IP packet of 65,535 bytes after an Ethernet header with
 /// two VLAN tags. Larger ones, which a host with BIG TCP makes, are dropped.
 pub(super) const LARGEST_FRAME: usize = HEADER_LEN + 14 + 2 * 4 + 65_535;
 
@@ -236,7 +236,7 @@ impl<B: Backend> Net<B> {
         self.ctrl.start(job, Arc::clone(interrupt))
     }
 
-    /// Tells the backend. An interface that is gone has nothing to offload, and its NIC lives on
+    /// Sets the backend's offloads. An interface that is gone has nothing to offload, and its NIC lives on
     /// without a link.
     pub(super) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         match self.backends[0].set_offloads(offloads) {

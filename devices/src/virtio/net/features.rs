@@ -1,4 +1,4 @@
-//! The features of the network device, and what they mean to the tap behind it.
+//! The features of the network device, and what they mean to its tap.
 
 use bitflags::bitflags;
 use serde::{Deserialize, Serialize};
@@ -14,9 +14,9 @@ bitflags! {
         const GUEST_CSUM = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
         /// The driver may change at run time what it takes.
         const CTRL_GUEST_OFFLOADS = 1 << virtio_net::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
-        /// The device tells the MTU.
+        /// The device shows the MTU.
         const MTU = 1 << virtio_net::VIRTIO_NET_F_MTU;
-        /// The device tells the MAC address.
+        /// The device shows the MAC address.
         const MAC = 1 << virtio_net::VIRTIO_NET_F_MAC;
         /// The driver takes TCP/IPv4 segments larger than the MTU.
         const GUEST_TSO4 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO4;
@@ -54,7 +54,7 @@ bitflags! {
         const GUEST_USO6 = 1 << virtio_net::VIRTIO_NET_F_GUEST_USO6;
         /// The device takes UDP datagrams that are still to be segmented.
         const HOST_USO = 1 << virtio_net::VIRTIO_NET_F_HOST_USO;
-        /// The device tells the link's status.
+        /// The device shows the link's status.
         const STATUS = 1 << virtio_net::VIRTIO_NET_F_STATUS;
         /// A descriptor may point to a table of descriptors.
         const INDIRECT_DESC = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
@@ -152,7 +152,7 @@ impl Offloads {
     /// of its header.
     ///
     /// A tap says of any frame that its checksum has been checked. And what was queued for an
-    /// earlier driver, or arrives while the tap is told, may be left as that one took it.
+    /// earlier driver, or arrives while the tap's offloads change, may be left as that one took it.
     pub fn admit(self, flags: u8, gso_type: u8) -> Option<u8> {
         const NEEDS_CSUM: u8 = virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
         const DATA_VALID: u8 = virtio_net::VIRTIO_NET_HDR_F_DATA_VALID as u8;

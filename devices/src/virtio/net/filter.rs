@@ -15,7 +15,7 @@ use super::features::{Features, Offloads};
 /// A MAC address.
 type Mac = [u8; 6];
 
-/// The most addresses of a kind that are told apart; with more, all of that kind pass.
+/// The most addresses of a kind that are filtered; with more, all of that kind pass.
 const MAX_ADDRESSES: usize = 64;
 const BROADCAST: Mac = [0xff; 6];
 /// VLAN ids have 12 bits (IEEE 802.1Q); the others of a tag are priority and eligibility.

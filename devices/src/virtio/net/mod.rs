@@ -12,7 +12,7 @@
 //! | `ctrl` | the control queue: what the driver commands |
 //! | `filter` | which frames the driver wants |
 //! | `hooks` | what happens to each frame besides |
-//! | `observe` | what a guest's own frames tell about it |
+//! | `observe` | what a guest's own frames show of it |
 //! | `capture`, `pcapng` | what passes, recorded in a file |
 //! | `checksum` | DHCP answers for clients that read raw frames |
 //! | `counters` | what has passed |

@@ -1,7 +1,7 @@
-//! What a guest's own frames tell about it: the addresses it uses, and whether it uses its MAC.
+//! What a guest's own frames show of it: the addresses it uses, and whether it uses its MAC.
 //!
 //! A macvtap delivers to its guest what is sent to the MAC address of the macvtap. A guest that
-//! sends from another one is heard by everybody and answered by nobody, which is hard to see from
+//! sends from another one reaches all and gets no answer, which is hard to see from
 //! inside. So each frame that a guest sends is looked at: its source address always, its content
 //! only where a protocol says which address the sender has (ARP, IPv6 neighbour discovery, DHCP).
 
@@ -53,8 +53,8 @@ pub struct Observer {
 #[derive(Debug, Default)]
 struct Learnt {
     addresses: VecDeque<IpAddr>,
-    /// Nobody has asked since the last time that one was new. A guest can make up a new one with each
-    /// frame, and whoever is told shall not be kept busy.
+    /// The addresses were not read since the last one that was new. A guest can make up a new one
+    /// with each frame, and readers are not to be kept busy.
     is_told: bool,
 }
 
@@ -112,7 +112,7 @@ impl Observer {
         self.learn_from(&frame[..len]);
     }
 
-    /// Looks at a frame, or as much of it as tells something, without a virtio-net header.
+    /// Looks at a frame, or as much of it as matters, without a virtio-net header.
     pub fn see(&self, frame: &[u8]) {
         if self.may_tell(&frame[..frame.len().min(HEAD_LEN)]) {
             self.learn_from(frame);
@@ -148,13 +148,13 @@ impl Observer {
 
     fn count_wrong_source(&self, source: &[u8]) {
         let before = self.wrong_source.fetch_add(1, Ordering::Relaxed);
-        // Told to whoever shows the count at 1, 2, 4, …: often enough, and never a flood.
+        // Signalled when the count is 1, 2, 4, …: often enough, and never a flood.
         if (before + 1).is_power_of_two() {
             let _ = self.changed.write(1);
         }
         if before == 0 {
             log::warn!(
-                "{}: the guest sends from {}, but its NIC is {}: nobody's answer will reach it. \
+                "{}: the guest sends from {}, but its NIC is {}: no answer will reach it. \
                  Let the guest use its NIC's address, or give the NIC that address with mac=; \
                  more than one address takes mode=passthru",
                 self.name,
@@ -353,7 +353,7 @@ mod tests {
         for n in 0..100 {
             look(&observer, &ethernet(MAC, ARP, &arp([10, 0, 1, n])), 100);
         }
-        assert_eq!(observer.changed.read().unwrap(), 1, "until somebody asks");
+        assert_eq!(observer.changed.read().unwrap(), 1, "until they are read");
         assert_eq!(observer.addresses().len(), MAX_ADDRESSES);
         look(&observer, &ethernet(MAC, ARP, &arp([10, 0, 2, 1])), 100);
         assert_eq!(observer.changed.read().unwrap(), 1);

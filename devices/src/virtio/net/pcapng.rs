@@ -28,7 +28,7 @@ const ISB_IFDROP: u16 = 5;
 const HEAD_LEN: usize = 8;
 /// What an Enhanced Packet Block has before its frame.
 const PACKET_HEAD_LEN: usize = HEAD_LEN + 20;
-/// What it has behind it: a flags option, the end of the options, and the length again.
+/// What it has after it: a flags option, the end of the options, and the length again.
 const PACKET_TAIL_LEN: usize = 8 + 4 + 4;
 
 /// What a file begins with: the section, and the interface of this name.

@@ -66,7 +66,7 @@ impl Tap {
         check(unsafe { ioctl_with_ref(&fd, TUNSETSNDBUF, &libc::c_int::MAX) })
             .map_err(setting("the send buffer (TUNSETSNDBUF)"))?;
         set_nonblocking(&fd).map_err(setting("O_NONBLOCK"))?;
-        // Nothing tells which offloads a kernel knows but setting them. UDP's are the newest.
+        // Which offloads a kernel knows shows only when they are set. UDP's are the newest.
         let known_offloads = [Offloads::USO | Offloads::UFO, Offloads::UFO]
             .map(|newest| Offloads::USUAL | newest)
             .into_iter()
@@ -85,7 +85,7 @@ impl Tap {
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails with EMFILE.
     pub fn try_clone(&self) -> io::Result<File> {
         self.fd.try_clone().map(File::from)
     }

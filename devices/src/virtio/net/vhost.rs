@@ -2,7 +2,7 @@
 //! and the tap, with no thread of the monitor in between. It is kicked by the ioeventfds and
 //! interrupts by the irqfds directly.
 //!
-//! Nobody sees the frames, so that a driver without GUEST_CSUM finds what the kernel says of each: that
+//! The monitor does not see the frames, so that a driver without GUEST_CSUM finds what the kernel says of each: that
 //! it has checked the checksum (VIRTIO_NET_HDR_F_DATA_VALID).
 
 use std::fmt;
@@ -182,7 +182,7 @@ impl VhostPair {
     }
 }
 
-/// Guest memory as vhost wants it told.
+/// Guest memory as vhost takes it.
 fn regions(memory: &GuestMemoryMmap) -> Vec<VhostUserMemoryRegionInfo> {
     let region = |region: &GuestRegionMmap| VhostUserMemoryRegionInfo {
         guest_phys_addr: region.start_addr().0,

@@ -66,7 +66,7 @@ impl PciInterrupt {
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails with EMFILE.
     pub fn new(lines: Vec<IrqLine>, queues: usize) -> io::Result<Self> {
         Ok(Self {
             lines,
