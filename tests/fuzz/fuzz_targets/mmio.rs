@@ -1,4 +1,4 @@
-//! The registers of virtio-mmio with a whole NIC behind them, threads included.
+//! The registers of virtio-mmio of a whole NIC, threads included.
 #![no_main]
 
 use std::sync::Arc;

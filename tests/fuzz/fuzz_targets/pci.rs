@@ -1,4 +1,4 @@
-//! Configuration space and BAR of virtio-pci with a whole NIC behind them, threads included.
+//! Configuration space and BAR of virtio-pci of a whole NIC, threads included.
 #![no_main]
 
 use std::sync::Arc;
@@ -46,7 +46,7 @@ fuzz_target!(|input: (Vec<u8>, Vec<Vec<u8>>, Vec<Step>)| {
     for step in steps {
         match step {
             Step::Bar(access) => access.make(&mut function, &memory),
-            // The bus hands over accesses of 1, 2 and 4 bytes that stay inside their double word.
+            // The bus passes on accesses of 1, 2 and 4 bytes that stay inside their double word.
             Step::ReadConfig(offset, len) => {
                 let len = [1, 2, 4][usize::from(len % 3)];
                 let offset = usize::from(offset) % 4096 / len * len;

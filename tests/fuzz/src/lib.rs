@@ -16,7 +16,7 @@ use devices::virtio::{Interrupt, QueueConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Two regions that touch, and nothing behind them.
+/// Two regions that touch, and nothing after them.
 const REGION: usize = 0x8000;
 
 /// Guest memory that begins with `bytes`, over and over.
@@ -161,14 +161,14 @@ pub fn nic(frames: Vec<Vec<u8>>) -> Net<Script> {
     Net::new("net0".into(), config, backends, options).expect("threads can be had")
 }
 
-/// Interrupts that nobody waits for.
+/// Interrupts without a receiver.
 #[derive(Debug)]
 pub struct Deaf;
 
 impl Interrupt for Deaf {
     fn queue(&self, _index: u16) {}
     fn call_eventfd(&self, _index: u16) -> &EventFd {
-        unreachable!("no fuzz target hands queues to the kernel")
+        unreachable!("no fuzz target passes queues to the kernel")
     }
     fn config(&self) {}
     fn needs_reset(&self) {}
@@ -195,7 +195,7 @@ pub enum Value {
 }
 
 impl Value {
-    /// As the bus hands it over.
+    /// As the bus passes it on.
     pub fn bytes(&self) -> Vec<u8> {
         match self {
             Self::Byte(value) => value.to_le_bytes().to_vec(),

@@ -1,4 +1,4 @@
-//! What the loader tells: the command line and the memory map (Linux, Documentation/arch/x86/zero-page.rst).
+//! What the loader passes: the command line and the memory map (Linux, Documentation/arch/x86/zero-page.rst).
 
 use core::ops::Range;
 

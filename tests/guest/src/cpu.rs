@@ -35,7 +35,7 @@ const IOAPIC_DATA: u64 = 0xfec0_0010;
 /// The register of line 0's low half; two registers a line.
 const IOAPIC_LINES: u32 = 0x10;
 
-/// A table that the processor reads behind the compiler's back.
+/// A table that the processor reads, unseen by the compiler.
 #[repr(C, align(16))]
 struct Table(UnsafeCell<[[u64; 2]; GATES]>);
 
@@ -75,7 +75,7 @@ pub fn fill_idt() {
 
 /// Takes every gate away: the next exception is a triple fault.
 pub fn empty_idt() {
-    // SAFETY: see `Table`: nobody else accesses it.
+    // SAFETY: see `Table`: no other code accesses it.
     unsafe { IDT.0.get().write_volatile([[0; 2]; GATES]) };
 }
 

@@ -97,7 +97,7 @@ interrupt_stubs:
     .balign 16
 .endr
 
-# Counts the interrupt, tells the local APIC that it is done, and goes back.
+# Counts the interrupt, signals its end to the local APIC, and returns.
 interrupt:
     push rax
     push rbx

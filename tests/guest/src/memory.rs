@@ -40,7 +40,7 @@ pub fn start_heap(boot: &Boot) {
     unsafe { HEAP.0.borrow_mut().init(start as *mut u8, size) };
 }
 
-// SAFETY: `Heap` hands out memory that nobody else has; it is never used from two places at once (see `Allocator`).
+// SAFETY: `Heap` returns memory without another owner; it is never used from two places at once (see `Allocator`).
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         self.0
@@ -117,7 +117,7 @@ impl Shared {
         }
     }
 
-    /// Gives the memory up, as its physical and its virtual address, to someone who brings it back by `from_raw`.
+    /// Gives the memory up, as its physical and its virtual address, for `from_raw`.
     pub fn into_raw(self) -> (u64, NonNull<u8>) {
         let shared = core::mem::ManuallyDrop::new(self);
         (shared.address(), shared.base)

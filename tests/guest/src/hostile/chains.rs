@@ -270,14 +270,14 @@ pub fn run(runner: &mut Runner<'_>) {
         });
     }
     for (variant, queue) in [("tx", TX), ("rx", RX)] {
-        runner.attack(&format!("chain-nonsense-is-told-{variant}"), |bench| {
-            nonsense_is_told(Rig::start(bench, feature::PLAIN)?, queue)
+        runner.attack(&format!("chain-nonsense-is-reported-{variant}"), |bench| {
+            bad_chain_is_reported(Rig::start(bench, feature::PLAIN)?, queue)
         });
     }
 }
 
 /// Offers more than a ring can hold, which the device must say that it cannot go on with (virtio 1.2, 2.1.2).
-fn nonsense_is_told(mut rig: Rig<'_>, queue: u16) -> Result<(), Failure> {
+fn bad_chain_is_reported(mut rig: Rig<'_>, queue: u16) -> Result<(), Failure> {
     let nic = rig.bench.nic;
     if queue == RX {
         rig.rx.set_available(0x8000);
@@ -313,7 +313,7 @@ fn spoil(mut rig: Rig<'_>, queue: u16, poison: Poison) -> Result<(), Failure> {
     poison(ring, &mut place);
     nic.notify(queue);
     if queue == RX {
-        // Two frames: one for the bad chain, and one that finds out what it left behind.
+        // Two frames: one for the bad chain, and one that finds out what it left.
         rig.prompt();
         rig.settle();
         rig.prompt();

@@ -205,7 +205,7 @@ fn send(bench: &Bench, features: u64, header: Header, length: usize) -> Result<(
     rig.offer_buffers();
     let request = bench.arp_request();
     for _ in 0..3 {
-        // From our own address, but to an unknown one, so that what gets through disturbs nobody.
+        // From our own address, but to an unknown one, so that what gets through disturbs no host.
         let mut frame = request;
         frame[..6].copy_from_slice(&[0x02, 0, 0, 0, 0, 0x77]);
         frame[12..14].copy_from_slice(&[0x08, 0x00]);

@@ -134,7 +134,7 @@ fn ready(bench: &Bench, queue: u32, value: u32) {
     bench.nic.set_queue_ready(value);
 }
 
-/// Starts the device with what it has been told, has it use that, and resets it.
+/// Starts the device with what it has been given, has it use that, and resets it.
 fn finish(bench: &Bench) -> Result<(), Failure> {
     go(bench.nic);
     bench.nic.notify(RX);

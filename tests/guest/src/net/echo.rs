@@ -18,7 +18,7 @@ const SOURCE: u16 = 19;
 /// The datagram that ends it.
 const QUIT: &[u8] = b"quit";
 
-/// Serves until somebody says quit, or the time is over.
+/// Serves until `quit` comes, or the time is over.
 pub fn run(options: &Options) {
     with_stack("echo", options, |stack| serve(stack, options.bytes));
 }

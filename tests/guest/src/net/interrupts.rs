@@ -27,7 +27,7 @@ fn count(stack: &mut Stack, options: &Options) -> Result<String, String> {
         let before = cpu::interrupts(line);
         pinger.send(stack, number).ok_or("no room for a ping")?;
         stack.poll();
-        // Nobody looks at the receive queue now: polling it would tell the device (by the event index) not to
+        // The receive queue is not read now: polling it would ask the device (by the event index) not to
         // interrupt.
         interrupted += u32::from(comes(line, before));
         if !pinger.wait(stack, number) {

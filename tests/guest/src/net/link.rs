@@ -1,4 +1,4 @@
-//! Tells of each change of a NIC's link, as the device shows it, while every NIC serves and sends.
+//! Reports each change of a NIC's link, as the device shows it, while every NIC serves and sends.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -23,7 +23,7 @@ const PERIOD: Duration = Duration::from_millis(10);
 /// What leaves.
 const CHATTER: &[u8] = b"still here";
 
-/// Prints a `LINK` line for each NIC at the start and after each change, until somebody sends `quit`.
+/// Prints a `LINK` line for each NIC at the start and after each change, until `quit` comes.
 pub fn run(options: &Options) {
     match watch(options) {
         Ok(()) => report::ok("link", "quit"),
@@ -62,8 +62,8 @@ struct Watched {
     socket: SocketHandle,
     datagrams: u64,
     next_chatter: Instant,
-    /// What was told last: the link's state and the configuration's generation.
-    told: (u16, u32),
+    /// What was reported last: the link's state and the configuration's generation.
+    reported: (u16, u32),
     /// How often the device has said that its configuration changed.
     changes: u32,
 }
@@ -82,7 +82,7 @@ impl Watched {
             socket,
             datagrams: 0,
             next_chatter: cpu::now(),
-            told: state(nic),
+            reported: state(nic),
             changes: 0,
         };
         nic.tell();
@@ -96,16 +96,16 @@ impl Watched {
             self.nic.acknowledge(changed);
             self.changes += 1;
         }
-        // Looked at without being told too: so a change that nobody announced shows.
+        // Read without an interrupt too: so an unannounced change shows.
         let state = state(self.nic);
-        if state != self.told || changed != 0 {
-            self.told = state;
+        if state != self.reported || changed != 0 {
+            self.reported = state;
             self.tell();
         }
     }
 
     fn tell(&self) {
-        let (status, generation) = self.told;
+        let (status, generation) = self.reported;
         println!(
             "LINK {} status={status} generation={generation} changes={} interrupts={}",
             self.index,
@@ -114,7 +114,7 @@ impl Watched {
         );
     }
 
-    /// Moves the NIC's frames on. True when somebody said quit.
+    /// Moves the NIC's frames on. True when `quit` came.
     fn serve(&mut self, peer: Option<IpAddress>) -> bool {
         self.stack.poll();
         let socket = self.stack.sockets.get_mut::<udp::Socket<'_>>(self.socket);

@@ -29,7 +29,7 @@ type Buffer = Box<[u8; BUFFER]>;
 #[derive(Debug)]
 pub struct Identity;
 
-// SAFETY: the pages come from the heap, zeroed and aligned, and belong to nobody else until they are freed; everything
+// SAFETY: the pages come from the heap, zeroed and aligned, and have no other owner until they are freed; everything
 // below 4 GiB is mapped one to one.
 unsafe impl Hal for Identity {
     fn dma_alloc(pages: usize, _: BufferDirection) -> (PhysAddr, NonNull<u8>) {
@@ -37,7 +37,7 @@ unsafe impl Hal for Identity {
     }
 
     unsafe fn dma_dealloc(_: PhysAddr, base: NonNull<u8>, pages: usize) -> i32 {
-        // SAFETY: the crate gives back what `dma_alloc` handed out, with the same number of pages.
+        // SAFETY: the crate frees what `dma_alloc` returned, with the same number of pages.
         drop(unsafe { Shared::from_raw(base, pages * virtio_drivers::PAGE_SIZE) });
         0
     }
@@ -88,7 +88,7 @@ impl CrateNic {
         self.raw.mac_address()
     }
 
-    /// Tells the device that an interrupt was seen. True when there was one.
+    /// Acknowledges an interrupt. True when there was one.
     pub fn acknowledge_interrupt(&mut self) -> bool {
         !self.raw.ack_interrupt().is_empty()
     }
@@ -125,7 +125,7 @@ impl CrateNic {
         self.raw.can_send()
     }
 
-    /// Sends a frame that `fill` writes. It is lost when there is no room, which [`CrateNic::can_send`] tells before.
+    /// Sends a frame that `fill` writes. It is lost when there is no room, see [`CrateNic::can_send`].
     pub fn send<R>(&mut self, length: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
         assert!(length <= FRAME, "a frame of {length} bytes");
         let mut buffer = self.spare.pop().unwrap_or_else(|| Box::new([0; BUFFER]));

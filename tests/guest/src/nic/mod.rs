@@ -43,7 +43,7 @@ impl Nic {
         }
     }
 
-    /// Tells the device that its interrupts were seen. Only the crate's driver asks for any.
+    /// Acknowledges interrupts. Only the crate's driver asks for any.
     pub fn acknowledge_interrupt(&mut self) -> Result<bool, &'static str> {
         match self {
             Self::Crate(nic) => Ok(nic.acknowledge_interrupt()),

@@ -107,12 +107,12 @@ impl OwnNic {
         while let Some((head, _)) = self.tx.take() {
             self.tx_free.push(head / 2);
         }
-        // Nobody waits for interrupts: ask for none.
+        // It polls: ask for no interrupts.
         self.tx.set_used_event(self.tx.taken().wrapping_add(0x8000));
         !self.tx_free.is_empty()
     }
 
-    /// Sends a frame that `fill` writes. It is lost when there is no room, which [`OwnNic::can_send`] tells before.
+    /// Sends a frame that `fill` writes. It is lost when there is no room, see [`OwnNic::can_send`].
     pub fn send<R>(
         &mut self,
         length: usize,

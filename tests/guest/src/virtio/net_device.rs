@@ -183,7 +183,7 @@ impl NetDevice {
         }
     }
 
-    /// Tells the device to look at a queue.
+    /// Notifies the device of a queue.
     pub fn notify(&self, queue: u16) {
         self.notify_any(queue.into());
     }

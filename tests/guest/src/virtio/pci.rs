@@ -56,7 +56,7 @@ const QUEUES: usize = 2;
 pub struct PciNic {
     /// Its place on the bus.
     pub function: Function,
-    /// What is behind BAR 0.
+    /// The registers in BAR 0.
     pub bar: Region,
     /// The common configuration.
     pub common: Region,
@@ -111,7 +111,7 @@ impl PciNic {
         Some(nic)
     }
 
-    /// Tells the device to look at a queue; of one that it does not have, somewhere in the page of
+    /// Notifies the device of a queue; of one that it does not have, somewhere in the page of
     /// the addresses.
     pub fn notify(&self, queue: u32) {
         let known = self.notify_offsets.get(queue as usize);
@@ -120,7 +120,7 @@ impl PciNic {
         self.bar.write(start + offset % PAGE as u64, queue as u16);
     }
 
-    /// Has changes of the configuration and received frames told by the first two vectors, which send this message,
+    /// Has changes of the configuration and received frames signalled by the first two vectors, which send this message,
     /// and what is sent by none.
     pub fn enable_messages(&self, (address, data): (u64, u32)) {
         for vector in 0..QUEUES as u64 {

@@ -97,7 +97,7 @@ impl Ring {
         ]
     }
 
-    /// Tells the device where it is, and that it is ready.
+    /// Gives the device its address, and makes it ready.
     pub fn enable(&self, nic: NetDevice) {
         configure(nic, self.queue, self.size.into(), self.areas());
         nic.set_queue_ready(1);
@@ -158,7 +158,7 @@ impl Ring {
     }
 }
 
-/// Tells the device about a queue, truth or not, without making it ready.
+/// Describes a queue to the device, rightly or not, without making it ready.
 pub fn configure(nic: NetDevice, queue: u16, size: u32, areas: [u64; 3]) {
     nic.select_queue(queue.into());
     nic.set_queue_size(size);

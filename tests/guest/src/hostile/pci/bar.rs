@@ -90,7 +90,7 @@ fn touch_sparsely(nic: PciNic, value: u64) {
     }
 }
 
-/// Whether the NIC still tells who it is, and how many queues it has.
+/// Whether the NIC still shows its identity and its number of queues.
 fn is_itself(nic: PciNic) -> Result<(), Failure> {
     let now = PciNic::network_nics();
     let queues: u16 = nic.common.read(common::NUM_QUEUES);

@@ -1,4 +1,4 @@
-//! MSI-X: messages to nobody, masks that flap, and pending bits (PCI Local Bus Specification 3.0, 6.8.2).
+//! MSI-X: messages without a receiver, masks that flap, and pending bits (PCI Local Bus Specification 3.0, 6.8.2).
 
 use alloc::format;
 
@@ -22,7 +22,7 @@ const GARBAGE: [(u64, u32); 6] = [
     (u64::MAX, u32::MAX),
 ];
 
-/// The vector that tells of received frames.
+/// The vector of received frames.
 const RX_VECTOR: u64 = 1;
 /// How long an interrupt may take.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -32,7 +32,7 @@ pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
     let rounds = runner.rounds.min(30);
     runner.attack("msix-garbage", |bench| {
         in_messages(bench, nic, |rig| {
-            // What is sent shall be told of too.
+            // Sent frames interrupt too.
             nic.common.write(common::QUEUE_SELECT, TX);
             nic.common.write(common::QUEUE_VECTOR, 2_u16);
             for round in 0..rounds {
