@@ -1,4 +1,4 @@
-# What a developer does with this tree. The programs that the tests need are installed by resources/install-tools.
+# Build, test, fuzz and measure. resources/install-tools installs the programs that tests need.
 
 CARGO ?= cargo
 # The tests' guest is a workspace of its own: it is built without std.
@@ -14,7 +14,7 @@ help: ## Lists these targets
 build: ## Builds the program, target/release/minivmm
 	$(CARGO) build --release --bin minivmm
 
-demo: ## Two guests and a third host on one wire, and the pings between them (needs root)
+demo: ## Two guests and a third host on one wire, and pings between them (needs root)
 	@echo "Building minivmm and the demo, fetching what they need ..."
 	@$(MAKE) --no-print-directory -j2 demo-build demo-tools
 	@MINIVMM_BIN=$(TARGET)/debug/minivmm $(TARGET)/debug/examples/demo </dev/null
@@ -27,20 +27,20 @@ demo-tools:
 	@resources/install-tools $$(grep -qwE 'vmx|svm' /proc/cpuinfo && [ -w /dev/kvm ] || echo qemu-system-x86_64)
 
 SUITES ?=
-test: ## Runs all tests, or the SUITES that are named (as root: those with a network need namespaces)
+test: ## Runs all tests, or SUITES="vmm.pci net.watch" (as root, for network namespaces)
 	resources/install-tools iasl nft qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE_4M.fd
 	tests/run $(SUITES)
 
-# Without hardware virtualisation it runs in the lab, where figures mean little.
+# Without hardware virtualisation it runs in the lab, where the numbers mean little.
 BENCH_ROUNDS ?= 3
 bench: ## The NIC side by side: transports, backends, QEMU (BENCH_ROUNDS times; needs root)
 	@resources/install-tools qemu-system-x86_64
 	@$(CARGO) build -q --release -p vmm --bin minivmm --example bench
 	@MINIVMM_BIN=$(TARGET)/release/minivmm $(TARGET)/release/examples/bench $(BENCH_ROUNDS) </dev/null
 
-# Sanitizer and coverage are flags that only a nightly compiler admits to; this one has them too.
+# Sanitizers and coverage need unstable flags, which RUSTC_BOOTSTRAP allows on a stable compiler.
 FUZZ_SECONDS ?= 60
-fuzz: ## Lets a fuzzer be the guest: rings, commands, registers, a minute each (FUZZ_SECONDS)
+fuzz: ## Fuzzes the devices: rings, commands, registers (FUZZ_SECONDS each)
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install cargo-fuzz
 	cd tests/fuzz && for target in rx tx ctrl mmio pci; do \
 		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir . $$target -- \

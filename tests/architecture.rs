@@ -1,4 +1,4 @@
-//! Who may use whom: the crates' borders, held against what cargo knows of the workspace.
+//! Which crate may use which, checked against cargo's metadata; and that links between the documents lead to files.
 //!
 //! The leaves know neither each other nor the monitor, and only the monitor knows KVM. A new dependency of a crate is a
 //! decision: it is added here in the same change.
@@ -73,7 +73,7 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
     ),
 ];
 
-/// A member of the workspace, as cargo tells.
+/// A member of the workspace.
 #[derive(Debug)]
 struct Member {
     manifest: PathBuf,
@@ -112,7 +112,7 @@ fn workspace() -> BTreeMap<String, Member> {
 fn member(package: &Value) -> (String, Member) {
     let text = |value: &Value| value.as_str().expect("a text").to_owned();
     let dependencies = package["dependencies"].as_array().expect("a list");
-    // `kind` is null for an ordinary dependency. Those for a target or behind a feature are in the list like any other.
+    // `kind` is null for an ordinary dependency. Those for a target or a feature are in the list like any other.
     let named = |for_tests: bool| {
         let chosen = dependencies
             .iter()
@@ -275,4 +275,24 @@ fn modules_of_net_use_each_other_in_one_direction() {
         }
     }
     assert!(left.is_empty(), "these modules are in a circle: {left:#?}");
+}
+
+#[test]
+fn links_in_the_documentation_lead_to_files() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let docs = fs::read_dir(root.join("docs")).expect("the documentation can be read");
+    let docs = docs.map(|entry| entry.expect("an entry").path());
+    let pages = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(|name| root.join(name));
+    for page in docs.chain(pages) {
+        let text = fs::read_to_string(&page).expect("a page can be read");
+        let links = text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split(')').next());
+        for link in links.filter(|link| !link.contains("://")) {
+            let file = link.split('#').next().unwrap_or_default();
+            let target = page.parent().expect("a folder").join(file);
+            assert!(target.exists(), "{}: {link}", page.display());
+        }
+    }
 }
