@@ -42,9 +42,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::elf::elf;
-use harness::guest::{self, Net, PATIENCE, PEER, addresses, is_possible};
+use harness::guest::{self, Net, PATIENCE, PEER, addresses};
+use harness::guest_test;
 use harness::netns::skip::leave_out;
-use harness::netns::{Netns, is_root};
+use harness::netns::{self, Netns, root_test};
+use harness::process::is_running;
 use harness::vm::{Vm, binary, copy_program};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 use tempfile::TempDir;
@@ -60,7 +62,7 @@ const MAC: &str = "02:00:00:00:33:01";
 const USER: &str = "access-test";
 const USER_ID: u32 = 42_420;
 
-/// Makes /dev/kvm anybody's and [`USER`] known, for what is run by it alone: `ip netns exec` has made a mount namespace.
+/// Opens /dev/kvm to all and makes [`USER`] known, in the mount namespace of `ip netns exec`.
 const AS_ON_A_DESKTOP: &str = r#"
 cd "$FILES"
 mount -t tmpfs -o mode=755 none dev
@@ -189,12 +191,12 @@ impl Place {
         vm
     }
 
-    /// minivmm with a redirection of a shell's for its descriptors; `handed` is its stdin before that.
-    fn redirected(&self, redirection: &str, handed: impl Into<Stdio>, args: &[&str]) -> Command {
+    /// minivmm with a redirection of a shell's for its descriptors; `inherited` is its stdin before that.
+    fn redirected(&self, redirection: &str, inherited: impl Into<Stdio>, args: &[&str]) -> Command {
         let script = format!("exec \"$@\" {redirection} 0</dev/null");
         let mut command = self.net.host.command("sh");
         command.args(["-ec", &script, "sh"]).arg(binary());
-        command.args(args).env_remove("RUST_LOG").stdin(handed);
+        command.args(args).env_remove("RUST_LOG").stdin(inherited);
         command
     }
 
@@ -310,18 +312,12 @@ fn terminate(mut vm: Vm) {
     assert_eq!(status.code(), Some(128 + 15), "{}", vm.transcript());
 }
 
-/// Whether a process runs. (A zombie may stay, where nobody waits for orphans.)
-fn is_running(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-    stat.is_ok_and(|stat| !stat.contains(") Z "))
-}
-
 fn kill(mut vm: Vm) {
     vm.signal(Signal::KILL);
     assert_eq!(vm.wait_exit(PATIENCE).signal(), Some(9));
 }
 
-/// The value behind `word`, in `ip`'s and in our own listings.
+/// The value after `word`, in `ip`'s and in our own listings.
 fn after<'a>(text: &'a str, word: &str) -> &'a str {
     let mut words = text.split_whitespace().skip_while(|found| *found != word);
     let value = words.nth(1);
@@ -337,23 +333,19 @@ fn mac_in_guest(console: &str) -> &str {
 
 // Exit status and streams.
 
-#[test]
-fn subcommands_answer_on_stdout_and_complain_on_stderr() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(subcommands_answer_on_stdout_and_complain_on_stderr, || {
     let place = Place::new();
     assert_eq!(succeeds(place.minivmm(&["net", "gc"])), "");
     let vm = place.serve(2, &["--macvtap", "lower"]);
     assert_eq!(place.net.datagram(&addresses(2)[0], b"hello"), b"hello");
-    // What the guest has said is told a moment later.
+    // The list shows the address a moment later.
     let listing = || succeeds(place.minivmm(&["net", "list", "lower"]));
     let own = format!("guest of pid {}", vm.pid());
-    let is_told = eventually(|| {
+    let is_listed = eventually(|| {
         let listing = listing();
         listing.contains(&own) && listing.contains(&addresses(2)[0])
     });
-    assert!(is_told, "{}", listing());
+    assert!(is_listed, "{}", listing());
     let json = succeeds(place.minivmm(&["net", "list", "--json"]));
     serde_json::from_str::<serde_json::Value>(&json).unwrap();
     place.net.quit(2, vm);
@@ -376,4 +368,4 @@ fn subcommands_answer_on_stdout_and_complain_on_stderr() {
     let run = run(place.minivmm(&["doctor", "nolink"]));
     assert_eq!(run.status.code(), Some(FAILED), "{run:?}");
     assert!(run.stdout.contains("nolink"), "{run:?}");
-}
+});

@@ -11,6 +11,7 @@ mod harness {
     pub mod linux;
     pub mod memory;
     pub mod netns;
+    pub mod process;
     pub mod site;
     pub mod vm;
 }
@@ -21,7 +22,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::assets::assets;
-use harness::iperf::Server;
+use harness::iperf;
 use harness::linux;
 use harness::memory::own_memory;
 use harness::netns::is_root;
@@ -169,7 +170,7 @@ fn measure(args: &[&str]) -> Sample {
     let average = times.split('/').nth(1).and_then(|text| text.parse().ok());
     let average: f64 = average.unwrap_or_else(|| panic!("{}", ping.text));
     let memory = own_memory(vm.pid());
-    let _server = Server::start(&site.peer);
+    let _server = iperf::serve(&site.peer);
     let mut rate = |reverse: &str| {
         let output = vm.run_for(&format!("iperf3 -f m -c {PEER} -t 3 {reverse}"), LIMIT);
         mbits(&output.text).unwrap_or_else(|| panic!("{}", output.text)) / 1000.0

@@ -1,4 +1,4 @@
-//! Bad input: a clear error, the right exit status, and nothing left behind. And what a user meets first: the help.
+//! Bad input: a clear error, the right exit status, and nothing left. And the help.
 //!
 //! A message must name what was tried, on what, why not and, where there is one, the remedy. Each test runs the program as
 //! a user would and looks at all of that.
@@ -31,9 +31,9 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::netns::{self, Netns};
-use harness::skip::has_kvm;
+use harness::netns::{self, Netns, root_test};
 use harness::vm::{Vm, binary, copy_program};
+use harness::{guest_test, kvm_test};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tiny::Tiny;
@@ -109,7 +109,7 @@ struct Files(TempDir);
 impl Files {
     fn new() -> Self {
         let files = Self(TempDir::new().unwrap());
-        // For the tests that run as nobody.
+        // For the tests that run as user nobody.
         fs::set_permissions(files.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
         Tiny::Greeter.write(&files.path("guest"));
         files
@@ -141,7 +141,7 @@ fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// The macvtaps' device nodes, whoever's they are.
+/// The device nodes of all macvtaps.
 fn tap_nodes() -> BTreeSet<String> {
     let names = fs::read_dir("/dev").unwrap();
     let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -185,11 +185,7 @@ fn console_that_makes_no_sense_is_refused() {
     );
 }
 
-#[test]
-fn console_file_that_cannot_be_written_is_refused() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(console_file_that_cannot_be_written_is_refused, || {
     let files = Files::new();
     for (path, why) in [("/nosuch/log", "No such file"), ("/proc", "directory")] {
         assert_refused(
@@ -198,13 +194,9 @@ fn console_file_that_cannot_be_written_is_refused() {
             &["console", path, why],
         );
     }
-}
+});
 
-#[test]
-fn console_file_that_the_guest_boots_from_is_refused_and_kept() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(console_file_that_is_a_boot_file_is_refused_and_kept, || {
     let files = Files::new();
     let before = fs::read(files.path("guest")).unwrap();
     std::os::unix::fs::symlink(files.path("guest"), files.path("link")).unwrap();
@@ -214,13 +206,9 @@ fn console_file_that_the_guest_boots_from_is_refused_and_kept() {
         assert_refused(files.boot(&[&console]), FAILED, &["console", &path]);
     }
     assert_eq!(fs::read(files.path("guest")).unwrap(), before);
-}
+});
 
-#[test]
-fn files_of_two_uses_are_refused_and_kept() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(files_of_two_uses_are_refused_and_kept, || {
     let files = Files::new();
     let before = fs::read(files.path("guest")).unwrap();
     let (guest, log) = (files.guest(), files.file("log", b"kept\n"));
@@ -241,13 +229,9 @@ fn files_of_two_uses_are_refused_and_kept() {
     assert_refused(qemu, FAILED, &["the console cannot", "is the kernel too"]);
     assert_eq!(fs::read(files.path("guest")).unwrap(), before);
     assert_eq!(fs::read_to_string(log).unwrap(), "kept\n");
-}
+});
 
-#[test]
-fn console_file_that_has_the_log_is_refused() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(console_file_that_has_the_log_is_refused, || {
     let files = Files::new();
     let log = files.file("log", b"before\n");
     let mut command = files.boot(&[&format!("--console=file:{log}")]);
@@ -257,13 +241,9 @@ fn console_file_that_has_the_log_is_refused() {
     let text = fs::read_to_string(log).unwrap();
     assert!(text.starts_with("before\n"), "{text}");
     assert!(text.contains("which is the log too"), "{text}");
-}
+});
 
-#[test]
-fn fifo_without_a_reader_is_awaited_aloud() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(fifo_without_a_reader_is_awaited_with_a_warning, || {
     let files = Files::new();
     let fifo = files.path("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
@@ -278,26 +258,18 @@ fn fifo_without_a_reader_is_awaited_aloud() {
         assert_eq!(fs::read_to_string(&fifo).unwrap(), written);
         assert_eq!(vm.wait_exit(LIMIT).code(), Some(status), "{}", vm.log());
     }
-}
+});
 
-#[test]
-fn console_file_of_a_start_that_fails_is_kept() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(console_file_of_a_start_that_fails_is_kept, || {
     let files = Files::new();
     let log = files.file("console.log", b"of the last run\n");
     let console = format!("--console=file:{log}");
     let command = files.boot(&[&console, "--macvtap=nosuch0"]);
     assert_refused(command, FAILED, &["nosuch0"]);
     assert_eq!(fs::read_to_string(log).unwrap(), "of the last run\n");
-}
+});
 
-#[test]
-fn console_file_gets_what_the_guest_writes() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(console_file_gets_what_the_guest_writes, || {
     let files = Files::new();
     let log = files.file("console.log", b"what was here before is gone\n");
     let guest = run(files.boot(&["--console", &format!("file:{log}")]));
@@ -307,29 +279,21 @@ fn console_file_gets_what_the_guest_writes() {
         "{guest:?}"
     );
     assert_eq!(fs::read_to_string(log).unwrap(), "hi\n");
-}
+});
 
-#[test]
-fn console_on_a_full_disk_does_not_hurt_the_guest_and_is_told_once() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(console_on_a_full_disk_is_warned_of_once, || {
     let files = Files::new();
     let guest = run(files.boot(&["--console=file:/dev/full"]));
     assert_eq!(guest.status, Some(0), "{guest:?}");
     assert!(guest.stderr.contains("the guest powered off"), "{guest:?}");
-    let told = "cannot write the console to \"/dev/full\"";
-    assert_eq!(guest.stderr.matches(told).count(), 1, "{guest:?}");
+    let warning = "cannot write the console to \"/dev/full\"";
+    assert_eq!(guest.stderr.matches(warning).count(), 1, "{guest:?}");
     assert!(guest.stderr.contains("No space left"), "{guest:?}");
     let lost = "3 bytes of the console are lost";
     assert!(guest.stderr.contains(lost), "{guest:?}");
-}
+});
 
-#[test]
-fn console_none_leaves_stdout_empty() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(console_none_leaves_stdout_empty, || {
     let guest = run(Files::new().boot(&["--console=none", "-qqq"]));
     let Run {
         status,
@@ -340,13 +304,13 @@ fn console_none_leaves_stdout_empty() {
         (status, stdout.as_str(), stderr.as_str()),
         (Some(0), "", "")
     );
-}
+});
 
-// ---- tests that are left out ----
+// ---- tests that are skipped ----
 
 /// What a test does that cannot run here, twice; run by the test below.
 #[test]
-#[ignore = "a child of left_out_tests_are_told_aloud_and_fail_in_ci"]
+#[ignore = "a child of skipped_tests_are_reported_and_fail_in_ci"]
 fn left_out_child() {
     harness::skip::leave_out("reason one");
     harness::skip::leave_out("reason one");
@@ -354,7 +318,7 @@ fn left_out_child() {
 }
 
 #[test]
-fn left_out_tests_are_told_aloud_and_fail_in_ci() {
+fn skipped_tests_are_reported_and_fail_in_ci() {
     let child = |ci: bool| {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--ignored", "--exact", "left_out_child"]);
@@ -364,11 +328,11 @@ fn left_out_tests_are_told_aloud_and_fail_in_ci() {
         }
         run(command)
     };
-    let aloud = child(false);
-    assert_eq!(aloud.status, Some(0), "{aloud:?}");
+    let skipped = child(false);
+    assert_eq!(skipped.status, Some(0), "{skipped:?}");
     for reason in ["NOT TESTED: reason one", "NOT TESTED: reason two"] {
-        let times = aloud.stderr.matches(reason).count();
-        assert_eq!(times, 1, "{reason}: {aloud:?}");
+        let times = skipped.stderr.matches(reason).count();
+        assert_eq!(times, 1, "{reason}: {skipped:?}");
     }
     let failed = child(true);
     assert_eq!(failed.status, Some(101), "{failed:?}");
@@ -426,11 +390,7 @@ fn help_ends_with_the_examples() {
     }
 }
 
-#[test]
-fn rust_log_overrules_the_options() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(rust_log_overrules_the_options, || {
     let files = Files::new();
     let with = |value: &str, option: &str| {
         let mut command = files.boot(&[option]);
@@ -440,11 +400,11 @@ fn rust_log_overrules_the_options() {
         guest.stderr
     };
     assert_eq!(with("error", "-vv"), "");
-    let told = with("vmm=info", "-qqq");
-    assert!(told.contains("the guest powered off"), "{told:?}");
+    let log = with("vmm=info", "-qqq");
+    assert!(log.contains("the guest powered off"), "{log:?}");
     // One part alone: another one's level stays what it is without a word about it.
     assert_eq!(with("boot=trace", "-q"), "");
-}
+});
 
 #[test]
 fn version_is_the_packages() {

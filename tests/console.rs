@@ -13,21 +13,18 @@ mod tiny;
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::skip::has_kvm;
+use harness::kvm_test;
+use harness::process::Killed;
 use harness::vm::Vm;
 use rustix::process::{Pid, Signal, kill_process};
 use session::{AT_ONCE, LIMIT, by_shell, minivmm};
 use tiny::{POWER_OFF, Tiny};
 
-#[test]
-fn stdin_and_stdout_that_are_closed_do_no_harm() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(stdin_and_stdout_that_are_closed_do_no_harm, || {
     for line in [
         "exec \"$@\" <&-",
         "exec \"$@\" >&-",
@@ -46,13 +43,9 @@ fn stdin_and_stdout_that_are_closed_do_no_harm() {
         };
         assert_eq!(vm.console(), expected, "{line}");
     }
-}
+});
 
-#[test]
-fn stdin_from_dev_null_lets_the_guest_run_on() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(stdin_from_dev_null_lets_the_guest_run_on, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     command.stdin(Stdio::null());
     let mut vm = Vm::spawn(command);
@@ -60,13 +53,9 @@ fn stdin_from_dev_null_lets_the_guest_run_on() {
     thread::sleep(Duration::from_millis(200));
     assert!(!vm.has_ended(), "{}", vm.log());
     end_by_signals(&mut vm);
-}
+});
 
-#[test]
-fn stdin_that_is_a_pipe_reaches_the_guest_without_our_keys() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(stdin_from_a_pipe_reaches_the_guest_without_our_keys, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     command.stdin(Stdio::piped());
     let mut vm = Vm::spawn(command);
@@ -78,13 +67,9 @@ fn stdin_that_is_a_pipe_reaches_the_guest_without_our_keys() {
     vm.wait_for(&long, LIMIT);
     vm.send(POWER_OFF);
     assert_eq!(vm.wait_exit(AT_ONCE).code(), Some(0), "{}", vm.log());
-}
+});
 
-#[test]
-fn stdin_at_its_end_lets_the_guest_run_on() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(stdin_at_its_end_lets_the_guest_run_on, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     command.stdin(Stdio::piped());
     let mut vm = Vm::spawn(command);
@@ -93,13 +78,9 @@ fn stdin_at_its_end_lets_the_guest_run_on() {
     vm.close_stdin();
     vm.wait_for("last words", LIMIT);
     end_by_signals(&mut vm);
-}
+});
 
-#[test]
-fn stdin_and_stdout_that_do_not_block_work_alike() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(stdin_and_stdout_that_do_not_block_work_alike, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     let (stdin, mut keys) = io::pipe().unwrap();
     // As a neighbour in the same pipeline may leave it.
@@ -112,13 +93,9 @@ fn stdin_and_stdout_that_do_not_block_work_alike() {
     vm.wait_for("late", LIMIT);
     keys.write_all(POWER_OFF.as_bytes()).unwrap();
     assert_eq!(vm.wait_exit(AT_ONCE).code(), Some(0), "{}", vm.log());
-}
+});
 
-#[test]
-fn stdout_that_nobody_reads_does_not_hold_up_the_end() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(unread_stdout_does_not_delay_the_end, || {
     for (guest, blocking) in [
         (Tiny::Flood, true),
         (Tiny::Flood, false),
@@ -132,27 +109,23 @@ fn stdout_that_nobody_reads_does_not_hold_up_the_end() {
             .stdin(Stdio::null())
             .stdout(writer);
         command.stderr(Stdio::piped());
-        let mut child = Guarded(command.spawn().unwrap());
+        let mut child = Guarded(Killed(command.spawn().unwrap()));
         drop(command); // Its copy of the pipe's writing end.
         wait_until_full(&reader);
         let case = (guest, blocking);
         assert_eq!(child.end_by_signals(), Some(143), "{case:?}");
     }
-}
+});
 
-#[test]
-fn log_that_nobody_reads_does_not_hold_up_the_end() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(unread_log_does_not_delay_the_end, || {
     let (reader, writer) = small_pipe();
     let (mut command, _directory) = minivmm(Tiny::Flood);
     command.stdin(Stdio::null());
     command.stdout(writer.try_clone().unwrap()).stderr(writer);
-    let mut child = Guarded(command.spawn().unwrap());
+    let mut child = Guarded(Killed(command.spawn().unwrap()));
     drop(command);
     wait_until_full(&reader);
-    // Two that come together are one, and which is the second nothing tells.
+    // Two that come together are one, and neither is known as the second.
     let deadline = Instant::now() + AT_ONCE;
     while child.0.try_wait().unwrap().is_none() {
         assert!(Instant::now() < deadline, "still there");
@@ -160,7 +133,7 @@ fn log_that_nobody_reads_does_not_hold_up_the_end() {
         thread::sleep(Duration::from_millis(100));
     }
     assert_eq!(child.0.wait().unwrap().code(), Some(143));
-}
+});
 
 /// A pipe that is soon full.
 fn small_pipe() -> (io::PipeReader, io::PipeWriter) {
@@ -183,16 +156,12 @@ fn wait_until_full(pipe: &io::PipeReader) {
     }
 }
 
-#[test]
-fn stdout_closed_by_its_reader_does_not_hurt_the_guest() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(stdout_closed_by_its_reader_does_not_hurt_the_guest, || {
     let (reader, writer) = io::pipe().unwrap();
     let (mut command, _directory) = minivmm(Tiny::Flood);
     command.stdin(Stdio::null()).stdout(writer);
     command.stderr(Stdio::piped());
-    let mut child = Guarded(command.spawn().unwrap());
+    let mut child = Guarded(Killed(command.spawn().unwrap()));
     drop(command);
     let mut first = [0; 100];
     (&reader).read_exact(&mut first).unwrap();
@@ -204,10 +173,10 @@ fn stdout_closed_by_its_reader_does_not_hurt_the_guest() {
         "the broken pipe ended it"
     );
     assert_eq!(child.end_by_signals(), Some(143));
-}
+});
 
 /// A minivmm without our reading its console; killed when dropped.
-struct Guarded(Child);
+struct Guarded(Killed);
 
 impl Guarded {
     /// Ends it by two SIGTERM, and returns its status. The log must not have grown long: a guest can write for ever.
@@ -232,13 +201,6 @@ impl Guarded {
         log.read_to_string(&mut text).unwrap();
         assert!(text.lines().count() < 10, "the guest fills the log: {text}");
         self.0.wait().unwrap().code()
-    }
-}
-
-impl Drop for Guarded {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 

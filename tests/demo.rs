@@ -8,6 +8,7 @@ mod harness {
     pub mod initramfs;
     pub mod linux;
     pub mod netns;
+    pub mod process;
     pub mod vm;
 }
 mod lab;

@@ -3,29 +3,21 @@
 
 mod harness;
 
-use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use harness::capture;
 use harness::guest::{
-    ECHO, Net, PATIENCE, PEER, Transport, addresses, is_possible, on_both_transports, power_off,
-    stream_bytes, succeed,
+    ECHO, Net, PATIENCE, PEER, Transport, addresses, power_off, stream_bytes, succeed,
 };
 use harness::netns::Netns;
+use harness::process::tap_nodes;
 use harness::vm::Vm;
+use harness::{guest_test, transports_test};
 use rustix::process::{Resource, Rlimit, Signal, setrlimit};
 
 /// How much the bulk streams carry.
 const BULK: usize = 50 << 20;
-
-on_both_transports! {
-    two_nics_are_both_there_and_work
-    guest_with_virtio_drivers_serves_ping_udp_and_tcp
-    guest_with_offloads_serves_ping_udp_and_tcp
-    received_frames_interrupt_the_guest
-}
 
 /// The value of `key=` in the first line of the console that begins with `line`.
 fn value<'a>(console: &'a str, line: &str, key: &str) -> &'a str {
@@ -39,11 +31,7 @@ fn value<'a>(console: &'a str, line: &str, key: &str) -> &'a str {
     found.unwrap_or_else(|| panic!("no {key} in {line:?}"))
 }
 
-#[test]
-fn info_shows_the_macvtaps_mac_and_the_links_mtu() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(info_shows_the_macvtaps_mac_and_the_links_mtu, || {
     let net = Net::new();
     net.host.ip("link set lower mtu 1400");
     let vm = net.start_on("lower,mac=02:00:00:00:77:01", 2, "mode=info");
@@ -52,22 +40,18 @@ fn info_shows_the_macvtaps_mac_and_the_links_mtu() {
     assert_eq!(value(&console, "NIC 0", "mtu"), "1400");
     assert_eq!(value(&console, "NIC 0", "status"), "1");
     assert_eq!(value(&console, "OK info", "nics"), "1");
-}
+});
 
-#[test]
-fn info_without_a_mac_shows_the_one_that_the_log_names() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(info_without_a_mac_shows_the_one_that_the_log_names, || {
     let net = Net::new();
     let mut vm = net.start(2, "mode=info");
     assert!(vm.wait_exit(PATIENCE).success(), "{}", vm.transcript());
     let (console, log) = (vm.console(), vm.log());
     let mac = value(&console, "NIC 0", "mac");
     assert!(log.contains(mac), "{mac} is not in the log:\n{log}");
-}
+});
 
-fn two_nics_are_both_there_and_work(net: Net) {
+transports_test!(two_nics_are_both_there_and_work, |net| {
     let other = Netns::new();
     net.host.veth("lower2", &other, "wire2");
     other.address("wire2", "10.77.0.9/24");
@@ -85,7 +69,7 @@ fn two_nics_are_both_there_and_work(net: Net) {
     );
     succeed(start("guest.mode=ping guest.index=0 guest.peer=10.77.0.1"));
     succeed(start("guest.mode=ping guest.index=1 guest.peer=10.77.0.9"));
-}
+});
 
 /// Everything that a guest serves, with either driver in it.
 fn serves_everything(net: Net, driver: &str) {
@@ -131,19 +115,15 @@ fn echoes_a_stream(net: &Net, ip: &str) {
     });
 }
 
-fn guest_with_virtio_drivers_serves_ping_udp_and_tcp(net: Net) {
+transports_test!(guest_with_virtio_drivers_serves_ping_udp_and_tcp, |net| {
     serves_everything(net, "drivers");
-}
+});
 
-fn guest_with_offloads_serves_ping_udp_and_tcp(net: Net) {
+transports_test!(guest_with_offloads_serves_ping_udp_and_tcp, |net| {
     serves_everything(net, "own");
-}
+});
 
-#[test]
-fn guest_pings_the_far_side() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(guest_pings_the_far_side, || {
     let net = Net::new();
     for (driver, peer) in [
         ("drivers", PEER[0]),
@@ -158,17 +138,13 @@ fn guest_pings_the_far_side() {
             value(&console, "OK ping", "min_us")
         );
     }
-}
+});
 
-fn received_frames_interrupt_the_guest(net: Net) {
+transports_test!(received_frames_interrupt_the_guest, |net| {
     succeed(net.start(2, &format!("mode=interrupts count=20 peer={}", PEER[0])));
-}
+});
 
-#[test]
-fn descriptors_that_lack_fail_the_start_and_never_a_running_guest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(lack_of_descriptors_fails_the_start_alone, || {
     let net = Net::new();
     let line = format!(
         "guest.mode=ping guest.count=1 guest.peer={} guest.ip=10.77.0.2/24",
@@ -207,27 +183,19 @@ fn descriptors_that_lack_fail_the_start_and_never_a_running_guest() {
         break;
     }
     assert!(refused > 5, "{refused}");
-}
+});
 
-#[test]
-fn driver_without_interrupts_is_told_of_in_the_log_once() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(driver_without_interrupts_is_warned_of_once, || {
     let net = Net::with(Transport::Pci);
     for (mode, times) in [("ping", 1), ("info", 0)] {
         let mut vm = net.start(2, &format!("mode={mode} count=3 peer={}", PEER[0]));
         assert_eq!(vm.wait_exit(PATIENCE).code(), Some(0));
-        let told = vm.log().matches("with MSI-X off").count();
-        assert_eq!(told, times, "{mode}\n{}", vm.transcript());
+        let warnings = vm.log().matches("with MSI-X off").count();
+        assert_eq!(warnings, times, "{mode}\n{}", vm.transcript());
     }
-}
+});
 
-#[test]
-fn tso_frames_arrive_as_segments_with_right_checksums() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(tso_frames_arrive_as_segments_with_right_checksums, || {
     let net = Net::new();
     capture::disable_offloads(&net.host, "lower");
     let bytes = 2 << 20;
@@ -258,13 +226,9 @@ fn tso_frames_arrive_as_segments_with_right_checksums() {
         }
     }
     net.quit(2, vm);
-}
+});
 
-#[test]
-fn two_guests_on_one_lower_talk_in_bridge_mode() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(two_guests_on_one_lower_talk_in_bridge_mode, || {
     let net = Net::new();
     let server = net.serve(2, "nic=own");
     for peer in addresses(2) {
@@ -281,13 +245,9 @@ fn two_guests_on_one_lower_talk_in_bridge_mode() {
     );
     succeed(net.start(3, &format!("mode=tcp-sink nic=own peer={peer}")));
     net.quit(2, server);
-}
+});
 
-#[test]
-fn two_guests_on_one_lower_cannot_talk_in_private_mode() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(two_guests_on_one_lower_cannot_talk_in_private_mode, || {
     let net = Net::new();
     let mut server = net.start_on("lower,mode=private", 2, "mode=echo");
     server.wait_for("READY echo\n", PATIENCE);
@@ -301,24 +261,16 @@ fn two_guests_on_one_lower_cannot_talk_in_private_mode() {
     // The far side still reaches the server: it is there, only not for its sibling.
     assert!(net.far.pings(&peer, 3));
     net.quit(2, server);
-}
+});
 
-#[test]
-fn hosts_own_address_on_the_lower_is_out_of_reach() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(hosts_own_address_on_the_lower_is_out_of_reach, || {
     let net = Net::new();
     net.host.address("lower", "10.77.0.8/24");
     let console = net.run(2, "mode=ping count=3 peer=10.77.0.8");
     assert_eq!(value(&console, "FAIL ping", "received"), "0");
-}
+});
 
-#[test]
-fn reset_ends_with_0_and_the_log_says_so() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(reset_ends_with_0_and_the_log_says_so, || {
     let net = Net::new();
     let mut vm = net.start(2, "mode=reset");
     assert_eq!(
@@ -328,13 +280,9 @@ fn reset_ends_with_0_and_the_log_says_so() {
         vm.transcript()
     );
     assert!(vm.log().contains("reboot"), "{}", vm.transcript());
-}
+});
 
-#[test]
-fn triple_fault_ends_with_3_and_names_the_instruction() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(triple_fault_ends_with_3_and_names_the_instruction, || {
     let net = Net::new();
     let mut vm = net.start(2, "mode=triple-fault");
     assert_eq!(
@@ -350,23 +298,15 @@ fn triple_fault_ends_with_3_and_names_the_instruction() {
         log.contains("0f 0b") || log.contains("its rip is lost"),
         "no instruction bytes in the log:\n{log}"
     );
-}
+});
 
-#[test]
-fn exception_in_the_guest_is_reported_by_the_guest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(exception_in_the_guest_is_reported_by_the_guest, || {
     let console = Net::new().run(2, "mode=exception");
     assert_eq!(value(&console, "FAIL exception", "vector"), "6");
     assert!(console.ends_with("END failures=1\n"), "{console}");
-}
+});
 
-#[test]
-fn sigterm_twice_ends_a_deaf_guest_at_once_with_143() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(sigterm_twice_ends_a_deaf_guest_at_once_with_143, || {
     let net = Net::new();
     let mut vm = net.start(2, "mode=hlt");
     vm.wait_for("OK hlt", PATIENCE);
@@ -385,13 +325,9 @@ fn sigterm_twice_ends_a_deaf_guest_at_once_with_143() {
         "it took {:?}",
         start.elapsed()
     );
-}
+});
 
-#[test]
-fn sigkill_leaves_no_link_no_node_and_the_mac_free() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(sigkill_leaves_no_link_no_node_and_the_mac_free, || {
     let net = Net::new();
     for _ in 0..3 {
         // Were the last round's macvtap still there, this one with the same MAC could not come up.
@@ -405,12 +341,4 @@ fn sigkill_leaves_no_link_no_node_and_the_mac_free() {
         assert_eq!(net.host.links(), ["lower"]);
         assert!(nodes.iter().all(|node| !node.exists()), "{nodes:?}");
     }
-}
-
-/// The tap nodes that a process has open.
-fn tap_nodes(pid: u32) -> Vec<PathBuf> {
-    let fds = fs::read_dir(format!("/proc/{pid}/fd")).expect("minivmm runs");
-    fds.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
-        .filter(|path| path.to_string_lossy().contains("tap"))
-        .collect()
-}
+});

@@ -6,41 +6,30 @@ mod lab;
 
 use std::time::Instant;
 
-use harness::guest::{Net, PATIENCE, PEER, Transport, addresses, on_both_transports, succeed};
+use harness::guest::{Net, PATIENCE, PEER, Transport, addresses, succeed};
 use harness::memory::own_memory;
 use harness::vm::Vm;
+use harness::{lab_test, transports_test};
 
-on_both_transports! {
-    user_threads_harm_neither_the_monitor_nor_its_nic_nor_a_neighbour
-    user_threads_do_not_make_the_monitor_grow
-    user_threads_serve_as_many_queue_pairs_as_there_are
-}
-
-fn user_threads_harm_neither_the_monitor_nor_its_nic_nor_a_neighbour(net: Net) {
+transports_test!(user_threads_harm_neither_monitor_nic_nor_neighbour, |net| {
     harms_nothing(&net, "user", 1000);
-}
+});
 
-fn user_threads_do_not_make_the_monitor_grow(net: Net) {
+transports_test!(user_threads_do_not_make_the_monitor_grow, |net| {
     makes_nothing_grow(&net, "user", [100, 3000]);
-}
+});
 
-fn user_threads_serve_as_many_queue_pairs_as_there_are(net: Net) {
+transports_test!(user_threads_serve_as_many_queue_pairs_as_there_are, |net| {
     serves_as_many_queue_pairs_as_there_are(&net, "user");
-}
+});
 
-#[test]
-fn vhost_net_on_mmio_harms_nothing() {
-    lab::test("vhost_net_on_mmio_harms_nothing", || {
-        withstands_by_vhost_net(Transport::Mmio);
-    });
-}
+lab_test!(vhost_net_on_mmio_harms_nothing, || {
+    withstands_by_vhost_net(Transport::Mmio);
+});
 
-#[test]
-fn vhost_net_on_pci_harms_nothing() {
-    lab::test("vhost_net_on_pci_harms_nothing", || {
-        withstands_by_vhost_net(Transport::Pci);
-    });
-}
+lab_test!(vhost_net_on_pci_harms_nothing, || {
+    withstands_by_vhost_net(Transport::Pci);
+});
 
 fn withstands_by_vhost_net(transport: Transport) {
     harms_nothing(&Net::with(transport), "vhost", 100);
@@ -48,7 +37,7 @@ fn withstands_by_vhost_net(transport: Transport) {
     serves_as_many_queue_pairs_as_there_are(&Net::with(transport), "vhost");
 }
 
-/// Starts the hostile guest. It is told what it attacks, since vhost-net may do with some frames what no NIC should.
+/// Starts the hostile guest. It knows what it attacks, since vhost-net may do with some frames what no NIC should.
 fn attack(net: &Net, backend: &str, options: &str) -> Vm {
     attack_on("lower", net, backend, options)
 }

@@ -25,7 +25,7 @@ fn bzimage(payload: &[u8]) -> Vec<u8> {
     image
 }
 
-/// `data` as a program packs it; `None`, said aloud, when there is no such program.
+/// `data` as a program packs it; `None`, and a report, when there is no such program.
 fn packed(command: &[&str], data: &[u8]) -> Option<Vec<u8>> {
     let child = Command::new(command[0])
         .args(&command[1..])
@@ -74,7 +74,7 @@ fn kernel_is_unpacked_by_what_its_payload_begins_with() {
 }
 
 #[test]
-fn kernel_that_cannot_be_unpacked_is_told_with_the_reason() {
+fn kernel_that_cannot_be_unpacked_is_refused_with_reason() {
     let error = vmlinux(&bzimage(b"\x89LZO\0 and so on")).unwrap_err();
     assert!(
         error.contains("unknown way") && error.contains("89, 4c, 5a, 4f"),

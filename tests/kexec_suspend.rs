@@ -6,6 +6,7 @@ mod lab;
 use std::thread;
 use std::time::Duration;
 
+use harness::lab_test;
 use harness::linux::{boot, kexec_initrd};
 use harness::site::{Site, address, pings};
 use harness::vm::Vm;
@@ -20,67 +21,61 @@ fn start(site: &Site, args: &[&str]) -> Vm {
     vm
 }
 
-#[test]
-fn nic_works_again_when_its_guest_has_slept() {
-    lab::test("nic_works_again_when_its_guest_has_slept", || {
-        for (transport, backend) in [("mmio", "user"), ("pci", "user"), ("pci", "vhost")] {
-            let site = Site::new();
-            let nic = format!("wire,backend={backend}");
-            let mut vm = start(&site, &["--transport", transport, "--macvtap", &nic]);
-            for _ in 0..2 {
-                // The serial console wakes it.
-                let sleep = vm.start_command(
-                    "echo enabled >/sys/class/tty/ttyS0/power/wakeup; echo freeze >/sys/power/state",
-                );
-                thread::sleep(3 * SECOND);
-                vm.send("\n");
-                let output = vm.finish_command(sleep, 30 * SECOND);
-                assert_eq!(output.status, 0, "{}\n{}", output.text, vm.transcript());
-                assert!(
-                    pings(&mut vm, "192.168.77.3") && pings(&mut vm, "fd77::3"),
-                    "{transport} {backend}\n{}",
-                    vm.transcript()
-                );
-                assert!(site.peer.pings("192.168.77.11", 3), "{transport} {backend}");
-            }
-            let log = vm.run("dmesg | grep PM:");
-            assert!(log.contains("PM: suspend exit"), "{log}");
-            assert!(!log.contains("PM: failed"), "{log}");
-        }
-    });
-}
-
-#[test]
-fn nic_works_again_under_the_next_kernel() {
-    lab::test("nic_works_again_under_the_next_kernel", || {
-        let initrd = kexec_initrd();
-        let initrd = initrd.to_str().expect("the cache's path is UTF-8");
-        for backend in ["user", "vhost"] {
-            let site = Site::new();
-            let nic = format!("wire,backend={backend}");
-            let args = ["--transport", "pci", "--initrd", initrd, "--macvtap", &nic];
-            let mut vm = start(&site, &args);
-            let mac = vm.run("cat /sys/class/net/eth0/address");
-            // Frames that come meanwhile must not end up in the next kernel's memory.
-            site.peer.ip(&format!(
-                "neigh replace 192.168.77.11 lladdr {} dev peer0 nud permanent",
-                mac.trim()
-            ));
-            vm.run("kexec -s -l /kexec/bzImage --initrd=/kexec/initrd --reuse-cmdline");
-            vm.start_command("kexec -e");
-            let deadline = std::time::Instant::now() + 60 * SECOND;
-            while vm.console().matches("GUEST ready").count() < 2 {
-                assert!(std::time::Instant::now() < deadline, "{}", vm.transcript());
-                site.peer.pings("192.168.77.11", 1);
-            }
-            address(&mut vm, "eth0", 11);
-            assert_eq!(vm.run("cat /sys/class/net/eth0/address"), mac);
+lab_test!(nic_works_again_when_its_guest_has_slept, || {
+    for (transport, backend) in [("mmio", "user"), ("pci", "user"), ("pci", "vhost")] {
+        let site = Site::new();
+        let nic = format!("wire,backend={backend}");
+        let mut vm = start(&site, &["--transport", transport, "--macvtap", &nic]);
+        for _ in 0..2 {
+            // The serial console wakes it.
+            let sleep = vm.start_command(
+                "echo enabled >/sys/class/tty/ttyS0/power/wakeup; echo freeze >/sys/power/state",
+            );
+            thread::sleep(3 * SECOND);
+            vm.send("\n");
+            let output = vm.finish_command(sleep, 30 * SECOND);
+            assert_eq!(output.status, 0, "{}\n{}", output.text, vm.transcript());
             assert!(
-                pings(&mut vm, "192.168.77.3"),
-                "{backend}\n{}",
+                pings(&mut vm, "192.168.77.3") && pings(&mut vm, "fd77::3"),
+                "{transport} {backend}\n{}",
                 vm.transcript()
             );
-            assert!(site.peer.pings("192.168.77.11", 3), "{backend}");
+            assert!(site.peer.pings("192.168.77.11", 3), "{transport} {backend}");
         }
-    });
-}
+        let log = vm.run("dmesg | grep PM:");
+        assert!(log.contains("PM: suspend exit"), "{log}");
+        assert!(!log.contains("PM: failed"), "{log}");
+    }
+});
+
+lab_test!(nic_works_again_under_the_next_kernel, || {
+    let initrd = kexec_initrd();
+    let initrd = initrd.to_str().expect("the cache's path is UTF-8");
+    for backend in ["user", "vhost"] {
+        let site = Site::new();
+        let nic = format!("wire,backend={backend}");
+        let args = ["--transport", "pci", "--initrd", initrd, "--macvtap", &nic];
+        let mut vm = start(&site, &args);
+        let mac = vm.run("cat /sys/class/net/eth0/address");
+        // Frames that come meanwhile must not end up in the next kernel's memory.
+        site.peer.ip(&format!(
+            "neigh replace 192.168.77.11 lladdr {} dev peer0 nud permanent",
+            mac.trim()
+        ));
+        vm.run("kexec -s -l /kexec/bzImage --initrd=/kexec/initrd --reuse-cmdline");
+        vm.start_command("kexec -e");
+        let deadline = std::time::Instant::now() + 60 * SECOND;
+        while vm.console().matches("GUEST ready").count() < 2 {
+            assert!(std::time::Instant::now() < deadline, "{}", vm.transcript());
+            site.peer.pings("192.168.77.11", 1);
+        }
+        address(&mut vm, "eth0", 11);
+        assert_eq!(vm.run("cat /sys/class/net/eth0/address"), mac);
+        assert!(
+            pings(&mut vm, "192.168.77.3"),
+            "{backend}\n{}",
+            vm.transcript()
+        );
+        assert!(site.peer.pings("192.168.77.11", 3), "{backend}");
+    }
+});

@@ -18,8 +18,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::elf::elf;
-use harness::guest::{ECHO, Net, PATIENCE, addresses, on_both_transports};
-use harness::skip::has_kvm;
+use harness::guest::{ECHO, PATIENCE, addresses};
+use harness::{kvm_test, transports_test};
 use tempfile::TempDir;
 use vmm::config::{Config, ConsoleTarget};
 use vmm::{Exit, Guest, GuestError, RunState};
@@ -154,11 +154,7 @@ fn registers(state: &str) -> String {
     registers.to_string()
 }
 
-#[test]
-fn guest_that_is_paused_stands_still_and_goes_on_where_it_was() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(paused_guest_stands_still_and_goes_on_where_it_was, || {
     let computing = Computing::new(b'1');
     let guest = computing.start();
     let mut before = String::new();
@@ -177,13 +173,9 @@ fn guest_that_is_paused_stands_still_and_goes_on_where_it_was() {
         assert_eq!(guest.state(), RunState::Running);
     }
     computing.finish(guest, b'1');
-}
+});
 
-#[test]
-fn state_of_a_guest_goes_on_in_another_one() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(state_of_a_guest_goes_on_in_another_one, || {
     let (first, second) = (Computing::new(b'1'), Computing::new(b'2'));
     let (from, to) = (first.start(), second.start());
     thread::sleep(Duration::from_millis(300));
@@ -203,13 +195,9 @@ fn state_of_a_guest_goes_on_in_another_one() {
     thread::sleep(Duration::from_millis(100));
     second.finish(to, b'1');
     first.finish(from, b'1');
-}
+});
 
-#[test]
-fn guest_that_is_paused_can_be_ended() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(guest_that_is_paused_can_be_ended, || {
     let computing = Computing::new(b'1');
     for _ in 0..3 {
         let guest = computing.start();
@@ -225,7 +213,7 @@ fn guest_that_is_paused_can_be_ended() {
     // Dropped, paused or not.
     computing.start().pause().unwrap();
     drop(computing.start());
-}
+});
 
 #[test]
 fn guest_that_cannot_be_started_says_why() {
@@ -235,11 +223,7 @@ fn guest_that_cannot_be_started_says_why() {
     assert!(error.contains("/no/such/kernel"), "{error}");
 }
 
-on_both_transports! {
-    pauses_lose_no_frame_and_double_none
-}
-
-fn pauses_lose_no_frame_and_double_none(net: Net) {
+transports_test!(pauses_lose_no_frame_and_double_none, |net| {
     let transport = net.transport.unwrap().name();
     let backends: &[_] = match Path::new("/dev/vhost-net").exists() {
         true => &["user", "vhost"],
@@ -279,7 +263,7 @@ fn pauses_lose_no_frame_and_double_none(net: Net) {
         assert_eq!(net.datagram(&ip, b"quit"), b"quit");
         assert_eq!(guest.wait().unwrap(), Exit::PowerOff);
     }
-}
+});
 
 /// Waits for `text` in a console's file.
 fn wait_for(console: &Path, text: &str) {

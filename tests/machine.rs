@@ -1,4 +1,4 @@
-//! What the machine does for a guest and how it tells a crash, shown by guests of a few instructions, and by the
+//! What the machine does for a guest and how it reports a crash, shown by guests of a few instructions, and by the
 //! freestanding test guest in little memory.
 
 // A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
@@ -20,9 +20,8 @@ use std::time::Duration;
 
 use harness::elf::elf;
 use harness::guest::{self, Net};
-use harness::netns;
-use harness::skip::has_kvm;
 use harness::vm::{Vm, binary};
+use harness::{guest_test, kvm_test};
 use tiny::Tiny;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -40,33 +39,21 @@ fn run(guest: Tiny, args: &[&str]) -> (Option<i32>, Vm) {
     (status, vm)
 }
 
-#[test]
-fn string_instructions_repeat_one_port() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(string_instructions_repeat_one_port, || {
     let (status, vm) = run(Tiny::Strings, &[]);
     assert_eq!(status, Some(0), "{}", vm.transcript());
     assert_eq!(vm.console(), "hi\n");
-}
+});
 
-#[test]
-fn guest_without_a_console_has_no_serial_port() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(guest_without_a_console_has_no_serial_port, || {
     for (console, end) in [("none", "powered off"), ("stdio", "asked for a reboot")] {
         let (status, vm) = run(Tiny::NoSerial, &["--console", console]);
         assert_eq!(status, Some(0), "{}", vm.transcript());
         assert!(vm.log().contains(end), "{console}: {}", vm.log());
     }
-}
+});
 
-#[test]
-fn crash_that_kvm_reports_is_told_with_place_and_instruction() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(crash_that_kvm_reports_shows_rip_and_instruction, || {
     let (status, vm) = run(Tiny::Unrunnable, &[]);
     let log = vm.log();
     assert_eq!(status, Some(3), "{log}");
@@ -87,23 +74,15 @@ fn crash_that_kvm_reports_is_told_with_place_and_instruction() {
         .any(|word| word == "svm" || word == "vmx");
     assert_eq!(log.contains("emulated in software"), !real, "{log}");
     assert!(real || here, "{log}");
-}
+});
 
-#[test]
-fn guest_with_the_least_memory_that_a_linux_gets_boots() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(guest_with_the_least_memory_that_a_linux_gets_boots, || {
     let (status, vm) = run(Tiny::Greeter, &["--memory", "64M"]);
     assert_eq!(status, Some(0), "{}", vm.transcript());
     assert_eq!(vm.console(), "hi\n");
-}
+});
 
-#[test]
-fn guest_with_64_mib_uses_its_network_nic() {
-    if !guest::is_possible() {
-        return;
-    }
+guest_test!(guest_with_64_mib_uses_its_network_nic, || {
     let net = Net::new();
     let mut command = net.host.command(binary());
     command.arg("--kernel").arg(elf());
@@ -114,4 +93,4 @@ fn guest_with_64_mib_uses_its_network_nic() {
     ));
     command.stdin(Stdio::null());
     guest::succeed(Vm::spawn(command));
-}
+});

@@ -8,15 +8,12 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::guest::{
-    Net, PATIENCE, PEER, addresses, is_possible, on_both_transports, power_off, succeed,
-};
+use harness::guest::{Net, PATIENCE, PEER, addresses, power_off, succeed};
 use harness::initramfs::find;
 use harness::vm::Vm;
+use harness::{guest_test, transports_test};
 
-on_both_transports!(rate_limits_hold_in_both_directions);
-
-fn rate_limits_hold_in_both_directions(net: Net) {
+transports_test!(rate_limits_hold_in_both_directions, |net| {
     const BYTES: usize = 4 << 20;
     // 40 Mbit/s: 4 MiB take 0.84 s.
     let nic = "lower,tx-rate=40Mbit,rx-rate=40Mbit";
@@ -35,11 +32,9 @@ fn rate_limits_hold_in_both_directions(net: Net) {
     thread::sleep(Duration::from_millis(300));
     let pair = ended(&net, vm);
     assert!(pair.matches("times rate-limited").count() == 2, "{pair}");
-}
+});
 
-on_both_transports!(limited_frames_wait_without_a_spinning_thread);
-
-fn limited_frames_wait_without_a_spinning_thread(net: Net) {
+transports_test!(limited_frames_wait_without_a_spinning_thread, |net| {
     // Ten frames a second, and more that wait to be received all the time.
     let mut vm = net.start_on("lower,rx-rate=10frames,burst=1ms", 2, "mode=echo nic=own");
     vm.wait_for("READY echo\n", PATIENCE);
@@ -63,7 +58,7 @@ fn limited_frames_wait_without_a_spinning_thread(net: Net) {
         (5..most).contains(&answered),
         "{answered} of at most {most}\n{text}"
     );
-}
+});
 
 /// CPU time of the thread that moves a guest's frames.
 fn cpu_time_of_nic(pid: u32) -> Duration {
@@ -80,7 +75,7 @@ fn cpu_time_of_nic(pid: u32) -> Duration {
     Duration::from_nanos(ran.expect("a number"))
 }
 
-/// Ends a guest that serves; the line of the log that tells what its first pair has done.
+/// Ends a guest that serves; the line of the log that counts what its first pair has done.
 fn ended(net: &Net, mut vm: Vm) -> String {
     let [ip, _] = addresses(2);
     assert_eq!(net.datagram(&ip, b"quit"), b"quit");
@@ -90,9 +85,7 @@ fn ended(net: &Net, mut vm: Vm) -> String {
     line.unwrap_or_else(|| panic!("{log}")).to_owned()
 }
 
-on_both_transports!(counters_are_told_at_the_end);
-
-fn counters_are_told_at_the_end(net: Net) {
+transports_test!(counters_are_logged_at_the_end, |net| {
     let vm = net.serve(2, "nic=own");
     let [ip, _] = addresses(2);
     assert!(net.far.pings(&ip, 3));
@@ -104,11 +97,9 @@ fn counters_are_told_at_the_end(net: Net) {
         !line.contains("sent 0 frames") && !line.contains("received 0 frames"),
         "{line}"
     );
-}
+});
 
-on_both_transports!(offered_features_follow_the_hosts_kernel);
-
-fn offered_features_follow_the_hosts_kernel(net: Net) {
+transports_test!(offered_features_follow_the_hosts_kernel, |net| {
     let console = net.run(2, "mode=info");
     let offered = console
         .split_whitespace()
@@ -133,7 +124,7 @@ fn offered_features_follow_the_hosts_kernel(net: Net) {
     let uso = bits(&[54, 55, 56]);
     let expected = if version >= (6, 2) { uso } else { 0 };
     assert_eq!(offered & uso, expected, "{offered:#x} on Linux {release}");
-}
+});
 
 /// What tshark says of a file, one line for each frame.
 fn tshark(file: &Path, args: &[&str]) -> String {
@@ -148,9 +139,7 @@ fn tshark(file: &Path, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-on_both_transports!(capture_is_read_by_tshark);
-
-fn capture_is_read_by_tshark(net: Net) {
+transports_test!(capture_is_read_by_tshark, |net| {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let file = dir.path().join("net0.pcapng");
     // What an earlier guest left is replaced.
@@ -185,13 +174,9 @@ fn capture_is_read_by_tshark(net: Net) {
         );
     }
     assert!(tshark(&file, &["-q", "-z", "io,phs"]).contains("arp"));
-}
+});
 
-#[test]
-fn full_disk_ends_the_capture_and_not_the_guest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(full_disk_ends_the_capture_and_not_the_guest, || {
     let net = Net::new();
     let mut vm = net.start_on(
         "lower,pcap=/dev/full",
@@ -205,13 +190,9 @@ fn full_disk_ends_the_capture_and_not_the_guest() {
         "{}",
         vm.transcript()
     );
-}
+});
 
-#[test]
-fn slow_reader_of_a_capture_does_not_slow_the_guest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(slow_reader_of_a_capture_does_not_slow_the_guest, || {
     let net = Net::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let fifo = dir.path().join("fifo");
@@ -240,13 +221,9 @@ fn slow_reader_of_a_capture_does_not_slow_the_guest() {
         "{:?}",
         start.elapsed()
     );
-}
+});
 
-#[test]
-fn bad_nic_keys_are_told_before_anything_is_made() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(bad_nic_keys_are_refused_before_anything_is_made, || {
     let net = Net::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let file = dir.path().join("x");
@@ -277,4 +254,4 @@ fn bad_nic_keys_are_told_before_anything_is_made() {
     }
     // A guest that has it all all the same.
     succeed(net.start_on(&one, 2, "mode=info"));
-}
+});

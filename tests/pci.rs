@@ -6,163 +6,149 @@ mod lab;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use harness::lab_test;
 use harness::linux::boot;
 use harness::site::{Site, address, pings};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-#[test]
-fn stock_kernel_drives_two_nics_on_pci_by_interrupt_messages() {
-    let name = "stock_kernel_drives_two_nics_on_pci_by_interrupt_messages";
-    lab::test(name, || {
+lab_test!(stock_kernel_drives_two_nics_on_pci_by_msi_x, || {
+    let site = Site::new();
+    let args = [
+        "--transport",
+        "pci",
+        "--cpus",
+        "2",
+        "--macvtap",
+        "wire",
+        "--macvtap",
+        "wire",
+    ];
+    let mut vm = boot(Some(&site.host), &args);
+    address(&mut vm, "eth0", 11);
+    for to in ["192.168.77.3", "fd77::3"] {
+        assert!(
+            pings(&mut vm, to),
+            "the guest reaches {to}\n{}",
+            vm.transcript()
+        );
+    }
+    for guest in ["192.168.77.11", "fd77::11"] {
+        assert!(site.peer.pings(guest, 3), "the peer reaches {guest}");
+    }
+
+    // The host bridge and two Ethernet controllers.
+    let expected = [
+        "00:00.0 0600: 1b36:0008",
+        "00:01.0 0200: 1af4:1041 (rev 01)",
+        "00:02.0 0200: 1af4:1041 (rev 01)",
+    ];
+    assert_eq!(vm.run("lspci -n").lines().collect::<Vec<_>>(), expected);
+    let all = vm.run("lspci -vvxxx -s 00:01.0 2>&1");
+    for part in [
+        "MSI-X: Enable+ Count=4",
+        "VirtIO: CommonCfg",
+        "VirtIO: Notify",
+        "Kernel driver in use: virtio-pci",
+    ] {
+        assert!(all.contains(part), "{part} in\n{all}");
+    }
+    assert!(
+        !all.contains("<access denied>") && !all.contains("Unknown"),
+        "{all}"
+    );
+
+    // A vector for the configuration and one for each queue, and those of eth0's queues were used.
+    let interrupts = vm.run("grep virtio0 /proc/interrupts");
+    for vector in ["virtio0-config", "virtio0-input.0", "virtio0-output.0"] {
+        assert!(interrupts.contains(vector), "{interrupts}");
+    }
+    let used = vm.run("awk '/virtio0-input/ {print $2 + $3}' /proc/interrupts");
+    assert!(
+        used.trim().parse::<u64>().is_ok_and(|count| count > 0),
+        "{interrupts}"
+    );
+
+    // Nothing that we made is complained of, and the enhanced configuration space is in use.
+    let bad = "ACPI Error|ACPI Warning|ACPI BIOS|Firmware|can't claim|not reserved|BAR 0: no space";
+    assert_eq!(vm.run(&format!("dmesg | grep -E \"{bad}\" || true")), "");
+    vm.run("dmesg | grep 'MMCONFIG for domain 0000'");
+
+    // The driver goes and comes back.
+    for _ in 0..3 {
+        vm.run("rmmod virtio_net && insmod /modules/virtio_net.ko");
+    }
+    address(&mut vm, "eth0", 11);
+    assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+    vm.start_command("poweroff -f");
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert!(!vm.log().contains("with MSI-X off"), "{}", vm.log());
+});
+
+lab_test!(stock_kernel_without_msi_has_no_nic_and_the_log_why, || {
+    let site = Site::new();
+    for (transport, links) in [("pci", "lo"), ("mmio", "eth0 lo")] {
+        let args = [
+            "--cmdline",
+            "pci=nomsi",
+            "--macvtap",
+            "wire",
+            "--transport",
+            transport,
+        ];
+        let mut vm = boot(Some(&site.host), &args);
+        assert_eq!(
+            vm.run("echo $(ls /sys/class/net)").trim(),
+            links,
+            "{transport}"
+        );
+        vm.start_command("poweroff -f");
+        assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+        let log = vm.log();
+        let warnings = log.matches("gives it up with MSI-X off").count();
+        assert_eq!(warnings, usize::from(transport == "pci"), "{log}");
+    }
+});
+
+lab_test!(nic_spreads_its_traffic_over_all_four_queue_pairs, || {
+    for transport in ["mmio", "pci"] {
         let site = Site::new();
         let args = [
             "--transport",
-            "pci",
+            transport,
             "--cpus",
-            "2",
+            "4",
             "--macvtap",
-            "wire",
-            "--macvtap",
-            "wire",
+            "wire,queues=4,backend=user",
         ];
         let mut vm = boot(Some(&site.host), &args);
         address(&mut vm, "eth0", 11);
-        for to in ["192.168.77.3", "fd77::3"] {
-            assert!(
-                pings(&mut vm, to),
-                "the guest reaches {to}\n{}",
-                vm.transcript()
-            );
-        }
-        for guest in ["192.168.77.11", "fd77::11"] {
-            assert!(site.peer.pings(guest, 3), "the peer reaches {guest}");
+        assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+        assert_eq!(vm.run("ls /sys/class/net/eth0/queues | wc -l").trim(), "8");
+
+        // The kernel spreads streams by their addresses and ports.
+        vm.run("iperf3 -s -D");
+        let client = ["iperf3", "-c", "192.168.77.11", "-P", "32", "-t", "3"];
+        let deadline = Instant::now() + 20 * SECOND;
+        while !site.peer.exec(&client).status.success() {
+            assert!(Instant::now() < deadline, "{}", vm.transcript());
+            thread::sleep(SECOND / 4);
         }
 
-        // The host bridge and two Ethernet controllers.
-        let expected = [
-            "00:00.0 0600: 1b36:0008",
-            "00:01.0 0200: 1af4:1041 (rev 01)",
-            "00:02.0 0200: 1af4:1041 (rev 01)",
-        ];
-        assert_eq!(vm.run("lspci -n").lines().collect::<Vec<_>>(), expected);
-        let all = vm.run("lspci -vvxxx -s 00:01.0 2>&1");
-        for part in [
-            "MSI-X: Enable+ Count=4",
-            "VirtIO: CommonCfg",
-            "VirtIO: Notify",
-            "Kernel driver in use: virtio-pci",
-        ] {
-            assert!(all.contains(part), "{part} in\n{all}");
-        }
-        assert!(
-            !all.contains("<access denied>") && !all.contains("Unknown"),
-            "{all}"
-        );
-
-        // A vector for the configuration and one for each queue, and those of eth0's queues were used.
-        let interrupts = vm.run("grep virtio0 /proc/interrupts");
-        for vector in ["virtio0-config", "virtio0-input.0", "virtio0-output.0"] {
-            assert!(interrupts.contains(vector), "{interrupts}");
-        }
-        let used = vm.run("awk '/virtio0-input/ {print $2 + $3}' /proc/interrupts");
-        assert!(
-            used.trim().parse::<u64>().is_ok_and(|count| count > 0),
-            "{interrupts}"
-        );
-
-        // Nothing that we made is complained of, and the enhanced configuration space is in use.
-        let bad =
-            "ACPI Error|ACPI Warning|ACPI BIOS|Firmware|can't claim|not reserved|BAR 0: no space";
-        assert_eq!(vm.run(&format!("dmesg | grep -E \"{bad}\" || true")), "");
-        vm.run("dmesg | grep 'MMCONFIG for domain 0000'");
-
-        // The driver goes and comes back.
-        for _ in 0..3 {
-            vm.run("rmmod virtio_net && insmod /modules/virtio_net.ko");
-        }
+        // Without its driver the NIC has one queue again, which is not read.
+        vm.run("rmmod virtio_net && insmod /modules/virtio_net.ko");
         address(&mut vm, "eth0", 11);
         assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
         vm.start_command("poweroff -f");
         assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
-        assert!(!vm.log().contains("with MSI-X off"), "{}", vm.log());
-    });
-}
-
-#[test]
-fn stock_kernel_without_msi_has_no_nic_on_pci_and_the_log_says_why() {
-    let name = "stock_kernel_without_msi_has_no_nic_on_pci_and_the_log_says_why";
-    lab::test(name, || {
-        let site = Site::new();
-        for (transport, links) in [("pci", "lo"), ("mmio", "eth0 lo")] {
-            let args = [
-                "--cmdline",
-                "pci=nomsi",
-                "--macvtap",
-                "wire",
-                "--transport",
-                transport,
-            ];
-            let mut vm = boot(Some(&site.host), &args);
-            assert_eq!(
-                vm.run("echo $(ls /sys/class/net)").trim(),
-                links,
-                "{transport}"
-            );
-            vm.start_command("poweroff -f");
-            assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
-            let log = vm.log();
-            let told = log.matches("gives it up with MSI-X off").count();
-            assert_eq!(told, usize::from(transport == "pci"), "{log}");
-        }
-    });
-}
-
-#[test]
-fn nic_with_four_queue_pairs_spreads_its_traffic_over_all() {
-    lab::test(
-        "nic_with_four_queue_pairs_spreads_its_traffic_over_all",
-        || {
-            for transport in ["mmio", "pci"] {
-                let site = Site::new();
-                let args = [
-                    "--transport",
-                    transport,
-                    "--cpus",
-                    "4",
-                    "--macvtap",
-                    "wire,queues=4,backend=user",
-                ];
-                let mut vm = boot(Some(&site.host), &args);
-                address(&mut vm, "eth0", 11);
-                assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
-                assert_eq!(vm.run("ls /sys/class/net/eth0/queues | wc -l").trim(), "8");
-
-                // The kernel spreads streams by their addresses and ports.
-                vm.run("iperf3 -s -D");
-                let client = ["iperf3", "-c", "192.168.77.11", "-P", "32", "-t", "3"];
-                let deadline = Instant::now() + 20 * SECOND;
-                while !site.peer.exec(&client).status.success() {
-                    assert!(Instant::now() < deadline, "{}", vm.transcript());
-                    thread::sleep(SECOND / 4);
-                }
-
-                // Without its driver the NIC has one queue again, which nobody reads.
-                vm.run("rmmod virtio_net && insmod /modules/virtio_net.ko");
-                address(&mut vm, "eth0", 11);
-                assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
-                vm.start_command("poweroff -f");
-                assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
-                let log = vm.log();
-                for pair in 0..4 {
-                    let pair = format!("net0 queue pair {pair}: ");
-                    let counters = log.lines().find_map(|line| line.split(&pair).nth(1));
-                    let counters = counters.unwrap_or_else(|| panic!("{pair} in {log}"));
-                    for none in ["received 0 frames", "sent 0 frames"] {
-                        assert!(!counters.contains(none), "{transport}: {pair}{counters}");
-                    }
-                }
+        let log = vm.log();
+        for pair in 0..4 {
+            let pair = format!("net0 queue pair {pair}: ");
+            let counters = log.lines().find_map(|line| line.split(&pair).nth(1));
+            let counters = counters.unwrap_or_else(|| panic!("{pair} in {log}"));
+            for none in ["received 0 frames", "sent 0 frames"] {
+                assert!(!counters.contains(none), "{transport}: {pair}{counters}");
             }
-        },
-    );
-}
+        }
+    }
+});

@@ -93,9 +93,23 @@ impl Drop for Permit {
     }
 }
 
-/// Leave for a test by translation: with root, and not a second time inside the lab.
-fn here() -> Option<Permit> {
-    (lab::place() != lab::Place::InsideLab && is_root()).then(Permit::get)
+/// A test whose guests run by translation.
+macro_rules! tcg_test {
+    ($name:ident, $body:expr) => {
+        #[test]
+        fn $name() {
+            $crate::by_translation($body);
+        }
+    };
+}
+use tcg_test;
+
+/// Runs a test's body with root and a [`Permit`], and not a second time inside the lab.
+fn by_translation(body: impl FnOnce()) {
+    if lab::place() != lab::Place::InsideLab && is_root() {
+        let _permit = Permit::get();
+        body();
+    }
 }
 
 /// Whether this machine's KVM runs a stock Linux.
@@ -168,9 +182,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-#[test]
-fn kernel_guest_has_the_macvtaps_address_talks_and_powers_off() {
-    let Some(_permit) = here() else { return };
+tcg_test!(kernel_guest_has_the_macvtaps_mac_and_powers_off, || {
     let site = Site::new();
     let args = ["--macvtap", "wire,mac=02:aa:00:00:00:0b", "--accel", "auto"];
     let mut vm = site.boot(&[&args[..], &["--cpus", "2", "--memory", "400M"]].concat());
@@ -192,11 +204,9 @@ fn kernel_guest_has_the_macvtaps_address_talks_and_powers_off() {
     let warned = vm.log().contains("by emulation (TCG)");
     assert_eq!(warned, !kvm_is_native(), "{}", vm.log());
     assert!(site.mac_is_free("02:aa:00:00:00:0b"));
-}
+});
 
-#[test]
-fn options_of_the_native_monitor_switch_with_one_word() {
-    let Some(_permit) = here() else { return };
+tcg_test!(options_of_the_native_monitor_switch_with_one_word, || {
     let site = Site::new();
     let mut command = site.host.command(binary());
     command.args(["-q", "qemu", "--accel", "tcg", "--macvtap", "wire"]);
@@ -219,11 +229,9 @@ fn options_of_the_native_monitor_switch_with_one_word() {
         "{}",
         text(&output.stderr)
     );
-}
+});
 
-#[test]
-fn two_guests_talk_and_one_has_several_queues() {
-    let Some(_permit) = here() else { return };
+tcg_test!(two_guests_talk_and_one_has_several_queues, || {
     let site = Site::new();
     let several = [
         "--macvtap",
@@ -251,11 +259,9 @@ fn two_guests_talk_and_one_has_several_queues() {
     for _ in 0..8 {
         assert!(pings(&mut a, "192.168.77.3"));
     }
-}
+});
 
-#[test]
-fn kernel_guest_ends_as_in_the_native_monitor() {
-    let Some(_permit) = here() else { return };
+tcg_test!(kernel_guest_ends_as_in_the_native_monitor, || {
     let site = Site::new();
     for (command, status, words) in [
         ("reboot -f", 0, "asked for a reboot"),
@@ -268,11 +274,9 @@ fn kernel_guest_ends_as_in_the_native_monitor() {
         assert_eq!(code, Some(status), "{command}\n{}", vm.transcript());
         assert!(vm.log().contains(words), "{}", vm.log());
     }
-}
+});
 
-#[test]
-fn signals_press_the_power_button_and_a_second_one_ends_a_deaf_guest() {
-    let Some(_permit) = here() else { return };
+tcg_test!(signals_press_the_power_button_and_a_second_one_ends, || {
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let file = dir.path().join("console");
@@ -302,11 +306,9 @@ fn signals_press_the_power_button_and_a_second_one_ends_a_deaf_guest() {
     let mut vm = site.boot(&["--accel", "tcg"]);
     vm.signal(Signal::TERM);
     assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
-}
+});
 
-#[test]
-fn nothing_is_left_when_either_process_is_killed() {
-    let Some(_permit) = here() else { return };
+tcg_test!(nothing_is_left_when_either_process_is_killed, || {
     let site = Site::new();
     let mac = "02:aa:00:00:00:0c";
     for (placement, victim, user) in [
@@ -343,7 +345,7 @@ fn nothing_is_left_when_either_process_is_killed() {
         let gone = || !Path::new(&format!("/proc/{qemu}")).exists();
         eventually(20 * SECOND, "QEMU has ended", gone);
         if (placement, victim) == ("host", "minivmm") {
-            // Nobody was there to delete it: that is the next start's part, or this command's.
+            // The next start deletes it, or this command.
             assert_eq!(site.host.links().len(), 2);
             let gc = site
                 .host
@@ -354,11 +356,9 @@ fn nothing_is_left_when_either_process_is_killed() {
         eventually(20 * SECOND, "the macvtap is gone", || site.mac_is_free(mac));
         assert_eq!(site.host.links(), ["wire"]);
     }
-}
+});
 
-#[test]
-fn signals_reach_a_qemu_of_args_alone() {
-    let Some(_permit) = here() else { return };
+tcg_test!(signals_reach_a_qemu_of_args_alone, || {
     let site = Site::new();
     // QEMU ends by the first three itself, and calls that a success.
     for (signal, code) in [
@@ -382,7 +382,7 @@ fn signals_reach_a_qemu_of_args_alone() {
         };
         assert!(vm.log().contains(&words), "{}", vm.log());
     }
-}
+});
 
 /// UEFI's code, and a copy of its variables, which the guest writes. Newer packages have the larger ones alone.
 fn firmware(dir: &Path) -> (PathBuf, PathBuf) {
@@ -397,9 +397,7 @@ fn firmware(dir: &Path) -> (PathBuf, PathBuf) {
     (file("CODE", size), path)
 }
 
-#[test]
-fn classic_command_works_with_its_macvtap_lines_replaced() {
-    let Some(_permit) = here() else { return };
+tcg_test!(classic_command_works_with_macvtap_lines_replaced, || {
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let at = |name: &str| dir.path().join(name).display().to_string();
@@ -497,7 +495,7 @@ fn classic_command_works_with_its_macvtap_lines_replaced() {
         vm.transcript()
     );
     assert!(site.mac_is_free("02:aa:00:00:00:0e"));
-}
+});
 
 /// Sends commands by the client of PyPI; its answers as text.
 fn qmp(netns: &Netns, socket: &str, commands: &[&str]) -> String {
@@ -540,9 +538,7 @@ asyncio.run(main())
     answers
 }
 
-#[test]
-fn uefi_firmware_reaches_its_shell_with_the_macvtap_as_its_nic() {
-    let Some(_permit) = here() else { return };
+tcg_test!(uefi_firmware_reaches_its_shell_with_the_macvtap_nic, || {
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
     // The firmware first tries what has a boot index, and then its shell: no network boot, which takes minutes to fail.
@@ -570,7 +566,7 @@ fn uefi_firmware_reaches_its_shell_with_the_macvtap_as_its_nic() {
         "{}",
         vm.transcript()
     );
-}
+});
 
 /// A disk's first sector: reads the second by the BIOS and writes its text to the first serial port.
 const BOOT_SECTOR: &[u8] = &[
@@ -583,9 +579,7 @@ const BOOT_SECTOR: &[u8] = &[
     0xf4, 0xeb, 0xfd, // and halt
 ];
 
-#[test]
-fn guest_boots_from_its_qcow2_disk() {
-    let Some(_permit) = here() else { return };
+tcg_test!(guest_boots_from_its_qcow2_disk, || {
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let at = |name: &str| dir.path().join(name).display().to_string();
@@ -615,11 +609,9 @@ fn guest_boots_from_its_qcow2_disk() {
     vm.wait_for("read from the qcow2 disk", BOOT);
     vm.signal(Signal::TERM);
     assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0), "{}", vm.log());
-}
+});
 
-#[test]
-fn refusals_say_what_is_wrong_and_leave_nothing() {
-    let Some(_permit) = here() else { return };
+tcg_test!(refusals_say_what_is_wrong_and_leave_nothing, || {
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (script, old) = (dir.path().join("text"), dir.path().join("qemu-old"));
@@ -685,11 +677,9 @@ fn refusals_say_what_is_wrong_and_leave_nothing() {
     let output = outcome(site.qemu(["--macvtap", "wire,script=no", "--", "-M", "q35"]));
     assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
     assert_eq!(site.host.links(), ["wire"]);
-}
+});
 
-#[test]
-fn failure_of_qemu_is_shown_with_a_hint_and_its_status() {
-    let Some(_permit) = here() else { return };
+tcg_test!(failure_of_qemu_is_shown_with_a_hint_and_its_status, || {
     let site = Site::new();
     let args = "--macvtap wire -- -M q35 -display none -drive if=pflash,format=raw,file=/none/OVMF_CODE.fd";
     let output = outcome(site.qemu(args.split_whitespace()));
@@ -725,11 +715,9 @@ fn failure_of_qemu_is_shown_with_a_hint_and_its_status() {
     let args = "--macvtap wire -- -M q35 -display none -accel tcg -netdev tap,id=own,fd=0";
     let log = text(&outcome(site.qemu(args.split_whitespace())).stderr);
     assert!(log.contains("is no tap queue"), "{log}");
-}
+});
 
-#[test]
-fn queue_that_is_open_already_and_an_own_device_are_taken() {
-    let Some(_permit) = here() else { return };
+tcg_test!(open_queue_and_a_device_of_the_users_are_taken, || {
     let site = Site::new();
     let mac = "02:aa:00:00:00:10";
     let (kernel, initrd) = (assets().bzimage(), initrd());
@@ -749,4 +737,4 @@ fn queue_that_is_open_already_and_an_own_device_are_taken() {
     assert_eq!(found.trim(), mac);
     address(&mut vm, "eth0", 11);
     assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
-}
+});

@@ -18,8 +18,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use harness::kvm_test;
 use harness::netns::{Netns, is_root};
-use harness::skip::has_kvm;
 use harness::vm::{Vm, binary};
 use nix::sys::signal::{SigHandler, SigSet, signal};
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -70,11 +70,7 @@ fn with_limit(command: &mut Command, resource: Resource, soft: u64) {
     unsafe { command.pre_exec(limit) };
 }
 
-#[test]
-fn signals_that_are_ignored_at_the_start_stay_ignored() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(signals_that_are_ignored_at_the_start_stay_ignored, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     with_signals(&mut command, &ALL, &[]);
     command.stdin(Stdio::piped());
@@ -91,13 +87,9 @@ fn signals_that_are_ignored_at_the_start_stay_ignored() {
     let ended = vm.wait_exit(LIMIT).code();
     assert_eq!(ended, Some(0), "{}", vm.log());
     assert!(!vm.log().contains("signal"), "{}", vm.log());
-}
+});
 
-#[test]
-fn signals_that_are_blocked_at_the_start_are_heard() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(signals_that_are_blocked_at_the_start_arrive, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     with_signals(&mut command, &[], &ALL);
     command.stdin(Stdio::null());
@@ -107,13 +99,9 @@ fn signals_that_are_blocked_at_the_start_are_heard() {
     vm.wait_for_log("power button", LIMIT);
     vm.signal(Signal::TERM);
     assert_eq!(vm.wait_exit(AT_ONCE).code(), Some(143), "{}", vm.log());
-}
+});
 
-#[test]
-fn files_that_may_not_grow_do_not_end_the_guest_and_none_is_left() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(file_size_limit_ends_no_guest_and_leaves_no_file, || {
     let (mut command, directory) = minivmm(Tiny::Greeter);
     let file = directory.path().join("console");
     with_signals(&mut command, &[], &[]);
@@ -135,13 +123,9 @@ fn files_that_may_not_grow_do_not_end_the_guest_and_none_is_left() {
         let left = registry.join(format!("{pid}.new"));
         assert!(!left.exists(), "{left:?}");
     }
-}
+});
 
-#[test]
-fn open_files_are_limited_by_the_hard_limit() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(open_files_are_limited_by_the_hard_limit, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     // Each vCPU takes one.
     command.args(["--cpus", "100"]).stdin(Stdio::piped());
@@ -150,7 +134,7 @@ fn open_files_are_limited_by_the_hard_limit() {
     vm.wait_for("ready\n", LIMIT);
     vm.send(POWER_OFF);
     assert_eq!(vm.wait_exit(LIMIT).code(), Some(0), "{}", vm.log());
-}
+});
 
 /// The ways to start another program, each of which runs `script`.
 fn starters(script: &str) -> Vec<Starter> {

@@ -1,4 +1,4 @@
-//! The guest's console on a terminal: raw while the guest runs, given back on every way out, and with keys of its own.
+//! The guest's console on a terminal: raw while the guest runs, restored at every end, and with keys of its own.
 //!
 //! The guests are a few instructions each (`harness/tiny.rs`), so this needs /dev/kvm, but neither root nor a network.
 
@@ -18,19 +18,15 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::skip::has_kvm;
+use harness::kvm_test;
 use rustix::process::{Pid, Signal, kill_process};
 use session::{AT_ONCE, LIMIT, Session, by_shell, minivmm, settings};
 use tempfile::TempDir;
 use tiny::{CRASH, POWER_OFF, RESET, Tiny};
 
-// ---- a terminal: raw, and given back ----
+// ---- a terminal: raw, and restored ----
 
-#[test]
-fn terminal_is_raw_until_the_guest_powers_off() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_is_raw_until_the_guest_powers_off, || {
     let mut session = Session::with_echo();
     session.assert_raw();
     session.type_keys("abc");
@@ -43,13 +39,9 @@ fn terminal_is_raw_until_the_guest_powers_off() {
         "{:?}",
         session.shown()
     );
-}
+});
 
-#[test]
-fn terminal_with_settings_of_its_own_gets_them_back() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_with_settings_of_its_own_gets_them_back, || {
     let mut session = Session::start(by_shell(
         "stty -echo min 3 time 7 erase x; exec \"$@\"",
         Tiny::Echo,
@@ -70,24 +62,16 @@ fn terminal_with_settings_of_its_own_gets_them_back() {
     };
     session.type_keys(POWER_OFF);
     session.assert_ends(0);
-}
+});
 
-#[test]
-fn terminal_is_given_back_when_the_guest_resets() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_is_restored_when_the_guest_resets, || {
     let mut session = Session::with_echo();
     session.type_keys(RESET);
     session.assert_ends(0);
     assert!(session.shown().contains("reboot"), "{:?}", session.shown());
-}
+});
 
-#[test]
-fn terminal_is_given_back_when_the_guest_crashes() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_is_restored_when_the_guest_crashes, || {
     let mut session = Session::with_echo();
     session.type_keys(CRASH);
     session.assert_ends(3);
@@ -98,32 +82,24 @@ fn terminal_is_given_back_when_the_guest_crashes() {
     );
     // mov al, [rax]
     assert!(shown.contains("bytes 8a 00"), "{shown:?}");
-}
+});
 
-#[test]
-fn terminal_is_given_back_at_ctrl_a_x() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_is_restored_at_ctrl_a_x, || {
     let mut session = Session::with_echo();
     session.type_keys("\x01x");
     session.assert_ends(0);
-}
+});
 
-#[test]
-fn terminal_is_given_back_at_the_second_signal() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_is_restored_at_the_second_signal, || {
     for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
         let mut session = Session::with_echo();
         session.assert_raw();
         session.signal_twice(signal);
         session.assert_ends(128 + signal.as_raw());
     }
-}
+});
 
-/// Signals that nobody sends to end a guest, but that end minivmm.
+/// Signals that are not meant to end a guest, but end minivmm.
 const KILLERS: [Signal; 16] = [
     Signal::ABORT,
     Signal::ALARM,
@@ -143,11 +119,7 @@ const KILLERS: [Signal; 16] = [
     Signal::XCPU,
 ];
 
-#[test]
-fn terminal_is_given_back_by_a_signal_that_kills() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_is_restored_by_a_signal_that_kills, || {
     for signal in KILLERS {
         let line = "ulimit -c 0; exec \"$@\"";
         let mut session = Session::start(by_shell(line, Tiny::Echo));
@@ -159,13 +131,9 @@ fn terminal_is_given_back_by_a_signal_that_kills() {
         assert_eq!(status.signal(), Some(signal.as_raw()));
         assert_eq!(settings(&session.terminal), session.before, "{signal:?}");
     }
-}
+});
 
-#[test]
-fn terminal_is_given_back_while_stopped_and_taken_again() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_is_restored_while_stopped_and_raw_again, || {
     // The shell takes the terminal when its job stops, and waits for a line.
     let line = "set -m; \"$@\"; echo \"stopped $?.\"; read x; fg >/dev/null; echo \"ended $?.\"";
     let mut session = Session::start(by_shell(line, Tiny::Echo));
@@ -188,9 +156,9 @@ fn terminal_is_given_back_while_stopped_and_taken_again() {
         session.look();
     }
     kill_process(group, Signal::KILL).unwrap();
-}
+});
 
-/// The process group that has the terminal, which is told to those on it alone (proc_pid_stat(5)).
+/// The process group that has the terminal, which the kernel shows to those on it alone (proc_pid_stat(5)).
 fn foreground(session: &Session) -> Pid {
     let stat = fs::read_to_string(format!("/proc/{}/stat", session.child.id())).unwrap();
     let fields = stat.rsplit(") ").next().unwrap();
@@ -200,9 +168,9 @@ fn foreground(session: &Session) -> Pid {
 
 /// What the monitor does around a guest, with a panic in the end; run on a terminal by the test below.
 #[test]
-#[ignore = "a child of terminal_is_given_back_by_a_panic"]
+#[ignore = "a child of terminal_is_restored_by_a_panic"]
 fn panic_child() {
-    // Run by somebody who asked for all ignored tests, it has no terminal.
+    // Run with all ignored tests, it has no terminal.
     let Some(_terminal) = vmm::RawTerminal::enter().unwrap() else {
         return;
     };
@@ -219,7 +187,7 @@ fn panic_child() {
 }
 
 #[test]
-fn terminal_is_given_back_by_a_panic() {
+fn terminal_is_restored_by_a_panic() {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--ignored", "--exact", "--nocapture", "panic_child"]);
     let mut session = Session::start((command, TempDir::new().unwrap()));
@@ -233,16 +201,12 @@ fn terminal_is_given_back_by_a_panic() {
     assert_eq!(session.child.try_wait().unwrap(), None);
 }
 
-#[test]
-fn terminal_is_given_back_when_the_time_after_one_signal_is_over() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_is_restored_after_one_signals_grace_time, || {
     let mut session = Session::with_echo();
     session.signal(Signal::TERM);
     assert_eq!(session.wait_exit(LIMIT), Some(143), "{:?}", session.shown());
     assert_eq!(settings(&session.terminal), session.before);
-}
+});
 
 #[test]
 fn terminal_stays_as_it_is_when_there_is_no_guest() {
@@ -252,51 +216,35 @@ fn terminal_stays_as_it_is_when_there_is_no_guest() {
     session.assert_ends(1);
 }
 
-#[test]
-fn terminal_that_hangs_up_is_a_signal() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_that_hangs_up_is_a_signal, || {
     let mut session = Session::with_echo();
     session.keyboard = None;
     // The kernel has sent the first SIGHUP by now; two that come together are one.
     thread::sleep(Duration::from_secs(1));
     session.signal(Signal::HUP);
     assert_eq!(session.wait_exit(AT_ONCE), Some(129));
-}
+});
 
 // ---- keys ----
 
-#[test]
-fn keys_that_would_signal_reach_the_guest() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(keys_that_would_signal_reach_the_guest, || {
     let mut session = Session::with_echo();
     let keys = "\x03\x04\x1a\x1c\x11\x13\x7fok";
     session.type_keys(keys);
     session.wait_for(keys);
     session.type_keys(POWER_OFF);
     session.assert_ends(0);
-}
+});
 
-#[test]
-fn ctrl_a_twice_sends_one_to_the_guest() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(ctrl_a_twice_sends_one_to_the_guest, || {
     let mut session = Session::with_echo();
     session.type_keys("[\x01\x01x]");
     session.wait_for("[\x01x]");
     session.type_keys(POWER_OFF);
     session.assert_ends(0);
-}
+});
 
-#[test]
-fn ctrl_a_h_shows_the_keys_and_the_guest_runs_on() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(ctrl_a_h_shows_the_keys_and_the_guest_runs_on, || {
     let mut session = Session::with_echo();
     session.type_keys("\x01h");
     session.wait_for("Ctrl-A x");
@@ -306,26 +254,18 @@ fn ctrl_a_h_shows_the_keys_and_the_guest_runs_on() {
     session.wait_for("ok");
     session.type_keys(POWER_OFF);
     session.assert_ends(0);
-}
+});
 
-#[test]
-fn ctrl_a_x_ends_a_guest_that_reads_no_keys() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(ctrl_a_x_ends_a_guest_that_reads_no_keys, || {
     let mut session = Session::start(minivmm(Tiny::Flood));
     session.wait_for("xxx");
     // More than the serial port's FIFO has room for, and than is read at once.
     session.type_keys(&"k".repeat(1000));
     session.type_keys("\x01x");
     session.assert_ends(0);
-}
+});
 
-#[test]
-fn paste_longer_than_the_serial_ports_buffer_arrives_whole() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(paste_longer_than_the_serial_fifo_arrives_whole, || {
     let mut session = Session::with_echo();
     let line = "0123456789 abcdefghijklm";
     let pasted = line.repeat(40);
@@ -333,15 +273,11 @@ fn paste_longer_than_the_serial_ports_buffer_arrives_whole() {
     session.wait_for(&pasted);
     session.type_keys(POWER_OFF);
     session.assert_ends(0);
-}
+});
 
-// ---- a terminal that is somebody else's ----
+// ---- a terminal of another process ----
 
-#[test]
-fn background_job_is_not_stopped_and_leaves_the_terminal_alone() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(background_job_runs_on_and_leaves_the_terminal_alone, || {
     let line = "set -m; \"$@\" & echo \"pid $!.\"; wait $!; echo \"status $?.\"";
     let mut session = Session::start(by_shell(line, Tiny::Echo));
     let pid = {
@@ -363,13 +299,9 @@ fn background_job_is_not_stopped_and_leaves_the_terminal_alone() {
     kill_process(pid, Signal::TERM).unwrap();
     session.wait_for("status 143.");
     session.assert_ends(0);
-}
+});
 
-#[test]
-fn guest_put_into_the_background_runs_on_and_comes_back() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(guest_put_into_the_background_runs_on_and_comes_back, || {
     let line = "set -m; \"$@\"; echo \"stopped $?.\"; bg >/dev/null; echo \"pid $!.\"; read x; fg >/dev/null";
     let mut session = Session::start(by_shell(line, Tiny::Echo));
     session.wait_for("ready");
@@ -388,13 +320,9 @@ fn guest_put_into_the_background_runs_on_and_comes_back() {
     session.wait_for("again");
     session.type_keys(POWER_OFF);
     session.assert_ends(0);
-}
+});
 
-#[test]
-fn guest_started_in_the_background_gets_its_keys_in_the_foreground() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(background_guest_gets_its_keys_in_the_foreground, || {
     let line = "set -m; \"$@\" & read x; fg >/dev/null";
     let mut session = Session::start(by_shell(line, Tiny::Echo));
     session.wait_for("ready");
@@ -404,7 +332,7 @@ fn guest_started_in_the_background_gets_its_keys_in_the_foreground() {
     session.wait_for("keys");
     session.type_keys("\x01x");
     session.assert_ends(0);
-}
+});
 
 /// Waits until minivmm has taken the terminal.
 #[track_caller]
@@ -426,13 +354,9 @@ impl Drop for Killed {
     }
 }
 
-#[test]
-fn terminal_as_stdin_with_stdout_elsewhere_is_raw_and_given_back() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(terminal_as_stdin_alone_is_raw_and_restored, || {
     let mut session = Session::start(by_shell("exec \"$@\" >/dev/null", Tiny::Echo));
     wait_until_raw(&mut session);
     session.type_keys("\x01x");
     session.assert_ends(0);
-}
+});

@@ -1,4 +1,4 @@
-//! What minivmm tells about the host's network and follows in it: `net list`, the link of a running guest, frames from a wrong
+//! What minivmm shows of the host's network and follows in it: `net list`, the link of a running guest, frames from a wrong
 //! MAC address, and (`watch/doctor.rs`) `doctor`. On this machine's `/dev/kvm` with the freestanding test guest (`guest/`).
 
 #[path = "watch/doctor.rs"]
@@ -12,9 +12,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::elf::elf;
-use harness::guest::{Net, PATIENCE, PEER, addresses, is_possible, on_both_transports};
-use harness::netns::{self, Netns};
+use harness::guest::{Net, PATIENCE, PEER, addresses};
+use harness::netns::{self, Netns, root_test};
 use harness::vm::{self, Vm};
+use harness::{guest_test, transports_test};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -34,14 +35,14 @@ fn minivmm(netns: &Netns, args: &[&str]) -> (Option<i32>, String) {
 }
 
 /// The same for a run that succeeds.
-fn tell(netns: &Netns, args: &[&str]) -> String {
+fn show(netns: &Netns, args: &[&str]) -> String {
     let (status, text) = minivmm(netns, args);
     assert_eq!(status, Some(0), "{args:?}: {text}");
     text
 }
 
-fn tell_json(netns: &Netns, args: &[&str]) -> Value {
-    let text = tell(netns, args);
+fn show_json(netns: &Netns, args: &[&str]) -> Value {
+    let text = show(netns, args);
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?}: {e}\n{text}"))
 }
 
@@ -65,11 +66,11 @@ fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 
 /// What `net list` says of a guest; None when it does not know it.
 fn listed(net: &Net, pid: u32) -> Option<Value> {
-    let listing = tell_json(&net.host, &["net", "list", "--json"]);
+    let listing = show_json(&net.host, &["net", "list", "--json"]);
     find(&listing["guests"], "pid", &pid.into()).cloned()
 }
 
-/// Starts a guest in its mode `link`, with a NIC on each of the lowers, until it has told of all of them.
+/// Starts a guest in its mode `link`, with a NIC on each of the lowers, until it has reported all of them.
 fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
     let [ip, ip6] = addresses(2);
     let mut command = net.command();
@@ -83,8 +84,8 @@ fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
     command.args(["--cmdline", &line]);
     let mut vm = Vm::spawn(command);
     for nic in 0..lowers.len() {
-        let told = format!("LINK {nic} status=1 generation=0 changes=0 ");
-        vm.wait_for(&told, PATIENCE);
+        let line = format!("LINK {nic} status=1 generation=0 changes=0 ");
+        vm.wait_for(&line, PATIENCE);
     }
     vm.wait_for("READY link\n", PATIENCE);
     vm
@@ -109,12 +110,8 @@ fn own_cpu_time(pid: u32) -> f64 {
     ticks as f64 / TICKS_PER_SECOND
 }
 
-/// The name of a link may be anything but white space. The kernel gives it back, and a terminal would obey it.
-#[test]
-fn names_of_links_do_nothing_to_the_terminal() {
-    if !netns::is_root() {
-        return;
-    }
+// The name of a link may be anything but white space. The kernel returns it as it is, and a terminal would obey it.
+root_test!(names_of_links_do_nothing_to_the_terminal, || {
     let net = Net::new();
     let (name, shown) = ("\u{1b}[7mx\u{9b}8\u{202e}", r"\u{1b}[7mx\u{9b}8\u{202e}");
     net.host.ip(&format!(
@@ -140,16 +137,12 @@ fn names_of_links_do_nothing_to_the_terminal() {
         assert!(is_clean(&text), "{args:?}: {text:?}");
         assert!(text.contains(expected), "{args:?}: {text:?}");
     }
-    let listing = tell_json(&net.host, &json);
+    let listing = show_json(&net.host, &json);
     let links = &listing["interfaces"][0]["links"];
     assert!(find(links, "name", &name.into()).is_some(), "{listing}");
-}
+});
 
-#[test]
-fn net_list_shows_each_link_with_mode_mac_mtu_state_and_owner() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(net_list_shows_each_links_properties_and_owner, || {
     let net = Net::new();
     net.host.macvtap("byhand", "lower", "private");
     net.host.ip(
@@ -162,7 +155,7 @@ fn net_list_shows_each_link_with_mode_mac_mtu_state_and_owner() {
     );
     vm.wait_for("OK hlt", PATIENCE);
 
-    let text = tell(&net.host, &["net", "list"]);
+    let text = show(&net.host, &["net", "list"]);
     let pid = vm.pid();
     for line in [
         format!("lower  {}  mtu 1500  up", net.host.mac("lower")),
@@ -181,7 +174,7 @@ fn net_list_shows_each_link_with_mode_mac_mtu_state_and_owner() {
         );
     }
 
-    let listing = tell_json(&net.host, &["net", "list", "lower", "--json"]);
+    let listing = show_json(&net.host, &["net", "list", "lower", "--json"]);
     let lower = find(&listing["interfaces"], "name", &"lower".into()).expect("the lower");
     let links = &lower["links"];
     assert_eq!(links.as_array().expect("an array").len(), 3, "{listing}");
@@ -205,13 +198,9 @@ fn net_list_shows_each_link_with_mode_mac_mtu_state_and_owner() {
 
     let (status, _) = minivmm(&net.host, &["net", "list", "nosuch"]);
     assert_eq!(status, Some(1));
-}
+});
 
-#[test]
-fn net_list_shows_the_guests_addresses_until_it_is_killed() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(net_list_shows_a_guests_addresses_until_it_is_killed, || {
     let net = Net::new();
     let mut vm = net.serve(2, "");
     let entry = listed(&net, vm.pid()).expect("the guest is listed");
@@ -230,7 +219,7 @@ fn net_list_shows_the_guests_addresses_until_it_is_killed() {
         });
         assert!(found.contains(&Value::from(ip.as_str())), "{ip}: {found:?}");
     }
-    let text = tell(&net.host, &["net", "list"]);
+    let text = show(&net.host, &["net", "list"]);
     let [ip, ip6] = addresses(2);
     let line = text
         .lines()
@@ -245,12 +234,10 @@ fn net_list_shows_the_guests_addresses_until_it_is_killed() {
     vm.signal(Signal::KILL);
     vm.wait_exit(PATIENCE);
     assert_eq!(listed(&net, vm.pid()), None, "it is dead");
-}
+});
 
-on_both_transports! { carrier_of_the_lower_shows_in_the_guests_link }
-
-/// Each change reaches the guest by an interrupt, once, and the link works again afterwards.
-fn carrier_of_the_lower_shows_in_the_guests_link(net: Net) {
+// Each change reaches the guest by an interrupt, once, and the link works again afterwards.
+transports_test!(carrier_of_the_lower_shows_in_the_guests_link, |net| {
     let mut vm = start_link_guest(&net, &["lower"]);
     let interrupts = |line: &str| -> u64 {
         let (_, count) = line.rsplit_once("interrupts=").expect("a LINK line");
@@ -281,13 +268,9 @@ fn carrier_of_the_lower_shows_in_the_guests_link(net: Net) {
         assert_eq!(log.matches(line).count(), 3, "{line}:\n{log}");
     }
     net.quit(2, vm);
-}
+});
 
-#[test]
-fn lower_without_a_carrier_starts_a_guest_without_a_link() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(lower_without_carrier_starts_a_guest_without_link, || {
     let net = Net::new();
     net.far.down("wire");
     // What the guest reads first may be from before the monitor's first look at the host.
@@ -296,13 +279,9 @@ fn lower_without_a_carrier_starts_a_guest_without_a_link() {
     net.far.up("wire");
     vm.wait_for("LINK 0 status=1 generation=2 ", PATIENCE);
     net.quit(2, vm);
-}
+});
 
-#[test]
-fn macvtap_that_somebody_takes_down_or_deletes_takes_the_guests_link_down() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(macvtap_down_or_deleted_takes_the_guests_link_down, || {
     let net = Net::new();
     let mut vm = net.start_on("lower,netns=host,name=vm0", 2, "mode=link");
     vm.wait_for("READY link\n", PATIENCE);
@@ -315,7 +294,7 @@ fn macvtap_that_somebody_takes_down_or_deletes_takes_the_guests_link_down() {
     vm.wait_for("LINK 0 status=0 generation=3 ", PATIENCE);
     net.host.up("lower");
     vm.wait_for("LINK 0 status=1 generation=4 ", PATIENCE);
-    // And when somebody deletes it, the end of the monitor, which would have, is none the worse.
+    // Deleted by another program, it does not disturb the end of the monitor, which would delete it.
     net.host.ip("link delete vm0");
     vm.wait_for("LINK 0 status=0 generation=5 ", PATIENCE);
     vm.signal(Signal::TERM);
@@ -330,13 +309,9 @@ fn macvtap_that_somebody_takes_down_or_deletes_takes_the_guests_link_down() {
     // The signal's.
     let errors = vm.log().matches("error: ").count();
     assert_eq!(errors, 1, "{}", vm.transcript());
-}
+});
 
-#[test]
-fn what_start_up_set_for_a_macvtap_is_put_right_or_told() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(settings_of_a_macvtap_are_restored_or_warned_of, || {
     let net = Net::new();
     let nic = format!("lower,netns=host,name=vm0,mac={MAC}");
     let mut vm = net.start_on(&nic, 2, "mode=link");
@@ -368,7 +343,7 @@ fn what_start_up_set_for_a_macvtap_is_put_right_or_told() {
     let expected = serde_json::json!({"link": "02:00:00:00:78:99", "guest": MAC});
     assert_eq!(wrong_mac, expected);
     assert_eq!(seen()["filters_multicast"], false);
-    let checks = tell_json(&net.host, &["doctor", "lower", "--json"]);
+    let checks = show_json(&net.host, &["doctor", "lower", "--json"]);
     let check = find(&checks, "check", &"running guests".into()).expect("its line");
     assert_eq!(check["status"], "warn", "{check}");
     assert_eq!(check["remedy"], format!("`ip link set vm0 address {MAC}`"));
@@ -380,13 +355,9 @@ fn what_start_up_set_for_a_macvtap_is_put_right_or_told() {
     eventually("list that is content", || {
         seen().get("wrong_mac").is_none().then_some(())
     });
-}
+});
 
-#[test]
-fn mtu_of_the_lower_that_changes_is_logged() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(mtu_of_the_lower_that_changes_is_logged, || {
     let net = Net::new();
     let vm = net.serve(2, "");
     net.host.ip("link set lower mtu 1400");
@@ -400,13 +371,9 @@ fn mtu_of_the_lower_that_changes_is_logged() {
         "{log}"
     );
     net.quit(2, vm);
-}
+});
 
-#[test]
-fn lower_that_vanishes_in_mid_traffic_takes_one_link_and_nothing_else() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(lower_that_vanishes_takes_one_link_and_nothing_else, || {
     let net = Net::new();
     let other = Netns::new();
     net.host.veth("lower2", &other, "wire2");
@@ -428,7 +395,7 @@ fn lower_that_vanishes_in_mid_traffic_takes_one_link_and_nothing_else() {
     assert_eq!(warnings.len(), 1, "{log}");
     assert!(warnings[0].contains("net0"), "{log}");
 
-    // The guest goes on sending by both NICs. Whoever waits for the dead one in a loop would show.
+    // The guest goes on sending by both NICs. A thread that waits for the dead one in a loop would show.
     let before = own_cpu_time(vm.pid());
     thread::sleep(Duration::from_secs(1));
     let used = own_cpu_time(vm.pid()) - before;
@@ -445,7 +412,7 @@ fn lower_that_vanishes_in_mid_traffic_takes_one_link_and_nothing_else() {
     let quit = Net { far: other, ..net };
     let console = quit.quit(2, vm);
     assert!(console.ends_with("END failures=0\n"), "{console}");
-}
+});
 
 /// Sends large datagrams, which come back, as fast as it goes while `work` runs.
 fn flood(netns: &Netns, ip: &str, work: impl FnOnce()) {
@@ -474,16 +441,12 @@ fn flood(netns: &Netns, ip: &str, work: impl FnOnce()) {
     });
 }
 
-#[test]
-fn frames_from_another_mac_are_warned_of_once_and_counted() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(frames_from_a_wrong_mac_are_warned_of_and_counted, || {
     let net = Net::new();
     let wrong = "02:00:00:00:99:99";
     let options = format!("mode=ping count=5 end=halt mac={wrong} peer={}", PEER[0]);
     let mut vm = net.start_on(&format!("lower,mac={MAC}"), 2, &options);
-    // Nobody's answer reaches it.
+    // No answer reaches it.
     vm.wait_for("FAIL ping ", PATIENCE);
     vm.wait_for("END failures=1\n", PATIENCE);
 
@@ -499,9 +462,9 @@ fn frames_from_another_mac_are_warned_of_once_and_counted() {
             .as_u64()
             .filter(|count| *count > 1)
     });
-    let text = tell(&net.host, &["net", "list"]);
+    let text = show(&net.host, &["net", "list"]);
     assert!(
         text.contains("frames from a wrong MAC address)"),
         "{count}: {text}"
     );
-}
+});

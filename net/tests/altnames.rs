@@ -12,7 +12,7 @@ use net::{
     HostLink, HostLinkSpec, LinkName, Macvtap, MacvtapSpec, Status, current_name, diagnose_host,
     inventory,
 };
-use netns::Netns;
+use netns::{Netns, root_test};
 
 /// A host with the link `v0`, which has two more names, the second as long as one can be.
 fn host() -> (Netns, [LinkName; 2]) {
@@ -25,11 +25,7 @@ fn host() -> (Netns, [LinkName; 2]) {
     (host, names.map(|name| name.parse().unwrap()))
 }
 
-#[test]
-fn macvtap_is_made_on_a_link_by_any_of_its_names() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(macvtap_is_made_on_a_link_by_any_of_its_names, || {
     let (host, names) = host();
     let elsewhere = Netns::new();
     for name in names {
@@ -40,13 +36,9 @@ fn macvtap_is_made_on_a_link_by_any_of_its_names() {
         let macvtap = elsewhere.enter(|| Macvtap::open(&spec)).unwrap();
         assert_eq!(macvtap.info().lower.as_str(), "v0");
     }
-}
+});
 
-#[test]
-fn macvtap_that_exists_is_used_by_any_of_its_names() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(macvtap_that_exists_is_used_by_any_of_its_names, || {
     let (host, _) = host();
     host.macvtap("mvt0", "v0", "bridge");
     host.ip("link property add dev mvt0 altname tap-of-my-guest");
@@ -56,13 +48,9 @@ fn macvtap_that_exists_is_used_by_any_of_its_names() {
         (macvtap.info().name.as_str(), macvtap.info().lower.as_str()),
         ("mvt0", "v0")
     );
-}
+});
 
-#[test]
-fn host_link_is_made_and_deleted_by_any_name_of_either_link() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(host_link_is_made_and_deleted_by_any_name, || {
     let (host, names) = host();
     for name in names {
         let mut spec = HostLinkSpec::new(name.clone());
@@ -78,13 +66,9 @@ fn host_link_is_made_and_deleted_by_any_name_of_either_link() {
         host.enter(|| HostLink::delete(&own)).unwrap();
     }
     assert_eq!(host.links(), ["v0-far", "v0"]);
-}
+});
 
-#[test]
-fn link_is_listed_and_judged_by_any_of_its_names() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(link_is_listed_and_judged_by_any_of_its_names, || {
     let (host, names) = host();
     host.macvtap("mvt0", "v0", "bridge");
     host.wire("v1");
@@ -103,4 +87,4 @@ fn link_is_listed_and_judged_by_any_of_its_names() {
         let absent: LinkName = "absent".parse().unwrap();
         assert_eq!(current_name(&absent).unwrap(), None);
     });
-}
+});

@@ -1,4 +1,4 @@
-//! Queues that somebody else has opened. In network namespaces of the tests' own; they need root.
+//! Queues that another process has opened. In network namespaces of the tests' own; they need root.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,9 +12,9 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 
 use net::{ExistingTapError, Macvtap, MacvtapSpec, Passed, inherit};
-use netns::Netns;
+use netns::{Netns, root_test};
 
-/// Queues of a new macvtap `name` on `v0`, which belongs to nobody.
+/// Queues of a new macvtap `name` on `v0`, without an owner.
 fn macvtap(netns: &Netns, name: &str, count: u32) -> Vec<OwnedFd> {
     netns.macvtap(name, "v0", "bridge");
     queues(netns, name, count)
@@ -57,11 +57,7 @@ fn refusal(fds: Vec<OwnedFd>) -> ExistingTapError {
     error
 }
 
-#[test]
-fn queues_of_a_macvtap_are_taken_with_mac_and_mtu() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(queues_of_a_macvtap_are_taken_with_mac_and_mtu, || {
     let netns = Netns::new();
     netns.wire("v0");
     let fds = macvtap(&netns, "mine", 3);
@@ -101,13 +97,9 @@ fn queues_of_a_macvtap_are_taken_with_mac_and_mtu() {
         let flags = rustix::io::fcntl_getfd(fd).unwrap();
         assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
     }
-}
+});
 
-#[test]
-fn queue_of_a_tap_is_taken_if_its_headers_fit() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(queue_of_a_tap_is_taken_if_its_headers_fit, || {
     let netns = Netns::new();
     let fit = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let existing = netns
@@ -118,13 +110,9 @@ fn queue_of_a_tap_is_taken_if_its_headers_fit() {
     assert!(info.id.is_some());
     let error = refusal(vec![tun(&netns, "tap1", libc::IFF_TAP | libc::IFF_NO_PI)]);
     assert!(matches!(error, ExistingTapError::Headers { name, .. } if name == "tap1"));
-}
+});
 
-#[test]
-fn what_is_no_tap_queue_is_refused_with_what_it_is() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(what_is_no_tap_queue_is_refused_with_what_it_is, || {
     let netns = Netns::new();
     assert!(matches!(refusal(vec![]), ExistingTapError::None));
     let file: OwnedFd = tempfile::tempfile().unwrap().into();
@@ -152,25 +140,17 @@ fn what_is_no_tap_queue_is_refused_with_what_it_is() {
         refusal(vec![unused.into()]),
         ExistingTapError::NoInterface { .. }
     ));
-}
+});
 
-#[test]
-fn queue_of_a_deleted_macvtap_is_refused() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(queue_of_a_deleted_macvtap_is_refused, || {
     let netns = Netns::new();
     netns.wire("v0");
     let fds = macvtap(&netns, "mine", 1);
     netns.ip("link delete mine");
     assert!(matches!(refusal(fds), ExistingTapError::NoInterface { .. }));
-}
+});
 
-#[test]
-fn queues_of_two_interfaces_and_a_queue_twice_are_refused() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(queues_of_two_links_and_a_queue_twice_are_refused, || {
     let netns = Netns::new();
     netns.wire("v0");
     let mut fds = macvtap(&netns, "one", 1);
@@ -198,13 +178,13 @@ fn queues_of_two_interfaces_and_a_queue_twice_are_refused() {
     assert!(
         matches!(error, ExistingTapError::SameQueue { fd, other } if (fd, other) == (third, first))
     );
-}
+});
 
 #[test]
 fn numbers_that_are_not_open_or_occur_twice_are_refused() {
     // High enough that no parallel test is given it.
     for closed in [-1, 900_000] {
-        // SAFETY: nobody owns what isn't open.
+        // SAFETY: what is not open has no owner.
         let error = unsafe { inherit(&[closed]) }.unwrap_err();
         assert!(
             matches!(error, ExistingTapError::Closed { fd } if fd == closed),
@@ -218,7 +198,7 @@ fn numbers_that_are_not_open_or_occur_twice_are_refused() {
         matches!(error, ExistingTapError::Twice { fd } if fd == number),
         "{error}"
     );
-    // SAFETY: it is still nobody's.
+    // SAFETY: it has no owner yet.
     let owned = unsafe { inherit(&[number]) }.unwrap();
     assert_eq!(owned[0].as_raw_fd(), number);
 }
@@ -242,11 +222,7 @@ fn child_process_takes_descriptor_three() {
     println!("CHILD {} {} {}", info.name, info.mac, info.mtu);
 }
 
-#[test]
-fn ordinary_user_takes_what_a_shell_opened() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(ordinary_user_takes_what_a_shell_opened, || {
     let netns = Netns::new();
     netns.wire("v0");
     let index = 3_000_000 + std::process::id();
@@ -271,4 +247,4 @@ fn ordinary_user_takes_what_a_shell_opened() {
         "{text}{}",
         String::from_utf8_lossy(&output.stderr)
     );
-}
+});

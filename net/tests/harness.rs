@@ -3,17 +3,13 @@
 #[path = "../../tests/harness/netns.rs"]
 mod netns;
 
-use netns::Netns;
+use netns::{Netns, root_test};
 
-#[test]
-fn ping_is_answered_by_those_who_have_the_address_alone() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(ping_is_answered_by_those_who_have_the_address_alone, || {
     let (host, peer, third) = (Netns::new(), Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     third.macvlan("mv0", &host, "v0");
-    for (address, own, nobody) in [
+    for (address, own, absent) in [
         ("192.0.2.1", "192.0.2.3", "192.0.2.9"),
         ("fd00::1", "fd00::3", "fd00::9"),
     ] {
@@ -21,15 +17,11 @@ fn ping_is_answered_by_those_who_have_the_address_alone() {
         peer.address("v1", &format!("{address}/{mask}"));
         third.address("mv0", &format!("{own}/{mask}"));
         assert!(third.pings(address, 5), "{address}");
-        assert!(!third.pings(nobody, 1), "{nobody}");
+        assert!(!third.pings(absent, 1), "{absent}");
     }
-}
+});
 
-#[test]
-fn namespace_is_gone_after_a_panic() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(namespace_is_gone_after_a_panic, || {
     let path = std::sync::Mutex::new(None);
     let result = std::panic::catch_unwind(|| {
         let netns = Netns::new();
@@ -40,4 +32,4 @@ fn namespace_is_gone_after_a_panic() {
     assert!(result.is_err());
     let path = path.into_inner().expect("not poisoned").expect("made");
     assert!(!path.exists());
-}
+});

@@ -9,7 +9,7 @@
 mod netns;
 
 use net::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec, Problem, Unfit};
-use netns::Netns;
+use netns::{Netns, root_test};
 
 fn spec(addresses: &[&str]) -> HostLinkSpec {
     let mut spec = HostLinkSpec::new("v0".parse().unwrap());
@@ -21,7 +21,7 @@ fn create(host: &Netns, spec: &HostLinkSpec) -> HostLink {
     host.enter(|| HostLink::create(spec)).unwrap()
 }
 
-/// The problem that keeps a host link from being made, after a look that nothing was left behind.
+/// The problem that keeps a host link from being made, after a check that nothing was left.
 fn problem(host: &Netns, spec: &HostLinkSpec) -> HostLinkProblem {
     let before = (host.links(), host.ip("-o address"));
     let result = host.enter(|| HostLink::create(spec));
@@ -58,11 +58,7 @@ fn host_and_guest() -> (Netns, Netns, Netns) {
     (host, guest, far)
 }
 
-#[test]
-fn guest_that_the_host_cannot_reach_is_reached_by_a_host_link() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(guest_out_of_reach_is_reached_by_a_host_link, || {
     let (host, guest, _far) = host_and_guest();
     assert!(
         !host.pings("192.0.2.2", 1),
@@ -87,13 +83,9 @@ fn guest_that_the_host_cannot_reach_is_reached_by_a_host_link() {
     }
     delete(&host, "v0").unwrap();
     assert!(!host.pings("10.7.0.2", 1));
-}
+});
 
-#[test]
-fn moved_addresses_reach_guest_and_wire_and_come_back() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(moved_addresses_reach_guest_and_wire_and_come_back, || {
     let (host, guest, far) = host_and_guest();
     assert!(far.pings("192.0.2.1", 3) && far.pings("2001:db8::1", 3));
     host.ip("route add default via 192.0.2.3");
@@ -130,13 +122,9 @@ fn moved_addresses_reach_guest_and_wire_and_come_back() {
     );
     assert!(host.pings("192.0.2.3", 2) && host.pings("2001:db8::3", 2));
     assert!(!host.pings("192.0.2.2", 1));
-}
+});
 
-#[test]
-fn neighbours_learn_of_moved_addresses_at_once() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(neighbours_learn_of_moved_addresses_at_once, || {
     let (host, _guest, far) = host_and_guest();
     assert!(far.pings("192.0.2.1", 3));
     assert!(far.ip("neigh show 192.0.2.1").contains(&host.mac("v0")));
@@ -153,13 +141,9 @@ fn neighbours_learn_of_moved_addresses_at_once() {
         assert!(std::time::Instant::now() < deadline, "not {new}: {known}");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
-}
+});
 
-#[test]
-fn address_that_would_lead_nowhere_is_refused() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(address_that_would_lead_nowhere_is_refused, || {
     let (host, _guest, _far) = host_and_guest();
     use HostLinkProblem as P;
     assert!(matches!(problem(&host, &spec(&[])), P::NoAddress { .. }));
@@ -188,13 +172,9 @@ fn address_that_would_lead_nowhere_is_refused() {
         back.contains("192.0.2.1/24") && !back.contains("192.0.2.9"),
         "{back}"
     );
-}
+});
 
-#[test]
-fn unfit_lowers_and_names_are_refused_each_with_its_reason() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(unfit_lowers_and_names_are_refused_with_the_reason, || {
     let host = Netns::new();
     host.wire("v0");
     use HostLinkProblem as P;
@@ -241,13 +221,9 @@ fn unfit_lowers_and_names_are_refused_each_with_its_reason() {
         problem(&host, &spec(&["10.7.0.1/24"])),
         P::Lower(Problem::Unfit(Unfit::Enslaved { .. }))
     ));
-}
+});
 
-#[test]
-fn number_in_a_name_is_the_kernels_to_choose() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(number_in_a_name_is_the_kernels_to_choose, || {
     let host = Netns::new();
     host.wire("v0");
     let mut counted = spec(&["10.7.0.1/24"]);
@@ -260,13 +236,9 @@ fn number_in_a_name_is_the_kernels_to_choose() {
         assert_eq!(delete(&host, name).unwrap().name, name);
     }
     assert_eq!(host.links(), ["v0-far", "v0"]);
-}
+});
 
-#[test]
-fn eight_made_at_once_have_a_name_and_a_tag_each() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(eight_made_at_once_have_a_name_and_a_tag_each, || {
     let host = Netns::new();
     host.wire("v0");
     let start = std::sync::Barrier::new(8);
@@ -286,13 +258,9 @@ fn eight_made_at_once_have_a_name_and_a_tag_each() {
         }
     });
     assert_eq!(host.links(), ["v0-far", "v0"]);
-}
+});
 
-#[test]
-fn delete_touches_nothing_that_is_not_a_host_link() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(delete_touches_nothing_that_is_not_a_host_link, || {
     let host = Netns::new();
     host.wire("v0");
     use HostLinkProblem as P;
@@ -306,13 +274,9 @@ fn delete_touches_nothing_that_is_not_a_host_link() {
     delete(&host, "macvlan0").unwrap();
     delete(&host, "v0").unwrap();
     assert!(host.links().contains(&"mine".to_owned()));
-}
+});
 
-#[test]
-fn guard_deletes_its_link_and_names_its_owner_meanwhile() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(guard_deletes_its_link_and_names_its_owner_meanwhile, || {
     let (host, guest, _far) = host_and_guest();
     guest.address("eth0", "10.7.0.2/24");
     let guard = host
@@ -338,4 +302,4 @@ fn guard_deletes_its_link_and_names_its_owner_meanwhile() {
             ..
         })
     ));
-}
+});

@@ -9,7 +9,7 @@
 mod netns;
 
 use net::{Check, Place, Status, UpperKind, diagnose_host, inventory};
-use netns::Netns;
+use netns::{Netns, root_test};
 
 fn diagnose(netns: &Netns, link: Option<&str>) -> Vec<Check> {
     let link = link.map(|link| link.parse().unwrap());
@@ -30,11 +30,7 @@ fn check<'a>(checks: &'a [Check], name: &str) -> &'a Check {
     checks.iter().find(|check| check.name == name).unwrap()
 }
 
-#[test]
-fn inventory_shows_every_upper_with_its_lower() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(inventory_shows_every_upper_with_its_lower, || {
     let (host, other) = (Netns::new(), Netns::new());
     host.wire("v0");
     host.macvtap("tap0", "v0", "vepa");
@@ -82,13 +78,9 @@ fn inventory_shows_every_upper_with_its_lower() {
     };
     assert!(matches!(lower.place, Place::Other(_)) && lower.name.is_none());
     assert_eq!(lower.uppers[0].name, "far0");
-}
+});
 
-#[test]
-fn doctor_of_a_good_lower_finds_nothing_that_fails() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(doctor_of_a_good_lower_finds_nothing_that_fails, || {
     let host = Netns::new();
     host.wire("v0");
     let links = host.links();
@@ -101,13 +93,9 @@ fn doctor_of_a_good_lower_finds_nothing_that_fails() {
         assert_eq!(check(&checks, "macvtap driver").status, Status::Ok);
     }
     assert_eq!(host.links(), links, "it changes nothing");
-}
+});
 
-#[test]
-fn doctor_of_a_bad_lower_says_why() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(doctor_of_a_bad_lower_says_why, || {
     let host = Netns::new();
     host.wire("v0");
     host.bridge("br0", &["v0"]);
@@ -131,13 +119,9 @@ fn doctor_of_a_bad_lower_says_why() {
         check(&diagnose(&host, Some("v7")), "link").status,
         Status::Fail
     );
-}
+});
 
-#[test]
-fn doctor_finds_the_node_that_belongs_to_another_namespace() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(doctor_finds_the_node_of_another_namespace, || {
     let spaces = [Netns::new(), Netns::new()];
     let index = 3_000_000 + std::process::id();
     for netns in &spaces {
@@ -154,4 +138,4 @@ fn doctor_finds_the_node_that_belongs_to_another_namespace() {
             .contains(&format!("/dev/tap{index} is not `mine`"))
     });
     assert_eq!(wrong.count(), 1);
-}
+});

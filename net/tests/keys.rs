@@ -1,4 +1,4 @@
-//! What is asked for is what the kernel then shows, and is given back. In network namespaces of the tests' own; they need
+//! What is asked for is what the kernel then shows, and is undone. In network namespaces of the tests' own; they need
 //! root.
 
 #![allow(
@@ -20,8 +20,8 @@ use std::time::Duration;
 
 use child::soon;
 use net::{Error, MacAddr, Macvtap, MacvtapSpec, Mode, Owner, Placement, Problem, QueueError};
-use netns::Netns;
-use wire::{frame, hears, send};
+use netns::{Netns, root_test};
+use wire::{frame, receives, send};
 
 const MAC: &str = "52:54:00:12:34:56";
 
@@ -45,7 +45,7 @@ fn open(netns: &Netns, spec: &MacvtapSpec) -> Macvtap {
         .unwrap_or_else(|error| panic!("{error}: {:?}", error.source()))
 }
 
-/// The problem that keeps a macvtap from being opened, after a look that nothing was left behind.
+/// The problem that keeps a macvtap from being opened, after a check that nothing was left.
 fn problem(netns: &Netns, spec: &MacvtapSpec) -> Problem {
     let before = netns.links();
     let error = netns.enter(|| Macvtap::open(spec)).expect_err("a problem");
@@ -66,11 +66,7 @@ fn details(netns: &Netns, link: &str) -> String {
         .join(" ")
 }
 
-#[test]
-fn every_key_shows_on_the_link() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(every_key_shows_on_the_link, || {
     let netns = Netns::new();
     netns.wire("v0");
     let senders = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
@@ -117,13 +113,9 @@ fn every_key_shows_on_the_link() {
         drop(macvtap);
         assert!(!netns.links().contains(&"guest".to_owned()));
     }
-}
+});
 
-#[test]
-fn receive_ring_holds_as_many_frames_as_asked_for() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(receive_ring_holds_as_many_frames_as_asked_for, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let theirs = open(&peer, &spec("v1"));
@@ -139,27 +131,22 @@ fn receive_ring_holds_as_many_frames_as_asked_for() {
         for _ in 0..20 {
             send(theirs.queue(), &unicast);
         }
-        let heard = wire::collect(ours.queue(), Duration::from_millis(300));
-        assert_eq!(heard.iter().filter(|frame| **frame == unicast).count(), 5);
+        let received = wire::collect(ours.queue(), Duration::from_millis(300));
+        assert_eq!(
+            received.iter().filter(|frame| **frame == unicast).count(),
+            5
+        );
     }
-}
+});
 
-#[test]
-fn longest_receive_ring_opens() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(longest_receive_ring_opens, || {
     let netns = Netns::new();
     netns.wire("v0");
     let longest = |spec: &mut MacvtapSpec| spec.tx_queue_len = Some(MacvtapSpec::MAX_TX_QUEUE_LEN);
     open(&netns, &with("v0", longest));
-}
+});
 
-#[test]
-fn every_queue_is_open_and_takes_its_share() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(every_queue_is_open_and_takes_its_share, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let theirs = open(&peer, &spec("v1"));
@@ -175,7 +162,7 @@ fn every_queue_is_open_and_takes_its_share() {
         for queue in ours.queues() {
             let hello = frame(theirs.info().mac.octets(), ours.info().mac.octets());
             send(queue.as_fd(), &hello);
-            assert!(hears(theirs.queue(), |heard| heard == hello));
+            assert!(receives(theirs.queue(), |frame| frame == hello));
         }
         // 64 flows: UDP from as many ports. None may be lost, and all on one queue is next to impossible.
         for port in 0..64 {
@@ -184,20 +171,20 @@ fn every_queue_is_open_and_takes_its_share() {
                 &udp(ours.info().mac.octets(), theirs.info().mac.octets(), port),
             );
         }
-        let heard = ours.queues().iter().map(|queue| {
+        let received = ours.queues().iter().map(|queue| {
             let all = wire::collect(queue.as_fd(), Duration::from_millis(200));
             all.iter().filter(|frame| frame[12..14] == [8, 0]).count()
         });
-        let heard: Vec<usize> = heard.collect();
-        assert_eq!(heard.iter().sum::<usize>(), 64, "{heard:?}");
+        let received: Vec<usize> = received.collect();
+        assert_eq!(received.iter().sum::<usize>(), 64, "{received:?}");
         assert!(
-            heard.iter().filter(|count| **count > 0).count() > 1,
-            "{heard:?}"
+            received.iter().filter(|count| **count > 0).count() > 1,
+            "{received:?}"
         );
     }
-}
+});
 
-/// An IPv4 UDP frame without checksums that anybody would look at.
+/// An IPv4 UDP frame without checksums.
 fn udp(to: [u8; 6], from: [u8; 6], port: u16) -> Vec<u8> {
     let ip = [
         0x45, 0, 0, 46, 0, 0, 0x40, 0, 64, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2,
@@ -207,11 +194,7 @@ fn udp(to: [u8; 6], from: [u8; 6], port: u16) -> Vec<u8> {
     [&to[..], &from, &[8, 0], &ip, &udp, &[0; 18]].concat()
 }
 
-#[test]
-fn queues_beyond_what_the_driver_opens_are_refused() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(queues_beyond_what_the_driver_opens_are_refused, || {
     let netns = Netns::new();
     netns.wire("v0");
     let many = |link, count| with(link, |spec| spec.queues = count);
@@ -241,17 +224,13 @@ fn queues_beyond_what_the_driver_opens_are_refused() {
     soon("closed queues can be opened again", || {
         netns.enter(|| Macvtap::open(&spec("mine"))).is_ok()
     });
-}
+});
 
 fn differs(refusal: &Problem, what: &str, has: &str) -> bool {
     matches!(refusal, Problem::Existing { difference, .. } if difference.what == what && difference.has == has)
 }
 
-#[test]
-fn existing_macvtap_refuses_what_would_change_it() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(existing_macvtap_refuses_what_would_change_it, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.macvtap("mine", "v0", "bridge");
@@ -283,13 +262,9 @@ fn existing_macvtap_refuses_what_would_change_it() {
     });
     drop(open(&netns, &same));
     assert!(netns.links().contains(&"mine".to_owned()));
-}
+});
 
-#[test]
-fn name_is_free_in_the_private_namespace_and_may_be_taken_in_the_hosts() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(name_may_be_taken_in_the_hosts_namespace_alone, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.wire("taken");
@@ -316,13 +291,9 @@ fn name_is_free_in_the_private_namespace_and_may_be_taken_in_the_hosts() {
     }
     let refusal = problem(&netns, &named("vm%d", Placement::Host));
     assert!(matches!(refusal, Problem::NameReserved { .. }));
-}
+});
 
-#[test]
-fn unnamed_host_links_take_the_first_free_numbers() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(unnamed_host_links_take_the_first_free_numbers, || {
     let netns = Netns::new();
     netns.wire("v0");
     let three: Vec<Macvtap> = (0..3).map(|_| open(&netns, &on_host("v0"))).collect();
@@ -331,16 +302,12 @@ fn unnamed_host_links_take_the_first_free_numbers() {
     let [_, second, _] = <[Macvtap; 3]>::try_from(three).unwrap();
     assert_eq!(open(&netns, &on_host("v0")).info().name.as_str(), "mvt0");
     drop(second);
-    // A link of that name in the way of the private one's is no obstacle.
+    // A link of that name is no obstacle to the private one's.
     netns.macvtap("macvtap0", "v0", "bridge");
     assert_eq!(open(&netns, &on_host("v0")).info().name.as_str(), "mvt0");
-}
+});
 
-#[test]
-fn failure_at_up_leaves_no_host_link() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(failure_at_up_leaves_no_host_link, || {
     let netns = Netns::new();
     netns.wire("v0");
     let with_mac = with("v0", |spec| {
@@ -350,13 +317,9 @@ fn failure_at_up_leaves_no_host_link() {
     let first = open(&netns, &with_mac);
     let refusal = problem(&netns, &with_mac);
     assert!(matches!(refusal, Problem::MacTaken { by, .. } if by == [first.info().name.as_str()]));
-}
+});
 
-#[test]
-fn lower_in_another_namespace_carries_for_both_placements() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(lower_of_another_namespace_carries_both_placements, || {
     let (far, peer, near) = (Netns::new(), Netns::new(), Netns::new());
     far.veth("v0", &peer, "v1");
     let theirs = open(&peer, &spec("v1"));
@@ -375,7 +338,7 @@ fn lower_in_another_namespace_carries_for_both_placements() {
         for (from, to) in [(&ours, &theirs), (&theirs, &ours)] {
             let hello = frame(to.info().mac.octets(), from.info().mac.octets());
             send(from.queue(), &hello);
-            assert!(hears(to.queue(), |heard| heard == hello));
+            assert!(receives(to.queue(), |frame| frame == hello));
         }
         drop(ours);
         assert!(near.links().is_empty());
@@ -396,13 +359,9 @@ fn lower_in_another_namespace_carries_for_both_placements() {
     open(&near, &with("v0", |spec| spec.lower_netns = Some(path)));
     process.kill().unwrap();
     process.wait().unwrap();
-}
+});
 
-#[test]
-fn namespace_that_is_none_is_refused() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(namespace_that_is_none_is_refused, || {
     let netns = Netns::new();
     netns.wire("v0");
     let directory = tempfile::tempdir().unwrap();
@@ -424,14 +383,10 @@ fn namespace_that_is_none_is_refused() {
             netns.path().display()
         )
     );
-}
+});
 
-/// A lower gets back what passthru mode took: in both placements, at the end and when the process is killed.
-#[test]
-fn passthru_gives_the_lower_its_mac_and_promiscuity_back() {
-    if !netns::is_root() {
-        return;
-    }
+// A lower regains what passthru mode took: in both placements, at the end and when the process is killed.
+root_test!(passthru_restores_the_lowers_mac_and_promiscuity, || {
     let netns = Netns::new();
     netns.wire("v0");
     let own = netns.mac("v0");
@@ -459,13 +414,9 @@ fn passthru_gives_the_lower_its_mac_and_promiscuity_back() {
         }
         soon("the lower is as it was", is_as_before);
     }
-}
+});
 
-#[test]
-fn stale_links_are_deleted_and_no_others() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(stale_links_are_deleted_and_no_others, || {
     let netns = Netns::new();
     netns.wire("v0");
     for (name, alias) in [
@@ -491,11 +442,11 @@ fn stale_links_are_deleted_and_no_others() {
     let before = netns.links();
     assert!(before.contains(&"mvt1".to_owned()));
     let deleted = netns.enter(net::delete_stale).unwrap();
-    let told: Vec<_> = deleted
+    let shown: Vec<_> = deleted
         .iter()
         .map(|link| (&*link.name, &*link.kind))
         .collect();
-    assert_eq!(told, [("mvt1", "macvtap")]);
+    assert_eq!(shown, [("mvt1", "macvtap")]);
     assert!(deleted[0].owner.program().starts_with("keys-"));
     let rest: Vec<String> = before.into_iter().filter(|name| name != "mvt1").collect();
     assert_eq!(netns.links(), rest);
@@ -511,13 +462,9 @@ fn stale_links_are_deleted_and_no_others() {
     );
     assert_eq!(next.info().mac.to_string(), mac);
     assert!(!netns.links().contains(&"mvt0".to_owned()));
-}
+});
 
-#[test]
-fn deleters_at_once_share_the_work() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(deleters_at_once_share_the_work, || {
     let netns = Netns::new();
     netns.wire("v0");
     let mut ended = std::process::Command::new("true").spawn().unwrap();
@@ -542,13 +489,9 @@ fn deleters_at_once_share_the_work() {
     let unique: std::collections::HashSet<_> = deleted.iter().collect();
     assert_eq!((deleted.len(), unique.len()), (20, 20), "{deleted:?}");
     assert_eq!(netns.links().len(), 2);
-}
+});
 
-#[test]
-fn queue_alone_keeps_the_private_macvtap_of_an_ended_guard_holder() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(queue_alone_keeps_a_private_macvtap, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let theirs = open(&peer, &spec("v1"));
@@ -561,8 +504,8 @@ fn queue_alone_keeps_the_private_macvtap_of_an_ended_guard_holder() {
     std::thread::sleep(Duration::from_millis(200));
     let hello = frame([0xff; 6], theirs.info().mac.octets());
     send(theirs.queue(), &hello);
-    assert!(hears(queues[0].as_fd(), |heard| heard == hello));
-}
+    assert!(receives(queues[0].as_fd(), |frame| frame == hello));
+});
 
 /// The number of the descriptor in a guard, as its Debug output shows it.
 fn namespace_of(guard: &net::LinkGuard) -> i32 {
@@ -572,11 +515,7 @@ fn namespace_of(guard: &net::LinkGuard) -> i32 {
     digits.parse().unwrap()
 }
 
-#[test]
-fn every_kind_of_lower_carries_in_both_placements() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(every_kind_of_lower_carries_in_both_placements, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.wire("v1");
@@ -604,4 +543,4 @@ fn every_kind_of_lower_carries_in_both_placements() {
         }
         netns.ip("link delete lower");
     }
-}
+});

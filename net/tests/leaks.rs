@@ -1,4 +1,4 @@
-//! What fifty macvtaps leave behind in the process: nothing. Alone in its binary, as it counts the process's descriptors.
+//! Fifty macvtaps leave nothing in the process. Alone in its binary, as it counts the process's descriptors.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,12 +11,9 @@ mod netns;
 use std::time::{Duration, Instant};
 
 use net::{Macvtap, MacvtapSpec, Placement};
+use netns::root_test;
 
-#[test]
-fn fifty_macvtaps_leak_no_descriptor_and_no_thread() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(fifty_macvtaps_leak_no_descriptor_and_no_thread, || {
     let netns = netns::Netns::new();
     netns.wire("v0");
     let count = |what: &str| {
@@ -47,4 +44,4 @@ fn fifty_macvtaps_leak_no_descriptor_and_no_thread() {
         }
     });
     assert_eq!(after, before);
-}
+});

@@ -1,4 +1,4 @@
-//! What a listener hears of a macvtap's own frames, and what not. In network namespaces of the tests' own; they need root.
+//! Which of a macvtap's own frames a listener receives. In network namespaces of the tests' own; they need root.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,12 +14,12 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use net::{FrameListener, HEARD_LEN, Macvtap, MacvtapSpec, Placement};
-use netns::Netns;
+use netns::{Netns, root_test};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use wire::{arp_request, frame, hears, send};
+use wire::{arp_request, frame, receives, send};
 
-/// The first frame that is heard within a short time.
-fn heard(listener: &FrameListener) -> Option<Vec<u8>> {
+/// The first frame that arrives within a short time.
+fn next_frame(listener: &FrameListener) -> Option<Vec<u8>> {
     let timeout = Timespec {
         tv_sec: 0,
         tv_nsec: Duration::from_millis(300).subsec_nanos().into(),
@@ -47,11 +47,7 @@ fn packet(mac: [u8; 6], version: u8, protocol: u8, at: u8) -> Vec<u8> {
     frame
 }
 
-#[test]
-fn listener_hears_what_tells_of_the_sender_and_nothing_else() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(listener_receives_what_names_its_sender_alone, || {
     let (host, far) = (Netns::new(), Netns::new());
     host.veth("v0", &far, "v1");
     for placement in [Placement::Private, Placement::Host] {
@@ -72,8 +68,8 @@ fn listener_hears_what_tells_of_the_sender_and_nothing_else() {
             frame(other, [2, 9, 9, 9, 9, 9]),
         ] {
             send(macvtap.queue(), &of_interest);
-            let heard = heard(&listener).expect("the frame is heard");
-            assert_eq!(heard[..60], of_interest[..60]);
+            let received = next_frame(&listener).expect("the frame arrives");
+            assert_eq!(received[..60], of_interest[..60]);
         }
         for ordinary in [
             frame(other, own),
@@ -83,12 +79,12 @@ fn listener_hears_what_tells_of_the_sender_and_nothing_else() {
             packet(own, 6, 6, 135),
         ] {
             send(macvtap.queue(), &ordinary);
-            assert_eq!(heard(&listener), None, "{ordinary:02x?}");
+            assert_eq!(next_frame(&listener), None, "{ordinary:02x?}");
         }
         // What others send is none of its business.
         let question = arp_request(other, [10, 0, 0, 2], [10, 0, 0, 1]);
         send(theirs.queue(), &question);
-        assert!(hears(macvtap.queue(), |frame| frame == question));
-        assert_eq!(heard(&listener), None);
+        assert!(receives(macvtap.queue(), |frame| frame == question));
+        assert_eq!(next_frame(&listener), None);
     }
-}
+});

@@ -15,8 +15,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use net::{Error, Macvtap, MacvtapSpec, Mode, Problem, Unfit};
-use netns::Netns;
-use wire::{arp_request, exchange, frame, hears, send};
+use netns::{Netns, root_test};
+use wire::{arp_request, exchange, frame, receives, send};
 
 const MAC: &str = "52:54:00:12:34:56";
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -43,7 +43,7 @@ fn open(netns: &Netns, spec: &MacvtapSpec) -> Macvtap {
         .unwrap_or_else(|error| panic!("{}", chain(&error)))
 }
 
-/// The problem that keeps a macvtap from being opened, after a look that nothing was left behind.
+/// The problem that keeps a macvtap from being opened, after a check that nothing was left.
 fn problem(netns: &Netns, spec: &MacvtapSpec) -> Problem {
     let before = netns.links();
     let error = netns.enter(|| Macvtap::open(spec)).expect_err("a problem");
@@ -65,11 +65,7 @@ fn chain(error: &Error) -> String {
     text
 }
 
-#[test]
-fn open_by_name_of_the_lower_makes_a_private_macvtap() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(open_by_name_of_the_lower_makes_a_private_macvtap, || {
     let netns = Netns::new();
     netns.wire("v0");
     let before = netns.links();
@@ -93,13 +89,9 @@ fn open_by_name_of_the_lower_makes_a_private_macvtap() {
         before,
         "it must not show in the caller's namespace"
     );
-}
+});
 
-#[test]
-fn open_with_mac_and_mtu_gives_these() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(open_with_mac_and_mtu_gives_these, || {
     let netns = Netns::new();
     netns.wire("v0");
     let mut spec = with_mac("v0", MAC);
@@ -109,13 +101,9 @@ fn open_with_mac_and_mtu_gives_these() {
         (macvtap.info().mac.to_string().as_str(), macvtap.info().mtu),
         (MAC, 1400)
     );
-}
+});
 
-#[test]
-fn drop_frees_the_mac_at_once() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(drop_frees_the_mac_at_once, || {
     let netns = Netns::new();
     netns.wire("v0");
     for _ in 0..10 {
@@ -129,13 +117,9 @@ fn drop_frees_the_mac_at_once() {
     drop(guard);
     open(&netns, &with_mac("v0", MAC));
     drop(queue);
-}
+});
 
-#[test]
-fn frames_pass_both_ways_through_the_queue() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(frames_pass_both_ways_through_the_queue, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     peer.address("v1", "192.0.2.1/24");
@@ -148,44 +132,32 @@ fn frames_pass_both_ways_through_the_queue() {
         |frame| frame[..6] == mac && frame[12..14] == [8, 6] && frame[28..32] == [192, 0, 2, 1],
     );
     assert!(answer, "no ARP answer from the peer");
-}
+});
 
-#[test]
-fn multicast_that_nobody_joined_is_heard() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(multicast_of_an_unjoined_group_is_received, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let (ours, theirs) = (open(&host, &spec("v0")), open(&peer, &spec("v1")));
     let multicast = frame([0x33, 0x33, 0xff, 1, 2, 3], theirs.info().mac.octets());
     send(theirs.queue(), &multicast);
-    assert!(hears(ours.queue(), |heard| heard == multicast));
-}
+    assert!(receives(ours.queue(), |frame| frame == multicast));
+});
 
-#[test]
-fn host_sends_nothing_through_the_macvtap_of_itself() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(host_sends_nothing_through_the_macvtap_of_itself, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let listener = open(&peer, &spec("v1"));
     let quiet = open(&host, &spec("v0"));
     // Duplicate address detection and MLD reports would come within this second.
     let mac = quiet.info().mac.octets();
-    let heard = wire::collect(listener.queue(), Duration::from_millis(1500));
+    let received = wire::collect(listener.queue(), Duration::from_millis(1500));
     assert!(
-        heard.iter().all(|frame| frame[6..12] != mac),
-        "{heard:02x?}"
+        received.iter().all(|frame| frame[6..12] != mac),
+        "{received:02x?}"
     );
-}
+});
 
-#[test]
-fn bridge_siblings_hear_each_other_and_private_and_vepa_ones_do_not() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(bridge_siblings_alone_receive_from_each_other, || {
     for (mode, expected) in [
         (Mode::Bridge, true),
         (Mode::Private, false),
@@ -200,18 +172,14 @@ fn bridge_siblings_hear_each_other_and_private_and_vepa_ones_do_not() {
         let hello = frame(two.info().mac.octets(), one.info().mac.octets());
         send(one.queue(), &hello);
         assert_eq!(
-            hears(two.queue(), |heard| heard == hello),
+            receives(two.queue(), |frame| frame == hello),
             expected,
             "{mode}"
         );
     }
-}
+});
 
-#[test]
-fn passthru_takes_the_lowers_mac_and_hears_what_is_for_others() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(passthru_takes_the_lowers_mac_and_receives_all, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let ours = open(&host, &with_mode("v0", Mode::Passthru));
@@ -219,14 +187,10 @@ fn passthru_takes_the_lowers_mac_and_hears_what_is_for_others() {
     let theirs = open(&peer, &spec("v1"));
     let stray = frame([0x52, 0x54, 0, 9, 9, 9], theirs.info().mac.octets());
     send(theirs.queue(), &stray);
-    assert!(hears(ours.queue(), |heard| heard == stray));
-}
+    assert!(receives(ours.queue(), |frame| frame == stray));
+});
 
-#[test]
-fn source_with_its_empty_list_hears_nobody() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(source_with_an_empty_list_receives_nothing, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     let (ours, theirs) = (
@@ -235,18 +199,14 @@ fn source_with_its_empty_list_hears_nobody() {
     );
     let hello = frame(ours.info().mac.octets(), theirs.info().mac.octets());
     send(theirs.queue(), &hello);
-    assert!(!hears(ours.queue(), |heard| heard == hello));
-    // It can still be heard.
+    assert!(!receives(ours.queue(), |frame| frame == hello));
+    // It can still send.
     let hello = frame(BROADCAST, ours.info().mac.octets());
     send(ours.queue(), &hello);
-    assert!(hears(theirs.queue(), |heard| heard == hello));
-}
+    assert!(receives(theirs.queue(), |frame| frame == hello));
+});
 
-#[test]
-fn passthru_conflicts_are_told_both_ways() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(passthru_conflicts_are_reported_both_ways, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.macvtap("mine", "v0", "bridge");
@@ -263,7 +223,7 @@ fn passthru_conflicts_are_told_both_ways() {
     }
     netns.ip("link delete taker");
 
-    // What is in another namespace cannot be told from a driver that carries none, so both are named.
+    // What is in another namespace looks like a driver that carries none, so both are named.
     for hidden in [Mode::Bridge, Mode::Passthru] {
         let hidden = open(&netns, &with_mode("v0", hidden));
         let unseen = problem(&netns, &with_mode("v0", Mode::Passthru));
@@ -283,13 +243,9 @@ fn passthru_conflicts_are_told_both_ways() {
         problem(&netns, &foreign),
         Problem::PassthruMac { .. }
     ));
-}
+});
 
-#[test]
-fn unfit_lowers_are_refused_each_with_its_reason() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(unfit_lowers_are_refused_each_with_its_reason, || {
     let netns = Netns::new();
     netns.wire("v0");
     let near = problem(&netns, &spec("v1"));
@@ -319,13 +275,9 @@ fn unfit_lowers_are_refused_each_with_its_reason() {
     ));
     let own = with_mac("v0", &netns.mac("v0"));
     assert!(matches!(problem(&netns, &own), Problem::MacIsLowers { .. }));
-}
+});
 
-#[test]
-fn lower_in_a_bridge_is_refused_and_the_bridge_itself_carries() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(lower_in_a_bridge_is_refused_and_the_bridge_carries, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.bridge("br0", &["v0"]);
@@ -334,13 +286,9 @@ fn lower_in_a_bridge_is_refused_and_the_bridge_itself_carries() {
         matches!(refusal, Problem::Unfit(Unfit::Enslaved { kind, master, .. }) if kind == "bridge" && master == "br0")
     );
     assert_eq!(open(&netns, &spec("br0")).info().lower.as_str(), "br0");
-}
+});
 
-#[test]
-fn lower_in_a_bond_or_team_is_refused_with_its_name() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(lower_in_a_bond_or_team_is_refused_with_its_name, || {
     for expected in ["bond", "team"] {
         let netns = Netns::new();
         netns.wire("v0");
@@ -353,13 +301,9 @@ fn lower_in_a_bond_or_team_is_refused_with_its_name() {
             );
         }
     }
-}
+});
 
-#[test]
-fn lower_with_an_ipvlan_is_refused_with_its_name() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(lower_with_an_ipvlan_is_refused_with_its_name, || {
     let netns = Netns::new();
     netns.wire("v0");
     if netns.add_if_supported("ipv0 link v0 type ipvlan") {
@@ -372,13 +316,9 @@ fn lower_with_an_ipvlan_is_refused_with_its_name() {
             matches!(on_it, Problem::Unfit(Unfit::CarriesNone { kind, .. }) if kind == "ipvlan")
         );
     }
-}
+});
 
-#[test]
-fn lower_that_is_a_vrf_is_refused_and_a_port_of_it_carries() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(lower_that_is_a_vrf_is_refused_and_its_port_carries, || {
     let netns = Netns::new();
     netns.wire("v0");
     if netns.add_if_supported("red type vrf table 10") {
@@ -390,13 +330,9 @@ fn lower_that_is_a_vrf_is_refused_and_a_port_of_it_carries() {
         netns.ip("link set v0 master red");
         open(&netns, &spec("v0"));
     }
-}
+});
 
-#[test]
-fn lower_that_is_a_vlan_or_dummy_carries() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(lower_that_is_a_vlan_or_dummy_carries, || {
     let netns = Netns::new();
     netns.wire("v0");
     for args in ["lower link v0 type vlan id 5", "lower type dummy"] {
@@ -406,36 +342,24 @@ fn lower_that_is_a_vlan_or_dummy_carries() {
             netns.ip("link delete lower");
         }
     }
-}
+});
 
-#[test]
-fn lower_that_is_a_macvlan_stands_for_the_nic_under_it() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(lower_that_is_a_macvlan_stands_for_the_nic_under_it, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.macvlan("mv0", &netns, "v0");
     assert_eq!(open(&netns, &spec("mv0")).info().lower.as_str(), "v0");
-}
+});
 
-#[test]
-fn taken_mac_names_the_holder_that_can_be_seen() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(taken_mac_names_the_holder_that_can_be_seen, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.macvlan("mv0", &netns, "v0");
     let taken = problem(&netns, &with_mac("v0", &netns.mac("mv0")));
     assert!(matches!(taken, Problem::MacTaken { by, .. } if by == ["mv0"]));
-}
+});
 
-#[test]
-fn existing_macvtap_is_used_and_left_as_it_was() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(existing_macvtap_is_used_and_left_as_it_was, || {
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
     host.macvtap("mine", "v0", "vepa");
@@ -448,7 +372,7 @@ fn existing_macvtap_is_used_and_left_as_it_was() {
     let theirs = open(&peer, &spec("v1"));
     let hello = frame(macvtap.info().mac.octets(), theirs.info().mac.octets());
     send(theirs.queue(), &hello);
-    assert!(hears(macvtap.queue(), |heard| heard == hello));
+    assert!(receives(macvtap.queue(), |frame| frame == hello));
     drop(macvtap);
     assert!(host.links().contains(&"mine".to_owned()));
 
@@ -470,13 +394,9 @@ fn existing_macvtap_is_used_and_left_as_it_was() {
         problem(&host, &spec("mine")),
         Problem::Unfit(Unfit::NoReceiveRing { .. })
     ));
-}
+});
 
-#[test]
-fn same_index_in_two_namespaces_opens_each_its_own_device() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(same_index_in_two_namespaces_opens_the_own_device, || {
     // The node /dev/tap<index> can be that of one of them only.
     let spaces = [Netns::new(), Netns::new()];
     let index = 1_000_000 + std::process::id();
@@ -493,13 +413,9 @@ fn same_index_in_two_namespaces_opens_each_its_own_device() {
             netns.mac("mine")
         );
     }
-}
+});
 
-#[test]
-fn ordinary_user_is_told_to_become_root() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(user_without_rights_is_refused_with_the_remedy, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.macvtap("mine", "v0", "bridge");
@@ -514,7 +430,7 @@ fn ordinary_user_is_told_to_become_root() {
         text.contains("lacks CAP_NET_ADMIN and CAP_SYS_ADMIN") && text.contains("sudo"),
         "{text}"
     );
-}
+});
 
 /// Makes the calling thread, and it alone, an ordinary user. (The libc function would change all threads.)
 fn become_nobody() {
@@ -568,11 +484,7 @@ fn child(netns: &Netns, link: &str, as_nobody: bool) -> (Child, String) {
     (child, said.unwrap_or_default())
 }
 
-#[test]
-fn killed_process_leaves_neither_link_nor_node_nor_mac() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(killed_process_leaves_neither_link_nor_node_nor_mac, || {
     let netns = Netns::new();
     netns.wire("v0");
     let (mut child, said) = child(&netns, "v0", false);
@@ -593,7 +505,7 @@ fn killed_process_leaves_neither_link_nor_node_nor_mac() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(!node.exists(), "{node:?} is still there");
-}
+});
 
 /// The node of the macvtap that a process has open.
 fn private_node_of(pid: u32) -> std::path::PathBuf {
@@ -604,11 +516,7 @@ fn private_node_of(pid: u32) -> std::path::PathBuf {
         .expect("a tap node")
 }
 
-#[test]
-fn existing_macvtap_serves_an_ordinary_user_who_was_given_its_node() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(existing_macvtap_serves_a_user_who_owns_its_node, || {
     let netns = Netns::new();
     netns.wire("v0");
     let index = 2_000_000 + std::process::id();
@@ -627,13 +535,9 @@ fn existing_macvtap_serves_an_ordinary_user_who_was_given_its_node() {
     served.kill().unwrap();
     served.wait().unwrap();
     assert_eq!(said, format!("opened {MAC}"));
-}
+});
 
-#[test]
-fn queue_is_non_blocking_and_closed_on_exec() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(queue_is_non_blocking_and_closed_on_exec, || {
     let netns = Netns::new();
     netns.wire("v0");
     let macvtap = open(&netns, &spec("v0"));
@@ -648,4 +552,4 @@ fn queue_is_non_blocking_and_closed_on_exec() {
             .unwrap()
             .contains(rustix::io::FdFlags::CLOEXEC)
     );
-}
+});

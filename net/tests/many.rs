@@ -18,8 +18,8 @@ use std::sync::Mutex;
 
 use child::soon;
 use net::{Macvtap, MacvtapSpec, Mode, Placement};
-use netns::Netns;
-use wire::{frame, hears, send};
+use netns::{Netns, root_test};
+use wire::{frame, receives, send};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -29,11 +29,7 @@ fn spec(link: &str, placement: Placement) -> MacvtapSpec {
     spec
 }
 
-#[test]
-fn sixty_four_on_one_lower_all_hear_the_wire() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(sixty_four_on_one_lower_all_hear_the_wire, || {
     let _alone = ONE_AT_A_TIME.lock();
     let (host, peer) = (Netns::new(), Netns::new());
     host.veth("v0", &peer, "v1");
@@ -65,7 +61,7 @@ fn sixty_four_on_one_lower_all_hear_the_wire() {
         send(theirs.queue(), &hello);
         for one in &all {
             assert!(
-                hears(one.queue(), |heard| heard == hello),
+                receives(one.queue(), |frame| frame == hello),
                 "{}",
                 one.info().name.as_str()
             );
@@ -73,17 +69,13 @@ fn sixty_four_on_one_lower_all_hear_the_wire() {
         let (first, last) = (&all[0], &all[63]);
         let hello = frame(last.info().mac.octets(), first.info().mac.octets());
         send(first.queue(), &hello);
-        assert!(hears(last.queue(), |heard| heard == hello));
+        assert!(receives(last.queue(), |frame| frame == hello));
         drop(all);
         assert_eq!(host.links(), ["v0"]);
     }
-}
+});
 
-#[test]
-fn two_hundred_killed_leave_nothing() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(two_hundred_killed_leave_nothing, || {
     let _alone = ONE_AT_A_TIME.lock();
     let netns = Netns::new();
     netns.wire("v0");
@@ -123,7 +115,7 @@ fn two_hundred_killed_leave_nothing() {
             netns::skip::not_tested("this kernel does not count its namespaces in /proc/slabinfo")
         }
     }
-}
+});
 
 fn count(directory: &str) -> usize {
     std::fs::read_dir(directory).unwrap().count()

@@ -1,5 +1,5 @@
-//! Who hears whom in each mode, as the kernel defines it (drivers/net/macvlan.c, `macvlan_queue_xmit` and
-//! `macvlan_handle_frame`): two macvtaps A and B on one lower, and a listener on the wire outside that hears everything.
+//! Who receives from whom in each mode, as the kernel defines it (drivers/net/macvlan.c, `macvlan_queue_xmit` and
+//! `macvlan_handle_frame`): two macvtaps A and B on one lower, and a listener on the wire outside that receives everything.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,11 +14,11 @@ mod wire;
 use std::time::Duration;
 
 use net::{MacAddr, Macvtap, MacvtapSpec, Mode, Placement};
-use netns::Netns;
+use netns::{Netns, root_test};
 use wire::{collect, send};
 
 const BROADCAST: [u8; 6] = [0xff; 6];
-/// A group that nobody joined.
+/// A group without members.
 const MULTICAST: [u8; 6] = [0x33, 0x33, 0xff, 1, 2, 3];
 const STRANGER: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 
@@ -36,7 +36,7 @@ impl Wire {
         Self::with_sources(mode, false)
     }
 
-    /// With the outside in the list of senders that A hears, if it `lists_outside`.
+    /// With the outside in the list of senders that A receives, if it `lists_outside`.
     fn with_sources(mode: Mode, lists_outside: bool) -> Self {
         let (host, peer) = (Netns::new(), Netns::new());
         host.veth("v0", &peer, "v1");
@@ -80,7 +80,7 @@ impl Wire {
         }
     }
 
-    /// Sends the frame of each case and tells who heard it, as the letters of the listeners.
+    /// Sends the frame of each case and returns who received it, as the letters of the listeners.
     fn listeners(&self, cases: &[(&str, &str, &str)]) -> Vec<String> {
         let frames = cases.iter().enumerate().map(|(number, (_, from, to))| {
             let mut frame = wire::frame(self.address(to), self.address(from));
@@ -100,7 +100,7 @@ impl Wire {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        let mut heard = vec![String::new(); cases.len()];
+        let mut received = vec![String::new(); cases.len()];
         let b = self.b.as_ref().map(|b| ("B", b));
         for (name, link) in [("A", &self.a)]
             .into_iter()
@@ -108,29 +108,25 @@ impl Wire {
             .chain([("O", &self.outside)])
         {
             let all = collect(link.queue(), Duration::from_millis(300));
-            for (frame, heard) in frames.iter().zip(&mut heard) {
+            for (frame, received) in frames.iter().zip(&mut received) {
                 if all.contains(frame) {
-                    heard.push_str(name);
+                    received.push_str(name);
                 }
             }
         }
-        heard
+        received
     }
 }
 
-#[test]
-fn each_mode_lets_hear_whom_the_kernel_says() {
-    if !netns::is_root() {
-        return;
-    }
-    // Who sends, from which address, to which; who hears it in bridge, vepa, private, source (nobody listed) and passthru
+root_test!(each_mode_lets_hear_whom_the_kernel_says, || {
+    // Who sends, from which address, to which; who receives it in bridge, vepa, private, source (empty list) and passthru
     // mode. The O of a sender outside is a frame come back to it.
     let table: &[(&str, &str, &str, [&str; 5])] = &[
         // Among siblings: by themselves in bridge mode alone, and then unicast does not even reach the wire.
         ("A", "A", "B", ["B", "O", "O", "O", "O"]),
         ("A", "A", "broadcast", ["BO", "O", "O", "O", "O"]),
         ("A", "A", "multicast", ["BO", "O", "O", "O", "O"]),
-        // To the outside, and to the lower itself: that is never heard on the host.
+        // To the outside, and to the lower itself: that never reaches the host.
         ("A", "A", "O", ["O", "O", "O", "O", "O"]),
         ("A", "A", "L", ["O", "O", "O", "O", "O"]),
         // From the outside.
@@ -158,24 +154,20 @@ fn each_mode_lets_hear_whom_the_kernel_says() {
     ];
     let mut wrong = Vec::new();
     for (column, mode) in modes.into_iter().enumerate() {
-        let heard = Wire::new(mode).listeners(&cases);
-        for ((sender, from, to, expected), heard) in table.iter().zip(heard) {
-            if heard != expected[column] {
+        let received = Wire::new(mode).listeners(&cases);
+        for ((sender, from, to, expected), received) in table.iter().zip(received) {
+            if received != expected[column] {
                 wrong.push(format!(
-                    "{mode}: {sender} sends from {from} to {to}: heard by `{heard}`, not `{}`",
+                    "{mode}: {sender} sends from {from} to {to}: received by `{received}`, not `{}`",
                     expected[column]
                 ));
             }
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-}
+});
 
-#[test]
-fn source_mode_hears_the_listed_sender_whomever_it_is_for() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(source_mode_receives_all_of_the_listed_sender, || {
     for from_the_start in [true, false] {
         let wire = Wire::with_sources(Mode::Source, from_the_start);
         if !from_the_start {
@@ -184,13 +176,13 @@ fn source_mode_hears_the_listed_sender_whomever_it_is_for() {
                 "link set {name} type macvtap macaddr add {outside}"
             ));
         }
-        let heard = wire.listeners(&[
+        let received = wire.listeners(&[
             ("O", "O", "A"),
             ("O", "O", "broadcast"),
             ("O", "O", "stranger"),
             ("O", "stranger", "A"),
             ("O", "stranger", "broadcast"),
         ]);
-        assert_eq!(heard, ["A", "A", "A", "", ""]);
+        assert_eq!(received, ["A", "A", "A", "", ""]);
     }
-}
+});

@@ -1,4 +1,4 @@
-//! Links with bytes on them that are no text: whatever somebody writes on a link, the link is seen. They need root.
+//! Links with bytes on them that are no text: the links are seen all the same. They need root.
 
 #![allow(
     clippy::unwrap_used,
@@ -18,7 +18,7 @@ use std::time::Duration;
 use net::{
     HostLink, HostLinkSpec, LinkChange, LinkWatch, Macvtap, MacvtapSpec, Placement, inventory,
 };
-use netns::Netns;
+use netns::{Netns, root_test};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 /// An alias in Latin-1, as `ip link set LINK alias 'Büro'` gives it in a terminal of that kind.
@@ -45,11 +45,7 @@ fn soon<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     result.recv_timeout(patience).expect("it ends")
 }
 
-#[test]
-fn lower_with_an_alias_that_is_no_utf8_carries_macvtaps_and_host_links() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(lower_with_a_non_utf8_alias_carries_links, || {
     let host = Netns::new();
     host.wire("v0");
     host.wire("v1");
@@ -74,13 +70,9 @@ fn lower_with_an_alias_that_is_no_utf8_carries_macvtaps_and_host_links() {
         let of_link = checks.iter().find(|check| check.message.contains("v0"));
         assert_eq!(of_link.unwrap().status, net::Status::Ok, "{checks:?}");
     });
-}
+});
 
-#[test]
-fn macvtap_whose_alias_becomes_no_utf8_is_still_let_go() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(macvtap_whose_alias_becomes_no_utf8_is_still_let_go, || {
     let host = Netns::new();
     host.wire("v0");
     let mut spec = MacvtapSpec::new("v0".parse().unwrap());
@@ -92,13 +84,9 @@ fn macvtap_whose_alias_becomes_no_utf8_is_still_let_go() {
         LATIN_1,
     );
     soon(move || drop(macvtap));
-}
+});
 
-#[test]
-fn news_of_a_link_with_an_alias_that_is_no_utf8_are_heard() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(changes_of_a_link_with_a_non_utf8_alias_are_seen, || {
     let host = Netns::new();
     host.wire("v0");
     let v0 = index(&host, "v0");
@@ -115,7 +103,7 @@ fn news_of_a_link_with_an_alias_that_is_no_utf8_are_heard() {
         }
         let fd = watch.as_fd();
         let mut ready = [PollFd::new(&fd, PollFlags::IN)];
-        let heard = rustix::event::poll(&mut ready, Some(&patience)).unwrap();
-        assert_eq!(heard, 1, "nothing was heard");
+        let changes = rustix::event::poll(&mut ready, Some(&patience)).unwrap();
+        assert_eq!(changes, 1, "no change came");
     }
-}
+});

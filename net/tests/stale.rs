@@ -1,4 +1,4 @@
-//! Which links count as left behind, and which do not.
+//! Which links count as stale, and which do not.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,7 +12,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use net::{HostLinkGuard, HostLinkSpec, Macvtap, MacvtapSpec, Placement};
-use netns::Netns;
+use netns::{Netns, root_test};
 
 const WHAT: &str = "NET_TEST_STALE";
 
@@ -69,14 +69,14 @@ impl Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        // Of no use when it was killed before.
+        // It fails when the process was killed before.
         let _ = self.process.kill();
         let _ = self.process.wait();
         end_program(self.program);
     }
 }
 
-/// Ends the program and waits for that: it is an orphan, which nobody here can wait for.
+/// Ends the program and waits for that: it is an orphan, not our child.
 fn end_program(pid: u32) {
     let Some(pid) = rustix::process::Pid::from_raw(pid as i32) else {
         return;
@@ -145,11 +145,7 @@ fn leaked(netns: &Netns, link: &str) -> (bool, Option<u32>) {
     (upper.leaked, upper.owner.map(|owner| owner.pid()))
 }
 
-#[test]
-fn macvtap_of_a_killed_process_stays_while_a_program_has_its_queue() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(macvtap_of_a_killed_process_lives_with_its_queue, || {
     let netns = place();
     let mut owner = Owner::start(&netns, "macvtap");
     owner.kill();
@@ -165,21 +161,15 @@ fn macvtap_of_a_killed_process_stays_while_a_program_has_its_queue() {
     end_program(owner.program);
     assert!(leaked(&netns, "mvt0").0);
     assert_eq!(deleted(&netns), ["mvt0"]);
-}
+});
 
-#[test]
-fn macvtap_whose_alias_was_changed_is_deleted_by_its_owner_or_after_it() {
-    if netns::is_root() {
-        changed_alias_hides_nothing("macvtap");
-    }
-}
+root_test!(macvtap_with_a_changed_alias_is_deleted, || {
+    changed_alias_hides_nothing("macvtap")
+});
 
-#[test]
-fn host_link_whose_alias_was_changed_is_deleted_by_its_owner_or_after_it() {
-    if netns::is_root() {
-        changed_alias_hides_nothing("host link");
-    }
-}
+root_test!(host_link_with_a_changed_alias_is_deleted, || {
+    changed_alias_hides_nothing("host link")
+});
 
 fn changed_alias_hides_nothing(what: &str) {
     let netns = place();
@@ -202,11 +192,7 @@ fn changed_alias_hides_nothing(what: &str) {
     assert_eq!(deleted(&netns), [owner.link.as_str()]);
 }
 
-#[test]
-fn queue_of_a_macvtap_that_is_gone_keeps_no_other_of_its_number() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(queue_of_a_deleted_macvtap_keeps_no_other, || {
     let netns = place();
     let gone = Owner::start(&netns, "macvtap");
     let device = |link: &str| {
@@ -231,13 +217,9 @@ fn queue_of_a_macvtap_that_is_gone_keeps_no_other_of_its_number() {
         assert_eq!(deleted(&netns), [owner.link.as_str()]);
     }
     drop(gone);
-}
+});
 
-#[test]
-fn host_link_of_a_killed_process_is_in_nobodys_way() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(stale_host_link_of_a_killed_process_is_no_obstacle, || {
     let netns = place();
     let mut spec = HostLinkSpec::new("v0".parse().unwrap());
     spec.addresses = vec!["192.0.2.1/24".parse().unwrap()];
@@ -249,4 +231,4 @@ fn host_link_of_a_killed_process_is_in_nobodys_way() {
     let mut owner = Owner::start(&netns, "host link");
     owner.kill();
     netns.enter(|| net::HostLink::create(&spec)).unwrap();
-}
+});

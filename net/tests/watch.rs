@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use net::{LinkChange, LinkWatch, Macvtap, MacvtapSpec};
-use netns::Netns;
+use netns::{Netns, root_test};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 fn index(netns: &Netns, link: &str) -> u32 {
@@ -62,11 +62,7 @@ fn expect_last(watch: &mut LinkWatch, last: Change) {
     assert_eq!(found.last(), Some(&last), "{found:?}");
 }
 
-#[test]
-fn healthy_links_are_silent_and_unhealthy_ones_say_so_at_first() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(watch_reports_unhealthy_links_alone_at_first, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.wire("v1");
@@ -81,13 +77,9 @@ fn healthy_links_are_silent_and_unhealthy_ones_say_so_at_first() {
             (absent, LinkChange::Deleted),
         ],
     );
-}
+});
 
-#[test]
-fn carrier_mtu_and_deletion_are_told_of_watched_links_alone() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(watch_reports_changes_of_watched_links_alone, || {
     let netns = Netns::new();
     netns.wire("v0");
     let v0 = index(&netns, "v0");
@@ -107,19 +99,15 @@ fn carrier_mtu_and_deletion_are_told_of_watched_links_alone() {
     netns.ip("link delete v0");
     expect_last(&mut watch, (v0, LinkChange::Deleted));
     expect(&mut watch, &[]);
-}
+});
 
-#[test]
-fn mac_and_multicast_that_somebody_changes_are_told_and_multicast_is_put_right() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(watch_reports_mac_changes_and_restores_multicast, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.macvtap("m0", "v0", "bridge");
     let m0 = index(&netns, "m0");
     let mut watch = watch(&netns, &[m0]);
-    // As it is at first is nobody's change.
+    // The first state is no change.
     expect(&mut watch, &[]);
     netns.ip("link set m0 allmulticast on");
     expect(&mut watch, &[(m0, LinkChange::AllMulticast(true))]);
@@ -134,7 +122,7 @@ fn mac_and_multicast_that_somebody_changes_are_told_and_multicast_is_put_right()
 
     netns.ip("link set m0 allmulticast off");
     expect(&mut watch, &[(m0, LinkChange::AllMulticast(false))]);
-    // Who has no right to it hears that.
+    // Without the right to it there is an error.
     let without_rights = || {
         // SAFETY: it takes plain numbers, and as a bare system call changes this thread alone.
         let changed = unsafe { libc::syscall(libc::SYS_setresuid, -1, 65534, -1) };
@@ -143,13 +131,9 @@ fn mac_and_multicast_that_somebody_changes_are_told_and_multicast_is_put_right()
     };
     std::thread::scope(|scope| scope.spawn(without_rights).join().unwrap());
     expect(&mut watch, &[(m0, LinkChange::Refused(libc::EPERM))]);
-}
+});
 
-#[test]
-fn socket_of_another_process_is_watched_by_and_nothing_else_is() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(watch_takes_another_processs_socket_alone, || {
     let netns = Netns::new();
     netns.wire("v0");
     let spec = MacvtapSpec::new("v0".parse().unwrap());
@@ -167,13 +151,9 @@ fn socket_of_another_process_is_watched_by_and_nothing_else_is() {
     for other in [socket.into(), File::open("/dev/null").unwrap().into()] {
         assert!(LinkWatch::from_socket(other, &[index]).is_err());
     }
-}
+});
 
-#[test]
-fn link_that_moves_to_another_namespace_is_gone() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(link_that_moves_to_another_namespace_is_gone, || {
     let (netns, other) = (Netns::new(), Netns::new());
     netns.wire("v0");
     let v0 = index(&netns, "v0");
@@ -181,7 +161,7 @@ fn link_that_moves_to_another_namespace_is_gone() {
     expect(&mut watch, &[]);
     netns.ip(&format!("link set v0 netns {}", other.name()));
     expect_last(&mut watch, (v0, LinkChange::Deleted));
-}
+});
 
 /// `ip -batch` in the namespace: all of it in one process.
 fn batch(netns: &Netns, lines: impl Iterator<Item = String>) {
@@ -196,11 +176,7 @@ fn overrun(netns: &Netns, link: &str) {
     batch(netns, (0..4000).map(change));
 }
 
-#[test]
-fn overrun_during_a_listing_makes_no_link_disappear() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(overrun_during_a_listing_makes_no_link_disappear, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.down("v0");
@@ -209,20 +185,16 @@ fn overrun_during_a_listing_makes_no_link_disappear() {
     batch(&netns, (0..200).map(add));
     let v0 = index(&netns, "v0");
     let mut watch = watch(&netns, &[v0]);
-    // The first part has come, and tells that it is down.
+    // The first part has come, and shows that it is down.
     let first = watch.next().unwrap().unwrap();
     assert_eq!((first.index, first.change), (v0, LinkChange::Admin(false)));
     overrun(&netns, "m199");
     expect(&mut watch, &[(v0, LinkChange::Carrier(false))]);
     netns.up("v0");
     expect_last(&mut watch, (v0, LinkChange::Carrier(true)));
-}
+});
 
-#[test]
-fn overrun_ends_in_the_state_that_is() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(overrun_ends_in_the_state_that_is, || {
     let netns = Netns::new();
     netns.wire("v0");
     netns.wire("v1");
@@ -243,4 +215,4 @@ fn overrun_ends_in_the_state_that_is() {
     // And it goes on.
     netns.down("v0-far");
     expect(&mut watch, &[(v0, LinkChange::Carrier(false))]);
-}
+});

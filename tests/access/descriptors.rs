@@ -1,12 +1,8 @@
-//! Queues that somebody else has opened.
+//! Queues that another process has opened.
 
 use super::*;
 
-#[test]
-fn macvtap_of_ip_link_by_descriptor_gives_its_mac_and_works() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(macvtap_of_ip_link_works_by_descriptor_with_its_mac, || {
     let place = Place::new();
     let node = place.macvtap("mine");
     let redirection = format!("3<>{}", node.display());
@@ -25,13 +21,9 @@ fn macvtap_of_ip_link_by_descriptor_gives_its_mac_and_works() {
     }
     place.net.quit(2, vm);
     assert_eq!(place.net.host.links(), ["lower", "mine"], "it was not ours");
-}
+});
 
-#[test]
-fn ordinary_user_runs_a_guest_with_kvm_and_a_descriptor_alone() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(user_runs_a_guest_with_kvm_and_a_descriptor_alone, || {
     let place = Place::new();
     let node = place.macvtap("mine");
     // By a user without any capability, to whom not even the node is open.
@@ -65,17 +57,14 @@ fn ordinary_user_runs_a_guest_with_kvm_and_a_descriptor_alone() {
         assert!(place.net.far.pings(&ip, 3), "{ip}\n{}", vm.transcript());
     }
     place.net.quit(2, vm);
-}
+});
 
-#[test]
-fn descriptor_that_is_no_queue_is_refused_with_what_it_is() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(descriptor_of_another_kind_is_refused_with_its_kind, || {
     let place = Place::new();
     let guest = place.guest(2, "mode=info");
     let args = with(&guest, &["--macvtap", "fd=3"]);
-    let command = |redirection: &str, handed: Stdio| place.redirected(redirection, handed, &args);
+    let command =
+        |redirection: &str, inherited: Stdio| place.redirected(redirection, inherited, &args);
     let nothing = Stdio::null;
     is_refused(
         command("3<&-", nothing()),
@@ -104,7 +93,7 @@ fn descriptor_that_is_no_queue_is_refused_with_what_it_is() {
         FAILED,
         &["fd 3 belongs to", "a tun", "use a macvtap or a tap"],
     );
-}
+});
 
 /// A descriptor of a new tun in this thread's network namespace.
 fn tun() -> File {
@@ -122,11 +111,7 @@ fn tun() -> File {
     file
 }
 
-#[test]
-fn descriptor_with_keys_or_twice_is_refused() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(descriptor_with_keys_or_twice_is_refused, || {
     let place = Place::new();
     let node = place.macvtap("mine");
     let node = node.display();
@@ -167,13 +152,9 @@ fn descriptor_with_keys_or_twice_is_refused() {
     refused("3<&-", &by_name, FAILED, &["two NICs are on mine"]);
     let both = ["--macvtap", "fd=3", "--macvtap", "mine"];
     refused(&one, &both, FAILED, &["two NICs are on mine"]);
-}
+});
 
-#[test]
-fn macvtap_of_a_running_guest_is_refused_to_a_second_one() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(macvtap_of_a_running_guest_is_refused_to_a_second, || {
     let place = Place::new();
     place.macvtap("mine");
     let vm = place.serve(2, &["--macvtap", "mine"]);
@@ -191,4 +172,4 @@ fn macvtap_of_a_running_guest_is_refused_to_a_second_one() {
     assert!(place.net.far.pings(&addresses(2)[0], 3));
     kill(vm);
     guest::succeed(Vm::spawn(place.minivmm(&second)));
-}
+});

@@ -26,11 +26,7 @@ fn host_and_guest_talk(place: &Place, vm: &Vm) {
     }
 }
 
-#[test]
-fn host_link_lets_host_and_guest_talk_until_it_is_deleted() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(host_link_lets_host_and_guest_talk_until_deleted, || {
     let place = Place::new();
     let vm = place.serve(2, &["--macvtap", "lower"]);
     let [v4, v6] = [format!("{}/24", HOST[0]), format!("{}/64", HOST[1])];
@@ -44,28 +40,27 @@ fn host_link_lets_host_and_guest_talk_until_it_is_deleted() {
         &v6,
     ];
     for (name, words) in [("macvlan0", &[][..]), ("hosts", &["--name", "hosts"])] {
-        let told = succeeds(place.minivmm(&[&make[..], words].concat()));
-        assert!(told.starts_with(&format!("{name} on lower has")), "{told}");
-        assert!(told.contains(&v4) && told.contains(&v6), "{told}");
+        let shown = succeeds(place.minivmm(&[&make[..], words].concat()));
+        assert!(
+            shown.starts_with(&format!("{name} on lower has")),
+            "{shown}"
+        );
+        assert!(shown.contains(&v4) && shown.contains(&v6), "{shown}");
         assert_eq!(place.net.host.links(), ["lower", name]);
         host_and_guest_talk(&place, &vm);
         let listing = succeeds(place.minivmm(&["net", "list", "lower"]));
         assert!(listing.contains("the host's own"), "{listing}");
         // By the name of either link.
         let by = if name == "hosts" { name } else { "lower" };
-        let told = succeeds(place.minivmm(&["net", "host-link", by, "--delete"]));
-        assert_eq!(told, format!("deleted {name} on lower\n"));
+        let shown = succeeds(place.minivmm(&["net", "host-link", by, "--delete"]));
+        assert_eq!(shown, format!("deleted {name} on lower\n"));
         assert_eq!(place.net.host.links(), ["lower"]);
         assert!(!place.net.host.pings(&addresses(2)[0], 1), "without it");
     }
     place.net.quit(2, vm);
-}
+});
 
-#[test]
-fn host_link_moves_the_lowers_addresses_and_routes_and_back() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(host_link_moves_addresses_and_routes_and_back, || {
     let place = Place::new();
     let host = &place.net.host;
     host.address("lower", &format!("{}/24", HOST[0]));
@@ -80,23 +75,26 @@ fn host_link_moves_the_lowers_addresses_and_routes_and_back() {
         "that is how macvtap works"
     );
 
-    let told = succeeds(place.minivmm(&["net", "host-link", "lower", "--move-address"]));
-    assert!(told.contains(HOST[0]) && told.contains(HOST[1]), "{told}");
+    let shown = succeeds(place.minivmm(&["net", "host-link", "lower", "--move-address"]));
+    assert!(
+        shown.contains(HOST[0]) && shown.contains(HOST[1]),
+        "{shown}"
+    );
     let with_link = routes();
     assert_eq!(after(&with_link, "dev"), "macvlan0", "{with_link}");
     assert!(!with_link.contains("dev lower"), "{with_link}");
     assert_eq!(with_link.matches("default via").count(), 2, "{with_link}");
     host_and_guest_talk(&place, &vm);
 
-    let told = succeeds(place.minivmm(&["net", "host-link", "lower", "--delete"]));
-    assert!(told.contains("are back there"), "{told}");
+    let shown = succeeds(place.minivmm(&["net", "host-link", "lower", "--delete"]));
+    assert!(shown.contains("are back there"), "{shown}");
     assert_eq!(routes(), before);
     assert_eq!(host.links(), ["lower"]);
     for peer in PEER {
         assert!(host.pings(peer, 3), "{peer}");
     }
     place.net.quit(2, vm);
-}
+});
 
 /// A namespace whose `lower` has an address, and minivmm in it with this PATH.
 fn firewalled(path: &str) -> (Netns, impl Fn(&[&str]) -> Command) {
@@ -124,11 +122,7 @@ fn warnings(command: Command) -> Vec<String> {
     warnings.map(str::to_owned).collect()
 }
 
-#[test]
-fn host_link_that_moves_addresses_names_the_firewall_rules_that_it_leaves_behind() {
-    if !is_root() {
-        return;
-    }
+root_test!(host_link_move_names_the_firewall_rules_that_stay, || {
     // Its program is not in an ordinary user's PATH.
     let (netns, host_link) = firewalled("/usr/bin:/bin");
     if netns
@@ -145,26 +139,22 @@ fn host_link_that_moves_addresses_names_the_firewall_rules_that_it_leaves_behind
     assert!(warnings(host_link(&["lower", "--address", "10.99.0.8/24"])).is_empty());
     assert!(warnings(host_link(&["--delete"])).is_empty());
 
-    let told = warnings(host_link(&["lower", "--move-address", "--name", "hl"]));
-    assert_eq!(told.len(), 1, "{told:?}");
+    let shown = warnings(host_link(&["lower", "--move-address", "--name", "hl"]));
+    assert_eq!(shown.len(), 1, "{shown:?}");
     let rule =
         "go by the name lower: `ip t c: iifname \"lower\" tcp dport 22 accept`. Repeat them for hl";
-    assert!(told[0].contains(rule), "{told:?}");
-    let told = warnings(host_link(&["--delete"]));
-    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(shown[0].contains(rule), "{shown:?}");
+    let shown = warnings(host_link(&["--delete"]));
+    assert_eq!(shown.len(), 1, "{shown:?}");
     let rule = "go by the name hl: `ip t c: iifname \"hl\" drop`. Repeat them for lower";
-    assert!(told[0].contains(rule), "{told:?}");
+    assert!(shown[0].contains(rule), "{shown:?}");
 
     let same = "add rule ip t c iifname hl tcp dport 22 accept";
     assert!(netns.exec(&["nft", same]).status.success());
     assert!(warnings(host_link(&["lower", "--move-address", "--name", "hl"])).is_empty());
-}
+});
 
-#[test]
-fn host_link_moves_addresses_also_when_a_firewall_does_not_tell_its_rules() {
-    if !is_root() {
-        return;
-    }
+root_test!(host_link_moves_addresses_without_readable_firewall, || {
     let programs = TempDir::new().unwrap();
     for (name, script) in [
         ("nft", "echo no permission >&2; exit 1"),
@@ -180,24 +170,20 @@ fn host_link_moves_addresses_also_when_a_firewall_does_not_tell_its_rules() {
     }
     let path = format!("{}:/usr/bin:/bin", programs.path().display());
     let (netns, host_link) = firewalled(&path);
-    let told = warnings(host_link(&["lower", "--move-address"]));
-    assert_eq!(told.len(), 2, "{told:?}");
+    let shown = warnings(host_link(&["lower", "--move-address"]));
+    assert_eq!(shown.len(), 2, "{shown:?}");
     let rule = "`ip6tables -t raw -A OUTPUT -o low+ -j DROP`. Repeat them for the macvlan";
-    assert!(told[0].contains(rule), "{told:?}");
+    assert!(shown[0].contains(rule), "{shown:?}");
     for text in [
         "`nft -s list ruleset`: exit status: 1: no permission",
         "`iptables-legacy-save`: timed out",
     ] {
-        assert!(told[1].contains(text), "{told:?}");
+        assert!(shown[1].contains(text), "{shown:?}");
     }
     assert!(netns.ip("address show dev macvlan0").contains(HOST[0]));
-}
+});
 
-#[test]
-fn host_link_that_cannot_be_is_refused_and_changes_nothing() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(host_link_that_is_refused_changes_nothing, || {
     let place = Place::new();
     let host = &place.net.host;
     host.address("lower", &format!("{}/24", HOST[0]));
@@ -236,13 +222,9 @@ fn host_link_that_cannot_be_is_refused_and_changes_nothing() {
         FAILED,
         &["already an interface `lower`"],
     );
-}
+});
 
-#[test]
-fn host_link_to_delete_needs_no_name_when_it_is_the_only_one() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(only_host_link_is_deleted_without_its_name, || {
     let place = Place::new();
     let host_link = |args: &[&str]| place.minivmm(&[&["net", "host-link"], args].concat());
     for (name, address) in [("one", "10.98.0.8/24"), ("two", "10.99.0.8/24")] {
@@ -251,15 +233,11 @@ fn host_link_to_delete_needs_no_name_when_it_is_the_only_one() {
     let both = ["`one` on `lower`", "`two` on `lower`", "name one of them"];
     is_refused(host_link(&["--delete"]), FAILED, &both);
     succeeds(host_link(&["one", "--delete"]));
-    let told = succeeds(host_link(&["--delete"]));
-    assert_eq!(told, "deleted two on lower\n");
-}
+    let shown = succeeds(host_link(&["--delete"]));
+    assert_eq!(shown, "deleted two on lower\n");
+});
 
-#[test]
-fn host_link_of_a_guest_lives_as_long_as_the_guest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(host_link_of_a_guest_lives_as_long_as_the_guest, || {
     let place = Place::new();
     let [v4, v6] = [format!("{}/24", HOST[0]), format!("{}/64", HOST[1])];
     let options = ["--macvtap", "lower", "--host-link", &v4, "--host-link", &v6];
@@ -288,13 +266,9 @@ fn host_link_of_a_guest_lives_as_long_as_the_guest() {
         "{deleted}"
     );
     assert_eq!(place.net.host.links(), ["lower"], "after gc");
-}
+});
 
-#[test]
-fn host_link_on_an_interface_of_another_namespace_is_refused() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(host_link_on_a_lower_of_another_namespace_is_refused, || {
     let place = Place::new();
     // Where minivmm runs, the same names mean something else.
     let elsewhere = Netns::new();
@@ -326,13 +300,9 @@ fn host_link_on_an_interface_of_another_namespace_is_refused() {
         assert_eq!(run.stderr.matches(text).count(), 1, "{text}: {run:?}");
     }
     assert_eq!(elsewhere.links(), before);
-}
+});
 
-#[test]
-fn host_link_of_a_guest_that_cannot_be_leaves_nothing() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(host_link_of_a_guest_that_cannot_be_leaves_nothing, || {
     let place = Place::new();
     place.net.host.address("lower", &format!("{}/24", HOST[0]));
     let guest = place.guest(2, "mode=info");
@@ -353,13 +323,9 @@ fn host_link_of_a_guest_that_cannot_be_leaves_nothing() {
         USAGE,
         &["--macvtap"],
     );
-}
+});
 
-#[test]
-fn host_link_of_a_killed_guest_on_descriptors_is_replaced_by_the_next_start() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(stale_host_link_of_a_killed_fd_guest_is_replaced, || {
     let place = Place::new();
     let node = place.macvtap("mine");
     let guest = place.guest(2, "mode=echo");
@@ -376,4 +342,4 @@ fn host_link_of_a_killed_guest_on_descriptors_is_replaced_by_the_next_start() {
     let make = ["net", "host-link", "lower", "--address", &address];
     succeeds(place.minivmm(&make));
     assert_eq!(place.net.host.links(), ["lower", "mine", "macvlan0"]);
-}
+});

@@ -2,11 +2,7 @@
 
 use super::*;
 
-#[test]
-fn visible_macvtap_names_its_owner_and_is_gone_at_the_end() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(visible_macvtap_names_its_owner_and_ends_with_it, || {
     let place = Place::new();
     let options = ["--macvtap", "lower,netns=host,name=guest0"];
     let is_shown = |vm: &Vm| {
@@ -30,13 +26,9 @@ fn visible_macvtap_names_its_owner_and_is_gone_at_the_end() {
     let vm = place.serve(2, &["--macvtap", "lower,netns=host"]);
     assert_eq!(place.net.host.links(), ["lower", "mvt0"]);
     place.net.quit(2, vm);
-}
+});
 
-#[test]
-fn leaked_macvtap_is_told_by_list_and_deleted_by_gc_and_a_live_one_is_not() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(leaked_macvtap_alone_is_listed_so_and_deleted_by_gc, || {
     let place = Place::new();
     let dead = place.serve(2, &["--macvtap", "lower,netns=host,name=dead"]);
     let live = place.serve(3, &["--macvtap", "lower,netns=host,name=live"]);
@@ -77,32 +69,24 @@ fn leaked_macvtap_is_told_by_list_and_deleted_by_gc_and_a_live_one_is_not() {
     assert!(place.net.far.pings(&addresses(3)[0], 3), "the live one");
     place.net.quit(3, live);
     assert_eq!(links(), ["lower", "users"]);
-}
+});
 
-#[test]
-fn leaked_macvtap_is_deleted_by_the_next_start() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(leaked_macvtap_is_deleted_by_the_next_start, || {
     let place = Place::new();
     let spec = format!("lower,netns=host,name=guest0,mac={MAC}");
     kill(place.serve(2, &["--macvtap", &spec]));
     assert_eq!(place.net.host.links(), ["lower", "guest0"]);
-    // Its name and its MAC address would be in the way.
+    // Its name and its MAC address would be taken.
     let vm = place.serve(2, &["--macvtap", &spec]);
     vm.wait_for_log("deleted guest0 of an ended process", PATIENCE);
     assert!(place.net.far.pings(&addresses(2)[0], 3));
     place.net.quit(2, vm);
     assert_eq!(place.net.host.links(), ["lower"]);
-}
+});
 
 // Keys.
 
-#[test]
-fn keys_show_on_the_link_and_in_the_guest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(keys_show_on_the_link_and_in_the_guest, || {
     let place = Place::new();
     let spec = "lower,netns=host,name=guest0,mtu=1300,txqueuelen=700,bcqueuelen=2000,mode=vepa";
     let vm = place.serve(2, &["--macvtap", spec]);
@@ -138,13 +122,9 @@ fn keys_show_on_the_link_and_in_the_guest() {
     assert!(console.contains("NIC 0"), "{console}");
     let args = with(&guest, &["--macvtap", "lower,queues=32"]);
     is_refused(place.minivmm(&args), USAGE, &["1 to 31 queues"]);
-}
+});
 
-#[test]
-fn senders_of_source_mode_show_on_the_link() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(senders_of_source_mode_show_on_the_link, || {
     let place = Place::new();
     let sources = "source-mac=02:00:00:00:33:0a,source-mac=02:00:00:00:33:0b";
     let spec = format!("lower,netns=host,name=src0,mode=source,{sources}");
@@ -165,13 +145,9 @@ fn senders_of_source_mode_show_on_the_link() {
     let spec = format!("lower,{sources}");
     let args = ["net", "open", &spec, "--", "true"];
     is_refused(place.minivmm(&args), USAGE, &["needs mode=source"]);
-}
+});
 
-#[test]
-fn passthru_gives_the_lower_its_mac_back() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(passthru_gives_the_lower_its_mac_back, || {
     let place = Place::new();
     let host = &place.net.host;
     let own = host.mac("lower");
@@ -189,13 +165,9 @@ fn passthru_gives_the_lower_its_mac_back() {
     let args = with(&guest, &["--macvtap", &spec]);
     is_refused(place.minivmm(&args), FAILED, &["passthru", MAC]);
     assert_eq!(host.mac("lower"), own);
-}
+});
 
-#[test]
-fn lower_in_another_namespace_carries_the_guest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(lower_in_another_namespace_carries_the_guest, || {
     let place = Place::new();
     let elsewhere = Netns::new();
     let lower = place.net.host.path();
@@ -219,4 +191,4 @@ fn lower_in_another_namespace_carries_the_guest() {
     let guest = place.guest(2, "mode=info");
     let args = with(&guest, &["--macvtap", "lower,lower-netns=/run/netns/none"]);
     is_refused(minivmm(&elsewhere, &args), FAILED, &["/run/netns/none"]);
-}
+});

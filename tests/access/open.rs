@@ -29,7 +29,7 @@ fn mac_of_queue(queue: &OwnedFd) -> String {
     bytes.collect::<Vec<_>>().join(":")
 }
 
-/// The numbers of a process's descriptors, without 0 to 2 and those that whoever started the tests has left open.
+/// The numbers of a process's descriptors, without 0 to 2 and those that the tests inherited.
 fn descriptors(pid: u32) -> Vec<i32> {
     let numbers = |process: &str| -> Vec<i32> {
         let fds = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
@@ -48,14 +48,10 @@ fn descriptors(pid: u32) -> Vec<i32> {
     own
 }
 
-#[test]
-fn net_open_gives_the_program_queue_and_environment_and_the_users_rights() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(net_open_passes_queue_environment_and_users_rights, || {
     let place = Place::new();
     place.net.host.ip("link set lower mtu 1400");
-    // The queues, and behind them the socket that watches and the lock of its record.
+    // The queues, then the socket that watches and the lock of its record.
     for (keys, fds, numbers) in [("", "3", vec![3]), (",queues=2", "3:4", vec![3, 4])] {
         let watch = 3 + numbers.len() as i32;
         for netns in ["private", "host"] {
@@ -98,13 +94,9 @@ fn net_open_gives_the_program_queue_and_environment_and_the_users_rights() {
             assert_eq!(place.net.host.links(), ["lower"]);
         }
     }
-}
+});
 
-#[test]
-fn net_open_passes_the_programs_exit_status_on() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(net_open_passes_the_programs_exit_status_on, || {
     let place = Place::new();
     for netns in ["private", "host"] {
         let spec = format!("lower,netns={netns}");
@@ -113,19 +105,15 @@ fn net_open_passes_the_programs_exit_status_on() {
         };
         assert_eq!(status("exit 0").code(), Some(0));
         assert_eq!(status("exit 7").code(), Some(7));
-        // minivmm has become the program in a private namespace, and tells what a shell tells otherwise.
+        // minivmm has become the program in a private namespace, and reports as a shell does otherwise.
         let killed = status("kill -KILL $$");
-        let told = killed.code().or(killed.signal().map(|signal| 128 + signal));
-        assert_eq!(told, Some(128 + 9), "{netns}");
+        let status = killed.code().or(killed.signal().map(|signal| 128 + signal));
+        assert_eq!(status, Some(128 + 9), "{netns}");
         assert_eq!(place.net.host.links(), ["lower"]);
     }
-}
+});
 
-#[test]
-fn net_open_for_nobody_known_or_without_a_program_leaves_nothing() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(net_open_without_user_or_program_leaves_nothing, || {
     let place = Place::new();
     for netns in ["private", "host"] {
         let spec = format!("lower,mac={MAC},netns={netns}");
@@ -155,13 +143,9 @@ fn net_open_for_nobody_known_or_without_a_program_leaves_nothing() {
         USAGE,
         &["colour"],
     );
-}
+});
 
-#[test]
-fn net_open_private_link_is_gone_after_the_end_and_after_sigkill() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(net_open_private_link_is_gone_after_end_and_sigkill, || {
     let place = Place::new();
     let spec = format!("lower,mac={MAC}");
     for signal in [Signal::TERM, Signal::KILL] {
@@ -173,13 +157,9 @@ fn net_open_private_link_is_gone_after_the_end_and_after_sigkill() {
         assert_eq!(vm.wait_exit(PATIENCE).signal(), Some(signal.as_raw()));
         assert!(place.mac_gets_free());
     }
-}
+});
 
-#[test]
-fn net_open_in_the_hosts_namespace_shows_the_link_and_forwards_sigterm() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(net_open_with_netns_host_forwards_sigterm, || {
     let place = Place::new();
     let script = "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done";
     let spec = "lower,netns=host,name=mine";
@@ -202,13 +182,9 @@ fn net_open_in_the_hosts_namespace_shows_the_link_and_forwards_sigterm() {
         vm.transcript()
     );
     assert_eq!(place.net.host.links(), ["lower"]);
-}
+});
 
-#[test]
-fn net_open_in_the_hosts_namespace_ends_the_program_when_it_is_killed() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(netns_host_program_ends_when_net_open_is_killed, || {
     let place = Place::new();
     let spec = "lower,netns=host,name=mine";
     let open = ["net", "open", spec, "--user", USER, "--"];
@@ -219,21 +195,17 @@ fn net_open_in_the_hosts_namespace_ends_the_program_when_it_is_killed() {
     vm.signal(Signal::KILL);
     assert!(
         eventually(|| !is_running(pid)),
-        "its link may be deleted by anybody"
+        "its link may be deleted by any process"
     );
     vm.wait_exit(PATIENCE);
     let deleted = succeeds(place.minivmm(&["net", "gc"]));
     assert!(deleted.starts_with("deleted mine (macvtap)"), "{deleted}");
     assert_eq!(place.net.host.links(), ["lower"]);
-}
+});
 
-#[test]
-fn unprivileged_minivmm_in_net_open_serves_its_guest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(unprivileged_minivmm_in_net_open_serves_its_guest, || {
     let place = Place::new();
-    // No descriptor tells its interface's MTU, and the usual one would be too much.
+    // A descriptor does not show its interface's MTU, and the default would be too large.
     place.net.host.ip("link set lower mtu 1400");
     for (keys, fds) in [
         ("netns=private", "fd=3"),
@@ -283,7 +255,7 @@ fn unprivileged_minivmm_in_net_open_serves_its_guest() {
         assert_eq!(place.net.host.links(), ["lower"]);
         assert_eq!(listing().matches(" of pid ").count(), 0, "{}", listing());
     }
-}
+});
 
 /// All that minivmm asks of QEMU here.
 const NOT_REALLY_QEMU: &str = "#!/bin/sh
@@ -293,11 +265,7 @@ case $1 in
 esac
 ";
 
-#[test]
-fn nic_of_qemu_is_listed_while_it_runs_and_never_shared() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(nic_of_qemu_is_listed_while_it_runs_and_never_shared, || {
     let place = Place::new();
     place.macvtap("mine");
     let (script, program) = (place.path("script"), place.path("qemu"));
@@ -325,4 +293,4 @@ fn nic_of_qemu_is_listed_while_it_runs_and_never_shared() {
     vm.signal(Signal::TERM);
     vm.wait_exit(PATIENCE);
     assert!(!listing().contains(&own), "{}", listing());
-}
+});

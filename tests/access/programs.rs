@@ -23,11 +23,7 @@ const NOBODY_WITH_AMBIENT: [&str; 7] = [
 const SETS: [&str; 5] = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"];
 const NONE: &str = "0000000000000000";
 
-#[test]
-fn program_of_a_user_has_no_capability_whatever_minivmm_was_started_with() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_of_a_user_never_has_a_capability, || {
     let place = Place::new();
     let status = ["--", "cat", "/proc/self/status"];
     for netns in ["private", "host"] {
@@ -45,13 +41,9 @@ fn program_of_a_user_has_no_capability_whatever_minivmm_was_started_with() {
             assert_eq!(after(&shown, "NoNewPrivs:"), "1", "{shown}");
         }
     }
-}
+});
 
-#[test]
-fn program_inherits_what_was_passed_to_it_and_no_other_descriptor() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_inherits_only_the_descriptors_passed_to_it, || {
     let place = Place::new();
     let way = [
         "bash",
@@ -67,13 +59,9 @@ fn program_inherits_what_was_passed_to_it_and_no_other_descriptor() {
         let shown = succeeds(place.open_by(&way, &args));
         assert_eq!(shown, "has 3\nhas 4\nhas 5\n");
     }
-}
+});
 
-#[test]
-fn program_does_not_take_the_queue_for_its_listening_socket() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_does_not_mistake_the_queue_for_its_socket, || {
     let place = Place::new();
     for netns in ["private", "host"] {
         let spec = format!("lower,netns={netns}");
@@ -88,13 +76,9 @@ fn program_does_not_take_the_queue_for_its_listening_socket() {
         assert!(shown.contains("MINIVMM_NET_FDS=3\n"), "{shown}");
         assert!(!shown.contains("LISTEN_"), "{shown}");
     }
-}
+});
 
-#[test]
-fn user_is_a_name_or_a_number_with_or_without_a_group() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(user_is_a_name_or_a_number_with_or_without_a_group, || {
     let place = Place::new();
     let (id, more) = (USER_ID, USER_ID + 1);
     let groups = format!("{USER}:{USER}-more");
@@ -109,7 +93,7 @@ fn user_is_a_name_or_a_number_with_or_without_a_group() {
             &format!("{USER}:65534"),
             format!("{id} 65534 65534 {more} {USER} /"),
         ),
-        // Known to nobody.
+        // In no file.
         ("4711", "4711 4711 4711 4711 /".to_owned()),
         ("4711:4712", "4711 4712 4712 4711 /".to_owned()),
     ] {
@@ -131,13 +115,9 @@ fn user_is_a_name_or_a_number_with_or_without_a_group() {
         let args = ["lower", &user, "--", "true"];
         is_refused(place.open_by(&["env"], &args), FAILED, &["there is no "]);
     }
-}
+});
 
-#[test]
-fn caller_of_sudo_is_believed_by_root_alone() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(caller_of_sudo_is_believed_by_root_alone, || {
     let place = Place::new();
     let args = ["lower", "--", "id", "-u"];
     let sudo = format!("SUDO_USER={USER}");
@@ -145,13 +125,9 @@ fn caller_of_sudo_is_believed_by_root_alone() {
     assert_eq!(by_sudo.trim(), USER_ID.to_string());
     let way = [&["env", &sudo][..], &NOBODY_WITH_AMBIENT].concat();
     assert_eq!(succeeds(place.open_by(&way, &args)).trim(), "65534");
-}
+});
 
-#[test]
-fn program_that_cannot_be_run_gives_the_status_of_a_shell() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_that_cannot_be_run_gives_a_shells_status, || {
     let place = Place::new();
     for netns in ["private", "host"] {
         let spec = format!("lower,mac={MAC},netns={netns}");
@@ -170,13 +146,9 @@ fn program_that_cannot_be_run_gives_the_status_of_a_shell() {
             assert!(place.mac_gets_free(), "{args:?}");
         }
     }
-}
+});
 
-#[test]
-fn guest_runs_without_the_socket_that_watches() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(guest_runs_without_the_socket_that_watches, || {
     let place = Place::new();
     let program = place.path("minivmm");
     for redirection in ["4<&-", "4</dev/null"] {
@@ -195,16 +167,12 @@ fn guest_runs_without_the_socket_that_watches() {
         );
         vm.wait_for_log("cannot watch macvtap0", PATIENCE);
     }
-}
+});
 
-/// A program that starts another one, tells its pid, and waits for it.
+/// A program that starts another one, prints its pid, and waits for it.
 const WRAPPER: &str = "sh -c 'trap \"\" HUP; echo pid=$$; exec sleep 1000' & wait";
 
-#[test]
-fn program_of_the_hosts_namespace_and_what_it_started_end_with_minivmm() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(netns_host_program_and_its_children_end_with_us, || {
     let place = Place::new();
     for signal in [Signal::TERM, Signal::KILL] {
         let spec = format!("lower,mac={MAC},netns=host");
@@ -222,4 +190,4 @@ fn program_of_the_hosts_namespace_and_what_it_started_end_with_minivmm() {
         succeeds(place.minivmm(&["net", "gc"]));
         assert!(place.mac_gets_free(), "after {signal:?}");
     }
-}
+});

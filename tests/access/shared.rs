@@ -24,11 +24,7 @@ fn only_one_stays(mut vms: Vec<Vm>) -> Vm {
     vms.pop().expect("not all are refused")
 }
 
-#[test]
-fn of_many_starters_at_once_one_gets_an_existing_macvtap() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(one_of_many_starters_gets_an_existing_macvtap, || {
     let place = Place::new();
     let node = place.macvtap("mine");
     let redirection = format!("3<>{}", node.display());
@@ -50,17 +46,13 @@ fn of_many_starters_at_once_one_gets_an_existing_macvtap() {
         let vms = (0..count).map(|n| Vm::spawn(start(n))).collect();
         let mut vm = only_one_stays(vms);
         vm.wait_for("READY echo\n", PATIENCE);
-        // Nobody but the kernel takes the winner's claim back.
+        // The kernel alone releases the winner's claim.
         kill(vm);
     }
     assert_eq!(place.net.host.links(), ["lower", "mine"]);
-}
+});
 
-#[test]
-fn guests_of_two_pid_namespaces_are_both_known() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(guests_of_two_pid_namespaces_are_both_known, || {
     let place = Place::new();
     place.macvtap("mine");
     let command = |number: u8, macvtap: &str| {
@@ -87,13 +79,9 @@ fn guests_of_two_pid_namespaces_are_both_known() {
     is_refused(command(4, "mine"), FAILED, &["mine (", "(pid 1)", REFUSED]);
     place.net.quit(3, second);
     assert_eq!(listed(), 0);
-}
+});
 
-#[test]
-fn macvtap_of_a_killed_program_is_in_use_while_a_child_of_it_has_the_queue() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(macvtap_is_in_use_while_a_child_has_its_queue, || {
     let place = Place::new();
     place.macvtap("mine");
     let script = "sleep 600 >/dev/null 2>&1 & echo child=$!; wait";
@@ -117,13 +105,9 @@ fn macvtap_of_a_killed_program_is_in_use_while_a_child_of_it_has_the_queue() {
         run.status.code() == Some(0)
     });
     assert!(has_started);
-}
+});
 
-#[test]
-fn of_two_minivmm_in_one_net_open_one_gets_the_nic() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(of_two_minivmm_in_one_net_open_one_gets_the_nic, || {
     let place = Place::new();
     place.macvtap("mine");
     let program = place.path("minivmm");
@@ -150,13 +134,9 @@ fn of_two_minivmm_in_one_net_open_one_gets_the_nic() {
         assert_eq!(listing.contains(&says), user == USER, "{listing}");
         place.net.quit(2, vm);
     }
-}
+});
 
-#[test]
-fn nic_that_cannot_be_recorded_is_warned_of() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(nic_that_cannot_be_recorded_is_warned_of, || {
     let place = Place::new();
     place.macvtap("mine");
     // `ip netns exec` has made a mount namespace.
@@ -183,13 +163,9 @@ fn nic_that_cannot_be_recorded_is_warned_of() {
             assert!(warning.contains(text), "no {text:?} in {warning}");
         }
     }
-}
+});
 
-#[test]
-fn list_tells_names_and_mtus_of_now() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(list_shows_current_names_and_mtus, || {
     let place = Place::new();
     let host = &place.net.host;
     let vm = place.serve(2, &["--macvtap", "lower"]);
@@ -222,4 +198,4 @@ fn list_tells_names_and_mtus_of_now() {
     assert!(eventually(is_told), "{}", listing());
     kill(program);
     kill(vm);
-}
+});

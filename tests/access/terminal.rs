@@ -1,19 +1,19 @@
 //! The terminal of the programs of `minivmm net open`: root's stays root's.
 
 use std::io::{Read, Write};
-use std::process::Child;
 use std::sync::{Arc, Mutex};
 
 use rustix::process::{kill_process, test_kill_process};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcgetwinsize, tcsetwinsize};
 
+use super::harness::process::Killed;
 use super::harness::pty::Pty;
 use super::*;
 
 /// A terminal of root's with a session on it.
 struct Screen {
     pty: Pty,
-    child: Child,
+    child: Killed,
     shown: Arc<Mutex<String>>,
 }
 
@@ -94,14 +94,6 @@ impl Screen {
     }
 }
 
-impl Drop for Screen {
-    fn drop(&mut self) {
-        // Both fail only when it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// A field of /proc/PID/stat, counted as in proc(5).
 fn stat(pid: u32, field: usize) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -119,13 +111,9 @@ fn number_of(terminal: &OwnedFd) -> String {
 const TTY: usize = 7;
 const SESSION: usize = 6;
 
-#[test]
-fn program_of_another_user_gets_a_terminal_of_its_own_that_works_like_roots() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_of_another_user_gets_its_own_terminal, || {
     let place = Place::new();
-    // The shell types what the terminal hands to root's shell by TIOCSTI, once the program has ended.
+    // The shell types what root's shell would read by TIOCSTI, once the program has ended.
     let script = "trap 'echo interrupted' INT; echo pid=$$ size=$(stty size); \
                   perl -e 'ioctl(STDIN, 0x5412, $_) for split //, \"injected\\n\"' 2>/dev/null; \
                   while read -r line || [ $? -gt 128 ]; do echo \"<$line> $(stty size)\"; [ \"$line\" = end ] && exit 7; done";
@@ -151,13 +139,9 @@ fn program_of_another_user_gets_a_terminal_of_its_own_that_works_like_roots() {
     screen.type_keys("end\r");
     // No line came to root's shell: read ends by its limit (above 128).
     screen.assert_ends(142);
-}
+});
 
-#[test]
-fn program_on_a_terminal_of_its_own_is_stopped_and_continued_with_minivmm() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_on_its_own_terminal_stops_with_minivmm, || {
     let place = Place::new();
     // A shell with job control says when its job has stopped.
     let line = "set -m; \"$@\"; echo stopped; read; fg >/dev/null; exit $?";
@@ -176,13 +160,9 @@ fn program_on_a_terminal_of_its_own_is_stopped_and_continued_with_minivmm() {
     screen.wait_for("<again>");
     screen.type_keys("end\r");
     screen.assert_ends(7);
-}
+});
 
-#[test]
-fn program_on_a_terminal_of_its_own_ends_with_minivmm() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_on_a_terminal_of_its_own_ends_with_minivmm, || {
     let place = Place::new();
     // minivmm as the leader of the session, and as its job.
     for (line, signal) in [
@@ -201,7 +181,7 @@ fn program_on_a_terminal_of_its_own_ends_with_minivmm() {
                 || !is_running(minivmm.as_raw_nonzero().get() as u32)),
             "minivmm ends"
         );
-        // What a terminated program leaves behind is its own business, as everywhere.
+        // What a terminated program leaves is its own, as everywhere.
         let ended = if signal == Signal::KILL {
             &programs[..]
         } else {
@@ -215,13 +195,9 @@ fn program_on_a_terminal_of_its_own_ends_with_minivmm() {
         }
         let _ = kill_process(Pid::from_raw(programs[0] as i32).unwrap(), Signal::KILL);
     }
-}
+});
 
-#[test]
-fn program_that_has_stopped_on_a_terminal_of_its_own_ends_with_minivmm() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(stopped_program_on_its_own_terminal_ends_with_us, || {
     let place = Place::new();
     let line = "set -m; \"$@\"; echo stopped; read";
     let mut screen = Screen::start(&place, line, "echo pid=$$; read");
@@ -231,13 +207,9 @@ fn program_that_has_stopped_on_a_terminal_of_its_own_ends_with_minivmm() {
     screen.wait_for("stopped");
     kill_process(parent_minivmm(pid), Signal::KILL).unwrap();
     assert!(eventually(|| !is_running(pid)));
-}
+});
 
-#[test]
-fn output_on_a_terminal_of_its_own_comes_whole_and_as_it_is() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(output_on_its_own_terminal_comes_whole_and_unchanged, || {
     let place = Place::new();
     // More than a terminal holds, and the last of it just before the end.
     let script = "stty -opost; echo begin=; seq 1 20000; printf 'last\\nline='; exit 7";
@@ -249,13 +221,9 @@ fn output_on_a_terminal_of_its_own_comes_whole_and_as_it_is() {
     assert!(shown.starts_with(&numbers), "{}", shown.len());
     assert_eq!(&shown[numbers.len()..], "last\nline=over\r\n");
     screen.assert_ends(7);
-}
+});
 
-#[test]
-fn program_in_a_pipe_keeps_it_and_gets_a_terminal_for_the_rest() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_keeps_its_pipe_and_gets_a_terminal_besides, || {
     let place = Place::new();
     let script = "read -r line; [ -t 0 ] || echo piped=$line; [ -t 1 ] && tty <&1; read -ra stat </proc/$$/stat; \
                   echo tty=${stat[6]}; read -r </dev/tty; exit 7";
@@ -268,7 +236,7 @@ fn program_in_a_pipe_keeps_it_and_gets_a_terminal_for_the_rest() {
     // Its keys are the shell's: Ctrl-C is minivmm's, which passes it on.
     screen.type_keys("\x03");
     screen.assert_ends(130);
-}
+});
 
 /// The minivmm that a program was started by.
 fn parent_minivmm(mut pid: u32) -> Pid {
@@ -279,11 +247,7 @@ fn parent_minivmm(mut pid: u32) -> Pid {
     Pid::from_raw(pid as i32).unwrap()
 }
 
-#[test]
-fn program_without_a_terminal_cannot_open_roots() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_without_a_terminal_cannot_open_roots, || {
     let place = Place::new();
     for line in ["exec \"$@\"", "\"$@\"; exit $?"] {
         let files = place.path("output");
@@ -295,13 +259,9 @@ fn program_without_a_terminal_cannot_open_roots() {
         let shown = fs::read_to_string(&files).unwrap();
         assert!(shown.contains("tty=0\n"), "{shown}");
     }
-}
+});
 
-#[test]
-fn program_of_the_terminals_own_user_keeps_it() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(program_of_the_terminals_own_user_keeps_it, || {
     let place = Place::new();
     let line = format!("chown {USER_ID} $(tty); exec \"$@\"");
     let script = "read -ra stat </proc/$$/stat; echo tty=${stat[6]}; exit 7";
@@ -309,4 +269,4 @@ fn program_of_the_terminals_own_user_keeps_it() {
     let outer = number_of(&screen.pty.terminal);
     assert_eq!(screen.number("tty").to_string(), outer);
     screen.assert_ends(7);
-}
+});

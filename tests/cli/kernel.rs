@@ -38,9 +38,6 @@ fn kernel_that_is_a_fifo_is_refused_at_once() {
 /// Asserts that `image` is refused as a kernel, with the file's path and these texts.
 #[track_caller]
 fn assert_no_kernel(image: &[u8], texts: &[&str]) {
-    if !has_kvm() {
-        return;
-    }
     let files = Files::new();
     let path = files.file("image", image);
     let texts = [&["kernel", path.as_str()], texts].concat();
@@ -78,13 +75,11 @@ fn bzimage() -> Vec<u8> {
     image
 }
 
-#[test]
-fn kernel_that_is_empty_is_refused() {
+kvm_test!(kernel_that_is_empty_is_refused, || {
     assert_no_kernel(b"", &["empty"]);
-}
+});
 
-#[test]
-fn kernel_that_is_truncated_is_refused_with_both_sizes() {
+kvm_test!(kernel_that_is_truncated_is_refused_with_both_sizes, || {
     assert_no_kernel(
         &bzimage()[..5000],
         &["truncated", "66560", "5000", "copy it again"],
@@ -94,10 +89,9 @@ fn kernel_that_is_truncated_is_refused_with_both_sizes() {
     assert_no_kernel(&elf[..elf.len() - 1], &["truncated", &sizes.0, &sizes.1]);
     assert_no_kernel(b"MZ", &["truncated"]);
     assert_no_kernel(&elf[..20], &["truncated"]);
-}
+});
 
-#[test]
-fn kernel_for_arm_is_refused_with_the_processor() {
+kvm_test!(kernel_for_arm_is_refused_with_the_processor, || {
     let elf = Tiny::Echo.elf();
     let image = patched(patched(vec![0; 4096], 0, b"MZ"), 0x38, b"ARM\x64");
     assert_no_kernel(&image, &["64-bit ARM", "x86-64"]);
@@ -107,23 +101,21 @@ fn kernel_for_arm_is_refused_with_the_processor() {
     );
     let zimage = patched(vec![0; 4096], 0x24, b"\x18\x28\x6f\x01");
     assert_no_kernel(&zimage, &["32-bit ARM", "x86-64"]);
-}
+});
 
-#[test]
-fn kernel_for_32_bits_is_refused_with_the_remedy() {
+kvm_test!(kernel_for_32_bits_is_refused_with_the_remedy, || {
     let elf = Tiny::Echo.elf();
     let i386 = patched(patched(elf, 18, &[3, 0]), 4, &[1]);
     assert_no_kernel(&i386, &["32-bit", "give a 64-bit kernel"]);
     let bzimage = patched(bzimage(), 0x236, &[0]);
     assert_no_kernel(&bzimage, &["64-bit entry", "give a 64-bit kernel"]);
-}
+});
 
-#[test]
-fn kernel_that_is_none_is_refused_with_what_it_is() {
+kvm_test!(kernel_that_is_none_is_refused_with_what_it_is, || {
     assert_no_kernel(b"\x1f\x8b\x08\0", &["gzip", "decompress"]);
     assert_no_kernel(b"#!/bin/sh\n", &["script", "bzImage"]);
     assert_no_kernel(b"hello, world\n", &["unknown kind", "bzImage"]);
-}
+});
 
 #[test]
 fn initrd_that_cannot_be_read_is_refused() {
@@ -141,25 +133,17 @@ fn initrd_that_cannot_be_read_is_refused() {
     }
 }
 
-#[test]
-fn initrd_that_is_empty_is_refused_with_the_remedy() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(initrd_that_is_empty_is_refused_with_the_remedy, || {
     let files = Files::new();
     let initrd = files.file("initrd.img", b"");
     assert_refused(
         files.boot(&["--initrd", &initrd]),
         FAILED,
-        &["initrd", &initrd, "empty", "leave"],
+        &["initrd", &initrd, "empty", "omit"],
     );
-}
+});
 
-#[test]
-fn initrd_larger_than_the_memory_is_refused_with_both_sizes() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(initrd_beyond_the_memory_is_refused_with_both_sizes, || {
     let files = Files::new();
     let initrd = files.file("initrd.img", b"");
     // Sparse: it costs the disk nothing.
@@ -170,4 +154,4 @@ fn initrd_larger_than_the_memory_is_refused_with_both_sizes() {
         FAILED,
         &["initrd", &initrd, "200 MiB", "64 MiB", "more memory"],
     );
-}
+});

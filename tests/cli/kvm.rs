@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Has `command` run where `/dev` holds nothing but what the shell line `make` puts there; by nobody, if asked for.
+/// Makes `command` run with only what the shell line `make` puts into `/dev`; as user nobody, if `nobody`.
 fn with_dev(make: &str, nobody: bool, command: &Command) -> Command {
     let drop = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all";
     let drop = if nobody { drop } else { "" };
@@ -18,7 +18,7 @@ fn with_dev(make: &str, nobody: bool, command: &Command) -> Command {
     shell
 }
 
-/// minivmm's place may be closed to nobody: this makes `command` run a copy in the test's directory.
+/// User nobody may have no access to minivmm: this makes `command` run a copy in the test's directory.
 fn copied(files: &Files, command: &Command) -> Command {
     let copy = files.path("minivmm");
     copy_program(binary(), &copy);
@@ -27,37 +27,25 @@ fn copied(files: &Files, command: &Command) -> Command {
     copied
 }
 
-#[test]
-fn host_without_kvm_is_told_with_the_remedy() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(host_without_kvm_is_reported_with_the_remedy, || {
     let files = Files::new();
     assert_refused(
         with_dev("true", false, &files.boot(&[])),
         FAILED,
         &["/dev/kvm", "enable virtualization", "kvm_intel"],
     );
-}
+});
 
-#[test]
-fn kvm_that_is_another_device_is_told() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(kvm_that_is_another_device_is_reported, || {
     let files = Files::new();
     assert_refused(
         with_dev("mknod /dev/kvm c 1 3", false, &files.boot(&[])),
         FAILED,
         &["/dev/kvm is not KVM"],
     );
-}
+});
 
-#[test]
-fn kvm_without_the_right_to_it_is_told_with_the_remedy() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(kvm_without_permission_is_reported_with_the_remedy, || {
     let files = Files::new();
     let command = copied(&files, &files.boot(&[]));
     assert_refused(
@@ -65,13 +53,9 @@ fn kvm_without_the_right_to_it_is_told_with_the_remedy() {
         FAILED,
         &["permission", "/dev/kvm", "become root", "group"],
     );
-}
+});
 
-#[test]
-fn user_with_kvm_alone_gets_a_guest_but_no_macvtap() {
-    if !netns::is_root() || !has_kvm() {
-        return;
-    }
+guest_test!(user_with_kvm_alone_gets_a_guest_but_no_macvtap, || {
     let files = Files::new();
     let all = "mknod -m 666 /dev/kvm c 10 232";
     let guest = run(with_dev(all, true, &copied(&files, &files.boot(&[]))));
@@ -96,4 +80,4 @@ fn user_with_kvm_alone_gets_a_guest_but_no_macvtap() {
         "only the wire's two ends: {:?}",
         host.links()
     );
-}
+});

@@ -39,11 +39,7 @@ fn free_huge_pages() -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-#[test]
-fn memory_beyond_the_free_huge_pages_is_refused_with_the_remedy() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(memory_beyond_the_free_huge_pages_is_refused, || {
     // A kernel without huge pages refuses them by its own words.
     let free = free_huge_pages();
     let size = format!("{}M", 2 * free.unwrap_or(0) + 16);
@@ -63,7 +59,7 @@ fn memory_beyond_the_free_huge_pages_is_refused_with_the_remedy() {
         FAILED,
         remedy,
     );
-}
+});
 
 #[test]
 fn cpus_out_of_range_are_refused_with_the_range() {
@@ -80,11 +76,7 @@ fn cpus_out_of_range_are_refused_with_the_range() {
     );
 }
 
-#[test]
-fn command_line_that_is_too_long_is_refused_with_the_limit() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(command_line_too_long_is_refused_with_the_limit, || {
     let long = "x".repeat(3000);
     let files = Files::new();
     assert_refused(
@@ -92,17 +84,13 @@ fn command_line_that_is_too_long_is_refused_with_the_limit() {
         FAILED,
         &["kernel command line", "bytes", "takes 2047", "shorten"],
     );
-}
+});
 
-#[test]
-fn command_line_that_begins_with_a_hyphen_is_passed_on() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(command_line_that_begins_with_a_hyphen_is_passed_on, || {
     // `--` separates the kernel's own arguments from init's.
     let guest = run(Files::new().boot(&["--cmdline", "-- single"]));
     assert_eq!(guest.status, Some(0), "{guest:?}");
-}
+});
 
 #[test]
 fn option_that_does_not_exist_is_refused() {

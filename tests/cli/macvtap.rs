@@ -68,11 +68,7 @@ fn macvtaps_beyond_the_machines_places_are_refused() {
     }
 }
 
-#[test]
-fn macvtap_on_unknown_interface_is_refused_with_those_there_are() {
-    if !netns::is_root() || !has_kvm() {
-        return;
-    }
+guest_test!(macvtap_on_unknown_interface_is_refused_with_a_list, || {
     let host = Netns::new();
     assert_no_macvtap(
         &host,
@@ -82,13 +78,9 @@ fn macvtap_on_unknown_interface_is_refused_with_those_there_are() {
     );
     host.wire("eno1");
     assert_no_macvtap(&host, "eno2", FAILED, &["`eno2`", "did you mean `eno1`?"]);
-}
+});
 
-#[test]
-fn macvtap_on_unfit_interface_is_refused_with_the_remedy() {
-    if !netns::is_root() || !has_kvm() {
-        return;
-    }
+guest_test!(macvtap_on_unfit_interface_is_refused_with_remedy, || {
     let host = Netns::new();
     assert_no_macvtap(
         &host,
@@ -111,13 +103,9 @@ fn macvtap_on_unfit_interface_is_refused_with_the_remedy() {
         FAILED,
         &["bridge `br0`", "use `br0` instead", remedy],
     );
-}
+});
 
-#[test]
-fn macvtap_with_a_taken_mac_is_refused_with_who_has_it() {
-    if !netns::is_root() || !has_kvm() {
-        return;
-    }
+guest_test!(macvtap_with_a_taken_mac_is_refused_with_who_has_it, || {
     let host = Netns::new();
     host.wire("wire");
     let value = format!("wire,mac={}", host.mac("wire"));
@@ -137,7 +125,7 @@ fn macvtap_with_a_taken_mac_is_refused_with_who_has_it() {
         &["taken", "`sibling`", "choose another"],
     );
 
-    // Another guest's macvtap is in a namespace that nobody can look into.
+    // Another guest's macvtap is in a namespace that no path leads to.
     let files = Files::new();
     let running = files.path("running");
     Tiny::Echo.write(&running);
@@ -154,20 +142,16 @@ fn macvtap_with_a_taken_mac_is_refused_with_who_has_it() {
     guest.signal(Signal::KILL);
     guest.wait_exit(Duration::from_secs(20));
 
-    // Free again, as soon as the kernel has cleared away behind the killed one.
+    // Free again, as soon as the kernel has cleaned up after the killed one.
     let again = || run(inside(&host, &files.boot(&["--macvtap", value])));
     let freed = (0..50).any(|_| {
         thread::sleep(Duration::from_millis(20));
         again().status == Some(0)
     });
     assert!(freed, "{:?}", again());
-}
+});
 
-#[test]
-fn machine_with_all_that_it_can_have_runs() {
-    if !netns::is_root() || !has_kvm() {
-        return;
-    }
+guest_test!(machine_with_all_that_it_can_have_runs, || {
     let host = Netns::new();
     host.wire("wire");
     let files = Files::new();
@@ -178,13 +162,9 @@ fn machine_with_all_that_it_can_have_runs() {
         (Some(0), "hi\n"),
         "{guest:?}"
     );
-}
+});
 
-#[test]
-fn second_macvtap_that_fails_takes_the_first_away() {
-    if !netns::is_root() || !has_kvm() {
-        return;
-    }
+guest_test!(second_macvtap_that_fails_takes_the_first_away, || {
     let host = Netns::new();
     host.wire("wire");
     let files = Files::new();
@@ -204,4 +184,4 @@ fn second_macvtap_that_fails_takes_the_first_away() {
     );
     assert!(guest.stderr.contains(mac), "{guest:?}");
     assert_eq!(host.links().len(), 2, "{:?}", host.links());
-}
+});

@@ -30,7 +30,7 @@ pub fn elf() -> &'static Path {
         cargo.arg("--target-dir").arg(&target);
         // Of the same toolchain: rustup would choose one by the folder of each crate, where no cargo has settled it.
         cargo.env("RUSTC", Path::new(env!("CARGO")).with_file_name("rustc"));
-        // What the outer cargo was told about its own build is no concern of this one.
+        // The settings of the outer build are not for this one.
         for variable in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
             cargo.env_remove(variable);
         }

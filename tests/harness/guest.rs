@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::elf::elf;
-use super::netns::{self, Netns, skip};
+use super::netns::Netns;
 use super::vm::{self, Vm};
 
 /// How long anything in these tests may take: much more than it does.
@@ -20,12 +20,6 @@ pub const ECHO: u16 = 7;
 pub const SINK: u16 = 9;
 /// See [`ECHO`].
 pub const SOURCE: u16 = 19;
-
-/// Whether guests can be started over a network made by the test: root and `/dev/kvm`. Where `CI` is set both must be.
-/// The lab is for what cannot run out here.
-pub fn is_possible() -> bool {
-    !vm::in_lab() && netns::is_root() && skip::has_kvm()
-}
 
 /// How the guest reaches its NICs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,30 +39,6 @@ impl Transport {
         }
     }
 }
-
-/// Two tests of each function that takes a network: with guests on either transport, where that is possible.
-macro_rules! on_both_transports {
-    ($($test:ident)+) => {
-        $(mod $test {
-            use crate::harness::guest::{Net, Transport, is_possible};
-
-            #[test]
-            fn on_mmio() {
-                if is_possible() {
-                    super::$test(Net::with(Transport::Mmio));
-                }
-            }
-
-            #[test]
-            fn on_pci() {
-                if is_possible() {
-                    super::$test(Net::with(Transport::Pci));
-                }
-            }
-        })+
-    };
-}
-pub(crate) use on_both_transports;
 
 /// A host with the interface `lower`, which guests put their macvtap on, and a far side with addresses.
 #[derive(Debug)]
@@ -146,7 +116,7 @@ impl Net {
         power_off(self.start(number, options))
     }
 
-    /// Tells a serving guest to end, and waits for that.
+    /// Ends a serving guest, and waits for that.
     pub fn quit(&self, number: u8, vm: Vm) -> String {
         let [ip, _] = addresses(number);
         assert_eq!(

@@ -2,6 +2,7 @@
 //!
 //! - `vm`: a running minivmm, its console, log and end
 //! - `netns`: network namespaces with links and addresses for a test
+//! - `needs`: a macro for each kind of test, by what it needs
 //! - `skip`: says which tests cannot run here, and why
 //! - `elf`: the freestanding test guest as a file
 //! - `guest`: the same in a network made for the test
@@ -10,6 +11,7 @@
 //! - `initramfs`: archives for the Linux guest and for the lab
 //! - `site`: a wire with a third host, for Linux guests
 //! - `memory`: how much of it a monitor takes
+//! - `process`: child processes, and what the kernel shows of any
 //! - `pty`: a pseudo-terminal for a command
 //! - `signals`: a known signal state for all that a test starts
 //! - `linux`: a minivmm with Debian's kernel in it
@@ -23,10 +25,13 @@ pub mod initramfs;
 pub mod iperf;
 pub mod linux;
 pub mod memory;
+pub mod needs;
 pub mod netns;
+pub mod process;
 pub mod pty;
 pub mod signals;
 pub mod site;
 pub mod vm;
 
+pub(crate) use needs::{guest_test, kvm_test, lab_test, transports_test};
 pub use netns::skip;

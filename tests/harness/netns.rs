@@ -1,14 +1,14 @@
 //! Network namespaces for tests, and the links inside them.
 //!
-//! Every [`Netns`] has a name of its own (`mvt-<pid>-<n>`) and is deleted, with all the links in it, when it is
-//! dropped, also when the test panics; those of a test that was killed go at the next start of one. Nothing outside these namespaces is ever touched, apart from the moment a veth
-//! pair is born straight into two of them.
+//! Every [`Netns`] has a name of its own (`mvt-<pid>-<n>`) and is deleted with its links when it is
+//! dropped, also when the test panics; the next test deletes those of a test that was killed.
+//! Nothing outside these namespaces is touched.
 //!
-//! Use it with `#[path = "..."] mod netns;`. A test that needs root begins with `if !netns::is_root() { return; }`.
+//! Use it with `#[path = "..."] mod netns;`. A test that needs root is a `root_test!(name, || { ... });`.
 //! The helpers use the `ip` command on purpose: it is not the code under test.
 
 // Each test binary that includes this file uses a part of it.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports, unused_macros)]
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -25,8 +25,8 @@ use std::time::{Duration, Instant};
 #[path = "skip.rs"]
 pub mod skip;
 
-/// Whether this test may make namespaces. Without root it panics where `CI` is set, so that no run there is empty, and
-/// elsewhere says aloud that the test was left out.
+/// Whether this test may make namespaces. Without root it panics where `CI` is set, so that no run
+/// there is empty, and elsewhere reports that the test is skipped.
 pub fn is_root() -> bool {
     // SAFETY: geteuid takes nothing and cannot fail.
     if unsafe { libc::geteuid() } == 0 {
@@ -34,6 +34,24 @@ pub fn is_root() -> bool {
     }
     skip::leave_out("tests that make network namespaces need root: run them with sudo");
     false
+}
+
+/// A test that needs root. It finds [`as_root`] by the name `netns`, which has to be in scope.
+macro_rules! root_test {
+    ($name:ident, $body:expr) => {
+        #[test]
+        fn $name() {
+            netns::as_root($body);
+        }
+    };
+}
+pub(crate) use root_test;
+
+/// Runs a test's body if it [`is_root`].
+pub fn as_root(body: impl FnOnce()) {
+    if is_root() {
+        body();
+    }
 }
 
 /// A network namespace that exists as long as this value.
@@ -68,7 +86,7 @@ impl Netns {
         let name = format!("mvt-{}-{n}", std::process::id());
         run(Command::new("ip").args(["netns", "add", &name]));
         let netns = Self { name };
-        // Nobody else is in it, and `tentative` in a listing would come and go by itself.
+        // It is not shared, and `tentative` would come and go in listings.
         netns.detect_duplicates(false);
         netns.ip("link set lo up");
         netns
@@ -108,7 +126,7 @@ impl Netns {
             .expect("ip netns exec starts")
     }
 
-    /// Runs `work` on a thread of its own inside the namespace (`/sys` stays the caller's), and hands back its result.
+    /// Runs `work` on a thread of its own inside the namespace (`/sys` stays the caller's); returns its result.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let file = File::open(self.path()).expect("the namespace exists");
         let inside = move || {
@@ -134,13 +152,13 @@ impl Netns {
         peer.up(peer_name);
     }
 
-    /// An Ethernet link with its far end (`<name>-far`) here too, both up: a wire with nobody else on it. (A dummy would
-    /// do, where the kernel has that driver.)
+    /// An Ethernet link with its far end (`<name>-far`) here too, both up. (A dummy would do, where the
+    /// kernel has that driver.)
     pub fn wire(&self, name: &str) {
         self.veth(name, self, &format!("{name}-far"));
     }
 
-    /// Adds a link of a kind that not every kernel has (`ip link add ARGS`), and says aloud when this one hasn't.
+    /// Adds a link of a kind that not every kernel has (`ip link add ARGS`), and reports when this one lacks it.
     pub fn add_if_supported(&self, args: &str) -> bool {
         let output = Command::new("ip")
             .args(["-n", &self.name, "link", "add"])
@@ -253,7 +271,7 @@ fn ping(address: IpAddr, sequence: u8) -> io::Result<()> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     // It is no UDP socket, but connect, send, receive and time-outs are the same for both.
     let socket = unsafe { UdpSocket::from_raw_fd(fd) };
     socket.connect((address, 0))?;

@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+use super::process::Killed;
 
 /// Both sides of a pseudo-terminal.
 #[derive(Debug)]
@@ -35,7 +37,7 @@ impl Pty {
     }
 
     /// Starts a command with a session of its own on it.
-    pub fn start(&self, command: &mut Command) -> Child {
+    pub fn start(&self, command: &mut Command) -> Killed {
         let stdio = || Stdio::from(self.terminal.try_clone().expect("a descriptor is free"));
         command.stdin(stdio()).stdout(stdio()).stderr(stdio());
         // SAFETY: both are plain system calls, which a child may make between fork and exec.
@@ -46,6 +48,6 @@ impl Pty {
                 Ok(())
             });
         }
-        command.spawn().expect("minivmm starts")
+        Killed(command.spawn().expect("minivmm starts"))
     }
 }

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::process::{Child, Command};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::{LocalModes, tcgetattr};
 use tempfile::TempDir;
 
+use super::harness::process::Killed;
 use super::harness::pty::Pty;
 use super::harness::vm::binary;
 use super::tiny::Tiny;
@@ -50,7 +51,7 @@ pub struct Session {
     /// The program's side, to look at its settings.
     pub terminal: OwnedFd,
     pub before: String,
-    pub child: Child,
+    pub child: Killed,
     pub shown: Vec<u8>,
     /// Where in `shown` the next [`Session::wait_for`] begins.
     pub seen: usize,
@@ -163,14 +164,6 @@ impl Session {
         let ended = self.wait_exit(AT_ONCE);
         assert_eq!(ended, Some(status), "{:?}", self.shown());
         assert_eq!(settings(&self.terminal), self.before, "the terminal");
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        // Both fail only when it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

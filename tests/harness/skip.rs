@@ -1,4 +1,4 @@
-//! Tests that cannot run here: said aloud, and a failure where nothing may be left out.
+//! Tests that cannot run here: reported on stderr, and a failure in CI.
 
 #![allow(dead_code)] // Each test binary uses its own part of this module.
 

@@ -199,7 +199,7 @@ impl Tiny {
     }
 }
 
-/// A 64-bit executable with one segment (System V gABI, chapters 4 and 5), entered `entry` bytes behind its start.
+/// A 64-bit executable with one segment (System V gABI, chapters 4 and 5), entered `entry` bytes after its start.
 pub fn elf(code: &[u8], entry: u64) -> Vec<u8> {
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
     file.resize(16, 0);

@@ -3,12 +3,14 @@
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+
+use super::process::Killed;
 
 /// The minivmm under test: `$MINIVMM_BIN` (set in the lab), else the one that cargo built for this test.
 pub fn binary() -> PathBuf {
@@ -36,7 +38,7 @@ pub fn copy_program(from: impl AsRef<OsStr>, to: impl AsRef<OsStr>) {
 /// A minivmm with pipes for its console and its log; killed when dropped.
 #[derive(Debug)]
 pub struct Vm {
-    child: Child,
+    child: Killed,
     stdin: Option<ChildStdin>,
     console: Stream,
     log: Stream,
@@ -66,11 +68,11 @@ impl Vm {
 
     /// Starts a prepared command, whose stdin is the caller's choice, with its console and log captured.
     pub fn spawn(mut command: Command) -> Self {
-        let mut child = command
+        let child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"));
+            .spawn();
+        let mut child = Killed(child.unwrap_or_else(|e| panic!("cannot start {command:?}: {e}")));
         Self {
             stdin: child.stdin.take(),
             console: Stream::new(child.stdout.take().expect("stdout is piped")),
@@ -162,7 +164,7 @@ impl Vm {
         output.text
     }
 
-    /// Runs a shell command in the guest and tells how it ended.
+    /// Runs a shell command in the guest; returns how it ended.
     pub fn run_for(&mut self, command: &str, timeout: Duration) -> Output {
         let id = self.start_command(command);
         self.finish_command(id, timeout)
@@ -224,14 +226,6 @@ impl Vm {
             self.console().trim_end(),
             self.log().trim_end()
         )
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        // Both fail only when it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -45,11 +45,7 @@ fn parse(line: &str) -> ([u32; 3], Registers) {
     (key, [(); 4].map(|()| next(16)))
 }
 
-#[test]
-fn cpus_of_one_package_say_so_in_every_leaf() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(cpus_of_one_package_say_so_in_every_leaf, || {
     for (count, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (12, 4), (254, 8)] {
         let cpuid = Cpuid::of(count, &[]);
         for cpu in 0..count {
@@ -68,7 +64,7 @@ fn cpus_of_one_package_say_so_in_every_leaf() {
             assert_all_leaves(&cpuid, cpu, count, bits);
         }
     }
-}
+});
 
 /// Checks what the first and the last CPU are asked for.
 fn assert_all_leaves(cpuid: &Cpuid, cpu: u32, count: u32, bits: u32) {
@@ -115,11 +111,7 @@ fn assert_all_leaves(cpuid: &Cpuid, cpu: u32, count: u32, bits: u32) {
     }
 }
 
-#[test]
-fn cpus_can_run_guests_of_their_own_only_where_that_is_asked_for() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(cpus_can_run_nested_guests_only_on_request, || {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap();
     let host = |flag: &str| cpuinfo.split_whitespace().any(|word| word == flag);
     let bits = |args: &[&str]| {
@@ -133,4 +125,4 @@ fn cpus_can_run_guests_of_their_own_only_where_that_is_asked_for() {
     // KVM's parameter `nested` may hide them as well.
     let (vmx, svm) = bits(&["--nested", "on"]);
     assert!((!vmx || host("vmx")) && (!svm || host("svm")));
-}
+});

@@ -66,11 +66,7 @@ fn of_size(mappings: &[Mapping], mib: u64) -> &Mapping {
     one
 }
 
-#[test]
-fn memory_may_be_huge_pages_and_is_in_no_core_dump() {
-    if !has_kvm() {
-        return;
-    }
+kvm_test!(memory_may_be_huge_pages_and_is_in_no_core_dump, || {
     let has_huge_pages = Path::new("/sys/kernel/mm/transparent_hugepage").exists();
     // The last has a region on both sides of the hole.
     for (memory, regions) in [("64M", &[64][..]), ("77M", &[77]), ("3301M", &[3072, 229])] {
@@ -86,7 +82,7 @@ fn memory_may_be_huge_pages_and_is_in_no_core_dump() {
             assert_eq!(is("hg"), has_huge_pages, "{memory}: {mapping:#x?}");
         }
     }
-}
+});
 
 /// Lets the kernel make so many more huge pages on demand, and takes that back when dropped.
 struct Allowance {
@@ -109,11 +105,7 @@ impl Drop for Allowance {
     }
 }
 
-#[test]
-fn memory_of_huge_pages_is_that_and_in_no_core_dump() {
-    if !has_kvm() || !netns::is_root() {
-        return;
-    }
+guest_test!(memory_of_huge_pages_is_that_and_in_no_core_dump, || {
     let _allowance = Allowance::more(40);
     // The kernel's mapping ends with a whole page, the guest's memory where it was asked to.
     for (memory, mib) in [("64M", 64), ("65M", 66)] {
@@ -127,4 +119,4 @@ fn memory_of_huge_pages_is_that_and_in_no_core_dump() {
             );
         }
     }
-}
+});

@@ -8,7 +8,7 @@ use super::harness::assets::assets;
 use super::harness::linux::initrd;
 use super::harness::site::{Site, address, pings};
 use super::harness::vm::Vm;
-use super::{BOOT, SECOND, STEADY, descendants, here, outcome, text};
+use super::{BOOT, SECOND, STEADY, descendants, outcome, tcg_test, text};
 
 /// When dropped, kills what a shell has started: it would live on when a failed test kills the shell.
 struct KillChildren(u32);
@@ -24,9 +24,7 @@ impl Drop for KillChildren {
     }
 }
 
-#[test]
-fn script_of_a_dry_run_makes_the_same_guest() {
-    let Some(_permit) = here() else { return };
+tcg_test!(script_of_a_dry_run_makes_the_same_guest, || {
     let site = Site::new();
     let (kernel, initrd) = (assets().bzimage(), initrd());
     let macs = ["02:aa:00:00:00:0d", "02:aa:00:00:00:0e"];
@@ -75,7 +73,7 @@ fn script_of_a_dry_run_makes_the_same_guest() {
         vm.run(&format!("ip link set {n} down"));
     }
     assert_eq!(site.host.links().len(), 4);
-    // The host's own link, over which it is heard.
+    // The host's own link, by which the guests reach it.
     let addresses = site.host.ip("-o address show");
     assert!(addresses.contains("192.168.78.9/24"), "{addresses}");
     vm.send("1 poweroff -f\n");
@@ -85,11 +83,9 @@ fn script_of_a_dry_run_makes_the_same_guest() {
         ["wire"],
         "the script has deleted its links"
     );
-}
+});
 
-#[test]
-fn dry_run_finds_links_by_their_alternative_names() {
-    let Some(_permit) = here() else { return };
+tcg_test!(dry_run_finds_links_by_their_alternative_names, || {
     let site = Site::new();
     site.host.macvtap("mvt0", "wire", "bridge");
     for (link, name) in [
@@ -108,4 +104,4 @@ fn dry_run_finds_links_by_their_alternative_names() {
     assert!(script("tap-of-my-guest").contains("/sys/class/net/mvt0/ifindex"));
     // ip-link(8) finds links by all of theirs.
     assert!(script("the-wire-of-my-guests").contains("ip link add link the-wire-of-my-guests"));
-}
+});

@@ -12,7 +12,7 @@ use rustix::termios::{LocalModes, tcgetattr};
 use super::harness::assets::assets;
 use super::harness::pty::Pty;
 use super::harness::vm::binary;
-use super::{BOOT, SECOND, descendants, eventually, here};
+use super::{BOOT, SECOND, descendants, eventually, tcg_test};
 
 /// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the command's pid and the
 /// user's side of the terminal), and checks that the terminal is as before. Returns the exit status.
@@ -39,14 +39,12 @@ fn on_a_terminal(mut command: Command, end: impl FnOnce(u32, &mut fs::File)) -> 
         status = child.try_wait().expect("it is our child");
         status.is_some()
     });
-    assert!(!is_raw(), "the terminal is given back");
+    assert!(!is_raw(), "the terminal is restored");
     assert!(!nonblocking(), "and blocks");
     status.and_then(|status| status.code())
 }
 
-#[test]
-fn terminal_is_given_back_by_ctrl_a_x_and_when_either_process_is_killed() {
-    let Some(_permit) = here() else { return };
+tcg_test!(terminal_is_restored_by_ctrl_a_x_and_by_kills, || {
     let with_kernel = || {
         let mut command = Command::new(binary());
         // Without an initrd the guest panics, and would end by itself.
@@ -81,4 +79,4 @@ fn terminal_is_given_back_by_ctrl_a_x_and_when_either_process_is_killed() {
         kill_process(minivmm, Signal::USR1).expect("it runs");
     };
     assert_eq!(on_a_terminal(of_args(), kill_us), None, "of the signal");
-}
+});

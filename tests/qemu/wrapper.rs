@@ -8,9 +8,10 @@ use std::process::Command;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::harness::process::is_running;
 use super::harness::site::Site;
 use super::harness::vm::{Vm, copy_program};
-use super::{SECOND, eventually, here, outcome, text};
+use super::{SECOND, eventually, outcome, tcg_test, text};
 
 /// A directory with a program `qemu`, and what it leaves there.
 struct Wrapper(tempfile::TempDir);
@@ -50,12 +51,6 @@ impl Wrapper {
     }
 }
 
-/// Whether it runs; a zombie does not.
-fn is_running(pid: &str) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-    stat.is_ok_and(|stat| !stat.contains(") Z "))
-}
-
 /// Waits for a process's end, and brings it about when that does not come.
 #[track_caller]
 fn assert_ends(pid: &str, when: &str) {
@@ -73,9 +68,7 @@ fn assert_ends(pid: &str, when: &str) {
 const VERSION: &str = "echo QEMU emulator version 8.0.0";
 const MAC: &str = "02:aa:00:00:00:2b";
 
-#[test]
-fn qemu_of_a_wrapper_that_does_not_exec_ends_with_minivmm() {
-    let Some(_permit) = here() else { return };
+tcg_test!(qemu_of_a_wrapper_without_exec_ends_with_minivmm, || {
     let site = Site::new();
     let wrapper = Wrapper::new(
         VERSION,
@@ -97,11 +90,9 @@ fn qemu_of_a_wrapper_that_does_not_exec_ends_with_minivmm() {
             eventually(20 * SECOND, "the macvtap is gone", || site.mac_is_free(MAC));
         }
     }
-}
+});
 
-#[test]
-fn qemu_of_a_wrapper_with_a_helper_that_stays_tells_its_version_at_once() {
-    let Some(_permit) = here() else { return };
+tcg_test!(qemu_version_does_not_wait_for_a_wrappers_helper, || {
     let site = Site::new();
     let helper = "echo $$ >>$0/helpers; exec sleep 1000";
     let version =
@@ -112,11 +103,9 @@ fn qemu_of_a_wrapper_with_a_helper_that_stays_tells_its_version_at_once() {
     for helper in wrapper.line("helpers").lines() {
         assert_ends(helper, "the look at the version");
     }
-}
+});
 
-#[test]
-fn qemu_that_neither_powers_off_nor_hangs_is_told_to_quit() {
-    let Some(_permit) = here() else { return };
+tcg_test!(qemu_that_does_not_power_off_is_sent_quit, || {
     let site = Site::new();
     // Its end of the control socket is descriptor 3: there is no NIC.
     let deaf = "echo $$ >$D/pid; while read -r line <&3; do echo \"$line\" >>$D/commands; \
@@ -134,11 +123,9 @@ fn qemu_that_neither_powers_off_nor_hangs_is_told_to_quit() {
             .unwrap_or_else(|| panic!("no {name}: {commands}"))
     };
     assert!(at("system_powerdown") < at("\"quit\""), "{commands}");
-}
+});
 
-#[test]
-fn qemu_gets_no_capability_of_an_ordinary_user() {
-    let Some(_permit) = here() else { return };
+tcg_test!(qemu_gets_no_capability_of_an_ordinary_user, || {
     let site = Site::new();
     let wrapper = Wrapper::new(VERSION, "cat /proc/self/status; exit 9");
     let command = wrapper.qemu(&site, &["--", "-M", "q35"]);
@@ -164,4 +151,4 @@ fn qemu_gets_no_capability_of_an_ordinary_user() {
             "{set} {shown}"
         );
     }
-}
+});

@@ -49,11 +49,7 @@ fn expect(checks: &Value, name: &str, status: &str, message: &str, remedy: &str)
     );
 }
 
-#[test]
-fn doctor_finds_a_sound_host_and_link_sound() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(doctor_finds_a_sound_host_and_link_sound, || {
     let net = Net::new();
     let (status, checks) = doctor(&net.host, None);
     assert_eq!(status, Some(0), "{checks:#}");
@@ -82,13 +78,9 @@ fn doctor_finds_a_sound_host_and_link_sound() {
     ] {
         expect(&checks, name, "ok", "", "");
     }
-}
+});
 
-#[test]
-fn doctor_says_what_is_amiss_with_a_link_and_the_remedy() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(doctor_says_what_is_amiss_with_a_link_and_the_remedy, || {
     let net = Net::new();
     let host = &net.host;
     let fails = |link: &str| {
@@ -129,13 +121,9 @@ fn doctor_says_what_is_amiss_with_a_link_and_the_remedy() {
         expect(&fails("lower"), "uppers", "fail", "ipv0", "ip link delete");
         expect(&fails("ipv0"), "link", "fail", "ipvlan", "without ipvlan");
     }
-}
+});
 
-#[test]
-fn doctor_warns_of_macvtaps_that_stand_in_each_others_way() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(doctor_warns_of_macvtaps_that_block_each_other, || {
     let net = Net::new();
     let host = &net.host;
     host.macvtap("vepa0", "lower", "vepa");
@@ -172,13 +160,9 @@ fn doctor_warns_of_macvtaps_that_stand_in_each_others_way() {
     // It can be used itself.
     let (status, checks) = doctor(host, Some("alone"));
     assert_eq!(status, Some(0), "{checks:#}");
-}
+});
 
-#[test]
-fn doctor_and_list_know_private_macvtaps() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(doctor_and_list_know_private_macvtaps, || {
     let net = Net::new();
     let mut vm = net.start_on("lower,mode=vepa", 2, "mode=hlt");
     vm.wait_for("OK hlt", PATIENCE);
@@ -199,7 +183,7 @@ fn doctor_and_list_know_private_macvtaps() {
     for (mut vm, lowers) in [(vm, 1), (other, 0)] {
         vm.signal(Signal::KILL);
         vm.wait_exit(PATIENCE);
-        let listing = tell_json(&net.host, &["net", "list", "lower", "--json"]);
+        let listing = show_json(&net.host, &["net", "list", "lower", "--json"]);
         let guests = listing["guests"].as_array().expect("an array");
         assert_eq!(guests.len(), lowers, "{listing}");
     }
@@ -220,42 +204,34 @@ fn doctor_and_list_know_private_macvtaps() {
     let (_, checks) = doctor(&net.host, None);
     let remedy = format!("end the process {}", vm.pid());
     expect(&checks, "macvtaps", "warn", "passthru", &remedy);
-}
+});
 
-#[test]
-fn link_that_a_killed_monitor_left_is_shown_and_collected() {
-    if !is_possible() {
-        return;
-    }
+guest_test!(stale_link_of_a_killed_monitor_is_shown_and_deleted, || {
     let net = Net::new();
     let mut vm = net.start_on("lower,netns=host,name=vm0", 2, "mode=hlt");
     vm.wait_for("OK hlt", PATIENCE);
     let (_, checks) = doctor(&net.host, Some("lower"));
     expect(&checks, "leaked links", "ok", "", "");
-    assert_eq!(tell(&net.host, &["net", "gc"]), "", "a live one stays");
+    assert_eq!(show(&net.host, &["net", "gc"]), "", "a live one stays");
 
     vm.signal(Signal::KILL);
     vm.wait_exit(PATIENCE);
     let (_, checks) = doctor(&net.host, Some("lower"));
     let pid = format!("pid {}", vm.pid());
     expect(&checks, "leaked links", "warn", &pid, "vm0");
-    let text = tell(&net.host, &["net", "list"]);
+    let text = show(&net.host, &["net", "list"]);
     assert!(
         text.contains(&format!("({pid}), which has ended: minivmm net gc")),
         "{text}"
     );
-    let text = tell(&net.host, &["net", "gc"]);
+    let text = show(&net.host, &["net", "gc"]);
     assert!(text.starts_with("deleted vm0 (macvtap)"), "{text}");
     assert_eq!(net.host.links(), ["lower"]);
     let (_, checks) = doctor(&net.host, Some("lower"));
     expect(&checks, "leaked links", "ok", "", "");
-}
+});
 
-#[test]
-fn doctor_warns_of_a_node_that_is_another_namespaces_macvtap() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(doctor_warns_of_a_node_of_another_namespaces_macvtap, || {
     let [one, other] = [Net::new(), Net::new()];
     // Interface indexes repeat across namespaces, the names of nodes in /dev do not.
     // Another run of this test may be under way.
@@ -280,13 +256,9 @@ fn doctor_warns_of_a_node_that_is_another_namespaces_macvtap() {
         1,
         "{misled:?}"
     );
-}
+});
 
-#[test]
-fn doctor_fails_without_a_usable_kvm() {
-    if !netns::is_root() {
-        return;
-    }
+root_test!(doctor_fails_without_a_usable_kvm, || {
     // In a mount namespace of its own, /dev/kvm is something else.
     let script = r#"mount --bind /dev/null /dev/kvm && exec "$0" doctor"#;
     let mut command = Command::new("unshare");
@@ -301,26 +273,22 @@ fn doctor_fails_without_a_usable_kvm() {
     let output = command.output().expect("unshare starts");
     let checks: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     expect(&checks, "kvm", "fail", "KVM", "c 10 232");
-}
+});
 
-/// Root of a user namespace has all capabilities, and none that counts for devices or for other networks.
-#[test]
-fn user_namespace_is_told_by_doctor_and_by_the_start() {
-    if !netns::is_root() {
-        return;
-    }
+// Root of a user namespace has all capabilities, and none that counts for devices or for other networks.
+root_test!(user_namespace_is_named_by_doctor_and_the_start, || {
     let net = Net::new();
     let link = "ip link add v0 type veth peer name v1 && ip link set v0 up && ip link set v1 up";
     // In a network of its own nothing is missing until the device is to be opened.
     let own = format!("{link} && lower=v0");
     let devices = "CAP_SYS_ADMIN and CAP_MKNOD in the initial one";
     let network = "CAP_NET_ADMIN is needed in the one that owns it";
-    // Group and user 65534: nobody outside.
+    // Group and user 65534, which is nobody outside.
     let nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups";
-    // Where nobody can start it.
+    // Where user nobody can start it.
     let directory = tempfile::tempdir().expect("a directory");
-    let anybody = fs::Permissions::from_mode(0o755);
-    fs::set_permissions(directory.path(), anybody).expect("it is ours");
+    let world = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(directory.path(), world).expect("it is ours");
     let program = directory.path().join("minivmm");
     vm::copy_program(vm::binary(), &program);
     for (unshare, prepare, missing) in [
@@ -361,4 +329,4 @@ fn user_namespace_is_told_by_doctor_and_by_the_start() {
             "{unshare}: {text}"
         );
     }
-}
+});

@@ -74,7 +74,7 @@ impl Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        // Of no use when it was killed before.
+        // It fails when the process was killed before.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }

@@ -45,12 +45,12 @@ pub fn send(queue: BorrowedFd<'_>, frame: &[u8]) {
 pub fn exchange(queue: BorrowedFd<'_>, question: &[u8], fits: impl Fn(&[u8]) -> bool) -> bool {
     (0..5).any(|_| {
         send(queue, question);
-        hears(queue, &fits)
+        receives(queue, &fits)
     })
 }
 
 /// Whether a fitting frame comes in time.
-pub fn hears(queue: BorrowedFd<'_>, fits: impl Fn(&[u8]) -> bool) -> bool {
+pub fn receives(queue: BorrowedFd<'_>, fits: impl Fn(&[u8]) -> bool) -> bool {
     let deadline = Instant::now() + PATIENCE;
     std::iter::from_fn(|| next(queue, deadline)).any(|frame| fits(&frame))
 }
