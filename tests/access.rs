@@ -1,6 +1,6 @@
-//! Ways to a network: queues that others have opened, programs without rights, macvtaps that `ip link` shows, keys, and
-//! the host's own access to its guests. Each with the freestanding test guest on this machine's `/dev/kvm`, in namespaces
-//! that the test makes.
+//! Ways to a network: queues that others have opened, programs without rights, macvtaps that `ip
+//! link` shows, keys, and the host's own access to its guests. Each with the freestanding test
+//! guest on this machine's `/dev/kvm`, in namespaces that the test makes.
 //!
 //! - `descriptors`: queues that others have opened
 //! - `open`: `minivmm net open`
@@ -10,9 +10,11 @@
 //! - `shared`: one NIC for one interface
 //! - this file: what they share, and how subcommands answer
 //!
-//! An ordinary user's `/dev/kvm` is a node of the test's own in a private mount namespace: the machine's is left alone.
+//! An ordinary user's `/dev/kvm` is a node of the test's own in a private mount namespace: the
+//! machine's is left alone.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 #[path = "access/descriptors.rs"]
@@ -147,7 +149,8 @@ impl Place {
         command
     }
 
-    /// A macvtap `name`, as a user would make it; returns its node, of the test's own. (`/dev/tapN` could be another's.)
+    /// A macvtap `name`, as a user would make it; returns its node, of the test's own. (`/dev/tapN`
+    /// could be another's.)
     fn macvtap(&self, name: &str) -> PathBuf {
         self.net.host.macvtap(name, "lower", "bridge");
         // Its multicast filter is for the host's own groups, and the guest's IPv6 needs others.
@@ -184,14 +187,16 @@ impl Place {
 
     fn until_it_serves(&self, mut vm: Vm) -> Vm {
         vm.wait_for("READY echo\n", PATIENCE);
-        // An earlier guest with its address had another MAC address, and this one is silent until it is asked.
+        // An earlier guest with its address had another MAC address, and this one is silent until
+        // it is asked.
         for neighbour in [&self.net.far, &self.net.host] {
             neighbour.ip("neigh flush all");
         }
         vm
     }
 
-    /// minivmm with a redirection of a shell's for its descriptors; `inherited` is its stdin before that.
+    /// minivmm with a redirection of a shell's for its descriptors; `inherited` is its stdin before
+    /// that.
     fn redirected(&self, redirection: &str, inherited: impl Into<Stdio>, args: &[&str]) -> Command {
         let script = format!("exec \"$@\" {redirection} 0</dev/null");
         let mut command = self.net.host.command("sh");
@@ -200,7 +205,8 @@ impl Place {
         command
     }
 
-    /// Whether another interface can come up with [`MAC`], as soon as what the kernel does on its own is done.
+    /// Whether another interface can come up with [`MAC`], as soon as what the kernel does on its
+    /// own is done.
     fn mac_gets_free(&self) -> bool {
         let host = &self.net.host;
         eventually(|| {
@@ -289,7 +295,8 @@ fn succeeds(command: Command) -> String {
     run.stdout
 }
 
-/// A run that must be refused: with this status, with these texts in one error on stderr, and nothing on stdout.
+/// A run that must be refused: with this status, with these texts in one error on stderr, and
+/// nothing on stdout.
 #[track_caller]
 fn is_refused(command: Command, status: i32, texts: &[&str]) {
     let shown = format!("{command:?}");

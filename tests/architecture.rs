@@ -1,9 +1,11 @@
-//! Which crate may use which, checked against cargo's metadata; and that links between the documents lead to files.
+//! Which crate may use which, checked against cargo's metadata; and that links between the
+//! documents lead to files.
 //!
-//! The leaves know neither each other nor the monitor, and only the monitor knows KVM. A new dependency of a crate is a
-//! decision: it is added here in the same change.
+//! The leaves know neither each other nor the monitor, and only the monitor knows KVM. A new
+//! dependency of a crate is a decision: it is added here in the same change.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,7 +15,8 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// What any crate may use besides its own: errors, logs, typed bits, and calls of the operating system.
+/// What any crate may use besides its own: errors, logs, typed bits, and calls of the operating
+/// system.
 const COMMON: &[&str] = &["bitflags", "libc", "log", "rustix", "thiserror"];
 
 /// A crate, what it may use besides [`COMMON`], and what it must never use, not even for its tests.
@@ -217,7 +220,8 @@ fn no_crate_has_asynchronous_code() {
     }
 }
 
-/// The modules of a crate, and which others each of them uses, by its `crate::` paths outside of tests.
+/// The modules of a crate, and which others each of them uses, by its `crate::` paths outside of
+/// tests.
 fn modules(sources: &Path) -> BTreeMap<String, BTreeSet<String>> {
     let mut all: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for file in rust_files(sources)

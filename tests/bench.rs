@@ -106,7 +106,8 @@ fn in_lab(rounds: usize) -> bool {
     lab::machine::run_shown(&job)
 }
 
-/// Measures everything that can be had here, each setup once a round, and prints medians and spreads.
+/// Measures everything that can be had here, each setup once a round, and prints medians and
+/// spreads.
 fn compare(rounds: usize) -> bool {
     let has_vhost = Path::new("/dev/vhost-net").exists();
     let has_qemu = Command::new("qemu-system-x86_64")

@@ -1,14 +1,16 @@
 //! Bad input: a clear error, the right exit status, and nothing left. And the help.
 //!
-//! A message must name what was tried, on what, why not and, where there is one, the remedy. Each test runs the program as
-//! a user would and looks at all of that.
+//! A message must name what was tried, on what, why not and, where there is one, the remedy. Each
+//! test runs the program as a user would and looks at all of that.
 //!
 //! - `kernel`, `limits`, `kvm`, `macvtap`: what may be wrong with each
 //! - this file: what they share, the console, and the help
 //!
-//! Not here: Wi-Fi. No machine without such a NIC can provoke it; the net crate tests it with a sysfs of its own.
+//! Not here: Wi-Fi. No machine without such a NIC can provoke it; the net crate tests it with a
+//! sysfs of its own.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 mod harness;
@@ -77,7 +79,8 @@ fn run(mut command: Command) -> Run {
     }
 }
 
-/// The refusal that a run must end with: this status, each of these texts in the message, and nothing on stdout.
+/// The refusal that a run must end with: this status, each of these texts in the message, and
+/// nothing on stdout.
 #[track_caller]
 fn assert_refused(command: Command, status: i32, texts: &[&str]) {
     let shown = format!("{command:?}");
@@ -160,7 +163,8 @@ fn inside(netns: &Netns, command: &Command) -> Command {
     moved
 }
 
-/// Asserts that each value of `option` is refused as a wrong command line, with the option, the value and this text.
+/// Asserts that each value of `option` is refused as a wrong command line, with the option, the
+/// value and this text.
 #[track_caller]
 fn assert_bad_values(option: &str, cases: &[(&str, &str)]) {
     let files = Files::new();

@@ -1,8 +1,11 @@
-//! The guest's console without a terminal: pipes of every sort, closed descriptors and the end of input do no harm.
+//! The guest's console without a terminal: pipes of every sort, closed descriptors and the end of
+//! input do no harm.
 //!
-//! The guests are a few instructions each (`harness/tiny.rs`), so this needs /dev/kvm, but neither root nor a network.
+//! The guests are a few instructions each (`harness/tiny.rs`), so this needs /dev/kvm, but neither
+//! root nor a network.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 mod harness;
@@ -179,7 +182,8 @@ kvm_test!(stdout_closed_by_its_reader_does_not_hurt_the_guest, || {
 struct Guarded(Killed);
 
 impl Guarded {
-    /// Ends it by two SIGTERM, and returns its status. The log must not have grown long: a guest can write for ever.
+    /// Ends it by two SIGTERM, and returns its status. The log must not have grown long: a guest
+    /// can write for ever.
     #[track_caller]
     fn end_by_signals(&mut self) -> Option<i32> {
         let mut log = self.0.stderr.take().expect("stderr is piped");

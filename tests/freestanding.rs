@@ -1,5 +1,5 @@
-//! minivmm on this machine's `/dev/kvm` with the freestanding test guest (`guest/`), over a real macvtap on a veth pair
-//! in namespaces that each test makes.
+//! minivmm on this machine's `/dev/kvm` with the freestanding test guest (`guest/`), over a real
+//! macvtap on a veth pair in namespaces that each test makes.
 
 mod harness;
 

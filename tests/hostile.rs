@@ -1,5 +1,6 @@
-//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to our own data path on this
-//! machine's KVM, and to vhost-net where Linux guests can run, since that is where vhost-net is known to be.
+//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to our
+//! own data path on this machine's KVM, and to vhost-net where Linux guests can run, since that is
+//! where vhost-net is known to be.
 
 mod harness;
 mod lab;
@@ -37,7 +38,8 @@ fn withstands_by_vhost_net(transport: Transport) {
     serves_as_many_queue_pairs_as_there_are(&Net::with(transport), "vhost");
 }
 
-/// Starts the hostile guest. It knows what it attacks, since vhost-net may do with some frames what no NIC should.
+/// Starts the hostile guest. It knows what it attacks, since vhost-net may do with some frames what
+/// no NIC should.
 fn attack(net: &Net, backend: &str, options: &str) -> Vm {
     attack_on("lower", net, backend, options)
 }

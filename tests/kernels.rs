@@ -1,6 +1,7 @@
 //! What the tests make of a distribution's kernel package, whatever way it is packed.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 mod harness;

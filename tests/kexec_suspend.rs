@@ -1,4 +1,5 @@
-//! The NIC's lives under stock kernels: a guest that sleeps and wakes, and one that goes on with another kernel.
+//! The NIC's lives under stock kernels: a guest that sleeps and wakes, and one that goes on with
+//! another kernel.
 
 mod harness;
 mod lab;

@@ -1,6 +1,7 @@
 //! minivmm as a library: a guest that is paused and resumed, and whose state goes into another one.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 mod harness;
@@ -24,9 +25,10 @@ use tempfile::TempDir;
 use vmm::config::{Config, ConsoleTarget};
 use vmm::{Exit, Guest, GuestError, RunState};
 
-// Computes for ever, in registers alone, from the last byte of its command line: in EBX the last of EBP steps, and in the
-// MSR KERNEL_GS_BASE and in CR8 (the local APIC's task priority) what it began with. It looks for the power button (IRQ 5)
-// in the PIC's request register (Intel 8259A, OCW3), and then writes EBP, EBX, the MSR and CR8 to COM1 and powers off.
+// Computes for ever, in registers alone, from the last byte of its command line: in EBX the last of
+// EBP steps, and in the MSR KERNEL_GS_BASE and in CR8 (the local APIC's task priority) what it
+// began with. It looks for the power button (IRQ 5) in the PIC's request register (Intel 8259A,
+// OCW3), and then writes EBP, EBX, the MSR and CR8 to COM1 and powers off.
 global_asm!(
     r#"
     .pushsection .rodata.computing_guest, "a", @progbits
@@ -113,7 +115,8 @@ impl Computing {
         self.directory.path().join(name)
     }
 
-    /// Ends the guest by its power button; returns how many steps it took. All else must be as after those, from `seed`.
+    /// Ends the guest by its power button; returns how many steps it took. All else must be as
+    /// after those, from `seed`.
     fn finish(&self, guest: Guest, seed: u8) -> u32 {
         guest.press_power_button();
         assert_eq!(guest.wait().unwrap(), Exit::PowerOff);
@@ -291,7 +294,8 @@ struct Traffic {
 }
 
 impl Traffic {
-    /// Frames on their way at a time: fewer than any queue holds, so that none is lost for want of room.
+    /// Frames on their way at a time: fewer than any queue holds, so that none is lost for want of
+    /// room.
     const WINDOW: u32 = 16;
 
     /// Sends as fast as the guest answers until it is over; returns how many.

@@ -1,6 +1,7 @@
 //! minivmm with Debian's stock kernel as the guest: boot, network, ends, signals and console.
 //!
-//! A boot costs several seconds in the lab, so each test asks its guests for as much as they can show.
+//! A boot costs several seconds in the lab, so each test asks its guests for as much as they can
+//! show.
 
 mod harness;
 mod lab;
@@ -395,7 +396,8 @@ lab_test!(every_kind_of_lower_carries_a_guest_and_others, || {
     }
 });
 
-// Without a guest: it is here because the lab's kernel has the driver for VRFs, which many have not.
+// Without a guest: it is here because the lab's kernel has the driver for VRFs, which many have
+// not.
 lab_test!(host_link_on_a_vrf_slave_moves_inside_the_vrf, || {
     let (host, far) = (Netns::new(), Netns::new());
     if lab::place() == lab::Place::InsideLab {

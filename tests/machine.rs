@@ -1,7 +1,8 @@
-//! What the machine does for a guest and how it reports a crash, shown by guests of a few instructions, and by the
-//! freestanding test guest in little memory.
+//! What the machine does for a guest and how it reports a crash, shown by guests of a few
+//! instructions, and by the freestanding test guest in little memory.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 mod harness;
@@ -63,7 +64,8 @@ kvm_test!(crash_that_kvm_reports_shows_rip_and_instruction, || {
     ] {
         assert!(log.contains(part), "no {part:?}: {log}");
     }
-    // An emulated KVM stops at the first instruction that it lacks; a real one goes on to where there is no memory.
+    // An emulated KVM stops at the first instruction that it lacks; a real one goes on to where
+    // there is no memory.
     let here = log.contains(" at RIP 0x200") && log.contains("instruction bytes f0 48 0f c7 0f b8");
     let hole = log.contains(" at RIP 0xdffff000");
     assert!(here || hole, "{log}");

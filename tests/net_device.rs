@@ -1,5 +1,5 @@
-//! The NIC as stock drivers see it, on each transport and with each backend: traffic, offloads, commands,
-//! resets.
+//! The NIC as stock drivers see it, on each transport and with each backend: traffic, offloads,
+//! commands, resets.
 
 mod harness;
 mod lab;
@@ -24,8 +24,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const FAR: [&str; 2] = ["192.168.77.4", "fd77::4"];
 const GUEST: [&str; 2] = ["192.168.77.11", "fd77::11"];
 
-/// A wire whose checksums are real: what arrives at its far end has been summed by the guest or, where that left it
-/// open, by the host's kernel as the guest's header says.
+/// A wire whose checksums are real: what arrives at its far end has been summed by the guest or,
+/// where that left it open, by the host's kernel as the guest's header says.
 fn site() -> Site {
     let site = Site::new();
     capture::disable_offloads(&site.host, "wire");
@@ -240,7 +240,8 @@ lab_test!(jumbo_frames_pass_whole, || {
         let mut vm = start(&site, "pci", &format!("wire,backend={backend}"));
         assert_eq!(vm.run("cat /sys/class/net/eth0/mtu").trim(), "9000");
         for to in FAR {
-            // 8,900 bytes of a datagram or an echo do not fit a smaller MTU unfragmented, and nothing is offloaded.
+            // 8,900 bytes of a datagram or an echo do not fit a smaller MTU unfragmented, and
+            // nothing is offloaded.
             vm.run(&format!("ping -c3 -W2 -s 8900 {to}"));
         }
         let _server = iperf::serve(&site.far);

@@ -1,4 +1,5 @@
-//! What a NIC does besides moving frames, over a real macvtap: rate limits, the capture, the counters in the log.
+//! What a NIC does besides moving frames, over a real macvtap: rate limits, the capture, the
+//! counters in the log.
 
 mod harness;
 

@@ -1,9 +1,10 @@
-//! What minivmm makes of the signals and limits that it was started with: services, nohup and shells without job control
-//! leave some ignored or blocked.
+//! What minivmm makes of the signals and limits that it was started with: services, nohup and
+//! shells without job control leave some ignored or blocked.
 //!
 //! The guests are a few instructions each (`harness/tiny.rs`), and QEMU is a script.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 mod harness;
@@ -41,7 +42,8 @@ const ALL: [Nix; 7] = [
     Nix::SIGXFSZ,
 ];
 
-/// Starts `command` with these signals ignored and blocked, and no others of [`ALL`], whatever this test was started with.
+/// Starts `command` with these signals ignored and blocked, and no others of [`ALL`], whatever this
+/// test was started with.
 fn with_signals(command: &mut Command, ignored: &'static [Nix], blocked: &'static [Nix]) {
     let mask: SigSet = blocked.iter().copied().collect();
     let settle = move || {

@@ -1,8 +1,11 @@
-//! The guest's console on a terminal: raw while the guest runs, restored at every end, and with keys of its own.
+//! The guest's console on a terminal: raw while the guest runs, restored at every end, and with
+//! keys of its own.
 //!
-//! The guests are a few instructions each (`harness/tiny.rs`), so this needs /dev/kvm, but neither root nor a network.
+//! The guests are a few instructions each (`harness/tiny.rs`), so this needs /dev/kvm, but neither
+//! root nor a network.
 
-// A helper that panics fails the test, as it should; clippy spares only the functions that are tests themselves.
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
 #![allow(clippy::unwrap_used)]
 
 mod harness;
@@ -158,7 +161,8 @@ kvm_test!(terminal_is_restored_while_stopped_and_raw_again, || {
     kill_process(group, Signal::KILL).unwrap();
 });
 
-/// The process group that has the terminal, which the kernel shows to those on it alone (proc_pid_stat(5)).
+/// The process group that has the terminal, which the kernel shows to those on it alone
+/// (proc_pid_stat(5)).
 fn foreground(session: &Session) -> Pid {
     let stat = fs::read_to_string(format!("/proc/{}/stat", session.child.id())).unwrap();
     let fields = stat.rsplit(") ").next().unwrap();
@@ -166,7 +170,8 @@ fn foreground(session: &Session) -> Pid {
     Pid::from_raw(tpgid.parse().unwrap()).unwrap()
 }
 
-/// What the monitor does around a guest, with a panic in the end; run on a terminal by the test below.
+/// What the monitor does around a guest, with a panic in the end; run on a terminal by the test
+/// below.
 #[test]
 #[ignore = "a child of terminal_is_restored_by_a_panic"]
 fn panic_child() {

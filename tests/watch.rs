@@ -1,5 +1,6 @@
-//! What minivmm shows of the host's network and follows in it: `net list`, the link of a running guest, frames from a wrong
-//! MAC address, and (`watch/doctor.rs`) `doctor`. On this machine's `/dev/kvm` with the freestanding test guest (`guest/`).
+//! What minivmm shows of the host's network and follows in it: `net list`, the link of a running
+//! guest, frames from a wrong MAC address, and (`watch/doctor.rs`) `doctor`. On this machine's
+//! `/dev/kvm` with the freestanding test guest (`guest/`).
 
 #[path = "watch/doctor.rs"]
 mod doctor;
@@ -70,7 +71,8 @@ fn listed(net: &Net, pid: u32) -> Option<Value> {
     find(&listing["guests"], "pid", &pid.into()).cloned()
 }
 
-/// Starts a guest in its mode `link`, with a NIC on each of the lowers, until it has reported all of them.
+/// Starts a guest in its mode `link`, with a NIC on each of the lowers, until it has reported all
+/// of them.
 fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
     let [ip, ip6] = addresses(2);
     let mut command = net.command();
@@ -91,7 +93,8 @@ fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
     vm
 }
 
-/// The CPU time in seconds that the monitor itself has used, its vCPUs left out: the test guest polls.
+/// The CPU time in seconds that the monitor itself has used, its vCPUs left out: the test guest
+/// polls.
 fn own_cpu_time(pid: u32) -> f64 {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("minivmm runs");
     let ticks: u64 = tasks
@@ -110,7 +113,8 @@ fn own_cpu_time(pid: u32) -> f64 {
     ticks as f64 / TICKS_PER_SECOND
 }
 
-// The name of a link may be anything but white space. The kernel returns it as it is, and a terminal would obey it.
+// The name of a link may be anything but white space. The kernel returns it as it is, and a
+// terminal would obey it.
 root_test!(names_of_links_do_nothing_to_the_terminal, || {
     let net = Net::new();
     let (name, shown) = ("\u{1b}[7mx\u{9b}8\u{202e}", r"\u{1b}[7mx\u{9b}8\u{202e}");
@@ -294,7 +298,8 @@ guest_test!(macvtap_down_or_deleted_takes_the_guests_link_down, || {
     vm.wait_for("LINK 0 status=0 generation=3 ", PATIENCE);
     net.host.up("lower");
     vm.wait_for("LINK 0 status=1 generation=4 ", PATIENCE);
-    // Deleted by another program, it does not disturb the end of the monitor, which would delete it.
+    // Deleted by another program, it does not disturb the end of the monitor, which would delete
+    // it.
     net.host.ip("link delete vm0");
     vm.wait_for("LINK 0 status=0 generation=5 ", PATIENCE);
     vm.signal(Signal::TERM);
@@ -395,7 +400,8 @@ guest_test!(lower_that_vanishes_takes_one_link_and_nothing_else, || {
     assert_eq!(warnings.len(), 1, "{log}");
     assert!(warnings[0].contains("net0"), "{log}");
 
-    // The guest goes on sending by both NICs. A thread that waits for the dead one in a loop would show.
+    // The guest goes on sending by both NICs. A thread that waits for the dead one in a loop would
+    // show.
     let before = own_cpu_time(vm.pid());
     thread::sleep(Duration::from_secs(1));
     let used = own_cpu_time(vm.pid()) - before;

@@ -1,4 +1,5 @@
-//! A link is found by each of its names: `ip link property add dev LINK altname NAME` gives it more. They need root.
+//! A link is found by each of its names: `ip link property add dev LINK altname NAME` gives it
+//! more. They need root.
 
 #![allow(
     clippy::unwrap_used,

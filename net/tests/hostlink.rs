@@ -44,7 +44,8 @@ fn delete(host: &Netns, link: &str) -> Result<HostLink, HostLinkProblem> {
         })
 }
 
-/// A host with an address on `v0`, a guest on it with addresses of its own, and a third host on the wire.
+/// A host with an address on `v0`, a guest on it with addresses of its own, and a third host on the
+/// wire.
 fn host_and_guest() -> (Netns, Netns, Netns) {
     let (host, guest, far) = (Netns::new(), Netns::new(), Netns::new());
     host.veth("v0", &far, "v1");

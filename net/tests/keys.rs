@@ -1,5 +1,5 @@
-//! What is asked for is what the kernel then shows, and is undone. In network namespaces of the tests' own; they need
-//! root.
+//! What is asked for is what the kernel then shows, and is undone. In network namespaces of the
+//! tests' own; they need root.
 
 #![allow(
     clippy::unwrap_used,
@@ -164,7 +164,8 @@ root_test!(every_queue_is_open_and_takes_its_share, || {
             send(queue.as_fd(), &hello);
             assert!(receives(theirs.queue(), |frame| frame == hello));
         }
-        // 64 flows: UDP from as many ports. None may be lost, and all on one queue is next to impossible.
+        // 64 flows: UDP from as many ports. None may be lost, and all on one queue is next to
+        // impossible.
         for port in 0..64 {
             send(
                 theirs.queue(),
@@ -385,7 +386,8 @@ root_test!(namespace_that_is_none_is_refused, || {
     );
 });
 
-// A lower regains what passthru mode took: in both placements, at the end and when the process is killed.
+// A lower regains what passthru mode took: in both placements, at the end and when the process is
+// killed.
 root_test!(passthru_restores_the_lowers_mac_and_promiscuity, || {
     let netns = Netns::new();
     netns.wire("v0");

@@ -1,4 +1,5 @@
-//! Fifty macvtaps leave nothing in the process. Alone in its binary, as it counts the process's descriptors.
+//! Fifty macvtaps leave nothing in the process. Alone in its binary, as it counts the process's
+//! descriptors.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,5 @@
-//! Which of a macvtap's own frames a listener receives. In network namespaces of the tests' own; they need root.
+//! Which of a macvtap's own frames a listener receives. In network namespaces of the tests' own;
+//! they need root.
 
 #![allow(
     clippy::unwrap_used,
@@ -30,7 +31,8 @@ fn next_frame(listener: &FrameListener) -> Option<Vec<u8>> {
     listener.next(&mut buffer).unwrap().map(<[u8]>::to_vec)
 }
 
-/// An IPv4 packet with a protocol and a source port, or an IPv6 one with a next header and an ICMPv6 type.
+/// An IPv4 packet with a protocol and a source port, or an IPv6 one with a next header and an
+/// ICMPv6 type.
 fn packet(mac: [u8; 6], version: u8, protocol: u8, at: u8) -> Vec<u8> {
     let mut frame = [
         &[0xff; 6][..],

@@ -432,7 +432,8 @@ root_test!(user_without_rights_is_refused_with_the_remedy, || {
     );
 });
 
-/// Makes the calling thread, and it alone, an ordinary user. (The libc function would change all threads.)
+/// Makes the calling thread, and it alone, an ordinary user. (The libc function would change all
+/// threads.)
 fn become_nobody() {
     const NOBODY: libc::c_long = 65_534;
     // SAFETY: setresuid takes three numbers.

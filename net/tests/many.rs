@@ -1,5 +1,5 @@
-//! Many macvtaps at once, and many one after the other whose processes are killed. One test at a time, as descriptors and
-//! namespaces are counted.
+//! Many macvtaps at once, and many one after the other whose processes are killed. One test at a
+//! time, as descriptors and namespaces are counted.
 
 #![allow(
     clippy::unwrap_used,

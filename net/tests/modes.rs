@@ -1,5 +1,6 @@
-//! Who receives from whom in each mode, as the kernel defines it (drivers/net/macvlan.c, `macvlan_queue_xmit` and
-//! `macvlan_handle_frame`): two macvtaps A and B on one lower, and a listener on the wire outside that receives everything.
+//! Who receives from whom in each mode, as the kernel defines it (drivers/net/macvlan.c,
+//! `macvlan_queue_xmit` and `macvlan_handle_frame`): two macvtaps A and B on one lower, and a
+//! listener on the wire outside that receives everything.
 
 #![allow(
     clippy::unwrap_used,
@@ -119,10 +120,11 @@ impl Wire {
 }
 
 root_test!(each_mode_lets_hear_whom_the_kernel_says, || {
-    // Who sends, from which address, to which; who receives it in bridge, vepa, private, source (empty list) and passthru
-    // mode. The O of a sender outside is a frame come back to it.
+    // Who sends, from which address, to which; who receives it in bridge, vepa, private, source
+    // (empty list) and passthru mode. The O of a sender outside is a frame come back to it.
     let table: &[(&str, &str, &str, [&str; 5])] = &[
-        // Among siblings: by themselves in bridge mode alone, and then unicast does not even reach the wire.
+        // Among siblings: by themselves in bridge mode alone, and then unicast does not even reach
+        // the wire.
         ("A", "A", "B", ["B", "O", "O", "O", "O"]),
         ("A", "A", "broadcast", ["BO", "O", "O", "O", "O"]),
         ("A", "A", "multicast", ["BO", "O", "O", "O", "O"]),
@@ -136,8 +138,8 @@ root_test!(each_mode_lets_hear_whom_the_kernel_says, || {
         ("O", "O", "stranger", ["", "", "", "", "A"]),
         // What A sent, sent back by a switch (hairpin): what makes vepa siblings hear each other.
         ("O", "A", "B", ["B", "B", "B", "", "A"]),
-        // Private and source mode give a group's frame to its own sender, and private mode does not keep B from a
-        // unicast that comes by this way.
+        // Private and source mode give a group's frame to its own sender, and private mode does not
+        // keep B from a unicast that comes by this way.
         ("O", "A", "broadcast", ["", "B", "A", "A", "A"]),
         ("O", "A", "multicast", ["", "B", "A", "A", "A"]),
     ];

@@ -16,7 +16,8 @@ use netns::{Netns, root_test};
 
 const WHAT: &str = "NET_TEST_STALE";
 
-/// A process of this test binary that has a link, and a program that it has passed the link's queue to.
+/// A process of this test binary that has a link, and a program that it has passed the link's queue
+/// to.
 struct Owner {
     process: Child,
     stdin: Option<ChildStdin>,

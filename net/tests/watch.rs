@@ -28,7 +28,8 @@ fn watch(netns: &Netns, indexes: &[u32]) -> LinkWatch {
 
 type Change = (u32, LinkChange);
 
-/// All that has come when it is `enough`, within some seconds, and then nothing more has come for a moment.
+/// All that has come when it is `enough`, within some seconds, and then nothing more has come for a
+/// moment.
 fn changes_until(watch: &mut LinkWatch, enough: impl Fn(&[Change]) -> bool) -> Vec<Change> {
     let mut found = Vec::new();
     let start = Instant::now();

@@ -105,7 +105,8 @@ guest_test!(net_open_passes_the_programs_exit_status_on, || {
         };
         assert_eq!(status("exit 0").code(), Some(0));
         assert_eq!(status("exit 7").code(), Some(7));
-        // minivmm has become the program in a private namespace, and reports as a shell does otherwise.
+        // minivmm has become the program in a private namespace, and reports as a shell does
+        // otherwise.
         let killed = status("kill -KILL $$");
         let status = killed.code().or(killed.signal().map(|signal| 128 + signal));
         assert_eq!(status, Some(128 + 9), "{netns}");

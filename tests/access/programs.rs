@@ -1,4 +1,5 @@
-//! What the programs of `minivmm net open` get besides the queue: a user's rights and nothing of root's.
+//! What the programs of `minivmm net open` get besides the queue: a user's rights and nothing of
+//! root's.
 
 use super::*;
 

@@ -187,7 +187,8 @@ guest_test!(list_shows_current_names_and_mtus, || {
         nics.len() == 2 && nics.iter().all(|nic| nic.contains("  mtu 1300  "))
     };
     assert!(eventually(is_told), "{}", listing());
-    // A macvtap's follows its lower's down alone. A guest's is watched, so that this is known of it.
+    // A macvtap's follows its lower's down alone. A guest's is watched, so that this is known of
+    // it.
     host.ip("link set wan0 mtu 1200");
     host.ip("link set wan0 mtu 1500");
     let is_told = || {

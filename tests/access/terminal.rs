@@ -18,7 +18,8 @@ struct Screen {
 }
 
 impl Screen {
-    /// Starts `minivmm net open lower --user USER -- sh -c SCRIPT` there, as a shell does by `line`.
+    /// Starts `minivmm net open lower --user USER -- sh -c SCRIPT` there, as a shell does by
+    /// `line`.
     fn start(place: &Place, line: &str, script: &str) -> Self {
         let pty = Pty::new();
         let mut size = tcgetwinsize(&pty.terminal).unwrap();

@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// Makes `command` run with only what the shell line `make` puts into `/dev`; as user nobody, if `nobody`.
+/// Makes `command` run with only what the shell line `make` puts into `/dev`; as user nobody, if
+/// `nobody`.
 fn with_dev(make: &str, nobody: bool, command: &Command) -> Command {
     let drop = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all";
     let drop = if nobody { drop } else { "" };
@@ -18,7 +19,8 @@ fn with_dev(make: &str, nobody: bool, command: &Command) -> Command {
     shell
 }
 
-/// User nobody may have no access to minivmm: this makes `command` run a copy in the test's directory.
+/// User nobody may have no access to minivmm: this makes `command` run a copy in the test's
+/// directory.
 fn copied(files: &Files, command: &Command) -> Command {
     let copy = files.path("minivmm");
     copy_program(binary(), &copy);

@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// Asserts that the namespace's minivmm refuses `--macvtap VALUE` with this status and these texts, and that there are no
-/// more links and device nodes than before.
+/// Asserts that the namespace's minivmm refuses `--macvtap VALUE` with this status and these texts,
+/// and that there are no more links and device nodes than before.
 #[track_caller]
 fn assert_no_macvtap(host: &Netns, value: &str, status: i32, texts: &[&str]) {
     let files = Files::new();

@@ -27,7 +27,8 @@ struct EthtoolValue {
     data: u32,
 }
 
-/// Makes the kernel itself cut and sum what leaves by a link, as it must for a NIC without offloads.
+/// Makes the kernel itself cut and sum what leaves by a link, as it must for a NIC without
+/// offloads.
 pub fn disable_offloads(netns: &Netns, link: &str) {
     netns.enter(|| {
         let socket = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
@@ -39,7 +40,8 @@ pub fn disable_offloads(netns: &Netns, link: &str) {
                 *to = from as libc::c_char;
             }
             request.ifr_ifru.ifru_data = (&raw mut value).cast();
-            // SAFETY: SIOCETHTOOL takes an ifreq whose data is an ethtool command; both live until it returns.
+            // SAFETY: SIOCETHTOOL takes an ifreq whose data is an ethtool command; both live until
+            // it returns.
             let done =
                 unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
             assert_eq!(
@@ -163,7 +165,8 @@ impl Segment {
         if u16_at(segment, 0)? != SOURCE {
             return None;
         }
-        // With its own checksum in it, the sum of a right segment and its pseudo-header is all ones (RFC 1071).
+        // With its own checksum in it, the sum of a right segment and its pseudo-header is all ones
+        // (RFC 1071).
         let mut sum = sum(addresses) + u32::from(TCP) + segment.len() as u32 + sum(segment);
         while sum > 0xffff {
             sum = (sum & 0xffff) + (sum >> 16);

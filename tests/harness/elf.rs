@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 use super::assets::cache_dir;
 use super::vm::in_lab;
 
-/// The guest's ELF. Cargo's own lock keeps test processes from building it twice at a time; the lab gets it built.
+/// The guest's ELF. Cargo's own lock keeps test processes from building it twice at a time; the lab
+/// gets it built.
 pub fn elf() -> &'static Path {
     static ELF: OnceLock<PathBuf> = OnceLock::new();
     ELF.get_or_init(|| {
@@ -15,7 +16,8 @@ pub fn elf() -> &'static Path {
             return cache_dir().join("guest");
         }
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/guest/Cargo.toml");
-        // Only tests have such a directory; the demo and the benchmark, which share this module, build no guest.
+        // Only tests have such a directory; the demo and the benchmark, which share this module,
+        // build no guest.
         let target =
             Path::new(option_env!("CARGO_TARGET_TMPDIR").unwrap_or_default()).join("guest");
         let mut cargo = Command::new(env!("CARGO"));
@@ -28,7 +30,8 @@ pub fn elf() -> &'static Path {
             manifest,
         ]);
         cargo.arg("--target-dir").arg(&target);
-        // Of the same toolchain: rustup would choose one by the folder of each crate, where no cargo has settled it.
+        // Of the same toolchain: rustup would choose one by the folder of each crate, where no
+        // cargo has settled it.
         cargo.env("RUSTC", Path::new(env!("CARGO")).with_file_name("rustc"));
         // The settings of the outer build are not for this one.
         for variable in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {

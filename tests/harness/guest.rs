@@ -40,7 +40,8 @@ impl Transport {
     }
 }
 
-/// A host with the interface `lower`, which guests put their macvtap on, and a far side with addresses.
+/// A host with the interface `lower`, which guests put their macvtap on, and a far side with
+/// addresses.
 #[derive(Debug)]
 pub struct Net {
     /// Where minivmm runs.
@@ -75,7 +76,8 @@ impl Net {
         }
     }
 
-    /// Starts the guest with the addresses numbered `number`; `options` are its own, without their `guest.`.
+    /// Starts the guest with the addresses numbered `number`; `options` are its own, without their
+    /// `guest.`.
     pub fn start(&self, number: u8, options: &str) -> Vm {
         self.start_on("lower", number, options)
     }
@@ -234,7 +236,8 @@ pub fn succeed(vm: Vm) -> String {
     console
 }
 
-/// Bytes of the stream that the guest sends and checks, from a position on (`tests/guest/src/net/stream.rs`).
+/// Bytes of the stream that the guest sends and checks, from a position on
+/// (`tests/guest/src/net/stream.rs`).
 pub fn stream_bytes(position: usize, length: usize) -> Vec<u8> {
     let byte = |n: usize| ((n as u32).wrapping_mul(0x9e37_79b9) >> 24) as u8;
     (position..position + length).map(byte).collect()

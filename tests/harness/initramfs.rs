@@ -25,8 +25,8 @@ pub fn guest(modules: &Path, tools: bool) -> Vec<u8> {
     archive.finish()
 }
 
-/// The guest's ramdisk with another kernel in it, `/kexec/bzImage`, whose own ramdisk is `/kexec/initrd`, and what starts
-/// that.
+/// The guest's ramdisk with another kernel in it, `/kexec/bzImage`, whose own ramdisk is
+/// `/kexec/initrd`, and what starts that.
 pub fn guest_with_kexec(modules: &Path, bzimage: &Path, initrd: &Path) -> Vec<u8> {
     let mut archive = Archive::new();
     archive.base(include_bytes!("../../resources/guest-init"));
@@ -86,7 +86,8 @@ impl Archive {
         self.bytes("/init", init, 0o755);
     }
 
-    /// Modules with all that they depend on, and `/modules/order`, their names in the order to load them.
+    /// Modules with all that they depend on, and `/modules/order`, their names in the order to load
+    /// them.
     pub fn modules(&mut self, dir: &Path, names: &[&str]) {
         let mut order = Vec::new();
         for name in names {
@@ -108,13 +109,15 @@ impl Archive {
     /// An executable with its shared libraries.
     pub fn program(&mut self, from: &Path, to: &str) {
         self.file(from, to);
-        // What ldd does, which the lab has not: the loader lists the libraries and does not run the program.
+        // What ldd does, which the lab has not: the loader lists the libraries and does not run the
+        // program.
         let listing = Command::new(from)
             .env("LD_TRACE_LOADED_OBJECTS", "1")
             .output();
         let listing = listing.unwrap_or_else(|e| panic!("cannot run {}: {e}", from.display()));
         let text = String::from_utf8_lossy(&listing.stdout).into_owned();
-        // "libc.so.6 => /lib/libc.so.6 (0x...)"; a static program runs instead, and says something else.
+        // "libc.so.6 => /lib/libc.so.6 (0x...)"; a static program runs instead, and says something
+        // else.
         let libraries = text.lines().filter(|line| line.contains(" (0x"));
         for library in libraries
             .flat_map(str::split_whitespace)
@@ -174,7 +177,8 @@ impl Archive {
             .trim_start_matches('/');
         let inode = self.entries.len() + 1;
         let links = 1;
-        // magic, ino, mode, uid, gid, nlink, mtime, filesize, device (2), device of a node (2), namesize, check.
+        // magic, ino, mode, uid, gid, nlink, mtime, filesize, device (2), device of a node (2),
+        // namesize, check.
         let header = format!(
             "070701{inode:08x}{mode:08x}{:08x}{:08x}{links:08x}{:08x}{:08x}{:032x}{:08x}{:08x}{name}\0",
             0,
@@ -197,7 +201,8 @@ impl Archive {
     }
 }
 
-/// Appends `name` to `order` after what it depends on, by the `depends=` of the module's own `.modinfo`.
+/// Appends `name` to `order` after what it depends on, by the `depends=` of the module's own
+/// `.modinfo`.
 fn resolve(dir: &Path, name: &str, order: &mut Vec<String>) {
     if order.iter().any(|known| known == name) || is_built_in(dir, name) {
         return;

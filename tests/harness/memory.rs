@@ -2,8 +2,8 @@
 
 use std::fs;
 
-/// The resident memory of a monitor and its children in kB, the guest's left out (every mapping of 64 MiB or more), and huge
-/// pages too, which the kernel makes as it likes.
+/// The resident memory of a monitor and its children in kB, the guest's left out (every mapping of
+/// 64 MiB or more), and huge pages too, which the kernel makes as it likes.
 pub fn own_memory(pid: u32) -> u64 {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
     let children = children.unwrap_or_default();

@@ -1,4 +1,5 @@
-//! Tests by what they need. Each names itself once: `guest_test!(subject_condition_outcome, || { ... });`
+//! Tests by what they need. Each names itself once: `guest_test!(subject_condition_outcome, || {
+//! ... });`
 //!
 //! | macro | what the test needs, and where it runs |
 //! | --- | --- |
@@ -8,7 +9,8 @@
 //! | `transports_test!` | the same, once with each transport; its body takes the [`Net`] |
 //! | `lab_test!` | a Linux guest, on this machine's KVM or in the lab; the file has `mod lab;` |
 //!
-//! Where something is missing the test writes NOT TESTED on stderr, and fails where `CI` is set (`skip.rs`).
+//! Where something is missing the test writes NOT TESTED on stderr, and fails where `CI` is set
+//! (`skip.rs`).
 
 use super::guest::{Net, Transport};
 use super::{netns, skip, vm};
@@ -71,8 +73,8 @@ pub fn with_kvm(body: impl FnOnce()) {
     }
 }
 
-/// Runs a test's body where freestanding guests can be started over a network made by the test. The lab is for what
-/// cannot run out here.
+/// Runs a test's body where freestanding guests can be started over a network made by the test. The
+/// lab is for what cannot run out here.
 pub fn with_guests(body: impl FnOnce()) {
     if !vm::in_lab() && netns::is_root() && skip::has_kvm() {
         body();

@@ -4,8 +4,8 @@
 //! dropped, also when the test panics; the next test deletes those of a test that was killed.
 //! Nothing outside these namespaces is touched.
 //!
-//! Use it with `#[path = "..."] mod netns;`. A test that needs root is a `root_test!(name, || { ... });`.
-//! The helpers use the `ip` command on purpose: it is not the code under test.
+//! Use it with `#[path = "..."] mod netns;`. A test that needs root is a `root_test!(name, || { ...
+//! });`. The helpers use the `ip` command on purpose: it is not the code under test.
 
 // Each test binary that includes this file uses a part of it.
 #![allow(dead_code, unused_imports, unused_macros)]
@@ -110,7 +110,8 @@ impl Netns {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// A command that will run inside. It goes by `ip netns exec`, so its `/sys` shows this namespace too.
+    /// A command that will run inside. It goes by `ip netns exec`, so its `/sys` shows this
+    /// namespace too.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name]).arg(program);
@@ -126,11 +127,13 @@ impl Netns {
             .expect("ip netns exec starts")
     }
 
-    /// Runs `work` on a thread of its own inside the namespace (`/sys` stays the caller's); returns its result.
+    /// Runs `work` on a thread of its own inside the namespace (`/sys` stays the caller's); returns
+    /// its result.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let file = File::open(self.path()).expect("the namespace exists");
         let inside = move || {
-            // SAFETY: setns takes an open descriptor of a namespace, which `file` holds; it moves this thread alone.
+            // SAFETY: setns takes an open descriptor of a namespace, which `file` holds; it moves
+            // this thread alone.
             let moved = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
             assert_eq!(moved, 0, "setns: {}", std::io::Error::last_os_error());
             work()
@@ -152,13 +155,14 @@ impl Netns {
         peer.up(peer_name);
     }
 
-    /// An Ethernet link with its far end (`<name>-far`) here too, both up. (A dummy would do, where the
-    /// kernel has that driver.)
+    /// An Ethernet link with its far end (`<name>-far`) here too, both up. (A dummy would do, where
+    /// the kernel has that driver.)
     pub fn wire(&self, name: &str) {
         self.veth(name, self, &format!("{name}-far"));
     }
 
-    /// Adds a link of a kind that not every kernel has (`ip link add ARGS`), and reports when this one lacks it.
+    /// Adds a link of a kind that not every kernel has (`ip link add ARGS`), and reports when this
+    /// one lacks it.
     pub fn add_if_supported(&self, args: &str) -> bool {
         let output = Command::new("ip")
             .args(["-n", &self.name, "link", "add"])
@@ -185,8 +189,8 @@ impl Netns {
         }
     }
 
-    /// A macvlan in bridge mode on `lower`, which lives in namespace `of`; the macvlan lands here, and is up.
-    /// This is how a "third host" on the same wire as the guests is made.
+    /// A macvlan in bridge mode on `lower`, which lives in namespace `of`; the macvlan lands here,
+    /// and is up. This is how a "third host" on the same wire as the guests is made.
     pub fn macvlan(&self, name: &str, of: &Netns, lower: &str) {
         of.ip(&format!(
             "link add link {lower} name {name} netns {} type macvlan mode bridge",
@@ -195,7 +199,8 @@ impl Netns {
         self.up(name);
     }
 
-    /// A macvtap on `lower`, both of this namespace, as a user would make it with `ip link`. It is up.
+    /// A macvtap on `lower`, both of this namespace, as a user would make it with `ip link`. It is
+    /// up.
     pub fn macvtap(&self, name: &str, lower: &str, mode: &str) {
         self.ip(&format!(
             "link add link {lower} name {name} type macvtap mode {mode}"
@@ -203,8 +208,8 @@ impl Netns {
         self.up(name);
     }
 
-    /// Whether links that are made from now on look for another owner of each new IPv6 address, as they do on most
-    /// machines: for a second that address cannot be used.
+    /// Whether links that are made from now on look for another owner of each new IPv6 address, as
+    /// they do on most machines: for a second that address cannot be used.
     pub fn detect_duplicates(&self, on: bool) {
         let value = if on { "1" } else { "0" };
         self.enter(|| {
@@ -226,7 +231,8 @@ impl Netns {
         self.ip(&format!("link set {link} down"));
     }
 
-    /// Gives a link an address, as `192.0.2.1/24` or `fd00::1/64` (the latter usable at once: no duplicate detection).
+    /// Gives a link an address, as `192.0.2.1/24` or `fd00::1/64` (the latter usable at once: no
+    /// duplicate detection).
     pub fn address(&self, link: &str, address: &str) {
         let nodad = if address.contains(':') { "nodad" } else { "" };
         self.ip(&format!("address add {address} dev {link} {nodad}"));
@@ -253,14 +259,16 @@ impl Netns {
         mac.expect("an Ethernet link").to_owned()
     }
 
-    /// Whether `address` answers a ping from inside, tried up to `tries` times with a second's patience each.
+    /// Whether `address` answers a ping from inside, tried up to `tries` times with a second's
+    /// patience each.
     pub fn pings(&self, address: &str, tries: u32) -> bool {
         let address: IpAddr = address.parse().expect("an IP address");
         self.enter(|| (0..tries).any(|try_no| ping(address, try_no as u8).is_ok()))
     }
 }
 
-/// One echo request and its answer (RFC 792, RFC 4443), by a raw socket: a bare machine has no ping program.
+/// One echo request and its answer (RFC 792, RFC 4443), by a raw socket: a bare machine has no ping
+/// program.
 fn ping(address: IpAddr, sequence: u8) -> io::Result<()> {
     let (family, protocol, request, answer, header) = match address {
         IpAddr::V4(_) => (libc::AF_INET, libc::IPPROTO_ICMP, 8, 0, 20),
@@ -276,7 +284,8 @@ fn ping(address: IpAddr, sequence: u8) -> io::Result<()> {
     let socket = unsafe { UdpSocket::from_raw_fd(fd) };
     socket.connect((address, 0))?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
-    // Type, code, checksum, identifier, sequence number. For ICMPv6 the kernel fills in the checksum.
+    // Type, code, checksum, identifier, sequence number. For ICMPv6 the kernel fills in the
+    // checksum.
     let [id_high, id_low] = (std::process::id() as u16).to_be_bytes();
     let sum = !fold(
         u32::from(request) * 256

@@ -19,8 +19,8 @@ use super::harness::pty::Pty;
 use super::harness::vm::binary;
 use super::tiny::Tiny;
 
-/// Longer than anything here may take. The time that a guest gets after its power button was pressed, which these guests
-/// do not know, is 10 s.
+/// Longer than anything here may take. The time that a guest gets after its power button was
+/// pressed, which these guests do not know, is 10 s.
 pub const LIMIT: Duration = Duration::from_secs(30);
 /// Shorter than that time: an end within it came at once.
 pub const AT_ONCE: Duration = Duration::from_secs(8);

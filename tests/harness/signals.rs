@@ -1,5 +1,5 @@
-//! The signal state of a test's process, which the programs that it starts inherit: whatever started the tests may ignore
-//! or block signals, as nohup, services and CI runners do.
+//! The signal state of a test's process, which the programs that it starts inherit: whatever
+//! started the tests may ignore or block signals, as nohup, services and CI runners do.
 
 /// The signals that tests send or wait for.
 const SIGNALS: [libc::c_int; 7] = [

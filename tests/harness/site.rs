@@ -1,4 +1,5 @@
-//! A wire with a lower interface for guests and a third host on it, and what a Linux guest does there.
+//! A wire with a lower interface for guests and a third host on it, and what a Linux guest does
+//! there.
 
 use std::time::Duration;
 

@@ -16,8 +16,8 @@ pub fn leave_out(reason: &str) {
     not_tested(reason);
 }
 
-/// Says what this machine cannot show, once a process. It goes to stderr directly: what a test prints is shown only when
-/// the test fails.
+/// Says what this machine cannot show, once a process. It goes to stderr directly: what a test
+/// prints is shown only when the test fails.
 pub fn not_tested(reason: &str) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);

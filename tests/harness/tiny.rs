@@ -17,13 +17,15 @@ pub enum Tiny {
     Echo,
     /// Writes lines of x, and never stops.
     Flood,
-    /// With two CPUs: the second writes x, and the first asks whether there is input; neither ever stops.
+    /// With two CPUs: the second writes x, and the first asks whether there is input; neither ever
+    /// stops.
     FloodBeside,
     /// Reads and writes ports by string instructions, and powers off if they do what they have to.
     Strings,
     /// Powers off if there is no COM1, and else resets.
     NoSerial,
-    /// Does what no KVM can run for it: `lock cmpxchg16b`, which emulated ones lack, then code in the memory hole.
+    /// Does what no KVM can run for it: `lock cmpxchg16b`, which emulated ones lack, then code in
+    /// the memory hole.
     Unrunnable,
 }
 
@@ -34,8 +36,9 @@ pub const CRASH: &str = "T";
 /// An [`Tiny::Echo`] guest asks for a reset when it reads this.
 pub const RESET: &str = "R";
 
-// Entered in 64-bit mode without a stack or interrupts. COM1 is at 0x3f8 (line status at 0x3fd), the ACPI sleep control
-// register at 0x600 (S5 is 5 << 2, with the enable bit 1 << 5), the reset register at 0x602.
+// Entered in 64-bit mode without a stack or interrupts. COM1 is at 0x3f8 (line status at 0x3fd),
+// the ACPI sleep control register at 0x600 (S5 is 5 << 2, with the enable bit 1 << 5), the reset
+// register at 0x602.
 global_asm!(
     r#"
     .pushsection .rodata.tiny_guest, "a", @progbits
@@ -99,9 +102,9 @@ tiny_flood:
     out dx, al
     jmp 7b
 
-// Starts the second CPU by INIT and start-up IPIs (Intel SDM volume 3, 11.6.1), until it runs these instructions at
-// 0x8000: mov byte [0x7000], 1; mov dx, 0x3f8; out dx, al; jmp to the out. An APIC that its spurious-interrupt register
-// does not enable (0xfee000f0) sends none.
+// Starts the second CPU by INIT and start-up IPIs (Intel SDM volume 3, 11.6.1), until it runs these
+// instructions at 0x8000: mov byte [0x7000], 1; mov dx, 0x3f8; out dx, al; jmp to the out. An APIC
+// that its spurious-interrupt register does not enable (0xfee000f0) sends none.
 tiny_flood_beside:
     mov rax, 0xf8ba01700006c6
     mov [0x8000], rax
@@ -188,7 +191,8 @@ impl Tiny {
             Self::Unrunnable => &raw const tiny_unrunnable,
         };
         let size = (&raw const tiny_end).addr() - begin.addr();
-        // SAFETY: the bytes from the first to the last label are one read-only section of this program.
+        // SAFETY: the bytes from the first to the last label are one read-only section of this
+        // program.
         let code = unsafe { &*ptr::slice_from_raw_parts(begin, size) };
         elf(code, (entry.addr() - begin.addr()) as u64)
     }
@@ -199,7 +203,8 @@ impl Tiny {
     }
 }
 
-/// A 64-bit executable with one segment (System V gABI, chapters 4 and 5), entered `entry` bytes after its start.
+/// A 64-bit executable with one segment (System V gABI, chapters 4 and 5), entered `entry` bytes
+/// after its start.
 pub fn elf(code: &[u8], entry: u64) -> Vec<u8> {
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
     file.resize(16, 0);

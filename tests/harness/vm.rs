@@ -12,7 +12,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::process::Killed;
 
-/// The minivmm under test: `$MINIVMM_BIN` (set in the lab), else the one that cargo built for this test.
+/// The minivmm under test: `$MINIVMM_BIN` (set in the lab), else the one that cargo built for this
+/// test.
 pub fn binary() -> PathBuf {
     let built = option_env!("CARGO_BIN_EXE_minivmm").map(OsString::from);
     match std::env::var_os("MINIVMM_BIN").or(built) {
@@ -28,8 +29,8 @@ pub fn in_lab() -> bool {
     std::env::var_os("MINIVMM_IN_LAB").is_some()
 }
 
-/// Copies a program that is to be run, by another process: one that this process has had open for writing is busy as long
-/// as any child that was forked meanwhile has not called exec (ETXTBSY).
+/// Copies a program that is to be run, by another process: one that this process has had open for
+/// writing is busy as long as any child that was forked meanwhile has not called exec (ETXTBSY).
 pub fn copy_program(from: impl AsRef<OsStr>, to: impl AsRef<OsStr>) {
     let status = Command::new("cp").arg(from).arg(to).status();
     assert!(status.expect("cp starts").success());
@@ -66,7 +67,8 @@ impl Vm {
         Self::spawn(command)
     }
 
-    /// Starts a prepared command, whose stdin is the caller's choice, with its console and log captured.
+    /// Starts a prepared command, whose stdin is the caller's choice, with its console and log
+    /// captured.
     pub fn spawn(mut command: Command) -> Self {
         let child = command
             .stdout(Stdio::piped())
@@ -98,9 +100,11 @@ impl Vm {
         self.log.text()
     }
 
-    /// Waits until the console shows `text` after what earlier calls have consumed; returns all up to its end.
+    /// Waits until the console shows `text` after what earlier calls have consumed; returns all up
+    /// to its end.
     ///
-    /// Panics, with console and log, when it does not come in time or minivmm closes the console first.
+    /// Panics, with console and log, when it does not come in time or minivmm closes the console
+    /// first.
     pub fn wait_for(&mut self, text: &str, timeout: Duration) -> String {
         match self.console.wait(self.seen, text, timeout) {
             Some(found) => {
@@ -150,7 +154,8 @@ impl Vm {
         self.stdin = None;
     }
 
-    /// Runs a shell command in a guest that shows our init's prompt; panics unless it succeeds within 30 s.
+    /// Runs a shell command in a guest that shows our init's prompt; panics unless it succeeds
+    /// within 30 s.
     pub fn run(&mut self, command: &str) -> String {
         let output = self.run_for(command, Duration::from_secs(30));
         if output.status != 0 {

@@ -23,7 +23,8 @@ macro_rules! kvm_guest_test {
     };
 }
 
-/// vhost-net is not only open but moves frames: QEMU does not fall back, and the kernel has a worker for it.
+/// vhost-net is not only open but moves frames: QEMU does not fall back, and the kernel has a
+/// worker for it.
 fn assert_vhost_runs(qemu: u32, log: &str) {
     assert!(!log.contains("could not be initialized"), "{log}");
     let worker = format!("vhost-{qemu}");

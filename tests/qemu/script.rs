@@ -10,7 +10,8 @@ use super::harness::site::{Site, address, pings};
 use super::harness::vm::Vm;
 use super::{BOOT, SECOND, STEADY, descendants, outcome, tcg_test, text};
 
-/// When dropped, kills what a shell has started: it would live on when a failed test kills the shell.
+/// When dropped, kills what a shell has started: it would live on when a failed test kills the
+/// shell.
 struct KillChildren(u32);
 
 impl Drop for KillChildren {

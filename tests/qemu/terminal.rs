@@ -14,8 +14,9 @@ use super::harness::pty::Pty;
 use super::harness::vm::binary;
 use super::{BOOT, SECOND, descendants, eventually, tcg_test};
 
-/// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the command's pid and the
-/// user's side of the terminal), and checks that the terminal is as before. Returns the exit status.
+/// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the
+/// command's pid and the user's side of the terminal), and checks that the terminal is as before.
+/// Returns the exit status.
 fn on_a_terminal(mut command: Command, end: impl FnOnce(u32, &mut fs::File)) -> Option<i32> {
     let mut pty = Pty::new();
     let is_raw = || {

@@ -1,5 +1,5 @@
-//! Other people's programs in QEMU's place: wrappers that do not become QEMU, that start helpers, and that hang. Each is a
-//! script here, since it is about processes alone.
+//! Other people's programs in QEMU's place: wrappers that do not become QEMU, that start helpers,
+//! and that hang. Each is a script here, since it is about processes alone.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -17,7 +17,8 @@ use super::{SECOND, eventually, outcome, tcg_test, text};
 struct Wrapper(tempfile::TempDir);
 
 impl Wrapper {
-    /// A program that answers to `--version` by `version`, and runs `rest` otherwise. `$D` is its directory.
+    /// A program that answers to `--version` by `version`, and runs `rest` otherwise. `$D` is its
+    /// directory.
     fn new(version: &str, rest: &str) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).expect("it is ours");

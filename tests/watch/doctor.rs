@@ -275,7 +275,8 @@ root_test!(doctor_fails_without_a_usable_kvm, || {
     expect(&checks, "kvm", "fail", "KVM", "c 10 232");
 });
 
-// Root of a user namespace has all capabilities, and none that counts for devices or for other networks.
+// Root of a user namespace has all capabilities, and none that counts for devices or for other
+// networks.
 root_test!(user_namespace_is_named_by_doctor_and_the_start, || {
     let net = Net::new();
     let link = "ip link add v0 type veth peer name v1 && ip link set v0 up && ip link set v1 up";

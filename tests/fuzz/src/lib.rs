@@ -1,5 +1,5 @@
-//! What the targets share: a guest's memory full of the fuzzer's bytes, a network that is the fuzzer's too, and a
-//! NIC between the two.
+//! What the targets share: a guest's memory full of the fuzzer's bytes, a network that is the
+//! fuzzer's too, and a NIC between the two.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -92,7 +92,8 @@ impl Backend for Script {
         let mut rest = &frame[..];
         for iovec in iovecs {
             let here = iovec.iov_len.min(rest.len());
-            // SAFETY: the caller vouches for the iovecs, and `here` is at most the length of this one.
+            // SAFETY: the caller vouches for the iovecs, and `here` is at most the length of this
+            // one.
             unsafe { std::ptr::copy_nonoverlapping(rest.as_ptr(), iovec.iov_base.cast(), here) };
             rest = &rest[here..];
         }

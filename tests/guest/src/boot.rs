@@ -1,4 +1,5 @@
-//! What the loader passes: the command line and the memory map (Linux, Documentation/arch/x86/zero-page.rst).
+//! What the loader passes: the command line and the memory map (Linux,
+//! Documentation/arch/x86/zero-page.rst).
 
 use core::ops::Range;
 
@@ -76,6 +77,7 @@ fn own_ram(base: u64) -> Range<u64> {
 }
 
 fn peek<T: crate::memory::Word>(address: u64) -> T {
-    // SAFETY: all of the lower 4 GiB is mapped; the loader promises that the zero page and the command line are there.
+    // SAFETY: all of the lower 4 GiB is mapped; the loader promises that the zero page and the
+    // command line are there.
     unsafe { read_at(address) }
 }

@@ -19,7 +19,8 @@ const GATE_LEVEL3: u64 = 0xee << 40;
 const SYSTEM_CALL: usize = 3;
 /// The vector of line 0; the others follow.
 const INTERRUPT_VECTOR: usize = 0x40;
-/// How many lines there are: the IOAPIC's 24, or the slots of a PCI bus, whose functions send messages.
+/// How many lines there are: the IOAPIC's 24, or the slots of a PCI bus, whose functions send
+/// messages.
 const LINES: usize = 32;
 
 const LOCAL_APIC: u64 = 0xfee0_0000;
@@ -156,7 +157,8 @@ pub fn out32_string(port: u16, words: &[u32]) {
     };
 }
 
-/// Starts [`now`]: measures the time stamp counter against the local APIC's timer, which KVM runs at 1 GHz.
+/// Starts [`now`]: measures the time stamp counter against the local APIC's timer, which KVM runs
+/// at 1 GHz.
 pub fn start_clock() {
     write_register(TIMER_DIVIDE, DIVIDE_BY_1);
     write_register(TIMER_INITIAL, u32::MAX);
@@ -196,7 +198,8 @@ pub fn enable_line(line: u32) {
     enable_interrupts();
 }
 
-/// The message by which a function on the PCI bus interrupts this processor as a line: address and data.
+/// The message by which a function on the PCI bus interrupts this processor as a line: address and
+/// data.
 pub fn message(line: u32) -> (u64, u32) {
     (LOCAL_APIC, INTERRUPT_VECTOR as u32 + line)
 }

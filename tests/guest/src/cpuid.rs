@@ -24,8 +24,8 @@ const LEAVES: [(u32, u32); 11] = [
     (0x8000_0026, 5),
 ];
 
-// What a starting processor runs and uses, below 1 MiB, in the page that was the loader's stack. `entry.s` knows these
-// places too.
+// What a starting processor runs and uses, below 1 MiB, in the page that was the loader's stack.
+// `entry.s` knows these places too.
 const CODE: u64 = 0x8000;
 const DONE: u64 = 0x80fc;
 const REQUESTS: u64 = 0x8100;
@@ -44,8 +44,8 @@ unsafe extern "C" {
 
 type Registers = [u32; 4];
 
-/// All leaves of the first processor and of the last of `options.count`, in lines `CPUID processor leaf subleaf registers`; two of
-/// those between.
+/// All leaves of the first processor and of the last of `options.count`, in lines `CPUID processor
+/// leaf subleaf registers`; two of those between.
 pub fn run(options: &Options) {
     let all: Vec<_> = LEAVES
         .iter()

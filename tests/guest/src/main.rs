@@ -1,12 +1,14 @@
 //! A guest without an operating system, for testing a virtual machine monitor.
 //!
-//! It is an ELF kernel entered by the 64-bit Linux boot protocol. It drops to privilege level 3 at once, so that it runs
-//! at native speed even on a KVM that emulates level 0, and it polls. Its NIC is found by scanning the virtio-mmio
-//! windows and the PCI bus, and driven either by the `virtio-drivers` crate, an implementation that is not minivmm's, or by hand, with
-//! the offloads which that crate does not know. smoltcp is the TCP/IP stack on top.
+//! It is an ELF kernel entered by the 64-bit Linux boot protocol. It drops to privilege level 3 at
+//! once, so that it runs at native speed even on a KVM that emulates level 0, and it polls. Its NIC
+//! is found by scanning the virtio-mmio windows and the PCI bus, and driven either by the
+//! `virtio-drivers` crate, an implementation that is not minivmm's, or by hand, with the offloads
+//! which that crate does not know. smoltcp is the TCP/IP stack on top.
 //!
-//! What it does is said on the kernel command line (`guest.mode=echo guest.ip=10.0.0.2/24`; see [`options`]). What it
-//! finds is printed on COM1 as lines for a program to read: `OK name detail`, `FAIL name why`, and at last
+//! What it does is said on the kernel command line (`guest.mode=echo guest.ip=10.0.0.2/24`; see
+//! [`options`]). What it finds is printed on COM1 as lines for a program to read: `OK name detail`,
+//! `FAIL name why`, and at last
 //! `END failures=N`. Then it powers off, unless its mode is another way to end.
 //!
 //! | file | what it is |

@@ -35,12 +35,13 @@ static HEAP: Allocator = Allocator(RefCell::new(Heap::empty()));
 pub fn start_heap(boot: &Boot) {
     let start = image_end();
     let size = boot.ram.end.saturating_sub(start) as usize;
-    // SAFETY: the loader's map calls it RAM; the zero page and the command line, which are read already, are the
-    // only things in RAM besides this image that are used, and this runs once.
+    // SAFETY: the loader's map calls it RAM; the zero page and the command line, which are read
+    // already, are the only things in RAM besides this image that are used, and this runs once.
     unsafe { HEAP.0.borrow_mut().init(start as *mut u8, size) };
 }
 
-// SAFETY: `Heap` returns memory without another owner; it is never used from two places at once (see `Allocator`).
+// SAFETY: `Heap` returns memory without another owner; it is never used from two places at once
+// (see `Allocator`).
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         self.0
@@ -95,7 +96,8 @@ pub unsafe fn write_at<T: Word>(address: u64, value: T) {
     }
 }
 
-/// Zeroed pages that a device may read and write at any time, so that no reference into them is kept.
+/// Zeroed pages that a device may read and write at any time, so that no reference into them is
+/// kept.
 #[derive(Debug)]
 pub struct Shared {
     base: NonNull<u8>,
@@ -155,14 +157,16 @@ impl Shared {
     /// Copies bytes in.
     pub fn put(&mut self, offset: usize, bytes: &[u8]) {
         let to = self.checked(offset, bytes.len()) as *mut u8;
-        // SAFETY: inside the allocation, which no reference covers, so that it cannot overlap either.
+        // SAFETY: inside the allocation, which no reference covers, so that it cannot overlap
+        // either.
         unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
     }
 
     /// Copies bytes out.
     pub fn get(&self, offset: usize, bytes: &mut [u8]) {
         let from = self.checked(offset, bytes.len()) as *const u8;
-        // SAFETY: inside the allocation, which no reference covers, so that it cannot overlap either.
+        // SAFETY: inside the allocation, which no reference covers, so that it cannot overlap
+        // either.
         unsafe { core::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
     }
 
@@ -188,8 +192,8 @@ impl Drop for Shared {
     }
 }
 
-// The compiler calls the following by name; libc usually has them. String instructions keep the compiler from
-// recognising a loop here as the very function that it stands in.
+// The compiler calls the following by name; libc usually has them. String instructions keep the
+// compiler from recognising a loop here as the very function that it stands in.
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
@@ -211,7 +215,8 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut
         to.wrapping_add(count).wrapping_sub(1),
         from.wrapping_add(count).wrapping_sub(1),
     );
-    // SAFETY: the caller's promise: both ranges are valid; downwards, since `to` lies inside the source.
+    // SAFETY: the caller's promise: both ranges are valid; downwards, since `to` lies inside the
+    // source.
     unsafe {
         asm!("std", "rep movsb", "cld", inout("rcx") count => _, inout("rdi") last_to => _,
             inout("rsi") last_from => _, options(nostack));

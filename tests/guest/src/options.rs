@@ -31,7 +31,8 @@ use crate::boot::CommandLine;
 pub enum Mode {
     /// Print what the NICs say of themselves.
     Info,
-    /// Serve: ICMP echo, UDP echo on port 7 (a datagram `quit` ends), TCP echo 7, sink 9, source 19.
+    /// Serve: ICMP echo, UDP echo on port 7 (a datagram `quit` ends), TCP echo 7, sink 9, source
+    /// 19.
     Echo,
     /// Ping the peer.
     Ping,
@@ -41,7 +42,8 @@ pub enum Mode {
     TcpSink,
     /// Ping the peer and count the NIC's interrupts.
     Interrupts,
-    /// Serve as for echo on every NIC, send to the peer all the time, and tell of each change of a link.
+    /// Serve as for echo on every NIC, send to the peer all the time, and tell of each change of a
+    /// link.
     Link,
     /// Print what each of `count` processors says of itself.
     Cpuid,

@@ -1,4 +1,5 @@
-//! The PCI bus: configuration space, by the enhanced mechanism and by ports (PCI Local Bus Specification 3.0, 6.1 and
+//! The PCI bus: configuration space, by the enhanced mechanism and by ports (PCI Local Bus
+//! Specification 3.0, 6.1 and
 //! 3.2.2.3.2).
 
 use crate::cpu;

@@ -14,14 +14,16 @@ pub struct Region {
 impl Region {
     /// Reads a register of any width.
     pub fn read<T: Word>(&self, offset: u64) -> T {
-        // SAFETY: everything below 4 GiB is mapped; this is no RAM, and reading is at most an experiment on a device.
+        // SAFETY: everything below 4 GiB is mapped; this is no RAM, and reading is at most an
+        // experiment on a device.
         unsafe { read_at(self.inside::<T>(offset)) }
     }
 
     /// Writes a register of any width.
     pub fn write<T: Word>(&self, offset: u64, value: T) {
-        // SAFETY: everything below 4 GiB is mapped, and this is no RAM. What a device then does to memory is up to the
-        // rings, which lie in `Shared` memory, or, in the hostile mode, to the monitor's care.
+        // SAFETY: everything below 4 GiB is mapped, and this is no RAM. What a device then does to
+        // memory is up to the rings, which lie in `Shared` memory, or, in the hostile mode, to the
+        // monitor's care.
         unsafe { write_at(self.inside::<T>(offset), value) };
     }
 

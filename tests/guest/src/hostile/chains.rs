@@ -276,7 +276,8 @@ pub fn run(runner: &mut Runner<'_>) {
     }
 }
 
-/// Offers more than a ring can hold, which the device must say that it cannot go on with (virtio 1.2, 2.1.2).
+/// Offers more than a ring can hold, which the device must say that it cannot go on with (virtio
+/// 1.2, 2.1.2).
 fn bad_chain_is_reported(mut rig: Rig<'_>, queue: u16) -> Result<(), Failure> {
     let nic = rig.bench.nic;
     if queue == RX {

@@ -1,5 +1,5 @@
-//! Frames to send whose header or length is wrong (virtio 1.2, 5.1.6.2). The device must complete each, and live on
-//! without a reset.
+//! Frames to send whose header or length is wrong (virtio 1.2, 5.1.6.2). The device must complete
+//! each, and live on without a reset.
 
 use alloc::format;
 
@@ -211,7 +211,8 @@ fn send(bench: &Bench, features: u64, header: Header, length: usize) -> Result<(
         frame[12..14].copy_from_slice(&[0x08, 0x00]);
         rig.send(header, &frame, length);
         if bench.vhost && lies_outside(header, length) {
-            // Linux's vhost-net tries such a frame for ever (net.c, vhost_net_build_xdp): only a reset helps.
+            // Linux's vhost-net tries such a frame for ever (net.c, vhost_net_build_xdp): only a
+            // reset helps.
             return Ok(());
         }
         if !rig.sent() {

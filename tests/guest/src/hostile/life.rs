@@ -104,7 +104,8 @@ pub fn run(runner: &mut Runner<'_>) {
     });
 }
 
-/// Offers features that the device must not take: FEATURES_OK must not stay (virtio 1.2, 3.1.1 and 6.2).
+/// Offers features that the device must not take: FEATURES_OK must not stay (virtio 1.2, 3.1.1 and
+/// 6.2).
 fn refused(bench: &Bench, features: u64) -> Result<(), Failure> {
     bench.nic.reset();
     bench.nic.set_status(STARTED);

@@ -1,5 +1,5 @@
-//! Everything that a driver must not do, done by hand. After each attack the device must work again after a reset, which
-//! an ARP request and its answer prove.
+//! Everything that a driver must not do, done by hand. After each attack the device must work again
+//! after a reset, which an ARP request and its answer prove.
 //!
 //! | file | attacks |
 //! | --- | --- |

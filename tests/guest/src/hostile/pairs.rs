@@ -43,8 +43,8 @@ fn fewer(bench: &Bench) -> Result<(), Failure> {
     works(bench, &others, &[(2, OK), (3, ERR), (all, ERR), (1, OK)])
 }
 
-/// Starts the NIC with the first pair, these other queues and the control queue, and says how many pairs are to take
-/// frames. The NIC must answer each time as expected, and move frames.
+/// Starts the NIC with the first pair, these other queues and the control queue, and says how many
+/// pairs are to take frames. The NIC must answer each time as expected, and move frames.
 fn works(bench: &Bench, others: &[Ring], commands: &[(u16, u8)]) -> Result<(), Failure> {
     let mut control = Control::new(bench);
     negotiate(bench.nic, feature::PLAIN | feature::CTRL_VQ | feature::MQ)?;

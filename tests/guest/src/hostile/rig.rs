@@ -1,4 +1,5 @@
-//! What attacks need: who is who on the network, and a NIC brought up by hand whose every part can be spoilt.
+//! What attacks need: who is who on the network, and a NIC brought up by hand whose every part can
+//! be spoilt.
 
 use smoltcp::time::Duration;
 use smoltcp::wire::{IpAddress, IpCidr, Ipv4Address};
@@ -24,7 +25,8 @@ const REPLY: u8 = 2;
 const TRIES: u32 = 5;
 const PATIENCE: Duration = Duration::from_millis(200);
 const RX_BUFFERS: u16 = 8;
-/// Together they hold the largest frame, which the device may want before it gives us any (virtio 1.2, 5.1.6.3.1).
+/// Together they hold the largest frame, which the device may want before it gives us any (virtio
+/// 1.2, 5.1.6.3.1).
 const RX_BUFFER: usize = 16 * 1024;
 /// Where in the scratch memory the frame to send lies; the receive buffers are before it.
 const TX_FRAME: usize = RX_BUFFERS as usize * RX_BUFFER;
@@ -108,7 +110,8 @@ pub struct Rig<'a> {
 }
 
 impl<'a> Rig<'a> {
-    /// Brings the NIC up with those of the features that it offers, and rings of [`RING`] descriptors.
+    /// Brings the NIC up with those of the features that it offers, and rings of [`RING`]
+    /// descriptors.
     pub fn start(bench: &'a Bench, features: u64) -> Result<Self, &'static str> {
         let (_, rx, tx) = bring_up(bench.nic, features, RING)?;
         Ok(Self::running(bench, rx, tx))
@@ -145,7 +148,8 @@ impl<'a> Rig<'a> {
         self.bench.nic.notify(RX);
     }
 
-    /// Sends `length` bytes after the header: the frame, and then whatever is in the scratch memory.
+    /// Sends `length` bytes after the header: the frame, and then whatever is in the scratch
+    /// memory.
     pub fn send(&mut self, header: Header, frame: &[u8], length: usize) {
         self.scratch.put(TX_FRAME, &header.bytes());
         self.scratch.put(TX_FRAME + HEADER, frame);

@@ -1,4 +1,5 @@
-//! Pings with the NIC's interrupts on, and counts: the monitor's irqfd, the IOAPIC or a message, and our handler at work.
+//! Pings with the NIC's interrupts on, and counts: the monitor's irqfd, the IOAPIC or a message,
+//! and our handler at work.
 
 use alloc::format;
 use alloc::string::String;
@@ -9,7 +10,8 @@ use crate::cpu;
 use crate::options::Options;
 use crate::virtio::net_device::NetDevice;
 
-/// Each of `count` pings must bring an interrupt, and acknowledging it must make room for the next one.
+/// Each of `count` pings must bring an interrupt, and acknowledging it must make room for the next
+/// one.
 pub fn run(options: &Options) {
     with_stack("interrupts", options, |stack| count(stack, options));
 }
@@ -27,8 +29,8 @@ fn count(stack: &mut Stack, options: &Options) -> Result<String, String> {
         let before = cpu::interrupts(line);
         pinger.send(stack, number).ok_or("no room for a ping")?;
         stack.poll();
-        // The receive queue is not read now: polling it would ask the device (by the event index) not to
-        // interrupt.
+        // The receive queue is not read now: polling it would ask the device (by the event index)
+        // not to interrupt.
         interrupted += u32::from(comes(line, before));
         if !pinger.wait(stack, number) {
             return Err("a ping was not answered".into());

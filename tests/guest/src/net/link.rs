@@ -16,7 +16,8 @@ use crate::virtio::net::Config;
 use crate::virtio::net_device::NetDevice;
 use crate::{cpu, report};
 
-/// The bit of the interrupt status that says that the configuration has changed (virtio 1.2, 4.2.2 and 4.1.4.5).
+/// The bit of the interrupt status that says that the configuration has changed (virtio 1.2, 4.2.2
+/// and 4.1.4.5).
 const CONFIG_CHANGED: u32 = 2;
 /// How often a datagram leaves for the peer, from each NIC.
 const PERIOD: Duration = Duration::from_millis(10);
@@ -122,7 +123,8 @@ impl Watched {
             && cpu::now() > self.next_chatter
         {
             self.next_chatter = cpu::now() + PERIOD;
-            // Without a link the socket's buffer fills up, and what does not fit is lost, as UDP may.
+            // Without a link the socket's buffer fills up, and what does not fit is lost, as UDP
+            // may.
             let _ = socket.send_slice(CHATTER, IpEndpoint::new(peer, 9));
         }
         echo_datagrams(socket, &mut self.datagrams)

@@ -84,8 +84,8 @@ impl Stack {
         }
     }
 
-    /// Lets what is queued go out, for `millis` or until the device has taken the last frame: on a busy host it may come
-    /// to that late, and not at all once the guest has ended.
+    /// Lets what is queued go out, for `millis` or until the device has taken the last frame: on a
+    /// busy host it may come to that late, and not at all once the guest has ended.
     pub fn linger(&mut self, millis: u64) {
         let end = cpu::now() + smoltcp::time::Duration::from_millis(millis);
         while cpu::now() < end || (self.nic.is_sending() && cpu::now() < self.deadline) {

@@ -127,7 +127,8 @@ impl Pinger {
         }
     }
 
-    /// Whether the answer to ping `number` has come. Echo replies of both families keep the number in bytes 6 and 7.
+    /// Whether the answer to ping `number` has come. Echo replies of both families keep the number
+    /// in bytes 6 and 7.
     fn answered(&self, stack: &mut Stack, number: u16) -> bool {
         let socket = stack.sockets.get_mut::<icmp::Socket<'_>>(self.socket);
         while let Ok((message, _)) = socket.recv() {

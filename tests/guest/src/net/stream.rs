@@ -1,6 +1,7 @@
 //! The stream that sources send and sinks check: byte n is the top byte of n times a constant.
 
-/// 2^32 divided by the golden ratio: its multiples' top bytes look random. The tests have the same formula.
+/// 2^32 divided by the golden ratio: its multiples' top bytes look random. The tests have the same
+/// formula.
 const STEP: u32 = 0x9e37_79b9;
 
 /// The position in the stream.

@@ -29,8 +29,8 @@ type Buffer = Box<[u8; BUFFER]>;
 #[derive(Debug)]
 pub struct Identity;
 
-// SAFETY: the pages come from the heap, zeroed and aligned, and have no other owner until they are freed; everything
-// below 4 GiB is mapped one to one.
+// SAFETY: the pages come from the heap, zeroed and aligned, and have no other owner until they are
+// freed; everything below 4 GiB is mapped one to one.
 unsafe impl Hal for Identity {
     fn dma_alloc(pages: usize, _: BufferDirection) -> (PhysAddr, NonNull<u8>) {
         Shared::new(pages * virtio_drivers::PAGE_SIZE).into_raw()
@@ -102,7 +102,8 @@ impl CrateNic {
         let frame = done
             .ok()
             .and_then(|(start, length)| Some(buffer.get(start..start + length)?.to_vec()));
-        // The queue has just got room for one, and the buffer's size is right: it cannot be refused.
+        // The queue has just got room for one, and the buffer's size is right: it cannot be
+        // refused.
         let _ = self.receive_into(buffer);
         frame
     }
@@ -125,7 +126,8 @@ impl CrateNic {
         self.raw.can_send()
     }
 
-    /// Sends a frame that `fill` writes. It is lost when there is no room, see [`CrateNic::can_send`].
+    /// Sends a frame that `fill` writes. It is lost when there is no room, see
+    /// [`CrateNic::can_send`].
     pub fn send<R>(&mut self, length: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
         assert!(length <= FRAME, "a frame of {length} bytes");
         let mut buffer = self.spare.pop().unwrap_or_else(|| Box::new([0; BUFFER]));
@@ -150,14 +152,15 @@ impl CrateNic {
 fn by_window(window: Window) -> Result<MmioTransport<'static>, String> {
     let base = window.registers.base as *mut _;
     let header = NonNull::new(base).ok_or("the window is at address 0")?;
-    // SAFETY: the window is mapped, was probed as a virtio-mmio device, and is there as long as the machine.
+    // SAFETY: the window is mapped, was probed as a virtio-mmio device, and is there as long as the
+    // machine.
     let transport = unsafe { MmioTransport::new(header, WINDOW_SIZE as usize) };
     transport.map_err(|error| format!("transport: {error}"))
 }
 
 fn by_bus(function: Function) -> Result<PciTransport, String> {
-    // SAFETY: all of it is mapped and no RAM, and there as long as the machine; the crate looks at bus 0 only, where
-    // minivmm has the configuration space.
+    // SAFETY: all of it is mapped and no RAM, and there as long as the machine; the crate looks at
+    // bus 0 only, where minivmm has the configuration space.
     let access = unsafe { MmioCam::new(ECAM as *mut u8, Cam::Ecam) };
     let place = DeviceFunction {
         bus: 0,

@@ -82,7 +82,8 @@ impl Device for Nic {
     type TxToken<'a> = Room<'a>;
 
     fn receive(&mut self, _: Instant) -> Option<(Received, Room<'_>)> {
-        // An answer may be due to what is received: without room for it, leave the frame where it is.
+        // An answer may be due to what is received: without room for it, leave the frame where it
+        // is.
         if !self.can_send() {
             return None;
         }

@@ -1,7 +1,8 @@
-//! The NIC driven by hand: checksum and segmentation offload both ways, merged receive buffers, event indexes.
+//! The NIC driven by hand: checksum and segmentation offload both ways, merged receive buffers,
+//! event indexes.
 //!
-//! Receive buffers are small, so that a large frame arrives in many. A frame is sent as two descriptors, header and
-//! data.
+//! Receive buffers are small, so that a large frame arrives in many. A frame is sent as two
+//! descriptors, header and data.
 
 use alloc::vec::Vec;
 use core::num::NonZeroUsize;
@@ -77,7 +78,8 @@ impl OwnNic {
         // What is received may have a partial checksum; what is sent gets a full one.
         capabilities.checksum.udp = Checksum::Tx;
         capabilities.segmentation.tcpv4 = NonZeroUsize::new(SEGMENTABLE);
-        // Not tcpv6: smoltcp 0.14 drops every IPv6 packet above the MTU, also those that are to be cut by the device.
+        // Not tcpv6: smoltcp 0.14 drops every IPv6 packet above the MTU, also those that are to be
+        // cut by the device.
     }
 
     /// The next received frame, gathered from its buffers.
@@ -112,7 +114,8 @@ impl OwnNic {
         !self.tx_free.is_empty()
     }
 
-    /// Sends a frame that `fill` writes. It is lost when there is no room, see [`OwnNic::can_send`].
+    /// Sends a frame that `fill` writes. It is lost when there is no room, see
+    /// [`OwnNic::can_send`].
     pub fn send<R>(
         &mut self,
         length: usize,
@@ -173,7 +176,8 @@ impl OwnNic {
     }
 }
 
-/// Notifies the device when the last `offered` chains passed the index that it waits for (virtio 1.2, 2.7.10).
+/// Notifies the device when the last `offered` chains passed the index that it waits for (virtio
+/// 1.2, 2.7.10).
 fn kick(nic: NetDevice, features: u64, ring: &Ring, offered: u16) {
     let new = ring.available();
     let since_event = new.wrapping_sub(ring.available_event()).wrapping_sub(1);
@@ -182,7 +186,8 @@ fn kick(nic: NetDevice, features: u64, ring: &Ring, offered: u16) {
     }
 }
 
-/// The header for a frame, which gets the sum of TCP's pseudo-header when the device is to finish its checksum.
+/// The header for a frame, which gets the sum of TCP's pseudo-header when the device is to finish
+/// its checksum.
 fn offload_header(frame: &mut [u8], segment: u16) -> Header {
     let Some((ip, tcp, gso_type)) = tcp_packet(frame) else {
         return Header::default();

@@ -1,4 +1,5 @@
-//! virtio by hand: a NIC's registers on either transport, rings, and the bring-up of a NIC (virtio 1.2, 4 and 5.1).
+//! virtio by hand: a NIC's registers on either transport, rings, and the bring-up of a NIC (virtio
+//! 1.2, 4 and 5.1).
 
 pub mod mmio;
 pub mod net;

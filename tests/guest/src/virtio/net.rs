@@ -98,7 +98,8 @@ impl Config {
     }
 }
 
-/// Resets the device and takes it up to FEATURES_OK with those of the `wanted` features that it offers. Returns them.
+/// Resets the device and takes it up to FEATURES_OK with those of the `wanted` features that it
+/// offers. Returns them.
 pub fn negotiate(nic: NetDevice, wanted: u64) -> Result<u64, &'static str> {
     nic.reset();
     if nic.status() != 0 {

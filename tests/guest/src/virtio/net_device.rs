@@ -1,5 +1,5 @@
-//! A NIC, whichever transport it is reached by: the same registers at different places and of different widths
-//! (virtio 1.2, 4.2.2 and 4.1.4).
+//! A NIC, whichever transport it is reached by: the same registers at different places and of
+//! different widths (virtio 1.2, 4.2.2 and 4.1.4).
 
 use alloc::vec::Vec;
 
@@ -196,7 +196,8 @@ impl NetDevice {
         }
     }
 
-    /// What has happened: bit 0, buffers were used; bit 1, the configuration has changed. On PCI, reading clears it.
+    /// What has happened: bit 0, buffers were used; bit 1, the configuration has changed. On PCI,
+    /// reading clears it.
     pub fn interrupt_status(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::INTERRUPT_STATUS),

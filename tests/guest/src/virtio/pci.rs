@@ -1,5 +1,5 @@
-//! A virtio device on the PCI bus: where its structures are, and its MSI-X vectors (virtio 1.2, 4.1; PCI Local Bus
-//! Specification 3.0, 6.8.2).
+//! A virtio device on the PCI bus: where its structures are, and its MSI-X vectors (virtio 1.2,
+//! 4.1; PCI Local Bus Specification 3.0, 6.8.2).
 
 use alloc::vec::Vec;
 
@@ -120,8 +120,8 @@ impl PciNic {
         self.bar.write(start + offset % PAGE as u64, queue as u16);
     }
 
-    /// Has changes of the configuration and received frames signalled by the first two vectors, which send this message,
-    /// and what is sent by none.
+    /// Has changes of the configuration and received frames signalled by the first two vectors,
+    /// which send this message, and what is sent by none.
     pub fn enable_messages(&self, (address, data): (u64, u32)) {
         for vector in 0..QUEUES as u64 {
             self.msix.set(vector, address, data);
@@ -136,7 +136,8 @@ impl PciNic {
     }
 }
 
-/// Where BAR 0 is and how large: what stays 0 of ones written there. None where it is no memory below 4 GiB.
+/// Where BAR 0 is and how large: what stays 0 of ones written there. None where it is no memory
+/// below 4 GiB.
 fn bar_0(function: Function) -> Option<Region> {
     let config = function.config;
     let bar: u32 = config.read(at::BAR_0);

@@ -1,4 +1,5 @@
-//! The structures in BAR 0 with each width at each offset, inside and past their ends, and BAR 0 moved and switched off.
+//! The structures in BAR 0 with each width at each offset, inside and past their ends, and BAR 0
+//! moved and switched off.
 
 use alloc::format;
 
@@ -15,7 +16,8 @@ use crate::virtio::pci::{NO_VECTOR, PciNic, common};
 const DENSE: u64 = 0x40;
 const PAST: u64 = 0x10;
 
-/// Where BAR 0 is sent: nowhere, everywhere, half a page, a neighbour's place, RAM, configuration space, the local APIC.
+/// Where BAR 0 is sent: nowhere, everywhere, half a page, a neighbour's place, RAM, configuration
+/// space, the local APIC.
 const PLACES: [u32; 7] = [
     0,
     u32::MAX,

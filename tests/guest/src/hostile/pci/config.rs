@@ -1,4 +1,5 @@
-//! Configuration space by either mechanism, each width at each offset, and the window that it has into BAR 0 (virtio
+//! Configuration space by either mechanism, each width at each offset, and the window that it has
+//! into BAR 0 (virtio
 //! 1.2, 4.1.4.9).
 
 use alloc::format;
@@ -93,7 +94,8 @@ fn touch_data_port(value: u64) {
     }
 }
 
-/// The data port by string instructions, which repeat an access and do not go on to the next register.
+/// The data port by string instructions, which repeat an access and do not go on to the next
+/// register.
 fn by_strings(nic: PciNic, value: u64) -> Result<(), Failure> {
     let mut words = [0; 40];
     for register in (0..CONVENTIONAL).step_by(4) {
@@ -110,7 +112,8 @@ fn by_strings(nic: PciNic, value: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The address register in pieces, and addresses of nothing: switched off, on another bus, of another function.
+/// The address register in pieces, and addresses of nothing: switched off, on another bus, of
+/// another function.
 fn address_port(nic: PciNic, value: u64) {
     for port in ADDRESS_PORT..DATA_PORT {
         out8(port, value as u8);

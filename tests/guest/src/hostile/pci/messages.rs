@@ -1,4 +1,5 @@
-//! MSI-X: messages without a receiver, masks that flap, and pending bits (PCI Local Bus Specification 3.0, 6.8.2).
+//! MSI-X: messages without a receiver, masks that flap, and pending bits (PCI Local Bus
+//! Specification 3.0, 6.8.2).
 
 use alloc::format;
 
@@ -11,8 +12,9 @@ use crate::virtio::net::{TX, feature};
 use crate::virtio::pci::{Msix, PciNic, common};
 use smoltcp::time::Duration;
 
-/// Messages that reach no processor, or none that takes them: an APIC that does not exist, with different data; an
-/// address above 4 GiB, and everything set (which is the delivery mode of an old interrupt controller).
+/// Messages that reach no processor, or none that takes them: an APIC that does not exist, with
+/// different data; an address above 4 GiB, and everything set (which is the delivery mode of an old
+/// interrupt controller).
 const GARBAGE: [(u64, u32); 6] = [
     (0xfee7_f000, 0x41),
     (0xfee7_f000, 0xffff_c0ff),
@@ -129,7 +131,8 @@ fn interrupts_again(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
     }
 }
 
-/// A frame that comes in while its vector is masked must show in the pending bits, and interrupt afterwards.
+/// A frame that comes in while its vector is masked must show in the pending bits, and interrupt
+/// afterwards.
 fn masked_is_pending(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
     rig.settle();
     nic.msix.mask(RX_VECTOR, true);

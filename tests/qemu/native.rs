@@ -1,0 +1,152 @@
+//! The options of the native monitor.
+
+use super::*;
+
+tcg_test!(kernel_guest_has_the_macvtaps_mac_and_powers_off, || {
+    let site = Site::new();
+    let args = ["--macvtap", "wire,mac=02:aa:00:00:00:0b", "--accel", "auto"];
+    let mut vm = site.boot(&[&args[..], &["--cpus", "2", "--memory", "400M"]].concat());
+    assert_eq!(
+        vm.run("cat /sys/class/net/eth0/address").trim(),
+        "02:aa:00:00:00:0b"
+    );
+    assert_eq!(vm.run("nproc").trim(), "2");
+    let cmdline = vm.run("cat /proc/cmdline");
+    assert!(cmdline.starts_with("console=ttyS0 reboot=panic_warm panic=-1"));
+    assert!(site.host.links() == ["wire"], "{:?}", site.host.links());
+    address(&mut vm, "eth0", 11);
+    assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+    assert!(site.peer.pings("192.168.77.11", 3));
+    vm.send("1 poweroff -f\n");
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert!(vm.log().contains("powered off"), "{}", vm.log());
+    // That it takes long is not left unsaid.
+    let warned = vm.log().contains("by emulation (TCG)");
+    assert_eq!(warned, !kvm_is_native(), "{}", vm.log());
+    assert!(site.mac_is_free("02:aa:00:00:00:0b"));
+});
+
+tcg_test!(options_of_the_native_monitor_switch_with_one_word, || {
+    let site = Site::new();
+    let mut command = site.host.command(binary());
+    command.args(["-q", "qemu", "--accel", "tcg", "--macvtap", "wire"]);
+    command.args(["--host-link", "192.168.78.9/24", "--transport", "pci"]);
+    command.args(["--cmdline", STEADY]);
+    command.arg("--kernel").arg(assets().bzimage());
+    command.arg("--initrd").arg(initrd()).stdin(Stdio::piped());
+    let mut vm = ready(command);
+    assert!(!vm.log().contains("info"), "{}", vm.log());
+    vm.run("ip link set eth0 up && ip addr add 192.168.78.11/24 dev eth0");
+    assert!(pings(&mut vm, "192.168.78.9"), "{}", vm.transcript());
+    vm.send("1 poweroff -f\n");
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert_eq!(site.host.links(), ["wire"], "the host's link is deleted");
+
+    let output = outcome(site.qemu(["--kernel", "k", "--transport", "mmio"]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        text(&output.stderr).contains("virtio_pci"),
+        "{}",
+        text(&output.stderr)
+    );
+});
+
+tcg_test!(two_guests_talk_and_one_has_several_queues, || {
+    let site = Site::new();
+    let several = [
+        "--macvtap",
+        "wire,queues=2",
+        "--cpus",
+        "2",
+        "--accel",
+        "tcg",
+    ];
+    let (mut a, mut b) = thread::scope(|scope| {
+        let a = scope.spawn(|| site.boot(&several));
+        let b = site.boot(&["--macvtap", "wire", "--accel", "tcg"]);
+        (a.join().expect("the first guest boots"), b)
+    });
+    let queues = a.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l");
+    assert_eq!(queues.trim(), "2");
+    let vectors = a.run("grep -c virtio /proc/interrupts");
+    // The configuration's, and two for each pair of queues; the control queue's comes with its
+    // first use.
+    assert!(vectors.trim().parse::<u32>().unwrap() >= 5, "{vectors}");
+    address(&mut a, "eth0", 11);
+    address(&mut b, "eth0", 12);
+    assert!(pings(&mut a, "192.168.77.12"), "{}", a.transcript());
+    assert!(pings(&mut b, "192.168.77.11"));
+    // Several flows, so that each of the queues gets some.
+    for _ in 0..8 {
+        assert!(pings(&mut a, "192.168.77.3"));
+    }
+});
+
+tcg_test!(kernel_guest_ends_as_in_the_native_monitor, || {
+    let site = Site::new();
+    for (command, status, words) in [
+        ("reboot -f", 0, "asked for a reboot"),
+        ("echo c >/proc/sysrq-trigger", 4, "panicked"),
+    ] {
+        let mut vm = site.boot(&["--accel", "tcg"]);
+        assert_eq!(vm.run("ls /sys/class/net").trim(), "lo");
+        vm.send(&format!("1 {command}\n"));
+        let code = vm.wait_exit(20 * SECOND).code();
+        assert_eq!(code, Some(status), "{command}\n{}", vm.transcript());
+        assert!(vm.log().contains(words), "{}", vm.log());
+    }
+});
+
+tcg_test!(signals_press_the_power_button_and_a_second_one_ends, || {
+    let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("console");
+    let console = format!("file:{}", file.display());
+    let read = || fs::read_to_string(&file).unwrap_or_default();
+    let (kernel, initrd) = (assets().bzimage(), initrd());
+    let mut command = site.qemu(["--accel", "tcg", "--console", &console, "--kernel"]);
+    command.arg(&kernel).arg("--initrd").arg(&initrd);
+    command.args(["--cmdline", STEADY]);
+    let mut vm = Vm::spawn(command);
+    eventually(BOOT, "the guest boots", || read().contains("GUEST ready"));
+    vm.signal(Signal::QUIT);
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert!(read().contains("GUEST power button"), "{}", read());
+    assert_eq!(vm.console(), "", "the console is in the file");
+
+    let mut vm = site.boot(&["--accel", "tcg"]);
+    vm.run("killall head");
+    for signal in [Signal::HUP, Signal::INT] {
+        vm.signal(signal);
+        thread::sleep(2 * SECOND);
+        assert_eq!(vm.has_ended(), signal == Signal::INT, "{}", vm.transcript());
+    }
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(130));
+    assert!(vm.log().contains("signal 1: pressing"), "{}", vm.log());
+
+    let mut vm = site.boot(&["--accel", "tcg"]);
+    vm.signal(Signal::TERM);
+    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+});
+
+tcg_test!(open_queue_and_a_device_of_the_users_are_taken, || {
+    let site = Site::new();
+    let mac = "02:aa:00:00:00:10";
+    let (kernel, initrd) = (assets().bzimage(), initrd());
+    let mut command = site.host.command(binary());
+    command.args(["net", "open", &format!("wire,mac={mac}"), "--"]);
+    command
+        .arg(binary())
+        .args(["qemu", "--accel", "tcg", "--macvtap", "fd=3", "--kernel"]);
+    command.arg(kernel).arg("--initrd").arg(initrd);
+    command.args(["--cmdline", STEADY]);
+    let device = format!("virtio-net-pci,netdev=macvtap0,addr=0x9,mac={mac}");
+    command
+        .args(["--", "-device", &device])
+        .stdin(Stdio::piped());
+    let mut vm = ready(command);
+    let found = vm.run("cat /sys/bus/pci/devices/0000:00:09.0/virtio*/net/eth0/address");
+    assert_eq!(found.trim(), mac);
+    address(&mut vm, "eth0", 11);
+    assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+});
