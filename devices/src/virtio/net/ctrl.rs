@@ -13,6 +13,7 @@ use super::config::ConfigSpace;
 use super::features::Features;
 use super::filter::Filter;
 use super::observe::Observer;
+use super::pair::Stop;
 use crate::virtio::Interrupt;
 use crate::virtio::iovec::{gather, scatter};
 use crate::virtio::queue::{Buffers, Next, Queue};
@@ -250,20 +251,20 @@ impl<B: Backend> CtrlQueue<B> {
 
     /// Carries out up to `budget` commands of those that wait; whatever else a driver can repeat for
     /// ever costs budget too. Says why it stopped, and whether to interrupt the driver.
-    pub fn handle(&mut self, budget: usize) -> (CtrlStop, bool) {
+    pub fn handle(&mut self, budget: usize) -> (Stop, bool) {
         let stop = self.drain(budget);
         (stop, self.queue.needs_notification())
     }
 
-    fn drain(&mut self, budget: usize) -> CtrlStop {
+    fn drain(&mut self, budget: usize) -> Stop {
         for _ in 0..budget {
             self.buffers.clear();
             let chain = match self.queue.pop(&mut self.buffers) {
                 Next::Chain(chain) => chain,
                 Next::Bad => continue,
                 Next::Empty if self.queue.enable_notification() => continue,
-                Next::Empty => return CtrlStop::Empty,
-                Next::Broken => return CtrlStop::Broken,
+                Next::Empty => return Stop::Idle,
+                Next::Broken => return Stop::Broken,
             };
             // Without room for the status it is no command.
             let status_len = chain.writable.len.min(1);
@@ -275,7 +276,7 @@ impl<B: Backend> CtrlQueue<B> {
             }
             self.queue.add_used(chain.head, status_len as u32);
         }
-        CtrlStop::Budget
+        Stop::Budget
     }
 
     /// Carries out the command of `len` bytes in the buffers and returns its status.
@@ -289,17 +290,6 @@ impl<B: Backend> CtrlQueue<B> {
             false => spec::VIRTIO_NET_ERR as u8,
         }
     }
-}
-
-/// Why [`CtrlQueue::handle`] stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CtrlStop {
-    /// The queue is empty; the driver will notify.
-    Empty,
-    /// The budget is used up.
-    Budget,
-    /// The avail index is invalid.
-    Broken,
 }
 
 /// What the thread of the control queue does, which also waits for vhost-net to find an invalid
@@ -370,13 +360,10 @@ impl<B: Backend> Job for CtrlJob<B> {
             if notify {
                 self.interrupt.queue(*index);
             }
-            match stop {
-                CtrlStop::Empty => {}
-                CtrlStop::Budget => self.ready = true,
-                CtrlStop::Broken => {
-                    self.broken = true;
-                    self.interrupt.needs_reset();
-                }
+            self.ready = stop == Stop::Budget;
+            self.broken = stop == Stop::Broken;
+            if self.broken {
+                self.interrupt.needs_reset();
             }
         }
         Turn {

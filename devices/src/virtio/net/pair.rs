@@ -9,8 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::Backend;
 use super::counters::{self, PairCounters, SharedCounters};
-use super::rx::{RxQueue, RxStop};
-use super::tx::{TxQueue, TxStop};
+use super::rx::RxQueue;
+use super::tx::TxQueue;
 use crate::virtio::Interrupt;
 use crate::virtio::worker::{Job, Turn};
 
@@ -20,6 +20,24 @@ const BUDGET: usize = 256;
 const BACKEND: u32 = 0;
 const RX_KICK: u32 = 1;
 const TX_KICK: u32 = 2;
+
+/// Why a queue's turn has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The driver has nothing to send, which it will notify of, or the backend no frame, and will poll
+    /// readable.
+    Idle,
+    /// The backend has no room; it will poll writable.
+    Full,
+    /// The driver has no receive buffers; it will notify.
+    Starved,
+    /// The rate limit lets nothing pass until then.
+    Limited(Instant),
+    /// The budget is used up.
+    Budget,
+    /// The avail index is invalid.
+    Broken,
+}
 
 /// Why a queue does not look for work although there may be some.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,8 +72,14 @@ impl Work {
         std::mem::take(&mut self.ready)
     }
 
-    fn hold(&mut self, hold: Hold) {
-        *self = Self { ready: false, hold };
+    fn end_turn(&mut self, stop: Stop) {
+        self.ready = stop == Stop::Budget;
+        self.hold = match stop {
+            Stop::Starved => Hold::Starved,
+            Stop::Limited(_) => Hold::Limited,
+            Stop::Broken => Hold::Broken,
+            Stop::Idle | Stop::Full | Stop::Budget => Hold::None,
+        };
     }
 }
 
@@ -115,15 +139,8 @@ impl<B: Backend> Pair<B> {
             self.counters.tx_interrupts += 1;
             self.interrupt.queue(2 * self.index + 1);
         }
-        match stop {
-            TxStop::Budget => self.tx_work.ready = true,
-            TxStop::Limited(until) => {
-                self.tx_work.hold(Hold::Limited);
-                self.wake_by(until);
-            }
-            TxStop::Broken => self.give_up("transmit"),
-            TxStop::Empty | TxStop::Full => {}
-        }
+        self.tx_work.end_turn(stop);
+        self.after(stop, "transmit");
     }
 
     fn receive(&mut self) {
@@ -132,29 +149,25 @@ impl<B: Backend> Pair<B> {
             self.counters.rx_interrupts += 1;
             self.interrupt.queue(2 * self.index);
         }
+        self.rx_work.end_turn(stop);
+        self.after(stop, "receive");
+    }
+
+    fn after(&mut self, stop: Stop, queue: &str) {
         match stop {
-            RxStop::Budget => self.rx_work.ready = true,
-            RxStop::Limited(until) => {
-                self.rx_work.hold(Hold::Limited);
-                self.wake_by(until);
+            Stop::Limited(until) => {
+                let earlier = self.wake_at.filter(|&at| at < until);
+                self.wake_at = earlier.or(Some(until));
             }
-            RxStop::Starved => self.rx_work.hold(Hold::Starved),
-            RxStop::Broken => self.give_up("receive"),
-            RxStop::Idle => {}
+            // Nothing moves until the driver resets the device.
+            Stop::Broken => {
+                log::debug!("network device: the {queue} queue has an invalid avail index");
+                self.rx_work.end_turn(stop);
+                self.tx_work.end_turn(stop);
+                self.interrupt.needs_reset();
+            }
+            Stop::Idle | Stop::Full | Stop::Starved | Stop::Budget => {}
         }
-    }
-
-    fn wake_by(&mut self, until: Instant) {
-        let earlier = self.wake_at.filter(|&at| at < until);
-        self.wake_at = earlier.or(Some(until));
-    }
-
-    /// A ring has an invalid avail index: nothing moves until the driver resets the device.
-    fn give_up(&mut self, queue: &str) {
-        log::debug!("network device: the {queue} queue has an invalid avail index");
-        self.rx_work.hold(Hold::Broken);
-        self.tx_work.hold(Hold::Broken);
-        self.interrupt.needs_reset();
     }
 }
 

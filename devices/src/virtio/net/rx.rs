@@ -4,7 +4,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::backend::{Backend, HEADER_LEN};
 use super::capture::Direction;
@@ -12,6 +11,7 @@ use super::checksum::{self, FLAGS, GSO_TYPE, NEEDS_CSUM};
 use super::counters::RxCounters;
 use super::filter::{Filter, Rules};
 use super::hooks::Hooks;
+use super::pair::Stop;
 use crate::virtio::iovec::{self, scatter};
 use crate::virtio::queue::{Buffers, Chain, MAX_SEGMENTS, Next, Queue};
 
@@ -25,21 +25,6 @@ const HEAD_LEN: usize = HEADER_LEN + ETHERNET_LEN + 2;
 const ETHERNET_LEN: usize = 14;
 /// The protocol that a VLAN tag has in its place (IEEE 802.1Q).
 const VLAN: [u8; 2] = [0x81, 0];
-
-/// Why [`RxQueue::receive`] stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RxStop {
-    /// The backend has no frame; it will poll readable.
-    Idle,
-    /// The driver has no buffers; it will notify.
-    Starved,
-    /// The rate limit lets nothing pass until then.
-    Limited(Instant),
-    /// The budget is used up.
-    Budget,
-    /// The avail index is invalid.
-    Broken,
-}
 
 /// How frames are laid into chains, as negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,14 +141,14 @@ impl RxQueue {
     }
 
     /// Receives up to `budget` frames. Says why it stopped, and whether to interrupt the driver.
-    pub fn receive(&mut self, backend: &impl Backend, budget: usize) -> (RxStop, bool) {
+    pub fn receive(&mut self, backend: &impl Backend, budget: usize) -> (Stop, bool) {
         self.queue.disable_notification();
         self.filter.refresh(&mut self.rules.0, &mut self.rules.1);
         let stop = self.fill(backend, budget);
         (stop, self.queue.needs_notification())
     }
 
-    fn fill(&mut self, backend: &impl Backend, budget: usize) -> RxStop {
+    fn fill(&mut self, backend: &impl Backend, budget: usize) -> Stop {
         let (mut left, mut errors) = (budget, 0);
         while left > 0 {
             left -= 1;
@@ -176,7 +161,7 @@ impl RxQueue {
             }
             if let Some(until) = self.hooks.held_until() {
                 self.counters.limited += 1;
-                return RxStop::Limited(until);
+                return Stop::Limited(until);
             }
             match self.read(backend) {
                 // Not a frame; a tap never does this.
@@ -190,7 +175,7 @@ impl RxQueue {
                         at: self.capacity,
                     })
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return RxStop::Idle,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Stop::Idle,
                 Err(error) => {
                     if self.counters.errors == 0 {
                         log::warn!("cannot receive from the network: {error}");
@@ -200,12 +185,12 @@ impl RxQueue {
                     // to do before its descriptor says more.
                     errors += 1;
                     if errors == MAX_ERRORS {
-                        return RxStop::Idle;
+                        return Stop::Idle;
                     }
                 }
             }
         }
-        RxStop::Budget
+        Stop::Budget
     }
 
     /// Whether a frame of `len` bytes may be cut, or needs more than the one chain that it may have.
@@ -250,7 +235,7 @@ impl RxQueue {
 
     /// Takes chains from the ring until the largest frame fits, or the one that waits; fewer will
     /// do when there are no more. Says why it has none.
-    fn gather(&mut self, left: &mut usize) -> Option<RxStop> {
+    fn gather(&mut self, left: &mut usize) -> Option<Stop> {
         while !self.enough() {
             match self.queue.pop(&mut self.buffers) {
                 Next::Chain(chain)
@@ -266,7 +251,7 @@ impl RxQueue {
                     self.counters.bad_chains += 1;
                 }
                 Next::Bad => self.counters.bad_chains += 1,
-                Next::Broken => return Some(RxStop::Broken),
+                Next::Broken => return Some(Stop::Broken),
                 Next::Empty if self.spill.is_none() && !self.chains.is_empty() => return None,
                 // Buffers that came while notifications were off are found by going round again.
                 Next::Empty if self.queue.enable_notification() => {
@@ -274,12 +259,12 @@ impl RxQueue {
                 }
                 Next::Empty => {
                     self.counters.starved += 1;
-                    return Some(RxStop::Starved);
+                    return Some(Stop::Starved);
                 }
             }
             // What a driver can repeat for ever costs budget.
             if *left == 0 {
-                return Some(RxStop::Budget);
+                return Some(Stop::Budget);
             }
             *left -= 1;
         }

@@ -15,8 +15,9 @@ use super::counters;
 use super::ctrl::Permissions;
 use super::features::{Features, Offloads};
 use super::observe::Observer;
-use super::rx::{RxLayout, RxQueue, RxStop};
-use super::tx::{TxQueue, TxStop};
+use super::pair::Stop;
+use super::rx::{RxLayout, RxQueue};
+use super::tx::TxQueue;
 use super::{Net, NetConfig, NetOptions};
 use crate::virtio::tests::{Driver, Recorder, SIZE, WRITE};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
@@ -168,7 +169,7 @@ fn tx_frame_leaves_as_it_was_laid_out() {
     driver.write(0x4000, &frame(12));
     driver.write(0x5000, &frame(100));
     driver.offer_chain(0, &[(0x4000, 12, 0), (0x5000, 100, 0)]);
-    assert_eq!(tx.send(&wire, 10), (TxStop::Empty, true));
+    assert_eq!(tx.send(&wire, 10), (Stop::Idle, true));
     let mut buffer = [0; 200];
     assert_eq!(far.recv(&mut buffer).unwrap(), 112);
     assert_eq!(buffer[..112], [frame(12), frame(100)].concat());
@@ -187,7 +188,7 @@ fn tx_bad_chain_and_refused_frame_are_counted_and_the_rest_goes_on() {
     tx.send(&wire, 10);
     wire.refuse.store(0, Ordering::SeqCst);
     driver.offer_chain(2, &[(0x4000, 60, 0)]);
-    assert_eq!(tx.send(&wire, 10).0, TxStop::Empty);
+    assert_eq!(tx.send(&wire, 10).0, Stop::Idle);
     assert_eq!(driver.take_used(), [(0, 0), (1, 0), (2, 0)]);
     let counters = tx.counters();
     assert_eq!(
@@ -204,10 +205,10 @@ fn tx_to_a_full_wire_keeps_the_frame_for_later() {
     let mut tx = TxQueue::new(driver.queue(false), observer());
     wire.refuse.store(libc::EAGAIN as u32, Ordering::SeqCst);
     driver.offer_chain(0, &[(0x4000, 60, 0)]);
-    assert_eq!(tx.send(&wire, 10), (TxStop::Full, false));
+    assert_eq!(tx.send(&wire, 10), (Stop::Full, false));
     assert_eq!(driver.take_used(), []);
     wire.refuse.store(0, Ordering::SeqCst);
-    assert_eq!(tx.send(&wire, 10), (TxStop::Empty, true));
+    assert_eq!(tx.send(&wire, 10), (Stop::Idle, true));
     assert_eq!(driver.take_used(), [(0, 0)]);
     assert_eq!(far.recv(&mut [0; 100]).unwrap(), 60);
 }
@@ -220,9 +221,9 @@ fn tx_stops_at_its_budget() {
     for head in 0..4 {
         driver.offer_chain(head, &[(0x4000, 60, 0)]);
     }
-    assert_eq!(tx.send(&wire, 3).0, TxStop::Budget);
+    assert_eq!(tx.send(&wire, 3).0, Stop::Budget);
     assert_eq!(driver.take_used().len(), 3);
-    assert_eq!(tx.send(&wire, 3).0, TxStop::Empty);
+    assert_eq!(tx.send(&wire, 3).0, Stop::Idle);
 }
 
 #[test]
@@ -234,10 +235,10 @@ fn broken_ring_is_told() {
         TxQueue::new(driver.queue(false), observer())
             .send(&wire, 10)
             .0,
-        TxStop::Broken
+        Stop::Broken
     );
     let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
-    assert_eq!(rx.receive(&wire, 10).0, RxStop::Broken);
+    assert_eq!(rx.receive(&wire, 10).0, Stop::Broken);
 }
 
 #[test]
@@ -246,10 +247,10 @@ fn rx_without_buffers_starves_and_leaves_the_frame() {
     let mut driver = Driver::new();
     let mut rx = RxQueue::new(driver.queue(false), SINGLE);
     far.send(&frame(100)).unwrap();
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, false));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Starved, false));
     driver.offer_chain(0, &[(0x4000, 2000, WRITE)]);
     driver.offer_chain(1, &[(0x6000, 2000, WRITE)]);
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Idle, true));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Idle, true));
     assert_eq!(driver.take_used(), [(0, 100)]);
     assert_eq!(driver.read(0x4000, 100), received(100, 1));
 }
@@ -264,7 +265,7 @@ fn rx_frame_over_several_chains_says_how_many() {
     }
     far.send(&frame(600)).unwrap();
     far.send(&frame(256)).unwrap();
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Idle, true));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Idle, true));
     assert_eq!(driver.take_used(), [(0, 256), (1, 256), (2, 88), (3, 256)]);
     assert_eq!(driver.read(0x4000, 600), received(600, 3));
     assert_eq!(driver.read(0x4300, 256), received(256, 1));
@@ -279,17 +280,17 @@ fn rx_frame_larger_than_what_is_offered_waits_for_the_rest_of_its_buffers() {
     driver.offer_chain(1, &[(0x4064, 100, WRITE)]);
     far.send(&frame(350)).unwrap();
     far.send(&frame(70)).unwrap();
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, false));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Starved, false));
     assert_eq!(
         driver.take_used(),
         [],
         "nothing before the whole frame is there"
     );
     driver.offer_chain(2, &[(0x40c8, 100, WRITE)]);
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, false));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Starved, false));
     driver.offer_chain(3, &[(0x412c, 100, WRITE)]);
     driver.offer_chain(4, &[(0x8000, 100, WRITE)]);
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, true));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Starved, true));
     assert_eq!(
         driver.take_used(),
         [(0, 100), (1, 100), (2, 100), (3, 50), (4, 70)]
@@ -308,7 +309,7 @@ fn rx_frame_larger_than_the_whole_ring_is_dropped_and_the_rest_goes_on() {
     }
     far.send(&frame(100 * usize::from(SIZE) + 1)).unwrap();
     far.send(&frame(150)).unwrap();
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Idle, true));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Idle, true));
     assert_eq!(driver.take_used(), [(0, 100), (1, 50)]);
     assert_eq!(driver.read(0x4000, 150), received(150, 2));
     assert_eq!(rx.counters().too_large, 1);
@@ -324,7 +325,7 @@ fn rx_frame_larger_than_its_only_chain_is_dropped_and_not_cut() {
     for len in [101, 1900, 100] {
         far.send(&frame(len)).unwrap();
     }
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Idle, true));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Idle, true));
     assert_eq!(driver.take_used(), [(0, 100)]);
     assert_eq!(driver.read(0x4000, 100), received(100, 1));
     assert_eq!(rx.counters().too_large, 2);

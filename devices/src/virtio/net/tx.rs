@@ -2,29 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::backend::Backend;
 use super::capture::Direction;
 use super::counters::TxCounters;
 use super::hooks::Hooks;
 use super::observe::Observer;
+use super::pair::Stop;
 use crate::virtio::queue::{Buffers, Next, Queue};
-
-/// Why [`TxQueue::send`] stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TxStop {
-    /// The queue is empty; the driver will notify.
-    Empty,
-    /// The backend has no room; it will poll writable.
-    Full,
-    /// The rate limit lets nothing pass until then.
-    Limited(Instant),
-    /// The budget is used up.
-    Budget,
-    /// The avail index is invalid.
-    Broken,
-}
 
 /// The transmit queue.
 #[derive(Debug)]
@@ -71,27 +56,27 @@ impl TxQueue {
     }
 
     /// Sends up to `budget` frames. Says why it stopped, and whether to interrupt the driver.
-    pub fn send(&mut self, backend: &impl Backend, budget: usize) -> (TxStop, bool) {
+    pub fn send(&mut self, backend: &impl Backend, budget: usize) -> (Stop, bool) {
         let mut left = budget;
         let stop = loop {
             self.queue.disable_notification();
             match self.drain(backend, &mut left) {
                 // Frames came while notifications were still off. The retry costs budget too, or
                 // a driver that moves its index to and fro would keep the thread here.
-                TxStop::Empty if self.queue.enable_notification() && left > 0 => left -= 1,
-                TxStop::Empty if left == 0 => break TxStop::Budget,
+                Stop::Idle if self.queue.enable_notification() && left > 0 => left -= 1,
+                Stop::Idle if left == 0 => break Stop::Budget,
                 stop => break stop,
             }
         };
         (stop, self.queue.needs_notification())
     }
 
-    fn drain(&mut self, backend: &impl Backend, left: &mut usize) -> TxStop {
+    fn drain(&mut self, backend: &impl Backend, left: &mut usize) -> Stop {
         while *left > 0 {
             *left -= 1;
             if let Some(until) = self.hooks.held_until() {
                 self.counters.limited += 1;
-                return TxStop::Limited(until);
+                return Stop::Limited(until);
             }
             self.buffers.clear();
             let chain = match self.queue.pop(&mut self.buffers) {
@@ -105,8 +90,8 @@ impl TxQueue {
                     self.counters.bad_chains += 1;
                     continue;
                 }
-                Next::Empty => return TxStop::Empty,
-                Next::Broken => return TxStop::Broken,
+                Next::Empty => return Stop::Idle,
+                Next::Broken => return Stop::Broken,
             };
             // SAFETY: the iovecs are those of a chain that `Queue::pop` resolved inside guest
             // memory, which the queue keeps mapped.
@@ -115,7 +100,7 @@ impl TxQueue {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.counters.full += 1;
                     self.queue.undo_pop();
-                    return TxStop::Full;
+                    return Stop::Full;
                 }
                 // EINVAL for a bad header, EMSGSIZE, ENETDOWN: the frame is lost, as it would be
                 // on a wire, and the device lives on.
@@ -126,7 +111,7 @@ impl TxQueue {
             }
             self.queue.add_used(chain.head, 0);
         }
-        TxStop::Budget
+        Stop::Budget
     }
 
     /// What is to be done for a frame of `len` bytes with its header that the backend has taken.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::virtio::net::config::ConfigSpace;
-use crate::virtio::net::ctrl::{Control, CtrlQueue, CtrlStop};
+use crate::virtio::net::ctrl::{Control, CtrlQueue};
 use crate::virtio::net::filter::{Filter, Rules};
 
 /// A command and its answer's place, as one chain.
@@ -58,7 +58,7 @@ impl Bench {
     /// Sends a command; whether the answer is OK.
     fn send(&mut self, bytes: &[u8]) -> bool {
         command(&mut self.driver, 0, bytes);
-        assert_eq!(self.queue.handle(10), (CtrlStop::Empty, true));
+        assert_eq!(self.queue.handle(10), (Stop::Idle, true));
         assert_eq!(self.driver.take_used(), [(0, 1)]);
         match self.driver.read(0x7000, 1)[0] {
             0 => true,
@@ -109,25 +109,25 @@ fn requests_without_room_for_an_answer_cost_budget() {
     for head in 0..5 {
         bench.driver.offer_chain(head, &[(0x4000, 4, 0)]);
     }
-    assert_eq!(bench.queue.handle(3), (CtrlStop::Budget, true));
+    assert_eq!(bench.queue.handle(3), (Stop::Budget, true));
     assert_eq!(bench.driver.take_used(), [(0, 0), (1, 0), (2, 0)]);
-    assert_eq!(bench.queue.handle(3), (CtrlStop::Empty, true));
+    assert_eq!(bench.queue.handle(3), (Stop::Idle, true));
     assert_eq!(bench.driver.take_used(), [(3, 0), (4, 0)]);
 }
 
 #[test]
 fn control_queue_without_requests_does_not_interrupt() {
     let mut bench = Bench::any();
-    assert_eq!(bench.queue.handle(10), (CtrlStop::Empty, false));
+    assert_eq!(bench.queue.handle(10), (Stop::Idle, false));
     assert!(bench.send(&[4, 0, 2, 0]));
-    assert_eq!(bench.queue.handle(10), (CtrlStop::Empty, false));
+    assert_eq!(bench.queue.handle(10), (Stop::Idle, false));
 }
 
 #[test]
 fn broken_ring_of_the_control_queue_is_told() {
     let mut bench = Bench::any();
     bench.driver.set_available(SIZE + 1);
-    assert_eq!(bench.queue.handle(10), (CtrlStop::Broken, false));
+    assert_eq!(bench.queue.handle(10), (Stop::Broken, false));
 }
 
 #[test]

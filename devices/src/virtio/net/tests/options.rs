@@ -30,10 +30,10 @@ fn rx_frame_that_the_driver_does_not_want_takes_no_buffer() {
     let group = [1, 0, 0x5e, 0, 0, 1];
     far.send(&ethernet(group, &[8, 0])).unwrap();
     far.send(&ethernet(MAC, &[0x81, 0, 0, 5])).unwrap();
-    assert_eq!(rx.receive(&wire, 10).0, RxStop::Idle);
+    assert_eq!(rx.receive(&wire, 10).0, Stop::Idle);
     assert_eq!(rx.counters().filtered, 2);
     far.send(&ethernet(MAC, &[8, 0])).unwrap();
-    assert_eq!(rx.receive(&wire, 10), (RxStop::Starved, true));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Starved, true));
     assert_eq!(driver.take_used(), [(0, 72)]);
     // The driver changes its mind.
     filter.change(|rules| rules.set_table(&[], &[group]));
@@ -134,7 +134,7 @@ fn tx_held_back_takes_nothing_from_the_ring() {
     for head in 0..2 {
         driver.offer_chain(head, &[(0x4000, 60, 0)]);
     }
-    assert!(matches!(tx.send(&wire, 10).0, TxStop::Limited(_)));
+    assert!(matches!(tx.send(&wire, 10).0, Stop::Limited(_)));
     assert_eq!(driver.take_used(), [(0, 0)]);
 }
 
