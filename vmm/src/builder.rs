@@ -1,4 +1,4 @@
-//! From a request to a guest that has ended: the way through the house.
+//! From a config to a guest that has ended.
 
 use std::fs::File;
 use std::io;
@@ -61,13 +61,24 @@ pub enum Error {
     Host(&'static str, #[source] io::Error),
 }
 
+impl Error {
+    /// What to do about it, where the text does not say it.
+    pub fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Resources(ResourceError::Kvm(error)) | Self::Vm(error) => error.remedy(),
+            _ => None,
+        }
+    }
+}
+
 fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |error| Error::Host(what, error)
 }
 
-/// Boots the guest and waits for its end, on this thread, which becomes its control thread: `started`
-/// gets what other threads ask that by. The first of `signals` presses the guest's power button, the
-/// second ends it. Whatever was taken from the host has been given back when this returns.
+/// Boots the guest and waits for its end, on this thread, which becomes its control thread:
+/// `started` gets what other threads ask that by. The first of `signals` presses the guest's power
+/// button, the second ends it. Whatever was taken from the host has been given back when this
+/// returns.
 ///
 /// # Errors
 ///
@@ -113,8 +124,8 @@ pub fn run(
     control
         .run(net_devices.followers())
         .map_err(failed_to("wait for events"))?;
-    // With the control thread's share of the buses the devices' threads have ended; only then are the
-    // macvtaps deleted.
+    // With the control thread's share of the buses the devices' threads have ended; only then are
+    // the macvtaps deleted.
     drop((net_devices.guards, host.host_link));
     if let Some(lost) = lost {
         lost.log();

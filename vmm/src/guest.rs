@@ -50,18 +50,13 @@ impl Guest {
 
     /// Whether it runs.
     pub fn state(&self) -> RunState {
-        let asked = self.control.ask(|control, reply| {
-            let _ = reply.send(control.state());
-        });
-        asked.unwrap_or(RunState::Ended)
+        let state = self.control.ask(|control| control.state());
+        state.unwrap_or(RunState::Ended)
     }
 
     /// Presses its power button. A guest that takes notice powers off, in its own time.
     pub fn press_power_button(&self) {
-        self.control.ask(|control, reply| {
-            control.press_power_button();
-            let _ = reply.send(());
-        });
+        self.control.ask(|control| control.press_power_button());
     }
 
     /// Stops its vCPUs, then its devices. Nothing of the guest runs when this returns, and no frame
@@ -72,7 +67,7 @@ impl Guest {
     ///
     /// Fails when the guest has ended, or is resumed meanwhile.
     pub fn pause(&self) -> Result<(), GuestError> {
-        let done = self.control.ask(|control, done| control.pause(done));
+        let done = self.control.start(|control, done| control.pause(done));
         done.ok_or_else(|| match self.state() {
             RunState::Ended => GuestError::Ended,
             _ => GuestError::NotPaused,
@@ -85,10 +80,7 @@ impl Guest {
     ///
     /// Fails when the guest has ended.
     pub fn resume(&self) -> Result<(), GuestError> {
-        let done = self.control.ask(|control, reply| {
-            control.resume();
-            let _ = reply.send(());
-        });
+        let done = self.control.ask(|control| control.resume());
         done.ok_or(GuestError::Ended)
     }
 
@@ -98,28 +90,24 @@ impl Guest {
     ///
     /// Fails when the guest is not paused, or KVM refuses something.
     pub fn save(&self) -> Result<GuestState, GuestError> {
-        let saved = self.control.ask(|control, reply| {
-            let _ = reply.send(control.save());
-        });
+        let saved = self.control.ask(|control| control.save());
         saved.unwrap_or(Err(GuestError::Ended))
     }
 
-    /// Writes what [`Guest::save`] has read into a paused guest of the same configuration, whose NICs'
-    /// drivers have not started yet, and whose memory is as it was then.
+    /// Writes what [`Guest::save`] has read into a paused guest of the same configuration, whose
+    /// NICs' drivers have not started yet, and whose memory is as it was then.
     ///
     /// # Errors
     ///
     /// Fails when the guest is not paused, or KVM or a device refuses the state.
     pub fn restore(&self, state: GuestState) -> Result<(), GuestError> {
-        let restored = self.control.ask(move |control, reply| {
-            let _ = reply.send(control.restore(state));
-        });
+        let restored = self.control.ask(|control| control.restore(state));
         restored.unwrap_or(Err(GuestError::Ended))
     }
 
     /// Ends it at once, as by pulling its plug.
     pub fn end(&self) {
-        self.control.ask::<()>(|control, _reply| control.end());
+        self.control.ask(|control| control.end());
     }
 
     /// Waits for its end. What was taken from the host has been given back then.

@@ -1,8 +1,11 @@
 //! KVM: these modules alone use kvm-ioctls.
 //!
-//! [`vm`] is the virtual machine (memory, interrupts, notifications), [`vcpu`] a vCPU, [`vcpus`] are their threads, [`cpuid`]
-//! is what a vCPU says of itself, [`crash`] why it cannot go on, [`msi`] the routing table of MSI vectors, and [`probe`] finds
-//! out what a host's KVM can run.
+//! [`vm`] is the virtual machine (memory, interrupts, notifications), [`vcpu`] a vCPU, [`vcpus`] are
+//! their threads, and [`state`] is what can be saved of them. [`cpuid`] is what a vCPU says of itself,
+//! [`crash`] why it cannot go on, [`msi`] the routing table of MSI vectors, and [`probe`] finds out
+//! what a host's KVM can run.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod cpuid;
 pub mod crash;
@@ -12,3 +15,8 @@ pub mod state;
 pub mod vcpu;
 pub mod vcpus;
 pub mod vm;
+
+/// Takes a lock whose holders leave nothing half done, even where they panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

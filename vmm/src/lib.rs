@@ -1,6 +1,7 @@
 //! minivmm: a minimal virtual machine monitor whose guests stand on the host's own Ethernet.
 //!
-//! A program that wants a guest describes it in a [`config::Config`], starts it and holds a [`Guest`]:
+//! A program that wants a guest describes it in a [`config::Config`], starts it and holds a
+//! [`Guest`]:
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -45,16 +46,16 @@
 //! `builder::run` is that table as code. `nic` has the NICs, from the macvtap on the host to the
 //! device on the bus. `tty` has the terminal and the other end of the guest's serial port,
 //! `log_writer` the log, and `printable` makes text of others fit for a terminal. `program` is the
-//! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU on
-//! the same macvtaps; `child` starts other programs. `signals` and `limits` settle what this process
-//! was started with, and give it to those programs.
+//! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU
+//! on the same macvtaps; `child` starts other programs. `signals` and `limits` settle what this
+//! process was started with, and give it to those programs.
 //!
 //! # Threads
 //!
-//! The thread that builds the guest, the main thread in `minivmm`, then waits for events. Each vCPU has a thread
-//! (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`, `netN.1`,
-//! …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its capture one
-//! (`netN.pcap`), the console's input one (`console`), and the log one (`log`).
+//! The thread that builds the guest, the main thread in `minivmm`, then waits for events. Each vCPU
+//! has a thread (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`,
+//! `netN.1`, …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its
+//! capture one (`netN.pcap`), the console's input one (`console`), and the log one (`log`).
 
 mod builder;
 mod child;
@@ -89,4 +90,5 @@ pub use control::{GuestError, GuestState, RunState};
 pub use guest::Guest;
 pub use kvm::crash::{Crash, CrashPlace, CrashReason};
 pub use kvm::probe;
+pub use kvm::vm::VmError;
 pub use tty::{RawTerminal, restore_on_panic};

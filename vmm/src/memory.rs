@@ -39,7 +39,7 @@ pub enum MemoryError {
         size: MemorySize,
         /// The pages that it takes.
         wanted: u64,
-        /// The pages that nobody has.
+        /// The pages that are free.
         free: u64,
         /// All that the host has set aside.
         total: u64,
@@ -52,7 +52,7 @@ pub enum MemoryError {
 /// Guest memory, mapped as long as this or anything that shares it lives.
 #[derive(Debug)]
 pub struct GuestRam {
-    // The order counts: a region unmaps what nobody shares any more.
+    // The order counts: a region unmaps its memory only where the last share is gone.
     memory: Arc<GuestMemoryMmap>,
     _regions: Vec<Region>,
 }
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_unmapped_once_nobody_shares_it() {
+    fn memory_is_unmapped_with_its_last_share() {
         for is_shared in [true, false] {
             let ram = GuestRam::map("5G".parse().unwrap(), false).unwrap();
             let mut places = Vec::new();

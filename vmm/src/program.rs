@@ -12,8 +12,8 @@ use crate::{builder, commands, limits, log_writer, signals, tty};
 ///
 /// # Safety
 ///
-/// Nothing in this process may own a file descriptor that the command line can name: call it first in
-/// `main`.
+/// Nothing in this process may own a file descriptor that the command line can name: call it first
+/// in `main`.
 pub unsafe fn main() -> ExitCode {
     let settled = signals::settle();
     limits::raise();
@@ -39,7 +39,10 @@ pub unsafe fn main() -> ExitCode {
     }
     tty::restore_on_panic();
     let exit = builder::run(Config::from(cli.guest), inherited, &signals::ENDING, drop);
-    let exit = exit.unwrap_or_else(|error| Exit::Failure(chain(&error)));
+    let exit = exit.unwrap_or_else(|error| {
+        let remedy = error.remedy().map(|remedy| format!(": {remedy}"));
+        Exit::Failure(chain(&error) + &remedy.unwrap_or_default())
+    });
     exit.log();
     // Not `exit`: nothing that the console's thread, blocked in its read, might hold is waited for.
     ExitCode::from(exit.code())

@@ -1,8 +1,8 @@
 //! The signal state that this process was started with, and the one that it works with.
 //!
-//! A process inherits which signals are blocked and which are ignored, and keeps both over exec. minivmm blocks none
-//! and needs SIGCHLD to wait for other programs. A signal that is ignored at the start stays so: nohup and
-//! shells without job control mean it.
+//! A process inherits which signals are blocked and which are ignored, and keeps both over exec.
+//! minivmm blocks none and needs SIGCHLD to wait for other programs. A signal that is ignored at
+//! the start stays so: nohup and shells without job control mean it.
 
 use std::ffi::c_int;
 use std::io;
@@ -25,15 +25,15 @@ struct Inherited {
     is_limit_deadly: bool,
 }
 
-/// Unblocks all signals, and has a write beyond RLIMIT_FSIZE fail with EFBIG (as one to a pipe without a reader fails
-/// with EPIPE: Rust's runtime ignores SIGPIPE). Once, at the start of `main`, before there are other threads, which
-/// inherit the mask.
+/// Unblocks all signals, and has a write beyond RLIMIT_FSIZE fail with EFBIG (as one to a pipe
+/// without a reader fails with EPIPE: Rust's runtime ignores SIGPIPE). Once, at the start of
+/// `main`, before there are other threads, which inherit the mask.
 ///
 /// # Errors
 ///
 /// Fails only on a kernel without these system calls.
 pub fn settle() -> io::Result<()> {
-    // SAFETY: the default action runs no code of this process; nobody waits for children yet.
+    // SAFETY: the default action runs no code of this process; no thread waits for children yet.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
     // SAFETY: an ignored signal runs no code of this process.
     let before = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }?;
@@ -45,9 +45,10 @@ pub fn settle() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives a program what this process was started with, between fork and exec (it is async-signal-safe). SIGCHLD stays
-/// at its default, which POSIX leaves to whoever calls exec: few programs expect anything else. Exec itself ends the
-/// handlers, and the standard library has set SIGPIPE to its default by then.
+/// Gives a program what this process was started with, between fork and exec (it is
+/// async-signal-safe). SIGCHLD stays at its default, which POSIX leaves to whoever calls exec: few
+/// programs expect anything else. Exec itself ends the handlers, and the standard library has set
+/// SIGPIPE to its default by then.
 ///
 /// # Errors
 ///
@@ -86,6 +87,7 @@ pub(crate) fn action_of(signal: c_int) -> io::Result<sigaction> {
 
 /// SIG_DFL without a flag or a mask.
 pub(crate) fn default_action() -> sigaction {
-    // SAFETY: a sigaction holds numbers, a nullable function and bits, for all of which zeros are valid.
+    // SAFETY: a sigaction holds numbers, a nullable function and bits, for all of which zeros are
+    // valid.
     unsafe { std::mem::zeroed() }
 }

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::cli::DoctorArgs;
 use crate::commands::{json, report};
+use crate::control::exit::chain;
 use crate::kvm::probe::{self, Privileged};
 use crate::nic::registry::{self, NicEntry};
 
@@ -104,10 +105,8 @@ fn kvm() -> Line {
             line(Status::Warn, &message, Some(remedy.to_owned()))
         }
         Err(error) => {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            let message =
-                cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"));
-            line(Status::Fail, &message, Some(error.remedy().to_owned()))
+            let remedy = error.remedy().map(str::to_owned);
+            line(Status::Fail, &chain(&error), remedy)
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The control thread: holds the run state, waits for the guest's end, and turns signals into the power button.
+//! The control thread: holds the run state, waits for the guest's end, and turns signals into the
+//! power button.
 
 use std::io;
 use std::io::Read;
@@ -36,7 +37,7 @@ impl CaughtSignals {
     ///
     /// # Errors
     ///
-    /// Fails when the kernel refuses a handler, or has no file descriptor left.
+    /// Fails when the kernel refuses a handler, or another descriptor (EMFILE).
     pub fn catch(signals: &[libc::c_int]) -> io::Result<Self> {
         let catch = |signal| {
             let (caught, handler) = UnixStream::pair()?;
@@ -75,7 +76,7 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails when the process may not open another descriptor (EMFILE).
     pub fn new(
         vcpus: Vcpus,
         devices: Arc<DeviceBuses>,
@@ -97,8 +98,8 @@ impl Control {
         })
     }
 
-    /// Waits until an exit has been requested, and lets `others` have their events meanwhile. The vCPUs have ended when it
-    /// returns.
+    /// Waits until an exit has been requested, and lets `others` have their events meanwhile. The
+    /// vCPUs have ended when it returns.
     ///
     /// # Errors
     ///
@@ -130,8 +131,8 @@ impl Control {
         }
     }
 
-    /// Stops the guest. `done` gets its message once nothing of it runs: a vCPU may first have to wait
-    /// for a reader of the console. It is dropped when the guest ends or is resumed before.
+    /// Stops the guest. `done` gets its message once nothing of it runs: a vCPU may first have to
+    /// wait for a reader of the console. It is dropped when the guest ends or is resumed before.
     pub fn pause(&mut self, done: Sender<()>) {
         self.pausing.push(done);
         self.vcpus.pause();

@@ -1,4 +1,4 @@
-//! How a guest ends, and who said so first.
+//! How a guest ends: the first reason that any thread gives.
 
 use std::error::Error;
 use std::io;
@@ -79,11 +79,11 @@ pub struct ExitRequest {
 }
 
 impl ExitRequest {
-    /// Nobody has asked yet.
+    /// No reason yet.
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails when the process may not open another descriptor (EMFILE).
     pub fn new() -> io::Result<Self> {
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         Ok(Self {
@@ -94,7 +94,7 @@ impl ExitRequest {
 
     /// Ends the guest.
     pub fn request(&self, reason: Exit) {
-        // Set already: somebody was first.
+        // Where it is set already, the first reason counts.
         let _ = self.reason.set(reason);
         let _ = self.event.write(1);
     }
@@ -104,7 +104,7 @@ impl ExitRequest {
         self.reason.get()
     }
 
-    /// Readable once somebody has asked.
+    /// Readable once there is a reason.
     pub fn event(&self) -> &EventFd {
         &self.event
     }

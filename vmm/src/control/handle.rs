@@ -1,6 +1,5 @@
 //! How other threads have the control thread do something.
 
-use std::fmt;
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
 
@@ -12,6 +11,7 @@ use super::event_loop::Control;
 type Request = Box<dyn FnOnce(&mut Control) + Send>;
 
 /// The control thread's end.
+#[derive(Debug)]
 pub struct Requests {
     queue: Receiver<Request>,
     event: EventFd,
@@ -24,18 +24,12 @@ pub struct Handle {
     event: EventFd,
 }
 
-impl fmt::Debug for Requests {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Requests").finish_non_exhaustive()
-    }
-}
-
 impl Requests {
     /// Both ends.
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails when the process may not open another descriptor (EMFILE).
     pub fn new() -> io::Result<(Self, Handle)> {
         let (sender, queue) = mpsc::channel();
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
@@ -59,8 +53,19 @@ impl Requests {
 }
 
 impl Handle {
-    /// Has the control thread run `work`, and waits for the value that `work` sends; `None` when it ends without.
+    /// Has the control thread run `work`, and returns its value; `None` when the thread has ended.
     pub fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Control) -> T + Send + 'static,
+    ) -> Option<T> {
+        self.start(|control, reply| {
+            // The receiver waits for it.
+            let _ = reply.send(work(control));
+        })
+    }
+
+    /// The same for work that is done later, by whoever it gives the sender to.
+    pub fn start<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Control, Sender<T>) + Send + 'static,
     ) -> Option<T> {

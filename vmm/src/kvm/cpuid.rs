@@ -1,8 +1,9 @@
-//! What a vCPU tells the guest of itself (CPUID), where it differs from what KVM supports.
+//! The CPUID of a vCPU, where it differs from what KVM supports.
 //!
-//! A guest has one package of cores without threads, with the APIC ids 0, 1, 2 and so on. The leaves that list the levels
-//! of a topology are made here, since KVM hands on the host's, or as much of them as it likes: since Linux 6.2 only the
-//! first subleaf of leaf 0xb. What else tells of the topology, caches above all, is changed to agree with them.
+//! A guest has one package of cores without threads, with the APIC ids 0, 1, 2 and so on. The
+//! leaves that list the levels of a topology are made here, since KVM hands on the host's, or as
+//! much of them as it likes: since Linux 6.2 only the first subleaf of leaf 0xb. What else shows
+//! the topology, caches above all, is changed to agree with them.
 //!
 //! Sources: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E.
 
@@ -51,7 +52,7 @@ pub struct CpuModel {
 }
 
 impl CpuModel {
-    /// What vCPU `id` tells, of what is `supported`.
+    /// The CPUID of vCPU `id`, out of what is `supported`.
     ///
     /// # Errors
     ///
@@ -143,7 +144,8 @@ impl VcpuModel {
         entry
     }
 
-    /// The subleaves of a topology leaf: what each level has below the next, then one that ends them.
+    /// The subleaves of a topology leaf: what each level has below the next, then one that ends
+    /// them.
     fn topology(self, function: u32, levels: &[u32]) -> impl Iterator<Item = kvm_cpuid_entry2> {
         let types = levels.iter().copied().chain([0]);
         (0..).zip(types).map(move |(index, level)| {

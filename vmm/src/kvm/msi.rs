@@ -1,6 +1,6 @@
 //! MSI vectors: which eventfd sends which, by KVM's routing table.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use devices::pci::MsixRoutes;
 use kvm_bindings::{
@@ -10,6 +10,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::lock;
 use crate::plan::GSIS;
 
 /// KVM's routing table: from each interrupt's number (GSI) to an input of the I/O APIC, or to a
@@ -20,11 +21,9 @@ pub struct Routes {
     table: Mutex<Table>,
 }
 
-#[derive(Debug)]
-struct Table {
-    /// The message of each GSI from [`GSIS`] on, where it has one.
-    messages: Vec<Option<Message>>,
-}
+/// The message of each GSI from [`GSIS`] on, where it has one.
+#[derive(Debug, Default)]
+struct Table(Vec<Option<Message>>);
 
 /// Where a message goes and what it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,17 +37,15 @@ impl Routes {
     pub fn new(fd: Arc<VmFd>) -> Self {
         Self {
             fd,
-            table: Mutex::new(Table {
-                messages: Vec::new(),
-            }),
+            table: Mutex::default(),
         }
     }
 
     /// GSIs for the vectors of one function.
     pub fn for_vectors(self: &Arc<Self>, lines: Vec<EventFd>) -> MsiRoutes {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = table.messages.len();
-        table.messages.resize(first + lines.len(), None);
+        let mut table = lock(&self.table);
+        let first = table.0.len();
+        table.0.resize(first + lines.len(), None);
         let connected = Mutex::new(vec![false; lines.len()]);
         MsiRoutes {
             routes: Arc::clone(self),
@@ -59,7 +56,7 @@ impl Routes {
     }
 
     fn set(&self, index: usize, message: Message) -> Result<(), kvm_ioctls::Error> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = lock(&self.table);
         table.set(index, message, |entries| {
             // More entries than the table may have are refused like everything else that is wrong.
             let routing = KvmIrqRouting::from_entries(entries)
@@ -79,20 +76,20 @@ impl Table {
         message: Message,
         submit: impl FnOnce(&[kvm_irq_routing_entry]) -> Result<(), kvm_ioctls::Error>,
     ) -> Result<(), kvm_ioctls::Error> {
-        if self.messages[index] == Some(message) {
+        if self.0[index] == Some(message) {
             return Ok(());
         }
-        let before = self.messages[index].replace(message);
+        let before = self.0[index].replace(message);
         let result = submit(&self.entries());
         if result.is_err() {
             // Or the next message, of whichever vector, would be refused with it.
-            self.messages[index] = before;
+            self.0[index] = before;
         }
         result
     }
 
     fn entries(&self) -> Vec<kvm_irq_routing_entry> {
-        let messages = self.messages.iter().enumerate();
+        let messages = self.0.iter().enumerate();
         let routes =
             messages.filter_map(|(index, message)| Some(message.as_ref()?.route(gsi(index))));
         (0..GSIS).map(input).chain(routes).collect()
@@ -147,10 +144,7 @@ impl MsixRoutes for MsiRoutes {
             // A guest may write any address: it is its own interrupt that will not come.
             return log::debug!("KVM refuses the message {data:#x} to {address:#x}: {error}");
         }
-        let mut connected = self
-            .connected
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut connected = lock(&self.connected);
         if !connected[vector] {
             match self
                 .routes
@@ -164,10 +158,7 @@ impl MsixRoutes for MsiRoutes {
     }
 
     fn disconnect(&self, vector: usize) {
-        let mut connected = self
-            .connected
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut connected = lock(&self.connected);
         if std::mem::take(&mut connected[vector]) {
             let gsi = gsi(self.first + vector);
             if let Err(error) = self.routes.fd.unregister_irqfd(&self.lines[vector], gsi) {
@@ -199,9 +190,7 @@ mod tests {
 
     #[test]
     fn table_is_submitted_only_where_a_message_changes() {
-        let mut table = Table {
-            messages: vec![None; 2],
-        };
+        let mut table = Table(vec![None; 2]);
         let inputs = GSIS as usize;
         assert_eq!(set(&mut table, 1, MESSAGE), Some(inputs + 1));
         assert_eq!(set(&mut table, 1, MESSAGE), None);
@@ -216,9 +205,7 @@ mod tests {
 
     #[test]
     fn message_that_is_refused_is_submitted_again() {
-        let mut table = Table {
-            messages: vec![None],
-        };
+        let mut table = Table(vec![None]);
         let refused = table.set(0, MESSAGE, |_| Err(kvm_ioctls::Error::new(libc::EINVAL)));
         assert!(refused.is_err());
         assert_eq!(set(&mut table, 0, MESSAGE), Some(GSIS as usize + 1));

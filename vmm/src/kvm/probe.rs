@@ -1,15 +1,19 @@
 //! What the machine's KVM can run.
 //!
-//! Some machines offer a `/dev/kvm` that emulates the guest's privileged code instruction by instruction (without VMX
-//! or SVM underneath). It is good for small guests, but a stock Linux takes minutes to boot there or fails on an
-//! instruction that the emulator lacks. No name or flag tells such a KVM apart for sure, so [`probe`] runs a loop of
-//! known length in a guest of its own, at privilege level 0, and takes the time.
+//! Some machines offer a `/dev/kvm` that emulates the guest's privileged code instruction by
+//! instruction (without VMX or SVM underneath). It is good for small guests, but a stock Linux
+//! takes minutes to boot there or fails on an instruction that the emulator lacks. No name or flag
+//! tells such a KVM apart for sure, so [`probe`] runs a loop of known length in a guest of its own,
+//! at privilege level 0, and takes the time.
 
+use std::io;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::kvm_segment;
 use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::vm::{Hypervisor, VmError, add_memory, call};
 
 /// How this KVM runs a guest's privileged code.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,61 +25,6 @@ pub enum Privileged {
         /// Simple instructions a second.
         instructions_per_second: u64,
     },
-}
-
-/// Why the KVM could not be probed.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// `/dev/kvm` is absent, or not for this user.
-    #[error("cannot open /dev/kvm")]
-    Open(#[source] kvm_ioctls::Error),
-    /// A page of memory for the guest could not be had.
-    #[error("cannot allocate a page for the KVM probe")]
-    Memory(#[source] vm_memory::mmap::FromRangesError),
-    /// The page could not be filled.
-    #[error("cannot write the KVM probe's code")]
-    Code(#[source] vm_memory::GuestMemoryError),
-    /// A request to KVM failed.
-    #[error("the KVM probe cannot {what}")]
-    Request {
-        /// What was requested.
-        what: &'static str,
-        /// The kernel's answer.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// The guest did something else than to run its loop and halt.
-    #[error("the KVM probe's guest ended with {0}, not with HLT")]
-    UnexpectedExit(String),
-}
-
-const NOT_KVM: &str = "see that it is KVM's device, as by `mknod /dev/kvm c 10 232`";
-
-impl Error {
-    /// What to do about it.
-    pub fn remedy(&self) -> &'static str {
-        match self {
-            Self::Open(error) => match error.errno() {
-                libc::ENOENT | libc::ENODEV | libc::ENXIO => {
-                    "turn virtualization on in the firmware, and load it with `modprobe kvm-intel` or \
-                     `modprobe kvm-amd`; in a container or VM have it passed in"
-                }
-                libc::EACCES | libc::EPERM => {
-                    "run this as root, or join its group with `sudo usermod -aG kvm $USER` and log \
-                     in again"
-                }
-                _ => NOT_KVM,
-            },
-            Self::Request { source, .. } if source.errno() == libc::ENOTTY => NOT_KVM,
-            Self::Memory(_) => "free some memory, or raise the limit (`ulimit -v`)",
-            Self::Request { source, .. } if source.errno() == libc::EBUSY => {
-                "end what else uses the processor's virtualization, such as VirtualBox or VMware"
-            }
-            Self::Code(_) | Self::Request { .. } | Self::UnexpectedExit(_) => {
-                "look for KVM's reason with `dmesg | grep -i kvm`, and try another kernel"
-            }
-        }
-    }
 }
 
 /// Rounds of the loop.
@@ -92,19 +41,19 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const CODE: GuestAddress = GuestAddress(0);
 const PAGE_SIZE: usize = 0x1000;
 
-/// Finds out how this machine's KVM runs privileged guest code: a millisecond where it is native, about a second where
-/// it is emulated.
+/// Finds out how this machine's KVM runs privileged guest code: a millisecond where it is native,
+/// about a second where it is emulated.
 ///
 /// # Errors
 ///
 /// When there is no usable `/dev/kvm`, or a request to it fails.
-pub fn probe() -> Result<Privileged, Error> {
-    let kvm = Kvm::new().map_err(Error::Open)?;
-    Ok(judge(best_time(|| run_loop(&kvm))?))
+pub fn probe() -> Result<Privileged, VmError> {
+    let kvm = Hypervisor::open()?;
+    Ok(judge(best_time(|| run_loop(&kvm.0))?))
 }
 
 /// The shortest time of the loop, tried again as long as that may help.
-fn best_time(mut run: impl FnMut() -> Result<Duration, Error>) -> Result<Duration, Error> {
+fn best_time(mut run: impl FnMut() -> Result<Duration, VmError>) -> Result<Duration, VmError> {
     let mut best = run()?;
     let (mut tries, mut spent) = (1, best);
     while best >= LIMIT && (tries < TRIES || spent < PATIENCE) {
@@ -126,33 +75,25 @@ fn judge(time: Duration) -> Privileged {
     }
 }
 
-/// Runs the loop once in a fresh VM of one page; returns the time from its first instruction to its HLT.
-fn run_loop(kvm: &Kvm) -> Result<Duration, Error> {
-    let request = |what| move |source| Error::Request { what, source };
-    let memory = GuestMemoryMmap::<()>::from_ranges(&[(CODE, PAGE_SIZE)]).map_err(Error::Memory)?;
+/// Runs the loop once in a fresh VM of one page; returns the time from its first instruction to its
+/// HLT.
+fn run_loop(kvm: &Kvm) -> Result<Duration, VmError> {
+    let no_page = |error| VmError::Call("get a page for its probe", error);
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(CODE, PAGE_SIZE)])
+        .map_err(|error| no_page(io::Error::other(error)))?;
     // mov ecx, ROUNDS; round: dec ecx; jnz round; hlt
     let [a, b, c, d] = ROUNDS.to_le_bytes();
     memory
         .write_slice(&[0xb9, a, b, c, d, 0x49, 0x75, 0xfd, 0xf4], CODE)
-        .map_err(Error::Code)?;
-    let userspace_addr = memory.get_host_address(CODE).map_err(Error::Code)? as u64;
-
-    let vm = kvm.create_vm().map_err(request("create a VM"))?;
-    let region = kvm_userspace_memory_region {
-        slot: 0,
-        flags: 0,
-        guest_phys_addr: CODE.0,
-        memory_size: PAGE_SIZE as u64,
-        userspace_addr,
-    };
-    // SAFETY: the region must be valid memory as long as the VM exists: `memory` is PAGE_SIZE bytes there, and is
-    // dropped after `vm`.
-    unsafe { vm.set_user_memory_region(region) }.map_err(request("give the VM its memory"))?;
-
-    let mut vcpu = vm.create_vcpu(0).map_err(request("create a vCPU"))?;
-    let mut sregs = vcpu
-        .get_sregs()
-        .map_err(request("read the vCPU's segments"))?;
+        .map_err(|error| no_page(io::Error::other(error)))?;
+    let vm = kvm.create_vm().map_err(call("create a virtual machine"))?;
+    // `memory` is dropped after `vm`.
+    for region in memory.iter() {
+        add_memory(&vm, 0, region)?;
+    }
+    let mut vcpu = vm.create_vcpu(0).map_err(call("create a vCPU"))?;
+    let failed = call("set a vCPU's registers");
+    let mut sregs = vcpu.get_sregs().map_err(&failed)?;
     sregs.cs = flat(0xb, 0x8);
     for segment in [
         &mut sregs.ds,
@@ -164,20 +105,16 @@ fn run_loop(kvm: &Kvm) -> Result<Duration, Error> {
         *segment = flat(0x3, 0x10);
     }
     sregs.cr0 |= 1; // protected mode, no paging
-    vcpu.set_sregs(&sregs)
-        .map_err(request("write the vCPU's segments"))?;
-    let mut regs = vcpu
-        .get_regs()
-        .map_err(request("read the vCPU's registers"))?;
+    vcpu.set_sregs(&sregs).map_err(&failed)?;
+    let mut regs = vcpu.get_regs().map_err(&failed)?;
     regs.rip = CODE.0;
     regs.rflags = 2; // the bit that is always set
-    vcpu.set_regs(&regs)
-        .map_err(request("write the vCPU's registers"))?;
+    vcpu.set_regs(&regs).map_err(&failed)?;
 
     let start = Instant::now();
-    match vcpu.run().map_err(request("run the vCPU"))? {
+    match vcpu.run().map_err(call("run a vCPU"))? {
         VcpuExit::Hlt => Ok(start.elapsed()),
-        other => Err(Error::UnexpectedExit(format!("{other:?}"))),
+        other => Err(VmError::Exit(format!("{other:?}"))),
     }
 }
 
@@ -203,26 +140,6 @@ mod tests {
     #[test]
     fn loop_within_the_limit_is_native() {
         assert_eq!(judge(Duration::from_micros(200)), Privileged::Native);
-    }
-
-    #[test]
-    fn every_failure_has_a_remedy_of_its_own() {
-        let request = |number| Error::Request {
-            what: "create a VM",
-            source: kvm_ioctls::Error::new(number),
-        };
-        let open = |number| Error::Open(kvm_ioctls::Error::new(number));
-        for (error, remedy) in [
-            (open(libc::ENOENT), "modprobe kvm-intel"),
-            (open(libc::EACCES), "usermod -aG kvm"),
-            (open(libc::EIO), "c 10 232"),
-            (request(libc::ENOTTY), "c 10 232"),
-            (request(libc::EBUSY), "VirtualBox"),
-            (request(libc::EIO), "dmesg"),
-            (Error::UnexpectedExit("Shutdown".into()), "dmesg"),
-        ] {
-            assert!(error.remedy().contains(remedy), "{error:?}");
-        }
     }
 
     #[test]

@@ -66,7 +66,7 @@ impl Vcpu {
         let mut sregs = self
             .fd
             .get_sregs()
-            .map_err(call("tell a vCPU's system registers"))?;
+            .map_err(call("read a vCPU's system registers"))?;
         boot.apply_sregs(&mut sregs);
         self.fd
             .set_sregs(&sregs)
@@ -86,27 +86,30 @@ impl Vcpu {
         state.restore(&self.fd)
     }
 
-    /// Has KVM tell the guest's watchdogs that it was paused (KVM_KVMCLOCK_CTRL), if it uses kvmclock.
+    /// Has KVM tell the guest's watchdogs that it was paused (KVM_KVMCLOCK_CTRL), if it uses
+    /// kvmclock.
     pub(super) fn was_paused(&self) {
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    /// Where a signal handler ends a KVM_RUN that is about to begin (KVM's api.rst, 5), as long as this vCPU exists.
+    /// Where a signal handler ends a KVM_RUN that is about to begin (KVM's api.rst, 5), as long as
+    /// this vCPU exists.
     pub(super) fn immediate_exit(&mut self) -> *mut u8 {
         &raw mut self.fd.get_kvm_run().immediate_exit
     }
 
-    /// Runs the guest until this thread is kicked or the guest ends. KVM has completed the last access to a device then:
-    /// it does so as it enters KVM_RUN, which only then looks at `immediate_exit`.
+    /// Runs the guest until this thread is kicked or the guest ends. KVM has completed the last
+    /// access to a device then: it does so as it enters KVM_RUN, which only then looks at
+    /// `immediate_exit`.
     pub(super) fn run(&mut self) {
         while self.buses.exit.reason().is_none() {
             let reason = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     let (start, len) = (data.as_mut_ptr(), data.len());
                     let width = self.port_width();
-                    // SAFETY: it is the slice that KVM_RUN gave, in memory that is mapped as long as
-                    // `fd`; until the next KVM_RUN nothing else accesses it, and `port_width` looks
-                    // at another part only.
+                    // SAFETY: it is the slice that KVM_RUN gave, in memory that is mapped as long
+                    // as `fd`; until the next KVM_RUN nothing else accesses it, and `port_width`
+                    // looks at another part only.
                     let data = unsafe { slice::from_raw_parts_mut(start, len) };
                     self.buses.ports.read_each(port.into(), width, data);
                     continue;

@@ -1,19 +1,21 @@
 //! The threads of a guest's vCPUs, and the barrier at which they stop.
 //!
-//! A thread holds its vCPU's lock while the vCPU runs. [`Vcpus::pause`] closes the barrier and kicks every thread out of
-//! KVM_RUN; those that wait at the barrier hold no lock, so that the control thread can read and write their vCPUs.
+//! A thread holds its vCPU's lock while the vCPU runs. [`Vcpus::pause`] closes the barrier and
+//! kicks every thread out of KVM_RUN; those that wait at the barrier hold no lock, so that the
+//! control thread can read and write their vCPUs.
 
 use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use super::lock;
 use super::state::KvmState;
 use super::vcpu::Vcpu;
 use super::vm::{Vm, VmError};
@@ -54,22 +56,21 @@ impl Vcpus {
 
     fn start_thread(&self, id: usize, vcpu: Arc<Mutex<Vcpu>>) -> io::Result<JoinHandle<()>> {
         let (barrier, exit) = (Arc::clone(&self.barrier), Arc::clone(&self.exit));
-        let run = move || {
-            let _kicked = Kicked::let_in(&mut lock(&vcpu));
-            while exit.reason().is_none() {
-                barrier.pass();
-                lock(&vcpu).run();
-            }
-        };
-        let exit = Arc::clone(&self.exit);
-        thread::Builder::new()
-            .name(format!("vcpu{id}"))
-            .spawn(move || {
-                // A panic of one vCPU must end the others too.
-                if catch_unwind(AssertUnwindSafe(run)).is_err() {
-                    exit.request(Exit::Failure(format!("the thread of vCPU {id} panicked")));
+        let body = move || {
+            IMMEDIATE_EXIT.set(lock(&vcpu).immediate_exit());
+            let run = || {
+                while exit.reason().is_none() {
+                    barrier.pass();
+                    lock(&vcpu).run();
                 }
-            })
+            };
+            // A panic of one vCPU must end the others too.
+            if catch_unwind(AssertUnwindSafe(run)).is_err() {
+                exit.request(Exit::Failure(format!("the thread of vCPU {id} panicked")));
+            }
+            IMMEDIATE_EXIT.set(ptr::null_mut());
+        };
+        thread::Builder::new().name(format!("vcpu{id}")).spawn(body)
     }
 
     /// Has every vCPU stop. [`Vcpus::stopped`] says when all of them have.
@@ -85,7 +86,7 @@ impl Vcpus {
 
     /// Whether all vCPUs have stopped, and none can run before [`Vcpus::resume`].
     pub fn have_stopped(&self) -> bool {
-        self.barrier.lock().is_full()
+        lock(&self.barrier.state).is_full()
     }
 
     /// Lets the vCPUs run again.
@@ -112,7 +113,8 @@ impl Vcpus {
         })
     }
 
-    /// Writes what [`Vcpus::save`] has read, into the same vCPUs or others like them that have stopped.
+    /// Writes what [`Vcpus::save`] has read, into the same vCPUs or others like them that have
+    /// stopped.
     ///
     /// # Errors
     ///
@@ -139,9 +141,9 @@ impl Drop for Vcpus {
         // Where no reason was given before, what has failed is reported elsewhere.
         self.exit.request(Exit::Quit);
         self.barrier.open();
-        // All of them in each round: one may wait for a device that another one holds, which a reader
-        // that sleeps keeps in its write. Such a write begins again until its thread sees the request,
-        // so the kick is repeated.
+        // All of them in each round: one may wait for a device that another one holds, which a
+        // reader that sleeps keeps in its write. Such a write begins again until its thread sees
+        // the request, so the kick is repeated.
         while self.threads.iter().any(|thread| !thread.is_finished()) {
             self.kick();
             thread::sleep(Duration::from_millis(1));
@@ -151,10 +153,6 @@ impl Drop for Vcpus {
             let _ = thread.join();
         }
     }
-}
-
-fn lock(vcpu: &Mutex<Vcpu>) -> MutexGuard<'_, Vcpu> {
-    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where the threads wait while the guest is paused.
@@ -192,25 +190,21 @@ impl Barrier {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, BarrierState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn close(&self) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         state.is_closed = true;
         // Those that were still waiting since the last time go on waiting.
         self.signal_if_full(&state);
     }
 
     fn open(&self) {
-        self.lock().is_closed = false;
+        lock(&self.state).is_closed = false;
         self.opened.notify_all();
     }
 
     /// Waits while the barrier is closed.
     fn pass(&self) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if state.is_closed {
             state.waiting += 1;
             self.signal_if_full(&state);
@@ -235,24 +229,8 @@ fn kick_signal() -> libc::c_int {
 }
 
 thread_local! {
-    /// Where this thread's vCPU has `immediate_exit`, while it may run.
+    /// Where this thread's vCPU has `immediate_exit`, as long as the thread holds a share of it.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
-}
-
-/// Lets kicks reach this thread's vCPU. Ends before the vCPU does.
-struct Kicked;
-
-impl Kicked {
-    fn let_in(vcpu: &mut Vcpu) -> Self {
-        IMMEDIATE_EXIT.set(vcpu.immediate_exit());
-        Self
-    }
-}
-
-impl Drop for Kicked {
-    fn drop(&mut self) {
-        IMMEDIATE_EXIT.set(ptr::null_mut());
-    }
 }
 
 /// Interrupts what the thread waits for in the kernel. Should it be about to enter the guest, it
@@ -260,8 +238,8 @@ impl Drop for Kicked {
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let immediate_exit = IMMEDIATE_EXIT.get();
     if !immediate_exit.is_null() {
-        // SAFETY: it points into the mapping of this thread's vCPU, which `Kicked` ends before; the
-        // kernel reads it and this thread alone writes it, in one store.
+        // SAFETY: it points into the mapping of this thread's vCPU, which the thread has a share of
+        // until it takes the pointer back; this thread alone writes the byte, in one store.
         unsafe { immediate_exit.write_volatile(1) };
     }
 }
@@ -277,7 +255,7 @@ mod tests {
             barrier.pass();
             barrier.close();
             let first = scope.spawn(|| barrier.pass());
-            assert!(barrier.full.read().is_err() && !barrier.lock().is_full());
+            assert!(barrier.full.read().is_err() && !lock(&barrier.state).is_full());
             let second = scope.spawn(|| barrier.pass());
             while barrier.full.read().is_err() {
                 thread::yield_now();
@@ -285,12 +263,12 @@ mod tests {
             // Whether they have left the barrier meanwhile or not.
             barrier.open();
             barrier.close();
-            assert_eq!(barrier.lock().is_full(), barrier.full.read().is_ok());
+            assert_eq!(lock(&barrier.state).is_full(), barrier.full.read().is_ok());
             barrier.open();
-            assert!(!barrier.lock().is_full());
+            assert!(!lock(&barrier.state).is_full());
             first.join().unwrap();
             second.join().unwrap();
         });
-        assert_eq!(barrier.lock().waiting, 0);
+        assert_eq!(lock(&barrier.state).waiting, 0);
     }
 }

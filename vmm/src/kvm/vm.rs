@@ -24,21 +24,13 @@ use crate::plan::Gsi;
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// There is no KVM.
-    #[error(
-        "there is no /dev/kvm: enable virtualization in the firmware (or nested virtualization on \
-         the host above) and load kvm_intel or kvm_amd"
-    )]
+    #[error("there is no /dev/kvm")]
     NoKvm,
     /// There is one, for others.
-    #[error(
-        "no permission to use /dev/kvm: become root or a member of the group that owns it (often `kvm`)"
-    )]
+    #[error("no permission to use /dev/kvm")]
     KvmForbidden,
     /// It is something else.
-    #[error(
-        "/dev/kvm is not KVM, or not of the version that programs of today use (it answers {0}, \
-         not 12): is it the host's own device?"
-    )]
+    #[error("/dev/kvm is not KVM, or not of version 12 (it answers {0})")]
     NotKvm(i32),
     /// It cannot be opened for another reason.
     #[error("cannot open /dev/kvm")]
@@ -57,9 +49,38 @@ pub enum VmError {
     /// A saved state with another number of vCPUs.
     #[error("cannot restore the state of {0} vCPUs into a guest that has another number of them")]
     OtherCpus(usize),
+    /// The guest of the probe did something else than to run its loop and halt.
+    #[error("KVM ended the guest of its probe with {0}, not with HLT")]
+    Exit(String),
     /// One of KVM's calls failed.
     #[error("KVM cannot {0}")]
     Call(&'static str, #[source] io::Error),
+}
+
+impl VmError {
+    /// What to do about it, where the text does not say it.
+    pub fn remedy(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::NoKvm => {
+                "enable virtualization in the firmware (in a VM, nested virtualization on its host), \
+                 and load it with `modprobe kvm_intel` or `modprobe kvm_amd`; in a container have \
+                 it passed in"
+            }
+            Self::KvmForbidden => {
+                "become root, or join its group with `sudo usermod -aG kvm $USER` and log in again"
+            }
+            Self::NotKvm(_) | Self::OpenKvm(_) => {
+                "see that it is KVM's device, as by `mknod /dev/kvm c 10 232`"
+            }
+            Self::TooManyCpus { .. } | Self::Cpuid(_) | Self::OtherCpus(_) => return None,
+            Self::Call(_, error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                "end what else uses the processor's virtualization, such as VirtualBox or VMware"
+            }
+            Self::Call(..) | Self::Exit(_) => {
+                "look for KVM's reason with `dmesg | grep -i kvm`, and try another kernel"
+            }
+        })
+    }
 }
 
 /// Names what KVM was asked to do, as it goes into the error.
@@ -69,7 +90,7 @@ pub(crate) fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError 
 
 /// The host's KVM, opened.
 #[derive(Debug)]
-pub struct Hypervisor(Kvm);
+pub struct Hypervisor(pub(super) Kvm);
 
 impl Hypervisor {
     /// Opens /dev/kvm.
@@ -166,7 +187,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// Fails when the process has no file descriptor left.
+    /// Fails when the process may not open another descriptor (EMFILE).
     pub fn msi_routes(&self, lines: &[IrqLine]) -> io::Result<MsiRoutes> {
         let lines = lines
             .iter()
@@ -195,7 +216,7 @@ impl Vm {
         registered.map_err(call("watch a notification (ioeventfd)"))
     }
 
-    /// What the vCPUs may tell the guest of themselves, and whether their timers know the TSC
+    /// The CPUID that KVM supports, and whether their timers know the TSC
     /// deadline mode, which is not part of it (Documentation/virt/kvm/api.rst, 4.46).
     ///
     /// # Errors
@@ -206,7 +227,7 @@ impl Vm {
             .hypervisor
             .0
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(call("tell what its CPUs can do"))?;
+            .map_err(call("list the CPUID that it supports"))?;
         Ok((
             cpuid,
             self.hypervisor.0.check_extension(Cap::TscDeadlineTimer),
@@ -246,7 +267,8 @@ impl Vm {
         })
     }
 
-    /// Writes it, after the vCPUs' states: the I/O APIC passes pending interrupts on to their local APICs.
+    /// Writes it, after the vCPUs' states: the I/O APIC passes pending interrupts on to their local
+    /// APICs.
     pub(super) fn restore(&self, state: &VmState) -> Result<(), VmError> {
         for chip in &state.irqchips {
             self.fd
@@ -271,7 +293,7 @@ impl Vm {
     }
 }
 
-fn add_memory(fd: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), VmError> {
+pub(super) fn add_memory(fd: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), VmError> {
     let slot = kvm_userspace_memory_region {
         slot,
         guest_phys_addr: region.start_addr().0,
@@ -279,8 +301,30 @@ fn add_memory(fd: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), VmEr
         userspace_addr: region.as_ptr() as u64,
         flags: 0,
     };
-    // SAFETY: the range is one mapping of our own, which `Vm` keeps alive longer than `fd`'s VM
-    // may use it (its vCPUs hold an Arc of the same memory through the devices and are joined
-    // before it is dropped); regions do not overlap, since `GuestMemoryMmap` refuses that.
+    // SAFETY: the range is one mapping of our own, which outlives `fd`'s VM: `Vm` holds the memory,
+    // as do its vCPUs through the devices, and the probe drops its VM first. Regions do not
+    // overlap, since `GuestMemoryMmap` refuses that.
     unsafe { fd.set_user_memory_region(slot) }.map_err(call("take the guest's memory"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_failure_has_a_remedy_of_its_own() {
+        let error = io::Error::from_raw_os_error;
+        for (error, remedy) in [
+            (VmError::NoKvm, "modprobe kvm_intel"),
+            (VmError::KvmForbidden, "usermod -aG kvm"),
+            (VmError::OpenKvm(error(libc::EIO)), "c 10 232"),
+            (VmError::NotKvm(-1), "c 10 232"),
+            (VmError::Call("run", error(libc::EBUSY)), "VirtualBox"),
+            (VmError::Call("run", error(libc::EIO)), "dmesg"),
+            (VmError::Exit("Shutdown".into()), "dmesg"),
+        ] {
+            let found = error.remedy().unwrap_or_default();
+            assert!(found.contains(remedy), "{error:?}");
+        }
+    }
 }
