@@ -23,7 +23,7 @@ mod request;
 pub use existing::Difference;
 pub(crate) use existing::{check_existing, check_made, problems_of_existing, warn_of_filter};
 pub use lower::Unfit;
-pub(crate) use lower::{check_lower, warn_of_carrier};
+pub(crate) use lower::check_lower;
 pub(crate) use request::{LinkRequest, check_spec};
 
 /// Why there is no macvtap, with the remedy where there is one.

@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use rustix::fs::{FileType, OFlags};
+use serde::Serialize;
 
 use crate::diagnose;
 use crate::ioctl;
@@ -27,11 +28,12 @@ mod verdicts;
 
 pub use neighbour::Neighbour;
 
-/// One thing that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One thing that was checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Check {
-    /// What was looked at, in a word or two; the same in every run.
+    /// What was checked, in a word or two; the same in every run.
+    #[serde(rename = "check")]
     pub name: &'static str,
     /// Whether it is as it should be.
     pub status: Status,
@@ -42,7 +44,8 @@ pub struct Check {
 }
 
 /// The outcome of a [`Check`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Status {
     /// As it should be.
     Ok,

@@ -61,13 +61,13 @@ pub struct UpperInfo {
     pub state: LinkState,
     /// The process that it belongs to, if it says so.
     pub owner: Option<Owner>,
-    /// That process has ended, and nobody uses it: [`delete_stale`](crate::delete_stale()) deletes it.
+    /// That process has ended, and no other uses it: [`delete_stale`](crate::delete_stale()) deletes it.
     pub leaked: bool,
     /// It is the host's own among its guests, see [`HostLink`](crate::HostLink).
     pub host_link: bool,
     /// That, and the addresses of the lower were moved onto it.
     pub moved: bool,
-    /// The text that somebody has given it, whatever it means.
+    /// Its alias, whatever that means.
     pub alias: String,
 }
 
@@ -86,7 +86,7 @@ pub enum UpperKind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LinkState {
-    /// Somebody has brought it up (IFF_UP).
+    /// It was brought up (IFF_UP).
     pub admin_up: bool,
     /// The wire is there (IFF_LOWER_UP).
     pub carrier: bool,
@@ -128,7 +128,7 @@ pub fn inventory(link: Option<&LinkName>) -> Result<Vec<LowerInfo>, InventoryErr
         .map_err(InventoryError)
 }
 
-/// Tells whose the links on them are, and which are stale.
+/// Finds out whose the links on them are, and which are stale.
 fn judge(lowers: &mut [LowerInfo], links: &[Link]) {
     let judge = Judge::new();
     for upper in lowers.iter_mut().flat_map(|lower| &mut lower.uppers) {
@@ -178,7 +178,7 @@ impl LowerInfo {
             place: Place::Here,
             index: link.index,
             name: Some(link.name.clone()),
-            mac: mac_of(link),
+            mac: link.mac_addr(),
             mtu: Some(link.mtu),
             state: Some(LinkState::of(link)),
             uppers: Vec::new(),
@@ -212,7 +212,7 @@ impl UpperInfo {
             index: link.index,
             kind,
             mode: link.mode.map(crate::Mode::as_str).or(link.ipvlan_mode),
-            mac: mac_of(link),
+            mac: link.mac_addr(),
             mtu: link.mtu,
             state: LinkState::of(link),
             owner: link.alias.parse().ok(),
@@ -243,10 +243,6 @@ impl UpperKind {
             Self::Ipvlan => "ipvlan",
         }
     }
-}
-
-fn mac_of(link: &Link) -> Option<MacAddr> {
-    link.mac.and_then(|bytes| MacAddr::try_from(bytes).ok())
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Giving back what was made.
+//! Deleting what was made.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::record::{self, RecordLock};
 ///   closed. An open queue keeps that namespace by itself, so a program that inherits nothing but the queue has a link
 ///   that works.
 /// - In the host's namespace it stays until the next [`Macvtap::open`](crate::Macvtap::open) or
-///   [`delete_stale`](crate::delete_stale()) there, by whichever process, once nobody has a queue of it open.
+///   [`delete_stale`](crate::delete_stale()) there, by whichever process, once no queue of it is open.
 ///
 /// The lower gets back what passthru mode took, its MAC address and promiscuity, from the kernel itself whenever the
 /// macvtap is deleted, in each of these ways (`macvlan_port_destroy` and `macvlan_stop` in drivers/net/macvlan.c).
@@ -34,7 +34,7 @@ struct Held {
 }
 
 impl LinkGuard {
-    /// Of a macvtap that is somebody else's.
+    /// Of a macvtap that another program made.
     pub(crate) fn of_nothing() -> Self {
         Self(None)
     }
@@ -44,12 +44,12 @@ impl LinkGuard {
         self.0.is_some()
     }
 
-    /// The network namespace of the macvtap, unless it is somebody else's.
+    /// The network namespace of the macvtap, unless another program made it.
     pub(crate) fn namespace(&self) -> Option<BorrowedFd<'_>> {
         self.0.as_ref().map(|held| held.namespace.as_fd())
     }
 
-    /// Of the link with this index in `namespace`, which nobody else sees.
+    /// Of the link with this index in `namespace`, which no other process sees.
     pub(crate) fn private(namespace: OwnedFd, index: u32) -> Self {
         Self(Some(Held {
             namespace,

@@ -123,18 +123,17 @@ impl Macvtap {
     ///
     /// The queues are non-blocking and close-on-exec. Header size, offloads and send buffer are the driver's defaults.
     ///
-    /// The stale links of the caller's namespace are deleted first (see [`delete_stale`](crate::delete_stale())), so that they stand in
-    /// nobody's way.
+    /// The stale links of the caller's namespace are deleted first (see [`delete_stale`](crate::delete_stale())).
     ///
     /// # Errors
     ///
-    /// One of the [`Problem`]s, which then left nothing behind.
+    /// One of the [`Problem`]s, and nothing is left of it then.
     pub fn open(spec: &MacvtapSpec) -> Result<Self, Error> {
         netns::on_own_thread(|| open_here(spec))
             .map_err(|source| make_error(spec, Problem::from_step("start a thread")(source)))?
     }
 
-    /// The first queue: a read takes one received frame, a write sends one, each behind a virtio-net header unless
+    /// The first queue: a read takes one received frame, a write sends one, each after a virtio-net header unless
     /// TUNSETIFF turns that off.
     pub fn queue(&self) -> BorrowedFd<'_> {
         self.queues[0].as_fd()
@@ -182,7 +181,7 @@ impl Macvtap {
         watch::open_socket_in(self.namespace())
     }
 
-    /// Listens to what its user sends, where that tells about it. None where the macvtap cannot be seen.
+    /// Listens for frames that show its user's addresses. None where the macvtap cannot be seen.
     ///
     /// # Errors
     ///

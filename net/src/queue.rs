@@ -154,7 +154,7 @@ fn open_device(device: Dev, link: &Link) -> Result<OwnedFd, QueueError> {
     })
 }
 
-/// Makes a node for `device` where nobody else can see it, in a tmpfs that goes with this call, and opens it.
+/// Makes a node for `device` in a tmpfs that only this call sees, and opens it.
 fn open_private_node(device: Dev) -> io::Result<OwnedFd> {
     let directory = sysfs::own_mount("tmpfs")?;
     rustix::fs::mknodat(

@@ -2,10 +2,9 @@
 //!
 //! A file `KEY.lock` stands for one thing, and the kernel's lock on it (F_OFD_SETLK) for its use. The lock belongs to the
 //! open file: it lives until the last descriptor of that is closed, in whichever process, also one that has it from exec,
-//! and whatever ends the process. So neither process ids nor their namespaces matter, and a file that nobody has locked
-//! is one that somebody has left.
+//! and whatever ends the process. So neither process ids nor their namespaces matter, and an unlocked file is a stale one.
 //!
-//! The key of a device is its number. That is given out again once the device is gone, which the holder may outlive: so
+//! The key of a device is its number. The kernel uses that again once the device is gone, which the holder may outlive: so
 //! a lock is one byte of the file, whose position says which link is meant.
 
 use std::fs::File;
@@ -38,8 +37,8 @@ pub struct RecordKey {
 }
 
 impl RecordKey {
-    /// The interface with the character device `device`, as fstat(2) has it from a queue. `mac` tells taps apart, which
-    /// share a device.
+    /// The interface with the character device `device`, as fstat(2) has it from a queue. `mac` distinguishes taps,
+    /// which share a device.
     pub fn of_tap(device: u64, id: Option<LinkId>, mac: MacAddr) -> Self {
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
         let of_tap = match (major, minor) {
@@ -68,7 +67,7 @@ impl RecordKey {
         }
     }
 
-    /// The same interface as used by a guest to whose VMM somebody else has passed it, who has locked it already.
+    /// The same interface as used by a guest whose VMM got it from another process, which has locked it already.
     #[must_use]
     pub fn passed(mut self) -> Self {
         self.name += ".passed";
@@ -89,7 +88,7 @@ impl RecordKey {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RecordError {
-    /// Somebody else has it.
+    /// Another process has it.
     #[error("{0:?} is locked by another process")]
     Held(PathBuf),
     /// It cannot be made or locked.
@@ -120,8 +119,8 @@ impl Drop for Place {
 const SETTLING: Duration = Duration::from_secs(5);
 
 impl RecordLock {
-    /// Locks `key` in `directory`, which it makes if its parent exists. `publish` runs while nobody else can tell whether
-    /// the lock is taken: who finds it taken finds what that has written, and never what an earlier holder has.
+    /// Locks `key` in `directory`, which it makes if its parent exists. `publish` runs while no other process can see
+    /// whether the lock is taken: who finds it taken finds what that has written, and never what an earlier holder has.
     ///
     /// # Errors
     ///
@@ -212,7 +211,7 @@ fn settle(writer: &File, path: &Path, range: &Range) -> io::Result<OwnedFd> {
     }
 }
 
-/// Removes a record that nobody has locked. All of it is locked while that is done, so that nobody else has it either.
+/// Removes a record that is not locked. Meanwhile all of it is, so that no other process takes it.
 fn remove_if_free(path: &Path) {
     let Ok(file) = open(CWD, path, OFlags::RDWR) else {
         return;
@@ -243,11 +242,11 @@ pub enum RecordState {
     Missing,
     /// Its last holder has ended.
     Free,
-    /// Somebody uses the thing.
+    /// The thing is in use.
     Held,
 }
 
-/// Looks at records, and disturbs nobody who wants to lock one.
+/// Looks at records, and disturbs no process that wants to lock one.
 #[derive(Debug, Default)]
 pub struct RecordView {
     /// The system's table of locks, once it was needed.

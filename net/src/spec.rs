@@ -30,7 +30,7 @@ pub struct MacvtapSpec {
     /// How many broadcasts and multicasts from outside may wait on the lower for a copy to each of its macvtaps, at
     /// least 1; None for the driver's 1,000. The lower keeps the largest that any of them asks for.
     pub bc_queue_len: Option<u32>,
-    /// The senders that it hears in source mode, which [`MacvtapSpec::mode`] then has to be.
+    /// The senders that it receives from in source mode, which [`MacvtapSpec::mode`] then has to be.
     pub source_macs: Vec<MacAddr>,
     /// The new macvtap's name. None for `macvtap0` in a private namespace, and the first free `mvtN` in the caller's.
     pub name: Option<NewLinkName>,
@@ -41,13 +41,12 @@ pub struct MacvtapSpec {
 /// The network namespace that a new macvtap lives in, wherever its lower is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Placement {
-    /// One of its own, without a name, that ends with the process: nothing is ever left behind, and no other program
+    /// One of its own, without a name, that ends with the process: nothing remains, and no other program
     /// meddles with the link.
     #[default]
     Private,
-    /// The caller's, where `ip link` shows it. Its alias names its [`Owner`](crate::Owner), so that the next
-    /// [`Macvtap::open`](crate::Macvtap::open) and [`delete_stale`](crate::delete_stale()) can delete it when a killed process left it
-    /// behind. So the process that opens it has to live as long as it is used: it may exec another program, but not fork
+    /// The caller's, where `ip link` shows it. Its alias names its [`Owner`](crate::Owner), so that after a
+    /// kill the next [`Macvtap::open`](crate::Macvtap::open) or [`delete_stale`](crate::delete_stale()) can delete it. So the process that opens it has to live as long as it is used: it may exec another program, but not fork
     /// one and end.
     Host,
 }

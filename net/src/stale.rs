@@ -162,8 +162,7 @@ impl Judge {
         let device = sysfs
             .as_ref()
             .and_then(|sysfs| sysfs.tap_device(&link.name, link.index).ok());
-        let (Some(device), Some(mac)) = (device, link.mac.and_then(|mac| mac.try_into().ok()))
-        else {
+        let (Some(device), Some(mac)) = (device, link.mac_addr()) else {
             return true;
         };
         let key = RecordKey::of_tap(device, self.id(link), mac);

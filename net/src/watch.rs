@@ -266,12 +266,12 @@ impl LinkWatch {
         let old = std::mem::replace(known, link.clone());
         let is_first = old.name.is_empty();
         let later = |differs: bool| differs && !is_first;
-        let mac = link.mac.and_then(|mac| mac.try_into().ok());
         let changes = [
             (old.up != link.up).then_some(LinkChange::Admin(link.up)),
             (old.carrier != link.carrier).then_some(LinkChange::Carrier(link.carrier)),
             later(old.mtu != link.mtu).then_some(LinkChange::Mtu(link.mtu)),
-            mac.filter(|_| later(old.mac != link.mac))
+            link.mac_addr()
+                .filter(|_| later(old.mac != link.mac))
                 .map(LinkChange::Mac),
             later(old.all_multicast != link.all_multicast)
                 .then_some(LinkChange::AllMulticast(link.all_multicast)),

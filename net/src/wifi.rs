@@ -1,4 +1,4 @@
-//! Whether the frames of a link go over the air.
+//! Whether the frames of a link go over the air, and with that whether it is fit to carry a macvtap.
 
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
@@ -30,11 +30,21 @@ impl<'a> Air<'a> {
     }
 }
 
-/// The Wi-Fi interface that carries the frames of `link`: that itself, or one under it.
-pub(crate) fn carrying<'a>(links: &'a [Link], link: &'a Link) -> Result<Option<&'a Link>, Problem> {
+/// The link that a macvtap on `link` sits on, if that is fit. Warns if it has no wire.
+pub(crate) fn fit_lower<'a>(links: &'a [Link], link: &'a Link) -> Result<&'a Link, Problem> {
     let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
     let air = Air::new(&sysfs);
-    Ok(first(links, link, |link| air.is_wireless(link)))
+    diagnose::check_lower(
+        links,
+        link,
+        first(links, link, |link| air.is_wireless(link)),
+    )?;
+    let lower = diagnose::real_device(links, link);
+    if !lower.carrier {
+        let name = &lower.name;
+        log::warn!("{name} has no carrier: no frame will pass until its cable or peer is there");
+    }
+    Ok(lower)
 }
 
 /// The first that `is_wireless`, of `link` and what carries its frames.

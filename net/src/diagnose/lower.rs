@@ -153,14 +153,6 @@ pub(crate) fn check_lower(
     first.map_or(Ok(()), |unfit| Err(unfit.into()))
 }
 
-/// Warns of a lower that is fit and has no wire.
-pub(crate) fn warn_of_carrier(lower: &Link) {
-    if !lower.carrier {
-        let name = &lower.name;
-        log::warn!("{name} has no carrier: no frame will pass until its cable or peer is there");
-    }
-}
-
 /// The links on `real` that are known.
 pub(super) fn uppers<'a>(links: &'a [Link], real: &Link) -> impl Iterator<Item = &'a Link> {
     let index = real.index;

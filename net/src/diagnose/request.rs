@@ -95,8 +95,7 @@ impl LinkRequest<'_> {
     /// The meaning of the kernel's refusal to bring it up. A taken address shows only here.
     pub(crate) fn explain_up(&self, made: &Link, source: io::Error) -> Problem {
         let name = self.lower.name.clone();
-        let mac = made.mac.and_then(|bytes| MacAddr::try_from(bytes).ok());
-        match (source.raw_os_error(), mac) {
+        match (source.raw_os_error(), made.mac_addr()) {
             (Some(libc::EADDRINUSE | libc::EBUSY), Some(mac)) => {
                 if made.mac == self.lower.mac {
                     return Problem::MacIsLowers { name, mac };

@@ -4,7 +4,6 @@ use super::lower::lower;
 use super::neighbour::{guests, out_of_sight};
 use super::{Check, Driver, Facts, Node, Status, VhostNet};
 use crate::diagnose;
-use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::netlink::{CHOSEN_INDEXES, Link};
 use crate::privileges::Obstacle;
@@ -64,7 +63,8 @@ impl Check {
     /// The name of the check for links whose process has ended, which [`delete_stale`](crate::delete_stale()) deletes.
     pub const LEAKED_LINKS: &'static str = "leaked links";
 
-    pub(super) fn ok(name: &'static str, message: impl Into<String>) -> Self {
+    /// One that found nothing wrong.
+    pub fn ok(name: &'static str, message: impl Into<String>) -> Self {
         Self {
             name,
             status: Status::Ok,
@@ -73,11 +73,8 @@ impl Check {
         }
     }
 
-    pub(super) fn warn(
-        name: &'static str,
-        message: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
+    /// One that found something that works, but not for everything, or not for long.
+    pub fn warn(name: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             status: Status::Warn,
             remedy: Some(remedy.into()),
@@ -85,11 +82,8 @@ impl Check {
         }
     }
 
-    pub(super) fn fail(
-        name: &'static str,
-        message: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
+    /// One that found what keeps guests from working.
+    pub fn fail(name: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             status: Status::Fail,
             ..Self::warn(name, message, remedy)
@@ -230,15 +224,18 @@ impl Macvtaps<'_> {
             let swap = is_fixed(upper) && !is_fixed(twin) && twin.is_macvlan();
             Some(if swap { (twin, *upper) } else { (*upper, twin) })
         });
-        let Some((Link { name: one, mac, .. }, Link { name: other, .. })) = pair else {
+        let Some((link, Link { name: other, .. })) = pair else {
             return Check::ok(name, "no two links on a wire have the same MAC address");
         };
-        let mac = mac.and_then(|bytes| MacAddr::try_from(bytes).ok());
-        let mac = mac.map_or_else(String::new, |mac| format!(" {mac}"));
+        let one = &link.name;
+        let mac = link
+            .mac_addr()
+            .map(|mac| format!(" {mac}"))
+            .unwrap_or_default();
         let message = format!(
             "`{one}` and `{other}` share a wire and have the same MAC address{mac}: only one of them can be up"
         );
-        let remedy = match pair.and_then(|(one, _)| self.user_of(one)) {
+        let remedy = match self.user_of(link) {
             Some(pid) => format!("end the process {pid}, or start it with another address"),
             None => format!(
                 "delete the one that is not needed, or give it another with `ip link set {one} address MAC`"

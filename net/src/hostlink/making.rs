@@ -25,9 +25,7 @@ pub(super) fn make(
     let refused = HostLinkProblem::from_step;
     let links = list(host)?;
     let link = diagnose::find(&links, spec.link.as_str())?;
-    diagnose::check_lower(&links, link, wifi::carrying(&links, link)?)?;
-    let lower = diagnose::real_device(&links, link);
-    diagnose::warn_of_carrier(lower);
+    let lower = wifi::fit_lower(&links, link)?;
     let addresses = host.addresses().map_err(refused("list the addresses"))?;
     let plan = MovePlan::of(spec, &links, lower, &addresses)?;
     check_addresses(spec, &links, lower, &addresses)?;

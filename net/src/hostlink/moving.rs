@@ -78,8 +78,8 @@ fn moved(object: &Object, from: End<'_>, to: End<'_>) -> Object {
 
 /// The steps that move those of `all` that are `from`'s and not link-local ones.
 ///
-/// A route through a gateway can be made only where another route leads to that gateway, and that goes for the way back
-/// too. So for a time both links have the addresses and the routes on the link, and meanwhile those through a gateway
+/// A route through a gateway can be made only where another route leads to that gateway, and so it is when moving
+/// back. So for a time both links have the addresses and the routes on the link, and meanwhile those through a gateway
 /// change over.
 pub(super) fn plan(
     from: End<'_>,

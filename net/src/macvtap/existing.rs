@@ -108,7 +108,7 @@ pub unsafe fn inherit(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, ExistingTapErro
         }
     }
     let own = |&fd: &RawFd| {
-        // SAFETY: it is open, occurs once, and by the caller's promise is nobody else's.
+        // SAFETY: it is open, occurs once, and by the caller's promise nothing else owns it.
         unsafe { OwnedFd::from_raw_fd(fd) }
     };
     Ok(numbers.iter().map(own).collect())
@@ -119,7 +119,7 @@ impl Macvtap {
     /// what a NIC needs to know. That takes no privilege. Who has opened them may have `passed` more.
     ///
     /// Each has the flags IFF_TAP, IFF_NO_PI and IFF_VNET_HDR then. The header's size is the user's to set. One thing the
-    /// kernel does not tell of a tap, unlike of a macvtap: whether it was opened with IFF_NO_PI, as it must be (TUNGETIFF
+    /// kernel does not show of a tap, unlike of a macvtap: whether it was opened with IFF_NO_PI, as it must be (TUNGETIFF
     /// shows the same bit for IFF_NOFILTER).
     ///
     /// # Errors

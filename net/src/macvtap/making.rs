@@ -30,15 +30,12 @@ pub(super) fn make_new(
     home: OwnedFd,
 ) -> Result<Macvtap, Problem> {
     // Before anything is made, while this thread is in the lower's namespace.
-    let privileges = Privileges::of_this_thread().map_err(Problem::from_step(
-        "tell from /proc what this process may do",
-    ))?;
+    let privileges = Privileges::of_this_thread()
+        .map_err(Problem::from_step("show in /proc what this process may do"))?;
     if let Some(obstacle) = privileges.obstacle_to_making() {
         return Err(obstacle.into());
     }
-    diagnose::check_lower(links, lower, wifi::carrying(links, lower)?)?;
-    let real = diagnose::real_device(links, lower);
-    diagnose::warn_of_carrier(real);
+    let real = wifi::fit_lower(links, lower)?;
     if real.index != lower.index {
         let (macvlan, real) = (&lower.name, &real.name);
         log::info!("{macvlan} is a macvlan: the macvtap goes straight onto {real} under it");
@@ -67,7 +64,9 @@ pub(super) fn make_new(
     };
     let (link, device, queues, mac) = start(&request, spec, index)?;
     if mode == Mode::Source && spec.source_macs.is_empty() {
-        log::warn!("in source mode the macvtap hears only listed senders, and its list is empty");
+        log::warn!(
+            "in source mode the macvtap receives only from listed senders, and its list is empty"
+        );
     }
     Ok(Macvtap {
         queues,
@@ -90,7 +89,7 @@ pub(super) fn make_new(
     })
 }
 
-/// Makes the macvtap in `namespace`, and hands back its index.
+/// Makes the macvtap in `namespace`, and returns its index.
 fn create(
     host: &Netlink,
     request: &LinkRequest<'_>,
@@ -123,7 +122,7 @@ fn create(
 /// before: whenever this process is killed, either the private namespace ends with the macvtap, or a tagged link stays.
 fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<LinkGuard, Problem> {
     let owner = Owner::this_process()
-        .map_err(Problem::from_step("tell from /proc who this process is"))?
+        .map_err(Problem::from_step("show in /proc which process this is"))?
         .to_string();
     let private = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
     private
@@ -168,8 +167,8 @@ fn start(
     Ok((link, device, queues, mac))
 }
 
-/// The meaning of a refusal to open the device of a new macvtap. Its node is gone when this process has ended, so giving
-/// that away would help nobody.
+/// The meaning of a refusal to open the device of a new macvtap. Its node ends with this process: it cannot be given
+/// away.
 fn explain_open(error: QueueError) -> Problem {
     let is_confined =
         || Privileges::of_this_thread().is_ok_and(|privileges| privileges.is_confined());
@@ -230,7 +229,7 @@ fn new_name(spec: &MacvtapSpec) -> io::Result<String> {
     match (&spec.name, spec.netns) {
         (Some(name), _) => Ok(name.to_string()),
         (None, Placement::Private) => Ok("macvtap0".to_owned()),
-        // One that is nobody's in the caller's namespace, until it gets its number there.
+        // One that no link has in the caller's namespace, until it gets its number there.
         (None, Placement::Host) => random_name(),
     }
 }

@@ -1,6 +1,7 @@
 //! What the kernel says of one link (RTM_NEWLINK).
 
 use super::wire::{Attribute, Attributes, u16_of, u32_of};
+use crate::mac::MacAddr;
 use crate::mode::Mode;
 
 /// What the crate needs to know of one link.
@@ -142,6 +143,11 @@ impl Link {
                 _ => {}
             }
         }
+    }
+
+    /// Its address, if that is one that a NIC may have.
+    pub(crate) fn mac_addr(&self) -> Option<MacAddr> {
+        self.mac.and_then(|bytes| bytes.try_into().ok())
     }
 
     /// Whether `name` is one of its names, which no other link of its namespace then has.

@@ -108,7 +108,7 @@ impl Table {
     }
 }
 
-/// Reads `1: OFDLCK ADVISORY  READ -1 fe:00:1234 5 5`. With an arrow behind the number it only waits.
+/// Reads `1: OFDLCK ADVISORY  READ -1 fe:00:1234 5 5`. With an arrow after the number it only waits.
 fn is_on(line: &str, id: &str, range: &Range) -> bool {
     let words: Vec<_> = line.split_whitespace().collect();
     let [_, "OFDLCK", _, _, _, file, start, end] = words[..] else {

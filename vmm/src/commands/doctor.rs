@@ -1,7 +1,6 @@
 //! `minivmm doctor`: what stands in the way of a guest on this host.
 
 use net::{Check, Neighbour, Status};
-use serde::Serialize;
 
 use crate::cli::DoctorArgs;
 use crate::commands::{json, report};
@@ -9,54 +8,24 @@ use crate::control::exit::chain;
 use crate::kvm::probe::{self, Privileged};
 use crate::nic::registry::{self, NicEntry};
 
-/// A check, as JSON shows it.
-#[derive(Debug, Serialize)]
-struct Line {
-    check: &'static str,
-    status: &'static str,
-    message: String,
-    remedy: Option<String>,
-}
-
-impl From<Check> for Line {
-    fn from(check: Check) -> Self {
-        let Check {
-            name,
-            status,
-            message,
-            remedy,
-            ..
-        } = check;
-        Self {
-            check: name,
-            status: status.as_str(),
-            message,
-            // The library does not know of this program.
-            remedy: remedy.map(|remedy| match name {
-                Check::LEAKED_LINKS => format!("`minivmm net gc`, or {remedy}"),
-                _ => remedy,
-            }),
-        }
-    }
-}
-
 /// The report, and whether nothing failed.
 pub fn run(args: &DoctorArgs) -> (String, bool) {
-    let network = net::diagnose_host(args.link.as_ref(), &neighbours())
-        .into_iter()
-        .map(Line::from);
-    let lines: Vec<Line> = std::iter::once(kvm()).chain(network).collect();
-    let healthy = lines
-        .iter()
-        .all(|line| line.status != Status::Fail.as_str());
-    (
-        if args.json {
-            json(&lines)
-        } else {
-            to_text(&lines)
-        },
-        healthy,
-    )
+    let mut checks = vec![kvm()];
+    checks.extend(net::diagnose_host(args.link.as_ref(), &neighbours()));
+    for check in &mut checks {
+        // The library does not know of this program.
+        if check.name == Check::LEAKED_LINKS
+            && let Some(remedy) = &mut check.remedy
+        {
+            remedy.insert_str(0, "`minivmm net gc`, or ");
+        }
+    }
+    let healthy = checks.iter().all(|check| check.status != Status::Fail);
+    let text = match args.json {
+        true => json(&checks),
+        false => report(checks.iter().map(line)),
+    };
+    (text, healthy)
 }
 
 /// The macvtaps of running guests. A private one shows nowhere else.
@@ -84,15 +53,10 @@ fn neighbours() -> Vec<Neighbour> {
     nics.filter_map(|(pid, nic)| of(pid, nic)).collect()
 }
 
-fn kvm() -> Line {
-    let line = |status: Status, message: &str, remedy: Option<String>| Line {
-        check: "kvm",
-        status: status.as_str(),
-        message: message.to_owned(),
-        remedy,
-    };
+fn kvm() -> Check {
+    let name = "kvm";
     match probe::probe() {
-        Ok(Privileged::Native) => line(Status::Ok, "/dev/kvm runs guests on the processor", None),
+        Ok(Privileged::Native) => Check::ok(name, "/dev/kvm runs guests on the processor"),
         Ok(Privileged::Emulated {
             instructions_per_second,
         }) => {
@@ -102,25 +66,25 @@ fn kvm() -> Line {
             );
             let remedy = "small guests run; for a stock Linux take a machine with hardware \
                           virtualization (svm or vmx in /proc/cpuinfo)";
-            line(Status::Warn, &message, Some(remedy.to_owned()))
+            Check::warn(name, message, remedy)
         }
         Err(error) => {
-            let remedy = error.remedy().map(str::to_owned);
-            line(Status::Fail, &chain(&error), remedy)
+            let mut check = Check::fail(name, chain(&error), "");
+            check.remedy = error.remedy().map(str::to_owned);
+            check
         }
     }
 }
 
-fn to_text(lines: &[Line]) -> String {
-    report(lines.iter().map(|line| {
-        let Line {
-            check,
-            status,
-            message,
-            remedy,
-        } = line;
-        let remedy = remedy.as_ref().map(|remedy| format!(" ({remedy})"));
-        let remedy = remedy.unwrap_or_default();
-        format!("{status:4}  {check}: {message}{remedy}")
-    }))
+fn line(check: &Check) -> String {
+    let Check {
+        name,
+        status,
+        message,
+        remedy,
+        ..
+    } = check;
+    let remedy = remedy.as_ref().map(|remedy| format!(" ({remedy})"));
+    let remedy = remedy.unwrap_or_default();
+    format!("{:4}  {name}: {message}{remedy}", status.as_str())
 }

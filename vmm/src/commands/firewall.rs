@@ -1,6 +1,6 @@
 //! Firewall rules that go by the name of an interface whose addresses are about to move to another.
 //!
-//! Programs of the firewall itself are asked for them. Rules of iptables-nft are in nftables' answer, too.
+//! The firewall's own programs list them. nft lists those of iptables-nft, too.
 
 mod rules;
 
@@ -52,8 +52,8 @@ pub(super) fn warn_of_rules(from: &str, to: Option<&str>) {
             Err(why) => unknown.push(why),
         }
     }
-    if let Some(told) = describe(&rules::left_behind(&rules, from, to), from, to) {
-        log::warn!("{told}");
+    if let Some(warning) = describe(&rules::only_for(&rules, from, to), from, to) {
+        log::warn!("{warning}");
     }
     if !unknown.is_empty() {
         let why = unknown.join("; ");
@@ -62,27 +62,27 @@ pub(super) fn warn_of_rules(from: &str, to: Option<&str>) {
 }
 
 impl Printer {
-    /// The rules that there are: none where the program is not installed. Else says why they are not known.
+    /// The rules that there are: none where the program is not installed. An error says why they are not known.
     fn ask(&self) -> Result<Vec<Rule>, String> {
-        let told = self.command.join(" ");
+        let line = self.command.join(" ");
         let mut command = Command::new(self.command[0]);
         command.args(&self.command[1..]);
         command.env("PATH", search_path(std::env::var_os("PATH")));
         let output = match Program::new(command).output(b"", LIMIT) {
             Ok(output) => output,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                log::debug!("`{told}` is not asked for firewall rules: it is not installed");
+                log::debug!("`{line}` is not asked for firewall rules: it is not installed");
                 return Ok(Vec::new());
             }
-            Err(error) => return Err(format!("`{told}`: {error}")),
+            Err(error) => return Err(format!("`{line}`: {error}")),
         };
         if !output.status.success() {
             let errors = String::from_utf8_lossy(&output.stderr);
             let first = errors.lines().next().unwrap_or_default();
-            return Err(format!("`{told}`: {}: {first}", output.status));
+            return Err(format!("`{line}`: {}: {first}", output.status));
         }
         if output.stdout.len() >= MOST {
-            return Err(format!("`{told}` says more than {MOST} bytes"));
+            return Err(format!("`{line}` says more than {MOST} bytes"));
         }
         Ok((self.read)(&String::from_utf8_lossy(&output.stdout)))
     }
@@ -138,19 +138,19 @@ mod tests {
     fn warning_names_some_rules_and_says_what_to_do() {
         assert_eq!(describe(&[], "eno1", None), None);
         let one = rule("-A INPUT -i eno1 -j DROP");
-        let told = describe(&[&one], "eno1", Some("hosts")).unwrap();
+        let text = describe(&[&one], "eno1", Some("hosts")).unwrap();
         assert!(
-            told.contains("`iptables -t filter -A INPUT -i eno1 -j DROP`. Repeat them for hosts")
+            text.contains("`iptables -t filter -A INPUT -i eno1 -j DROP`. Repeat them for hosts")
         );
         let many = vec![&one; SHOWN + 2];
-        let told = describe(&many, "eno1", None).unwrap();
-        assert_eq!(told.matches("-j DROP`").count(), SHOWN, "{told}");
+        let text = describe(&many, "eno1", None).unwrap();
+        assert_eq!(text.matches("-j DROP`").count(), SHOWN, "{text}");
         assert!(
-            told.contains(", and 2 more. Repeat them for the macvlan"),
-            "{told}"
+            text.contains(", and 2 more. Repeat them for the macvlan"),
+            "{text}"
         );
-        let told = describe(&many[..SHOWN], "eno1", None).unwrap();
-        assert!(!told.contains("more"), "{told}");
+        let text = describe(&many[..SHOWN], "eno1", None).unwrap();
+        assert!(!text.contains("more"), "{text}");
     }
 
     #[test]

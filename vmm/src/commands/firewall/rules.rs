@@ -1,4 +1,4 @@
-//! Rules as `nft list ruleset` and `iptables-save` print them, and those of them that a name leaves behind.
+//! Rules as `nft list ruleset` and `iptables-save` print them, and those that are for one name only.
 
 /// A rule, or a set that rules use.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ impl Rule {
 }
 
 /// The rules that are for `from` and not for `to`, unless there is the same rule for `to`.
-pub(super) fn left_behind<'a>(rules: &'a [Rule], from: &str, to: Option<&str>) -> Vec<&'a Rule> {
+pub(super) fn only_for<'a>(rules: &'a [Rule], from: &str, to: Option<&str>) -> Vec<&'a Rule> {
     let is_known = |rule: &Rule, to: &str| {
         let same = renamed(&rule.text, from, to);
         let is_repeated = same != rule.text && rules.iter().any(|other| other.text == same);
@@ -277,7 +277,7 @@ COMMIT
 "#;
 
     fn left(rules: &[Rule], from: &str, to: Option<&str>) -> Vec<String> {
-        let left = left_behind(rules, from, to).into_iter();
+        let left = only_for(rules, from, to).into_iter();
         left.map(|rule| rule.text.clone()).collect()
     }
 
@@ -325,7 +325,7 @@ COMMIT
     }
 
     #[test]
-    fn rule_that_is_for_the_new_name_too_is_not_left_behind() {
+    fn rule_that_is_for_the_new_name_too_is_left_out() {
         let table =
             |rules: &str| of_nftables(&format!("table ip t {{\nchain c {{\n{rules}\n}}\n}}\n"));
         for rules in [
