@@ -115,22 +115,27 @@ impl Judge {
         if !link.is_macvlan() {
             return None;
         }
-        let recorded = || {
-            let id = self.id(link).filter(|id| id.index >= CHOSEN_INDEXES)?;
-            let mut directories = self.directories.iter();
-            let text = directories.find_map(|dir| record::owner_of_link(dir, id))?;
-            text.parse().ok()
-        };
-        link.alias.parse().ok().or_else(recorded)
+        link.alias.parse().ok().or_else(|| self.recorded(link))
+    }
+
+    /// Whose link it is, by its record.
+    fn recorded(&self, link: &Link) -> Option<Owner> {
+        let id = self.id(link).filter(|id| id.index >= CHOSEN_INDEXES)?;
+        let mut directories = self.directories.iter();
+        let text = directories.find_map(|dir| record::owner_of_link(dir, id))?;
+        text.parse().ok()
     }
 
     /// The ended owner of a stale link; None for a link without owner, and for one that may be in use.
     pub(crate) fn stale_owner(&self, link: &Link) -> Option<Owner> {
         let owner = self.owner_of(link)?;
+        // The owner writes its record under the lock: one that was written before the look at the lock, and is not locked
+        // then, was given up. One that is empty may be about to be locked.
+        let was_locked = self.recorded(link).is_some();
         let is_stale = match self.record_of(link) {
             RecordState::Held => false,
-            RecordState::Free => true,
-            RecordState::Missing => {
+            RecordState::Free if was_locked => true,
+            RecordState::Free | RecordState::Missing => {
                 let me = self.me.as_ref();
                 me.is_some_and(|me| owner.is_dead_to(me))
             }

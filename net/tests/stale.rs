@@ -9,6 +9,7 @@
 mod netns;
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use net::{HostLinkGuard, HostLinkSpec, Macvtap, MacvtapSpec, Placement};
@@ -232,4 +233,25 @@ root_test!(stale_host_link_of_a_killed_process_is_no_obstacle, || {
     let mut owner = Owner::start(&netns, "host link");
     owner.kill();
     netns.enter(|| net::HostLink::create(&spec)).unwrap();
+});
+
+// As between the two calls that make and lock the record of a link.
+root_test!(link_whose_record_is_not_locked_yet_is_not_stale, || {
+    let netns = place();
+    let mut owner = Owner::start(&netns, "host link");
+    let index = netns.exec(&["cat", &format!("/sys/class/net/{}/ifindex", owner.link)]);
+    let index = String::from_utf8(index.stdout).unwrap();
+    let namespace = std::fs::metadata(format!("/proc/{}/ns/net", owner.process.id())).unwrap();
+    let record = format!(
+        "/run/minivmm/link-{}-{}.lock",
+        namespace.ino(),
+        index.trim()
+    );
+    std::fs::remove_file(&record).unwrap();
+    std::fs::File::create(&record).unwrap();
+    assert!(!leaked(&netns, &owner.link).0);
+    assert_eq!(deleted(&netns), [""; 0]);
+    owner.kill();
+    assert_eq!(deleted(&netns), [owner.link.as_str()]);
+    assert!(!std::path::Path::new(&record).exists());
 });
