@@ -66,9 +66,9 @@ macro_rules! lab_test {
 
 pub(crate) use {guest_test, kvm_test, lab_test, transports_test};
 
-/// Runs a test's body where there is a KVM for us.
+/// Runs a test's body where there is a KVM for us; once, not in the lab too.
 pub fn with_kvm(body: impl FnOnce()) {
-    if skip::has_kvm() {
+    if !vm::in_lab() && skip::has_kvm() {
         body();
     }
 }

@@ -68,7 +68,7 @@ impl Job<'_> {
 
     /// Whether it boots the freestanding guest.
     fn wants_freestanding(&self) -> bool {
-        self.is("hostile-")
+        self.is("hostile-") || self.is("library-")
     }
 
     fn is(&self, name: &str) -> bool {
