@@ -323,7 +323,7 @@ guest_test!(settings_of_a_macvtap_are_restored_or_warned_of, || {
     vm.wait_for("READY link\n", PATIENCE);
     let set = |what: &str| drop(net.host.ip(&format!("link set vm0 {what}")));
     set("allmulticast off");
-    vm.wait_for_log("somebody let vm0 filter multicast", PATIENCE);
+    vm.wait_for_log("vm0 was set to filter multicast", PATIENCE);
     eventually("vm0 that takes every multicast frame", || {
         net.host
             .ip("link show vm0")

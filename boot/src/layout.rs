@@ -53,7 +53,7 @@ pub const CMDLINE_SIZE: u64 = 0x1_0000;
 pub const LOW_RAM_END: GuestAddress = GuestAddress(0x9_fc00);
 
 /// The ACPI tables. The RSDP comes first: this is where a guest looks for it that
-/// was not told the address (ACPI 6.5, 5.2.5.1).
+/// was not given the address (ACPI 6.5, 5.2.5.1).
 pub const ACPI_START: GuestAddress = GuestAddress(0xe_0000);
 /// The end of the ACPI tables.
 pub const ACPI_END: GuestAddress = GuestAddress(0x10_0000);

@@ -55,7 +55,7 @@ pub struct SharedFile {
     path: PathBuf,
 }
 
-/// The files so far, told apart by device and inode.
+/// The files so far, by device and inode.
 #[derive(Debug, Default)]
 pub struct Files(Vec<(Role, u64, u64)>);
 

@@ -28,7 +28,7 @@
 //!
 //! # Inside
 //!
-//! The way from a command line to a running guest, each step a call that hands on a finished
+//! The way from a command line to a running guest, each step a call that returns a finished
 //! value:
 //!
 //! | step | module | what it is |

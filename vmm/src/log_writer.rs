@@ -97,7 +97,7 @@ pub fn write(text: &str) {
     LINES.push(text.as_bytes());
 }
 
-/// Waits until all has been written, as long as somebody reads: before this process becomes another program.
+/// Waits until all has been written, as long as there is a reader: before this process becomes another program.
 pub fn flush() {
     LINES.flush();
 }
@@ -195,7 +195,7 @@ impl Lines {
         }
     }
 
-    /// Writes all lines, for ever. `is_mid_line` tells whether they need a line break before them.
+    /// Writes all lines, for ever. `is_mid_line` says whether they need a line break before them.
     fn write_to(&self, mut out: impl Write, is_mid_line: impl Fn() -> bool) {
         let mut batch = Vec::new();
         loop {

@@ -140,7 +140,7 @@ impl Resources {
 
 fn open(what: &'static str, path: &Path) -> Result<File, ResourceError> {
     let path = path.to_owned();
-    // Non-blocking: opening a FIFO would otherwise wait for somebody to write to it.
+    // Non-blocking: opening a FIFO would otherwise wait for a writer.
     let options = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

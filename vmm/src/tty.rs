@@ -164,7 +164,7 @@ fn cook() {
     }
 }
 
-/// Makes the terminal raw again, after somebody else had it.
+/// Makes the terminal raw again, after another program had it.
 fn take_again() {
     let Some(settings) = SETTINGS.get() else {
         return;

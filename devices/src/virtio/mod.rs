@@ -1,7 +1,7 @@
 //! virtio: devices that know no transport, and the transport that carries them.
 //!
 //! A device implements [`VirtioDevice`]; a transport ([`mmio`] or [`pci`]) owns it, speaks the
-//! registers of virtio 1.2 chapter 4 with the guest and hands the device its queues when the driver
+//! registers of virtio 1.2 chapter 4 with the guest and gives the device its queues when the driver
 //! is ready. A device that works by threads of its own has [`worker`]s.
 
 mod iovec;
@@ -62,7 +62,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// A device that cannot start says why; the transport then sets DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
     /// The driver has given a queue another interrupt. Matters to a device whose queues are in the
-    /// kernel's hands, which got [`Interrupt::call_eventfd`] when the device was activated.
+    /// kernel's, which got [`Interrupt::call_eventfd`] when the device was activated.
     fn interrupt_changed(&mut self, _queue: u16, _line: &EventFd) {}
     /// Stop until [`VirtioDevice::resume`], and lose nothing: neither guest memory nor the host's
     /// side is touched once this has returned. Returns where each queue in use stands, its next

@@ -1,7 +1,7 @@
 //! A virtqueue in use: guest-supplied descriptor chains become iovecs, or are bad.
 //!
 //! The rings themselves are walked by the `virtio-queue` crate. This module adds what a device
-//! that hands guest memory to the kernel needs: every address is resolved once, against the
+//! that passes guest memory to the kernel needs: every address is resolved once, against the
 //! guest's memory, and nothing that a driver writes there is believed twice.
 
 use std::num::Wrapping;

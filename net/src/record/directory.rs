@@ -25,7 +25,7 @@ impl RecordDirectory {
     /// Where this process may lock, the best place first. They need not exist.
     pub fn own() -> Vec<PathBuf> {
         let user = rustix::process::geteuid().as_raw();
-        // Another's, as `sudo -E` leaves it, would be another's to change under our hands.
+        // Another's, as `sudo -E` leaves it, could be changed by that user meanwhile.
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
         let is_own = |dir: &PathBuf| fs::metadata(dir).is_ok_and(|found| found.uid() == user);
         let runtime = runtime.filter(is_own).map(|dir| dir.join("minivmm"));

@@ -47,8 +47,8 @@ pub fn run(args: &HostLinkArgs) -> Result<String, HostLinkCommandError> {
     }
 }
 
-/// Warns of firewall rules that will not follow the addresses. Says nothing where there is nothing to move, or what is in
-/// its way will be told.
+/// Warns of firewall rules that will not follow the addresses. Silent where there is nothing to move, or where the move fails
+/// with an error of its own.
 fn warn_of_rules(args: &HostLinkArgs) {
     let Ok(lowers) = net::inventory(args.link.as_ref()) else {
         return;

@@ -42,7 +42,7 @@ struct Link {
     carrier: bool,
     /// The process that it belongs to.
     owner: Option<String>,
-    /// That process has ended, and nobody uses the link.
+    /// That process has ended, and no other uses the link.
     leaked: bool,
     host_link: bool,
 }
@@ -87,7 +87,7 @@ fn lowers(interfaces: &[Interface]) -> Vec<LinkId> {
     here.map(id).collect()
 }
 
-/// Tells what a NIC's links are called now, and their MTU: a record tells of the start, unless the NIC is watched.
+/// Updates the names of a NIC's links and their MTU: a record is of the start, unless the NIC is watched.
 fn refresh(nic: &mut NicEntry, links: &HashMap<LinkId, (String, u32)>) {
     let find = |id: Option<LinkId>| links.get(&id?);
     let tap = &mut nic.tap;

@@ -41,7 +41,7 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// The exit status, by which a shell tells a program that cannot be run.
+    /// The exit status, that a shell gives for a program that cannot be run.
     pub fn code(&self) -> u8 {
         match self {
             Self::Run(_, error) => child::exec_failure_code(error),

@@ -11,7 +11,7 @@ use net::{MacvtapSpec, Mode, Placement};
 
 use super::ConfigError;
 
-/// A NIC that somebody wants the guest to have.
+/// A NIC of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NicConfig {
     /// Where its queues come from.
@@ -25,7 +25,7 @@ pub struct NicConfig {
 pub enum NicSource {
     /// A macvtap of our own, or one that exists.
     Macvtap(MacvtapSpec),
-    /// File descriptors that somebody else opened.
+    /// File descriptors that another program opened.
     Descriptors(Vec<RawFd>),
 }
 
@@ -79,7 +79,7 @@ pub enum BackendChoice {
     Vhost,
 }
 
-/// How long a rate may be exceeded after a pause, unless told otherwise.
+/// How long a rate may be exceeded after a pause, by default.
 const DEFAULT_BURST: Duration = Duration::from_millis(10);
 /// More bits or frames a second than any link carries.
 const MAX_RATE: u64 = 1_000_000_000_000;

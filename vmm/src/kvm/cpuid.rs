@@ -1,7 +1,7 @@
 //! The CPUID of a vCPU, where it differs from what KVM supports.
 //!
 //! A guest has one package of cores without threads, with the APIC ids 0, 1, 2 and so on. The
-//! leaves that list the levels of a topology are made here, since KVM hands on the host's, or as
+//! leaves that list the levels of a topology are made here, since KVM passes on the host's, or as
 //! much of them as it likes: since Linux 6.2 only the first subleaf of leaf 0xb. What else shows
 //! the topology, caches above all, is changed to agree with them.
 //!

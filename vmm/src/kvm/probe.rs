@@ -3,7 +3,7 @@
 //! Some machines offer a `/dev/kvm` that emulates the guest's privileged code instruction by
 //! instruction (without VMX or SVM underneath). It is good for small guests, but a stock Linux
 //! takes minutes to boot there or fails on an instruction that the emulator lacks. No name or flag
-//! tells such a KVM apart for sure, so [`probe`] runs a loop of known length in a guest of its own,
+//! identifies such a KVM for sure, so [`probe`] runs a loop of known length in a guest of its own,
 //! at privilege level 0, and takes the time.
 
 use std::io;

@@ -7,7 +7,7 @@ use net::{HostLinkGuard, HostLinkSpec, InterfaceAddress, LinkId, TapInfo};
 /// Why there is none.
 #[derive(Debug, thiserror::Error)]
 pub enum HostLinkError {
-    /// The first NIC stands on an interface of another network namespace, or on one that nobody has told of.
+    /// The first NIC stands on an interface of another network namespace, or on an unknown one.
     #[error(
         "--host-link makes its link on the interface under {nic}, and that is not in this network namespace{}: run \
          minivmm in the one that has it, or make a link there with `minivmm net host-link`", of(.lower)
@@ -18,7 +18,7 @@ pub enum HostLinkError {
         /// The interface's name, where it is known.
         lower: Option<String>,
     },
-    /// Where the interface is cannot be told.
+    /// It is unknown where the interface is.
     #[error("cannot look for the interface that --host-link is to be on")]
     Look(#[source] io::Error),
     /// The interface has a name that none can have.

@@ -1,4 +1,4 @@
-//! What a running minivmm tells about its NICs, and that nobody else may have them: a locked record for each, that ends
+//! What a running minivmm publishes about its NICs, and its claim to them: a locked record for each, that ends
 //! with whoever holds it.
 
 use std::net::IpAddr;
@@ -31,7 +31,7 @@ pub struct Entry {
     /// Whether it can be relied on which NICs these are: root or this process's own user says so.
     #[serde(skip)]
     pub is_certain: bool,
-    /// The guest's NICs. A record tells of one.
+    /// The guest's NICs. A record has one.
     pub nics: Vec<NicEntry>,
 }
 

@@ -1,5 +1,5 @@
-//! What start-up has set for the macvtap of a NIC, and somebody may change while the guest runs: that it takes every
-//! multicast frame, which is put right, and its MAC address, which is told.
+//! What start-up has set for the macvtap of a NIC, and may be changed on the host while the guest runs: that it takes
+//! every multicast frame, which is set again, and its MAC address, which is reported.
 
 use std::io;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub struct Upkeep {
     reactions: u32,
     /// Its last new MAC address, and the one that was warned of.
     mac: Option<MacAddr>,
-    told: Option<MacAddr>,
+    reported: Option<MacAddr>,
     filters_multicast: bool,
     is_refused: bool,
 }
@@ -38,7 +38,7 @@ impl Upkeep {
             is_waiting: false,
             reactions: 0,
             mac: None,
-            told: None,
+            reported: None,
             filters_multicast: false,
             is_refused: false,
         })
@@ -62,7 +62,7 @@ impl Upkeep {
 
     /// The link's MAC address, if that was warned of and is still none of the guest's.
     pub fn wrong_mac(&self) -> Option<MacAddr> {
-        self.told.and(self.mac)
+        self.reported.and(self.mac)
     }
 
     /// Whether the link takes every multicast frame no longer.
@@ -107,7 +107,7 @@ impl Upkeep {
         self.reactions += 1;
         match watch.turn_all_multicast_on(index) {
             Ok(()) => log::warn!(
-                "{nic}: somebody let {link} filter multicast, which would hide the guest from IPv6 neighbours: it takes \
+                "{nic}: {link} was set to filter multicast, which would hide the guest from IPv6 neighbours: it takes \
                  all of it again"
             ),
             Err(error) => self.refused(nic, link, &error),
@@ -115,7 +115,7 @@ impl Upkeep {
     }
 
     fn mac_is_right(&mut self, mac: MacAddr, nic: &str, link: &str) {
-        if self.told.take().is_some() {
+        if self.reported.take().is_some() {
             log::info!("{nic}: {link} has the guest's MAC address {mac} again");
         }
     }
@@ -125,14 +125,14 @@ impl Upkeep {
         if mac.octets() == guest {
             return self.mac_is_right(mac, nic, link);
         }
-        if self.told.replace(mac) == Some(mac) {
+        if self.reported.replace(mac) == Some(mac) {
             return;
         }
         self.reactions += 1;
         let guest =
             MacAddr::try_from(guest).map_or("another one".to_owned(), |mac| mac.to_string());
         log::warn!(
-            "{nic}: somebody has given {link} the MAC address {mac}, but the guest has {guest}, so no frame reaches it any \
+            "{nic}: {link} was given the MAC address {mac}, but the guest has {guest}, so no frame reaches it any \
              more: `ip link set {link} address {guest}`"
         );
     }

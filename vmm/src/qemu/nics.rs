@@ -70,7 +70,7 @@ pub(super) fn expected_mac(spec: &MacvtapSpec) -> Expected {
         let mac = address.ok().and_then(|mac| mac.trim().parse().ok());
         return mac.map_or(Expected::Unknown, Expected::Known);
     }
-    // What does not exist is told by its own error.
+    // What does not exist has an error of its own.
     if link.exists() {
         Expected::Random
     } else {

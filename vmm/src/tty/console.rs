@@ -166,7 +166,7 @@ struct Input {
     exit: Arc<ExitRequest>,
     /// On a terminal.
     escape: Option<Escape>,
-    /// The user has been told that keys are lost.
+    /// The user knows that keys are lost.
     has_lost: bool,
 }
 
@@ -189,7 +189,7 @@ impl Input {
         }
     }
 
-    /// Acts on the monitor's keys and hands over the guest's. Of a terminal all are read, also when
+    /// Acts on the monitor's keys and passes on the guest's. Of a terminal all are read, also when
     /// the guest reads none: the next may be for the monitor.
     fn pass_on(&mut self, input: &[u8]) {
         let Some(escape) = &mut self.escape else {
@@ -219,7 +219,7 @@ fn push_all(serial: &Mutex<Serial>, mut input: &[u8]) {
     }
 }
 
-/// Waits until this job has the terminal, of which no shell tells a job that runs.
+/// Waits until this job has the terminal, which no signal announces to a running job.
 fn await_foreground() {
     while !tty::may_read() {
         thread::sleep(PATIENCE);

@@ -49,7 +49,7 @@ const OURS: u64 = VIRTIO_F_VERSION_1
 /// Queues of a pair.
 const QUEUES: usize = 2;
 
-/// A queue pair in the kernel's hands. Dropping it ends what it does.
+/// A queue pair of the kernel's. Dropping it ends what it does.
 pub struct VhostPair {
     net: vhost::vhost_kern::net::Net<Arc<GuestMemoryMmap>>,
     tap: File,

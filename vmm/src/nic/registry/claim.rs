@@ -182,7 +182,7 @@ impl Claim {
     }
 }
 
-/// The file that tells of a NIC. Dropping it removes it.
+/// The file that describes a NIC. Dropping it removes it.
 #[derive(Debug)]
 struct EntryFile {
     path: PathBuf,

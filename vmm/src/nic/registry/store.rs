@@ -1,7 +1,7 @@
 //! What the holders of records say: a file beside each lock.
 //!
 //! What users write is data and no more: it is read without following a link, up to a length, and believed only while
-//! somebody has the lock beside it.
+//! the lock beside it is held.
 
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -28,7 +28,7 @@ const PASSED: &str = ".passed";
 
 /// Writes so that a reader sees the old or the new, never a part. Returns which file that is.
 pub(super) fn write(path: &Path, entry: &Entry) -> io::Result<(u64, u64)> {
-    // Its lock is held, so that nobody else does this.
+    // Its lock is held, so that no other process does this.
     let new = path.with_extension("new");
     let _ = fs::remove_file(&new);
     let mut file = File::create_new(&new)?;
@@ -109,7 +109,7 @@ pub(super) fn read_one(directory: &Path, key: &RecordKey) -> Option<Entry> {
 
 /// Removes an entry that an ended process has left.
 fn remove(directory: &Path, key: &RecordKey) {
-    // Nobody else can have the lock meanwhile, and so nobody's is removed.
+    // No other process can take the lock meanwhile, so none in use is removed.
     let lock = RecordLock::take(directory, key, |_| {
         let _ = fs::remove_file(directory.join(key.file("json")));
     });
