@@ -16,8 +16,10 @@ tcg_test!(nothing_is_left_when_either_process_is_killed, || {
         let args = ["--macvtap", &nic, "--", "-M", "q35", "-nodefaults", "-S"];
         let mut command = site.qemu(args);
         command.args(["-display", "none", "-accel", "tcg", "-serial", "stdio"]);
-        // The kernel forgets at a change of user what QEMU is to die with.
-        command.args(["-runas", user]);
+        if user != "root" {
+            // The kernel forgets at a change of user what QEMU is to die with.
+            command.args(["-runas", user]);
+        }
         let mut vm = Vm::spawn(command);
         let qemu = wait_for_qemu(vm.pid());
         let is_users = || {
@@ -30,7 +32,8 @@ tcg_test!(nothing_is_left_when_either_process_is_killed, || {
         assert_eq!(links, if placement == "host" { 2 } else { 1 });
         if victim == "qemu" {
             kill_process(Pid::from_raw(qemu as i32).unwrap(), Signal::KILL).unwrap();
-            assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(137));
+            let status = vm.wait_exit(20 * SECOND);
+            assert_eq!(status.code(), Some(137), "{}", vm.log());
             assert!(vm.log().contains("killed by signal 9"), "{}", vm.log());
         } else {
             vm.signal(Signal::KILL);
