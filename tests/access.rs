@@ -41,10 +41,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use harness::elf::elf;
-use harness::guest::{self, Net, PATIENCE, PEER, addresses};
+use harness::eventually;
+use harness::guest::{self, Net, PEER, addresses};
 use harness::guest_test;
 use harness::netns::skip::leave_out;
 use harness::netns::{self, Netns, root_test};
@@ -186,7 +186,7 @@ impl Place {
     }
 
     fn until_it_serves(&self, mut vm: Vm) -> Vm {
-        vm.wait_for("READY echo\n", PATIENCE);
+        vm.wait_for("READY echo\n");
         // An earlier guest with its address had another MAC address, and this one is silent until
         // it is asked.
         for neighbour in [&self.net.far, &self.net.host] {
@@ -249,20 +249,6 @@ fn guest_line(number: u8, options: &str) -> String {
     options.collect::<String>() + &format!("guest.ip={ip}/24 guest.ip6={ip6}/64")
 }
 
-/// Whether it comes true within some seconds.
-fn eventually(mut is_so: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    loop {
-        if is_so() {
-            return true;
-        }
-        if Instant::now() > deadline {
-            return false;
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
 /// What a run of minivmm gave.
 #[derive(Debug)]
 struct Run {
@@ -276,7 +262,7 @@ fn run(command: Command) -> Run {
 }
 
 fn finish(mut vm: Vm) -> Run {
-    let status = vm.wait_exit(PATIENCE);
+    let status = vm.wait_exit();
     Run {
         status,
         stdout: vm.console(),
@@ -313,15 +299,15 @@ fn is_refused(command: Command, status: i32, texts: &[&str]) {
 /// Waits for minivmm's end after two SIGTERMs, since the test guest does not know the power button.
 fn terminate(mut vm: Vm) {
     vm.signal(Signal::TERM);
-    vm.wait_for_log("power button", PATIENCE);
+    vm.wait_for_log("power button");
     vm.signal(Signal::TERM);
-    let status = vm.wait_exit(PATIENCE);
+    let status = vm.wait_exit();
     assert_eq!(status.code(), Some(128 + 15), "{}", vm.transcript());
 }
 
 fn kill(mut vm: Vm) {
     vm.signal(Signal::KILL);
-    assert_eq!(vm.wait_exit(PATIENCE).signal(), Some(9));
+    assert_eq!(vm.wait_exit().signal(), Some(9));
 }
 
 /// The value after `word`, in `ip`'s and in our own listings.

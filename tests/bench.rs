@@ -11,9 +11,11 @@ mod harness {
     pub mod linux;
     pub mod memory;
     pub mod netns;
+    pub mod patience;
     pub mod process;
     pub mod site;
     pub mod vm;
+    pub use patience::{PATIENCE, eventually};
 }
 mod lab;
 
@@ -70,7 +72,6 @@ type Sample = [f64; FIGURES.len()];
 
 /// The third host on the wire, see [`Site`].
 const PEER: &str = "192.168.77.3";
-const LIMIT: Duration = Duration::from_secs(60);
 /// For the whole run in the lab.
 const LAB_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -160,20 +161,20 @@ fn measure(args: &[&str]) -> Sample {
     command.arg(linux::initrd()).stdin(Stdio::piped());
     let start = Instant::now();
     let mut vm = Vm::spawn(command);
-    vm.wait_for("GUEST init", LIMIT);
+    vm.wait_for("GUEST init");
     let init = start.elapsed();
-    vm.wait_for("GUEST ready\n", LIMIT);
+    vm.wait_for("GUEST ready\n");
     address(&mut vm, "eth0", 11);
     assert!(pings(&mut vm, PEER), "{}", vm.transcript());
     // min/avg/max
-    let ping = vm.run_for(&format!("ping -q -c 300 -i 0.01 {PEER}"), LIMIT);
+    let ping = vm.try_run(&format!("ping -q -c 300 -i 0.01 {PEER}"));
     let times = ping.text.rsplit(" = ").next().unwrap_or_default();
     let average = times.split('/').nth(1).and_then(|text| text.parse().ok());
     let average: f64 = average.unwrap_or_else(|| panic!("{}", ping.text));
     let memory = own_memory(vm.pid());
     let _server = iperf::serve(&site.peer);
     let mut rate = |reverse: &str| {
-        let output = vm.run_for(&format!("iperf3 -f m -c {PEER} -t 3 {reverse}"), LIMIT);
+        let output = vm.try_run(&format!("iperf3 -f m -c {PEER} -t 3 {reverse}"));
         mbits(&output.text).unwrap_or_else(|| panic!("{}", output.text)) / 1000.0
     };
     let (sends, receives) = (rate(""), rate("-R"));

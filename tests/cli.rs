@@ -31,8 +31,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use harness::eventually;
 use harness::netns::{self, Netns, root_test};
 use harness::vm::{Vm, binary, copy_program};
 use harness::{guest_test, kvm_test};
@@ -43,8 +44,6 @@ use tiny::Tiny;
 /// The exit status of a guest that could not be started, and that of a wrong command line.
 const FAILED: i32 = 1;
 const USAGE: i32 = 2;
-/// Longer than anything here may take.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// What a run of minivmm gave.
 #[derive(Debug)]
@@ -54,7 +53,7 @@ struct Run {
     stderr: String,
 }
 
-/// Runs a command to its end, which must come within 20 s.
+/// Runs a command to its end, which must come.
 fn run(mut command: Command) -> Run {
     let mut child = command
         .stdin(Stdio::null())
@@ -62,14 +61,10 @@ fn run(mut command: Command) -> Run {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"));
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while child.try_wait().unwrap().is_none() {
-        if Instant::now() > deadline {
-            let _ = child.kill();
-            let output = child.wait_with_output().unwrap();
-            panic!("{command:?} did not end: {output:?}");
-        }
-        thread::sleep(Duration::from_millis(5));
+    if !eventually(|| child.try_wait().unwrap().is_some()) {
+        let _ = child.kill();
+        let output = child.wait_with_output().unwrap();
+        panic!("{command:?} did not end: {output:?}");
     }
     let output = child.wait_with_output().unwrap();
     Run {
@@ -258,9 +253,9 @@ kvm_test!(fifo_without_a_reader_is_awaited_with_a_warning, || {
         let mut command = files.boot(&[&format!("{option}{}", fifo.display())]);
         command.stdin(Stdio::null());
         let mut vm = Vm::spawn(command);
-        vm.wait_for_log("waiting for a program to open the FIFO", LIMIT);
+        vm.wait_for_log("waiting for a program to open the FIFO");
         assert_eq!(fs::read_to_string(&fifo).unwrap(), written);
-        assert_eq!(vm.wait_exit(LIMIT).code(), Some(status), "{}", vm.log());
+        assert_eq!(vm.wait_exit().code(), Some(status), "{}", vm.log());
     }
 });
 

@@ -23,8 +23,9 @@ use std::time::{Duration, Instant};
 use harness::kvm_test;
 use harness::process::Killed;
 use harness::vm::Vm;
+use harness::{AT_ONCE, eventually};
 use rustix::process::{Pid, Signal, kill_process};
-use session::{AT_ONCE, LIMIT, by_shell, minivmm};
+use session::{by_shell, minivmm};
 use tiny::{POWER_OFF, Tiny};
 
 kvm_test!(stdin_and_stdout_that_are_closed_do_no_harm, || {
@@ -38,7 +39,7 @@ kvm_test!(stdin_and_stdout_that_are_closed_do_no_harm, || {
         let (mut shell, _directory) = by_shell(line, Tiny::Greeter);
         shell.stdin(Stdio::null());
         let mut vm = Vm::spawn(shell);
-        assert_eq!(vm.wait_exit(LIMIT).code(), Some(0), "{line}: {}", vm.log());
+        assert_eq!(vm.wait_exit().code(), Some(0), "{line}: {}", vm.log());
         let expected = if line.contains(">&- 2") || line.ends_with(" >&-") {
             ""
         } else {
@@ -52,7 +53,7 @@ kvm_test!(stdin_from_dev_null_lets_the_guest_run_on, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     command.stdin(Stdio::null());
     let mut vm = Vm::spawn(command);
-    vm.wait_for("ready\n", LIMIT);
+    vm.wait_for("ready\n");
     thread::sleep(Duration::from_millis(200));
     assert!(!vm.has_ended(), "{}", vm.log());
     end_by_signals(&mut vm);
@@ -62,24 +63,24 @@ kvm_test!(stdin_from_a_pipe_reaches_the_guest_without_our_keys, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     command.stdin(Stdio::piped());
     let mut vm = Vm::spawn(command);
-    vm.wait_for("ready\n", LIMIT);
+    vm.wait_for("ready\n");
     vm.send("\x01x\x03");
-    vm.wait_for("\x01x\x03", LIMIT);
+    vm.wait_for("\x01x\x03");
     let long = "0123456789abcdef".repeat(200);
     vm.send(&long);
-    vm.wait_for(&long, LIMIT);
+    vm.wait_for(&long);
     vm.send(POWER_OFF);
-    assert_eq!(vm.wait_exit(AT_ONCE).code(), Some(0), "{}", vm.log());
+    assert_eq!(vm.wait_exit_within(AT_ONCE).code(), Some(0), "{}", vm.log());
 });
 
 kvm_test!(stdin_at_its_end_lets_the_guest_run_on, || {
     let (mut command, _directory) = minivmm(Tiny::Echo);
     command.stdin(Stdio::piped());
     let mut vm = Vm::spawn(command);
-    vm.wait_for("ready\n", LIMIT);
+    vm.wait_for("ready\n");
     vm.send("last words");
     vm.close_stdin();
-    vm.wait_for("last words", LIMIT);
+    vm.wait_for("last words");
     end_by_signals(&mut vm);
 });
 
@@ -90,12 +91,12 @@ kvm_test!(stdin_and_stdout_that_do_not_block_work_alike, || {
     rustix::io::ioctl_fionbio(&stdin, true).unwrap();
     command.stdin(stdin);
     let mut vm = Vm::spawn(command);
-    vm.wait_for("ready\n", LIMIT);
+    vm.wait_for("ready\n");
     thread::sleep(Duration::from_millis(300));
     keys.write_all(b"late").unwrap();
-    vm.wait_for("late", LIMIT);
+    vm.wait_for("late");
     keys.write_all(POWER_OFF.as_bytes()).unwrap();
-    assert_eq!(vm.wait_exit(AT_ONCE).code(), Some(0), "{}", vm.log());
+    assert_eq!(vm.wait_exit_within(AT_ONCE).code(), Some(0), "{}", vm.log());
 });
 
 kvm_test!(unread_stdout_does_not_delay_the_end, || {
@@ -152,11 +153,8 @@ const PIPE_SIZE: i32 = 4096;
 
 /// Waits until a [`small_pipe`] takes no more.
 fn wait_until_full(pipe: &io::PipeReader) {
-    let deadline = Instant::now() + LIMIT;
-    while rustix::io::ioctl_fionread(pipe).unwrap() < PIPE_SIZE as u64 {
-        assert!(Instant::now() < deadline, "the pipe takes more");
-        thread::sleep(Duration::from_millis(10));
-    }
+    let is_full = || rustix::io::ioctl_fionread(pipe).unwrap() == PIPE_SIZE as u64;
+    assert!(eventually(is_full), "the pipe takes more");
 }
 
 kvm_test!(stdout_closed_by_its_reader_does_not_hurt_the_guest, || {
@@ -210,7 +208,12 @@ impl Guarded {
 
 fn end_by_signals(vm: &mut Vm) {
     vm.signal(Signal::TERM);
-    vm.wait_for_log("power button", LIMIT);
+    vm.wait_for_log("power button");
     vm.signal(Signal::TERM);
-    assert_eq!(vm.wait_exit(AT_ONCE).code(), Some(143), "{}", vm.log());
+    assert_eq!(
+        vm.wait_exit_within(AT_ONCE).code(),
+        Some(143),
+        "{}",
+        vm.log()
+    );
 }

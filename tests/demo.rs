@@ -8,8 +8,10 @@ mod harness {
     pub mod initramfs;
     pub mod linux;
     pub mod netns;
+    pub mod patience;
     pub mod process;
     pub mod vm;
+    pub use patience::PATIENCE;
 }
 mod lab;
 
@@ -153,5 +155,5 @@ fn guest(host: &Netns, args: &[&str], n: u8) -> Vm {
 
 fn guest_pings(vm: &mut Vm, to: &str) -> bool {
     let ping = format!("for i in 1 2 3; do ping -q -c1 -W1 {to} && exit; done; exit 1");
-    vm.run_for(&ping, Duration::from_secs(10)).status == 0
+    vm.try_run(&ping).status == 0
 }

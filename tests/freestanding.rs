@@ -4,12 +4,11 @@
 mod harness;
 
 use std::os::unix::process::CommandExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use harness::AT_ONCE;
 use harness::capture;
-use harness::guest::{
-    ECHO, Net, PATIENCE, PEER, Transport, addresses, power_off, stream_bytes, succeed,
-};
+use harness::guest::{ECHO, Net, PEER, Transport, addresses, power_off, stream_bytes, succeed};
 use harness::netns::Netns;
 use harness::process::tap_nodes;
 use harness::vm::Vm;
@@ -45,7 +44,7 @@ guest_test!(info_shows_the_macvtaps_mac_and_the_links_mtu, || {
 guest_test!(info_without_a_mac_shows_the_one_that_the_log_names, || {
     let net = Net::new();
     let mut vm = net.start(2, "mode=info");
-    assert!(vm.wait_exit(PATIENCE).success(), "{}", vm.transcript());
+    assert!(vm.wait_exit().success(), "{}", vm.transcript());
     let (console, log) = (vm.console(), vm.log());
     let mac = value(&console, "NIC 0", "mac");
     assert!(log.contains(mac), "{mac} is not in the log:\n{log}");
@@ -169,7 +168,7 @@ guest_test!(lack_of_descriptors_fails_the_start_alone, || {
     let mut refused = 0;
     for most in (40..).step_by(2) {
         let mut vm = start(most);
-        let status = vm.wait_exit(PATIENCE);
+        let status = vm.wait_exit();
         if vm.console().is_empty() {
             let log = vm.log();
             assert!(
@@ -189,7 +188,7 @@ guest_test!(driver_without_interrupts_is_warned_of_once, || {
     let net = Net::with(Transport::Pci);
     for (mode, times) in [("ping", 1), ("info", 0)] {
         let mut vm = net.start(2, &format!("mode={mode} count=3 peer={}", PEER[0]));
-        assert_eq!(vm.wait_exit(PATIENCE).code(), Some(0));
+        assert_eq!(vm.wait_exit().code(), Some(0));
         let warnings = vm.log().matches("with MSI-X off").count();
         assert_eq!(warnings, times, "{mode}\n{}", vm.transcript());
     }
@@ -250,7 +249,7 @@ guest_test!(two_guests_on_one_lower_talk_in_bridge_mode, || {
 guest_test!(two_guests_on_one_lower_cannot_talk_in_private_mode, || {
     let net = Net::new();
     let mut server = net.start_on("lower,mode=private", 2, "mode=echo");
-    server.wait_for("READY echo\n", PATIENCE);
+    server.wait_for("READY echo\n");
     let [peer, _] = addresses(2);
     let console = power_off(net.start_on(
         "lower,mode=private",
@@ -273,24 +272,14 @@ guest_test!(hosts_own_address_on_the_lower_is_out_of_reach, || {
 guest_test!(reset_ends_with_0_and_the_log_says_so, || {
     let net = Net::new();
     let mut vm = net.start(2, "mode=reset");
-    assert_eq!(
-        vm.wait_exit(PATIENCE).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
     assert!(vm.log().contains("reboot"), "{}", vm.transcript());
 });
 
 guest_test!(triple_fault_ends_with_3_and_names_the_instruction, || {
     let net = Net::new();
     let mut vm = net.start(2, "mode=triple-fault");
-    assert_eq!(
-        vm.wait_exit(PATIENCE).code(),
-        Some(3),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(3), "{}", vm.transcript());
     let log = vm.log().to_lowercase();
     assert!(log.contains("triple fault") && log.contains("rip"), "{log}");
     // The guest faults on purpose at a ud2. On AMD hardware KVM forgets where that was.
@@ -309,21 +298,15 @@ guest_test!(exception_in_the_guest_is_reported_by_the_guest, || {
 guest_test!(sigterm_twice_ends_a_deaf_guest_at_once_with_143, || {
     let net = Net::new();
     let mut vm = net.start(2, "mode=hlt");
-    vm.wait_for("OK hlt", PATIENCE);
+    vm.wait_for("OK hlt");
     vm.signal(Signal::TERM);
-    vm.wait_for_log("power button", PATIENCE);
-    let start = Instant::now();
+    vm.wait_for_log("power button");
     vm.signal(Signal::TERM);
     assert_eq!(
-        vm.wait_exit(PATIENCE).code(),
+        vm.wait_exit_within(AT_ONCE).code(),
         Some(128 + 15),
         "{}",
         vm.transcript()
-    );
-    assert!(
-        start.elapsed() < Duration::from_secs(2),
-        "it took {:?}",
-        start.elapsed()
     );
 });
 
@@ -332,11 +315,11 @@ guest_test!(sigkill_leaves_no_link_no_node_and_the_mac_free, || {
     for _ in 0..3 {
         // Were the last round's macvtap still there, this one with the same MAC could not come up.
         let mut vm = net.start_on("lower,mac=02:00:00:00:77:02", 2, "mode=hlt");
-        vm.wait_for("OK hlt", PATIENCE);
+        vm.wait_for("OK hlt");
         let nodes = tap_nodes(vm.pid());
         assert!(!nodes.is_empty(), "minivmm has no tap open");
         vm.signal(Signal::KILL);
-        vm.wait_exit(PATIENCE);
+        vm.wait_exit();
         std::thread::sleep(Duration::from_millis(200));
         assert_eq!(net.host.links(), ["lower"]);
         assert!(nodes.iter().all(|node| !node.exists()), "{nodes:?}");

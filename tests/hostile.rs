@@ -7,7 +7,8 @@ mod lab;
 
 use std::time::Instant;
 
-use harness::guest::{Net, PATIENCE, PEER, Transport, addresses, succeed};
+use harness::PATIENCE;
+use harness::guest::{Net, PEER, Transport, addresses, succeed};
 use harness::memory::own_memory;
 use harness::vm::Vm;
 use harness::{lab_test, transports_test};
@@ -57,9 +58,9 @@ fn harms_nothing(net: &Net, backend: &str, rounds: u32) {
         3,
         "mode=echo seconds=600",
     );
-    neighbour.wait_for("READY echo\n", PATIENCE);
+    neighbour.wait_for("READY echo\n");
     let mut vm = attack(net, backend, &format!("count={rounds}"));
-    vm.wait_for("READY hostile\n", PATIENCE);
+    vm.wait_for("READY hostile\n");
     let [neighbours_ip, _] = addresses(3);
     let start = Instant::now();
     // Under attack the neighbour may be late, and its queue may be full, but it is reached.
@@ -97,7 +98,7 @@ fn makes_nothing_grow(net: &Net, backend: &str, rounds: [u32; 2]) {
         let options = format!("count={rounds} only=life end=halt");
         let mut vm = attack(net, backend, &options);
         // It halts then, and is killed when dropped.
-        vm.wait_for("END failures=0\n", PATIENCE);
+        vm.wait_for("END failures=0\n");
         own_memory(vm.pid())
     });
     let ([few, many], [short, long]) = (rounds, memory);

@@ -17,10 +17,11 @@ use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use harness::elf::elf;
-use harness::guest::{ECHO, Net, PATIENCE, Transport, addresses};
+use harness::guest::{ECHO, Net, Transport, addresses};
+use harness::{PATIENCE, eventually};
 use harness::{kvm_test, lab_test, transports_test};
 use tempfile::TempDir;
 use vmm::config::{Config, ConsoleTarget};
@@ -275,11 +276,8 @@ fn pauses_lose_none(net: &Net, backend: &str) {
 
 /// Waits for `text` in a console's file.
 fn wait_for(console: &Path, text: &str) {
-    let start = Instant::now();
-    while !fs::read_to_string(console).is_ok_and(|found| found.contains(text)) {
-        assert!(start.elapsed() < PATIENCE, "no {text:?} on the console");
-        thread::sleep(Duration::from_millis(10));
-    }
+    let is_shown = || fs::read_to_string(console).is_ok_and(|found| found.contains(text));
+    assert!(eventually(is_shown), "no {text:?} on the console");
 }
 
 /// Sets a flag when dropped, also by a failed test.

@@ -13,9 +13,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::assets::assets;
+use harness::eventually;
 use harness::iperf;
 use harness::lab_test;
-use harness::linux::{BOOT_LIMIT, boot, boot_command, command, small_initrd};
+use harness::linux::{boot, boot_command, command, small_initrd};
 use harness::netns::Netns;
 use harness::process::tap_nodes;
 use harness::site::{Site, address, pings};
@@ -99,7 +100,7 @@ lab_test!(stock_kernel_finds_cores_of_one_package, || {
         assert_eq!(count("^core id[[:space:]]*: [012]$"), "3");
         assert_eq!(count("^flags.* (vmx|svm)( |$)"), guests);
         vm.start_command("poweroff -f");
-        assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+        assert_eq!(vm.wait_exit().code(), Some(0));
     }
 });
 
@@ -150,7 +151,7 @@ lab_test!(tcp_runs_both_ways_with_segmentation_offload, || {
             number(&mut vm, &counter("bytes")),
             number(&mut vm, &counter("packets")),
         );
-        let output = vm.run_for(&format!("iperf3 -c {to} {option} -t 2"), 30 * SECOND);
+        let output = vm.try_run(&format!("iperf3 -c {to} {option} -n 4M"));
         assert_eq!(output.status, 0, "{}\n{}", output.text, vm.transcript());
         println!(
             "{}",
@@ -163,10 +164,9 @@ lab_test!(tcp_runs_both_ways_with_segmentation_offload, || {
         );
         let bytes = number(&mut vm, &counter("bytes")) - before.0;
         let packets = number(&mut vm, &counter("packets")) - before.1;
-        assert!(bytes > 1_000_000, "{direction} {to}: {bytes} bytes");
-        // With segmentation offload most frames are many times as long as the MTU.
+        // The MTU is 1500: without segmentation offload no frame is longer than 1514 bytes.
         assert!(
-            bytes / packets > 3000,
+            bytes > 4_000_000 && bytes / packets > 1514,
             "{direction} {to}: {bytes} bytes in {packets} frames"
         );
     }
@@ -178,7 +178,7 @@ lab_test!(tcp_runs_both_ways_with_segmentation_offload, || {
     );
     let client = site
         .peer
-        .exec(&["iperf3", "-c", "192.168.77.11", "-t", "2"]);
+        .exec(&["iperf3", "-c", "192.168.77.11", "-n", "4M"]);
     assert!(
         client.status.success(),
         "{}",
@@ -251,18 +251,13 @@ lab_test!(guests_in_private_mode_do_not_talk_and_leave_nothing, || {
     assert!(nodes.len() >= 2, "each has a tap open: {nodes:?}");
     a.signal(Signal::KILL);
     b.signal(Signal::KILL);
-    a.wait_exit(5 * SECOND);
-    b.wait_exit(5 * SECOND);
-    let start = Instant::now();
-    let left = || nodes.iter().any(|node| node.exists());
-    while !take_mac() || left() {
-        assert!(
-            start.elapsed() < 5 * SECOND,
-            "one of {nodes:?} is still there, or the MAC is not free: {}",
-            take_mac()
-        );
-        thread::sleep(SECOND / 20);
-    }
+    a.wait_exit();
+    b.wait_exit();
+    let is_left = || nodes.iter().any(|node| node.exists());
+    assert!(
+        eventually(|| take_mac() && !is_left()),
+        "one of {nodes:?} is still there, or the MAC is not free"
+    );
     assert_eq!(site.host.links(), links_before);
 });
 
@@ -275,12 +270,7 @@ lab_test!(existing_macvtap_is_used_as_it_is, || {
     address(&mut vm, "eth0", 11);
     assert!(pings(&mut vm, "192.168.77.3"));
     vm.send("1 poweroff -f\n");
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
     assert_eq!(site.host.mac("mt0"), mac, "it is still there");
 });
 
@@ -319,7 +309,7 @@ fn becomes(vm: &mut Vm, command: &str, line: &str) {
     let wait = format!(
         "for i in $(seq 50); do [ \"$({command})\" = {line} ] && exit; usleep 100000; done; exit 1"
     );
-    let status = vm.run_for(&wait, 20 * SECOND).status;
+    let status = vm.try_run(&wait).status;
     assert_eq!(status, 0, "{command}: not {line}\n{}", vm.transcript());
 }
 
@@ -475,12 +465,7 @@ lab_test!(vmlinux_with_four_cpus_boots_and_powers_off, || {
     );
     acpi_is_clean(&mut vm);
     vm.send("1 poweroff -f\n");
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
     assert!(!vm.log().to_lowercase().contains("reboot"), "{}", vm.log());
 });
 
@@ -497,12 +482,7 @@ lab_test!(guest_with_80_mib_boots_and_its_reboot_ends_minivmm, || {
     );
     assert!(total < 64 << 10, "{total} KiB");
     vm.send("1 reboot -f\n");
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
     assert!(vm.log().to_lowercase().contains("reboot"), "{}", vm.log());
 });
 
@@ -514,12 +494,7 @@ lab_test!(guest_uses_memory_above_4_gib_and_its_panic_is_seen, || {
     );
     assert!(total > 4300 << 10, "{total} KiB");
     vm.send("1 echo c >/proc/sysrq-trigger\n");
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(4),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(4), "{}", vm.transcript());
     assert!(vm.log().to_lowercase().contains("panic"), "{}", vm.log());
 });
 
@@ -539,13 +514,8 @@ lab_test!(sigterm_presses_the_power_button_with_stdin_closed, || {
         .args(inner.get_args());
     let mut vm = boot_command(shell);
     vm.signal(Signal::TERM);
-    vm.wait_for("GUEST power button\n", 10 * SECOND);
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    vm.wait_for("GUEST power button\n");
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
 });
 
 lab_test!(second_sigterm_ends_a_deaf_guest_at_once, || {
@@ -558,15 +528,11 @@ lab_test!(second_sigterm_ends_a_deaf_guest_at_once, || {
         "the guest has its grace time\n{}",
         vm.transcript()
     );
+    // Eight of its ten seconds are left.
     let start = Instant::now();
     vm.signal(Signal::TERM);
-    assert_eq!(
-        vm.wait_exit(10 * SECOND).code(),
-        Some(143),
-        "{}",
-        vm.transcript()
-    );
-    assert!(start.elapsed() < 2 * SECOND, "{:?}", start.elapsed());
+    assert_eq!(vm.wait_exit().code(), Some(143), "{}", vm.transcript());
+    assert!(start.elapsed() < 6 * SECOND, "{:?}", start.elapsed());
 });
 
 lab_test!(console_to_a_file_keeps_stdout_empty, || {
@@ -577,17 +543,8 @@ lab_test!(console_to_a_file_keeps_stdout_empty, || {
     command.stdin(Stdio::null());
     let mut vm = Vm::spawn(command);
     let read = || std::fs::read_to_string(&path).unwrap_or_default();
-    let start = Instant::now();
-    while !read().contains("GUEST ready") {
-        assert!(start.elapsed() < BOOT_LIMIT, "{}", read());
-        thread::sleep(SECOND / 10);
-    }
+    assert!(eventually(|| read().contains("GUEST ready")), "{}", read());
     vm.signal(Signal::TERM);
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
     assert_eq!(vm.console(), "");
 });

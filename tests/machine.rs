@@ -17,15 +17,12 @@ mod memory;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use harness::elf::elf;
 use harness::guest::{self, Net};
 use harness::vm::{Vm, binary};
 use harness::{guest_test, kvm_test};
 use tiny::Tiny;
-
-const LIMIT: Duration = Duration::from_secs(20);
 
 /// Runs a guest to its end; returns minivmm's status.
 fn run(guest: Tiny, args: &[&str]) -> (Option<i32>, Vm) {
@@ -36,7 +33,7 @@ fn run(guest: Tiny, args: &[&str]) -> (Option<i32>, Vm) {
     command.arg("--kernel").arg(kernel).args(args);
     command.stdin(Stdio::null()).env_remove("RUST_LOG");
     let mut vm = Vm::spawn(command);
-    let status = vm.wait_exit(LIMIT).code();
+    let status = vm.wait_exit().code();
     (status, vm)
 }
 

@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Condvar, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use harness::assets::{assets, cache_dir, lock};
 use harness::linux::initrd;
@@ -45,12 +45,11 @@ use harness::netns::{Netns, is_root};
 use harness::site::{Site, address, pings};
 use harness::skip;
 use harness::vm::{Vm, binary, copy_program};
+use harness::{PATIENCE, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 use vmm::probe::{Privileged, probe};
 
 const SECOND: Duration = Duration::from_secs(1);
-/// From start to the prompt of our init; 5 s alone, more beside other tests.
-const BOOT: Duration = Duration::from_secs(120);
 /// For a kernel that runs by translation: on a loaded machine its test of the timer can fail, and
 /// it panics then.
 const STEADY: &str = "no_timer_check";
@@ -135,7 +134,7 @@ fn kvm_is_native() -> bool {
 /// Starts a command whose guest has our init, and waits for its prompt.
 fn ready(command: Command) -> Vm {
     let mut vm = Vm::spawn(command);
-    vm.wait_for("GUEST ready\n", BOOT);
+    vm.wait_for("GUEST ready\n");
     vm
 }
 
@@ -168,24 +167,18 @@ fn qemu_of(pid: u32) -> Option<u32> {
 /// Waits for [`qemu_of`].
 fn wait_for_qemu(pid: u32) -> u32 {
     let mut qemu = None;
-    eventually(BOOT, "QEMU runs", || {
-        qemu = qemu_of(pid);
-        // Between fork and exec the line is still minivmm's own.
-        qemu.is_some_and(|qemu| {
-            fs::read_to_string(format!("/proc/{qemu}/comm"))
-                .is_ok_and(|comm| comm.starts_with("qemu"))
-        })
-    });
+    assert!(
+        eventually(|| {
+            qemu = qemu_of(pid);
+            // Between fork and exec the line is still minivmm's own.
+            qemu.is_some_and(|qemu| {
+                fs::read_to_string(format!("/proc/{qemu}/comm"))
+                    .is_ok_and(|comm| comm.starts_with("qemu"))
+            })
+        }),
+        "QEMU does not run"
+    );
     qemu.expect("it was found")
-}
-
-/// Waits until `what` holds.
-fn eventually(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < limit, "{what}: not within {limit:?}");
-        thread::sleep(SECOND / 20);
-    }
 }
 
 /// Runs minivmm to an end that comes soon; its status, stdout and stderr.

@@ -19,12 +19,13 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use harness::AT_ONCE;
 use harness::kvm_test;
 use harness::netns::{Netns, is_root};
 use harness::vm::{Vm, binary};
 use nix::sys::signal::{SigHandler, SigSet, signal};
 use rustix::process::{Resource, Rlimit, setrlimit};
-use session::{AT_ONCE, LIMIT, minivmm};
+use session::minivmm;
 use tempfile::TempDir;
 use tiny::{POWER_OFF, Tiny};
 
@@ -77,16 +78,16 @@ kvm_test!(signals_that_are_ignored_at_the_start_stay_ignored, || {
     with_signals(&mut command, &ALL, &[]);
     command.stdin(Stdio::piped());
     let mut vm = Vm::spawn(command);
-    vm.wait_for("ready\n", LIMIT);
+    vm.wait_for("ready\n");
     // One presses the power button, and two end.
     for signal in [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM] {
         vm.signal(signal);
         vm.signal(signal);
     }
     vm.send("on");
-    vm.wait_for("on", LIMIT);
+    vm.wait_for("on");
     vm.send(POWER_OFF);
-    let ended = vm.wait_exit(LIMIT).code();
+    let ended = vm.wait_exit().code();
     assert_eq!(ended, Some(0), "{}", vm.log());
     assert!(!vm.log().contains("signal"), "{}", vm.log());
 });
@@ -96,11 +97,16 @@ kvm_test!(signals_that_are_blocked_at_the_start_arrive, || {
     with_signals(&mut command, &[], &ALL);
     command.stdin(Stdio::null());
     let mut vm = Vm::spawn(command);
-    vm.wait_for("ready\n", LIMIT);
+    vm.wait_for("ready\n");
     vm.signal(Signal::TERM);
-    vm.wait_for_log("power button", LIMIT);
+    vm.wait_for_log("power button");
     vm.signal(Signal::TERM);
-    assert_eq!(vm.wait_exit(AT_ONCE).code(), Some(143), "{}", vm.log());
+    assert_eq!(
+        vm.wait_exit_within(AT_ONCE).code(),
+        Some(143),
+        "{}",
+        vm.log()
+    );
 });
 
 kvm_test!(file_size_limit_ends_no_guest_and_leaves_no_file, || {
@@ -114,7 +120,7 @@ kvm_test!(file_size_limit_ends_no_guest_and_leaves_no_file, || {
         .stdin(Stdio::null());
     let mut vm = Vm::spawn(command);
     let pid = vm.pid();
-    assert_eq!(vm.wait_exit(LIMIT).code(), Some(0), "{}", vm.log());
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
     assert!(vm.log().contains("powered off"), "{}", vm.log());
     let user = rustix::process::geteuid().as_raw();
     for registry in [
@@ -133,9 +139,9 @@ kvm_test!(open_files_are_limited_by_the_hard_limit, || {
     command.args(["--cpus", "100"]).stdin(Stdio::piped());
     with_limit(&mut command, Resource::Nofile, 64);
     let mut vm = Vm::spawn(command);
-    vm.wait_for("ready\n", LIMIT);
+    vm.wait_for("ready\n");
     vm.send(POWER_OFF);
-    assert_eq!(vm.wait_exit(LIMIT).code(), Some(0), "{}", vm.log());
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
 });
 
 /// The ways to start another program, each of which runs `script`.

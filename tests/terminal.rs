@@ -22,8 +22,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::kvm_test;
+use harness::{AT_ONCE, PATIENCE, eventually};
 use rustix::process::{Pid, Signal, kill_process};
-use session::{AT_ONCE, LIMIT, Session, by_shell, minivmm, settings};
+use session::{Session, by_shell, minivmm, settings};
 use tempfile::TempDir;
 use tiny::{CRASH, POWER_OFF, RESET, Tiny};
 
@@ -57,10 +58,7 @@ kvm_test!(terminal_with_settings_of_its_own_gets_them_back, || {
             Tiny::Echo,
         ));
         let plain = shell.before.clone();
-        let deadline = Instant::now() + LIMIT;
-        while settings(&shell.terminal) == plain && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(10));
-        }
+        eventually(|| settings(&shell.terminal) != plain);
         settings(&shell.terminal)
     };
     session.type_keys(POWER_OFF);
@@ -129,7 +127,7 @@ kvm_test!(terminal_is_restored_by_a_signal_that_kills, || {
         session.wait_for("ready");
         session.assert_raw();
         session.signal(signal);
-        assert_eq!(session.wait_exit(AT_ONCE), None, "{signal:?}");
+        assert_eq!(session.wait_exit_within(AT_ONCE), None, "{signal:?}");
         let status = session.child.wait().unwrap();
         assert_eq!(status.signal(), Some(signal.as_raw()));
         assert_eq!(settings(&session.terminal), session.before, "{signal:?}");
@@ -152,7 +150,7 @@ kvm_test!(terminal_is_restored_while_stopped_and_raw_again, || {
     session.wait_for("again");
     // A second time, as the first.
     kill_process(group, Signal::TSTP).unwrap();
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + PATIENCE;
     session.wait_for("ended");
     while settings(&session.terminal) != session.before {
         assert!(Instant::now() < deadline, "raw: {:?}", session.shown());
@@ -188,7 +186,7 @@ fn panic_child() {
     });
     assert!(thread.join().is_err());
     println!("survived");
-    thread::sleep(LIMIT);
+    thread::sleep(PATIENCE);
 }
 
 #[test]
@@ -209,7 +207,7 @@ fn terminal_is_restored_by_a_panic() {
 kvm_test!(terminal_is_restored_after_one_signals_grace_time, || {
     let mut session = Session::with_echo();
     session.signal(Signal::TERM);
-    assert_eq!(session.wait_exit(LIMIT), Some(143), "{:?}", session.shown());
+    assert_eq!(session.wait_exit(), Some(143), "{:?}", session.shown());
     assert_eq!(settings(&session.terminal), session.before);
 });
 
@@ -227,7 +225,7 @@ kvm_test!(terminal_that_hangs_up_is_a_signal, || {
     // The kernel has sent the first SIGHUP by now; two that come together are one.
     thread::sleep(Duration::from_secs(1));
     session.signal(Signal::HUP);
-    assert_eq!(session.wait_exit(AT_ONCE), Some(129));
+    assert_eq!(session.wait_exit_within(AT_ONCE), Some(129));
 });
 
 // ---- keys ----
@@ -342,7 +340,7 @@ kvm_test!(background_guest_gets_its_keys_in_the_foreground, || {
 /// Waits until minivmm has taken the terminal.
 #[track_caller]
 fn wait_until_raw(session: &mut Session) {
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + PATIENCE;
     while settings(&session.terminal) == session.before {
         assert!(Instant::now() < deadline, "not raw: {:?}", session.shown());
         session.look();

@@ -10,10 +10,10 @@ use std::fs;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use harness::elf::elf;
-use harness::guest::{Net, PATIENCE, PEER, addresses};
+use harness::guest::{Net, PEER, addresses};
 use harness::netns::{self, Netns, root_test};
 use harness::vm::{self, Vm};
 use harness::{guest_test, transports_test};
@@ -53,16 +53,14 @@ fn find<'a>(array: &'a Value, key: &str, value: &Value) -> Option<&'a Value> {
     elements.iter().find(|element| &element[key] == value)
 }
 
-/// Asks until `what` is there, which may take the monitor a moment.
-fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(start.elapsed() < PATIENCE, "no {what} in {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(50));
-    }
+/// Waits for `what`, which may take the monitor a moment.
+fn await_some<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let mut found = None;
+    harness::eventually(|| {
+        found = look();
+        found.is_some()
+    });
+    found.unwrap_or_else(|| panic!("no {what}"))
 }
 
 /// What `net list` says of a guest; None when it does not know it.
@@ -87,9 +85,9 @@ fn start_link_guest(net: &Net, lowers: &[&str]) -> Vm {
     let mut vm = Vm::spawn(command);
     for nic in 0..lowers.len() {
         let line = format!("LINK {nic} status=1 generation=0 changes=0 ");
-        vm.wait_for(&line, PATIENCE);
+        vm.wait_for(&line);
     }
-    vm.wait_for("READY link\n", PATIENCE);
+    vm.wait_for("READY link\n");
     vm
 }
 
@@ -157,7 +155,7 @@ guest_test!(net_list_shows_each_links_properties_and_owner, || {
         2,
         "mode=hlt",
     );
-    vm.wait_for("OK hlt", PATIENCE);
+    vm.wait_for("OK hlt");
 
     let text = show(&net.host, &["net", "list"]);
     let pid = vm.pid();
@@ -216,7 +214,7 @@ guest_test!(net_list_shows_a_guests_addresses_until_it_is_killed, || {
     // The guest answers ARP, then neighbour discovery.
     for (n, ip) in addresses(2).iter().enumerate() {
         assert!(net.far.pings(ip, 3), "{}", vm.transcript());
-        let found = eventually("address", || {
+        let found = await_some("address", || {
             let entry = listed(&net, vm.pid())?;
             let found = entry["nics"][0]["addresses"].as_array()?.clone();
             (found.len() > n).then_some(found)
@@ -236,7 +234,7 @@ guest_test!(net_list_shows_a_guests_addresses_until_it_is_killed, || {
     }
 
     vm.signal(Signal::KILL);
-    vm.wait_exit(PATIENCE);
+    vm.wait_exit();
     assert_eq!(listed(&net, vm.pid()), None, "it is dead");
 });
 
@@ -251,19 +249,17 @@ transports_test!(carrier_of_the_lower_shows_in_the_guests_link, |net| {
     for round in 0..3 {
         net.far.down("wire");
         let generation = 2 * round + 1;
-        vm.wait_for(
-            &format!("LINK 0 status=0 generation={generation} changes={generation} "),
-            PATIENCE,
-        );
-        let now = interrupts(&vm.wait_for("\n", PATIENCE));
+        vm.wait_for(&format!(
+            "LINK 0 status=0 generation={generation} changes={generation} "
+        ));
+        let now = interrupts(&vm.wait_for("\n"));
         assert!(now > before, "no interrupt came: {}", vm.transcript());
         before = now;
         net.far.up("wire");
         let generation = generation + 1;
-        vm.wait_for(
-            &format!("LINK 0 status=1 generation={generation} changes={generation} "),
-            PATIENCE,
-        );
+        vm.wait_for(&format!(
+            "LINK 0 status=1 generation={generation} changes={generation} "
+        ));
     }
     let [ip, _] = addresses(2);
     assert!(net.far.pings(&ip, 5), "{}", vm.transcript());
@@ -279,38 +275,33 @@ guest_test!(lower_without_carrier_starts_a_guest_without_link, || {
     net.far.down("wire");
     // What the guest reads first may be from before the monitor's first look at the host.
     let mut vm = net.start(2, "mode=link");
-    vm.wait_for("LINK 0 status=0 ", PATIENCE);
+    vm.wait_for("LINK 0 status=0 ");
     net.far.up("wire");
-    vm.wait_for("LINK 0 status=1 generation=2 ", PATIENCE);
+    vm.wait_for("LINK 0 status=1 generation=2 ");
     net.quit(2, vm);
 });
 
 guest_test!(macvtap_down_or_deleted_takes_the_guests_link_down, || {
     let net = Net::new();
     let mut vm = net.start_on("lower,netns=host,name=vm0", 2, "mode=link");
-    vm.wait_for("READY link\n", PATIENCE);
+    vm.wait_for("READY link\n");
     net.host.down("vm0");
-    vm.wait_for("LINK 0 status=0 generation=1 ", PATIENCE);
+    vm.wait_for("LINK 0 status=0 generation=1 ");
     net.host.up("vm0");
-    vm.wait_for("LINK 0 status=1 generation=2 ", PATIENCE);
+    vm.wait_for("LINK 0 status=1 generation=2 ");
     // And the lower itself, which takes the macvtap with it.
     net.host.down("lower");
-    vm.wait_for("LINK 0 status=0 generation=3 ", PATIENCE);
+    vm.wait_for("LINK 0 status=0 generation=3 ");
     net.host.up("lower");
-    vm.wait_for("LINK 0 status=1 generation=4 ", PATIENCE);
+    vm.wait_for("LINK 0 status=1 generation=4 ");
     // Deleted by another program, it does not disturb the end of the monitor, which would delete
     // it.
     net.host.ip("link delete vm0");
-    vm.wait_for("LINK 0 status=0 generation=5 ", PATIENCE);
+    vm.wait_for("LINK 0 status=0 generation=5 ");
     vm.signal(Signal::TERM);
-    vm.wait_for_log("power button", PATIENCE);
+    vm.wait_for_log("power button");
     vm.signal(Signal::TERM);
-    assert_eq!(
-        vm.wait_exit(PATIENCE).code(),
-        Some(128 + 15),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(128 + 15), "{}", vm.transcript());
     // The signal's.
     let errors = vm.log().matches("error: ").count();
     assert_eq!(errors, 1, "{}", vm.transcript());
@@ -320,11 +311,11 @@ guest_test!(settings_of_a_macvtap_are_restored_or_warned_of, || {
     let net = Net::new();
     let nic = format!("lower,netns=host,name=vm0,mac={MAC}");
     let mut vm = net.start_on(&nic, 2, "mode=link");
-    vm.wait_for("READY link\n", PATIENCE);
+    vm.wait_for("READY link\n");
     let set = |what: &str| drop(net.host.ip(&format!("link set vm0 {what}")));
     set("allmulticast off");
-    vm.wait_for_log("vm0 was set to filter multicast", PATIENCE);
-    eventually("vm0 that takes every multicast frame", || {
+    vm.wait_for_log("vm0 was set to filter multicast");
+    await_some("vm0 that takes every multicast frame", || {
         net.host
             .ip("link show vm0")
             .contains("ALLMULTI")
@@ -335,14 +326,14 @@ guest_test!(settings_of_a_macvtap_are_restored_or_warned_of, || {
     let remedy = format!(
         "the guest has {MAC}, so no frame reaches it any more: `ip link set vm0 address {MAC}`"
     );
-    vm.wait_for_log(&remedy, PATIENCE);
+    vm.wait_for_log(&remedy);
     assert!(
         vm.log().contains("the MAC address 02:00:00:00:78:99"),
         "{}",
         vm.log()
     );
     let seen = || listed(&net, vm.pid()).expect("the guest is listed")["nics"][0]["link"].clone();
-    let wrong_mac = eventually("wrong MAC address in the list", || {
+    let wrong_mac = await_some("wrong MAC address in the list", || {
         seen().get("wrong_mac").cloned()
     });
     let expected = serde_json::json!({"link": "02:00:00:00:78:99", "guest": MAC});
@@ -353,11 +344,8 @@ guest_test!(settings_of_a_macvtap_are_restored_or_warned_of, || {
     assert_eq!(check["status"], "warn", "{check}");
     assert_eq!(check["remedy"], format!("`ip link set vm0 address {MAC}`"));
     set(&format!("address {MAC}"));
-    vm.wait_for_log(
-        &format!("has the guest's MAC address {MAC} again"),
-        PATIENCE,
-    );
-    eventually("list that is content", || {
+    vm.wait_for_log(&format!("has the guest's MAC address {MAC} again"));
+    await_some("list that is content", || {
         seen().get("wrong_mac").is_none().then_some(())
     });
 });
@@ -366,7 +354,7 @@ guest_test!(mtu_of_the_lower_that_changes_is_logged, || {
     let net = Net::new();
     let vm = net.serve(2, "");
     net.host.ip("link set lower mtu 1400");
-    vm.wait_for_log("is now 1400", PATIENCE);
+    vm.wait_for_log("is now 1400");
     // It has to be one line, with the NIC and what it means for the guest.
     let log = vm.log();
     let lines: Vec<_> = log.lines().filter(|line| line.contains("MTU of")).collect();
@@ -391,9 +379,9 @@ guest_test!(lower_that_vanishes_takes_one_link_and_nothing_else, || {
     flood(&net.far, &ip, || {
         thread::sleep(Duration::from_millis(300));
         net.host.ip("link delete lower");
-        vm.wait_for("LINK 0 status=0 generation=1 changes=1 ", PATIENCE);
+        vm.wait_for("LINK 0 status=0 generation=1 changes=1 ");
     });
-    vm.wait_for_log("is gone", PATIENCE);
+    vm.wait_for_log("is gone");
     let log = vm.log();
     let warnings = log.lines().filter(|line| line.contains("warn: "));
     let warnings: Vec<_> = warnings.filter(|line| line.contains("gone")).collect();
@@ -453,8 +441,8 @@ guest_test!(frames_from_a_wrong_mac_are_warned_of_and_counted, || {
     let options = format!("mode=ping count=5 end=halt mac={wrong} peer={}", PEER[0]);
     let mut vm = net.start_on(&format!("lower,mac={MAC}"), 2, &options);
     // No answer reaches it.
-    vm.wait_for("FAIL ping ", PATIENCE);
-    vm.wait_for("END failures=1\n", PATIENCE);
+    vm.wait_for("FAIL ping ");
+    vm.wait_for("END failures=1\n");
 
     let log = vm.log();
     let warnings: Vec<_> = log.lines().filter(|line| line.contains(wrong)).collect();
@@ -462,7 +450,7 @@ guest_test!(frames_from_a_wrong_mac_are_warned_of_and_counted, || {
     for part in ["warn: ", MAC, "mac=", "mode=passthru"] {
         assert!(warnings[0].contains(part), "no {part} in {:?}", warnings[0]);
     }
-    let count = eventually("count", || {
+    let count = await_some("count", || {
         let entry = listed(&net, vm.pid())?;
         entry["nics"][0]["wrong_source_frames"]
             .as_u64()

@@ -78,7 +78,7 @@ guest_test!(leaked_macvtap_is_deleted_by_the_next_start, || {
     assert_eq!(place.net.host.links(), ["lower", "guest0"]);
     // Its name and its MAC address would be taken.
     let vm = place.serve(2, &["--macvtap", &spec]);
-    vm.wait_for_log("deleted guest0 of an ended process", PATIENCE);
+    vm.wait_for_log("deleted guest0 of an ended process");
     assert!(place.net.far.pings(&addresses(2)[0], 3));
     place.net.quit(2, vm);
     assert_eq!(place.net.host.links(), ["lower"]);

@@ -59,8 +59,8 @@ guest_test!(net_open_passes_queue_environment_and_users_rights, || {
             let open = ["net", "open", &spec, "--user", USER];
             let show = ["--", "sh", "-c", SHOW];
             let mut vm = Vm::spawn(place.minivmm_on_a_desktop(&[&open[..], &show].concat()));
-            let shown = vm.wait_for("pid=", PATIENCE);
-            let pid = vm.wait_for("\n", PATIENCE).trim().parse().unwrap();
+            let shown = vm.wait_for("pid=");
+            let pid = vm.wait_for("\n").trim().parse().unwrap();
             let (user, more) = (USER_ID, USER_ID + 1);
             for line in [
                 format!("uid={user} gid={user} groups={user} {more}\n"),
@@ -89,7 +89,7 @@ guest_test!(net_open_passes_queue_environment_and_users_rights, || {
             let own = format!("macvtap mine on lower  bridge  {MAC}  mtu 1400  not watched");
             assert!(listing.contains(&own), "{listing}");
             vm.signal(Signal::TERM);
-            vm.wait_exit(PATIENCE);
+            vm.wait_exit();
             assert!(place.mac_gets_free(), "{spec}");
             assert_eq!(place.net.host.links(), ["lower"]);
         }
@@ -152,10 +152,10 @@ guest_test!(net_open_private_link_is_gone_after_end_and_sigkill, || {
     for signal in [Signal::TERM, Signal::KILL] {
         let show = ["net", "open", &spec, "--", "sh", "-c", SHOW];
         let mut vm = Vm::spawn(place.minivmm(&show));
-        vm.wait_for("pid=", PATIENCE);
+        vm.wait_for("pid=");
         assert_eq!(place.net.host.links(), ["lower"]);
         vm.signal(signal);
-        assert_eq!(vm.wait_exit(PATIENCE).signal(), Some(signal.as_raw()));
+        assert_eq!(vm.wait_exit().signal(), Some(signal.as_raw()));
         assert!(place.mac_gets_free());
     }
 });
@@ -167,7 +167,7 @@ guest_test!(net_open_with_netns_host_forwards_sigterm, || {
     let mut vm = Vm::spawn(place.minivmm(&[
         "net", "open", spec, "--user", "nobody", "--", "sh", "-c", script,
     ]));
-    vm.wait_for("up\n", PATIENCE);
+    vm.wait_for("up\n");
     let shown = place.net.host.ip("-d link show dev mine");
     assert!(
         shown.contains("alias owner: minivmm pid="),
@@ -176,12 +176,7 @@ guest_test!(net_open_with_netns_host_forwards_sigterm, || {
     assert!(shown.contains(&format!("pid={} ", vm.pid())), "{shown}");
     assert!(shown.contains("macvtap mode bridge"), "{shown}");
     vm.signal(Signal::TERM);
-    assert_eq!(
-        vm.wait_exit(PATIENCE).code(),
-        Some(9),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(9), "{}", vm.transcript());
     assert_eq!(place.net.host.links(), ["lower"]);
 });
 
@@ -190,15 +185,15 @@ guest_test!(netns_host_program_ends_when_net_open_is_killed, || {
     let spec = "lower,netns=host,name=mine";
     let open = ["net", "open", spec, "--user", USER, "--"];
     let mut vm = Vm::spawn(place.minivmm_on_a_desktop(&[&open[..], &["sh", "-c", SHOW]].concat()));
-    vm.wait_for("pid=", PATIENCE);
-    let pid: u32 = vm.wait_for("\n", PATIENCE).trim().parse().unwrap();
+    vm.wait_for("pid=");
+    let pid: u32 = vm.wait_for("\n").trim().parse().unwrap();
     assert_ne!(pid, vm.pid());
     vm.signal(Signal::KILL);
     assert!(
         eventually(|| !is_running(pid)),
         "its link may be deleted by any process"
     );
-    vm.wait_exit(PATIENCE);
+    vm.wait_exit();
     let deleted = succeeds(place.minivmm(&["net", "gc"]));
     assert!(deleted.starts_with("deleted mine (macvtap)"), "{deleted}");
     assert_eq!(place.net.host.links(), ["lower"]);
@@ -226,7 +221,7 @@ guest_test!(unprivileged_minivmm_in_net_open_serves_its_guest, || {
         assert_eq!(mac_in_guest(&console), MAC);
         assert!(console.contains(" mtu=1400"), "{console}");
         let vm = place.until_it_serves(start("mode=echo"));
-        vm.wait_for_log("NIC on lower: ", PATIENCE);
+        vm.wait_for_log("NIC on lower: ");
         for ip in addresses(2) {
             assert!(place.net.far.pings(&ip, 3), "{ip}\n{}", vm.transcript());
         }
@@ -243,14 +238,14 @@ guest_test!(unprivileged_minivmm_in_net_open_serves_its_guest, || {
         assert_eq!(listing().matches(" of pid ").count(), 1, "{}", listing());
         // The wire of a macvtap that it cannot see.
         place.net.far.down("wire");
-        vm.wait_for_log("the link is down", PATIENCE);
+        vm.wait_for_log("the link is down");
         assert!(
             eventually(|| listing().contains("no carrier  addr")),
             "{}",
             listing()
         );
         place.net.far.up("wire");
-        vm.wait_for_log("the link is up", PATIENCE);
+        vm.wait_for_log("the link is up");
         place.net.far.address("wire", &format!("{}/64", PEER[1]));
         place.net.quit(2, vm);
         assert_eq!(place.net.host.links(), ["lower"]);
@@ -292,6 +287,6 @@ guest_test!(nic_of_qemu_is_listed_while_it_runs_and_never_shared, || {
     let texts = [program, "a part of its frames"];
     is_refused(qemu(&["mine"]), FAILED, &texts);
     vm.signal(Signal::TERM);
-    vm.wait_exit(PATIENCE);
+    vm.wait_exit();
     assert!(!listing().contains(&own), "{}", listing());
 });

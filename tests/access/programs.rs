@@ -160,13 +160,8 @@ guest_test!(guest_runs_without_the_socket_that_watches, || {
         let outer = ["lower", "--", "sh", "-c", &script, "sh"];
         let args = [&outer[..], &program, &inner].concat();
         let mut vm = Vm::spawn(place.open_by(&["env"], &args));
-        assert_eq!(
-            vm.wait_exit(PATIENCE).code(),
-            Some(0),
-            "{}",
-            vm.transcript()
-        );
-        vm.wait_for_log("cannot watch macvtap0", PATIENCE);
+        assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
+        vm.wait_for_log("cannot watch macvtap0");
     }
 });
 
@@ -179,15 +174,15 @@ guest_test!(netns_host_program_and_its_children_end_with_us, || {
         let spec = format!("lower,mac={MAC},netns=host");
         let args = [&spec, "--user", USER, "--", "sh", "-c", WRAPPER];
         let mut vm = Vm::spawn(place.open_by(&["env"], &args));
-        vm.wait_for("pid=", PATIENCE);
-        let pid: u32 = vm.wait_for("\n", PATIENCE).trim().parse().unwrap();
+        vm.wait_for("pid=");
+        let pid: u32 = vm.wait_for("\n").trim().parse().unwrap();
         vm.signal(signal);
         let ended = eventually(|| !is_running(pid));
         if !ended {
             let _ = rustix::process::kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL);
         }
         assert!(ended, "after {signal:?}");
-        vm.wait_exit(PATIENCE);
+        vm.wait_exit();
         succeeds(place.minivmm(&["net", "gc"]));
         assert!(place.mac_gets_free(), "after {signal:?}");
     }

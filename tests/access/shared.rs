@@ -8,19 +8,18 @@ const REFUSED: &str = "a part of its frames";
 /// Waits until all of `vms` but one have been refused, and returns that one.
 #[track_caller]
 fn only_one_stays(mut vms: Vec<Vm>) -> Vm {
-    let deadline = Instant::now() + PATIENCE;
-    while vms.len() > 1 {
-        assert!(Instant::now() < deadline, "{} of them run", vms.len());
+    let one_is_left = eventually(|| {
         vms.retain_mut(|vm| {
             let has_ended = vm.has_ended();
             if has_ended {
-                assert_eq!(vm.wait_exit(PATIENCE).code(), Some(FAILED));
+                assert_eq!(vm.wait_exit().code(), Some(FAILED));
                 assert!(vm.log().contains(REFUSED), "{}", vm.transcript());
             }
             !has_ended
         });
-        thread::sleep(Duration::from_millis(10));
-    }
+        vms.len() == 1
+    });
+    assert!(one_is_left, "{} of them run", vms.len());
     vms.pop().expect("not all are refused")
 }
 
@@ -45,7 +44,7 @@ guest_test!(one_of_many_starters_gets_an_existing_macvtap, || {
         };
         let vms = (0..count).map(|n| Vm::spawn(start(n))).collect();
         let mut vm = only_one_stays(vms);
-        vm.wait_for("READY echo\n", PATIENCE);
+        vm.wait_for("READY echo\n");
         // The kernel alone releases the winner's claim.
         kill(vm);
     }
@@ -89,11 +88,11 @@ guest_test!(macvtap_is_in_use_while_a_child_has_its_queue, || {
         "net", "open", "mine", "--user", "nobody", "--", "sh", "-c", script,
     ];
     let mut vm = Vm::spawn(place.minivmm(&open));
-    vm.wait_for("child=", PATIENCE);
-    let child: i32 = vm.wait_for("\n", PATIENCE).trim().parse().unwrap();
+    vm.wait_for("child=");
+    let child: i32 = vm.wait_for("\n").trim().parse().unwrap();
     let child = pidfd_open(Pid::from_raw(child).unwrap(), PidfdFlags::empty()).unwrap();
     vm.signal(Signal::KILL);
-    vm.wait_exit(PATIENCE);
+    vm.wait_exit();
     let guest = place.guest(2, "mode=info");
     let args = with(&guest, &["--macvtap", "mine"]);
     is_refused(place.minivmm(&args), FAILED, &["mine (", REFUSED]);
@@ -121,7 +120,7 @@ guest_test!(of_two_minivmm_in_one_net_open_one_gets_the_nic, || {
         ];
         let args = [&open[..], &[program.to_str().unwrap()], &inner].concat();
         let vm = place.until_it_serves(Vm::spawn(place.minivmm_on_a_desktop(&args)));
-        vm.wait_for_log(REFUSED, PATIENCE);
+        vm.wait_for_log(REFUSED);
         assert_eq!(vm.log().matches(REFUSED).count(), 1, "{}", vm.transcript());
         assert!(
             place.net.far.pings(&addresses(2)[0], 3),
@@ -172,7 +171,7 @@ guest_test!(list_shows_current_names_and_mtus, || {
     let say = ["sh", "-c", "echo up; exec sleep 600"];
     let open = ["net", "open", "lower", "--user", "nobody", "--"];
     let mut program = Vm::spawn(place.minivmm(&[&open[..], &say].concat()));
-    program.wait_for("up\n", PATIENCE);
+    program.wait_for("up\n");
     host.ip("link set lower mtu 1300");
     host.down("lower");
     host.ip("link set lower name wan0");

@@ -15,15 +15,12 @@ fn assert_no_macvtap(host: &Netns, value: &str, status: i32, texts: &[&str]) {
     );
     assert_eq!(host.links(), links, "--macvtap {value} left a link");
     // Other tests' guests come and go meanwhile: what stays is ours.
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while tap_nodes().difference(&nodes).next().is_some() {
-        assert!(
-            Instant::now() < deadline,
-            "--macvtap {value} left one of {:?}, before there was {nodes:?}",
-            tap_nodes()
-        );
-        thread::sleep(Duration::from_millis(20));
-    }
+    let nothing_left = || tap_nodes().difference(&nodes).next().is_none();
+    assert!(
+        eventually(nothing_left),
+        "--macvtap {value} left one of {:?}, before there was {nodes:?}",
+        tap_nodes()
+    );
 }
 
 #[test]
@@ -132,7 +129,7 @@ guest_test!(macvtap_with_a_taken_mac_is_refused_with_who_has_it, || {
     let value = "wire,mac=52:54:00:12:34:56";
     let command = minivmm(["--kernel", &text(&running), "--macvtap", value]);
     let mut guest = Vm::spawn(inside(&host, &command));
-    guest.wait_for("ready\n", Duration::from_secs(20));
+    guest.wait_for("ready\n");
     assert_no_macvtap(
         &host,
         value,
@@ -140,7 +137,7 @@ guest_test!(macvtap_with_a_taken_mac_is_refused_with_who_has_it, || {
         &["taken", "another VM's", "choose another"],
     );
     guest.signal(Signal::KILL);
-    guest.wait_exit(Duration::from_secs(20));
+    guest.wait_exit();
 
     // Free again, as soon as the kernel has cleaned up after the killed one.
     let again = || run(inside(&host, &files.boot(&["--macvtap", value])));

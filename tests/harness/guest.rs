@@ -5,12 +5,10 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::PATIENCE;
 use super::elf::elf;
 use super::netns::Netns;
 use super::vm::{self, Vm};
-
-/// How long anything in these tests may take: much more than it does, on a busy machine too.
-pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The IPv4 and IPv6 address of the far side.
 pub const PEER: [&str; 2] = ["10.77.0.1", "fd77::1"];
@@ -109,7 +107,7 @@ impl Net {
     /// Starts a guest that serves, and waits until it does.
     pub fn serve(&self, number: u8, options: &str) -> Vm {
         let mut vm = self.start(number, &format!("mode=echo {options}"));
-        vm.wait_for("READY echo\n", PATIENCE);
+        vm.wait_for("READY echo\n");
         vm
     }
 
@@ -224,7 +222,7 @@ pub fn addresses(number: u8) -> [String; 2] {
 
 /// Waits for a guest's power-off; returns its console.
 pub fn power_off(mut vm: Vm) -> String {
-    let status = vm.wait_exit(PATIENCE);
+    let status = vm.wait_exit();
     assert_eq!(status.code(), Some(0), "\n{}", vm.transcript());
     vm.console()
 }

@@ -11,6 +11,7 @@
 //! - `initramfs`: archives for the Linux guest and for the lab
 //! - `site`: a wire with a third host, for Linux guests
 //! - `memory`: how much of it a monitor takes
+//! - `patience`: how long to wait for what
 //! - `process`: child processes, and what the kernel shows of any
 //! - `pty`: a pseudo-terminal for a command
 //! - `signals`: a known signal state for all that a test starts
@@ -27,6 +28,7 @@ pub mod linux;
 pub mod memory;
 pub mod needs;
 pub mod netns;
+pub mod patience;
 pub mod process;
 pub mod pty;
 pub mod signals;
@@ -35,3 +37,4 @@ pub mod vm;
 
 pub(crate) use needs::{guest_test, kvm_test, lab_test, transports_test};
 pub use netns::skip;
+pub use patience::{AT_ONCE, PATIENCE, eventually};

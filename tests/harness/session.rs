@@ -17,13 +17,8 @@ use tempfile::TempDir;
 use super::harness::process::Killed;
 use super::harness::pty::Pty;
 use super::harness::vm::binary;
+use super::harness::{AT_ONCE, PATIENCE};
 use super::tiny::Tiny;
-
-/// Longer than anything here may take. The time that a guest gets after its power button was
-/// pressed, which these guests do not know, is 10 s.
-pub const LIMIT: Duration = Duration::from_secs(30);
-/// Shorter than that time: an end within it came at once.
-pub const AT_ONCE: Duration = Duration::from_secs(8);
 
 /// minivmm with a guest of ours. The file lives as long as the directory.
 pub fn minivmm(guest: Tiny) -> (Command, TempDir) {
@@ -108,7 +103,7 @@ impl Session {
     /// Waits until the terminal shows `text`, after what earlier calls have found.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let rest = &self.shown[self.seen..];
             let found = rest.windows(text.len()).position(|w| w == text.as_bytes());
@@ -135,7 +130,13 @@ impl Session {
 
     /// Waits for the end and returns the exit status.
     #[track_caller]
-    pub fn wait_exit(&mut self, limit: Duration) -> Option<i32> {
+    pub fn wait_exit(&mut self) -> Option<i32> {
+        self.wait_exit_within(PATIENCE)
+    }
+
+    /// The same, for an end that is to be quick.
+    #[track_caller]
+    pub fn wait_exit_within(&mut self, limit: Duration) -> Option<i32> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -161,7 +162,7 @@ impl Session {
     /// Waits for the end with this status, and for the terminal as it was.
     #[track_caller]
     pub fn assert_ends(&mut self, status: i32) {
-        let ended = self.wait_exit(AT_ONCE);
+        let ended = self.wait_exit_within(AT_ONCE);
         assert_eq!(ended, Some(status), "{:?}", self.shown());
         assert_eq!(settings(&self.terminal), self.before, "the terminal");
     }

@@ -1,7 +1,7 @@
 //! A wire with a lower interface for guests and a third host on it, and what a Linux guest does
 //! there.
 
-use std::time::Duration;
+use std::net::UdpSocket;
 
 use super::netns::Netns;
 use super::vm::Vm;
@@ -44,5 +44,16 @@ pub fn address(vm: &mut Vm, interface: &str, n: u8) {
 /// Whether the guest reaches an address, tried up to five times with a second's patience each.
 pub fn pings(vm: &mut Vm, to: &str) -> bool {
     let ping = format!("for i in 1 2 3 4 5; do ping -q -c1 -W1 {to} && exit; done; exit 1");
-    vm.run_for(&ping, Duration::from_secs(20)).status == 0
+    vm.try_run(&ping).status == 0
+}
+
+/// Sends so many datagrams, each from a port of its own, that each of a NIC's queues gets some: the host's kernel spreads
+/// frames by addresses and ports.
+pub fn send_from_many_ports(netns: &Netns, from: &str, to: &str) {
+    netns.enter(|| {
+        for _ in 0..256 {
+            let socket = UdpSocket::bind((from, 0)).expect("an address on the wire");
+            socket.send_to(b"spread", (to, 9)).expect("it is sent");
+        }
+    });
 }

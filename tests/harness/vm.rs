@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::PATIENCE;
 use super::process::Killed;
 
 /// The minivmm under test: `$MINIVMM_BIN` (set in the lab), else the one that cargo built for this
@@ -105,8 +106,8 @@ impl Vm {
     ///
     /// Panics, with console and log, when it does not come in time or minivmm closes the console
     /// first.
-    pub fn wait_for(&mut self, text: &str, timeout: Duration) -> String {
-        match self.console.wait(self.seen, text, timeout) {
+    pub fn wait_for(&mut self, text: &str) -> String {
+        match self.console.wait(self.seen, text) {
             Some(found) => {
                 self.seen += found.len();
                 found
@@ -117,17 +118,17 @@ impl Vm {
                 self.transcript()
             ),
             None => panic!(
-                "no {text:?} on the console within {timeout:?}\n{}",
+                "no {text:?} on the console within {PATIENCE:?}\n{}",
                 self.transcript()
             ),
         }
     }
 
     /// Waits until minivmm's log shows `text` anywhere; panics when it does not come in time.
-    pub fn wait_for_log(&self, text: &str, timeout: Duration) {
-        if self.log.wait(0, text, timeout).is_none() {
+    pub fn wait_for_log(&self, text: &str) {
+        if self.log.wait(0, text).is_none() {
             panic!(
-                "no {text:?} in the log within {timeout:?}\n{}",
+                "no {text:?} in the log within {PATIENCE:?}\n{}",
                 self.transcript()
             );
         }
@@ -154,10 +155,9 @@ impl Vm {
         self.stdin = None;
     }
 
-    /// Runs a shell command in a guest that shows our init's prompt; panics unless it succeeds
-    /// within 30 s.
+    /// Runs a shell command in a guest that shows our init's prompt; panics unless it succeeds.
     pub fn run(&mut self, command: &str) -> String {
-        let output = self.run_for(command, Duration::from_secs(30));
+        let output = self.try_run(command);
         if output.status != 0 {
             panic!(
                 "{command:?} ended with {}\n{}\n{}",
@@ -170,9 +170,9 @@ impl Vm {
     }
 
     /// Runs a shell command in the guest; returns how it ended.
-    pub fn run_for(&mut self, command: &str, timeout: Duration) -> Output {
+    pub fn try_run(&mut self, command: &str) -> Output {
         let id = self.start_command(command);
-        self.finish_command(id, timeout)
+        self.finish_command(id)
     }
 
     /// Starts a shell command in the guest; [`Vm::finish_command`] waits for its end.
@@ -184,11 +184,11 @@ impl Vm {
     }
 
     /// Waits for the end of a command.
-    pub fn finish_command(&mut self, id: u32, timeout: Duration) -> Output {
-        self.wait_for(&format!("GUEST begin {id}\n"), timeout);
+    pub fn finish_command(&mut self, id: u32) -> Output {
+        self.wait_for(&format!("GUEST begin {id}\n"));
         let end = format!("GUEST end {id} ");
-        let text = self.wait_for(&end, timeout);
-        let status = self.wait_for("\n", timeout);
+        let text = self.wait_for(&end);
+        let status = self.wait_for("\n");
         Output {
             status: status
                 .trim()
@@ -206,7 +206,12 @@ impl Vm {
     }
 
     /// Waits for minivmm's end; panics with console and log when it does not come in time.
-    pub fn wait_exit(&mut self, timeout: Duration) -> ExitStatus {
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        self.wait_exit_within(PATIENCE)
+    }
+
+    /// The same, for an end that is to be quick.
+    pub fn wait_exit_within(&mut self, timeout: Duration) -> ExitStatus {
         let deadline = Instant::now() + timeout;
         loop {
             if let Some(status) = self.child.try_wait().expect("minivmm is our child") {
@@ -285,7 +290,7 @@ impl Stream {
     }
 
     /// The text from byte `from` to the end of the first `needle`, as soon as there is one.
-    fn wait(&self, from: usize, needle: &str, timeout: Duration) -> Option<String> {
+    fn wait(&self, from: usize, needle: &str) -> Option<String> {
         let find = |state: &State| {
             let rest = state.bytes.get(from..)?;
             let start = rest
@@ -296,7 +301,7 @@ impl Stream {
         let (state, _) = self
             .shared
             .1
-            .wait_timeout_while(self.state(), timeout, |state| {
+            .wait_timeout_while(self.state(), PATIENCE, |state| {
                 !state.ended && find(state).is_none()
             })
             .expect("no holder panics");

@@ -24,10 +24,10 @@ fn mappings(args: &[&str]) -> Vec<Mapping> {
     command.arg("--kernel").arg(kernel).args(args);
     command.stdin(Stdio::piped()).env_remove("RUST_LOG");
     let mut vm = Vm::spawn(command);
-    vm.wait_for("ready\n", LIMIT);
+    vm.wait_for("ready\n");
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).unwrap();
     vm.send(tiny::POWER_OFF);
-    assert_eq!(vm.wait_exit(LIMIT).code(), Some(0), "{}", vm.transcript());
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
 
     let mut found: Vec<Mapping> = Vec::new();
     for line in smaps.lines() {

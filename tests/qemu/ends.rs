@@ -26,21 +26,21 @@ tcg_test!(nothing_is_left_when_either_process_is_killed, || {
             let status = fs::read_to_string(format!("/proc/{qemu}/status")).unwrap_or_default();
             status.contains("\nUid:\t0\t") == (user == "root")
         };
-        eventually(BOOT, "QEMU has its user", is_users);
+        assert!(eventually(is_users), "QEMU does not take its user");
         assert!(!site.mac_is_free(mac), "in use while QEMU runs");
         let links = site.host.links().len();
         assert_eq!(links, if placement == "host" { 2 } else { 1 });
         if victim == "qemu" {
             kill_process(Pid::from_raw(qemu as i32).unwrap(), Signal::KILL).unwrap();
-            let status = vm.wait_exit(20 * SECOND);
+            let status = vm.wait_exit();
             assert_eq!(status.code(), Some(137), "{}", vm.log());
             assert!(vm.log().contains("killed by signal 9"), "{}", vm.log());
         } else {
             vm.signal(Signal::KILL);
-            vm.wait_exit(20 * SECOND);
+            vm.wait_exit();
         }
         let gone = || !Path::new(&format!("/proc/{qemu}")).exists();
-        eventually(20 * SECOND, "QEMU has ended", gone);
+        assert!(eventually(gone), "QEMU lives on");
         if (placement, victim) == ("host", "minivmm") {
             // The next start deletes it, or this command.
             assert_eq!(site.host.links().len(), 2);
@@ -50,7 +50,7 @@ tcg_test!(nothing_is_left_when_either_process_is_killed, || {
             assert!(gc.status.success(), "{}", text(&gc.stderr));
             assert!(text(&gc.stdout).contains("deleted"), "{}", text(&gc.stdout));
         }
-        eventually(20 * SECOND, "the macvtap is gone", || site.mac_is_free(mac));
+        assert!(eventually(|| site.mac_is_free(mac)), "the macvtap is left");
         assert_eq!(site.host.links(), ["wire"]);
     }
 });
@@ -67,12 +67,12 @@ tcg_test!(signals_reach_a_qemu_of_args_alone, || {
         let mut command = site.qemu(["--macvtap", "wire", "--", "-M", "q35", "-nodefaults", "-S"]);
         command.args(["-display", "none", "-accel", "tcg", "-monitor", "stdio"]);
         let mut vm = Vm::spawn(command);
-        vm.wait_for("(qemu)", BOOT);
+        vm.wait_for("(qemu)");
         // The prompt comes before QEMU is ready for signals, the answer after.
         vm.send("info status\n");
-        vm.wait_for("VM status", BOOT);
+        vm.wait_for("VM status");
         vm.signal(signal);
-        assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(code), "{signal:?}");
+        assert_eq!(vm.wait_exit().code(), Some(code), "{signal:?}");
         let words = match signal {
             Signal::QUIT => "killed by signal 3".to_owned(),
             _ => format!("terminating on signal {}", signal.as_raw()),
@@ -174,7 +174,7 @@ tcg_test!(failure_of_qemu_is_shown_with_a_hint_and_its_status, || {
     if !vm.has_ended() {
         vm.signal(Signal::TERM);
     }
-    vm.wait_exit(20 * SECOND);
+    vm.wait_exit();
     if vm.log().contains("failed to set MSR") {
         assert!(vm.log().contains("-arch-capabilities"), "{}", vm.log());
     } else {

@@ -10,7 +10,7 @@ use super::harness::assets::assets;
 use super::harness::linux::{boot_command, initrd};
 use super::harness::site::{Site, address, pings};
 use super::harness::skip;
-use super::{Permit, SECOND, lab, outcome, text, wait_for_qemu};
+use super::{Permit, lab, outcome, text, wait_for_qemu};
 
 /// A test where Linux guests run by KVM; a lab of its own is a guest by translation too.
 macro_rules! kvm_guest_test {
@@ -66,12 +66,7 @@ kvm_guest_test!(guest_runs_by_kvm_with_vhost_net, || {
     assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
     assert!(site.peer.pings("192.168.77.11", 3));
     vm.send("1 echo c >/proc/sysrq-trigger\n");
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(4),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(4), "{}", vm.transcript());
 });
 
 kvm_guest_test!(classic_command_runs_by_kvm, || {
@@ -95,12 +90,7 @@ kvm_guest_test!(classic_command_runs_by_kvm, || {
     assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
     // It is passed on, and QEMU ends by it.
     vm.signal(Signal::TERM);
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
 });
 
 kvm_guest_test!(auto_takes_the_translator_where_qemu_fails_with_kvm, || {

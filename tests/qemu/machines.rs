@@ -92,13 +92,14 @@ tcg_test!(classic_command_works_with_macvtap_lines_replaced, || {
             Some(text)
         })
     };
-    eventually(BOOT, "the forwarded port answers", || {
-        greeting().is_some_and(|text| text.contains("hello from the guest"))
-    });
+    assert!(
+        eventually(|| { greeting().is_some_and(|text| text.contains("hello from the guest")) }),
+        "the forwarded port does not answer"
+    );
 
     // The screen is shown: VNC's server greets with its version (RFC 6143, 7.1.1).
     let mut screen = UnixStream::connect(at("vnc")).expect("QEMU listens");
-    screen.set_read_timeout(Some(BOOT)).expect("no zero");
+    screen.set_read_timeout(Some(PATIENCE)).expect("no zero");
     let mut banner = [0; 12];
     screen.read_exact(&mut banner).expect("the server greets");
     assert!(banner.starts_with(b"RFB 003."), "{banner:?}");
@@ -110,12 +111,7 @@ tcg_test!(classic_command_works_with_macvtap_lines_replaced, || {
     );
     assert!(answer.contains("running"), "{answer}");
     assert!(answer.contains("qcow2"), "{answer}");
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
     assert!(site.mac_is_free("02:aa:00:00:00:0e"));
 });
 
@@ -177,18 +173,13 @@ tcg_test!(uefi_firmware_reaches_its_shell_with_the_macvtap_nic, || {
         disk.display(),
     );
     let mut vm = Vm::spawn(site.qemu(args.split_whitespace()));
-    vm.wait_for("Shell>", BOOT);
+    vm.wait_for("Shell>");
     vm.send("connect -r\r");
-    vm.wait_for("Shell>", BOOT);
+    vm.wait_for("Shell>");
     vm.send("ifconfig -l\r");
-    vm.wait_for("02:AA:00:00:00:0F", BOOT);
+    vm.wait_for("02:AA:00:00:00:0F");
     vm.send("reset -s\r");
-    assert_eq!(
-        vm.wait_exit(20 * SECOND).code(),
-        Some(0),
-        "{}",
-        vm.transcript()
-    );
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
 });
 
 /// A disk's first sector: reads the second by the BIOS and writes its text to the first serial
@@ -230,7 +221,7 @@ tcg_test!(guest_boots_from_its_qcow2_disk, || {
         at("qcow2"),
     );
     let mut vm = Vm::spawn(site.qemu(args.split_whitespace()));
-    vm.wait_for("read from the qcow2 disk", BOOT);
+    vm.wait_for("read from the qcow2 disk");
     vm.signal(Signal::TERM);
-    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0), "{}", vm.log());
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
 });

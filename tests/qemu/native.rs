@@ -18,7 +18,7 @@ tcg_test!(kernel_guest_has_the_macvtaps_mac_and_powers_off, || {
     assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
     assert!(site.peer.pings("192.168.77.11", 3));
     vm.send("1 poweroff -f\n");
-    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert_eq!(vm.wait_exit().code(), Some(0));
     assert!(vm.log().contains("powered off"), "{}", vm.log());
     // That it takes long is not left unsaid.
     let warned = vm.log().contains("by emulation (TCG)");
@@ -39,7 +39,7 @@ tcg_test!(options_of_the_native_monitor_switch_with_one_word, || {
     vm.run("ip link set eth0 up && ip addr add 192.168.78.11/24 dev eth0");
     assert!(pings(&mut vm, "192.168.78.9"), "{}", vm.transcript());
     vm.send("1 poweroff -f\n");
-    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert_eq!(vm.wait_exit().code(), Some(0));
     assert_eq!(site.host.links(), ["wire"], "the host's link is deleted");
 
     let output = outcome(site.qemu(["--kernel", "k", "--transport", "mmio"]));
@@ -91,7 +91,7 @@ tcg_test!(kernel_guest_ends_as_in_the_native_monitor, || {
         let mut vm = site.boot(&["--accel", "tcg"]);
         assert_eq!(vm.run("ls /sys/class/net").trim(), "lo");
         vm.send(&format!("1 {command}\n"));
-        let code = vm.wait_exit(20 * SECOND).code();
+        let code = vm.wait_exit().code();
         assert_eq!(code, Some(status), "{command}\n{}", vm.transcript());
         assert!(vm.log().contains(words), "{}", vm.log());
     }
@@ -108,9 +108,12 @@ tcg_test!(signals_press_the_power_button_and_a_second_one_ends, || {
     command.arg(&kernel).arg("--initrd").arg(&initrd);
     command.args(["--cmdline", STEADY]);
     let mut vm = Vm::spawn(command);
-    eventually(BOOT, "the guest boots", || read().contains("GUEST ready"));
+    assert!(
+        eventually(|| read().contains("GUEST ready")),
+        "the guest does not boot"
+    );
     vm.signal(Signal::QUIT);
-    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert_eq!(vm.wait_exit().code(), Some(0));
     assert!(read().contains("GUEST power button"), "{}", read());
     assert_eq!(vm.console(), "", "the console is in the file");
 
@@ -121,12 +124,12 @@ tcg_test!(signals_press_the_power_button_and_a_second_one_ends, || {
         thread::sleep(2 * SECOND);
         assert_eq!(vm.has_ended(), signal == Signal::INT, "{}", vm.transcript());
     }
-    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(130));
+    assert_eq!(vm.wait_exit().code(), Some(130));
     assert!(vm.log().contains("signal 1: pressing"), "{}", vm.log());
 
     let mut vm = site.boot(&["--accel", "tcg"]);
     vm.signal(Signal::TERM);
-    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert_eq!(vm.wait_exit().code(), Some(0));
 });
 
 tcg_test!(open_queue_and_a_device_of_the_users_are_taken, || {

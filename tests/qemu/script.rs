@@ -8,7 +8,7 @@ use super::harness::assets::assets;
 use super::harness::linux::initrd;
 use super::harness::site::{Site, address, pings};
 use super::harness::vm::Vm;
-use super::{BOOT, SECOND, STEADY, descendants, outcome, tcg_test, text};
+use super::{STEADY, descendants, outcome, tcg_test, text};
 
 /// When dropped, kills what a shell has started: it would live on when a failed test kills the
 /// shell.
@@ -59,7 +59,7 @@ tcg_test!(script_of_a_dry_run_makes_the_same_guest, || {
     shell.args(["-c", &script]).stdin(Stdio::piped());
     let mut vm = Vm::spawn(shell);
     let _guard = KillChildren(vm.pid());
-    vm.wait_for("GUEST ready\n", BOOT);
+    vm.wait_for("GUEST ready\n");
     for (n, mac) in macs.iter().enumerate() {
         let found = vm.run(&format!("cat /sys/class/net/eth{n}/address"));
         assert_eq!(found.trim(), *mac);
@@ -78,7 +78,7 @@ tcg_test!(script_of_a_dry_run_makes_the_same_guest, || {
     let addresses = site.host.ip("-o address show");
     assert!(addresses.contains("192.168.78.9/24"), "{addresses}");
     vm.send("1 poweroff -f\n");
-    assert_eq!(vm.wait_exit(20 * SECOND).code(), Some(0));
+    assert_eq!(vm.wait_exit().code(), Some(0));
     assert_eq!(
         site.host.links(),
         ["wire"],

@@ -12,7 +12,7 @@ use rustix::termios::{LocalModes, tcgetattr};
 use super::harness::assets::assets;
 use super::harness::pty::Pty;
 use super::harness::vm::binary;
-use super::{BOOT, SECOND, descendants, eventually, tcg_test};
+use super::{SECOND, descendants, eventually, tcg_test};
 
 /// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the
 /// command's pid and the user's side of the terminal), and checks that the terminal is as before.
@@ -31,15 +31,18 @@ fn on_a_terminal(mut command: Command, end: impl FnOnce(u32, &mut fs::File)) -> 
     let mut shown = pty.keyboard.try_clone().expect("a descriptor is free");
     // Ends with the terminal's other side.
     thread::spawn(move || while shown.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
-    eventually(BOOT, "the terminal becomes raw", is_raw);
+    assert!(eventually(is_raw), "the terminal is not raw");
     // The mode changes before QEMU reads.
     thread::sleep(SECOND);
     end(child.id(), &mut pty.keyboard);
     let mut status = None;
-    eventually(20 * SECOND, "minivmm ends", || {
-        status = child.try_wait().expect("it is our child");
-        status.is_some()
-    });
+    assert!(
+        eventually(|| {
+            status = child.try_wait().expect("it is our child");
+            status.is_some()
+        }),
+        "minivmm does not end"
+    );
     assert!(!is_raw(), "the terminal is restored");
     assert!(!nonblocking(), "and blocks");
     status.and_then(|status| status.code())

@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::harness::process::is_running;
 use super::harness::site::Site;
 use super::harness::vm::{Vm, copy_program};
-use super::{SECOND, eventually, outcome, tcg_test, text};
+use super::{eventually, outcome, tcg_test, text};
 
 /// A directory with a program `qemu`, and what it leaves there.
 struct Wrapper(tempfile::TempDir);
@@ -41,7 +41,10 @@ impl Wrapper {
     /// What a file there says, once it says a line.
     fn line(&self, name: &str) -> String {
         let read = || fs::read_to_string(self.path(name)).unwrap_or_default();
-        eventually(20 * SECOND, name, || read().ends_with('\n'));
+        assert!(
+            eventually(|| read().ends_with('\n')),
+            "{name} is not written"
+        );
         read().trim().to_owned()
     }
 
@@ -55,14 +58,10 @@ impl Wrapper {
 /// Waits for a process's end, and brings it about when that does not come.
 #[track_caller]
 fn assert_ends(pid: &str, when: &str) {
-    let start = std::time::Instant::now();
-    while is_running(pid) {
-        if start.elapsed() > 20 * SECOND {
-            let pid = Pid::from_raw(pid.parse().expect("a pid")).expect("not 0");
-            let _ = kill_process(pid, Signal::KILL);
-            panic!("{pid:?} lives on after {when}");
-        }
-        std::thread::sleep(SECOND / 20);
+    if !eventually(|| !is_running(pid)) {
+        let pid = Pid::from_raw(pid.parse().expect("a pid")).expect("not 0");
+        let _ = kill_process(pid, Signal::KILL);
+        panic!("{pid:?} lives on after {when}");
     }
 }
 
@@ -82,13 +81,13 @@ tcg_test!(qemu_of_a_wrapper_without_exec_ends_with_minivmm, || {
             let pid = wrapper.line("pid");
             vm.signal(signal);
             assert_ends(&pid, &format!("{signal:?}, netns={netns}"));
-            vm.wait_exit(20 * SECOND);
+            vm.wait_exit();
             fs::remove_file(wrapper.path("pid")).expect("it is there");
             let gc = site
                 .host
                 .exec(&[super::binary().to_str().expect("it is text"), "net", "gc"]);
             assert!(gc.status.success(), "{}", text(&gc.stderr));
-            eventually(20 * SECOND, "the macvtap is gone", || site.mac_is_free(MAC));
+            assert!(eventually(|| site.mac_is_free(MAC)), "the macvtap is left");
         }
     }
 });
@@ -115,7 +114,7 @@ tcg_test!(qemu_that_does_not_power_off_is_sent_quit, || {
     let mut vm = Vm::spawn(wrapper.qemu(&site, &["--accel", "tcg", "--kernel", "none"]));
     let pid = wrapper.line("pid");
     vm.signal(Signal::TERM);
-    assert_eq!(vm.wait_exit(60 * SECOND).code(), Some(143), "{}", vm.log());
+    assert_eq!(vm.wait_exit().code(), Some(143), "{}", vm.log());
     assert_ends(&pid, "minivmm's end");
     let commands = fs::read_to_string(wrapper.path("commands")).expect("it has read some");
     let at = |name: &str| {

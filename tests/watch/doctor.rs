@@ -165,11 +165,11 @@ root_test!(doctor_warns_of_macvtaps_that_block_each_other, || {
 guest_test!(doctor_and_list_know_private_macvtaps, || {
     let net = Net::new();
     let mut vm = net.start_on("lower,mode=vepa", 2, "mode=hlt");
-    vm.wait_for("OK hlt", PATIENCE);
+    vm.wait_for("OK hlt");
     let (_, checks) = doctor(&net.host, Some("lower"));
     expect(&checks, "vepa", "ok", "", "");
     let mut other = net.start_on(&format!("lower,mac={MAC}"), 3, "mode=hlt");
-    other.wait_for("OK hlt", PATIENCE);
+    other.wait_for("OK hlt");
     let (_, checks) = doctor(&net.host, Some("lower"));
     let own = format!("of pid {}`", vm.pid());
     expect(&checks, "vepa", "warn", &own, "bridge mode");
@@ -182,7 +182,7 @@ guest_test!(doctor_and_list_know_private_macvtaps, || {
     expect(&checks, "duplicate MACs", "warn", MAC, remedy);
     for (mut vm, lowers) in [(vm, 1), (other, 0)] {
         vm.signal(Signal::KILL);
-        vm.wait_exit(PATIENCE);
+        vm.wait_exit();
         let listing = show_json(&net.host, &["net", "list", "lower", "--json"]);
         let guests = listing["guests"].as_array().expect("an array");
         assert_eq!(guests.len(), lowers, "{listing}");
@@ -190,14 +190,14 @@ guest_test!(doctor_and_list_know_private_macvtaps, || {
 
     net.host.ip("link delete twin");
     // The kernel takes the macvtaps of the killed away in its own time.
-    eventually("lower of its own", || {
+    await_some("lower of its own", || {
         let add = "ip link add link lower name probe type macvlan mode passthru";
         let done = net.host.exec(&add.split(' ').collect::<Vec<_>>());
         done.status.success().then_some(())
     });
     net.host.ip("link delete probe");
     let mut vm = net.start_on("lower,mode=passthru", 2, "mode=hlt");
-    vm.wait_for("OK hlt", PATIENCE);
+    vm.wait_for("OK hlt");
     let (_, checks) = doctor(&net.host, Some("lower"));
     let taker = format!("of pid {}` alone", vm.pid());
     expect(&checks, "macvtaps", "fail", &taker, "end that");
@@ -209,13 +209,13 @@ guest_test!(doctor_and_list_know_private_macvtaps, || {
 guest_test!(stale_link_of_a_killed_monitor_is_shown_and_deleted, || {
     let net = Net::new();
     let mut vm = net.start_on("lower,netns=host,name=vm0", 2, "mode=hlt");
-    vm.wait_for("OK hlt", PATIENCE);
+    vm.wait_for("OK hlt");
     let (_, checks) = doctor(&net.host, Some("lower"));
     expect(&checks, "leaked links", "ok", "", "");
     assert_eq!(show(&net.host, &["net", "gc"]), "", "a live one stays");
 
     vm.signal(Signal::KILL);
-    vm.wait_exit(PATIENCE);
+    vm.wait_exit();
     let (_, checks) = doctor(&net.host, Some("lower"));
     let pid = format!("pid {}", vm.pid());
     expect(&checks, "leaked links", "warn", &pid, "vm0");
