@@ -335,11 +335,11 @@ lab_test!(promiscuous_passthru_guest_receives_all_frames, || {
     assert!(pings(&mut vm, FAR[0]), "{}", vm.transcript());
     // What arrives of 100 frames for an absent host.
     let received = |vm: &mut Vm| {
-        let mut count = || -> u32 {
+        let count = |vm: &mut Vm| -> u32 {
             let count = vm.run("cat /sys/class/net/eth0/statistics/rx_packets");
             count.trim().parse().expect("a number")
         };
-        let before = count();
+        let before = count(vm);
         far.enter(|| {
             let socket = UdpSocket::bind("192.168.77.4:0").expect("an address on the wire");
             for _ in 0..100 {
@@ -348,8 +348,9 @@ lab_test!(promiscuous_passthru_guest_receives_all_frames, || {
                     .expect("its MAC address is known");
             }
         });
-        thread::sleep(SECOND);
-        count() - before
+        // A ping's answer comes after them, in the same queue.
+        assert!(pings(vm, FAR[0]), "{}", vm.transcript());
+        count(vm) - before
     };
     let before = received(&mut vm);
     vm.run("ifconfig eth0 promisc && sleep 1");
@@ -366,22 +367,17 @@ lab_test!(promiscuous_passthru_guest_receives_all_frames, || {
 fn announces_itself(site: &Site, vm: &mut Vm) {
     site.far.down("end");
     vm.run("for i in $(seq 50); do [ $(cat /sys/class/net/eth0/carrier) = 0 ] && exit; usleep 100000; done; exit 1");
-    let frames = capture::during(&site.far, "end", || {
-        site.far.up("end");
-        thread::sleep(3 * SECOND);
-        0
-    });
     // An ARP request (RFC 826) that asks for the sender's own address.
     let own = [192, 168, 77, 11];
-    let is_announcement = |frame: &&Vec<u8>| {
+    let is_announcement = |frame: &[u8]| {
         frame.get(12..14) == Some(&[8, 6])
             && frame.get(28..32) == Some(&own)
             && frame.get(38..42) == Some(&own)
     };
+    let up = || site.far.up("end");
     assert!(
-        frames.iter().find(is_announcement).is_some(),
-        "no announcement in {} frames\n{}",
-        frames.len(),
+        capture::sees(&site.far, "end", up, is_announcement),
+        "no announcement\n{}",
         vm.transcript()
     );
 }

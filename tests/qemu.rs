@@ -45,7 +45,7 @@ use harness::netns::{Netns, is_root};
 use harness::site::{Site, address, pings};
 use harness::skip;
 use harness::vm::{Vm, binary, copy_program};
-use harness::{PATIENCE, eventually};
+use harness::{AT_ONCE, PATIENCE, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 use vmm::probe::{Privileged, probe};
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use super::eventually;
 use super::guest::SOURCE;
 use super::netns::Netns;
 
@@ -79,6 +80,26 @@ pub fn during(netns: &Netns, link: &str, work: impl FnOnce() -> u64) -> Vec<Vec<
             Ok(_) => frames,
             Err(panic) => resume_unwind(panic),
         }
+    })
+}
+
+/// Whether a frame that is `wanted` comes by a link after `prompt` has run.
+pub fn sees(
+    netns: &Netns,
+    link: &str,
+    prompt: impl FnOnce(),
+    wanted: impl Fn(&[u8]) -> bool,
+) -> bool {
+    let mut file = std::fs::File::from(netns.enter(|| packet_socket(link)));
+    prompt();
+    let mut buffer = vec![0; 1 << 17];
+    eventually(|| {
+        let mut frames = std::iter::from_fn(|| {
+            file.read(&mut buffer)
+                .ok()
+                .map(|length| wanted(&buffer[..length]))
+        });
+        frames.any(|is_wanted| is_wanted)
     })
 }
 
