@@ -28,8 +28,8 @@ pub struct Job<'a> {
 
 /// How long a living lab is silent at most, on a busy host too: its init shows a sign of life every 2 s.
 const SILENCE: Duration = Duration::from_secs(120);
-/// How long a program in it writes no line at most.
-const QUIET: Duration = Duration::from_secs(180);
+/// How long a program in it writes no line at most: a test that hangs fails by itself before.
+const QUIET: Duration = Duration::from_secs(600);
 
 /// The machine. Without XSAVE, since QEMU's nested SVM lets a guest's XSETBV through to the lab's own register. With one CPU,
 /// since two emulated at once hang far more often.
