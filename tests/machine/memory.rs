@@ -1,5 +1,6 @@
 //! What the guest's memory is made of, as the kernel shows it in minivmm's `smaps`.
 
+use super::harness::assets::lock;
 use super::*;
 
 const HUGE: u64 = 2 << 20;
@@ -88,14 +89,21 @@ kvm_test!(memory_may_be_huge_pages_and_is_in_no_core_dump, || {
 struct Allowance {
     path: String,
     before: u64,
+    /// The host has one number for all: who changes it does so alone.
+    _alone: fs::File,
 }
 
 impl Allowance {
     fn more(pages: u64) -> Self {
+        let alone = lock("hugepages.lock");
         let path = format!("{HUGETLB}/nr_overcommit_hugepages");
         let before: u64 = fs::read_to_string(&path).unwrap().trim().parse().unwrap();
         fs::write(&path, (before + pages).to_string()).unwrap();
-        Self { path, before }
+        Self {
+            path,
+            before,
+            _alone: alone,
+        }
     }
 }
 
