@@ -23,7 +23,7 @@ use acpi_tables::xsdt::XSDT;
 use thiserror::Error as ThisError;
 use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
 
-use crate::{PciHost, Platform, PowerPorts, layout};
+use crate::{Platform, layout};
 
 const OEM_ID: [u8; 6] = *b"MINVMM";
 const OEM_TABLE_ID: [u8; 8] = *b"MINIVMM ";
@@ -78,13 +78,13 @@ impl Tables {
             bytes: vec![0; Rsdp::len()],
         };
         let dsdt = tables.add(&dsdt::dsdt(platform)?);
-        let fadt = tables.add(&fadt(&platform.power, dsdt));
+        let fadt = tables.add(&fadt(dsdt));
         let madt = tables.add(&madt(platform.cpus));
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(fadt);
         xsdt.add_entry(madt);
-        if let Some(pci) = &platform.pci {
-            xsdt.add_entry(tables.add(&mcfg(pci)));
+        if platform.pci {
+            xsdt.add_entry(tables.add(&mcfg()));
         }
         let xsdt = tables.add(&xsdt);
         let rsdp = to_bytes(&Rsdp::new(OEM_ID, xsdt));
@@ -128,7 +128,7 @@ const NO_VGA: u16 = 1 << 2;
 const NO_CMOS_RTC: u16 = 1 << 5;
 
 /// The fixed description table: no fixed hardware but the ports for sleep and reset (ACPI 6.5, 5.2.9).
-fn fadt(power: &PowerPorts, dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -138,9 +138,9 @@ fn fadt(power: &PowerPorts, dsdt: u64) -> impl Aml {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
-    fadt.sleep_control_reg = port(power.sleep_control);
-    fadt.sleep_status_reg = port(power.sleep_status);
-    fadt.reset_reg = port(power.reset);
+    fadt.sleep_control_reg = port(layout::SLEEP_CONTROL_PORT);
+    fadt.sleep_status_reg = port(layout::SLEEP_CONTROL_PORT + 1);
+    fadt.reset_reg = port(layout::RESET_PORT);
     fadt.reset_value = layout::RESET_VALUE;
     fadt.finalize()
 }
@@ -157,9 +157,9 @@ fn port(address: u16) -> GAS {
 }
 
 /// Where the configuration space of PCI is (PCI Firmware Specification 3.3, 4.1.2).
-fn mcfg(pci: &PciHost) -> impl Aml {
+fn mcfg() -> impl Aml {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(pci.ecam.0, 0, 0, 0);
+    mcfg.add_ecam(layout::PCI_ECAM.0, 0, 0, 0);
     mcfg
 }
 

@@ -1,4 +1,5 @@
-//! Where everything is in the guest's physical address space.
+//! Where everything is in the guest's physical address space, and the ports and interrupts of
+//! devices that every guest finds in the same place.
 //!
 //! ```text
 //! 0x0000_0000  interrupt vectors and BIOS data area (the kernel's); WARM_REBOOT_FLAG at 0x472
@@ -90,8 +91,20 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// The three pages for `KVM_SET_TSS_ADDR`.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
+/// COM1, a 16550A: the first of its 8 I/O ports.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// COM1's interrupt. All interrupts here are edge-triggered and active high.
+pub const SERIAL_GSI: u32 = 4;
+/// The interrupt that says that the power button was pressed.
+pub const POWER_BUTTON_GSI: u32 = 5;
+
+/// The I/O port of the sleep control register (ACPI 6.5, 4.8.3.7): the guest writes SLP_EN (bit 5)
+/// and SLP_TYP (bits 2 to 4) here. The sleep status register is the port after it.
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// The SLP_TYP by which the guest's `\_S5` powers the machine off.
 pub const S5_SLEEP_TYPE: u8 = 5;
+/// The I/O port of the reset register (ACPI 6.5, 4.8.3.6).
+pub const RESET_PORT: u16 = 0x602;
 /// What the guest writes to the reset register.
 pub const RESET_VALUE: u8 = 1;
 

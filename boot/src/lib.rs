@@ -22,15 +22,12 @@
 //! let memory = GuestMemoryMmap::from_ranges(&boot::layout::ram_regions(512 << 20))?;
 //! let platform = boot::Platform {
 //!     cpus: 1,
-//!     serial: Some(boot::SerialPort { port: 0x3f8, gsi: 4 }),
+//!     serial: true,
 //!     virtio_mmio: vec![boot::VirtioMmio {
 //!         base: GuestAddress(boot::layout::VIRTIO_MMIO_BASE),
-//!         size: boot::layout::VIRTIO_MMIO_SIZE,
 //!         gsi: 6,
 //!     }],
-//!     power: boot::PowerPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602 },
-//!     pci: None,
-//!     power_button_gsi: 5,
+//!     pci: false,
 //! };
 //! let mut kernel = std::fs::File::open("vmlinuz")?;
 //! let state = boot::load(
@@ -77,64 +74,27 @@ pub struct BootSpec<'a> {
     pub platform: &'a Platform,
 }
 
-/// The machine as ACPI describes it: the addresses and interrupts at which the VMM put its devices.
+/// The machine as ACPI describes it. What has its place in [`layout`] is there or not; of virtio-mmio
+/// devices the VMM says where it put them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Platform {
     /// CPUs, 1 to 254. CPU n has the local APIC id n.
     pub cpus: u8,
-    /// COM1, if there is one.
-    pub serial: Option<SerialPort>,
+    /// There is a serial port, COM1.
+    pub serial: bool,
     /// The virtio devices behind the MMIO transport, in the order in which Linux is to find them.
     pub virtio_mmio: Vec<VirtioMmio>,
-    /// The PCI host bridge, if there is one.
-    pub pci: Option<PciHost>,
-    /// The registers for power-off and reset.
-    pub power: PowerPorts,
-    /// The interrupt (edge-triggered, active high) that says that the power button was pressed.
-    pub power_button_gsi: u32,
+    /// There is a PCI Express host bridge with one bus, whose devices interrupt by MSI-X alone.
+    pub pci: bool,
 }
 
-/// A 16550A UART with 8 ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SerialPort {
-    /// The first port.
-    pub port: u16,
-    /// Its interrupt, edge-triggered and active high.
-    pub gsi: u32,
-}
-
-/// One virtio-mmio window.
+/// One virtio-mmio window of [`layout::VIRTIO_MMIO_SIZE`] bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioMmio {
     /// The guest physical address, below 4 GiB.
     pub base: GuestAddress,
-    /// Its length in bytes.
-    pub size: u32,
     /// Its interrupt, edge-triggered and active high.
     pub gsi: u32,
-}
-
-/// A PCI Express host bridge with one bus, whose devices interrupt by MSI-X alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PciHost {
-    /// The enhanced configuration space of bus 0, 1 MiB, below 4 GiB.
-    pub ecam: GuestAddress,
-    /// Where the BARs of its devices lie, below 4 GiB.
-    pub window: GuestAddress,
-    /// Bytes in the window.
-    pub window_size: u32,
-}
-
-/// The 8-bit I/O ports of hardware-reduced ACPI (ACPI 6.5, 4.8.3.7 and 4.8.3.6).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PowerPorts {
-    /// Sleep control register: the guest writes SLP_EN (bit 5) and SLP_TYP (bits 2 to 4) here;
-    /// SLP_TYP [`layout::S5_SLEEP_TYPE`] powers off.
-    pub sleep_control: u16,
-    /// Sleep status register.
-    pub sleep_status: u16,
-    /// Reset register: the guest writes [`layout::RESET_VALUE`] here.
-    pub reset: u16,
 }
 
 /// How the kernel is entered.

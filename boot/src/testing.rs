@@ -5,7 +5,7 @@ use std::io::Write;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use crate::{PciHost, Platform, PowerPorts, SerialPort, VirtioMmio, layout};
+use crate::{Platform, VirtioMmio, layout};
 
 pub(crate) fn memory(mib: u64) -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&layout::ram_regions(mib << 20)).unwrap()
@@ -21,28 +21,14 @@ pub(crate) fn file_with(content: &[u8]) -> File {
 pub(crate) fn platform(cpus: u8, devices: u32) -> Platform {
     Platform {
         cpus,
-        serial: Some(SerialPort {
-            port: 0x3f8,
-            gsi: 4,
-        }),
+        serial: true,
         virtio_mmio: (0..devices)
             .map(|n| VirtioMmio {
                 base: GuestAddress(layout::VIRTIO_MMIO_BASE + u64::from(n * 0x1000)),
-                size: layout::VIRTIO_MMIO_SIZE,
                 gsi: 6 + n,
             })
             .collect(),
-        power: PowerPorts {
-            sleep_control: 0x600,
-            sleep_status: 0x601,
-            reset: 0x602,
-        },
-        pci: Some(PciHost {
-            ecam: layout::PCI_ECAM,
-            window: layout::PCI_WINDOW,
-            window_size: layout::PCI_WINDOW_SIZE,
-        }),
-        power_button_gsi: 5,
+        pci: true,
     }
 }
 

@@ -19,7 +19,9 @@ pub type PowerSink = Box<dyn Fn(PowerRequest) + Send>;
 /// Offset of the sleep control register (ACPI 6.5, 4.8.3.7).
 const SLEEP_CONTROL: u64 = 0;
 /// Offset of the reset register (ACPI 6.5, 4.8.3.6).
-const RESET: u64 = 2;
+pub const RESET: u64 = 2;
+/// The number of I/O ports of the ACPI registers.
+pub const PORTS: u64 = 3;
 /// Sleep control: SLP_EN.
 const SLP_EN: u8 = 1 << 5;
 /// Sleep control: SLP_TYP.

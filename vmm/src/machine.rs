@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use boot::layout::{PCI_ECAM, VIRTIO_MMIO_SIZE};
+use boot::layout::{PCI_ECAM, SERIAL_PORT, SLEEP_CONTROL_PORT, VIRTIO_MMIO_SIZE};
 use devices::bus::{Bus, Overlap, RestoreError, SharedDevice};
 use devices::irq::IrqLine;
 use devices::pci::{CONFIG_PORT, CONFIG_PORTS, ConfigPorts, ECAM_BUS_LEN, Ecam, PciBus};
-use devices::power::{AcpiPower, I8042, PowerRequest, PowerSink};
+use devices::power::{self, AcpiPower, I8042, PowerRequest, PowerSink};
 use devices::serial::{self, Serial};
 use devices::virtio::VirtioDevice;
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
@@ -21,8 +21,7 @@ use crate::control::exit::{Exit, ExitRequest};
 use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vm::{Vm, VmError};
 use crate::plan::{
-    Gsi, I8042_PORT, I8042_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, Plan, SERIAL_GSI,
-    SERIAL_PORT, Transport, VirtioSlot,
+    Gsi, I8042_PORT, I8042_PORTS, POWER_BUTTON_GSI, Plan, SERIAL_GSI, Transport, VirtioSlot,
 };
 
 /// What went wrong while the machine was put together.
@@ -59,6 +58,7 @@ pub enum MachineError {
 const _: () = assert!(
     boot::layout::S5_SLEEP_TYPE == AcpiPower::SLP_TYP_S5
         && boot::layout::RESET_VALUE == AcpiPower::RESET_VALUE
+        && (boot::layout::RESET_PORT - SLEEP_CONTROL_PORT) as u64 == power::RESET
 );
 
 /// A machine that is being put together.
@@ -97,7 +97,11 @@ impl<'a> Machine<'a> {
             pci: (plan.transport() == Transport::Pci).then(PciBus::default),
         };
         let power = AcpiPower::new(machine.power_sink());
-        machine.add_ports(POWER_PORT, POWER_PORTS, Arc::new(Mutex::new(power)))?;
+        machine.add_ports(
+            SLEEP_CONTROL_PORT,
+            power::PORTS,
+            Arc::new(Mutex::new(power)),
+        )?;
         let i8042 = I8042::new(machine.power_sink());
         machine.add_ports(I8042_PORT, I8042_PORTS, Arc::new(Mutex::new(i8042)))?;
         Ok(machine)

@@ -1,8 +1,8 @@
 //! Which device gets which ports, window and interrupt. The boot tables and the devices both
 //! read it here, so that they cannot disagree.
 
-use boot::layout::{PCI_ECAM, PCI_WINDOW, PCI_WINDOW_SIZE, VIRTIO_MMIO_BASE, VIRTIO_MMIO_SIZE};
-use boot::{PciHost, Platform, PowerPorts, SerialPort, VirtioMmio};
+use boot::layout::{self, PCI_WINDOW, VIRTIO_MMIO_BASE, VIRTIO_MMIO_SIZE};
+use boot::{Platform, VirtioMmio};
 use devices::pci;
 use devices::virtio::pci::BAR_LEN;
 use vm_memory::GuestAddress;
@@ -51,20 +51,14 @@ pub enum VirtioSlot {
     },
 }
 
-/// First port of COM1.
-pub const SERIAL_PORT: u16 = 0x3f8;
 /// COM1's interrupt.
-pub const SERIAL_GSI: Gsi = Gsi(4);
+pub const SERIAL_GSI: Gsi = Gsi(layout::SERIAL_GSI);
 /// First port of the i8042.
 pub const I8042_PORT: u16 = 0x60;
 /// Ports of the i8042.
 pub const I8042_PORTS: u64 = 5;
-/// First port of the ACPI power registers: sleep control, sleep status, reset.
-pub const POWER_PORT: u16 = 0x600;
-/// ACPI power registers, a port each.
-pub const POWER_PORTS: u64 = 3;
 /// The power button's interrupt, through the ACPI generic event device.
-pub const POWER_BUTTON_GSI: Gsi = Gsi(5);
+pub const POWER_BUTTON_GSI: Gsi = Gsi(layout::POWER_BUTTON_GSI);
 const FIRST_VIRTIO_GSI: u32 = 6;
 /// Inputs of the I/O APIC that KVM emulates. MSI vectors have numbers from here on.
 pub const GSIS: u32 = 24;
@@ -152,36 +146,22 @@ impl Plan {
         let as_mmio = |slot: &VirtioSlot| match *slot {
             VirtioSlot::Mmio { base, gsi } => Some(VirtioMmio {
                 base,
-                size: VIRTIO_MMIO_SIZE,
                 gsi: gsi.get(),
             }),
             VirtioSlot::Pci { .. } => None,
         };
         Platform {
             cpus: self.cpus,
-            serial: self.serial.then_some(SerialPort {
-                port: SERIAL_PORT,
-                gsi: SERIAL_GSI.get(),
-            }),
+            serial: self.serial,
             virtio_mmio: self.virtio.iter().filter_map(as_mmio).collect(),
-            pci: (self.transport == Transport::Pci).then_some(PciHost {
-                ecam: PCI_ECAM,
-                window: PCI_WINDOW,
-                window_size: PCI_WINDOW_SIZE,
-            }),
-            power: PowerPorts {
-                sleep_control: POWER_PORT,
-                sleep_status: POWER_PORT + 1,
-                reset: POWER_PORT + 2,
-            },
-            power_button_gsi: POWER_BUTTON_GSI.get(),
+            pci: self.transport == Transport::Pci,
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use boot::layout::{IOAPIC, MMIO_HOLE_END, MMIO_HOLE_START};
+    use boot::layout::{IOAPIC, MMIO_HOLE_END, MMIO_HOLE_START, PCI_ECAM, PCI_WINDOW_SIZE};
     use proptest::prelude::*;
 
     use super::*;
@@ -199,11 +179,11 @@ mod tests {
         #[test]
         fn plan_windows_and_interrupts_are_disjoint(devices in 0..=MAX_MMIO, cpus in 1..=254u8) {
             let platform = Plan::new(cpus, Transport::Mmio, devices, true).unwrap().platform();
-            let mut gsis = vec![platform.serial.unwrap().gsi, platform.power_button_gsi];
+            let mut gsis = vec![SERIAL_GSI.get(), POWER_BUTTON_GSI.get()];
             let mut end = MMIO_HOLE_START.0;
             for device in &platform.virtio_mmio {
                 prop_assert!(device.base.0 >= end);
-                end = device.base.0 + u64::from(device.size);
+                end = device.base.0 + u64::from(VIRTIO_MMIO_SIZE);
                 gsis.push(device.gsi);
             }
             prop_assert!(end <= PCI_ECAM.0);
@@ -215,11 +195,11 @@ mod tests {
         #[test]
         fn plan_bars_lie_in_the_bridges_window(devices in 0..=MAX_PCI) {
             let plan = Plan::new(1, Transport::Pci, devices, false).unwrap();
-            let host = plan.platform().pci.unwrap();
-            prop_assert!(host.ecam.0 + pci::ECAM_BUS_LEN <= host.window.0);
-            let last = host.window.0 + u64::from(host.window_size);
+            prop_assert!(plan.platform().pci);
+            prop_assert!(PCI_ECAM.0 + pci::ECAM_BUS_LEN <= PCI_WINDOW.0);
+            let last = PCI_WINDOW.0 + u64::from(PCI_WINDOW_SIZE);
             prop_assert!(last <= u64::from(IOAPIC) && last < MMIO_HOLE_END.0);
-            let mut end = host.window.0;
+            let mut end = PCI_WINDOW.0;
             for (n, slot) in (1..).zip(plan.virtio()) {
                 let VirtioSlot::Pci { device, bar } = *slot else { panic!() };
                 prop_assert_eq!(device, n);

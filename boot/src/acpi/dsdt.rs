@@ -8,7 +8,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{Error, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::{PciHost, Platform, SerialPort, VirtioMmio, layout};
+use crate::{Platform, VirtioMmio, layout};
 
 /// The size of a table's header.
 const HEADER_SIZE: u32 = 36;
@@ -31,16 +31,16 @@ pub(super) fn dsdt(platform: &Platform) -> Result<Sdt, Error> {
     for cpu in 0..platform.cpus {
         processor(&mut devices, cpu);
     }
-    if let Some(port) = platform.serial {
-        serial(&mut devices, port);
+    if platform.serial {
+        serial(&mut devices);
     }
     for (index, device) in platform.virtio_mmio.iter().enumerate() {
         virtio_mmio(&mut devices, index, device)?;
     }
-    if let Some(pci) = &platform.pci {
-        pci_host(&mut devices, pci)?;
+    if platform.pci {
+        pci_host(&mut devices);
     }
-    power_button(&mut devices, platform.power_button_gsi);
+    power_button(&mut devices);
 
     let mut body = Vec::new();
     Scope::new(r"\_SB_".into(), vec![&Raw(devices)]).to_aml_bytes(&mut body);
@@ -78,9 +78,9 @@ fn processor(sink: &mut dyn AmlSink, cpu: u8) {
 }
 
 /// `PNP0501`, a 16550A UART.
-fn serial(sink: &mut dyn AmlSink, serial: SerialPort) {
-    let ports = IO::new(serial.port, serial.port, 1, 8);
-    let interrupt = interrupt(serial.gsi);
+fn serial(sink: &mut dyn AmlSink) {
+    let ports = IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, 8);
+    let interrupt = interrupt(layout::SERIAL_GSI);
     let hid = name("_HID", &EISAName::new("PNP0501"));
     let uid = name("_UID", &ZERO);
     let crs = name("_CRS", &ResourceTemplate::new(vec![&ports, &interrupt]));
@@ -89,11 +89,14 @@ fn serial(sink: &mut dyn AmlSink, serial: SerialPort) {
 
 /// `LNRO0005`, the id by which Linux' virtio_mmio driver knows its devices.
 fn virtio_mmio(sink: &mut dyn AmlSink, index: usize, device: &VirtioMmio) -> Result<(), Error> {
-    let end = device.base.0.saturating_add(device.size.into());
+    let end = device
+        .base
+        .0
+        .saturating_add(layout::VIRTIO_MMIO_SIZE.into());
     if end > layout::MMIO_HOLE_END.0 {
         return Err(Error::Window(device.base.0));
     }
-    let window = Memory32Fixed::new(true, device.base.0 as u32, device.size);
+    let window = Memory32Fixed::new(true, device.base.0 as u32, layout::VIRTIO_MMIO_SIZE);
     let interrupt = interrupt(device.gsi);
     let hid = name("_HID", &"LNRO0005");
     let uid = name("_UID", &index);
@@ -106,15 +109,10 @@ fn virtio_mmio(sink: &mut dyn AmlSink, index: usize, device: &VirtioMmio) -> Res
 
 /// `PNP0A08`, a PCI Express host bridge, and `PNP0C02`, which reserves its configuration space: Linux does not use
 /// what nothing reserves.
-fn pci_host(sink: &mut dyn AmlSink, pci: &PciHost) -> Result<(), Error> {
-    let last = pci.window.0 + u64::from(pci.window_size) - 1;
-    let (Ok(first), Ok(last), Ok(ecam)) = (
-        u32::try_from(pci.window.0),
-        u32::try_from(last),
-        u32::try_from(pci.ecam.0),
-    ) else {
-        return Err(Error::Window(pci.window.0));
-    };
+fn pci_host(sink: &mut dyn AmlSink) {
+    // Both lie below 4 GiB.
+    let (first, ecam) = (layout::PCI_WINDOW.0 as u32, layout::PCI_ECAM.0 as u32);
+    let last = first + (layout::PCI_WINDOW_SIZE - 1);
     let bus = AddressSpace::new_bus_number(0u16, 0u16);
     let ports = IO::new(0xcf8, 0xcf8, 1, 8);
     let window =
@@ -137,21 +135,20 @@ fn pci_host(sink: &mut dyn AmlSink, pci: &PciHost) -> Result<(), Error> {
     let uid = name("_UID", &ZERO);
     let crs = name("_CRS", &ResourceTemplate::new(vec![&ecam]));
     Device::new("ECAM".into(), vec![&hid, &uid, &crs]).to_aml_bytes(sink);
-    Ok(())
 }
 
 /// `PNP0C0C`, the power button, and `ACPI0013`, the generic event device whose interrupt presses it.
-fn power_button(sink: &mut dyn AmlSink, gsi: u32) {
+fn power_button(sink: &mut dyn AmlSink) {
     let hid = name("_HID", &EISAName::new("PNP0C0C"));
     Device::new("PWRB".into(), vec![&hid]).to_aml_bytes(sink);
 
     let hid = name("_HID", &"ACPI0013");
     let uid = name("_UID", &ZERO);
-    let interrupt = interrupt(gsi);
+    let interrupt = interrupt(layout::POWER_BUTTON_GSI);
     let crs = name("_CRS", &ResourceTemplate::new(vec![&interrupt]));
     let button = Path::new(r"\_SB_.PWRB");
     let press = Notify::new(&button, &BUTTON_PRESSED);
-    let is_ours = Equal::new(&Arg(0), &gsi);
+    let is_ours = Equal::new(&Arg(0), &layout::POWER_BUTTON_GSI);
     let pressed = If::new(&is_ours, vec![&press]);
     let event = Method::new("_EVT".into(), 1, true, vec![&pressed]);
     Device::new("GED_".into(), vec![&hid, &uid, &crs, &event]).to_aml_bytes(sink);
