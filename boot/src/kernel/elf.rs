@@ -3,19 +3,13 @@
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 
+use linux_loader::elf::{self, Elf64_Ehdr, Elf64_Phdr};
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{Elf, KernelLoader};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
 
 use super::{Error, Image, Kernel, require_ram};
 use crate::{Protocol, layout};
-
-const HEADER_SIZE: u64 = 64;
-const PROGRAM_HEADER_SIZE: u16 = 56;
-const EM_X86_64: u16 = 62;
-const ET_EXEC: u16 = 2;
-const PT_LOAD: u32 = 1;
-const PT_NOTE: u32 = 4;
 
 /// Linux' COMMAND_LINE_SIZE on x86 is 2048 with the NUL; an ELF image does not say.
 const CMDLINE_MAX: usize = 2047;
@@ -23,12 +17,12 @@ const CMDLINE_MAX: usize = 2047;
 const INITRD_END_MAX: u64 = 0x8000_0000;
 
 pub(super) fn is_elf(head: &[u8]) -> bool {
-    head.starts_with(b"\x7fELF")
+    head.starts_with(elf::ELFMAG)
 }
 
 pub(super) fn load(memory: &GuestMemoryMmap, image: &mut Image) -> Result<Kernel, Error> {
-    check_header(image)?;
-    let segments = check_segments(&program_headers(image)?, image)?;
+    let header = read_header(image)?;
+    let segments = check_segments(&program_headers(&header, image)?, image)?;
     let start = segments.iter().map(|s| s.start).min();
     let end = segments.iter().map(|s| s.end).max();
     let (Some(start), Some(end)) = (start, end) else {
@@ -57,119 +51,88 @@ pub(super) fn load(memory: &GuestMemoryMmap, image: &mut Image) -> Result<Kernel
     })
 }
 
-/// Fails unless this is a 64-bit executable for x86-64.
-fn check_header(image: &Image) -> Result<(), Error> {
-    image.require(HEADER_SIZE)?;
-    let class = image.head[4];
-    let big_endian = image.head[5] == 2;
-    let half = |at: usize| {
-        let bytes = [image.head[at], image.head[at + 1]];
-        match big_endian {
-            true => u16::from_be_bytes(bytes),
-            false => u16::from_le_bytes(bytes),
-        }
+/// The header of what has to be a 64-bit executable for x86-64.
+fn read_header(image: &Image) -> Result<Elf64_Ehdr, Error> {
+    let mut header = Elf64_Ehdr::default();
+    image.require(size_of_val(&header) as u64)?;
+    let bytes = header.as_mut_slice();
+    bytes.copy_from_slice(&image.head[..bytes.len()]);
+    let big_endian = header.e_ident[elf::EI_DATA] == elf::ELFDATA2MSB;
+    let machine = match big_endian {
+        true => header.e_machine.swap_bytes(),
+        false => header.e_machine,
     };
-    match (half(18), class) {
-        (EM_X86_64, 2) => (),
-        (EM_X86_64 | 3, _) => return Err(Error::Elf32),
+    match (machine, header.e_ident[elf::EI_CLASS]) {
+        (elf::EM_X86_64, elf::ELFCLASS64) => (),
+        (elf::EM_X86_64 | elf::EM_386, _) => return Err(Error::Elf32),
         (machine, _) => return Err(Error::OtherMachine(machine_name(machine))),
     }
     if big_endian {
         return Err(Error::Damaged("an x86-64 file with big-endian numbers"));
     }
-    match half(16) {
-        ET_EXEC => Ok(()),
-        1 => Err(Error::ElfType("object file (.o, .ko)")),
-        3 => Err(Error::ElfType(
+    match header.e_type {
+        elf::ET_EXEC => Ok(header),
+        elf::ET_REL => Err(Error::ElfType("object file (.o, .ko)")),
+        elf::ET_DYN => Err(Error::ElfType(
             "shared object or position-independent executable",
         )),
-        4 => Err(Error::ElfType("core dump")),
+        elf::ET_CORE => Err(Error::ElfType("core dump")),
         _ => Err(Error::ElfType("file of an unknown type")),
     }
 }
 
 fn machine_name(machine: u16) -> &'static str {
     match machine {
-        8 => "MIPS",
-        20 | 21 => "PowerPC",
-        22 => "s390",
-        40 => "32-bit ARM",
-        183 => "64-bit ARM",
-        243 => "RISC-V",
-        258 => "LoongArch",
+        elf::EM_MIPS => "MIPS",
+        elf::EM_PPC | elf::EM_PPC64 => "PowerPC",
+        elf::EM_S390 => "s390",
+        elf::EM_ARM => "32-bit ARM",
+        elf::EM_AARCH64 => "64-bit ARM",
+        elf::EM_RISCV => "RISC-V",
+        elf::EM_LOONGARCH => "LoongArch",
         _ => "another processor",
     }
 }
 
-/// The fields of a program header that matter to a loader.
-struct ProgramHeader {
-    kind: u32,
-    offset: u64,
-    address: u64,
-    file_size: u64,
-    memory_size: u64,
-}
-
-fn program_headers(image: &mut Image) -> Result<Vec<ProgramHeader>, Error> {
-    let offset = le_u64(&image.head, 32);
-    let entry_size = le_u16(&image.head, 54);
-    let count = le_u16(&image.head, 56);
-    if entry_size != PROGRAM_HEADER_SIZE || offset < HEADER_SIZE {
+fn program_headers(header: &Elf64_Ehdr, image: &mut Image) -> Result<Vec<Elf64_Phdr>, Error> {
+    let entry_size = usize::from(header.e_phentsize);
+    if entry_size != size_of::<Elf64_Phdr>() || header.e_phoff < size_of_val(header) as u64 {
         return Err(Error::Damaged(
             "its program headers have a wrong size or place",
         ));
     }
-    let size = u64::from(count) * u64::from(entry_size);
-    image.require(offset.saturating_add(size))?;
-    let mut table = vec![0; size as usize];
-    image
-        .file
-        .seek(SeekFrom::Start(offset))
-        .and_then(|_| image.file.read_exact(&mut table))
-        .map_err(Error::Read)?;
-    let headers = table.chunks_exact(entry_size.into());
-    Ok(headers
-        .map(|bytes| ProgramHeader {
-            kind: le_u32(bytes, 0),
-            offset: le_u64(bytes, 8),
-            address: le_u64(bytes, 24),
-            file_size: le_u64(bytes, 32),
-            memory_size: le_u64(bytes, 40),
+    let mut headers = vec![Elf64_Phdr::default(); header.e_phnum.into()];
+    let size = (headers.len() * entry_size) as u64;
+    image.require(header.e_phoff.saturating_add(size))?;
+    let file = &mut image.file;
+    file.seek(SeekFrom::Start(header.e_phoff))
+        .and_then(|_| {
+            let mut each = headers.iter_mut();
+            each.try_for_each(|header| file.read_exact(header.as_mut_slice()))
         })
-        .collect())
+        .map_err(Error::Read)?;
+    Ok(headers)
 }
 
 /// The guest memory that the segments take, once all of them are in the file and in the address space.
-fn check_segments(headers: &[ProgramHeader], image: &Image) -> Result<Vec<Range<u64>>, Error> {
+fn check_segments(headers: &[Elf64_Phdr], image: &Image) -> Result<Vec<Range<u64>>, Error> {
     let mut segments = Vec::new();
     for header in headers {
-        if header.kind == PT_LOAD || header.kind == PT_NOTE {
-            image.require(header.offset.saturating_add(header.file_size))?;
+        let is_segment = header.p_type == elf::PT_LOAD;
+        if is_segment || header.p_type == elf::PT_NOTE {
+            image.require(header.p_offset.saturating_add(header.p_filesz))?;
         }
-        if header.kind != PT_LOAD || header.memory_size == 0 && header.file_size == 0 {
+        if !is_segment || header.p_memsz == 0 && header.p_filesz == 0 {
             continue;
         }
-        if header.file_size > header.memory_size {
+        if header.p_filesz > header.p_memsz {
             return Err(Error::Damaged(
                 "a segment is larger in the file than in memory",
             ));
         }
-        let end = header.address.checked_add(header.memory_size);
+        let end = header.p_paddr.checked_add(header.p_memsz);
         let end = end.ok_or(Error::Damaged("a segment reaches beyond the address space"))?;
-        segments.push(header.address..end);
+        segments.push(header.p_paddr..end);
     }
     Ok(segments)
-}
-
-// The callers know that the bytes are there.
-fn le_u16(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn le_u32(bytes: &[u8], at: usize) -> u32 {
-    u32::from(le_u16(bytes, at)) | u32::from(le_u16(bytes, at + 2)) << 16
-}
-
-fn le_u64(bytes: &[u8], at: usize) -> u64 {
-    u64::from(le_u32(bytes, at)) | u64::from(le_u32(bytes, at + 4)) << 32
 }
