@@ -21,7 +21,6 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use thiserror::Error as ThisError;
-use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
 
 use crate::{Platform, layout};
 
@@ -49,60 +48,37 @@ pub enum Error {
     /// The area for the tables is too small.
     #[error("the tables take {0} bytes and have room for {room}", room = layout::ACPI_END.0 - layout::ACPI_START.0)]
     TooLarge(usize),
-    /// Guest memory refuses the write.
-    #[error("cannot write the tables to guest memory")]
-    Write(#[source] GuestMemoryError),
-}
-
-/// Writes all tables to [`layout::ACPI_START`].
-pub(crate) fn write(memory: &GuestMemoryMmap, platform: &Platform) -> Result<(), Error> {
-    let tables = Tables::new(platform)?;
-    memory
-        .write_slice(&tables.bytes, layout::ACPI_START)
-        .map_err(Error::Write)
-}
-
-/// All tables, one after the other; the first byte belongs at [`layout::ACPI_START`].
-struct Tables {
-    bytes: Vec<u8>,
 }
 
 /// Tables begin on such a boundary.
 const ALIGNMENT: usize = 16;
 
-impl Tables {
-    fn new(platform: &Platform) -> Result<Self, Error> {
-        check(platform)?;
-        // The RSDP is the first table and the last to be known: it points to the XSDT, and that to the others.
-        let mut tables = Self {
-            bytes: vec![0; Rsdp::len()],
-        };
-        let dsdt = tables.add(&dsdt::dsdt(platform)?);
-        let fadt = tables.add(&fadt(dsdt));
-        let madt = tables.add(&madt(platform.cpus));
-        let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-        xsdt.add_entry(fadt);
-        xsdt.add_entry(madt);
-        if platform.pci {
-            xsdt.add_entry(tables.add(&mcfg()));
-        }
-        let xsdt = tables.add(&xsdt);
-        let rsdp = to_bytes(&Rsdp::new(OEM_ID, xsdt));
-        tables.bytes[..rsdp.len()].copy_from_slice(&rsdp);
-
-        let room = layout::ACPI_END.0 - layout::ACPI_START.0;
-        match tables.bytes.len() {
-            size if size as u64 > room => Err(Error::TooLarge(size)),
-            _ => Ok(tables),
-        }
-    }
-
-    /// Appends a table and returns its guest physical address.
-    fn add(&mut self, table: &dyn Aml) -> u64 {
-        let offset = self.bytes.len().next_multiple_of(ALIGNMENT);
-        self.bytes.resize(offset, 0);
-        table.to_aml_bytes(&mut self.bytes);
+/// All tables, one after the other; the first byte belongs at [`layout::ACPI_START`].
+pub(crate) fn tables(platform: &Platform) -> Result<Vec<u8>, Error> {
+    check(platform)?;
+    // The RSDP is the first table and the last to be known: it points to the XSDT, and that to the others.
+    let mut bytes = vec![0; Rsdp::len()];
+    // Appends a table and returns its guest physical address.
+    let mut add = |table: &dyn Aml| {
+        let offset = bytes.len().next_multiple_of(ALIGNMENT);
+        bytes.resize(offset, 0);
+        table.to_aml_bytes(&mut bytes);
         layout::ACPI_START.0 + offset as u64
+    };
+    let dsdt = add(&dsdt::dsdt(platform));
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    xsdt.add_entry(add(&fadt(dsdt)));
+    xsdt.add_entry(add(&madt(platform.cpus)));
+    if platform.pci {
+        xsdt.add_entry(add(&mcfg()));
+    }
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM_ID, add(&xsdt)).to_aml_bytes(&mut rsdp);
+    bytes[..rsdp.len()].copy_from_slice(&rsdp);
+    let room = layout::ACPI_END.0 - layout::ACPI_START.0;
+    match bytes.len() {
+        size if size as u64 > room => Err(Error::TooLarge(size)),
+        _ => Ok(bytes),
     }
 }
 
@@ -113,13 +89,11 @@ fn check(platform: &Platform) -> Result<(), Error> {
     if platform.virtio_mmio.len() > MAX_VIRTIO_MMIO {
         return Err(Error::Devices(platform.virtio_mmio.len()));
     }
-    Ok(())
-}
-
-fn to_bytes(table: &dyn Aml) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    table.to_aml_bytes(&mut bytes);
-    bytes
+    let last = layout::MMIO_HOLE_END.0 - u64::from(layout::VIRTIO_MMIO_SIZE);
+    let mut bases = platform.virtio_mmio.iter().map(|device| device.base.0);
+    bases
+        .find(|&base| base > last)
+        .map_or(Ok(()), |base| Err(Error::Window(base)))
 }
 
 /// IA-PC boot architecture flags (ACPI 6.5, table 5.10): neither VGA nor a CMOS clock must be probed for. That

@@ -1,7 +1,6 @@
-//! Checks and writes the kernel command line.
+//! Checks the kernel command line.
 
 use thiserror::Error as ThisError;
-use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout;
 
@@ -24,13 +23,10 @@ pub enum Error {
         /// The bytes that the kernel takes.
         max: usize,
     },
-    /// Writing fails.
-    #[error("cannot write it to guest memory")]
-    Write(#[source] GuestMemoryError),
 }
 
-/// Writes `cmdline` and a NUL to [`layout::CMDLINE`]; the kernel takes `max` bytes before the NUL.
-pub(crate) fn write(memory: &GuestMemoryMmap, cmdline: &str, max: usize) -> Result<(), Error> {
+/// `cmdline` and a NUL, for [`layout::CMDLINE`]; the kernel takes `max` bytes before the NUL.
+pub(crate) fn bytes(cmdline: &str, max: usize) -> Result<Vec<u8>, Error> {
     let bad = |c: char| c == '\0' || !c.is_ascii();
     if let Some((position, character)) = cmdline.chars().enumerate().find(|&(_, c)| bad(c)) {
         let position = position + 1;
@@ -44,30 +40,23 @@ pub(crate) fn write(memory: &GuestMemoryMmap, cmdline: &str, max: usize) -> Resu
     if length > max {
         return Err(Error::TooLong { length, max });
     }
-    let bytes = [cmdline.as_bytes(), b"\0"].concat();
-    memory
-        .write_slice(&bytes, layout::CMDLINE)
-        .map_err(Error::Write)
+    Ok([cmdline.as_bytes(), b"\0"].concat())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::memory;
 
     #[test]
-    fn write_longest_line_ends_with_nul() {
-        let memory = memory(1);
-        write(&memory, &"x".repeat(2047), 2047).unwrap();
-        let mut bytes = [1; 2048];
-        memory.read_slice(&mut bytes, layout::CMDLINE).unwrap();
+    fn longest_line_ends_with_nul() {
+        let bytes = bytes(&"x".repeat(2047), 2047).unwrap();
         assert_eq!(bytes[..2047], [b'x'; 2047]);
-        assert_eq!(bytes[2047], 0);
+        assert_eq!(bytes[2047..], [0]);
     }
 
     #[test]
-    fn write_one_byte_too_long_is_refused() {
-        let error = write(&memory(1), &"x".repeat(2048), 2047).unwrap_err();
+    fn one_byte_too_long_is_refused() {
+        let error = bytes(&"x".repeat(2048), 2047).unwrap_err();
         assert_eq!(
             error.to_string(),
             "it has 2048 bytes and this kernel takes 2047; shorten it"
@@ -75,15 +64,15 @@ mod tests {
     }
 
     #[test]
-    fn write_kernel_with_absurd_limit_stays_in_its_area() {
-        let error = write(&memory(1), &"x".repeat(0x1_0000), usize::MAX).unwrap_err();
+    fn kernel_with_absurd_limit_stays_in_its_area() {
+        let error = bytes(&"x".repeat(0x1_0000), usize::MAX).unwrap_err();
         assert!(matches!(error, Error::TooLong { max: 0xffff, .. }));
     }
 
     #[test]
-    fn write_nul_or_umlaut_is_refused_with_its_position() {
+    fn nul_or_umlaut_is_refused_with_its_position() {
         for (text, at) in [("a\0b", 2), ("grün", 3)] {
-            let error = write(&memory(1), text, 2047).unwrap_err();
+            let error = bytes(text, 2047).unwrap_err();
             assert!(matches!(error, Error::Character { position, .. } if position == at));
         }
     }

@@ -1,7 +1,7 @@
 //! Finds room for the initrd and reads it there.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::ops::Range;
 
 use thiserror::Error as ThisError;
@@ -59,15 +59,11 @@ pub(crate) fn load(
     file: &mut File,
     kernel: &Kernel,
 ) -> Result<Initrd, Error> {
-    if file.metadata().map_err(Error::Size)?.is_dir() {
-        return Err(Error::Directory);
-    }
-    let size = file.seek(SeekFrom::End(0)).map_err(Error::Size)?;
+    let size = crate::rewind(file).map_err(Error::Size)?;
+    let size = size.ok_or(Error::Directory)?;
     if size == 0 {
         return Err(Error::Empty);
     }
-    file.rewind().map_err(Error::Size)?;
-
     let ram_end = layout::low_ram_end(memory);
     let highest = ram_end.min(kernel.initrd_end_max);
     let start = place(size, highest, &kernel.occupied).ok_or(Error::DoesNotFit {
@@ -95,7 +91,7 @@ fn place(size: u64, highest: u64, kernel: &Range<u64>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{bzimage, file_with, memory};
+    use crate::tests::images::{bzimage, file_with, memory};
     use proptest::prelude::*;
 
     const MIB: u64 = 1 << 20;

@@ -10,7 +10,7 @@ mod foreign;
 mod tests;
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::ops::Range;
 
 use linux_loader::loader::bootparam::setup_header;
@@ -117,15 +117,11 @@ const HEAD_SIZE: u64 = 1024;
 
 impl<'a> Image<'a> {
     fn open(file: &'a mut File) -> Result<Self, Error> {
-        // A directory opens and even seeks like a file: only reading fails.
-        if file.metadata().map_err(Error::Size)?.is_dir() {
-            return Err(Error::Directory);
-        }
-        let size = file.seek(SeekFrom::End(0)).map_err(Error::Size)?;
+        let size = crate::rewind(file).map_err(Error::Size)?;
+        let size = size.ok_or(Error::Directory)?;
         if size == 0 {
             return Err(Error::Empty);
         }
-        file.rewind().map_err(Error::Read)?;
         let mut head = Vec::new();
         file.by_ref()
             .take(HEAD_SIZE)

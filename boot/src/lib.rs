@@ -10,7 +10,7 @@
 //! | [`layout`] | where everything is in the guest's physical address space |
 //! | `kernel.rs` | recognises a kernel image and loads it: `kernel/bzimage.rs`, `kernel/elf.rs` |
 //! | `initrd.rs` | finds room for the initrd and reads it there |
-//! | `cmdline.rs` | checks and writes the kernel command line |
+//! | `cmdline.rs` | checks the kernel command line |
 //! | `params.rs` | the memory map (e820), and the zero page or the PVH start info that carries it |
 //! | `acpi.rs` | the tables by which the guest finds its devices; `acpi/dsdt.rs` is their AML |
 //! | `regs.rs` | registers, GDT and page tables at the kernel's entry point |
@@ -50,13 +50,14 @@ pub mod cmdline;
 pub mod initrd;
 pub mod kernel;
 pub mod layout;
-pub mod params;
+mod params;
 pub mod regs;
 
 use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
 
 use thiserror::Error as ThisError;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 pub use initrd::Initrd;
 pub use regs::BootState;
@@ -123,12 +124,9 @@ pub enum Error {
     /// The ACPI tables.
     #[error("cannot describe the machine by ACPI tables")]
     Acpi(#[source] acpi::Error),
-    /// The zero page or the PVH start info.
-    #[error("cannot write the boot parameters")]
-    Params(#[source] params::Error),
-    /// GDT and page tables.
-    #[error("cannot set up the boot CPU")]
-    Regs(#[source] regs::Error),
+    /// Guest memory refuses a write.
+    #[error("cannot write the {0} to guest memory")]
+    Write(&'static str, #[source] GuestMemoryError),
 }
 
 /// Loads kernel and initrd into `memory`, describes the machine to the guest, and says how to start the
@@ -146,10 +144,32 @@ pub fn load(memory: &GuestMemoryMmap, spec: &mut BootSpec) -> Result<BootState, 
         Some(file) => Some(initrd::load(memory, file, &kernel).map_err(Error::Initrd)?),
         None => None,
     };
-    cmdline::write(memory, spec.cmdline, kernel.cmdline_max).map_err(Error::Cmdline)?;
-    acpi::write(memory, spec.platform).map_err(Error::Acpi)?;
-    params::write(memory, &kernel, initrd).map_err(Error::Params)?;
-    regs::prepare(memory, &kernel, initrd).map_err(Error::Regs)
+    let cmdline = cmdline::bytes(spec.cmdline, kernel.cmdline_max).map_err(Error::Cmdline)?;
+    let tables = acpi::tables(spec.platform).map_err(Error::Acpi)?;
+    let mut pieces = params::pieces(memory, &kernel, initrd);
+    pieces.extend(regs::tables());
+    pieces.push(("kernel command line", layout::CMDLINE, cmdline));
+    pieces.push(("ACPI tables", layout::ACPI_START, tables));
+    for (what, address, bytes) in pieces {
+        memory
+            .write_slice(&bytes, address)
+            .map_err(|source| Error::Write(what, source))?;
+    }
+    Ok(regs::boot_state(&kernel, initrd))
+}
+
+/// What it is, where it goes, and its bytes.
+type Piece = (&'static str, GuestAddress, Vec<u8>);
+
+/// The size of a file, which is read from its start next. `None` for a directory, which opens and
+/// even seeks like a file: only reading fails.
+fn rewind(file: &mut File) -> io::Result<Option<u64>> {
+    if file.metadata()?.is_dir() {
+        return Ok(None);
+    }
+    let size = file.seek(SeekFrom::End(0))?;
+    file.rewind()?;
+    Ok(Some(size))
 }
 
 /// A size for people, rounded down: the memory that there is.
@@ -162,7 +182,5 @@ fn mib_up(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
-#[cfg(test)]
-mod testing;
 #[cfg(test)]
 mod tests;

@@ -5,20 +5,10 @@
 use std::ops::Range;
 
 use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
-use thiserror::Error as ThisError;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::initrd::Initrd;
 use crate::kernel::Kernel;
-use crate::{Protocol, layout};
-
-/// Why the boot CPU's tables could not be written.
-#[derive(Debug, ThisError)]
-pub enum Error {
-    /// Guest memory refuses the write.
-    #[error("cannot write the {0} to guest memory")]
-    Write(&'static str, #[source] GuestMemoryError),
-}
+use crate::{Piece, Protocol, layout};
 
 /// How to start the boot CPU, and where things are.
 #[derive(Clone, Debug)]
@@ -48,15 +38,18 @@ impl BootState {
     }
 }
 
-/// Writes GDT and page tables, and puts the registers together.
-pub(crate) fn prepare(
-    memory: &GuestMemoryMmap,
-    kernel: &Kernel,
-    initrd: Option<Initrd>,
-) -> Result<BootState, Error> {
-    write_table(memory, "GDT", layout::GDT, &GDT)?;
-    write_table(memory, "page tables", layout::PAGE_TABLES, &page_tables())?;
-    Ok(BootState {
+/// GDT and page tables.
+pub(crate) fn tables() -> [Piece; 2] {
+    let bytes = |entries: &[u64]| entries.iter().flat_map(|e| e.to_le_bytes()).collect();
+    [
+        ("GDT", layout::GDT, bytes(&GDT)),
+        ("page tables", layout::PAGE_TABLES, bytes(&page_tables())),
+    ]
+}
+
+/// The registers at the entry point of `kernel`.
+pub(crate) fn boot_state(kernel: &Kernel, initrd: Option<Initrd>) -> BootState {
+    BootState {
         protocol: kernel.protocol,
         kernel: kernel.occupied.clone(),
         initrd,
@@ -67,22 +60,7 @@ pub(crate) fn prepare(
             ..Default::default()
         },
         msrs: msrs(),
-    })
-}
-
-fn write_table(
-    memory: &GuestMemoryMmap,
-    name: &'static str,
-    address: GuestAddress,
-    entries: &[u64],
-) -> Result<(), Error> {
-    let bytes: Vec<u8> = entries
-        .iter()
-        .flat_map(|entry| entry.to_le_bytes())
-        .collect();
-    memory
-        .write_slice(&bytes, address)
-        .map_err(|error| Error::Write(name, error))
+    }
 }
 
 fn general_registers(kernel: &Kernel) -> kvm_regs {

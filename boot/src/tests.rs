@@ -1,7 +1,9 @@
 //! Tests of [`load`] as a whole.
 
+pub(crate) mod images;
+
+use self::images::{bzimage, elf, file_with, memory, platform};
 use super::*;
-use crate::testing::{bzimage, elf, file_with, memory, platform};
 use proptest::prelude::*;
 use std::error::Error as _;
 use vm_memory::Bytes;

@@ -7,7 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Error, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::{Platform, VirtioMmio, layout};
 
 /// The size of a table's header.
@@ -17,16 +17,7 @@ const REVISION: u8 = 2;
 /// The notification of a pressed button (ACPI 6.5, table 5.157).
 const BUTTON_PRESSED: u8 = 0x80;
 
-/// AML bytes that were put together before.
-struct Raw(Vec<u8>);
-
-impl Aml for Raw {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        sink.vec(&self.0);
-    }
-}
-
-pub(super) fn dsdt(platform: &Platform) -> Result<Sdt, Error> {
+pub(super) fn dsdt(platform: &Platform) -> Sdt {
     let mut devices = Vec::new();
     for cpu in 0..platform.cpus {
         processor(&mut devices, cpu);
@@ -35,15 +26,14 @@ pub(super) fn dsdt(platform: &Platform) -> Result<Sdt, Error> {
         serial(&mut devices);
     }
     for (index, device) in platform.virtio_mmio.iter().enumerate() {
-        virtio_mmio(&mut devices, index, device)?;
+        virtio_mmio(&mut devices, index, device);
     }
     if platform.pci {
         pci_host(&mut devices);
     }
     power_button(&mut devices);
 
-    let mut body = Vec::new();
-    Scope::new(r"\_SB_".into(), vec![&Raw(devices)]).to_aml_bytes(&mut body);
+    let mut body = Scope::raw(r"\_SB_".into(), devices);
     // Only the first element counts on hardware-reduced ACPI; four are usual (ACPI 6.5, 7.4.2).
     let s5 = Package::new(vec![&layout::S5_SLEEP_TYPE, &ZERO, &ZERO, &ZERO]);
     Name::new(r"\_S5_".into(), &s5).to_aml_bytes(&mut body);
@@ -57,7 +47,7 @@ pub(super) fn dsdt(platform: &Platform) -> Result<Sdt, Error> {
         OEM_REVISION,
     );
     table.append_slice(&body);
-    Ok(table)
+    table
 }
 
 fn name(path: &str, value: &dyn Aml) -> Name {
@@ -88,14 +78,7 @@ fn serial(sink: &mut dyn AmlSink) {
 }
 
 /// `LNRO0005`, the id by which Linux' virtio_mmio driver knows its devices.
-fn virtio_mmio(sink: &mut dyn AmlSink, index: usize, device: &VirtioMmio) -> Result<(), Error> {
-    let end = device
-        .base
-        .0
-        .saturating_add(layout::VIRTIO_MMIO_SIZE.into());
-    if end > layout::MMIO_HOLE_END.0 {
-        return Err(Error::Window(device.base.0));
-    }
+fn virtio_mmio(sink: &mut dyn AmlSink, index: usize, device: &VirtioMmio) {
     let window = Memory32Fixed::new(true, device.base.0 as u32, layout::VIRTIO_MMIO_SIZE);
     let interrupt = interrupt(device.gsi);
     let hid = name("_HID", &"LNRO0005");
@@ -104,7 +87,6 @@ fn virtio_mmio(sink: &mut dyn AmlSink, index: usize, device: &VirtioMmio) -> Res
     let crs = name("_CRS", &ResourceTemplate::new(vec![&window, &interrupt]));
     let path = Path::new(&format!("V{index:03X}"));
     Device::new(path, vec![&hid, &uid, &cca, &crs]).to_aml_bytes(sink);
-    Ok(())
 }
 
 /// `PNP0A08`, a PCI Express host bridge, and `PNP0C02`, which reserves its configuration space: Linux does not use

@@ -6,8 +6,8 @@ use std::process::Command;
 
 use super::*;
 use crate::VirtioMmio;
-use crate::testing::{memory, platform};
-use vm_memory::GuestAddress;
+use crate::tests::images::{memory, platform};
+use vm_memory::{Bytes, GuestAddress};
 
 #[path = "../../../tests/harness/skip.rs"]
 mod skip;
@@ -24,7 +24,8 @@ fn number(bytes: &[u8], at: usize, size: usize) -> u64 {
 /// The tables by their signatures, found the way a guest finds them; every checksum on the way is checked.
 fn find_tables(platform: &Platform) -> BTreeMap<String, Vec<u8>> {
     let memory = memory(16);
-    write(&memory, platform).unwrap();
+    let tables = super::tables(platform).unwrap();
+    memory.write_slice(&tables, layout::ACPI_START).unwrap();
     let read = |address: u64, size: usize| {
         let mut bytes = vec![0; size];
         memory
@@ -117,7 +118,7 @@ fn madt_lists_every_cpu_once_and_one_ioapic() {
 
 #[test]
 fn write_impossible_platforms_are_refused() {
-    let refuse = |platform: &Platform| Tables::new(platform).err().unwrap();
+    let refuse = |platform: &Platform| tables(platform).unwrap_err();
     assert!(matches!(refuse(&platform(0, 0)), Error::Cpus(0)));
     assert!(matches!(refuse(&platform(255, 0)), Error::Cpus(255)));
     assert!(matches!(refuse(&platform(1, 257)), Error::Devices(257)));

@@ -1,7 +1,7 @@
 //! Tests of the kernel loaders: images made here, good, bad and random.
 
 use super::*;
-use crate::testing::*;
+use crate::tests::images::*;
 use proptest::prelude::*;
 use vm_memory::Bytes;
 

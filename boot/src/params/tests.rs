@@ -1,7 +1,7 @@
 //! Tests of the memory map, the zero page and the PVH start info.
 
 use super::*;
-use crate::testing::{bzimage, elf, file_with, memory};
+use crate::tests::images::{bzimage, elf, file_with, memory};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,7 +13,9 @@ const INITRD: Initrd = Initrd {
 fn written(image: &[u8], initrd: Option<Initrd>) -> GuestMemoryMmap {
     let memory = memory(64);
     let kernel = crate::kernel::load(&memory, &mut file_with(image)).unwrap();
-    write(&memory, &kernel, initrd).unwrap();
+    for (_, at, bytes) in pieces(&memory, &kernel, initrd) {
+        memory.write_slice(&bytes, at).unwrap();
+    }
     memory
 }
 
@@ -26,7 +28,7 @@ fn memory_map_small_memory_lists_low_acpi_and_high() {
     let map = memory_map(&memory(64));
     let as_numbers: Vec<_> = map
         .iter()
-        .map(|r| (r.start, r.start + r.size, r.kind as u32))
+        .map(|r| (r.addr, r.addr + r.size, r.type_))
         .collect();
     assert_eq!(
         as_numbers,
@@ -101,15 +103,15 @@ proptest! {
         let memory = GuestMemoryMmap::from_ranges(&layout::ram_regions(bytes)).unwrap();
         let map = memory_map(&memory);
         for pair in map.windows(2) {
-            prop_assert!(pair[0].start + pair[0].size <= pair[1].start);
+            prop_assert!(pair[0].addr + pair[0].size <= pair[1].addr);
         }
-        let ram = map.iter().filter(|range| range.kind == MemoryKind::Ram);
+        let ram = map.iter().filter(|range| range.type_ == XEN_HVM_MEMMAP_TYPE_RAM);
         let missing = layout::HIGH_RAM_START.0 - layout::LOW_RAM_END.0;
         prop_assert_eq!(ram.clone().map(|range| range.size).sum::<u64>(), bytes - missing);
         for range in ram {
-            let last = GuestAddress(range.start + range.size - 1);
-            prop_assert!(memory.check_range(GuestAddress(range.start), range.size as usize));
-            prop_assert!(last < layout::MMIO_HOLE_START || range.start >= layout::MMIO_HOLE_END.0);
+            let last = GuestAddress(range.addr + range.size - 1);
+            prop_assert!(memory.check_range(GuestAddress(range.addr), range.size as usize));
+            prop_assert!(last < layout::MMIO_HOLE_START || range.addr >= layout::MMIO_HOLE_END.0);
         }
     }
 }

@@ -1,13 +1,17 @@
 //! Tests of the boot CPU's state.
 
 use super::*;
-use crate::testing::{bzimage, elf, file_with, memory};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::tests::images::{bzimage, elf, file_with, memory};
 
 fn prepared(image: &[u8]) -> (GuestMemoryMmap, BootState) {
     let memory = memory(64);
     let kernel = crate::kernel::load(&memory, &mut file_with(image)).unwrap();
-    let state = prepare(&memory, &kernel, None).unwrap();
-    (memory, state)
+    for (_, at, bytes) in tables() {
+        memory.write_slice(&bytes, at).unwrap();
+    }
+    (memory, boot_state(&kernel, None))
 }
 
 /// What `KVM_GET_SREGS` gives after a reset, as far as it matters.
