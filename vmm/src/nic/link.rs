@@ -89,8 +89,8 @@ impl Link {
             LinkChange::Admin(up) => self.seen.up = up,
             LinkChange::Mtu(mtu) => {
                 log::info!(
-                    "{name}: the MTU of {link} is now {mtu}; the guest is told, and Linux looks \
-                     only when its driver starts"
+                    "{name}: the MTU of {link} is now {mtu}: the guest's NIC has it too, but Linux \
+                     looks at it only when its driver starts"
                 );
                 guest.set_mtu(u16::try_from(mtu).unwrap_or(u16::MAX));
             }
