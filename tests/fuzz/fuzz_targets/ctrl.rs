@@ -3,26 +3,18 @@
 
 use std::sync::Arc;
 
-use devices::virtio::net::NetConfig;
-use devices::virtio::net::config::ConfigSpace;
 use devices::virtio::net::ctrl::{Control, CtrlQueue, Permissions};
 use devices::virtio::net::features::Features;
-use devices::virtio::net::filter::Filter;
-use fuzz::{MAC, Queue, Script, memory, observer};
+use fuzz::{Queue, Script, config, filter, memory};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (Queue, u64, Vec<u8>, Vec<u8>)| {
     let (queue, features, command, bytes) = input;
-    let config = NetConfig {
-        mac: MAC,
-        mtu: 1500,
-    };
     let backends = [(); 3].map(|()| Arc::new(Script::new(Vec::new())));
     let control = Control {
         backends: backends.to_vec(),
-        config: Arc::new(ConfigSpace::new(config, 3)),
-        filter: Arc::new(Filter::default()),
-        observer: observer(),
+        config: config(),
+        filter: filter(),
         features: Features::from_bits_truncate(features),
         permissions: Permissions {
             change_mac: true,

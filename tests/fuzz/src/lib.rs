@@ -8,8 +8,10 @@ use std::sync::{Arc, Mutex};
 use arbitrary::Arbitrary;
 use devices::bus::BusDevice;
 use devices::virtio::net::backend::Backend;
+use devices::virtio::net::config::ConfigSpace;
 use devices::virtio::net::ctrl::Permissions;
 use devices::virtio::net::features::Offloads;
+use devices::virtio::net::filter::Filter;
 use devices::virtio::net::observe::Observer;
 use devices::virtio::net::{Net, NetConfig, NetOptions};
 use devices::virtio::{Interrupt, QueueConfig};
@@ -135,16 +137,30 @@ impl Backend for Script {
 /// The NIC's MAC address.
 pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
+const CONFIG: NetConfig = NetConfig {
+    mac: MAC,
+    mtu: 1500,
+};
+
+/// What a NIC with three queue pairs shows its driver.
+pub fn config() -> Arc<ConfigSpace> {
+    Arc::new(ConfigSpace::new(CONFIG, 3))
+}
+
 /// Watches the guest.
 pub fn observer() -> Arc<Observer> {
-    let changed = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd can be had");
-    Arc::new(Observer::new("net0".into(), MAC, changed))
+    Arc::new(Observer::new("net0".into(), config()).expect("an eventfd can be had"))
+}
+
+/// Lets everything pass.
+pub fn filter() -> Arc<Filter> {
+    Arc::new(Filter::new(config()))
 }
 
 /// A NIC with two queue pairs.
 pub fn nic(frames: Vec<Vec<u8>>) -> Net<Script> {
     let options = NetOptions {
-        observer: observer(),
+        label: "net0".into(),
         permissions: Permissions {
             change_mac: true,
             allow_promisc: true,
@@ -154,12 +170,8 @@ pub fn nic(frames: Vec<Vec<u8>>) -> Net<Script> {
         capture: None,
         vhost: Vec::new(),
     };
-    let config = NetConfig {
-        mac: MAC,
-        mtu: 1500,
-    };
     let backends = vec![Script::new(frames), Script::new(Vec::new())];
-    Net::new("net0".into(), config, backends, options).expect("threads can be had")
+    Net::new("net0".into(), CONFIG, backends, options).expect("threads can be had")
 }
 
 /// Interrupts without a receiver.

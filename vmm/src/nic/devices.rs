@@ -6,14 +6,12 @@ use std::io;
 use std::sync::Arc;
 
 use devices::virtio::net::capture::Capture;
-use devices::virtio::net::observe::Observer;
 use devices::virtio::net::tap::Tap;
 use devices::virtio::net::vhost::{VhostError, VhostPair};
 use devices::virtio::net::{Net, NetOptions};
 use event_manager::MutEventSubscriber;
 use net::LinkGuard;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{BackendChoice, NicOptions};
 use crate::machine::{Machine, MachineError};
@@ -41,16 +39,12 @@ impl NetDevices {
             let name = format!("net{n}");
             // As it was asked for: the macvtap's own name says little.
             let label = format!("{name} on {}", nic.entry().tap.lower);
-            let learnt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-            let learnt = learnt.map_err(MachineError::EventFd)?;
-            let signal = learnt.try_clone().map_err(MachineError::EventFd)?;
-            let observer = Arc::new(Observer::new(label.clone(), nic.config.mac, signal));
             let [rx_limit, tx_limit] = nic.options.limits();
             let capture = nic.pcap.map(|file| start_capture(file, &name)).transpose();
             let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
             let listener = nic.listener.filter(|_| !vhost.is_empty());
             let options = NetOptions {
-                observer: Arc::clone(&observer),
+                label: label.clone(),
                 permissions: nic.permissions,
                 rx_limit,
                 tx_limit,
@@ -59,13 +53,12 @@ impl NetDevices {
             };
             let device =
                 Net::new(name, nic.config, nic.taps, options).map_err(MachineError::Device)?;
-            let guest = Arc::clone(device.config());
+            let (guest, observer) = (Arc::clone(device.config()), Arc::clone(device.observer()));
             machine.add_virtio(device)?;
             devices.guards.push(nic.guard);
             let link = nic.watch.map(Link::new).transpose();
-            let follower = link.and_then(|link| {
-                Follower::new(label, guest, (observer, learnt), nic.claim, link, listener)
-            });
+            let follower = link
+                .and_then(|link| Follower::new(label, guest, observer, nic.claim, link, listener));
             devices
                 .followers
                 .push(follower.map_err(MachineError::EventFd)?);

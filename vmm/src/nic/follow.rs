@@ -10,7 +10,6 @@ use devices::virtio::net::config::ConfigSpace;
 use devices::virtio::net::observe::Observer;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use net::{FrameListener, HEARD_LEN};
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::link::Link;
@@ -39,8 +38,6 @@ pub struct Follower {
     /// Has the NIC's MAC address, MTU and link state.
     guest: Arc<ConfigSpace>,
     observer: Arc<Observer>,
-    /// Signalled by the observer.
-    learnt: EventFd,
     claim: Claim,
     /// Runs while there is something that is not published yet.
     publish: TimerFd,
@@ -50,7 +47,7 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Publishes by `claim` what `observer`, which signals `learnt`, `listener` and `link` say of `guest`.
+    /// Publishes by `claim` what `observer`, `listener` and `link` say of `guest`.
     ///
     /// # Errors
     ///
@@ -58,7 +55,7 @@ impl Follower {
     pub fn new(
         name: String,
         guest: Arc<ConfigSpace>,
-        (observer, learnt): (Arc<Observer>, EventFd),
+        observer: Arc<Observer>,
         claim: Claim,
         link: Option<Link>,
         listener: Option<FrameListener>,
@@ -68,7 +65,6 @@ impl Follower {
             name,
             guest,
             observer,
-            learnt,
             claim,
             publish: TimerFd::new()?,
             link,
@@ -114,7 +110,7 @@ fn look_at_frames(listener: &FrameListener, observer: &Observer) -> bool {
 impl MutEventSubscriber for Follower {
     fn init(&mut self, ops: &mut EventOps) {
         let mut all = vec![
-            (self.learnt.as_raw_fd(), LEARNT),
+            (self.observer.changed().as_raw_fd(), LEARNT),
             (self.publish.as_raw_fd(), PUBLISH),
         ];
         if let Some((listener, pause)) = &self.listener {
@@ -136,7 +132,7 @@ impl MutEventSubscriber for Follower {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match (events.data(), &mut self.listener, &mut self.link) {
             (LEARNT, _, _) => {
-                let _ = self.learnt.read();
+                let _ = self.observer.changed().read();
                 self.publish_later();
             }
             (PUBLISH, _, _) => {

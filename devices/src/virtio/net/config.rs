@@ -1,10 +1,13 @@
 //! The configuration space of the NIC: what the driver reads of it, and who changes it.
 
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
+use super::backend::Backend;
 use crate::virtio::{Interrupt, read_at};
 
 /// What a driver reads of a network device (`struct virtio_net_config`, virtio 1.2, 5.1.4).
@@ -16,26 +19,29 @@ pub struct NetConfig {
     pub mtu: u16,
 }
 
-/// The configuration space, which begins with a link. The control thread changes it as the host's
-/// interface changes, the control queue as the driver commands.
+/// The configuration space, which begins with a link. It owns the NIC's MAC address, link state and
+/// MTU. The control thread changes it as the host's interface changes, the control queue as the
+/// driver commands.
 #[derive(Debug)]
 pub struct ConfigSpace {
+    /// The address that the NIC has after a reset.
+    own_mac: [u8; 6],
+    /// The one that it has now, as the low 48 bits: the queues read it for each frame. It changes
+    /// with the lock held.
+    mac: AtomicU64,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// As the driver sees it now.
-    config: NetConfig,
-    /// The address that the NIC has after a reset.
-    own_mac: [u8; 6],
+    mtu: u16,
     pairs: u16,
     up: bool,
     announce: bool,
     generation: u32,
     driver: Option<Driver>,
     /// Something has changed while there was no driver to be notified.
-    untold: bool,
+    missed: bool,
 }
 
 /// What the driver has made of the configuration space, or been asked by it. Link and MTU are the
@@ -59,15 +65,16 @@ impl ConfigSpace {
     /// The space of a NIC with `pairs` queue pairs.
     pub fn new(config: NetConfig, pairs: u16) -> Self {
         Self {
+            own_mac: config.mac,
+            mac: AtomicU64::new(number(config.mac)),
             state: Mutex::new(State {
-                config,
-                own_mac: config.mac,
+                mtu: config.mtu,
                 pairs,
                 up: true,
                 announce: false,
                 generation: 0,
                 driver: None,
-                untold: false,
+                missed: false,
             }),
         }
     }
@@ -101,27 +108,38 @@ impl ConfigSpace {
     /// Sets a new MTU. Drivers of today read it only when they start.
     pub fn set_mtu(&self, mtu: u16) {
         let mut state = self.lock();
-        if state.config.mtu != mtu {
-            state.config.mtu = mtu;
+        if state.mtu != mtu {
+            state.mtu = mtu;
             state.changed();
         }
     }
 
     /// The MTU as the driver finds it.
     pub fn mtu(&self) -> u16 {
-        self.lock().config.mtu
+        self.lock().mtu
     }
 
     /// The MAC address as the driver finds it.
     pub fn mac(&self) -> [u8; 6] {
-        self.lock().config.mac
+        let [mac @ .., _, _] = self.mac.load(Ordering::Relaxed).to_le_bytes();
+        mac
     }
 
-    /// The driver has changed the MAC address itself, and needs no notification.
-    pub(super) fn set_mac(&self, mac: [u8; 6]) {
-        let mut state = self.lock();
-        state.config.mac = mac;
-        state.generation = state.generation.wrapping_add(1);
+    /// Changes the MAC address of `tap`, then the NIC's, which stays if the tap's does. The driver
+    /// has asked for it, and needs no notification.
+    pub(super) fn set_mac(&self, mac: [u8; 6], tap: &impl Backend) -> io::Result<()> {
+        if mac != self.mac() {
+            tap.set_mac(mac)?;
+            let mut state = self.lock();
+            self.mac.store(number(mac), Ordering::Relaxed);
+            state.generation = state.generation.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    /// Changes both back to the address that the NIC began with.
+    pub(super) fn reset_mac(&self, tap: &impl Backend) -> io::Result<()> {
+        self.set_mac(self.own_mac, tap)
     }
 
     /// The driver has announced itself.
@@ -132,7 +150,7 @@ impl ConfigSpace {
     /// From now on a driver is notified of changes, and of those before it if it was there then.
     pub(super) fn attach(&self, interrupt: Arc<dyn Interrupt>, announces: bool, resumed: bool) {
         let mut state = self.lock();
-        if std::mem::take(&mut state.untold) && resumed {
+        if std::mem::take(&mut state.missed) && resumed {
             interrupt.config();
         }
         state.driver = Some(Driver {
@@ -149,34 +167,33 @@ impl ConfigSpace {
     pub(super) fn save(&self) -> ConfigState {
         let state = self.lock();
         ConfigState {
-            mac: state.config.mac,
+            mac: self.mac(),
             announce: state.announce,
             generation: state.generation,
         }
     }
 
-    pub(super) fn restore(&self, saved: &ConfigState) {
+    pub(super) fn restore(&self, saved: &ConfigState, tap: &impl Backend) -> io::Result<()> {
+        self.set_mac(saved.mac, tap)?;
         let mut state = self.lock();
-        state.config.mac = saved.mac;
         state.announce = saved.announce;
         state.generation = saved.generation;
         // Link and MTU may be others here.
-        state.untold = true;
+        state.missed = true;
+        Ok(())
     }
 
-    /// The driver is gone. The NIC's own MAC address, where the driver has had another.
-    pub(super) fn detach(&self) -> Option<[u8; 6]> {
+    /// The driver is gone.
+    pub(super) fn detach(&self) {
         let mut state = self.lock();
         state.driver = None;
         state.announce = false;
-        let changed = state.config.mac != state.own_mac;
-        state.config.mac = state.own_mac;
-        changed.then_some(state.own_mac)
     }
 
     /// The driver reads.
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
-        read_at(&self.lock().to_bytes(), offset, data);
+        let state = self.lock();
+        read_at(&state.to_bytes(self.mac()), offset, data);
     }
 
     /// Changes whenever what can be read has.
@@ -194,12 +211,12 @@ impl State {
         self.generation = self.generation.wrapping_add(1);
         match &self.driver {
             Some(driver) => driver.interrupt.config(),
-            None => self.untold = true,
+            None => self.missed = true,
         }
     }
 
     /// mac, status, max_virtqueue_pairs, mtu.
-    fn to_bytes(&self) -> [u8; 12] {
+    fn to_bytes(&self, mac: [u8; 6]) -> [u8; 12] {
         let mut status = 0;
         if self.up {
             status |= VIRTIO_NET_S_LINK_UP as u16;
@@ -208,10 +225,14 @@ impl State {
             status |= VIRTIO_NET_S_ANNOUNCE as u16;
         }
         let mut bytes = [0; 12];
-        bytes[..6].copy_from_slice(&self.config.mac);
+        bytes[..6].copy_from_slice(&mac);
         bytes[6..8].copy_from_slice(&status.to_le_bytes());
         bytes[8..10].copy_from_slice(&self.pairs.to_le_bytes());
-        bytes[10..].copy_from_slice(&self.config.mtu.to_le_bytes());
+        bytes[10..].copy_from_slice(&self.mtu.to_le_bytes());
         bytes
     }
+}
+
+fn number([a, b, c, d, e, f]: [u8; 6]) -> u64 {
+    u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
 }

@@ -12,7 +12,6 @@ use super::backend::Backend;
 use super::config::ConfigSpace;
 use super::features::Features;
 use super::filter::Filter;
-use super::observe::Observer;
 use super::pair::Stop;
 use crate::virtio::Interrupt;
 use crate::virtio::iovec::{gather, scatter};
@@ -46,8 +45,6 @@ pub struct Control<B> {
     pub config: Arc<ConfigSpace>,
     /// Which frames the driver wants.
     pub filter: Arc<Filter>,
-    /// What watches for frames from another address than the NIC's.
-    pub observer: Arc<Observer>,
     /// What the driver has agreed to.
     pub features: Features,
     /// What it may do.
@@ -148,26 +145,17 @@ impl<B: Backend> Control<B> {
         let Ok(mac) = <[u8; MAC_LEN]>::try_from(operand) else {
             return false;
         };
-        if mac == self.config.mac() {
-            return true;
-        }
         let is_usable = mac[0] & 1 == 0 && mac != [0; MAC_LEN];
-        if !is_usable || !self.permissions.change_mac {
+        let may_have = is_usable && self.permissions.change_mac || mac == self.config.mac();
+        if !may_have {
             log::debug!("the driver may not have the MAC address {mac:02x?}");
             return false;
         }
-        match self.backends[0].set_mac(mac) {
-            Ok(()) => {
-                self.config.set_mac(mac);
-                self.filter.change(|rules| rules.own = mac);
-                self.observer.set_mac(mac);
-                true
-            }
-            Err(error) => {
-                log::debug!("the tap does not take the MAC address {mac:02x?}: {error}");
-                false
-            }
-        }
+        let set = self.config.set_mac(mac, self.backends[0].as_ref());
+        set.inspect_err(|error| {
+            log::debug!("the tap does not take the MAC address {mac:02x?}: {error}");
+        })
+        .is_ok()
     }
 
     /// The VLAN filter (5.1.6.5.3): an id in 16 bits.

@@ -39,8 +39,8 @@ const PCI_CLASS: u32 = 0x02_0000;
 /// without vhost-net: there the monitor sees no frame.
 #[derive(Debug)]
 pub struct NetOptions {
-    /// Sees what the guest sends.
-    pub observer: Arc<Observer>,
+    /// The NIC's name in what is said of its guest.
+    pub label: String,
     /// What the driver's commands may do on the host.
     pub permissions: Permissions,
     /// Bounds what the guest receives.
@@ -69,7 +69,7 @@ pub struct Net<B> {
     queue_sizes: Vec<u16>,
     pub(super) config: Arc<ConfigSpace>,
     pub(super) filter: Arc<Filter>,
-    pub(super) observer: Arc<Observer>,
+    observer: Arc<Observer>,
     permissions: Permissions,
     pub(super) rx_hooks: Hooks,
     pub(super) tx_hooks: Hooks,
@@ -104,6 +104,7 @@ impl<B: Backend> Net<B> {
             0 => Worker::new(name.clone()),
             _ => Worker::new(format!("{name}.{pair}")),
         };
+        let config = Arc::new(ConfigSpace::new(config, pairs as u16));
         let new = Self {
             features: Features::offered(pairs, backends[0].known_offloads()),
             backends: backends.into_iter().map(Arc::new).collect(),
@@ -112,9 +113,9 @@ impl<B: Backend> Net<B> {
             ctrl: Worker::new(format!("{name}.ctrl"))?,
             // The last is the control queue.
             queue_sizes: vec![QUEUE_SIZE; 2 * pairs + 1],
-            config: Arc::new(ConfigSpace::new(config, pairs as u16)),
-            filter: Arc::default(),
-            observer: options.observer,
+            filter: Arc::new(Filter::new(Arc::clone(&config))),
+            observer: Arc::new(Observer::new(options.label, Arc::clone(&config))?),
+            config,
             permissions: options.permissions,
             rx_hooks: hooks(options.rx_limit),
             tx_hooks: hooks(options.tx_limit),
@@ -132,6 +133,11 @@ impl<B: Backend> Net<B> {
     /// The configuration space, for whoever watches the host's interface.
     pub fn config(&self) -> &Arc<ConfigSpace> {
         &self.config
+    }
+
+    /// Sees what the guest sends.
+    pub fn observer(&self) -> &Arc<Observer> {
+        &self.observer
     }
 
     /// The counters of each pair, which live on when the device is on its bus.
@@ -163,7 +169,7 @@ impl<B: Backend> Net<B> {
             .filter(|_| features.contains(Features::CTRL_VQ));
         if !resumed {
             self.set_offloads(features.offloads())?;
-            let rules = Rules::new(self.config.mac(), features);
+            let rules = Rules::new(features);
             self.filter.change(|filter| *filter = rules);
         }
         let queues = take_pairs(queues, pairs)?;
@@ -197,9 +203,8 @@ impl<B: Backend> Net<B> {
             largest_frame: LARGEST_FRAME,
         };
         let kicks = [rx.kick, tx.kick];
-        let rx = RxQueue::new(rx.queue, layout)
+        let rx = RxQueue::new(rx.queue, layout, Arc::clone(&self.filter))
             .with_frame(self.frames[index].take())
-            .with_filter(Arc::clone(&self.filter))
             .with_hooks(self.rx_hooks.clone());
         let tx =
             TxQueue::new(tx.queue, Arc::clone(&self.observer)).with_hooks(self.tx_hooks.clone());
@@ -226,7 +231,6 @@ impl<B: Backend> Net<B> {
             backends: self.backends[..pairs].to_vec(),
             config: Arc::clone(&self.config),
             filter: Arc::clone(&self.filter),
-            observer: Arc::clone(&self.observer),
             features,
             permissions: self.permissions,
         };
@@ -339,6 +343,8 @@ impl<B: Backend> VirtioDevice for Net<B> {
     }
 
     fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+        // A reset has something to undo.
+        self.is_active = true;
         self.restore_state(state)
     }
 
@@ -353,7 +359,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
     }
 
     fn reset(&mut self) {
-        let own_mac = self.config.detach();
+        self.config.detach();
         if !std::mem::take(&mut self.is_active) {
             return;
         }
@@ -364,9 +370,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
         if let Err(error) = self.set_offloads(Offloads::empty()) {
             log::debug!("{}: cannot clear the offloads: {error}", self.name);
         }
-        let Some(mac) = own_mac else { return };
-        self.observer.set_mac(mac);
-        if let Err(error) = self.backends[0].set_mac(mac)
+        if let Err(error) = self.config.reset_mac(self.backends[0].as_ref())
             && self.complaints.may_warn()
         {
             let name = &self.name;

@@ -6,10 +6,11 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::config::ConfigSpace;
 use super::features::{Features, Offloads};
 
 /// A MAC address.
@@ -28,8 +29,6 @@ pub struct Rules {
     pub promiscuous: bool,
     /// All groups.
     pub all_multicast: bool,
-    /// The NIC's own address.
-    pub own: Mac,
     /// What may be left to the driver in a frame.
     pub offloads: Offloads,
     /// How many queue pairs take frames, from the first on.
@@ -45,10 +44,9 @@ pub struct Rules {
 impl Rules {
     /// What a driver that took these features gets before its first command. One with CTRL_VLAN
     /// gets no tagged frame before it has named a VLAN.
-    pub fn new(own: Mac, features: Features) -> Self {
+    pub fn new(features: Features) -> Self {
         let with_vlans = features.contains(Features::CTRL_VLAN);
         Self {
-            own,
             offloads: features.offloads(),
             pairs: 1,
             vlans: with_vlans.then(BTreeSet::new),
@@ -83,8 +81,8 @@ impl Rules {
         listed && !self.promiscuous
     }
 
-    /// Whether the driver wants a frame to this address with this VLAN tag.
-    pub fn pass(&self, to: Mac, tag: Option<u16>) -> bool {
+    /// Whether the driver of a NIC with the address `own` wants a frame to `to` with this VLAN tag.
+    pub fn pass(&self, own: Mac, to: Mac, tag: Option<u16>) -> bool {
         if self.promiscuous {
             return true;
         }
@@ -100,19 +98,35 @@ impl Rules {
         let is_multicast = to[0] & 1 != 0;
         to == BROADCAST
             || is_multicast && (self.all_multicast || listed(&self.multicast))
-            || !is_multicast && (to == self.own || listed(&self.unicast))
+            || !is_multicast && (to == own || listed(&self.unicast))
     }
 }
 
 /// The rules as the control queue sets them and the receive queues read them. A receive queue keeps
 /// a copy, and takes a new one only when there is one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Filter {
+    /// Has the NIC's MAC address.
+    config: Arc<ConfigSpace>,
     changes: AtomicU32,
     rules: Mutex<Rules>,
 }
 
 impl Filter {
+    /// Lets everything pass to the NIC whose configuration space this is.
+    pub fn new(config: Arc<ConfigSpace>) -> Self {
+        Self {
+            config,
+            changes: AtomicU32::new(0),
+            rules: Mutex::default(),
+        }
+    }
+
+    /// The NIC's own address.
+    pub fn own(&self) -> Mac {
+        self.config.mac()
+    }
+
     /// Changes the rules.
     pub fn change<T>(&self, change: impl FnOnce(&mut Rules) -> T) -> T {
         let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
@@ -134,6 +148,7 @@ impl Filter {
 
 #[cfg(test)]
 mod tests {
+    use super::super::NetConfig;
     use super::*;
 
     const OWN: Mac = [2, 0, 0, 0, 0, 1];
@@ -142,12 +157,12 @@ mod tests {
     const OTHER_GROUP: Mac = [0x33, 0x33, 0, 0, 0, 1];
 
     fn passes(rules: &Rules) -> [bool; 5] {
-        [OWN, OTHER, GROUP, OTHER_GROUP, BROADCAST].map(|to| rules.pass(to, None))
+        [OWN, OTHER, GROUP, OTHER_GROUP, BROADCAST].map(|to| rules.pass(OWN, to, None))
     }
 
     #[test]
     fn rules_follow_the_drivers_commands() {
-        let fresh = Rules::new(OWN, Features::empty());
+        let fresh = Rules::new(Features::empty());
         assert!(!fresh.may_drop());
         assert_eq!(passes(&fresh), [true; 5]);
 
@@ -176,7 +191,7 @@ mod tests {
 
     #[test]
     fn table_that_is_too_long_lets_all_of_its_kind_pass() {
-        let mut rules = Rules::new(OWN, Features::empty());
+        let mut rules = Rules::new(Features::empty());
         let many: Vec<Mac> = (0..=MAX_ADDRESSES as u8)
             .map(|n| [1, 0, 0, 0, 0, n])
             .collect();
@@ -186,22 +201,28 @@ mod tests {
 
     #[test]
     fn vlans_pass_once_they_are_named() {
-        let mut rules = Rules::new(OWN, Features::CTRL_VLAN);
+        let mut rules = Rules::new(Features::CTRL_VLAN);
         let tag = Some(0x6005);
-        assert!(rules.may_drop() && !rules.pass(OWN, tag));
-        assert!(rules.pass(OWN, None) && rules.pass(OWN, Some(0x6000)));
-        assert!(rules.set_vlan(5, true) && rules.pass(OWN, tag) && !rules.pass(OWN, Some(6)));
-        assert!(rules.set_vlan(5, false) && !rules.pass(OWN, tag));
+        assert!(rules.may_drop() && !rules.pass(OWN, OWN, tag));
+        assert!(rules.pass(OWN, OWN, None) && rules.pass(OWN, OWN, Some(0x6000)));
+        assert!(
+            rules.set_vlan(5, true) && rules.pass(OWN, OWN, tag) && !rules.pass(OWN, OWN, Some(6))
+        );
+        assert!(rules.set_vlan(5, false) && !rules.pass(OWN, OWN, tag));
         assert!(!rules.set_vlan(4096, true));
-        assert!(!Rules::new(OWN, Features::empty()).set_vlan(5, true));
+        assert!(!Rules::new(Features::empty()).set_vlan(5, true));
         rules.promiscuous = true;
-        assert!(rules.pass(OWN, tag));
-        assert!(Rules::new(OWN, Features::empty()).pass(OWN, tag));
+        assert!(rules.pass(OWN, OWN, tag));
+        assert!(Rules::new(Features::empty()).pass(OWN, OWN, tag));
     }
 
     #[test]
     fn copy_follows_changes_alone() {
-        let filter = Filter::default();
+        let config = NetConfig {
+            mac: OWN,
+            mtu: 1500,
+        };
+        let filter = Filter::new(Arc::new(ConfigSpace::new(config, 1)));
         let (mut number, mut copy) = (0, Rules::default());
         filter.change(|rules| rules.promiscuous = true);
         filter.refresh(&mut number, &mut copy);

@@ -6,13 +6,15 @@
 //! only where a protocol says which address the sender has (ARP, IPv6 neighbour discovery, DHCP).
 
 use std::collections::VecDeque;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::HEADER_LEN;
+use super::config::ConfigSpace;
 use crate::virtio::iovec;
 
 /// Addresses that are remembered for one guest, the latest. A guest can make up any number.
@@ -42,8 +44,8 @@ const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 pub struct Observer {
     /// The name in logs.
     name: String,
-    /// The NIC's address, as the low 48 bits: trust-mac lets it change.
-    mac: AtomicU64,
+    /// Has the NIC's MAC address.
+    config: Arc<ConfigSpace>,
     wrong_source: AtomicU64,
     learnt: Mutex<Learnt>,
     changed: EventFd,
@@ -55,36 +57,35 @@ struct Learnt {
     addresses: VecDeque<IpAddr>,
     /// The addresses were not read since the last one that was new. A guest can make up a new one
     /// with each frame, and readers are not to be kept busy.
-    is_told: bool,
+    is_signalled: bool,
 }
 
 impl Observer {
-    /// Watches the guest with this MAC address. `changed` is signalled when it has a new address,
-    /// once until [`Observer::addresses`] is asked, or sends from a wrong one.
-    pub fn new(name: String, mac: [u8; 6], changed: EventFd) -> Self {
-        Self {
+    /// Watches the guest whose NIC this is.
+    ///
+    /// # Errors
+    ///
+    /// Fails with EMFILE.
+    pub fn new(name: String, config: Arc<ConfigSpace>) -> io::Result<Self> {
+        Ok(Self {
             name,
-            mac: AtomicU64::new(number(mac)),
+            config,
             wrong_source: AtomicU64::new(0),
             learnt: Mutex::default(),
-            changed,
-        }
+            changed: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
     }
 
-    /// The NIC has another MAC address.
-    pub fn set_mac(&self, mac: [u8; 6]) {
-        self.mac.store(number(mac), Ordering::Relaxed);
-    }
-
-    fn mac(&self) -> [u8; 6] {
-        let [mac @ .., _, _] = self.mac.load(Ordering::Relaxed).to_le_bytes();
-        mac
+    /// Signalled when the guest has a new address, once until [`Observer::addresses`] is asked, or
+    /// sends from a wrong one.
+    pub fn changed(&self) -> &EventFd {
+        &self.changed
     }
 
     /// The addresses that the guest has said it has, the oldest first.
     pub fn addresses(&self) -> Vec<IpAddr> {
         let mut learnt = self.learnt.lock().unwrap_or_else(PoisonError::into_inner);
-        learnt.is_told = false;
+        learnt.is_signalled = false;
         learnt.addresses.iter().copied().collect()
     }
 
@@ -124,7 +125,7 @@ impl Observer {
         if head.len() < ETHERNET_LEN {
             return false;
         }
-        if head[6..12] != self.mac() {
+        if head[6..12] != self.config.mac() {
             self.count_wrong_source(&head[6..12]);
         }
         let byte = |at: usize| head.get(ETHERNET_LEN + at).copied();
@@ -159,7 +160,7 @@ impl Observer {
                  more than one address takes mode=passthru",
                 self.name,
                 Mac(source),
-                Mac(&self.mac()),
+                Mac(&self.config.mac()),
             );
         }
     }
@@ -173,14 +174,10 @@ impl Observer {
             learnt.addresses.pop_front();
         }
         learnt.addresses.push_back(address);
-        if !std::mem::replace(&mut learnt.is_told, true) {
+        if !std::mem::replace(&mut learnt.is_signalled, true) {
             let _ = self.changed.write(1);
         }
     }
-}
-
-fn number([a, b, c, d, e, f]: [u8; 6]) -> u64 {
-    u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
 }
 
 /// A MAC address, as one writes it.
@@ -247,16 +244,17 @@ fn neighbour(packet: &[u8]) -> Option<Ipv6Addr> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::NetConfig;
     use super::*;
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
     fn observer() -> Observer {
-        Observer::new(
-            "net0".into(),
-            MAC,
-            EventFd::new(libc::EFD_NONBLOCK).unwrap(),
-        )
+        let config = NetConfig {
+            mac: MAC,
+            mtu: 1500,
+        };
+        Observer::new("net0".into(), Arc::new(ConfigSpace::new(config, 1))).unwrap()
     }
 
     fn ethernet(source: [u8; 6], protocol: u16, packet: &[u8]) -> Vec<u8> {
@@ -336,7 +334,7 @@ mod tests {
                     Vec::from_iter(expected),
                     "{protocol:#x} in {piece}s"
                 );
-                assert_eq!(observer.changed.read().is_ok(), expected.is_some());
+                assert_eq!(observer.changed().read().is_ok(), expected.is_some());
                 assert_eq!(observer.wrong_source(), 0);
             }
         }
@@ -348,15 +346,15 @@ mod tests {
         for _ in 0..3 {
             look(&observer, &ethernet(MAC, ARP, &arp([10, 0, 0, 5])), 100);
         }
-        assert_eq!(observer.changed.read().unwrap(), 1);
+        assert_eq!(observer.changed().read().unwrap(), 1);
         assert_eq!(observer.addresses().len(), 1);
         for n in 0..100 {
             look(&observer, &ethernet(MAC, ARP, &arp([10, 0, 1, n])), 100);
         }
-        assert_eq!(observer.changed.read().unwrap(), 1, "until they are read");
+        assert_eq!(observer.changed().read().unwrap(), 1, "until they are read");
         assert_eq!(observer.addresses().len(), MAX_ADDRESSES);
         look(&observer, &ethernet(MAC, ARP, &arp([10, 0, 2, 1])), 100);
-        assert_eq!(observer.changed.read().unwrap(), 1);
+        assert_eq!(observer.changed().read().unwrap(), 1);
         assert_eq!(
             observer.addresses().last(),
             Some(&IpAddr::from([10, 0, 2, 1]))

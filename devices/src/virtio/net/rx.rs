@@ -73,8 +73,8 @@ pub struct RxQueue {
 }
 
 impl RxQueue {
-    /// Fills the chains of `queue` as `layout` says.
-    pub fn new(queue: Queue, layout: RxLayout) -> Self {
+    /// Fills the chains of `queue` as `layout` says, with what `filter` lets pass.
+    pub fn new(queue: Queue, layout: RxLayout, filter: Arc<Filter>) -> Self {
         Self {
             queue,
             layout,
@@ -84,17 +84,11 @@ impl RxQueue {
             capacity: 0,
             spill: None,
             spare: Vec::new(),
-            filter: Arc::default(),
+            filter,
             rules: (0, Rules::default()),
             hooks: Hooks::default(),
             counters: RxCounters::default(),
         }
-    }
-
-    /// Drops what `filter` says that the driver does not want.
-    pub fn with_filter(mut self, filter: Arc<Filter>) -> Self {
-        self.filter = filter;
-        self
     }
 
     /// Does with each frame what `hooks` says.
@@ -229,7 +223,7 @@ impl RxQueue {
             let [.., a, b, c, d] = head;
             let tag = ([a, b] == VLAN).then_some(u16::from_be_bytes([c, d]));
             let to = std::array::from_fn(|n| head[HEADER_LEN + n]);
-            rules.pass(to, tag)
+            rules.pass(self.filter.own(), to, tag)
         }
     }
 

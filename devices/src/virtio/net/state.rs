@@ -46,12 +46,7 @@ impl<B: Backend> Net<B> {
         }
         self.set_offloads(state.rules.offloads)?;
         ctrl::use_pairs(&self.backends, state.rules.pairs.into());
-        let mac = state.config.mac;
-        if mac != self.config.mac() {
-            self.backends[0].set_mac(mac)?;
-            self.observer.set_mac(mac);
-        }
-        self.config.restore(&state.config);
+        self.config.restore(&state.config, &*self.backends[0])?;
         self.filter.change(|rules| *rules = state.rules);
         self.frames = state.frames;
         for (hooks, levels) in [

@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
+use super::config::ConfigSpace;
 use super::counters;
 use super::ctrl::Permissions;
 use super::features::{Features, Offloads};
+use super::filter::{Filter, Rules};
 use super::observe::Observer;
 use super::pair::Stop;
 use super::rx::{RxLayout, RxQueue};
@@ -120,14 +122,25 @@ fn received(len: usize, buffers: u16) -> Vec<u8> {
 
 const MAC: [u8; 6] = [2, 3, 4, 5, 6, 7];
 
+fn config() -> Arc<ConfigSpace> {
+    let config = NetConfig {
+        mac: MAC,
+        mtu: 1500,
+    };
+    Arc::new(ConfigSpace::new(config, 3))
+}
+
 fn observer() -> Arc<Observer> {
-    let changed = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    Arc::new(Observer::new("net0".into(), MAC, changed))
+    Arc::new(Observer::new("net0".into(), config()).unwrap())
+}
+
+fn filter() -> Arc<Filter> {
+    Arc::new(Filter::new(config()))
 }
 
 fn options() -> NetOptions {
     NetOptions {
-        observer: observer(),
+        label: "net0".into(),
         permissions: Permissions::default(),
         rx_limit: None,
         tx_limit: None,
@@ -237,7 +250,7 @@ fn broken_ring_is_told() {
             .0,
         Stop::Broken
     );
-    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE, filter());
     assert_eq!(rx.receive(&wire, 10).0, Stop::Broken);
 }
 
@@ -245,7 +258,7 @@ fn broken_ring_is_told() {
 fn rx_without_buffers_starves_and_leaves_the_frame() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.queue(false), SINGLE);
+    let mut rx = RxQueue::new(driver.queue(false), SINGLE, filter());
     far.send(&frame(100)).unwrap();
     assert_eq!(rx.receive(&wire, 10), (Stop::Starved, false));
     driver.offer_chain(0, &[(0x4000, 2000, WRITE)]);
@@ -259,7 +272,7 @@ fn rx_without_buffers_starves_and_leaves_the_frame() {
 fn rx_frame_over_several_chains_says_how_many() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE, filter());
     for head in 0..10 {
         driver.offer_chain(head, &[(0x4000 + 0x100 * u64::from(head), 256, WRITE)]);
     }
@@ -275,7 +288,7 @@ fn rx_frame_over_several_chains_says_how_many() {
 fn rx_frame_larger_than_what_is_offered_waits_for_the_rest_of_its_buffers() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE, filter());
     driver.offer_chain(0, &[(0x4000, 100, WRITE)]);
     driver.offer_chain(1, &[(0x4064, 100, WRITE)]);
     far.send(&frame(350)).unwrap();
@@ -303,7 +316,7 @@ fn rx_frame_larger_than_what_is_offered_waits_for_the_rest_of_its_buffers() {
 fn rx_frame_larger_than_the_whole_ring_is_dropped_and_the_rest_goes_on() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE, filter());
     for head in 0..SIZE {
         driver.offer_chain(head, &[(0x4000 + 100 * u64::from(head), 100, WRITE)]);
     }
@@ -319,7 +332,7 @@ fn rx_frame_larger_than_the_whole_ring_is_dropped_and_the_rest_goes_on() {
 fn rx_frame_larger_than_its_only_chain_is_dropped_and_not_cut() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.queue(false), SINGLE);
+    let mut rx = RxQueue::new(driver.queue(false), SINGLE, filter());
     driver.offer_chain(0, &[(0x4000, 100, WRITE)]);
     driver.offer_chain(1, &[(0x5000, 100, WRITE)]);
     for len in [101, 1900, 100] {
@@ -336,7 +349,7 @@ fn rx_frame_larger_than_any_is_dropped_and_not_cut() {
     for (layout, len) in [(MERGEABLE, 2000), (MERGEABLE, 1000), (SINGLE, 2040)] {
         let (wire, far) = Wire::new();
         let mut driver = Driver::new();
-        let mut rx = RxQueue::new(driver.queue(false), layout);
+        let mut rx = RxQueue::new(driver.queue(false), layout, filter());
         for head in 0..3 {
             driver.offer_chain(head, &[(0x4000 + 0x1000 * u64::from(head), len, WRITE)]);
         }
@@ -355,7 +368,7 @@ fn rx_header_split_between_descriptors_is_completed() {
     for split in [1, 10, 11, 12] {
         let (wire, far) = Wire::new();
         let mut driver = Driver::new();
-        let mut rx = RxQueue::new(driver.queue(false), SINGLE);
+        let mut rx = RxQueue::new(driver.queue(false), SINGLE, filter());
         driver.offer_chain(0, &[(0x4000, split, WRITE), (0x5000, 2000, WRITE)]);
         far.send(&frame(100)).unwrap();
         rx.receive(&wire, 1);
@@ -369,7 +382,7 @@ fn rx_header_split_between_descriptors_is_completed() {
 fn rx_chain_without_room_for_a_header_is_bad() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.queue(false), SINGLE);
+    let mut rx = RxQueue::new(driver.queue(false), SINGLE, filter());
     driver.offer_chain(0, &[(0x4000, HEADER_LEN as u32 - 1, WRITE)]);
     driver.offer_chain(1, &[(0x4000, 500, 0)]);
     driver.offer_chain(2, &[(0x5000, 500, WRITE)]);
@@ -383,7 +396,7 @@ fn rx_chain_without_room_for_a_header_is_bad() {
 fn rx_many_frames_in_and_out_of_order_of_buffers_arrive_whole() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let mut rx = RxQueue::new(driver.queue(true), MERGEABLE);
+    let mut rx = RxQueue::new(driver.queue(true), MERGEABLE, filter());
     for head in 0..SIZE {
         driver.offer_chain(head, &[(0x4000 + 0x400 * u64::from(head), 0x400, WRITE)]);
     }

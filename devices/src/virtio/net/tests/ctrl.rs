@@ -1,9 +1,7 @@
 //! The control queue's commands.
 
 use super::*;
-use crate::virtio::net::config::ConfigSpace;
 use crate::virtio::net::ctrl::{Control, CtrlQueue};
-use crate::virtio::net::filter::{Filter, Rules};
 
 /// A command and its answer's place, as one chain.
 pub fn command(driver: &mut Driver, head: u16, bytes: &[u8]) {
@@ -24,21 +22,14 @@ struct Bench {
 impl Bench {
     fn new(features: Features, permissions: Permissions) -> Self {
         let wires: Vec<_> = (0..3).map(|_| Arc::new(Wire::new().0)).collect();
-        let config = NetConfig {
-            mac: MAC,
-            mtu: 1500,
-        };
-        let (config, filter) = (
-            Arc::new(ConfigSpace::new(config, 3)),
-            Arc::<Filter>::default(),
-        );
-        filter.change(|rules| *rules = Rules::new(MAC, features));
+        let config = config();
+        let filter = Arc::new(Filter::new(Arc::clone(&config)));
+        filter.change(|rules| *rules = Rules::new(features));
         let driver = Driver::new();
         let control = Control {
             backends: wires.clone(),
             config: Arc::clone(&config),
             filter: Arc::clone(&filter),
-            observer: observer(),
             features,
             permissions,
         };
@@ -183,10 +174,10 @@ fn table_of_addresses_is_taken_whole_or_not_at_all() {
     let mut bench = Bench::any();
     assert!(bench.send(&table(&[], &[group])));
     let rules = bench.rules();
-    assert!(rules.pass(group, None) && !rules.pass([1, 0, 0x5e, 0, 0, 2], None));
+    assert!(rules.pass(MAC, group, None) && !rules.pass(MAC, [1, 0, 0x5e, 0, 0, 2], None));
     // Frames to another address would never come; the groups count all the same.
     assert!(!bench.send(&table(&[MAC, other], &[])));
-    assert!(!bench.rules().pass(group, None));
+    assert!(!bench.rules().pass(MAC, group, None));
     assert!(bench.send(&table(&[MAC], &[group])));
     let whole = table(&[MAC], &[group]);
     for cut in 2..whole.len() {
@@ -195,7 +186,7 @@ fn table_of_addresses_is_taken_whole_or_not_at_all() {
     assert!(!bench.send(&[&whole[..], &[0]].concat()));
     assert!(!bench.send(&[1, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]));
     assert!(
-        bench.rules().pass(group, None),
+        bench.rules().pass(MAC, group, None),
         "what is wrong changes nothing"
     );
     let many = vec![group; 1400];
@@ -209,7 +200,7 @@ fn table_of_addresses_is_taken_whole_or_not_at_all() {
     };
     let mut passthru = Bench::new(Features::all(), permissions);
     assert!(passthru.send(&table(&[other], &[])));
-    assert!(passthru.rules().pass(other, None));
+    assert!(passthru.rules().pass(MAC, other, None));
 }
 
 #[test]
@@ -233,15 +224,17 @@ fn mac_address_changes_only_by_permission() {
     assert_eq!(*bench.wires[0].mac.lock().unwrap(), Some(new));
     let mut seen = [0; 6];
     bench.config.read(0, &mut seen);
-    assert_eq!((seen, bench.rules().own), (new, new));
-    assert_eq!(bench.config.detach(), Some(MAC));
+    assert_eq!((seen, bench.filter.own()), (new, new));
+    bench.config.reset_mac(bench.wires[0].as_ref()).unwrap();
+    assert_eq!(*bench.wires[0].mac.lock().unwrap(), Some(MAC));
+    assert_eq!((bench.config.mac(), bench.filter.own()), (MAC, MAC));
 }
 
 #[test]
 fn vlans_are_added_and_taken_away() {
     let mut bench = Bench::any();
-    assert!(bench.send(&[2, 0, 5, 0]) && bench.rules().pass(MAC, Some(5)));
-    assert!(bench.send(&[2, 1, 5, 0]) && !bench.rules().pass(MAC, Some(5)));
+    assert!(bench.send(&[2, 0, 5, 0]) && bench.rules().pass(MAC, MAC, Some(5)));
+    assert!(bench.send(&[2, 1, 5, 0]) && !bench.rules().pass(MAC, MAC, Some(5)));
     for wrong in [&[2, 0, 0, 0x10][..], &[2, 0, 5], &[2, 2, 5, 0], &[2, 0]] {
         assert!(!bench.send(wrong), "{wrong:?}");
     }

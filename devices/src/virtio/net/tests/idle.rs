@@ -76,7 +76,7 @@ impl Watched {
             capture: None,
         };
         let queues = (
-            RxQueue::new(rx.queue(false), SINGLE).with_hooks(hooks),
+            RxQueue::new(rx.queue(false), SINGLE, filter()).with_hooks(hooks),
             TxQueue::new(tx.queue(false), observer()),
         );
         let (kicks, recorder) = ([kick(), kick()], Arc::new(Recorder::default()));

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::virtio::net::capture::Capture;
-use crate::virtio::net::filter::{Filter, Rules};
 use crate::virtio::net::hooks::Hooks;
 use crate::virtio::rate::{Limiter, RateLimit};
 
@@ -20,12 +19,12 @@ fn ethernet(to: [u8; 6], rest: &[u8]) -> Vec<u8> {
 fn rx_frame_that_the_driver_does_not_want_takes_no_buffer() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let filter = Arc::new(Filter::default());
+    let filter = filter();
     filter.change(|rules| {
-        *rules = Rules::new(MAC, Features::CTRL_VLAN);
+        *rules = Rules::new(Features::CTRL_VLAN);
         rules.set_table(&[], &[]);
     });
-    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE).with_filter(Arc::clone(&filter));
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE, Arc::clone(&filter));
     driver.offer_chain(0, &[(0x4000, 20, WRITE), (0x5000, 2000, WRITE)]);
     let group = [1, 0, 0x5e, 0, 0, 1];
     far.send(&ethernet(group, &[8, 0])).unwrap();
@@ -47,8 +46,8 @@ fn rx_frame_that_the_driver_does_not_want_takes_no_buffer() {
 fn rx_header_carries_only_what_the_driver_has_negotiated() {
     let (wire, far) = Wire::new();
     let mut driver = Driver::new();
-    let filter = Arc::new(Filter::default());
-    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE).with_filter(Arc::clone(&filter));
+    let filter = filter();
+    let mut rx = RxQueue::new(driver.queue(false), MERGEABLE, Arc::clone(&filter));
     for head in (0..SIZE).step_by(2) {
         driver.offer_chain(head, &[(0x4000, 1, WRITE), (0x4001, 200, WRITE)]);
     }
@@ -68,7 +67,7 @@ fn rx_header_carries_only_what_the_driver_has_negotiated() {
         (tso, [1, 1], Some(vec![1, 1])),
         (tso, [5, 1], Some(vec![1, 1])),
     ] {
-        filter.change(|rules| *rules = Rules::new(MAC, features));
+        filter.change(|rules| *rules = Rules::new(features));
         let mut sent = ethernet(MAC, &[8, 0]);
         sent[..2].copy_from_slice(&header);
         far.send(&sent).unwrap();
