@@ -151,6 +151,14 @@ fn saved(guest: &Guest) -> String {
     serde_json::to_string(&guest.save().unwrap()).unwrap()
 }
 
+/// What the devices have in it.
+fn devices(state: &str) -> serde_json::Value {
+    let mut state: serde_json::Value = serde_json::from_str(state).unwrap();
+    let devices = state["devices"].take();
+    assert!(!devices.is_null());
+    devices
+}
+
 /// The general registers in it.
 fn registers(state: &str) -> String {
     let state: serde_json::Value = serde_json::from_str(state).unwrap();
@@ -264,6 +272,12 @@ fn pauses_lose_none(net: &Net, backend: &str) {
                 traffic.received.load(Ordering::Relaxed) == before
             };
             assert!((0..100).any(|_| stands_still()));
+            // Memory is as it was, with buffers in the rings, and frames wait in the tap.
+            let state = saved(&guest);
+            guest
+                .restore(serde_json::from_str(&state).unwrap())
+                .unwrap();
+            assert_eq!(devices(&saved(&guest)), devices(&state));
             guest.resume().unwrap();
         }
         drop(running);

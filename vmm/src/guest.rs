@@ -94,8 +94,9 @@ impl Guest {
         saved.unwrap_or(Err(GuestError::Ended))
     }
 
-    /// Writes what [`Guest::save`] has read into a paused guest of the same configuration, whose
-    /// NICs' drivers have not started yet, and whose memory is as it was then.
+    /// Writes what [`Guest::save`] has read into the same guest, or into one of the same
+    /// configuration whose NICs' drivers have not started yet. It is paused, and its memory is as it
+    /// was then.
     ///
     /// # Errors
     ///

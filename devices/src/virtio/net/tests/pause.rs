@@ -249,6 +249,47 @@ fn what_the_driver_commanded_survives_a_move() {
 }
 
 #[test]
+fn changed_mac_address_is_the_one_that_counts_before_and_after_a_move() {
+    let permitted = || NetOptions {
+        permissions: Permissions {
+            change_mac: true,
+            allow_promisc: false,
+        },
+        ..options()
+    };
+    let features = Features::CTRL_RX | Features::CTRL_MAC_ADDR | Features::MRG_RXBUF;
+    let mut guest = Guest::new(features, permitted());
+    guest.start();
+    let new = [2, 0, 0, 0, 0, 9];
+    guest.command(&[&[1, 1][..], &new].concat());
+    // No address besides its own, and no group.
+    guest.command(&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    for head in 0..4 {
+        guest.offer(0, head, 0x4000 + 0x100 * u64::from(head), 256);
+    }
+    for head in [0, 1] {
+        for mac in [MAC, new] {
+            let mut frame = frame(100);
+            frame[HEADER_LEN..HEADER_LEN + 6].copy_from_slice(&mac);
+            guest.far.send(&frame).unwrap();
+            frame[HEADER_LEN + 6..HEADER_LEN + 12].copy_from_slice(&mac);
+            guest.drivers[1].write(0x5000, &frame);
+            guest.offer(1, 0, 0x5000, 100);
+            eventually("it is sent", || guest.drivers[1].take_used() == [(0, 0)]);
+        }
+        eventually("the second", || {
+            guest.drivers[0].take_used() == [(head, 100)]
+        });
+        assert_eq!(guest.device.observer().wrong_source(), 1);
+        // The other buffers are in the device's hands.
+        let positions = guest.device.pause();
+        assert_eq!(positions[0], Some(head + 1));
+        guest = guest.moved(permitted());
+        guest.resume(&positions);
+    }
+}
+
+#[test]
 fn link_change_during_a_pause_is_told_after_it() {
     let mut guest = Guest::new(Features::empty(), options());
     guest.start();
