@@ -105,10 +105,9 @@ impl Link {
         }
         self.compare(guest);
         let up = self.seen.exists && self.seen.up && self.seen.carrier;
-        if up != guest.is_up() {
+        if guest.set_up(up) {
             let state = if up { "up" } else { "down" };
             log::info!("{name}: the link is {state}");
-            guest.set_up(up);
             self.announcements = if up { ANNOUNCEMENTS } else { 0 };
             self.set_timer()?;
         }
@@ -117,14 +116,12 @@ impl Link {
 
     /// Sees how the link differs from what the guest needs.
     fn compare(&mut self, guest: &ConfigSpace) {
-        let wrong_mac = || {
-            let link = self.upkeep.wrong_mac()?;
-            let guest = MacAddr::try_from(guest.mac()).ok()?;
-            // The guest may have taken that one too.
-            (link != guest).then_some(WrongMac { link, guest })
-        };
-        self.seen.wrong_mac = wrong_mac().filter(|_| self.seen.exists);
-        self.seen.filters_multicast = self.seen.exists && self.upkeep.filters_multicast();
+        let (exists, guest) = (self.seen.exists, MacAddr::try_from(guest.mac()).ok());
+        let wrong = self.upkeep.wrong_mac().zip(guest).filter(|_| exists);
+        let wrong = wrong.map(|(link, guest)| WrongMac { link, guest });
+        // The guest may have taken the link's too.
+        self.seen.wrong_mac = wrong.filter(|wrong| wrong.link != wrong.guest);
+        self.seen.filters_multicast = exists && self.upkeep.filters_multicast();
     }
 
     fn set_timer(&mut self) -> io::Result<()> {

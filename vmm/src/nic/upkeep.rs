@@ -53,11 +53,11 @@ impl Upkeep {
         link: &str,
     ) -> io::Result<()> {
         self.mac = Some(mac);
-        if mac.octets() == guest {
-            self.mac_is_right(mac, nic, link);
-            return Ok(());
+        if mac.octets() != guest {
+            return self.wait();
         }
-        self.wait()
+        self.look_at_mac(nic, guest, link);
+        Ok(())
     }
 
     /// The link's MAC address, if that was warned of and is still none of the guest's.
@@ -114,16 +114,13 @@ impl Upkeep {
         }
     }
 
-    fn mac_is_right(&mut self, mac: MacAddr, nic: &str, link: &str) {
-        if self.reported.take().is_some() {
-            log::info!("{nic}: {link} has the guest's MAC address {mac} again");
-        }
-    }
-
     fn look_at_mac(&mut self, nic: &str, guest: [u8; 6], link: &str) {
         let Some(mac) = self.mac else { return };
         if mac.octets() == guest {
-            return self.mac_is_right(mac, nic, link);
+            if self.reported.take().is_some() {
+                log::info!("{nic}: {link} has the guest's MAC address {mac} again");
+            }
+            return;
         }
         if self.reported.replace(mac) == Some(mac) {
             return;

@@ -79,14 +79,17 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes the link down or brings it up, and notifies the driver if that is a change.
-    pub fn set_up(&self, up: bool) {
+    /// Takes the link down or brings it up. If that is a change, notifies the driver and returns
+    /// true.
+    pub fn set_up(&self, up: bool) -> bool {
         let mut state = self.lock();
-        if state.up != up {
+        let is_change = state.up != up;
+        if is_change {
             state.up = up;
             state.announce = false;
             state.changed();
         }
+        is_change
     }
 
     /// Asks the driver to announce itself to the network, if it can and there is a link. Not at
@@ -98,11 +101,6 @@ impl ConfigSpace {
             state.announce = true;
             state.changed();
         }
-    }
-
-    /// Whether there is a link.
-    pub fn is_up(&self) -> bool {
-        self.lock().up
     }
 
     /// Sets a new MTU. Drivers of today read it only when they start.
