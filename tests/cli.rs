@@ -348,7 +348,7 @@ fn help_shows_groups_examples_and_exit_codes_in_100_columns() {
         "Usage: minivmm",
         "Guest:",
         "Network:",
-        "Console and log:",
+        "Log:",
         "Examples:",
         "Exit status:",
         "--macvtap eno1",

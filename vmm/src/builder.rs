@@ -9,7 +9,7 @@ use boot::{BootSpec, BootState};
 use devices::serial::Serial;
 use vm_memory::GuestMemoryMmap;
 
-use crate::config::{Config, ConsoleTarget, whole_cmdline};
+use crate::config::{Config, ConsoleTarget};
 use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
@@ -158,7 +158,7 @@ fn load(
     let mut spec = BootSpec {
         kernel: &mut kernel,
         initrd: initrd.as_mut(),
-        cmdline: &whole_cmdline(&config.console, &config.cmdline),
+        cmdline: &config.whole_cmdline(),
         platform: &plan.platform(),
     };
     boot::load(memory, &mut spec).map_err(|error| name_file(config, error))

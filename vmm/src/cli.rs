@@ -14,7 +14,7 @@ use crate::plan::Transport;
 
 mod qemu;
 
-pub use qemu::{Accel, MachineArgs, QemuArgs};
+pub use qemu::{Accel, QemuArgs};
 
 const EXAMPLES: &str = "\
 At a terminal, Ctrl-A x ends the guest and Ctrl-A h shows the other keys.
@@ -76,7 +76,8 @@ Examples:
     after_help = EXAMPLES,
     max_term_width = 100,
     override_usage = "minivmm [OPTIONS] --kernel <PATH>\n       minivmm [-v|-q] <COMMAND>",
-    subcommand_negates_reqs = true
+    subcommand_negates_reqs = true,
+    mut_arg("kernel", |kernel| kernel.required(true))
 )]
 pub struct Cli {
     /// The guest, where no subcommand is given.
@@ -136,51 +137,9 @@ impl Cli {
 /// The guest to run.
 #[derive(Clone, Debug, Args)]
 pub struct GuestArgs {
-    /// Kernel to boot: a bzImage or an ELF vmlinux, for x86-64
-    #[arg(long, value_name = "PATH", required = true, help_heading = "Guest")]
-    pub kernel: Option<PathBuf>,
-
-    /// Initial RAM disk, in any form that the kernel takes
-    #[arg(long, value_name = "PATH", help_heading = "Guest")]
-    pub initrd: Option<PathBuf>,
-
-    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1",
-    /// with --console none without its first word
-    #[arg(
-        long,
-        value_name = "TEXT",
-        default_value = "",
-        allow_hyphen_values = true,
-        hide_default_value = true,
-        help_heading = "Guest"
-    )]
-    pub cmdline: String,
-
-    /// Number of CPUs, 1 to 254
-    #[arg(long, value_name = "N", default_value = "1", help_heading = "Guest")]
-    pub cpus: Cpus,
-
-    /// Whether the guest may run guests of its own, where the host can: its CPUs have VMX or SVM
-    #[arg(
-        long,
-        value_name = "on|off",
-        default_value = "off",
-        help_heading = "Guest"
-    )]
-    pub nested: Nested,
-
-    /// Memory, as in 512M or 2G
-    #[arg(
-        long,
-        value_name = "SIZE",
-        default_value = "512M",
-        help_heading = "Guest"
-    )]
-    pub memory: MemorySize,
-
-    /// Take the memory from the huge pages of 2 MiB that the host has set aside
-    #[arg(long, help_heading = "Guest")]
-    pub hugepages: bool,
+    /// All but its NICs.
+    #[command(flatten)]
+    pub machine: MachineArgs,
 
     /// NIC on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap; or fd=N, a macvtap queue that is open already. May be repeated. The keys are below
@@ -205,6 +164,52 @@ pub struct GuestArgs {
         help_heading = "Network"
     )]
     pub host_link: Vec<InterfaceAddress>,
+}
+
+/// A guest but for its NICs: of the native monitor, which requires the kernel, or in QEMU.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Guest")]
+pub struct MachineArgs {
+    /// Kernel to boot: a bzImage or an ELF vmlinux, for x86-64
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk, in any form that the kernel takes
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+
+    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1",
+    /// with --console none without its first word
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true,
+        hide_default_value = true,
+        requires = "kernel"
+    )]
+    pub cmdline: String,
+
+    /// Number of CPUs, 1 to 254
+    #[arg(long, value_name = "N", default_value = "1", requires = "kernel")]
+    pub cpus: Cpus,
+
+    /// Whether the guest may run guests of its own, where the host can: its CPUs have VMX or SVM
+    #[arg(
+        long,
+        value_name = "on|off",
+        default_value = "off",
+        requires = "kernel"
+    )]
+    pub nested: Nested,
+
+    /// Memory, as in 512M or 2G
+    #[arg(long, value_name = "SIZE", default_value = "512M", requires = "kernel")]
+    pub memory: MemorySize,
+
+    /// Take the memory from the huge pages of 2 MiB that the host has set aside
+    #[arg(long, requires = "kernel")]
+    pub hugepages: bool,
 
     /// Where the guest's serial console goes: stdio, file:PATH, or none, with which the guest has
     /// no serial port
@@ -212,7 +217,7 @@ pub struct GuestArgs {
         long,
         value_name = "WHERE",
         default_value = "stdio",
-        help_heading = "Console and log"
+        requires = "kernel"
     )]
     pub console: ConsoleTarget,
 }
@@ -220,8 +225,17 @@ pub struct GuestArgs {
 impl From<GuestArgs> for Config {
     fn from(args: GuestArgs) -> Self {
         Self {
-            // clap has seen to it that there is one.
-            kernel: args.kernel.unwrap_or_default(),
+            nics: args.macvtap,
+            transport: args.transport,
+            host_link: args.host_link,
+            ..args.machine.into()
+        }
+    }
+}
+
+impl From<MachineArgs> for Config {
+    fn from(args: MachineArgs) -> Self {
+        Self {
             initrd: args.initrd,
             cmdline: args.cmdline,
             cpus: args.cpus,
@@ -229,9 +243,8 @@ impl From<GuestArgs> for Config {
             memory: args.memory,
             hugepages: args.hugepages,
             console: args.console,
-            nics: args.macvtap,
-            transport: args.transport,
-            host_link: args.host_link,
+            // The native monitor's is required, and QEMU's machine asked for only with one.
+            ..Self::new(args.kernel.unwrap_or_default())
         }
     }
 }
@@ -249,11 +262,11 @@ pub enum Nested {
 #[derive(Clone, Copy, Debug, Args)]
 pub struct LogArgs {
     /// Log more on stderr: -v debug, -vv trace; RUST_LOG overrules it
-    #[arg(short, long, action = ArgAction::Count, global = true, help_heading = "Console and log")]
+    #[arg(short, long, action = ArgAction::Count, global = true, help_heading = "Log")]
     pub verbose: u8,
 
     /// Log less: -q warnings, -qq errors, -qqq nothing
-    #[arg(short, long, action = ArgAction::Count, global = true, conflicts_with = "verbose", help_heading = "Console and log")]
+    #[arg(short, long, action = ArgAction::Count, global = true, conflicts_with = "verbose", help_heading = "Log")]
     pub quiet: u8,
 }
 
@@ -391,7 +404,7 @@ mod tests {
     #[test]
     fn command_line_of_the_mission_is_understood() {
         let cli = Cli::read(["minivmm", "--kernel", "bzImage", "--macvtap", "eno1"]).unwrap();
-        assert_eq!(cli.guest.kernel.unwrap(), PathBuf::from("bzImage"));
+        assert_eq!(cli.guest.machine.kernel.unwrap(), PathBuf::from("bzImage"));
         let [nic] = &cli.guest.macvtap[..] else {
             panic!("{:?}", cli.guest.macvtap)
         };

@@ -65,14 +65,14 @@ impl Config {
             host_link: Vec::new(),
         }
     }
-}
 
-/// The kernel's command line: ours, then the user's.
-pub fn whole_cmdline(console: &ConsoleTarget, users: &str) -> String {
-    let console = if console.has_port() { CONSOLE } else { "" };
-    format!("{console}{BASE_CMDLINE} {users}")
-        .trim_end()
-        .to_owned()
+    /// The kernel's command line: what every kernel gets, then the user's.
+    pub(crate) fn whole_cmdline(&self) -> String {
+        let console = if self.console.has_port() { CONSOLE } else { "" };
+        format!("{console}{BASE_CMDLINE} {}", self.cmdline)
+            .trim_end()
+            .to_owned()
+    }
 }
 
 /// A value of the command line that makes no sense. clap says to which option it was given.
@@ -270,8 +270,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernel_is_told_of_a_console_only_where_there_is_one() {
-        let line = |console: &str| whole_cmdline(&console.parse().unwrap(), "quiet");
+    fn command_line_names_the_console_only_where_there_is_one() {
+        let mut config = Config::new("bzImage");
+        config.cmdline = "quiet".into();
+        let mut line = |console: &str| {
+            config.console = console.parse().unwrap();
+            config.whole_cmdline()
+        };
         let whole = "console=ttyS0 reboot=panic_warm panic=-1 quiet";
         assert_eq!(
             (line("stdio"), line("file:f")),

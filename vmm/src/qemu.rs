@@ -41,7 +41,7 @@ use net::{MacAddr, TapInfo};
 
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
-use crate::config::{ConsoleTarget, NicSource, QemuNic};
+use crate::config::{Config, ConsoleTarget, NicSource, QemuNic};
 use crate::files::{Files, Role, SharedFile};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
 use crate::nic::registry::Runs;
@@ -49,7 +49,7 @@ use crate::nic::{self, HostNic, Inherited, NicError, host_link};
 use crate::tty::may_read;
 
 use accel::Engine;
-use args::{Line, Machine, NetDevice};
+use args::{Line, NetDevice};
 use conflict::OwnDevice;
 use nics::{Expected, Numbers};
 
@@ -111,7 +111,9 @@ pub enum QemuError {
 struct Plan {
     qemu: PathBuf,
     engine: Option<Engine>,
-    machine: Option<Machine>,
+    machine: Option<Config>,
+    /// Ctrl-A is the monitor's key.
+    keys: bool,
     ids: Vec<String>,
     numbers: Vec<Numbers>,
     own_devices: Vec<Option<OwnDevice>>,
@@ -124,8 +126,8 @@ impl Plan {
         let ids: Vec<_> = (0..args.macvtap.len())
             .map(|n| format!("macvtap{n}"))
             .collect();
-        let keys = io::stdin().is_terminal() && may_read();
-        let machine = Machine::new(&args.machine, keys);
+        let has_kernel = args.machine.kernel.is_some();
+        let machine = has_kernel.then(|| Config::from(args.machine.clone()));
         machine.as_ref().map_or(Ok(()), check_files)?;
         let vhost = open_vhost();
         if args.macvtap.iter().any(|nic| nic.vhost == Some(true)) {
@@ -136,7 +138,7 @@ impl Plan {
             .iter()
             .flat_map(|n| n.fds.iter().chain(&n.vhost).copied())
             .collect();
-        let control = (follow && machine.is_some()).then_some(child::FIRST + taken.len() as RawFd);
+        let control = (follow && has_kernel).then_some(child::FIRST + taken.len() as RawFd);
         taken.extend(control);
         conflict::check(&args.args, &all_ids(args, &ids), &taken)?;
         let own_devices = own_devices(args, &ids)?;
@@ -144,12 +146,13 @@ impl Plan {
             own.as_ref()
                 .map_or(Ok(()), |own| check_expected(own, nic))?;
         }
-        let engine = engine(args, machine.is_some())?;
+        let engine = engine(args, has_kernel)?;
         let qemu = binary::find(args.qemu.as_deref())?;
         Ok(Self {
             engine: engine.map(|wanted| accel::choose(wanted, &qemu)),
             qemu,
             machine,
+            keys: io::stdin().is_terminal() && may_read(),
             ids,
             numbers,
             own_devices,
@@ -174,6 +177,7 @@ impl Plan {
     fn line(&self, nics: &[NetDevice], args: &[OsString]) -> Vec<OsString> {
         let line = Line {
             machine: self.machine.as_ref(),
+            keys: self.keys,
             engine: self.engine,
             nics,
             control: self.control,
@@ -207,7 +211,7 @@ fn own_devices(args: &QemuArgs, ids: &[String]) -> Result<Vec<Option<OwnDevice>>
 }
 
 /// Refuses a console's file that would write over another one. A file that does not exist is QEMU's to complain of.
-fn check_files(machine: &Machine) -> Result<(), SharedFile> {
+fn check_files(machine: &Config) -> Result<(), SharedFile> {
     let mut files = Files::standard(machine.console == ConsoleTarget::Stdio);
     let console = match &machine.console {
         ConsoleTarget::File(path) => Some(path),

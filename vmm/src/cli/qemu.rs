@@ -6,11 +6,13 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use net::InterfaceAddress;
 
-use super::Nested;
-use crate::config::{ConsoleTarget, Cpus, MemorySize, QemuNic};
+use super::MachineArgs;
+use crate::config::QemuNic;
 use crate::plan::Transport;
 
 pub(super) const HELP: &str = "\
+With --kernel QEMU gets a whole machine like the native monitor's, and ARGS may change it.
+
 Keys of --macvtap besides those of `minivmm --help`:
   queues=N           several queues: fds=, mq=on and vectors= follow from it
   vhost=on|off       the host kernel moves the frames; by default wherever /dev/vhost-net opens
@@ -71,58 +73,13 @@ pub struct QemuArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
 
+    /// How the guest reaches its NICs: only pci, which QEMU's machine has
+    #[arg(long, value_name = "pci", requires = "kernel", value_parser = transport, help_heading = "Guest")]
+    pub transport: Option<Transport>,
+
     /// QEMU's options, passed through
     #[arg(value_name = "ARGS", last = true)]
     pub args: Vec<OsString>,
-}
-
-/// The options of the native monitor that describe a guest.
-#[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Instead of writing QEMU's options, as for the native monitor")]
-pub struct MachineArgs {
-    /// Kernel to boot: then QEMU gets a whole machine like the native monitor's, and ARGS may
-    /// change it
-    #[arg(long, value_name = "PATH")]
-    pub kernel: Option<PathBuf>,
-
-    /// Initial RAM disk
-    #[arg(long, value_name = "PATH", requires = "kernel")]
-    pub initrd: Option<PathBuf>,
-
-    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1",
-    /// with --console none without its first word
-    #[arg(
-        long,
-        value_name = "TEXT",
-        allow_hyphen_values = true,
-        requires = "kernel"
-    )]
-    pub cmdline: Option<String>,
-
-    /// Number of CPUs, 1 by default
-    #[arg(long, value_name = "N", requires = "kernel")]
-    pub cpus: Option<Cpus>,
-
-    /// Whether the guest may run guests of its own: off (the default) or on
-    #[arg(long, value_name = "on|off", requires = "kernel")]
-    pub nested: Option<Nested>,
-
-    /// Memory, 512M by default
-    #[arg(long, value_name = "SIZE", requires = "kernel")]
-    pub memory: Option<MemorySize>,
-
-    /// Take the memory from the huge pages of 2 MiB that the host has set aside
-    #[arg(long, requires = "kernel")]
-    pub hugepages: bool,
-
-    /// Where the guest's serial console goes: stdio (the default), file:PATH, or none, with which
-    /// the guest has no serial port
-    #[arg(long, value_name = "WHERE", requires = "kernel")]
-    pub console: Option<ConsoleTarget>,
-
-    /// How the guest reaches its NICs: only pci, which QEMU's machine has
-    #[arg(long, value_name = "pci", requires = "kernel", value_parser = transport)]
-    pub transport: Option<Transport>,
 }
 
 /// The one transport that a guest has in QEMU.

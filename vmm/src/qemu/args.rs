@@ -2,52 +2,14 @@
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
 
 use net::MacAddr;
 
 use super::accel::Engine;
-use crate::cli::{MachineArgs, Nested};
-use crate::config::{ConsoleTarget, Cpus, MemorySize, whole_cmdline};
+use crate::config::{Config, ConsoleTarget};
 
 /// Ethernet's MTU, which a guest takes for granted.
 pub(super) const USUAL_MTU: u32 = 1500;
-
-/// A whole machine that is like the native monitor's.
-#[derive(Clone, Debug)]
-pub(super) struct Machine {
-    pub kernel: PathBuf,
-    pub initrd: Option<PathBuf>,
-    pub cmdline: String,
-    pub cpus: u8,
-    pub nested: bool,
-    pub memory: String,
-    pub hugepages: bool,
-    pub console: ConsoleTarget,
-    /// Ctrl-A is the monitor's key: stdin is a terminal, and ours to read.
-    pub keys: bool,
-}
-
-impl Machine {
-    /// `None` without a kernel.
-    pub fn new(args: &MachineArgs, keys: bool) -> Option<Self> {
-        let console = args.console.clone().unwrap_or(ConsoleTarget::Stdio);
-        Some(Self {
-            kernel: args.kernel.clone()?,
-            initrd: args.initrd.clone(),
-            cmdline: whole_cmdline(&console, args.cmdline.as_deref().unwrap_or_default()),
-            cpus: args.cpus.map_or(1, Cpus::get),
-            nested: args.nested == Some(Nested::On),
-            memory: args
-                .memory
-                .as_ref()
-                .map_or("512M".to_owned(), MemorySize::to_string),
-            hugepages: args.hugepages,
-            console,
-            keys,
-        })
-    }
-}
 
 /// A NIC: a netdev over open queues, and its device.
 #[derive(Clone, Debug)]
@@ -67,7 +29,10 @@ pub(super) struct NetDevice {
 /// Everything that QEMU's command line depends on.
 #[derive(Debug)]
 pub(super) struct Line<'a> {
-    pub machine: Option<&'a Machine>,
+    /// The guest of the native monitor, but for its NICs.
+    pub machine: Option<&'a Config>,
+    /// Ctrl-A is the monitor's key: stdin is a terminal, and ours to read.
+    pub keys: bool,
     pub engine: Option<Engine>,
     pub nics: &'a [NetDevice],
     /// The number of the socket by which minivmm follows the guest.
@@ -82,7 +47,7 @@ impl Line<'_> {
     pub fn build(&self) -> Vec<OsString> {
         let mut line = Vec::new();
         if let Some(machine) = self.machine {
-            machine_args(&mut line, machine);
+            machine_args(&mut line, machine, self.keys);
             if !has_option(self.args, &["cpu"]) {
                 // Hidden is what the host's KVM would run. QEMU's own SVM is emulated like all else, and a CPU of TCG's
                 // that is to do without it does not run Linux (QEMU 7.2: readlink(2) fails in its processes).
@@ -136,13 +101,13 @@ fn push(line: &mut Vec<OsString>, args: &[&str]) {
     line.extend(args.iter().map(OsString::from));
 }
 
-fn machine_args(line: &mut Vec<OsString>, machine: &Machine) {
+fn machine_args(line: &mut Vec<OsString>, machine: &Config, keys: bool) {
     push(line, &["-nodefaults", "-no-user-config", "-M", "q35"]);
     push(line, &["-display", "none", "-no-reboot"]);
-    push(line, &["-smp", &machine.cpus.to_string()]);
-    push(line, &["-m", &machine.memory]);
+    push(line, &["-smp", &machine.cpus.get().to_string()]);
+    push(line, &["-m", &machine.memory.to_string()]);
     if machine.hugepages {
-        let size = &machine.memory;
+        let size = machine.memory;
         let backend = format!("memory-backend-memfd,id=ram,size={size},hugetlb=on,hugetlbsize=2M");
         // A node is the one way to name the memory's backend that every QEMU takes.
         push(line, &["-object", &backend, "-numa", "node,memdev=ram"]);
@@ -153,10 +118,10 @@ fn machine_args(line: &mut Vec<OsString>, machine: &Machine) {
         line.push("-initrd".into());
         line.push(initrd.clone().into());
     }
-    push(line, &["-append", &machine.cmdline]);
+    push(line, &["-append", &machine.whole_cmdline()]);
     line.push("-serial".into());
     line.push(match &machine.console {
-        ConsoleTarget::Stdio if machine.keys => "mon:stdio".into(),
+        ConsoleTarget::Stdio if keys => "mon:stdio".into(),
         ConsoleTarget::Stdio => "stdio".into(),
         ConsoleTarget::None => "none".into(),
         ConsoleTarget::File(path) => {
@@ -241,6 +206,7 @@ mod tests {
         let args: Vec<_> = args.iter().map(OsString::from).collect();
         let line = Line {
             machine: None,
+            keys: true,
             engine: None,
             nics,
             control: None,
@@ -267,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn line_hands_device_keys_through() {
+    fn line_has_the_devices_keys() {
         let properties = [("bus", "pcie.0"), ("addr", "0x4"), ("id", "nic2")];
         let properties = properties.map(|(k, v)| (k.to_owned(), v.to_owned()));
         let nic = NetDevice {
@@ -339,33 +305,30 @@ mod tests {
 
     #[test]
     fn line_of_a_kernel_is_a_whole_machine_that_args_may_change() {
-        let machine = Machine {
-            kernel: "bzImage".into(),
+        let machine = Config {
             initrd: Some("initrd".into()),
-            cmdline: "console=ttyS0 quiet".into(),
-            cpus: 2,
-            nested: false,
-            memory: "1G".into(),
-            hugepages: false,
-            console: ConsoleTarget::Stdio,
-            keys: true,
+            cmdline: "quiet".into(),
+            cpus: "2".parse().unwrap(),
+            memory: "1G".parse().unwrap(),
+            ..Config::new("bzImage")
         };
         let mut line = Line {
             machine: Some(&machine),
+            keys: true,
             engine: Some(Engine::Tcg),
             nics: &[nic()],
             control: None,
             args: &[],
         };
         let expected = "-nodefaults -no-user-config -M q35 -display none -no-reboot -smp 2 -m 1G -kernel bzImage \
-             -initrd initrd -append console=ttyS0+quiet -serial mon:stdio -cpu max -accel tcg -netdev tap,id=macvtap0,fd=3 \
+             -initrd initrd -append console=ttyS0+reboot=panic_warm+panic=-1+quiet -serial mon:stdio -cpu max -accel tcg -netdev tap,id=macvtap0,fd=3 \
              -device virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,romfile=";
         let expected: Vec<_> = expected
             .split_whitespace()
             .map(|word| OsString::from(word.replace('+', " ")))
             .collect();
         assert_eq!(line.build(), expected);
-        let huge = Machine {
+        let huge = Config {
             hugepages: true,
             nested: true,
             ..machine.clone()

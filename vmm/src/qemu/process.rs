@@ -52,7 +52,7 @@ pub(super) fn supervise(
     let command = &mut program.command;
     command.stderr(Stdio::piped());
     if let Some(machine) = &plan.machine
-        && (!machine.keys || machine.console != ConsoleTarget::Stdio)
+        && (!plan.keys || machine.console != ConsoleTarget::Stdio)
     {
         // Ctrl-C of the terminal is for minivmm, which presses the power button.
         command.process_group(0);
