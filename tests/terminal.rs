@@ -313,7 +313,7 @@ kvm_test!(guest_put_into_the_background_runs_on_and_comes_back, || {
     kill_process(group, Signal::TSTP).unwrap();
     session.wait_for("stopped");
     session.wait_for("pid");
-    // A job that was stopped once more would not hear it.
+    // A job that was stopped once more would not handle it.
     kill_process(group, Signal::TERM).unwrap();
     session.wait_for("power button");
     assert_eq!(settings(&session.terminal), session.before);

@@ -177,7 +177,7 @@ guest_test!(list_shows_current_names_and_mtus, || {
     host.ip("link set lower name wan0");
     host.up("wan0");
     let listing = || succeeds(place.minivmm(&["net", "list", "wan0"]));
-    let is_told = || {
+    let is_listed = || {
         let text = listing();
         let nics: Vec<_> = text
             .lines()
@@ -185,17 +185,17 @@ guest_test!(list_shows_current_names_and_mtus, || {
             .collect();
         nics.len() == 2 && nics.iter().all(|nic| nic.contains("  mtu 1300  "))
     };
-    assert!(eventually(is_told), "{}", listing());
+    assert!(eventually(is_listed), "{}", listing());
     // A macvtap's follows its lower's down alone. A guest's is watched, so that this is known of
     // it.
     host.ip("link set wan0 mtu 1200");
     host.ip("link set wan0 mtu 1500");
-    let is_told = || {
+    let is_listed = || {
         let text = listing();
         text.lines()
             .any(|line| line.contains(" on wan0  ") && line.contains("  mtu 1200  "))
     };
-    assert!(eventually(is_told), "{}", listing());
+    assert!(eventually(is_listed), "{}", listing());
     kill(program);
     kill(vm);
 });

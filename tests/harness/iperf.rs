@@ -17,7 +17,7 @@ pub fn serve(netns: &Netns) -> Killed {
         .stdout(Stdio::null())
         .spawn()
         .expect("iperf3 starts");
-    // It has no way to tell that it listens, but a socket in the namespace shows.
+    // It does not report that it listens, but the namespace shows its socket.
     let sockets = || netns.exec(&["cat", "/proc/net/tcp6"]).stdout;
     let listens = || String::from_utf8_lossy(&sockets()).contains(PORT);
     assert!(eventually(listens), "iperf3 does not listen");

@@ -91,7 +91,7 @@ const FIRMWARE: &[&str] = &[
     "/usr/share/qemu/linuxboot_dma.bin",
 ];
 
-/// Runs the job in a lab of its own, hands each line of its output to `line`, and returns the program's exit status.
+/// Runs the job in a lab of its own, passes each line of its output to `line`, and returns the program's exit status.
 ///
 /// # Errors
 ///

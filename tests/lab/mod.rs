@@ -216,7 +216,7 @@ impl Collector<'_> {
     }
 }
 
-/// Tells the user at once: what goes to stderr directly is not captured with the test's output.
+/// Writes to stderr directly, which is not captured with the test's output.
 fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "lab: {text}");
 }

@@ -42,7 +42,7 @@ pub enum Mode {
     TcpSink,
     /// Ping the peer and count the NIC's interrupts.
     Interrupts,
-    /// Serve as for echo on every NIC, send to the peer all the time, and tell of each change of a
+    /// Serve as for echo on every NIC, send to the peer all the time, and report each change of a
     /// link.
     Link,
     /// Print what each of `count` processors says of itself.

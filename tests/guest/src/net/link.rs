@@ -42,7 +42,7 @@ fn watch(options: &Options) -> Result<(), String> {
     let mut quit = false;
     while !quit {
         for nic in &mut nics {
-            nic.tell_changes();
+            nic.report_changes();
             quit |= nic.serve(options.peer);
         }
         if cpu::now() > end {
@@ -86,11 +86,11 @@ impl Watched {
             reported: state(nic),
             changes: 0,
         };
-        nic.tell();
+        nic.report();
         Ok(nic)
     }
 
-    fn tell_changes(&mut self) {
+    fn report_changes(&mut self) {
         let pending = self.nic.interrupt_status();
         let changed = pending & CONFIG_CHANGED;
         if changed != 0 {
@@ -101,11 +101,11 @@ impl Watched {
         let state = state(self.nic);
         if state != self.reported || changed != 0 {
             self.reported = state;
-            self.tell();
+            self.report();
         }
     }
 
-    fn tell(&self) {
+    fn report(&self) {
         let (status, generation) = self.reported;
         println!(
             "LINK {} status={status} generation={generation} changes={} interrupts={}",

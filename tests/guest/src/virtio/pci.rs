@@ -232,7 +232,7 @@ impl Msix {
             .write(vector * Self::ENTRY + 12, u32::from(masked));
     }
 
-    /// Whether a masked vector has something to tell.
+    /// Whether a masked vector is pending.
     pub fn is_pending(&self, vector: u64) -> bool {
         self.pending.read::<u64>(vector / 64 * 8) >> (vector % 64) & 1 != 0
     }
