@@ -79,10 +79,6 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
 /// `started` gets what other threads ask that by. The first of `signals` presses the guest's power
 /// button, the second ends it. Whatever was taken from the host has been given back when this
 /// returns.
-///
-/// # Errors
-///
-/// Says why there was no guest.
 pub fn run(
     config: Config,
     inherited: Inherited,

@@ -90,8 +90,8 @@ impl Program {
     /// Becomes the program; returns only when that fails. Not for one that [takes a child](Self::takes_a_child).
     pub fn exec(mut self) -> io::Error {
         let terminal = match Terminal::of(self.user.as_ref()) {
-            Terminal::Keep => TerminalOf::MiniVmm,
-            Terminal::Leave | Terminal::Replace(_) => TerminalOf::Nobody,
+            Terminal::Keep => Controlling::Inherited,
+            Terminal::Leave | Terminal::Replace(_) => Controlling::None,
         };
         match self.prepare(None, terminal) {
             Ok(()) => {
@@ -103,18 +103,14 @@ impl Program {
     }
 
     /// Starts the program.
-    ///
-    /// # Errors
-    ///
-    /// Says why it does not run.
     pub fn spawn(mut self) -> io::Result<Child> {
         let (terminal, relay) = match (Terminal::of(self.user.as_ref()), &self.user) {
             (Terminal::Replace(replaced), Some(user)) => {
                 let (terminal, relay) = terminal::make(replaced, user)?;
-                (TerminalOf::Itself(terminal), Some(relay))
+                (Controlling::New(terminal), Some(relay))
             }
-            (Terminal::Leave, _) => (TerminalOf::Nobody, None),
-            _ => (TerminalOf::MiniVmm, None),
+            (Terminal::Leave, _) => (Controlling::None, None),
+            _ => (Controlling::Inherited, None),
         };
         self.prepare(Some(Guard::new(self.rest, relay.is_some())), terminal)?;
         let guard = self.command.spawn()?;
@@ -125,7 +121,7 @@ impl Program {
         })
     }
 
-    fn prepare(&mut self, guard: Option<Guard>, terminal: TerminalOf) -> io::Result<()> {
+    fn prepare(&mut self, guard: Option<Guard>, terminal: Controlling) -> io::Result<()> {
         if !self.inherits {
             descriptors::close_on_exec()?;
         }
@@ -148,19 +144,19 @@ impl Program {
     }
 }
 
-/// Whose terminal the program's is.
+/// The program's controlling terminal.
 #[derive(Debug)]
-enum TerminalOf {
-    MiniVmm,
-    Nobody,
-    Itself(NewTerminal),
+enum Controlling {
+    Inherited,
+    None,
+    New(NewTerminal),
 }
 
 /// What is done between fork and exec.
 #[derive(Debug)]
 struct Entry {
     guard: Option<Guard>,
-    terminal: TerminalOf,
+    terminal: Controlling,
     passed: Passed,
     user: Option<User>,
     no_new_privs: bool,
@@ -171,7 +167,7 @@ impl Entry {
         let guard = match &self.guard {
             Some(guard) => {
                 guard.arm()?;
-                if let TerminalOf::Itself(terminal) = &self.terminal {
+                if let Controlling::New(terminal) = &self.terminal {
                     terminal.open_session()?;
                 }
                 Some(guard.fork()?)
@@ -179,9 +175,9 @@ impl Entry {
             None => None,
         };
         match &self.terminal {
-            TerminalOf::MiniVmm => {}
-            TerminalOf::Nobody => terminal::leave(),
-            TerminalOf::Itself(terminal) => terminal.take()?,
+            Controlling::Inherited => {}
+            Controlling::None => terminal::leave(),
+            Controlling::New(terminal) => terminal.take()?,
         }
         self.passed.place()?;
         user::enter(self.user.as_ref(), self.no_new_privs)?;
@@ -218,10 +214,6 @@ impl Child {
     }
 
     /// Kills the program and all that it has started.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be waited for.
     pub fn kill(&mut self) -> io::Result<ExitStatus> {
         self.signal(guard::KILL_ALL.as_raw());
         // It may have stopped with the program.
@@ -232,10 +224,6 @@ impl Child {
     }
 
     /// Its exit status, once it has ended.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be waited for.
     pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
         let status = self.guard.try_wait()?;
         self.has_ended |= status.is_some();
@@ -245,10 +233,6 @@ impl Child {
     /// Waits for the program's end, and passes on those of the `signals` that are in `forwarded`; to a program on a
     /// terminal of its own all but those of job control, which come from its keys, too. Take `signals` before the program
     /// is started, so that none is missed.
-    ///
-    /// # Errors
-    ///
-    /// When the program cannot be waited for.
     pub fn wait(mut self, mut signals: Arrivals, forwarded: &[i32]) -> io::Result<ExitStatus> {
         let forwarded = if self.relay.is_some() {
             &ENDING
@@ -309,10 +293,6 @@ pub struct Arrivals(SignalDelivery<UnixStream, SignalOnly>);
 
 impl Arrivals {
     /// Of `signals`, as far as they are not ignored, and what waiting takes.
-    ///
-    /// # Errors
-    ///
-    /// Fails when signals cannot be caught.
     pub fn new(signals: &[i32]) -> io::Result<Self> {
         let signals = [&not_ignored(signals)[..], &[SIGCHLD, SIGWINCH]].concat();
         let (read, write) = UnixStream::pair()?;

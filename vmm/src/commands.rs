@@ -50,10 +50,6 @@ impl CommandError {
 }
 
 /// Runs a subcommand and returns the exit status.
-///
-/// # Errors
-///
-/// Says what could not be done.
 pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> {
     match command {
         Command::Net(NetCommand::Open(args)) => Ok(open::run(args)?),

@@ -115,10 +115,6 @@ fn metadata(stream: impl AsFd) -> io::Result<Metadata> {
 }
 
 /// Opens a file that is to be written, and leaves what is in it. Waits until a FIFO has a reader.
-///
-/// # Errors
-///
-/// Fails when it cannot be opened, or made.
 pub fn open_for_writing(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false);

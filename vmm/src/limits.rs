@@ -24,10 +24,6 @@ pub fn raise() {
 }
 
 /// Gives a program the limit that this process was started with, between fork and exec (it is async-signal-safe).
-///
-/// # Errors
-///
-/// Fails when the kernel refuses.
 pub fn restore() -> io::Result<()> {
     let Some(inherited) = INHERITED.get() else {
         return Ok(());

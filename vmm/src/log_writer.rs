@@ -256,7 +256,7 @@ fn write_pieces(out: &mut impl Write, mut bytes: &[u8], progress: impl Fn()) -> 
                 bytes = &bytes[written..];
                 progress();
             }
-            // Somebody else made the pipe or terminal that we share non-blocking.
+            // Another process has made the pipe or terminal that we share non-blocking.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 console::wait(stderr(), PollFlags::OUT);
             }
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn log_that_nobody_reads_blocks_nobody_and_counts_what_is_lost() {
+    fn log_without_a_reader_blocks_no_thread_and_counts_what_is_lost() {
         let (lines, mut reader) = lines();
         let line = [b"x".repeat(1023), b"\n".to_vec()].concat();
         // What fits into the pipe and what waits, twice.
@@ -308,11 +308,11 @@ mod tests {
         let text = reader.join().unwrap();
         let whole = text.lines().filter(|line| line.len() == 1023).count();
         let lost: Vec<_> = text.lines().filter(|line| line.len() != 1023).collect();
-        let told = format!(
+        let warning = format!(
             "minivmm: warn: {} lines of the log are lost",
             pushed - whole
         );
-        assert!(whole < pushed && lost[0].starts_with(&told), "{lost:?}");
+        assert!(whole < pushed && lost[0].starts_with(&warning), "{lost:?}");
         assert_eq!(lost[1..], ["last"]);
     }
 

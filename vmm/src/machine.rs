@@ -77,10 +77,6 @@ pub struct Machine<'a> {
 
 impl<'a> Machine<'a> {
     /// A machine as `plan` has it, that can be powered off and reset.
-    ///
-    /// # Errors
-    ///
-    /// See [`MachineError`].
     pub fn new(
         vm: &'a Vm,
         memory: Arc<GuestMemoryMmap>,
@@ -113,10 +109,6 @@ impl<'a> Machine<'a> {
     }
 
     /// Adds COM1.
-    ///
-    /// # Errors
-    ///
-    /// See [`MachineError`].
     pub fn add_serial(
         &mut self,
         output: Box<dyn io::Write + Send>,
@@ -129,10 +121,6 @@ impl<'a> Machine<'a> {
     }
 
     /// Adds a virtio device: gives it a window, interrupts and notifications.
-    ///
-    /// # Errors
-    ///
-    /// See [`MachineError`].
     pub fn add_virtio(&mut self, device: impl VirtioDevice + 'static) -> Result<(), MachineError> {
         let device = Box::new(device);
         match self.slots.pop_front().ok_or(MachineError::NoSlot)? {
@@ -194,10 +182,6 @@ impl<'a> Machine<'a> {
     }
 
     /// Adds the power button and returns its line.
-    ///
-    /// # Errors
-    ///
-    /// See [`MachineError`].
     pub fn add_power_button(&mut self) -> Result<IrqLine, MachineError> {
         let line = IrqLine::new().map_err(MachineError::EventFd)?;
         self.vm.register_irqfd(line.eventfd(), POWER_BUTTON_GSI)?;
@@ -205,10 +189,6 @@ impl<'a> Machine<'a> {
     }
 
     /// The finished machine, for the vCPUs: adds what gives the guest the PCI bus.
-    ///
-    /// # Errors
-    ///
-    /// See [`MachineError`].
     pub fn finish(mut self) -> Result<DeviceBuses, MachineError> {
         if let Some(bus) = self.pci.take().map(Arc::new) {
             let ports = ConfigPorts::new(Arc::clone(&bus));
@@ -264,10 +244,6 @@ impl DeviceBuses {
 
     /// Makes the devices, which have not run or are paused, those that were saved, paused. To be
     /// called once guest memory and KVM's interrupt controllers are as they were.
-    ///
-    /// # Errors
-    ///
-    /// Says which device does not take its state.
     pub fn restore(&self, mut state: Value) -> Result<(), RestoreError> {
         let mut bus = |name| state.get_mut(name).map(Value::take).unwrap_or_default();
         self.ports.restore(bus("ports"))?;

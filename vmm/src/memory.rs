@@ -60,10 +60,6 @@ pub struct GuestRam {
 impl GuestRam {
     /// Maps guest memory, which costs the host nothing until the guest touches it, but with
     /// `hugepages` is set aside at once.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the host refuses to promise so much.
     pub fn map(size: MemorySize, hugepages: bool) -> Result<Self, MemoryError> {
         let failed = |error: io::Error| match HugePages::read() {
             Some(pages) if hugepages => pages.too_few(size, error),
@@ -104,8 +100,8 @@ impl Region {
             Mapping::aligned(len)?
         };
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
-        // SAFETY: the mapping has `len` bytes or more, and `drop` below keeps it as long as anybody
-        // has a share of this region.
+        // SAFETY: the mapping has `len` bytes or more, and `drop` below keeps it as long as
+        // there is another share of this region.
         let region = unsafe { MmapRegion::build_raw(mapping.start.cast(), len, prot, flags) };
         Ok(Self {
             shared: Arc::new(region.map_err(io::Error::other)?),
@@ -278,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn too_few_huge_pages_are_told_with_what_to_set_aside() {
+    fn too_few_huge_pages_are_refused_with_what_to_set_aside() {
         let pages = HugePages { total: 10, free: 3 };
         let error = pages.too_few(
             "20001K".parse().unwrap(),

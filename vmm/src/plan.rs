@@ -96,10 +96,6 @@ pub struct Plan {
 
 impl Plan {
     /// A machine with `cpus` vCPUs, `devices` virtio devices, and COM1 if `serial`.
-    ///
-    /// # Errors
-    ///
-    /// Fails when there are more than [`Transport::max_devices`].
     pub fn new(
         cpus: u8,
         transport: Transport,

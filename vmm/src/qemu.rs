@@ -15,7 +15,7 @@
 //!
 //! An open queue would keep a private macvtap alive by itself, so minivmm could *become* QEMU. It stays as QEMU's parent
 //! to explain failures, to restore the terminal when QEMU is killed, to delete a macvtap of the host's namespace, and,
-//! with `--kernel`, to tell the guest's panic from its reboot. QEMU ends with it, whichever way it ends
+//! with `--kernel`, to distinguish the guest's panic from its reboot. QEMU ends with it, whichever way it ends
 //! ([`crate::child`]); the kernel deletes a private macvtap with the last of its queues.
 
 mod accel;
@@ -78,32 +78,19 @@ pub enum QemuError {
     /// vhost-net that was asked for.
     #[error("cannot open {VHOST_NET} for vhost=on: `modprobe vhost_net`, or omit vhost=on")]
     Vhost(#[source] io::Error),
-    /// The queues cannot be prepared for QEMU.
-    #[error("cannot pass the queues on to QEMU")]
-    Descriptors(#[source] io::Error),
-    /// The interface of a dry run.
-    #[error("cannot read the {what} of `{link}`")]
-    Link {
-        /// What is read.
-        what: &'static str,
-        /// As given.
-        link: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// No random numbers.
-    #[error("cannot choose a MAC address")]
-    Random(#[source] io::Error),
-    /// Signals.
-    #[error("cannot catch signals")]
-    Signals(#[source] io::Error),
+    /// The interface of a dry run, and what is read of it.
+    #[error("cannot read the {1} of `{0}`")]
+    Link(String, &'static str, #[source] io::Error),
     /// QEMU does not start.
     #[error("cannot run {0:?}")]
     Run(PathBuf, #[source] io::Error),
-    /// QEMU cannot be followed.
-    #[error("cannot follow QEMU to its end")]
-    Follow(#[source] io::Error),
+    /// The host refuses something small.
+    #[error("cannot {0}")]
+    Host(&'static str, #[source] io::Error),
+}
+
+fn failed_to(what: &'static str) -> impl Fn(io::Error) -> QemuError {
+    move |error| QemuError::Host(what, error)
 }
 
 /// What is settled before anything is made.
@@ -287,7 +274,7 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
         .control
         .map(|_| UnixStream::pair())
         .transpose()
-        .map_err(QemuError::Descriptors)?;
+        .map_err(failed_to("pass the queues on to QEMU"))?;
     let control = control.map(|(ours, theirs)| {
         descriptors.push(theirs.into());
         ours
@@ -300,7 +287,7 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     let locks = claims.iter().filter_map(|claim| claim.share().transpose());
     program.others = locks
         .collect::<Result<_, _>>()
-        .map_err(QemuError::Descriptors)?;
+        .map_err(failed_to("pass the queues on to QEMU"))?;
     let status = process::supervise(program, control, &plan);
     drop((guards, host_link));
     status

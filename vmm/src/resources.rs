@@ -16,33 +16,15 @@ use crate::tty::console;
 /// What the host did not give.
 #[derive(Debug, thiserror::Error)]
 pub enum ResourceError {
-    /// A file that is to be read.
-    #[error("cannot open the {what} {path:?}")]
-    Open {
-        /// Kernel or initrd.
-        what: &'static str,
-        /// As given.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A directory.
-    #[error("the {what} {path:?} is a directory: give the path of a file")]
-    Directory {
-        /// Kernel or initrd.
-        what: &'static str,
-        /// As given.
-        path: PathBuf,
-    },
-    /// Something else than a file.
-    #[error("the {what} {path:?} is not a regular file")]
-    NotAFile {
-        /// Kernel or initrd.
-        what: &'static str,
-        /// As given.
-        path: PathBuf,
-    },
+    /// The kernel's or the initrd's file.
+    #[error("cannot open {0} {1:?}")]
+    Open(Role, PathBuf, #[source] io::Error),
+    /// A directory in place of one of them.
+    #[error("{0} {1:?} is a directory: give the path of a file")]
+    Directory(Role, PathBuf),
+    /// Something else that is no file.
+    #[error("{0} {1:?} is not a regular file")]
+    NotAFile(Role, PathBuf),
     /// The console's file.
     #[error("cannot write the console to {0:?}")]
     Console(PathBuf, #[source] io::Error),
@@ -55,16 +37,11 @@ pub enum ResourceError {
     /// stdout.
     #[error("cannot use stdout for the console")]
     Stdout(#[source] io::Error),
-    /// More memory than there is.
+    /// More memory than the host's, in MiB.
     #[error(
-        "{wanted} of guest memory is more than this host has ({have}, with swap): choose less with --memory"
+        "{0} of guest memory is more than this host has ({1} MiB, with swap): choose less with --memory"
     )]
-    Memory {
-        /// As asked for.
-        wanted: MemorySize,
-        /// The host's, in MiB.
-        have: String,
-    },
+    Memory(MemorySize, u64),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] VmError),
@@ -101,12 +78,9 @@ impl Resources {
     ///
     /// Says what could not be had; what had been taken is given back.
     pub fn acquire(config: &Config, inherited: Inherited) -> Result<Self, ResourceError> {
-        let kernel = open("kernel", &config.kernel)?;
-        let initrd = config
-            .initrd
-            .as_deref()
-            .map(|path| open("initrd", path))
-            .transpose()?;
+        let kernel = open(Role::Kernel, &config.kernel)?;
+        let initrd = config.initrd.as_deref();
+        let initrd = initrd.map(|path| open(Role::Initrd, path)).transpose()?;
         check_memory(config.memory)?;
         let hypervisor = Hypervisor::open()?;
         hypervisor.check_cpus(config.cpus)?;
@@ -138,21 +112,19 @@ impl Resources {
     }
 }
 
-fn open(what: &'static str, path: &Path) -> Result<File, ResourceError> {
+fn open(role: Role, path: &Path) -> Result<File, ResourceError> {
     let path = path.to_owned();
     // Non-blocking: opening a FIFO would otherwise wait for a writer.
-    let options = OpenOptions::new()
+    let opened = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
-        .to_owned();
-    let opened = options
         .open(&path)
         .and_then(|file| Ok((file.metadata()?, file)));
     match opened {
         Ok((metadata, file)) if metadata.is_file() => Ok(file),
-        Ok((metadata, _)) if metadata.is_dir() => Err(ResourceError::Directory { what, path }),
-        Ok(_) => Err(ResourceError::NotAFile { what, path }),
-        Err(source) => Err(ResourceError::Open { what, path, source }),
+        Ok((metadata, _)) if metadata.is_dir() => Err(ResourceError::Directory(role, path)),
+        Ok(_) => Err(ResourceError::NotAFile(role, path)),
+        Err(source) => Err(ResourceError::Open(role, path, source)),
     }
 }
 
@@ -210,10 +182,7 @@ fn check_memory(wanted: MemorySize) -> Result<(), ResourceError> {
     let unit = u64::from(info.mem_unit.max(1));
     let have = (info.totalram + info.totalswap).saturating_mul(unit);
     if wanted.bytes() > have {
-        return Err(ResourceError::Memory {
-            wanted,
-            have: format!("{} MiB", have >> 20),
-        });
+        return Err(ResourceError::Memory(wanted, have >> 20));
     }
     Ok(())
 }

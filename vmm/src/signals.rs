@@ -28,10 +28,6 @@ struct Inherited {
 /// Unblocks all signals, and has a write beyond RLIMIT_FSIZE fail with EFBIG (as one to a pipe
 /// without a reader fails with EPIPE: Rust's runtime ignores SIGPIPE). Once, at the start of
 /// `main`, before there are other threads, which inherit the mask.
-///
-/// # Errors
-///
-/// Fails only on a kernel without these system calls.
 pub fn settle() -> io::Result<()> {
     // SAFETY: the default action runs no code of this process; no thread waits for children yet.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
@@ -49,10 +45,6 @@ pub fn settle() -> io::Result<()> {
 /// async-signal-safe). SIGCHLD stays at its default, which POSIX leaves to whoever calls exec: few
 /// programs expect anything else. Exec itself ends the handlers, and the standard library has set
 /// SIGPIPE to its default by then.
-///
-/// # Errors
-///
-/// See [`settle`].
 pub fn restore() -> io::Result<()> {
     let Some(inherited) = INHERITED.get() else {
         return Ok(());

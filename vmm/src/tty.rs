@@ -1,7 +1,7 @@
-//! The terminal on stdin: raw while the guest runs, and given back on every way out.
+//! The terminal on stdin: raw while the guest runs, and restored on every way out.
 //!
-//! The ways out: the guest's end (drop), a panic (its hook), and a signal that kills (a handler gives
-//! the terminal back and lets the signal do its work). SIGTSTP stops with the terminal given back,
+//! The ways out: the guest's end (drop), a panic (its hook), and a signal that kills (a handler restores
+//! the terminal and lets the signal do its work). SIGTSTP stops with the terminal restored,
 //! and SIGCONT takes it again. Only SIGKILL and SIGSTOP leave no time for that.
 
 use std::io;
@@ -58,10 +58,6 @@ impl RawTerminal {
 
 /// Makes the terminal raw, if it is to be and is ours. A job that is brought to the foreground while it runs need get no
 /// SIGCONT, which would do it.
-///
-/// # Errors
-///
-/// Fails when the terminal's settings cannot be read.
 pub fn take() -> io::Result<()> {
     if settings()?.is_some() {
         take_again();
@@ -131,7 +127,7 @@ pub fn may_read() -> bool {
     !isatty(stdin()) || foreground()
 }
 
-/// Gives the terminal back before a panic's message, which would be hard to read otherwise, also
+/// Restores the terminal before a panic's message, which would be hard to read otherwise, also
 /// when the panic ends the program.
 pub fn restore_on_panic() {
     let default_hook = panic::take_hook();
@@ -141,7 +137,7 @@ pub fn restore_on_panic() {
     }));
 }
 
-/// Gives the terminal back as it was, if it ever became raw.
+/// Restores the terminal, if it ever became raw.
 fn restore_terminal() {
     WANTED.store(false, Ordering::SeqCst);
     cook();
@@ -171,7 +167,7 @@ fn take_again() {
     };
     if WANTED.load(Ordering::SeqCst) && may_read() {
         let _ = tcsetattr(stdin(), OptionalActions::Now, &settings.raw);
-        // Given back meanwhile, by another thread.
+        // Restored meanwhile, by another thread.
         if !WANTED.load(Ordering::SeqCst) {
             cook();
         }

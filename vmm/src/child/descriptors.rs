@@ -23,10 +23,6 @@ pub(super) struct Passed {
 
 impl Passed {
     /// Moves the descriptors to numbers above those that are wanted, so that none overwrites another.
-    ///
-    /// # Errors
-    ///
-    /// Fails with EMFILE.
     pub fn new(numbered: Vec<OwnedFd>, others: Vec<OwnedFd>) -> io::Result<Self> {
         let above = FIRST + numbered.len() as RawFd;
         let move_up = |fd: OwnedFd| Ok(rustix::io::fcntl_dupfd_cloexec(&fd, above)?);

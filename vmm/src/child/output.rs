@@ -34,7 +34,7 @@ impl Program {
         let (stdout, stderr) = (child.guard.stdout.take(), child.guard.stderr.take());
         let mut pipes = [stdout.map(OwnedFd::from), stderr.map(OwnedFd::from)].map(Pipe::new);
         while read_some(&mut pipes, deadline)? {}
-        // Nobody has the other ends any more, or time is over.
+        // The other ends are closed, or time is over.
         loop {
             if let Some(status) = child.try_wait()? {
                 let [stdout, stderr] = pipes.map(|pipe| pipe.bytes);

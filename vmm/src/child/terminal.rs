@@ -1,7 +1,7 @@
 //! The terminal of a program that runs as another user: root's stays root's.
 //!
-//! Whoever has a terminal open can read what is typed there, and types himself by TIOCSTI if it is his controlling one:
-//! commands into root's shell. So a program whose user does not own the terminal gets one of its own (as by su -P, and
+//! A process that has a terminal open can read what is typed there, and can itself type by TIOCSTI if it is its
+//! controlling one: commands into root's shell. So a program whose user does not own the terminal gets one of its own (as by su -P, and
 //! sudo's use_pty), and minivmm passes on what is typed and shown. One that has none of it on its standard descriptors
 //! only loses it as its controlling terminal.
 

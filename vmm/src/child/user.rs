@@ -40,10 +40,6 @@ pub struct User {
 impl User {
     /// Of `USER` or `USER:GROUP`, each a name or a number, as chown(1) has it: a name that consists of digits is a name
     /// first. A number need not be known; its group has the same number then, unless there is a `GROUP`.
-    ///
-    /// # Errors
-    ///
-    /// A [`UserError`].
     pub fn parse(text: &str) -> Result<Self, UserError> {
         let (user, group) = match text.split_once(':') {
             Some((user, group)) => (user, Some(group)),
@@ -187,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn user_by_a_number_that_nobody_has_gets_the_group_of_that_number() {
+    fn user_by_an_unknown_number_gets_the_group_of_that_number() {
         let user = User::parse("3999999999").unwrap();
         assert_eq!((user.id(), user.group_id()), (3_999_999_999, 3_999_999_999));
         assert_eq!(user.groups, [user.group]);

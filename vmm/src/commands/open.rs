@@ -26,12 +26,9 @@ pub enum OpenError {
     /// The macvtap.
     #[error(transparent)]
     Nic(#[from] NicError),
-    /// The queues cannot be prepared for the program.
-    #[error("cannot pass the queues on")]
-    Descriptors(#[source] io::Error),
-    /// Signals cannot be passed on.
-    #[error("cannot catch signals")]
-    Signals(#[source] io::Error),
+    /// The host refuses something small.
+    #[error("cannot {0}")]
+    Host(&'static str, #[source] io::Error),
     /// The program.
     #[error("cannot run {0:?}")]
     Run(OsString, #[source] io::Error),
@@ -59,7 +56,7 @@ impl OpenError {
 ///
 /// # Errors
 ///
-/// Says why the program was not run. Nothing is left behind then.
+/// Says why the program was not run. Nothing that was made is left then.
 pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     let user = args.user.clone().or_else(caller_of_sudo);
     if user.is_none() && geteuid().is_root() {
@@ -74,10 +71,11 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
     }
     let mut program = program(&args.command, &Variables::of(&macvtap, watch.is_ok()));
     let (queues, guard) = macvtap.into_parts();
-    program.numbered = blocking(queues).map_err(OpenError::Descriptors)?;
+    let failed = |error| OpenError::Host("pass the queues on", error);
+    program.numbered = blocking(queues).map_err(failed)?;
     program.numbered.extend(watch.ok());
     // It counts as in use as long as the program runs, whatever becomes of minivmm.
-    let lock = claim.share().map_err(OpenError::Descriptors)?;
+    let lock = claim.share().map_err(failed)?;
     program.numbered.extend(lock);
     if let Some(user) = &user {
         user.settle(&mut program.command, Path::new("/run/user"));
@@ -102,7 +100,8 @@ pub fn run(args: &OpenArgs) -> Result<u8, OpenError> {
 fn wait_for(program: Program, name: &OsString) -> Result<u8, OpenError> {
     // SIGINT and SIGQUIT of a terminal reach the program by themselves; here they are only not to
     // be deadly.
-    let signals = Arrivals::new(&ENDING).map_err(OpenError::Signals)?;
+    let signals = Arrivals::new(&ENDING);
+    let signals = signals.map_err(|error| OpenError::Host("catch signals", error))?;
     let child = program.spawn();
     let child = child.map_err(|error| OpenError::Run(name.clone(), error))?;
     let status = child.wait(signals, &[SIGTERM, SIGHUP]);
@@ -110,7 +109,7 @@ fn wait_for(program: Program, name: &OsString) -> Result<u8, OpenError> {
     Ok(child::exit_code(status))
 }
 
-/// Who called sudo, if anybody did. Whoever is not root says so himself.
+/// The user who called sudo. Variables of a caller that is not root prove nothing.
 fn caller_of_sudo() -> Option<String> {
     std::env::var("SUDO_USER")
         .ok()
@@ -134,7 +133,7 @@ fn acquire(args: &OpenArgs, user: Option<&User>) -> Result<HostNic, NicError> {
         && let Err(error) = net::make_record_directory_for(user.id(), user.group_id())
     {
         log::debug!(
-            "minivmm cannot tell of a guest of the user {}: {error}",
+            "there is no directory for the records of the user {}: {error}",
             user.id()
         );
     }

@@ -165,10 +165,6 @@ impl FromStr for NicConfig {
 }
 
 /// Reads a link with the keys of its macvtap, or descriptors.
-///
-/// # Errors
-///
-/// Says which part is wrong.
 pub(super) fn parse_source(first: &str, keys: &[&str]) -> Result<NicSource, ConfigError> {
     match first.strip_prefix("fd=") {
         Some(_) if !keys.is_empty() => Err(ConfigError::NotAlone),

@@ -34,10 +34,6 @@ pub struct CaughtSignals(Vec<(libc::c_int, UnixStream)>);
 
 impl CaughtSignals {
     /// Catches those of `signals` that are not ignored.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the kernel refuses a handler, or another descriptor (EMFILE).
     pub fn catch(signals: &[libc::c_int]) -> io::Result<Self> {
         let catch = |signal| {
             let (caught, handler) = UnixStream::pair()?;
@@ -73,10 +69,6 @@ pub struct Control {
 impl Control {
     /// Controls a guest that runs already: the first of `signals` presses its power button, the
     /// second ends it.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the process may not open another descriptor (EMFILE).
     pub fn new(
         vcpus: Vcpus,
         devices: Arc<DeviceBuses>,

@@ -80,10 +80,6 @@ pub struct ExitRequest {
 
 impl ExitRequest {
     /// No reason yet.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the process may not open another descriptor (EMFILE).
     pub fn new() -> io::Result<Self> {
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         Ok(Self {

@@ -26,10 +26,6 @@ pub struct Handle {
 
 impl Requests {
     /// Both ends.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the process may not open another descriptor (EMFILE).
     pub fn new() -> io::Result<(Self, Handle)> {
         let (sender, queue) = mpsc::channel();
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;

@@ -53,10 +53,6 @@ pub struct CpuModel {
 
 impl CpuModel {
     /// The CPUID of vCPU `id`, out of what is `supported`.
-    ///
-    /// # Errors
-    ///
-    /// Fails when that is more than fits.
     pub fn vcpu(self, supported: &CpuId, id: u8) -> Result<CpuId, fam::Error> {
         let entries = supported.as_slice();
         let leaf = |function| entries.iter().find(|entry| entry.function == function);

@@ -38,10 +38,6 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU with this APIC id, which KVM holds until it gets an INIT and a start-up IPI, unless
     /// [`Vcpu::set_entry`] makes it the first to run.
-    ///
-    /// # Errors
-    ///
-    /// Says what KVM refused.
     pub fn new(
         vm: &Vm,
         id: u8,
@@ -58,10 +54,6 @@ impl Vcpu {
     }
 
     /// Lets this vCPU begin at the kernel's entry.
-    ///
-    /// # Errors
-    ///
-    /// Says what KVM refused.
     pub fn set_entry(&self, boot: &BootState) -> Result<(), VmError> {
         let mut sregs = self
             .fd
@@ -86,8 +78,8 @@ impl Vcpu {
         state.restore(&self.fd)
     }
 
-    /// Has KVM tell the guest's watchdogs that it was paused (KVM_KVMCLOCK_CTRL), if it uses
-    /// kvmclock.
+    /// Marks the guest's kvmclock, if it uses that, as paused (KVM_KVMCLOCK_CTRL), for its
+    /// watchdogs.
     pub(super) fn was_paused(&self) {
         let _ = self.fd.kvmclock_ctrl();
     }

@@ -33,10 +33,6 @@ pub struct Vcpus {
 
 impl Vcpus {
     /// Starts a thread for each vCPU.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the host refuses a thread, an eventfd or the handler of the threads' signal.
     pub fn start(vm: Vm, vcpus: Vec<Vcpu>, exit: Arc<ExitRequest>) -> io::Result<Self> {
         register_signal_handler(kick_signal(), kicked)?;
         let mut started = Self {
@@ -100,10 +96,6 @@ impl Vcpus {
     }
 
     /// Reads what KVM holds of the guest, while all vCPUs have stopped.
-    ///
-    /// # Errors
-    ///
-    /// Says what KVM refused.
     pub fn save(&self) -> Result<KvmState, VmError> {
         let msrs = self.vm.msrs()?;
         let vcpus = self.vcpus.iter().map(|vcpu| lock(vcpu).save(&msrs));
@@ -115,10 +107,6 @@ impl Vcpus {
 
     /// Writes what [`Vcpus::save`] has read, into the same vCPUs or others like them that have
     /// stopped.
-    ///
-    /// # Errors
-    ///
-    /// Says what KVM refused.
     pub fn restore(&self, state: &KvmState) -> Result<(), VmError> {
         if state.vcpus.len() != self.vcpus.len() {
             return Err(VmError::OtherCpus(state.vcpus.len()));

@@ -36,13 +36,8 @@ pub enum VmError {
     #[error("cannot open /dev/kvm")]
     OpenKvm(#[source] io::Error),
     /// More vCPUs than this KVM has.
-    #[error("{wanted} CPUs are more than the {max} that this host's KVM can run")]
-    TooManyCpus {
-        /// As asked for.
-        wanted: u8,
-        /// As KVM says.
-        max: usize,
-    },
+    #[error("{0} CPUs are more than the {1} that this host's KVM can run")]
+    TooManyCpus(u8, usize),
     /// More leaves than KVM takes.
     #[error("cannot list so many CPUID leaves for KVM")]
     Cpuid(#[source] fam::Error),
@@ -72,7 +67,7 @@ impl VmError {
             Self::NotKvm(_) | Self::OpenKvm(_) => {
                 "see that it is KVM's device, as by `mknod /dev/kvm c 10 232`"
             }
-            Self::TooManyCpus { .. } | Self::Cpuid(_) | Self::OtherCpus(_) => return None,
+            Self::TooManyCpus(..) | Self::Cpuid(_) | Self::OtherCpus(_) => return None,
             Self::Call(_, error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 "end what else uses the processor's virtualization, such as VirtualBox or VMware"
             }
@@ -94,10 +89,6 @@ pub struct Hypervisor(pub(super) Kvm);
 
 impl Hypervisor {
     /// Opens /dev/kvm.
-    ///
-    /// # Errors
-    ///
-    /// Says what to do when there is none, or no right to it.
     pub fn open() -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(|error| match error.errno() {
             libc::ENOENT | libc::ENODEV | libc::ENXIO => VmError::NoKvm,
@@ -111,14 +102,10 @@ impl Hypervisor {
     }
 
     /// Makes sure that this KVM runs so many vCPUs.
-    ///
-    /// # Errors
-    ///
-    /// Says how many it runs.
     pub fn check_cpus(&self, cpus: Cpus) -> Result<(), VmError> {
         let (wanted, max) = (cpus.get(), self.0.get_max_vcpus());
         if usize::from(wanted) > max {
-            Err(VmError::TooManyCpus { wanted, max })
+            Err(VmError::TooManyCpus(wanted, max))
         } else {
             Ok(())
         }
@@ -137,10 +124,6 @@ pub struct Vm {
 
 impl Vm {
     /// A machine with this memory, the interrupt controllers (APICs, PIC) and the PIT of a PC.
-    ///
-    /// # Errors
-    ///
-    /// Says what KVM refused.
     pub fn new(hypervisor: Hypervisor, memory: Arc<GuestMemoryMmap>) -> Result<Self, VmError> {
         let fd = hypervisor
             .0
@@ -172,10 +155,6 @@ impl Vm {
     }
 
     /// Connects an eventfd to an interrupt: each write raises one edge.
-    ///
-    /// # Errors
-    ///
-    /// Says what KVM refused.
     pub fn register_irqfd(&self, line: &EventFd, gsi: Gsi) -> Result<(), VmError> {
         self.fd
             .register_irqfd(line, gsi.get())
@@ -184,10 +163,6 @@ impl Vm {
 
     /// Prepares MSI vectors, one for each of `lines`, to be connected as a guest sets up
     /// MSI-X.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the process may not open another descriptor (EMFILE).
     pub fn msi_routes(&self, lines: &[IrqLine]) -> io::Result<MsiRoutes> {
         let lines = lines
             .iter()
@@ -198,10 +173,6 @@ impl Vm {
 
     /// Has the guest's writes at `address` signal an eventfd, rather than stop the vCPU: those of
     /// 32 bits with this value, or any where there is none.
-    ///
-    /// # Errors
-    ///
-    /// Says what KVM refused.
     pub fn register_ioeventfd(
         &self,
         kick: &EventFd,
@@ -218,10 +189,6 @@ impl Vm {
 
     /// The CPUID that KVM supports, and whether their timers know the TSC
     /// deadline mode, which is not part of it (Documentation/virt/kvm/api.rst, 4.46).
-    ///
-    /// # Errors
-    ///
-    /// Fails when KVM does not say.
     pub fn supported_cpuid(&self) -> Result<(CpuId, bool), VmError> {
         let cpuid = self
             .hypervisor

@@ -31,15 +31,8 @@ pub enum BinaryError {
     #[error("{0:?} does not print its version as QEMU does: name a QEMU with --qemu")]
     NotQemu(PathBuf),
     /// Runs, and is too old.
-    #[error("{path:?} is QEMU {major}.{minor}: 4.2 or newer is needed")]
-    Old {
-        /// As found.
-        path: PathBuf,
-        /// Its version.
-        major: u32,
-        /// Its version.
-        minor: u32,
-    },
+    #[error("{0:?} is QEMU {1}.{2}: 4.2 or newer is needed")]
+    Old(PathBuf, u32, u32),
 }
 
 /// Finds QEMU and checks its version.
@@ -55,14 +48,13 @@ pub(super) fn find(given: Option<&Path>) -> Result<PathBuf, BinaryError> {
     let output = Program::new(command)
         .output(b"", LIMIT)
         .map_err(|error| BinaryError::Run(path.clone(), error))?;
-    let (major, minor) = match version(&String::from_utf8_lossy(&output.stdout)) {
-        Some(version) => version,
-        None => return Err(BinaryError::NotQemu(path)),
-    };
-    if (major, minor) < OLDEST {
-        return Err(BinaryError::Old { path, major, minor });
+    match version(&String::from_utf8_lossy(&output.stdout)) {
+        None => Err(BinaryError::NotQemu(path)),
+        Some((major, minor)) if (major, minor) < OLDEST => {
+            Err(BinaryError::Old(path, major, minor))
+        }
+        Some(_) => Ok(path),
     }
-    Ok(path)
 }
 
 fn in_path(directories: &OsStr) -> Option<PathBuf> {

@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn power_off_and_internal_error_are_told() {
+    fn power_off_and_internal_error_are_distinguished() {
         assert_eq!(ended(&[shutdown("guest-shutdown")]).0, Some(Exit::PowerOff));
         let answer = json!({"return": {"status": "internal-error"}, "id": "status"});
         let (end, sent) = ended(&[json!({"event": "STOP"}), answer]);

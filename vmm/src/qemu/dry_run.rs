@@ -1,13 +1,15 @@
 //! What a run would make, for a script.
 
-use std::io;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::str::FromStr;
 
 use net::{MacAddr, MacvtapSpec, Mode, TapInfo};
 
 use super::args::USUAL_MTU;
 use super::nics::sysfs_of;
 use super::script::{self, Origin, ScriptNic};
-use super::{Plan, QemuError};
+use super::{Plan, QemuError, failed_to};
 use crate::cli::QemuArgs;
 use crate::config::NicSource;
 use crate::nic::{Inherited, NicError};
@@ -57,42 +59,43 @@ pub fn dry_run(args: &QemuArgs, mut inherited: Inherited) -> Result<String, Qemu
 
 /// What a macvtap would be: its origin, MAC address and MTU.
 fn sketch(spec: &MacvtapSpec) -> Result<(Origin, MacAddr, u32), QemuError> {
-    let link = spec.link.as_str();
     if spec.lower_netns.is_some() {
         // What is in another namespace is not looked at.
         let (mac, mtu) = (spec.mac.map_or_else(random_mac, Ok)?, spec.mtu);
         return Ok((new_origin(spec, mac)?, mac, mtu.unwrap_or(USUAL_MTU)));
     }
     let directory = sysfs_of(&spec.link);
-    let read = |what| {
-        std::fs::read_to_string(directory.join(what)).map_err(|source| QemuError::Link {
-            what,
-            link: link.to_owned(),
-            source,
-        })
-    };
-    let invalid = |what| QemuError::Link {
-        what,
-        link: link.to_owned(),
-        source: io::ErrorKind::InvalidData.into(),
-    };
-    let lower_mac = read("address")?.trim().parse();
-    let mtu = read("mtu")?.trim().parse().map_err(|_| invalid("mtu"))?;
+    let mtu = read(spec, &directory, "mtu")?;
     if directory.join("macvtap").exists() {
-        let mac = lower_mac.map_err(|_| invalid("address"))?;
+        let mac = read(spec, &directory, "address")?;
         let name = directory.file_name().unwrap_or_default().to_string_lossy();
         return Ok((Origin::Existing(name.into_owned()), mac, mtu));
     }
     let mac = match (spec.mac, spec.mode) {
         (Some(mac), _) => mac,
-        (None, Some(Mode::Passthru)) => lower_mac.map_err(|_| invalid("address"))?,
+        (None, Some(Mode::Passthru)) => read(spec, &directory, "address")?,
         (None, _) => random_mac()?,
     };
     Ok((new_origin(spec, mac)?, mac, spec.mtu.unwrap_or(mtu)))
 }
 
+/// Reads a file of the link's in sysfs.
+fn read<T: FromStr>(
+    spec: &MacvtapSpec,
+    directory: &Path,
+    what: &'static str,
+) -> Result<T, QemuError> {
+    let text = std::fs::read_to_string(directory.join(what));
+    let value = text.and_then(|text| {
+        text.trim()
+            .parse()
+            .map_err(|_| ErrorKind::InvalidData.into())
+    });
+    value.map_err(|error| QemuError::Link(spec.link.to_string(), what, error))
+}
+
 fn random_mac() -> Result<MacAddr, QemuError> {
-    MacAddr::random().map_err(QemuError::Random)
+    MacAddr::random().map_err(failed_to("choose a MAC address"))
 }
 
 fn new_origin(spec: &MacvtapSpec, mac: MacAddr) -> Result<Origin, QemuError> {

@@ -8,7 +8,7 @@ use std::process::{ExitStatus, Stdio};
 use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
-use super::{Plan, QemuError, control, hints};
+use super::{Plan, QemuError, control, failed_to, hints};
 use crate::child::{self, Arrivals, Child, Program};
 use crate::config::ConsoleTarget;
 use crate::control::exit::Exit;
@@ -60,7 +60,7 @@ pub(super) fn supervise(
             command.stdin(Stdio::null());
         }
     }
-    let means = Follow::new(control).map_err(QemuError::Signals)?;
+    let means = Follow::new(control).map_err(failed_to("catch signals"))?;
     let terminal = tty::Saved::save();
     // ARGS may name what the caller has opened.
     program.inherits = true;
@@ -68,8 +68,12 @@ pub(super) fn supervise(
     let qemu = program.spawn();
     let mut qemu = qemu.map_err(|error| QemuError::Run(plan.qemu.clone(), error))?;
     let stderr = qemu.stderr().map(hints::Relay::start);
-    let stderr = stderr.transpose().map_err(QemuError::Follow)?;
-    let (exit, status) = means.follow(qemu).map_err(QemuError::Follow)?;
+    let stderr = stderr
+        .transpose()
+        .map_err(failed_to("follow QEMU to its end"))?;
+    let (exit, status) = means
+        .follow(qemu)
+        .map_err(failed_to("follow QEMU to its end"))?;
     drop(terminal);
     let hint = stderr.and_then(hints::Relay::hint);
     let code = match exit {

@@ -105,7 +105,7 @@ impl Write for Output {
             match self.file.write(bytes) {
                 Err(_) if self.exit.reason().is_some() => self.given_up = true,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Somebody else made the pipe or terminal that we share non-blocking.
+                // Another process has made the pipe or terminal that we share non-blocking.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     wait(&self.file, PollFlags::OUT);
                 }
@@ -127,22 +127,14 @@ impl Write for Output {
 }
 
 /// A descriptor of its own for stdout.
-///
-/// # Errors
-///
-/// Fails when the process has no file descriptor left.
 pub fn stdout_file() -> io::Result<File> {
     Ok(rustix::io::fcntl_dupfd_cloexec(stdout(), 3)?.into())
 }
 
-/// Hands stdin to `serial`, from a thread of its own: reading blocks, and not all that stdin may
+/// Passes stdin on to `serial`, from a thread of its own: reading blocks, and not all that stdin may
 /// be can be polled. The thread is never joined and holds nothing that needs giving back.
 ///
 /// `keys` turns Ctrl-A into the monitor's prefix.
-///
-/// # Errors
-///
-/// Fails when the thread cannot be started.
 pub fn spawn_input(
     serial: Arc<Mutex<Serial>>,
     exit: Arc<ExitRequest>,
@@ -207,7 +199,7 @@ fn push(serial: &Mutex<Serial>, input: &[u8]) -> usize {
     serial.push_input(input)
 }
 
-/// Hands `input` over as the guest reads it, which for what has room at once takes longer than
+/// Passes `input` on as the guest reads it, which for what has room at once takes longer than
 /// [`PAUSE`].
 fn push_all(serial: &Mutex<Serial>, mut input: &[u8]) {
     loop {

@@ -32,7 +32,7 @@ const FATAL: [c_int; 16] = [
     libc::SIGXCPU,
 ];
 
-/// The signals that Rust's runtime catches to tell of a stack that overflowed.
+/// The signals that Rust's runtime catches to report a stack overflow.
 const FAULTS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
 /// What happened to [`FAULTS`] before.
@@ -40,7 +40,7 @@ static BEFORE: OnceLock<[sigaction; 2]> = OnceLock::new();
 
 type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
 
-/// Gives the terminal back at each signal that kills.
+/// Restores the terminal at each signal that kills.
 pub(super) fn catch_fatal() -> io::Result<()> {
     if BEFORE.get().is_none() {
         let before = [action_of(FAULTS[0])?, action_of(FAULTS[1])?];
@@ -54,13 +54,13 @@ pub(super) fn catch_fatal() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the terminal back while the process is stopped.
+/// Restores the terminal while the process is stopped.
 pub(super) fn catch_stop() -> io::Result<()> {
     handle(libc::SIGTSTP, stop)?;
     handle(libc::SIGCONT, go_on)
 }
 
-/// Gives the terminal back, then lets the signal do what it would have done.
+/// Restores the terminal, then lets the signal do what it would have done.
 extern "C" fn die(signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
     super::restore_terminal();
     // SAFETY: handlers with SA_SIGINFO get one, which is theirs until they return.
@@ -76,7 +76,7 @@ extern "C" fn die(signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
     }
 }
 
-/// Stops the process as SIGTSTP does, with the terminal given back meanwhile.
+/// Stops the process as SIGTSTP does, with the terminal restored meanwhile.
 extern "C" fn stop(signal: c_int, _info: *mut siginfo_t, _context: *mut c_void) {
     super::cook();
     let _ = set_action(signal, &default_action());
