@@ -14,7 +14,20 @@ pub enum PowerRequest {
 }
 
 /// Receives the guest's requests; called on a vCPU's thread.
-pub type PowerSink = Box<dyn Fn(PowerRequest) + Send>;
+pub struct PowerSink(Box<dyn Fn(PowerRequest) + Send>);
+
+impl PowerSink {
+    /// Calls `sink` with each of them.
+    pub fn new(sink: impl Fn(PowerRequest) + Send + 'static) -> Self {
+        Self(Box::new(sink))
+    }
+}
+
+impl fmt::Debug for PowerSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PowerSink").finish_non_exhaustive()
+    }
+}
 
 /// Offset of the sleep control register (ACPI 6.5, 4.8.3.7).
 const SLEEP_CONTROL: u64 = 0;
@@ -29,20 +42,14 @@ const SLP_TYP_SHIFT: u8 = 2;
 const SLP_TYP_MASK: u8 = 0b111;
 
 /// The ACPI hardware-reduced power registers: sleep control, sleep status and reset, a byte each.
-pub struct AcpiPower {
-    sink: PowerSink,
-}
+#[derive(Debug)]
+pub struct AcpiPower(pub PowerSink);
 
 impl AcpiPower {
     /// The value of SLP_TYP that stands for S5 in the DSDT's `_S5`.
     pub const SLP_TYP_S5: u8 = 5;
     /// The value that resets when written to the reset register.
     pub const RESET_VALUE: u8 = 1;
-
-    /// Registers that report to `sink`.
-    pub fn new(sink: PowerSink) -> Self {
-        Self { sink }
-    }
 }
 
 impl BusDevice for AcpiPower {
@@ -57,17 +64,11 @@ impl BusDevice for AcpiPower {
                 if value & SLP_EN != 0
                     && (value >> SLP_TYP_SHIFT) & SLP_TYP_MASK == Self::SLP_TYP_S5 =>
             {
-                (self.sink)(PowerRequest::PowerOff);
+                (self.0.0)(PowerRequest::PowerOff);
             }
-            (RESET, &[Self::RESET_VALUE]) => (self.sink)(PowerRequest::Reset),
+            (RESET, &[Self::RESET_VALUE]) => (self.0.0)(PowerRequest::Reset),
             _ => log::trace!("ACPI power: ignored write of {data:x?} at {offset:#x}"),
         }
-    }
-}
-
-impl fmt::Debug for AcpiPower {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AcpiPower").finish_non_exhaustive()
     }
 }
 
@@ -77,16 +78,8 @@ const I8042_COMMAND: u64 = 4;
 const I8042_RESET_CPU: u8 = 0xfe;
 
 /// An i8042 that can only reset the CPU, for guests with `reboot=k`.
-pub struct I8042 {
-    sink: PowerSink,
-}
-
-impl I8042 {
-    /// A controller that reports to `sink`.
-    pub fn new(sink: PowerSink) -> Self {
-        Self { sink }
-    }
-}
+#[derive(Debug)]
+pub struct I8042(pub PowerSink);
 
 impl BusDevice for I8042 {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
@@ -96,14 +89,8 @@ impl BusDevice for I8042 {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if offset == I8042_COMMAND && data == [I8042_RESET_CPU] {
-            (self.sink)(PowerRequest::Reset);
+            (self.0.0)(PowerRequest::Reset);
         }
-    }
-}
-
-impl fmt::Debug for I8042 {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("I8042").finish_non_exhaustive()
     }
 }
 
@@ -115,13 +102,13 @@ mod tests {
 
     fn sink() -> (PowerSink, Receiver<PowerRequest>) {
         let (tx, rx) = channel();
-        (Box::new(move |request| tx.send(request).unwrap()), rx)
+        (PowerSink::new(move |request| tx.send(request).unwrap()), rx)
     }
 
     #[test]
     fn sleep_control_s5_powers_off() {
         let (sink, requests) = sink();
-        let mut power = AcpiPower::new(sink);
+        let mut power = AcpiPower(sink);
         for ignored in [0, 5 << 2, SLP_EN, SLP_EN | 3 << 2] {
             power.write(SLEEP_CONTROL, &[ignored]);
         }
@@ -133,10 +120,10 @@ mod tests {
     #[test]
     fn reset_registers_reset() {
         let (sink, requests) = sink();
-        AcpiPower::new(sink).write(RESET, &[1]);
+        AcpiPower(sink).write(RESET, &[1]);
         assert_eq!(requests.try_recv(), Ok(PowerRequest::Reset));
         let (sink, requests) = self::sink();
-        let mut i8042 = I8042::new(sink);
+        let mut i8042 = I8042(sink);
         i8042.write(0, &[0xfe]);
         assert!(requests.try_recv().is_err());
         i8042.write(4, &[0xfe]);

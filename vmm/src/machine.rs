@@ -92,13 +92,13 @@ impl<'a> Machine<'a> {
             slots: plan.virtio().iter().copied().collect(),
             pci: (plan.transport() == Transport::Pci).then(PciBus::default),
         };
-        let power = AcpiPower::new(machine.power_sink());
+        let power = AcpiPower(machine.power_sink());
         machine.add_ports(
             SLEEP_CONTROL_PORT,
             power::PORTS,
             Arc::new(Mutex::new(power)),
         )?;
-        let i8042 = I8042::new(machine.power_sink());
+        let i8042 = I8042(machine.power_sink());
         machine.add_ports(I8042_PORT, I8042_PORTS, Arc::new(Mutex::new(i8042)))?;
         Ok(machine)
     }
@@ -212,7 +212,7 @@ impl<'a> Machine<'a> {
     /// Ends the guest as it asks, and distinguishes a panic from a reboot.
     fn power_sink(&self) -> PowerSink {
         let (exit, memory) = (Arc::clone(&self.exit), Arc::clone(&self.memory));
-        Box::new(move |request| {
+        PowerSink::new(move |request| {
             exit.request(match request {
                 PowerRequest::PowerOff => Exit::PowerOff,
                 PowerRequest::Reset if warm_reboot(&memory) => Exit::Panic,
