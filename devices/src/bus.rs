@@ -1,11 +1,15 @@
 //! Routes a guest's port and memory accesses to the device that owns the address.
 
-use std::error::Error;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::{Map, Value};
+
+use crate::lock;
+
+/// Why a device does not start, or does not take a state: for people.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A device that answers accesses inside a window of a [`Bus`].
 ///
@@ -33,7 +37,7 @@ pub trait BusDevice: Send {
     /// # Errors
     ///
     /// Says what does not fit, or what the host refuses.
-    fn restore(&mut self, _state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn restore(&mut self, _state: Value) -> Result<(), BoxError> {
         Ok(())
     }
 }
@@ -60,7 +64,7 @@ pub enum RestoreError {
     NoDevice(String),
     /// A device refuses its state.
     #[error("cannot restore the device at {0}")]
-    Device(String, #[source] Box<dyn Error + Send + Sync>),
+    Device(String, #[source] BoxError),
 }
 
 /// An address space (ports or guest-physical memory) and the devices in it.
@@ -99,12 +103,7 @@ impl Bus {
     /// Reads for the guest; where there is no device all bits are ones, as on a real bus.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
-            Some((offset, device)) => {
-                device
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .read(offset, data);
-            }
+            Some((offset, device)) => lock(device).read(offset, data),
             None => data.fill(0xff),
         }
     }
@@ -119,10 +118,7 @@ impl Bus {
     /// Writes for the guest; where there is no device nothing happens.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((offset, device)) = self.find(address) {
-            device
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .write(offset, data);
+            lock(device).write(offset, data);
         }
     }
 
@@ -172,10 +168,8 @@ impl Bus {
 
     /// The devices, each locked, with their addresses.
     fn devices(&self) -> impl Iterator<Item = (String, MutexGuard<'_, dyn BusDevice + 'static>)> {
-        self.windows.iter().map(|(window, device)| {
-            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            (format!("{:#x}", window.start), device)
-        })
+        let windows = self.windows.iter();
+        windows.map(|(window, device)| (format!("{:#x}", window.start), lock(device.as_ref())))
     }
 
     fn find(&self, address: u64) -> Option<(u64, &Mutex<dyn BusDevice>)> {
@@ -280,7 +274,7 @@ mod tests {
             fn save(&self) -> Value {
                 self.0.into()
             }
-            fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+            fn restore(&mut self, state: Value) -> Result<(), BoxError> {
                 self.0 = serde_json::from_value(state)?;
                 Ok(())
             }

@@ -29,3 +29,10 @@ pub mod pci;
 pub mod power;
 pub mod serial;
 pub mod virtio;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks what another thread may have left by a panic: every holder leaves it usable.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

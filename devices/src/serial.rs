@@ -1,7 +1,6 @@
 //! COM1: a 16550A whose output goes to a writer and whose input is pushed by the monitor.
 
 use std::collections::VecDeque;
-use std::error::Error;
 use std::fmt;
 use std::io::{self, Write};
 
@@ -10,7 +9,7 @@ use serde_json::{Value, json};
 use vm_superio::Serial as Uart;
 use vm_superio::serial::{NoEvents, SerialState};
 
-use crate::bus::BusDevice;
+use crate::bus::{BoxError, BusDevice};
 use crate::irq::IrqLine;
 
 /// The number of I/O ports of a 16550A.
@@ -65,10 +64,19 @@ impl Serial {
     }
 }
 
-/// The registers, and the input that the guest has not read.
+/// What the guest has made of the port, and the input that it has not read.
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
-    divisor: [u8; 2],
+    #[serde(with = "Registers")]
+    uart: SerialState,
+    waiting: VecDeque<u8>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState")]
+struct Registers {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
     interrupt_enable: u8,
     interrupt_identification: u8,
     line_control: u8,
@@ -76,8 +84,7 @@ struct State {
     modem_control: u8,
     modem_status: u8,
     scratch: u8,
-    fifo: Vec<u8>,
-    waiting: VecDeque<u8>,
+    in_buffer: Vec<u8>,
 }
 
 impl BusDevice for Serial {
@@ -102,37 +109,15 @@ impl BusDevice for Serial {
     }
 
     fn save(&self) -> Value {
-        let uart = self.uart.state();
         json!(State {
-            divisor: [uart.baud_divisor_low, uart.baud_divisor_high],
-            interrupt_enable: uart.interrupt_enable,
-            interrupt_identification: uart.interrupt_identification,
-            line_control: uart.line_control,
-            line_status: uart.line_status,
-            modem_control: uart.modem_control,
-            modem_status: uart.modem_status,
-            scratch: uart.scratch,
-            fifo: uart.in_buffer,
+            uart: self.uart.state(),
             waiting: self.waiting.clone(),
         })
     }
 
-    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let state: State = serde_json::from_value(state)?;
-        let [baud_divisor_low, baud_divisor_high] = state.divisor;
-        let uart = SerialState {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.fifo,
-        };
-        if uart.in_buffer.len() > self.fifo || state.waiting.len() > MOST_WAITING {
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
+        let State { uart, waiting } = serde_json::from_value(state)?;
+        if uart.in_buffer.len() > self.fifo || waiting.len() > MOST_WAITING {
             return Err("more input than a serial port holds".into());
         }
         let irq = self.irq().clone();
@@ -140,7 +125,7 @@ impl BusDevice for Serial {
         let output = std::mem::replace(&mut self.uart, none).into_writer();
         self.uart =
             Uart::from_state(&uart, irq, NoEvents, output).map_err(|error| format!("{error:?}"))?;
-        self.waiting = state.waiting;
+        self.waiting = waiting;
         Ok(())
     }
 }

@@ -8,16 +8,16 @@
 mod config;
 mod msix;
 
-use std::error::Error;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
 pub use config::{CapabilityId, ConfigSpace, Identity};
 pub use msix::{Entry as MsixEntry, MSIX_ENTRY_LEN, Msix, MsixRoutes};
 
-use crate::bus::BusDevice;
+use crate::bus::{BoxError, BusDevice};
+use crate::lock;
 
 /// Bytes of configuration space that a function has under ECAM.
 pub const ECAM_FUNCTION_LEN: u64 = 4096;
@@ -74,41 +74,36 @@ impl PciBus {
     }
 
     /// Reads; where there is no function, or nothing of it, all bits are ones.
-    fn read(&self, slot: usize, function: usize, offset: usize, data: &mut [u8]) {
-        match self.find(slot, function) {
-            Some(_) if offset >= ConfigSpace::LEN => data.fill(0),
-            Some(found) if offset + data.len() <= ConfigSpace::LEN => {
-                found
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .read_config(offset, data);
+    fn read(&self, at: Place, data: &mut [u8]) {
+        match self.find(at) {
+            Some(_) if at.offset >= ConfigSpace::LEN => data.fill(0),
+            Some(found) if at.offset + data.len() <= ConfigSpace::LEN => {
+                lock(found).read_config(at.offset, data);
             }
             _ => data.fill(0xff),
         }
     }
 
-    fn write(&self, slot: usize, function: usize, offset: usize, data: &[u8]) {
-        if let Some(found) = self.find(slot, function)
-            && offset + data.len() <= ConfigSpace::LEN
+    fn write(&self, at: Place, data: &[u8]) {
+        if let Some(found) = self.find(at)
+            && at.offset + data.len() <= ConfigSpace::LEN
         {
-            found
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .write_config(offset, data);
+            lock(found).write_config(at.offset, data);
         }
     }
 
-    fn bridge(&self) -> MutexGuard<'_, HostBridge> {
-        self.bridge.lock().unwrap_or_else(PoisonError::into_inner)
+    fn find(&self, at: Place) -> Option<&Mutex<dyn PciFunction>> {
+        let slot = self.slots.get(at.slot).filter(|_| at.function == 0);
+        slot?.as_deref()
     }
+}
 
-    fn find(&self, slot: usize, function: usize) -> Option<&SharedFunction> {
-        if function == 0 {
-            self.slots.get(slot)?.as_ref()
-        } else {
-            None
-        }
-    }
+/// A place in the configuration spaces of the bus.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    slot: usize,
+    function: usize,
+    offset: usize,
 }
 
 /// The enhanced configuration access mechanism: configuration space as memory.
@@ -116,34 +111,32 @@ impl PciBus {
 pub struct Ecam(pub Arc<PciBus>);
 
 impl Ecam {
-    /// Slot, function and offset of an address.
-    fn decode(offset: u64) -> (usize, usize, usize) {
-        (
-            (offset >> 15) as usize & 0x1f,
-            (offset >> 12) as usize & 7,
-            offset as usize & 0xfff,
-        )
+    fn target(offset: u64) -> Place {
+        let offset = offset as usize;
+        Place {
+            slot: offset >> 15 & 0x1f,
+            function: offset >> 12 & 7,
+            offset: offset & 0xfff,
+        }
     }
 }
 
 impl BusDevice for Ecam {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        let (slot, function, offset) = Self::decode(offset);
-        self.0.read(slot, function, offset, data);
+        self.0.read(Self::target(offset), data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let (slot, function, offset) = Self::decode(offset);
-        self.0.write(slot, function, offset, data);
+        self.0.write(Self::target(offset), data);
     }
 
     // Of the functions, only the bridge is on no other bus.
     fn save(&self) -> Value {
-        self.0.bridge().0.save()
+        lock(&self.0.bridge).0.save()
     }
 
-    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
-        Ok(self.0.bridge().0.restore(state)?)
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
+        Ok(lock(&self.0.bridge).0.restore(state)?)
     }
 }
 
@@ -163,33 +156,31 @@ impl ConfigPorts {
         Self { bus, address: 0 }
     }
 
-    /// What the address register points to: slot, function and offset, on bus 0.
-    fn target(&self, port: u64) -> Option<(usize, usize, usize)> {
-        let address = self.address;
-        let on_bus_0 = address & Self::ENABLE != 0 && (address >> 16) & 0xff == 0;
+    /// What the address register points to, on bus 0.
+    fn target(&self, port: u64) -> Option<Place> {
+        let address = self.address as usize;
+        let on_bus_0 = self.address & Self::ENABLE != 0 && address >> 16 & 0xff == 0;
         let within = port.checked_sub(Self::DATA)? as usize;
-        on_bus_0.then_some((
-            (address >> 11) as usize & 0x1f,
-            (address >> 8) as usize & 7,
-            (address as usize & 0xfc) + within,
-        ))
+        on_bus_0.then_some(Place {
+            slot: address >> 11 & 0x1f,
+            function: address >> 8 & 7,
+            offset: (address & 0xfc) + within,
+        })
     }
 }
 
 impl BusDevice for ConfigPorts {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         match (self.target(offset), offset, data.len()) {
-            (Some((slot, function, register)), _, _) => {
-                self.bus.read(slot, function, register, data);
-            }
+            (Some(target), ..) => self.bus.read(target, data),
             (None, 0, 4) => data.copy_from_slice(&self.address.to_le_bytes()),
             _ => data.fill(0xff),
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let Some((slot, function, register)) = self.target(offset) {
-            self.bus.write(slot, function, register, data);
+        if let Some(target) = self.target(offset) {
+            self.bus.write(target, data);
         } else if let (0, Ok(word)) = (offset, data.try_into()) {
             self.address = u32::from_le_bytes(word);
         }
@@ -199,7 +190,7 @@ impl BusDevice for ConfigPorts {
         self.address.into()
     }
 
-    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
         self.address = serde_json::from_value(state)?;
         Ok(())
     }

@@ -3,12 +3,13 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use vm_memory::ByteValued;
 
 use crate::irq::IrqLine;
 use crate::pci::config::{CapabilityId, ConfigSpace};
 
 /// Bytes of a table entry: address, upper address, data, vector control.
-pub const MSIX_ENTRY_LEN: usize = 16;
+pub const MSIX_ENTRY_LEN: usize = size_of::<Entry>();
 
 /// Offset of Message Control in the capability.
 const CONTROL: usize = 2;
@@ -26,13 +27,17 @@ pub trait MsixRoutes: Send + fmt::Debug {
     fn disconnect(&self, vector: usize);
 }
 
-/// An entry of the table.
+/// An entry of the table, little-endian as this host.
+#[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     address: u64,
     data: u32,
     control: u32,
 }
+
+// SAFETY: integers only, and no padding between them: one of 64 bits and two of 32.
+unsafe impl ByteValued for Entry {}
 
 /// The MSI-X state of a function.
 #[derive(Debug)]
@@ -88,15 +93,9 @@ impl Msix {
 
     /// The guest reads the table.
     pub fn read_table(&self, offset: usize, data: &mut [u8]) {
-        let bytes = self
-            .entries
-            .get(offset / MSIX_ENTRY_LEN)
-            .map(|entry| entry.to_bytes());
-        let at = offset % MSIX_ENTRY_LEN;
-        match bytes
-            .as_ref()
-            .and_then(|bytes| bytes.get(at..at + data.len()))
-        {
+        let (entry, at) = (offset / MSIX_ENTRY_LEN, offset % MSIX_ENTRY_LEN);
+        let bytes = self.entries.get(entry).map(ByteValued::as_slice);
+        match bytes.and_then(|bytes| bytes.get(at..at + data.len())) {
             Some(bytes) => data.copy_from_slice(bytes),
             None => data.fill(0),
         }
@@ -113,9 +112,9 @@ impl Msix {
         else {
             return;
         };
-        let mut bytes = entry.to_bytes();
-        bytes[at..at + data.len()].copy_from_slice(data);
-        *entry = Entry::from_bytes(&bytes);
+        entry.as_mut_slice()[at..at + data.len()].copy_from_slice(data);
+        // The other bits of vector control are reserved and read as 0.
+        entry.control &= MASKED;
         self.update(config);
     }
 
@@ -163,26 +162,6 @@ impl Msix {
                 None => self.routes.disconnect(vector),
             }
             *connected = wanted;
-        }
-    }
-}
-
-impl Entry {
-    fn to_bytes(self) -> [u8; MSIX_ENTRY_LEN] {
-        let mut bytes = [0; MSIX_ENTRY_LEN];
-        bytes[..8].copy_from_slice(&self.address.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.data.to_le_bytes());
-        bytes[12..].copy_from_slice(&self.control.to_le_bytes());
-        bytes
-    }
-
-    fn from_bytes(bytes: &[u8; MSIX_ENTRY_LEN]) -> Self {
-        let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| bytes[at + n]));
-        Self {
-            address: u64::from(word(0)) | u64::from(word(4)) << 32,
-            data: word(8),
-            // The other bits of vector control are reserved and read as 0.
-            control: word(12) & MASKED,
         }
     }
 }

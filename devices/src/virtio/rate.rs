@@ -4,10 +4,12 @@
 //! go into debt. A frame's length need not be known before it has passed, a frame may be larger
 //! than a full bucket, and yet what passes in the long run is the rate to the bit.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+
+use crate::lock;
 
 /// Shorter waits would cost more in wake-ups than they gain in smoothness.
 const MIN_WAIT: Duration = Duration::from_micros(100);
@@ -63,7 +65,7 @@ impl Limiter {
         let Some(buckets) = &self.buckets else {
             return Levels::default();
         };
-        let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = lock(buckets);
         buckets.fill(Instant::now());
         let level = |bucket: &Bucket| bucket.level.div_euclid(TOKEN) as i64;
         Levels {
@@ -77,7 +79,7 @@ impl Limiter {
         let Some(buckets) = &self.buckets else {
             return;
         };
-        let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = lock(buckets);
         let Buckets { bits, frames, .. } = &mut *buckets;
         for (bucket, level) in [(bits, levels.bits), (frames, levels.frames)] {
             if let (Some(bucket), Some(level)) = (bucket, level) {
@@ -95,7 +97,7 @@ impl Limiter {
         let Some(buckets) = &self.buckets else {
             return Ok(());
         };
-        let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = lock(buckets);
         buckets.fill(now);
         let waits = [&buckets.bits, &buckets.frames].into_iter().flatten();
         waits.filter_map(Bucket::wait).max().map_or(Ok(()), Err)
@@ -107,7 +109,7 @@ impl Limiter {
         let Some(buckets) = &self.buckets else {
             return;
         };
-        let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = lock(buckets);
         if let Some(bits) = &mut buckets.bits {
             bits.take(frame_bytes as i128 * 8);
         }

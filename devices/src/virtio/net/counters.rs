@@ -1,7 +1,9 @@
 //! What has passed a queue pair and what has not, over all drivers that the NIC has had.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use crate::lock;
 
 /// What passed to the driver, and what did not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,7 +70,7 @@ pub type SharedCounters = Arc<Mutex<PairCounters>>;
 
 /// The counters as they were published last.
 pub fn read(counters: &SharedCounters) -> PairCounters {
-    *counters.lock().unwrap_or_else(PoisonError::into_inner)
+    *lock(counters)
 }
 
 impl fmt::Display for PairCounters {
