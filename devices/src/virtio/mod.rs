@@ -16,7 +16,6 @@ mod tests;
 mod transport;
 pub mod worker;
 
-use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -26,6 +25,8 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use queue::{Queue, QueueConfig};
+
+use crate::bus::BoxError;
 
 /// VIRTIO_F_VERSION_1: the device follows virtio 1.0 or later, and so must the driver.
 pub const VIRTIO_F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -55,26 +56,19 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn config_generation(&self) -> u32 {
         0
     }
-    /// The driver is ready: take the queues and start.
+    /// Take the queues and start: the driver is ready, or a pause is over ([`Activation::resumed`]).
     ///
     /// # Errors
     ///
     /// A device that cannot start says why; the transport then sets DEVICE_NEEDS_RESET.
-    fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
+    fn activate(&mut self, activation: Activation) -> Result<(), BoxError>;
     /// The driver has given a queue another interrupt. Matters to a device whose queues are in the
     /// kernel's, which got [`Interrupt::call_eventfd`] when the device was activated.
     fn interrupt_changed(&mut self, _queue: u16, _line: &EventFd) {}
-    /// Stop until [`VirtioDevice::resume`], and lose nothing: neither guest memory nor the host's
-    /// side is touched once this has returned. Returns where each queue in use stands, its next
-    /// index in the available ring; nothing where the device is not active.
+    /// Stop until the next activation, and lose nothing: neither guest memory nor the host's side is
+    /// touched once this has returned. Returns where each queue in use stands, its next index in the
+    /// available ring; nothing where the device is not active.
     fn pause(&mut self) -> Vec<Option<u16>>;
-    /// Go on after a pause, or where the device that was saved had been paused. The queues are those
-    /// that were in use, as they stood.
-    ///
-    /// # Errors
-    ///
-    /// As for [`VirtioDevice::activate`].
-    fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
     /// What another device needs to take the place of this one, which is paused, besides what the
     /// transport keeps.
     fn save(&self) -> Value {
@@ -86,7 +80,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// # Errors
     ///
     /// Says what does not fit, or what the host refuses.
-    fn restore(&mut self, _state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn restore(&mut self, _state: Value) -> Result<(), BoxError> {
         Ok(())
     }
     /// The driver wants nothing more: stop, and forget the queues. Guest memory is not touched
@@ -103,6 +97,9 @@ pub struct Activation {
     pub features: u64,
     /// The queues, in order; `None` where the driver left one disabled.
     pub queues: Vec<Option<ActiveQueue>>,
+    /// The device goes on after a pause, or where the one that was saved had been paused: the queues
+    /// are those that were in use then, as they stood.
+    pub resumed: bool,
     /// How to reach the driver.
     pub interrupt: Arc<dyn Interrupt>,
 }

@@ -3,20 +3,18 @@
 mod common;
 mod interrupt;
 
-use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vm_memory::{ByteValued, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
 use self::interrupt::PciInterrupt;
 use super::status::Status;
-use super::transport::Core;
+use super::transport::{Registers, Transport};
 use super::{VirtioDevice, read_at};
-use crate::bus::BusDevice;
+use crate::bus::{BoxError, BusDevice};
 use crate::irq::IrqLine;
 use crate::pci::{
     CapabilityId, ConfigSpace, Identity, MSIX_ENTRY_LEN, Msix, MsixEntry, MsixRoutes, PciFunction,
@@ -52,17 +50,13 @@ mod cfg_type {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
-    core: Value,
     config: Value,
     msix: Vec<MsixEntry>,
 }
 
-/// A virtio device as a PCI function. On the memory bus it is BAR 0.
-///
-/// It has no interrupt pin: without MSI-X a driver has to poll.
+/// Configuration space and MSI-X table, beside the structures in BAR 0.
 #[derive(Debug)]
-pub struct PciTransport {
-    core: Core<PciInterrupt>,
+pub struct Pci {
     config: ConfigSpace,
     msix: Msix,
     /// Where the pci_cfg capability stands in configuration space, a window into BAR 0 (4.1.4.9).
@@ -70,6 +64,12 @@ pub struct PciTransport {
     /// The log has that the driver gets no interrupts.
     has_warned: bool,
 }
+
+/// A virtio device as a PCI function. On the memory bus it is BAR 0, where a queue is notified by a
+/// write to [`NOTIFY`] and [`NOTIFY_STRIDE`] times its number.
+///
+/// It has no interrupt pin: without MSI-X a driver has to poll.
+pub type PciTransport = Transport<Pci>;
 
 impl PciTransport {
     /// The vectors that a device has: one for each queue, and one for its configuration.
@@ -106,47 +106,47 @@ impl PciTransport {
         let msix = Msix::new(&mut config, lines.len(), MSIX_TABLE, MSIX_PENDING, routes);
         let pci_cfg = add_structures(&mut config, device.queue_sizes().len() as u32);
         let interrupt = PciInterrupt::new(lines, device.queue_sizes().len())?;
-        Ok(Self {
-            core: Core::new(device, memory, interrupt)?,
+        let registers = Pci {
             config,
             msix,
             pci_cfg,
             has_warned: false,
-        })
-    }
-
-    /// The eventfd of each queue, to be signalled when the guest writes to its notification
-    /// address: [`NOTIFY`] and [`NOTIFY_STRIDE`] times its number into BAR 0.
-    pub fn kicks(&self) -> &[Arc<EventFd>] {
-        &self.core.kicks
+        };
+        Self::with_registers(registers, interrupt, device, memory)
     }
 
     /// Warns once of a driver that goes on without interrupts, or has given up as Linux does.
     fn warn_without_msix(&mut self) {
-        let status = self.core.status();
+        let status = self.status();
         let what = match status.contains(Status::FAILED) {
             true => "gives it up",
             false if status.contains(Status::DRIVER_OK) => "starts it",
             false => return,
         };
-        if self.has_warned || self.msix.is_enabled(&self.config) {
+        if self.registers.has_warned || self.registers.msix.is_enabled(&self.registers.config) {
             return;
         }
-        self.has_warned = true;
+        self.registers.has_warned = true;
         log::warn!(
             "virtio device {}: the guest's driver {what} with MSI-X off, and on the PCI bus there \
              are no other interrupts (is pci=nomsi on the guest's command line?); virtio-mmio \
              needs no MSI-X",
-            self.core.device.device_id()
+            self.device.device_id()
         );
     }
+}
 
-    /// Which part of BAR 0 the guest has chosen in the pci_cfg capability, if it is valid.
-    fn pci_cfg_target(&self) -> Option<(u64, usize)> {
+impl Pci {
+    /// Which part of BAR 0 an access to configuration space at `at` reaches: what the guest has
+    /// chosen in the pci_cfg capability, if it is valid and this is its data.
+    fn pci_cfg_target(&self, at: usize) -> Option<(u64, usize)> {
         let bar = self.config.dword(self.pci_cfg + 4) as u8;
         let offset = self.config.dword(self.pci_cfg + 8);
         let len = self.config.dword(self.pci_cfg + 12);
-        let valid = bar == 0 && matches!(len, 1 | 2 | 4) && offset < BAR_LEN;
+        let valid = at == self.pci_cfg + PCI_CFG_DATA
+            && bar == 0
+            && matches!(len, 1 | 2 | 4)
+            && offset < BAR_LEN;
         (valid && offset.is_multiple_of(len)).then_some((offset.into(), len as usize))
     }
 }
@@ -183,84 +183,74 @@ const PCI_CFG_DATA: usize = 16;
 
 impl PciFunction for PciTransport {
     fn read_config(&mut self, offset: usize, data: &mut [u8]) {
-        if offset == self.pci_cfg + PCI_CFG_DATA
-            && let Some((target, len)) = self.pci_cfg_target()
-        {
+        if let Some((target, len)) = self.registers.pci_cfg_target(offset) {
             let mut value = [0; 4];
-            BusDevice::read(self, target, &mut value[..len]);
-            self.config.set(offset, &value);
+            self.read(target, &mut value[..len]);
+            self.registers.config.set(offset, &value);
         }
-        self.config.read(offset, data);
+        self.registers.config.read(offset, data);
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
-        let was_enabled = self.config.bus_master_enabled();
-        self.config.write(offset, data);
-        self.msix.update(&self.config);
+        let Pci { config, msix, .. } = &mut self.registers;
+        let was_enabled = config.bus_master_enabled();
+        config.write(offset, data);
+        msix.update(config);
         // Linux takes this right away from all functions before kexec: what lies where the rings
         // were is then the next kernel's, long before its driver resets the device.
-        if was_enabled && !self.config.bus_master_enabled() {
-            self.core.halt();
+        if was_enabled && !config.bus_master_enabled() {
+            self.halt();
         }
-        if offset == self.pci_cfg + PCI_CFG_DATA
-            && let Some((target, len)) = self.pci_cfg_target()
+        if let Some((target, len)) = self.registers.pci_cfg_target(offset)
             && let Some(data) = data.get(..len)
         {
-            BusDevice::write(self, target, data);
+            self.write(target, data);
         }
     }
 }
 
-impl BusDevice for PciTransport {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+impl Registers for Pci {
+    type Interrupt = PciInterrupt;
+
+    fn read(transport: &mut PciTransport, offset: u64, data: &mut [u8]) {
         let (structure, within) = split(offset);
+        let (interrupt, msix) = (&transport.interrupt, &transport.registers.msix);
         match structure {
-            COMMON => read_at(self.common().as_slice(), within, data),
-            DEVICE => self.core.device.read_config(within, data),
-            MSIX_TABLE => self.msix.read_table(within, data),
-            MSIX_PENDING => self
-                .msix
-                .read_pending(&self.core.interrupt.lines, within, data),
-            ISR if within == 0 => read_at(&[self.core.interrupt.take_status()], 0, data),
+            COMMON => read_at(transport.common().as_slice(), within, data),
+            DEVICE => transport.device.read_config(within, data),
+            MSIX_TABLE => msix.read_table(within, data),
+            MSIX_PENDING => msix.read_pending(&interrupt.lines, within, data),
+            ISR if within == 0 => read_at(&[interrupt.take_status()], 0, data),
             _ => data.fill(0),
         }
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(transport: &mut PciTransport, offset: u64, data: &[u8]) {
         let (structure, within) = split(offset);
+        let Pci { config, msix, .. } = &mut transport.registers;
         match structure {
-            COMMON => self.write_common(within, data),
-            DEVICE => self.core.device.write_config(within, data),
-            NOTIFY => self.core.notify(within / NOTIFY_STRIDE as usize),
-            MSIX_TABLE => self.msix.write_table(&self.config, within, data),
+            COMMON => transport.write_common(within, data),
+            DEVICE => transport.device.write_config(within, data),
+            NOTIFY => transport.notify(within / NOTIFY_STRIDE as usize),
+            MSIX_TABLE => msix.write_table(config, within, data),
             _ => {}
         }
     }
 
-    fn pause(&mut self) {
-        self.core.pause();
-    }
-
-    fn resume(&mut self) {
-        self.core.resume();
-    }
-
     fn save(&self) -> Value {
         json!(State {
-            core: self.core.save(),
             config: self.config.save(),
             msix: self.msix.entries().to_vec(),
         })
     }
 
-    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
         let state: State = serde_json::from_value(state)?;
-        self.core.restore(state.core)?;
         self.config.restore(state.config)?;
-        if !self.msix.restore(&self.config, &state.msix) {
-            return Err("it has another number of MSI-X vectors".into());
+        match self.msix.restore(&self.config, &state.msix) {
+            true => Ok(()),
+            false => Err("it has another number of MSI-X vectors".into()),
         }
-        Ok(())
     }
 }
 

@@ -1,8 +1,9 @@
 //! What every virtio transport does alike: features, status, queues, and the device.
 
-use std::error::Error;
+use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -13,25 +14,54 @@ use vmm_sys_util::eventfd::EventFd;
 use super::queue::{Queue, QueueConfig};
 use super::status::{Status, Step};
 use super::{Activation, ActiveQueue, Complaints, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice};
+use crate::bus::{BoxError, BusDevice};
+
+/// What distinguishes a transport: the registers by which a driver reaches a device.
+pub trait Registers: Send + fmt::Debug + Sized {
+    /// How a device reaches its driver.
+    type Interrupt: TransportInterrupt;
+    /// As [`BusDevice::read`].
+    fn read(transport: &mut Transport<Self>, offset: u64, data: &mut [u8]);
+    /// As [`BusDevice::write`].
+    fn write(transport: &mut Transport<Self>, offset: u64, data: &[u8]);
+    /// What these registers hold that the rest of the transport does not.
+    fn save(&self) -> Value {
+        Value::Null
+    }
+    /// Has them hold again what they held.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it does not fit.
+    fn restore(&mut self, _state: Value) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
 
 /// What a transport adds to [`Interrupt`].
-pub(super) trait TransportInterrupt: Interrupt + 'static {
-    /// Whether [`Interrupt::needs_reset`] has been called since the last reset.
-    fn is_broken(&self) -> bool;
+pub trait TransportInterrupt: Interrupt + 'static {
+    /// [`Interrupt::needs_reset`] has been called since the last reset.
+    fn is_broken(&self) -> &AtomicBool;
     /// What is pending.
     fn save(&self) -> Value;
     /// Has pending again what was.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the state is another transport's.
     fn restore(&self, state: Value) -> serde_json::Result<()>;
     /// Forgets everything that is pending, for a reset.
     fn clear(&self);
 }
 
-/// What [`Core::save`] keeps.
+/// What [`Transport`] saves.
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
     device_id: u32,
     device: Value,
+    registers: Value,
     interrupt: Value,
+    is_broken: bool,
     status: Status,
     driver_features: u64,
     queues: Vec<QueueConfig>,
@@ -40,19 +70,21 @@ struct State {
     selected: [u32; 3],
 }
 
-/// The part of a virtio device's state that the driver sees through whatever registers.
+/// A virtio device on a bus, with the part of its state that the driver sees through whatever
+/// registers.
 #[derive(Debug)]
-pub(super) struct Core<I> {
-    pub device: Box<dyn VirtioDevice>,
-    pub interrupt: Arc<I>,
-    pub kicks: Vec<Arc<EventFd>>,
-    pub queues: Vec<QueueConfig>,
+pub struct Transport<R: Registers> {
+    pub(super) device: Box<dyn VirtioDevice>,
+    pub(super) registers: R,
+    pub(super) interrupt: Arc<R::Interrupt>,
+    pub(super) queues: Vec<QueueConfig>,
     /// Which 32 bits of the offered features the driver reads.
-    pub device_features_sel: u32,
+    pub(super) device_features_sel: u32,
     /// Which 32 bits of its features it writes.
-    pub driver_features_sel: u32,
+    pub(super) driver_features_sel: u32,
     /// Which queue it sets up.
-    pub queue_sel: u32,
+    pub(super) queue_sel: u32,
+    kicks: Vec<Arc<EventFd>>,
     memory: Arc<GuestMemoryMmap>,
     status: Status,
     driver_features: u64,
@@ -61,27 +93,24 @@ pub(super) struct Core<I> {
     complaints: Complaints,
 }
 
-impl<I: TransportInterrupt> Core<I> {
+impl<R: Registers> Transport<R> {
     /// # Errors
     ///
     /// Fails with EMFILE.
-    pub fn new(
+    pub(super) fn with_registers(
+        registers: R,
+        interrupt: R::Interrupt,
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemoryMmap>,
-        interrupt: I,
     ) -> io::Result<Self> {
         let kick = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new);
-        let kicks = device
-            .queue_sizes()
-            .iter()
-            .map(kick)
-            .collect::<io::Result<Vec<_>>>()?;
-        let queues = fresh_queues(device.as_ref());
+        let kicks = device.queue_sizes().iter().map(kick);
         Ok(Self {
+            kicks: kicks.collect::<io::Result<_>>()?,
+            queues: fresh_queues(device.as_ref()),
             device,
+            registers,
             interrupt: Arc::new(interrupt),
-            kicks,
-            queues,
             device_features_sel: 0,
             driver_features_sel: 0,
             queue_sel: 0,
@@ -93,9 +122,15 @@ impl<I: TransportInterrupt> Core<I> {
         })
     }
 
+    /// The eventfd of each queue, to be signalled when the driver notifies it by the register that
+    /// its transport has for that.
+    pub fn kicks(&self) -> &[Arc<EventFd>] {
+        &self.kicks
+    }
+
     /// The status field as the driver reads it.
-    pub fn status(&self) -> Status {
-        if self.interrupt.is_broken() {
+    pub(super) fn status(&self) -> Status {
+        if self.interrupt.is_broken().load(Ordering::SeqCst) {
             self.status | Status::DEVICE_NEEDS_RESET
         } else {
             self.status
@@ -103,17 +138,17 @@ impl<I: TransportInterrupt> Core<I> {
     }
 
     /// The selected 32 bits of the offered features.
-    pub fn device_features(&self) -> u32 {
+    pub(super) fn device_features(&self) -> u32 {
         half(self.offered_features(), self.device_features_sel)
     }
 
     /// The selected 32 bits of the driver's features.
-    pub fn driver_features(&self) -> u32 {
+    pub(super) fn driver_features(&self) -> u32 {
         half(self.driver_features, self.driver_features_sel)
     }
 
     /// Takes the selected 32 bits of the driver's features.
-    pub fn set_driver_features(&mut self, value: u32) {
+    pub(super) fn set_driver_features(&mut self, value: u32) {
         if self.status.contains(Status::FEATURES_OK) {
             return;
         }
@@ -127,13 +162,13 @@ impl<I: TransportInterrupt> Core<I> {
     }
 
     /// The size limit of a queue; 0 where there is none.
-    pub fn queue_size_max(&self, queue: usize) -> u16 {
+    pub(super) fn queue_size_max(&self, queue: usize) -> u16 {
         self.device.queue_sizes().get(queue).copied().unwrap_or(0)
     }
 
     /// The selected queue, if the driver may still set it up: it exists, and neither is it enabled
     /// nor does the device run.
-    pub fn queue_in_setup(&mut self) -> Option<&mut QueueConfig> {
+    pub(super) fn queue_in_setup(&mut self) -> Option<&mut QueueConfig> {
         let running = self.status.contains(Status::DRIVER_OK);
         self.queues
             .get_mut(self.queue_sel as usize)
@@ -141,7 +176,7 @@ impl<I: TransportInterrupt> Core<I> {
     }
 
     /// Enables the selected queue, or disables it again.
-    pub fn set_queue_ready(&mut self, ready: bool) {
+    pub(super) fn set_queue_ready(&mut self, ready: bool) {
         let running = self.status.contains(Status::DRIVER_OK);
         let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else {
             return;
@@ -158,7 +193,7 @@ impl<I: TransportInterrupt> Core<I> {
 
     /// Stops the device where it may not touch memory any more. The driver finds DRIVER_OK gone, and
     /// has to reset it.
-    pub fn halt(&mut self) {
+    pub(super) fn halt(&mut self) {
         if self.status.contains(Status::DRIVER_OK) {
             self.device.reset();
             self.status -= Status::DRIVER_OK;
@@ -166,14 +201,14 @@ impl<I: TransportInterrupt> Core<I> {
     }
 
     /// The driver notifies a queue by a register write that no ioeventfd has caught.
-    pub fn notify(&self, queue: usize) {
+    pub(super) fn notify(&self, queue: usize) {
         if let Some(kick) = self.kicks.get(queue) {
             let _ = kick.write(1);
         }
     }
 
     /// The driver writes the status field.
-    pub fn set_status(&mut self, value: u8) {
+    pub(super) fn set_status(&mut self, value: u8) {
         match self.status().written(value) {
             Step::Set(status) => self.status = status,
             Step::CheckFeatures(status) => {
@@ -187,10 +222,7 @@ impl<I: TransportInterrupt> Core<I> {
             }
             Step::Activate(status) => {
                 self.status = status;
-                if let Err(error) = self.activate() {
-                    self.complain(&error.to_string());
-                    self.interrupt.needs_reset();
-                }
+                self.start(None);
             }
             Step::Reset => self.reset(),
             Step::Refuse => log::debug!("virtio status {:?}: refused {value:#x}", self.status),
@@ -201,19 +233,37 @@ impl<I: TransportInterrupt> Core<I> {
         self.device.features() | VIRTIO_F_VERSION_1
     }
 
-    fn activate(&mut self) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let queues = (0..self.queues.len()).map(|index| self.queue(index));
-        let activation = self.activation(queues.collect::<Result<_, _>>()?);
-        self.device.activate(activation)
+    /// Starts the device: with fresh queues, or where they stood when it was paused.
+    fn start(&mut self, paused: Option<Vec<Option<u16>>>) {
+        if let Err(error) = self.activate(paused) {
+            if self.complaints.may_warn() {
+                let id = self.device.device_id();
+                log::warn!("virtio device {id} cannot start: {error}");
+            }
+            self.interrupt.needs_reset();
+        }
     }
 
-    fn activation(&self, queues: Vec<Option<ActiveQueue>>) -> Activation {
-        Activation {
+    fn activate(&mut self, paused: Option<Vec<Option<u16>>>) -> Result<(), BoxError> {
+        let resumed = paused.is_some();
+        let queues = (0..self.queues.len()).map(|index| self.queue(index));
+        let mut queues = queues.collect::<Result<Vec<_>, _>>()?;
+        if let Some(positions) = paused {
+            let positions = positions.into_iter().chain(std::iter::repeat(None));
+            for (queue, position) in queues.iter_mut().zip(positions) {
+                match (queue.as_mut(), position) {
+                    (Some(active), Some(position)) => active.queue.resume(position),
+                    _ => *queue = None,
+                }
+            }
+        }
+        self.device.activate(Activation {
             memory: Arc::clone(&self.memory),
             features: self.driver_features,
             queues,
+            resumed,
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
-        }
+        })
     }
 
     /// A queue as the driver has set it up, if it has.
@@ -231,46 +281,50 @@ impl<I: TransportInterrupt> Core<I> {
         }))
     }
 
-    /// Pauses the device.
-    pub fn pause(&mut self) {
+    fn reset(&mut self) {
+        self.device.reset();
+        self.queues = fresh_queues(self.device.as_ref());
+        self.status = Status::empty();
+        self.driver_features = 0;
+        self.device_features_sel = 0;
+        self.driver_features_sel = 0;
+        self.queue_sel = 0;
+        self.paused = self.paused.take().map(|_| Vec::new());
+        self.interrupt.clear();
+        self.interrupt.is_broken().store(false, Ordering::SeqCst);
+    }
+}
+
+impl<R: Registers> BusDevice for Transport<R> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        R::read(self, offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        R::write(self, offset, data);
+    }
+
+    fn pause(&mut self) {
         if self.paused.is_none() {
             self.paused = Some(self.device.pause());
         }
     }
 
     /// Has the device go on, if it was active.
-    pub fn resume(&mut self) {
-        let positions = self.paused.take().unwrap_or_default();
-        if positions.iter().any(Option::is_some)
-            && let Err(error) = self.resume_from(&positions)
-        {
-            self.complain(&error.to_string());
-            self.interrupt.needs_reset();
+    fn resume(&mut self) {
+        let was_active = |positions: &Vec<Option<u16>>| positions.iter().any(Option::is_some);
+        if let Some(positions) = self.paused.take().filter(was_active) {
+            self.start(Some(positions));
         }
     }
 
-    fn resume_from(
-        &mut self,
-        positions: &[Option<u16>],
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let mut queues = Vec::with_capacity(positions.len());
-        for (index, position) in positions.iter().enumerate() {
-            let mut active = position.map_or(Ok(None), |_| self.queue(index))?;
-            if let (Some(active), &Some(position)) = (&mut active, position) {
-                active.queue.resume(position);
-            }
-            queues.push(active);
-        }
-        let activation = self.activation(queues);
-        self.device.resume(activation)
-    }
-
-    /// What another device needs to take the place of this one, which is paused.
-    pub fn save(&self) -> Value {
+    fn save(&self) -> Value {
         json!(State {
             device_id: self.device.device_id(),
             device: self.device.save(),
+            registers: self.registers.save(),
             interrupt: self.interrupt.save(),
+            is_broken: self.interrupt.is_broken().load(Ordering::SeqCst),
             status: self.status,
             driver_features: self.driver_features,
             queues: self.queues.clone(),
@@ -283,12 +337,7 @@ impl<I: TransportInterrupt> Core<I> {
         })
     }
 
-    /// Makes this device, which has not run or is paused, the one that was saved, paused.
-    ///
-    /// # Errors
-    ///
-    /// Fails when it was of another kind, or its state is not taken.
-    pub fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
         let state: State = serde_json::from_value(state)?;
         let queues = self.queues.len();
         if state.device_id != self.device.device_id()
@@ -305,6 +354,8 @@ impl<I: TransportInterrupt> Core<I> {
         }
         self.device.restore(state.device)?;
         self.interrupt.restore(state.interrupt)?;
+        let is_broken = self.interrupt.is_broken();
+        is_broken.store(state.is_broken, Ordering::SeqCst);
         self.status = state.status;
         self.driver_features = state.driver_features;
         self.queues = state.queues;
@@ -314,29 +365,7 @@ impl<I: TransportInterrupt> Core<I> {
             self.driver_features_sel,
             self.queue_sel,
         ] = state.selected;
-        Ok(())
-    }
-
-    /// Warns of what a driver did wrong.
-    fn complain(&self, what: &str) {
-        if self.complaints.may_warn() {
-            log::warn!(
-                "virtio device {} cannot start: {what}",
-                self.device.device_id()
-            );
-        }
-    }
-
-    fn reset(&mut self) {
-        self.device.reset();
-        self.queues = fresh_queues(self.device.as_ref());
-        self.status = Status::empty();
-        self.driver_features = 0;
-        self.device_features_sel = 0;
-        self.driver_features_sel = 0;
-        self.queue_sel = 0;
-        self.paused = self.paused.take().map(|_| Vec::new());
-        self.interrupt.clear();
+        self.registers.restore(state.registers)
     }
 }
 

@@ -43,7 +43,7 @@ pub struct Turn {
 #[derive(Debug)]
 pub struct Worker<J> {
     epoll: Arc<Epoll>,
-    stop: Arc<EventFd>,
+    stop: EventFd,
     /// Closed to end the thread.
     jobs: Option<Sender<(J, Arc<dyn Interrupt>)>>,
     /// Jobs that were stopped; nothing where one has panicked.
@@ -76,7 +76,7 @@ impl<J: Job> Worker<J> {
         })?;
         Ok(Self {
             epoll,
-            stop: Arc::new(stop),
+            stop,
             jobs: Some(jobs),
             stopped,
             thread: Some(thread),

@@ -1,4 +1,3 @@
-use std::error::Error;
 use std::sync::Mutex;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -7,6 +6,7 @@ use super::super::queue::QueueConfig;
 use super::super::tests::{Driver, END};
 use super::super::{Activation, VIRTIO_F_VERSION_1};
 use super::*;
+use crate::bus::{BoxError, BusDevice};
 
 /// What the transport asked of its device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,15 @@ impl VirtioDevice for Probe {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         super::super::read_at(&[1, 2, 3, 4, 5, 6], offset, data);
     }
-    fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn activate(&mut self, activation: Activation) -> Result<(), BoxError> {
+        if activation.resumed {
+            let [None, Some(second)] = &activation.queues[..] else {
+                return Err("other queues than those in use".into());
+            };
+            let call = Call::Resume(Some(second.queue.next_avail()));
+            self.calls.lock().unwrap().push(call);
+            return Ok(());
+        }
         let queues = [0, 1].map(|n| activation.queues[n].is_some());
         let features = activation.features;
         self.calls
@@ -49,18 +57,10 @@ impl VirtioDevice for Probe {
     fn pause(&mut self) -> Vec<Option<u16>> {
         vec![None, Some(5)]
     }
-    fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let [None, Some(second)] = &activation.queues[..] else {
-            return Err("other queues than those in use".into());
-        };
-        let call = Call::Resume(Some(second.queue.next_avail()));
-        self.calls.lock().unwrap().push(call);
-        Ok(())
-    }
     fn save(&self) -> Value {
         json!("probe")
     }
-    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
         assert_eq!(state, "probe");
         Ok(())
     }
@@ -89,44 +89,44 @@ impl Guest {
         }
     }
 
-    fn read(&mut self, offset: u64) -> u32 {
+    fn read(&mut self, offset: u32) -> u32 {
         let mut word = [0; 4];
-        self.transport.read(offset, &mut word);
+        self.transport.read(offset.into(), &mut word);
         u32::from_le_bytes(word)
     }
 
-    fn write(&mut self, offset: u64, value: u32) {
-        self.transport.write(offset, &value.to_le_bytes());
+    fn write(&mut self, offset: u32, value: u32) {
+        self.transport.write(offset.into(), &value.to_le_bytes());
     }
 
     /// Takes `features` and goes on to FEATURES_OK; true when the device agreed.
     fn negotiate(&mut self, features: u64) -> bool {
-        self.write(register::STATUS, 0);
-        self.write(register::STATUS, 1);
-        self.write(register::STATUS, 3);
+        self.write(register::VIRTIO_MMIO_STATUS, 0);
+        self.write(register::VIRTIO_MMIO_STATUS, 1);
+        self.write(register::VIRTIO_MMIO_STATUS, 3);
         for select in [0, 1] {
-            self.write(register::DRIVER_FEATURES_SEL, select);
+            self.write(register::VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
             self.write(
-                register::DRIVER_FEATURES,
+                register::VIRTIO_MMIO_DRIVER_FEATURES,
                 (features >> (32 * select)) as u32,
             );
         }
-        self.write(register::STATUS, 11);
-        self.read(register::STATUS) == 11
+        self.write(register::VIRTIO_MMIO_STATUS, 11);
+        self.read(register::VIRTIO_MMIO_STATUS) == 11
     }
 
     fn set_up_queue(&mut self, index: u32, config: QueueConfig) {
-        self.write(register::QUEUE_SEL, index);
-        self.write(register::QUEUE_SIZE, config.size.into());
+        self.write(register::VIRTIO_MMIO_QUEUE_SEL, index);
+        self.write(register::VIRTIO_MMIO_QUEUE_NUM, config.size.into());
         for (low, address) in [
-            (register::QUEUE_DESC_LOW, config.descriptors),
-            (register::QUEUE_DRIVER_LOW, config.available),
-            (register::QUEUE_DEVICE_LOW, config.used),
+            (register::VIRTIO_MMIO_QUEUE_DESC_LOW, config.descriptors),
+            (register::VIRTIO_MMIO_QUEUE_AVAIL_LOW, config.available),
+            (register::VIRTIO_MMIO_QUEUE_USED_LOW, config.used),
         ] {
             self.write(low, address as u32);
             self.write(low + 4, (address >> 32) as u32);
         }
-        self.write(register::QUEUE_READY, config.ready.into());
+        self.write(register::VIRTIO_MMIO_QUEUE_READY, config.ready.into());
     }
 
     fn calls(&self) -> Vec<Call> {
@@ -138,23 +138,27 @@ impl Guest {
 fn registers_identify_the_device() {
     let mut guest = Guest::new(false);
     assert_eq!(
-        guest.read(register::MAGIC_VALUE),
+        guest.read(register::VIRTIO_MMIO_MAGIC_VALUE),
         u32::from_le_bytes(*b"virt")
     );
-    assert_eq!(guest.read(register::VERSION), 2);
-    assert_eq!(guest.read(register::DEVICE_ID), 42);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_VERSION), 2);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_ID), 42);
     assert_eq!(
-        guest.read(register::VENDOR_ID),
+        guest.read(register::VIRTIO_MMIO_VENDOR_ID),
         u32::from_le_bytes(*b"mini")
     );
-    guest.write(register::DEVICE_FEATURES_SEL, 1);
-    assert_eq!(guest.read(register::DEVICE_FEATURES), 1, "VERSION_1");
-    guest.write(register::DEVICE_FEATURES_SEL, 2);
-    assert_eq!(guest.read(register::DEVICE_FEATURES), 0);
-    assert_eq!(guest.read(register::SHM_LEN_LOW), u32::MAX);
+    guest.write(register::VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+    assert_eq!(
+        guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES),
+        1,
+        "VERSION_1"
+    );
+    guest.write(register::VIRTIO_MMIO_DEVICE_FEATURES_SEL, 2);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES), 0);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_SHM_LEN_LOW), u32::MAX);
     for (queue, max) in [(0, 16), (1, 64), (2, 0), (u32::MAX, 0)] {
-        guest.write(register::QUEUE_SEL, queue);
-        assert_eq!(guest.read(register::QUEUE_SIZE_MAX), max);
+        guest.write(register::VIRTIO_MMIO_QUEUE_SEL, queue);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_QUEUE_NUM_MAX), max);
     }
 }
 
@@ -178,12 +182,18 @@ fn registers_of_other_widths_do_nothing() {
     let mut guest = Guest::new(false);
     for width in [1, 2, 3, 8] {
         let mut data = vec![0xaa; width];
-        guest.transport.read(register::MAGIC_VALUE, &mut data);
+        guest
+            .transport
+            .read(register::VIRTIO_MMIO_MAGIC_VALUE.into(), &mut data);
         assert_eq!(data, vec![0; width]);
-        guest.transport.write(register::STATUS, &vec![1; width]);
+        guest
+            .transport
+            .write(register::VIRTIO_MMIO_STATUS.into(), &vec![1; width]);
     }
-    guest.transport.write(register::STATUS + 1, &[1, 0, 0, 0]);
-    assert_eq!(guest.read(register::STATUS), 0);
+    guest
+        .transport
+        .write((register::VIRTIO_MMIO_STATUS + 1).into(), &[1, 0, 0, 0]);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 0);
 }
 
 #[test]
@@ -192,12 +202,12 @@ fn features_that_were_not_offered_are_refused() {
     assert!(guest.negotiate(VIRTIO_F_VERSION_1 | 1));
     assert!(!guest.negotiate(VIRTIO_F_VERSION_1 | 2), "not offered");
     assert!(!guest.negotiate(1), "no VERSION_1");
-    guest.write(register::STATUS, 0);
-    guest.write(register::DRIVER_FEATURES_SEL, 7);
-    guest.write(register::DRIVER_FEATURES, 1);
-    guest.write(register::STATUS, 3);
-    guest.write(register::STATUS, 11);
-    assert_eq!(guest.read(register::STATUS), 3, "bits above 63");
+    guest.write(register::VIRTIO_MMIO_STATUS, 0);
+    guest.write(register::VIRTIO_MMIO_DRIVER_FEATURES_SEL, 7);
+    guest.write(register::VIRTIO_MMIO_DRIVER_FEATURES, 1);
+    guest.write(register::VIRTIO_MMIO_STATUS, 3);
+    guest.write(register::VIRTIO_MMIO_STATUS, 11);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 3, "bits above 63");
 }
 
 #[test]
@@ -205,8 +215,8 @@ fn status_wider_than_the_field_is_neither_a_reset_nor_a_status() {
     let mut guest = Guest::new(false);
     guest.negotiate(VIRTIO_F_VERSION_1);
     for value in [0x100, 0xff00, 0x10f, 1 << 31] {
-        guest.write(register::STATUS, value);
-        assert_eq!(guest.read(register::STATUS), 11, "{value:#x}");
+        guest.write(register::VIRTIO_MMIO_STATUS, value);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 11, "{value:#x}");
     }
 }
 
@@ -216,18 +226,18 @@ fn driver_ok_hands_over_the_queues() {
     let features = VIRTIO_F_VERSION_1 | 0x21;
     assert!(guest.negotiate(features));
     guest.set_up_queue(1, Driver::config());
-    guest.write(register::STATUS, 15);
+    guest.write(register::VIRTIO_MMIO_STATUS, 15);
     let expected = Call::Activate {
         features,
         queues: [false, true],
     };
     assert_eq!(guest.calls(), [Call::Reset, expected]);
-    assert_eq!(guest.read(register::STATUS), 15);
-    guest.write(register::STATUS, 0);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 15);
+    guest.write(register::VIRTIO_MMIO_STATUS, 0);
     assert_eq!(guest.calls(), [Call::Reset]);
-    assert_eq!(guest.read(register::STATUS), 0);
-    guest.write(register::QUEUE_SEL, 1);
-    assert_eq!(guest.read(register::QUEUE_READY), 0);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 0);
+    guest.write(register::VIRTIO_MMIO_QUEUE_SEL, 1);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_QUEUE_READY), 0);
 }
 
 #[test]
@@ -246,13 +256,21 @@ fn queue_that_cannot_be_used_needs_a_reset() {
         let mut guest = Guest::new(false);
         guest.negotiate(VIRTIO_F_VERSION_1);
         guest.set_up_queue(0, config);
-        guest.write(register::STATUS, 15);
-        assert_eq!(guest.read(register::STATUS), 15 | 64, "{config:?}");
-        assert_eq!(guest.read(register::INTERRUPT_STATUS), 2, "{config:?}");
+        guest.write(register::VIRTIO_MMIO_STATUS, 15);
+        assert_eq!(
+            guest.read(register::VIRTIO_MMIO_STATUS),
+            15 | 64,
+            "{config:?}"
+        );
+        assert_eq!(
+            guest.read(register::VIRTIO_MMIO_INTERRUPT_STATUS),
+            2,
+            "{config:?}"
+        );
         assert_eq!(guest.calls(), [Call::Reset]);
-        guest.write(register::STATUS, 0);
-        assert_eq!(guest.read(register::STATUS), 0);
-        assert_eq!(guest.read(register::INTERRUPT_STATUS), 0);
+        guest.write(register::VIRTIO_MMIO_STATUS, 0);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 0);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_INTERRUPT_STATUS), 0);
     }
 }
 
@@ -260,8 +278,8 @@ fn queue_that_cannot_be_used_needs_a_reset() {
 fn device_that_cannot_start_needs_a_reset() {
     let mut guest = Guest::new(true);
     guest.negotiate(VIRTIO_F_VERSION_1);
-    guest.write(register::STATUS, 15);
-    assert_eq!(guest.read(register::STATUS), 15 | 64);
+    guest.write(register::VIRTIO_MMIO_STATUS, 15);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 15 | 64);
 }
 
 #[test]
@@ -269,11 +287,11 @@ fn queue_in_use_keeps_its_setup() {
     let mut guest = Guest::new(false);
     guest.negotiate(VIRTIO_F_VERSION_1);
     guest.set_up_queue(0, Driver::config());
-    guest.write(register::QUEUE_SIZE, 8);
-    assert_eq!(guest.transport.core.queues[0], Driver::config(), "ready");
-    guest.write(register::STATUS, 15);
-    guest.write(register::QUEUE_SIZE, 8);
-    assert_eq!(guest.transport.core.queues[0], Driver::config(), "running");
+    guest.write(register::VIRTIO_MMIO_QUEUE_NUM, 8);
+    assert_eq!(guest.transport.queues[0], Driver::config(), "ready");
+    guest.write(register::VIRTIO_MMIO_STATUS, 15);
+    guest.write(register::VIRTIO_MMIO_QUEUE_NUM, 8);
+    assert_eq!(guest.transport.queues[0], Driver::config(), "running");
 }
 
 #[test]
@@ -281,14 +299,14 @@ fn queue_stopped_while_running_stops_the_device_and_reads_as_stopped() {
     let mut guest = Guest::new(false);
     guest.negotiate(VIRTIO_F_VERSION_1);
     guest.set_up_queue(0, Driver::config());
-    guest.write(register::STATUS, 15);
+    guest.write(register::VIRTIO_MMIO_STATUS, 15);
     guest.calls();
-    guest.write(register::QUEUE_READY, 0);
-    assert_eq!(guest.read(register::QUEUE_READY), 0);
-    guest.write(register::QUEUE_READY, 1);
-    guest.write(register::QUEUE_READY, 0);
+    guest.write(register::VIRTIO_MMIO_QUEUE_READY, 0);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_QUEUE_READY), 0);
+    guest.write(register::VIRTIO_MMIO_QUEUE_READY, 1);
+    guest.write(register::VIRTIO_MMIO_QUEUE_READY, 0);
     assert_eq!(
-        guest.read(register::QUEUE_READY),
+        guest.read(register::VIRTIO_MMIO_QUEUE_READY),
         0,
         "no way back but a reset"
     );
@@ -298,19 +316,19 @@ fn queue_stopped_while_running_stops_the_device_and_reads_as_stopped() {
 #[test]
 fn interrupt_status_is_cleared_by_its_acknowledgement() {
     let mut guest = Guest::new(false);
-    guest.transport.core.interrupt.queue(0);
-    guest.transport.core.interrupt.needs_reset();
-    assert_eq!(guest.read(register::INTERRUPT_STATUS), 3);
-    assert_eq!(guest.transport.irq().eventfd().read().unwrap(), 2);
-    guest.write(register::INTERRUPT_ACK, 1);
-    assert_eq!(guest.read(register::INTERRUPT_STATUS), 2);
+    guest.transport.interrupt.queue(0);
+    guest.transport.interrupt.needs_reset();
+    assert_eq!(guest.read(register::VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+    assert_eq!(guest.transport.interrupt.line.eventfd().read().unwrap(), 2);
+    guest.write(register::VIRTIO_MMIO_INTERRUPT_ACK, 1);
+    assert_eq!(guest.read(register::VIRTIO_MMIO_INTERRUPT_STATUS), 2);
 }
 
 #[test]
 fn notification_reaches_the_queues_eventfd() {
     let mut guest = Guest::new(false);
     for index in [0, 1, 2, u32::MAX] {
-        guest.write(register::QUEUE_NOTIFY, index);
+        guest.write(register::VIRTIO_MMIO_QUEUE_NOTIFY, index);
     }
     let kicks = guest.transport.kicks();
     assert_eq!((kicks[0].read().unwrap(), kicks[1].read().unwrap()), (1, 1));
@@ -321,10 +339,10 @@ fn restored_transport_is_the_saved_one_and_goes_on() {
     let mut guest = Guest::new(false);
     guest.negotiate(VIRTIO_F_VERSION_1 | 0x21);
     guest.set_up_queue(1, Driver::config());
-    guest.write(register::STATUS, 15);
-    guest.write(register::DEVICE_FEATURES_SEL, 1);
-    guest.transport.core.interrupt.queue(1);
-    guest.transport.core.interrupt.needs_reset();
+    guest.write(register::VIRTIO_MMIO_STATUS, 15);
+    guest.write(register::VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+    guest.transport.interrupt.queue(1);
+    guest.transport.interrupt.needs_reset();
     guest.transport.pause();
     guest.transport.pause();
     let state = guest.transport.save();
@@ -364,8 +382,8 @@ proptest::proptest! {
             guest.transport.write(offset, &value.to_le_bytes()[..width]);
             guest.transport.read(offset, &mut [0; 8][..width]);
         }
-        guest.write(register::STATUS, 0);
-        proptest::prop_assert_eq!(guest.read(register::STATUS), 0);
+        guest.write(register::VIRTIO_MMIO_STATUS, 0);
+        proptest::prop_assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 0);
         proptest::prop_assert!(guest.negotiate(VIRTIO_F_VERSION_1));
     }
 }

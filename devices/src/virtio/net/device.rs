@@ -1,6 +1,5 @@
 //! The virtio device: what the driver sees of it, and its start and end.
 
-use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
@@ -21,6 +20,7 @@ use super::pair::Pair;
 use super::rx::{RxLayout, RxQueue};
 use super::tx::TxQueue;
 use super::vhost::VhostPair;
+use crate::bus::BoxError;
 use crate::virtio::rate::{Limiter, RateLimit};
 use crate::virtio::worker::Worker;
 use crate::virtio::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice};
@@ -76,7 +76,7 @@ pub struct Net<B> {
     counters: Vec<SharedCounters>,
     /// While paused: of each pair, the frame that was received and waits for buffers.
     pub(super) frames: Vec<Option<Vec<u8>>>,
-    complaints: Arc<Complaints>,
+    complaints: Complaints,
     is_active: bool,
 }
 
@@ -121,7 +121,7 @@ impl<B: Backend> Net<B> {
             tx_hooks: hooks(options.tx_limit),
             counters: (0..pairs).map(|_| SharedCounters::default()).collect(),
             frames: vec![None; pairs],
-            complaints: Arc::default(),
+            complaints: Complaints::default(),
             is_active: false,
             name,
         };
@@ -145,15 +145,12 @@ impl<B: Backend> Net<B> {
         &self.counters
     }
 
-    fn start(
-        &mut self,
-        activation: Activation,
-        resumed: bool,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn start(&mut self, activation: Activation) -> Result<(), BoxError> {
         let Activation {
             features: bits,
             mut queues,
             interrupt,
+            resumed,
             ..
         } = activation;
         let features = Features::from_bits_truncate(bits);
@@ -321,9 +318,9 @@ impl<B: Backend> VirtioDevice for Net<B> {
         self.config.generation()
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn activate(&mut self, activation: Activation) -> Result<(), BoxError> {
         self.is_active = true;
-        let started = self.start(activation, false);
+        let started = self.start(activation);
         started.inspect_err(|_| drop(self.stop()))
     }
 
@@ -332,17 +329,11 @@ impl<B: Backend> VirtioDevice for Net<B> {
         self.stop()
     }
 
-    fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
-        self.is_active = true;
-        let started = self.start(activation, true);
-        started.inspect_err(|_| drop(self.stop()))
-    }
-
     fn save(&self) -> Value {
         self.save_state()
     }
 
-    fn restore(&mut self, state: Value) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
         // A reset has something to undo.
         self.is_active = true;
         self.restore_state(state)

@@ -1,7 +1,7 @@
 //! What the thread of a queue pair does: maps what became ready to the queue that has work.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use vmm_sys_util::epoll::EventSet;
@@ -11,6 +11,7 @@ use super::backend::Backend;
 use super::counters::{self, PairCounters, SharedCounters};
 use super::rx::RxQueue;
 use super::tx::TxQueue;
+use crate::lock;
 use crate::virtio::Interrupt;
 use crate::virtio::worker::{Job, Turn};
 
@@ -29,25 +30,12 @@ pub enum Stop {
     Idle,
     /// The backend has no room; it will poll writable.
     Full,
-    /// The driver has no receive buffers; it will notify.
+    /// The driver has no receive buffers: only its notification ends this.
     Starved,
-    /// The rate limit lets nothing pass until then.
+    /// The rate limit lets nothing pass until then: only the timer ends this.
     Limited(Instant),
     /// The budget is used up.
     Budget,
-    /// The avail index is invalid.
-    Broken,
-}
-
-/// Why a queue does not look for work although there may be some.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Hold {
-    #[default]
-    None,
-    /// The driver has no receive buffers: only its kick ends this.
-    Starved,
-    /// The rate limit: only the timer ends this.
-    Limited,
     /// The avail index is invalid: only a reset ends this.
     Broken,
 }
@@ -56,16 +44,16 @@ enum Hold {
 #[derive(Clone, Copy, Debug)]
 struct Work {
     ready: bool,
-    hold: Hold,
+    /// Why its last turn has ended.
+    stop: Stop,
 }
 
 impl Work {
-    /// Something happened that ends `hold`, if that is what the queue waits for.
-    fn wake(&mut self, hold: Hold) {
-        if self.hold == hold {
-            self.hold = Hold::None;
-        }
-        self.ready |= self.hold == Hold::None;
+    /// Something happened that is work for a queue, unless one thing alone ends what holds it. Whether
+    /// it was that, `ends` says.
+    fn wake(&mut self, ends: impl FnOnce(Stop) -> bool) {
+        let is_held = matches!(self.stop, Stop::Starved | Stop::Limited(_) | Stop::Broken);
+        self.ready |= !is_held || ends(self.stop);
     }
 
     fn take(&mut self) -> bool {
@@ -74,12 +62,7 @@ impl Work {
 
     fn end_turn(&mut self, stop: Stop) {
         self.ready = stop == Stop::Budget;
-        self.hold = match stop {
-            Stop::Starved => Hold::Starved,
-            Stop::Limited(_) => Hold::Limited,
-            Stop::Broken => Hold::Broken,
-            Stop::Idle | Stop::Full | Stop::Budget => Hold::None,
-        };
+        self.stop = stop;
     }
 }
 
@@ -115,7 +98,7 @@ impl<B: Backend> Pair<B> {
     ) -> Self {
         let ready = Work {
             ready: true,
-            hold: Hold::None,
+            stop: Stop::Budget,
         };
         let counters = counters::read(&published);
         Self {
@@ -188,19 +171,19 @@ impl<B: Backend> Job for Pair<B> {
         match token {
             BACKEND => {
                 if events.contains(EventSet::IN) {
-                    self.rx_work.wake(Hold::None);
+                    self.rx_work.wake(|_| false);
                 }
                 if events.contains(EventSet::OUT) {
-                    self.tx_work.wake(Hold::None);
+                    self.tx_work.wake(|_| false);
                 }
             }
             RX_KICK if self.kicks[0].read().is_ok() => {
                 self.counters.rx_kicks += 1;
-                self.rx_work.wake(Hold::Starved);
+                self.rx_work.wake(|held| held == Stop::Starved);
             }
             TX_KICK if self.kicks[1].read().is_ok() => {
                 self.counters.tx_kicks += 1;
-                self.tx_work.wake(Hold::None);
+                self.tx_work.wake(|_| false);
             }
             _ => {}
         }
@@ -208,8 +191,9 @@ impl<B: Backend> Job for Pair<B> {
 
     fn timeout(&mut self) {
         self.wake_at = None;
-        self.rx_work.wake(Hold::Limited);
-        self.tx_work.wake(Hold::Limited);
+        for work in [&mut self.rx_work, &mut self.tx_work] {
+            work.wake(|held| matches!(held, Stop::Limited(_)));
+        }
     }
 
     fn turn(&mut self) -> Turn {
@@ -242,9 +226,6 @@ impl<B> Pair<B> {
     fn publish(&mut self) {
         self.counters.rx = self.rx.counters();
         self.counters.tx = self.tx.counters();
-        *self
-            .published
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = self.counters;
+        *lock(&self.published) = self.counters;
     }
 }

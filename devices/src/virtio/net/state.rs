@@ -1,7 +1,5 @@
 //! What a network device needs to go on elsewhere.
 
-use std::error::Error;
-
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -11,6 +9,7 @@ use super::ctrl;
 use super::device::{LARGEST_FRAME, Net};
 use super::filter::Rules;
 use super::hooks::Hooks;
+use crate::bus::BoxError;
 use crate::virtio::rate::Levels;
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,10 +34,7 @@ impl<B: Backend> Net<B> {
         })
     }
 
-    pub(super) fn restore_state(
-        &mut self,
-        state: Value,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+    pub(super) fn restore_state(&mut self, state: Value) -> Result<(), BoxError> {
         let state: State = serde_json::from_value(state)?;
         let fits = |frame: &Vec<u8>| (HEADER_LEN..=LARGEST_FRAME).contains(&frame.len());
         if state.frames.len() != self.frames.len() || !state.frames.iter().flatten().all(fits) {

@@ -99,26 +99,16 @@ impl AsRawFd for Tap {
 
 impl Backend for Tap {
     unsafe fn read_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        let (fd, count) = (self.as_raw_fd(), iovecs.len() as libc::c_int);
         // SAFETY: the caller vouches for the memory; pointer and count are those of one slice.
-        let n = unsafe {
-            libc::readv(
-                self.as_raw_fd(),
-                iovecs.as_ptr(),
-                iovecs.len() as libc::c_int,
-            )
-        };
+        let n = unsafe { libc::readv(fd, iovecs.as_ptr(), count) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 
     unsafe fn write_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        let (fd, count) = (self.as_raw_fd(), iovecs.len() as libc::c_int);
         // SAFETY: the caller vouches for the memory; pointer and count are those of one slice.
-        let n = unsafe {
-            libc::writev(
-                self.as_raw_fd(),
-                iovecs.as_ptr(),
-                iovecs.len() as libc::c_int,
-            )
-        };
+        let n = unsafe { libc::writev(fd, iovecs.as_ptr(), count) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 

@@ -457,6 +457,7 @@ impl Running {
                 queue(&self.rx, &self.kicks[0]),
                 queue(&self.tx, &self.kicks[1]),
             ],
+            resumed: false,
             interrupt: self.recorder.clone(),
         };
         self.device.activate(activation).unwrap();
@@ -550,6 +551,7 @@ fn driver_that_comes_and_goes_opens_no_descriptor() {
             memory: Arc::clone(&rx.memory),
             features: 0,
             queues: vec![queue(&rx, &kicks[0]), queue(&tx, &kicks[1])],
+            resumed: false,
             interrupt: Arc::new(Recorder::default()),
         };
         device.activate(activation).unwrap();

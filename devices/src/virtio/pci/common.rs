@@ -57,29 +57,28 @@ pub(super) mod offset {
 impl PciTransport {
     /// The structure as it is now. The driver may read any part of it.
     pub(super) fn common(&self) -> Common {
-        let core = &self.core;
         let common = Common {
-            device_feature_select: core.device_features_sel,
-            device_feature: core.device_features(),
-            driver_feature_select: core.driver_features_sel,
-            driver_feature: core.driver_features(),
-            config_vector: core.interrupt.config_vector.get(),
-            num_queues: core.queues.len() as u16,
-            status: core.status().bits(),
-            config_generation: core.device.config_generation() as u8,
-            queue_select: core.queue_sel as u16,
+            device_feature_select: self.device_features_sel,
+            device_feature: self.device_features(),
+            driver_feature_select: self.driver_features_sel,
+            driver_feature: self.driver_features(),
+            config_vector: self.interrupt.config_vector.get(),
+            num_queues: self.queues.len() as u16,
+            status: self.status().bits(),
+            config_generation: self.device.config_generation() as u8,
+            queue_select: self.queue_sel as u16,
             ..Common::default()
         };
-        let index = core.queue_sel as usize;
-        let vector = core.interrupt.queue_vectors.get(index);
-        let (Some(queue), Some(vector)) = (core.queues.get(index), vector) else {
+        let index = self.queue_sel as usize;
+        let vector = self.interrupt.queue_vectors.get(index);
+        let (Some(queue), Some(vector)) = (self.queues.get(index), vector) else {
             return common;
         };
         Common {
             queue_size: queue.size,
             queue_vector: vector.get(),
             queue_enable: queue.ready.into(),
-            queue_notify_off: core.queue_sel as u16,
+            queue_notify_off: self.queue_sel as u16,
             queue_desc: queue.descriptors,
             queue_driver: queue.available,
             queue_device: queue.used,
@@ -91,7 +90,7 @@ impl PciTransport {
     pub(super) fn write_common(&mut self, offset: usize, data: &[u8]) {
         match *data {
             [value] if offset == offset::STATUS => {
-                self.core.set_status(value);
+                self.set_status(value);
                 self.warn_without_msix();
             }
             [a, b] => self.write_common_16(offset, u16::from_le_bytes([a, b])),
@@ -105,13 +104,13 @@ impl PciTransport {
     }
 
     fn write_common_16(&mut self, offset: usize, value: u16) {
-        let select = self.core.queue_sel as u16;
-        let interrupt = &self.core.interrupt;
+        let select = self.queue_sel as u16;
+        let interrupt = &self.interrupt;
         match offset {
             offset::CONFIG_VECTOR => interrupt.assign(&interrupt.config_vector, value),
-            offset::QUEUE_SELECT => self.core.queue_sel = value.into(),
+            offset::QUEUE_SELECT => self.queue_sel = value.into(),
             offset::QUEUE_SIZE => {
-                if let Some(queue) = self.core.queue_in_setup() {
+                if let Some(queue) = self.queue_in_setup() {
                     queue.size = value;
                 }
             }
@@ -119,26 +118,26 @@ impl PciTransport {
                 if let Some(vector) = interrupt.queue_vectors.get(usize::from(select)) {
                     interrupt.assign(vector, value);
                     let line = interrupt.call_eventfd(select);
-                    self.core.device.interrupt_changed(select, line);
+                    self.device.interrupt_changed(select, line);
                 }
             }
             // Only a reset disables a queue here (4.1.4.3.2).
-            offset::QUEUE_ENABLE if value == 1 => self.core.set_queue_ready(true),
+            offset::QUEUE_ENABLE if value == 1 => self.set_queue_ready(true),
             _ => {}
         }
     }
 
     fn write_common_32(&mut self, offset: usize, value: u32) {
         match offset {
-            offset::DEVICE_FEATURE_SELECT => self.core.device_features_sel = value,
-            offset::DRIVER_FEATURE_SELECT => self.core.driver_features_sel = value,
-            offset::DRIVER_FEATURE => self.core.set_driver_features(value),
+            offset::DEVICE_FEATURE_SELECT => self.device_features_sel = value,
+            offset::DRIVER_FEATURE_SELECT => self.driver_features_sel = value,
+            offset::DRIVER_FEATURE => self.set_driver_features(value),
             _ => self.write_queue_address(offset, value),
         }
     }
 
     fn write_queue_address(&mut self, offset: usize, value: u32) {
-        let Some(queue) = self.core.queue_in_setup() else {
+        let Some(queue) = self.queue_in_setup() else {
             return;
         };
         let half = if offset.is_multiple_of(8) {

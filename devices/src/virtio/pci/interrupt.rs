@@ -35,10 +35,10 @@ impl Vector {
 
 /// The vectors, and which event has which.
 #[derive(Debug)]
-pub(super) struct PciInterrupt {
-    pub lines: Vec<IrqLine>,
-    pub config_vector: Vector,
-    pub queue_vectors: Vec<Vector>,
+pub struct PciInterrupt {
+    pub(super) lines: Vec<IrqLine>,
+    pub(super) config_vector: Vector,
+    pub(super) queue_vectors: Vec<Vector>,
     /// What a kernel that interrupts by itself signals for queues without a vector.
     no_vector: IrqLine,
     /// What has happened since the driver last looked (4.1.4.5).
@@ -51,7 +51,6 @@ struct State {
     config_vector: u16,
     queue_vectors: Vec<u16>,
     status: u8,
-    needs_reset: bool,
     /// Vectors that wait to be unmasked.
     pending: Vec<usize>,
 }
@@ -67,7 +66,7 @@ impl PciInterrupt {
     /// # Errors
     ///
     /// Fails with EMFILE.
-    pub fn new(lines: Vec<IrqLine>, queues: usize) -> io::Result<Self> {
+    pub(super) fn new(lines: Vec<IrqLine>, queues: usize) -> io::Result<Self> {
         Ok(Self {
             lines,
             config_vector: Vector::none(),
@@ -79,13 +78,13 @@ impl PciInterrupt {
     }
 
     /// Gives an event a vector; one that does not exist reads back as none (4.1.5.1.2.1).
-    pub fn assign(&self, event: &Vector, vector: u16) {
+    pub(super) fn assign(&self, event: &Vector, vector: u16) {
         let exists = usize::from(vector) < self.lines.len();
         event.set(if exists { vector } else { NO_VECTOR });
     }
 
     /// The ISR status, which reading clears.
-    pub fn take_status(&self) -> u8 {
+    pub(super) fn take_status(&self) -> u8 {
         let used = self.no_vector.eventfd().read().map_or(0, |_| USED_BUFFER);
         self.status.swap(0, Ordering::SeqCst) | used
     }
@@ -129,8 +128,8 @@ impl Interrupt for PciInterrupt {
 }
 
 impl TransportInterrupt for PciInterrupt {
-    fn is_broken(&self) -> bool {
-        self.needs_reset.load(Ordering::SeqCst)
+    fn is_broken(&self) -> &AtomicBool {
+        &self.needs_reset
     }
 
     fn save(&self) -> Value {
@@ -144,7 +143,6 @@ impl TransportInterrupt for PciInterrupt {
             config_vector: self.config_vector.get(),
             queue_vectors: self.queue_vectors.iter().map(Vector::get).collect(),
             status: self.status.load(Ordering::SeqCst) | used,
-            needs_reset: self.is_broken(),
             pending: lines
                 .filter_map(|(n, line)| line.is_raised().then_some(n))
                 .collect(),
@@ -159,7 +157,6 @@ impl TransportInterrupt for PciInterrupt {
             self.assign(event, vector);
         }
         self.status.store(state.status, Ordering::SeqCst);
-        self.needs_reset.store(state.needs_reset, Ordering::SeqCst);
         let pending = state.pending.iter().filter_map(|&n| self.lines.get(n));
         pending.for_each(IrqLine::raise);
         Ok(())
@@ -169,7 +166,6 @@ impl TransportInterrupt for PciInterrupt {
         self.take_status();
         // What a masked vector holds back would otherwise interrupt the next driver (2.4.1).
         self.lines.iter().for_each(IrqLine::clear);
-        self.needs_reset.store(false, Ordering::SeqCst);
         self.config_vector.set(NO_VECTOR);
         for vector in &self.queue_vectors {
             vector.set(NO_VECTOR);

@@ -1,5 +1,4 @@
 use std::collections::BTreeMap;
-use std::error::Error;
 use std::sync::Mutex;
 
 use proptest::prelude::*;
@@ -29,16 +28,13 @@ impl VirtioDevice for Probe {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         read_at(&[1, 2, 3, 4, 5, 6, 7, 8], offset, data);
     }
-    fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn activate(&mut self, activation: Activation) -> Result<(), BoxError> {
         *self.active.lock().unwrap() = Some(activation);
         Ok(())
     }
     fn pause(&mut self) -> Vec<Option<u16>> {
         self.active.lock().unwrap().take();
         vec![Some(3), Some(4)]
-    }
-    fn resume(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>> {
-        self.activate(activation)
     }
     fn reset(&mut self) {
         *self.active.lock().unwrap() = None;
@@ -170,7 +166,7 @@ fn driver_ok_hands_over_the_queues_and_their_vectors() {
     assert!(active.queues.iter().all(Option::is_some));
     active.interrupt.queue(1);
     active.interrupt.config();
-    let lines = &guest.transport.core.interrupt.lines;
+    let lines = &guest.transport.interrupt.lines;
     let raised: Vec<_> = lines.iter().map(IrqLine::is_raised).collect();
     assert_eq!(raised, [true, false, true]);
 }
@@ -178,7 +174,7 @@ fn driver_ok_hands_over_the_queues_and_their_vectors() {
 #[test]
 fn isr_status_tells_what_happened_until_it_is_read() {
     let mut guest = Guest::new();
-    let interrupt = Arc::clone(&guest.transport.core.interrupt);
+    let interrupt = Arc::clone(&guest.transport.interrupt);
     let isr = u64::from(ISR);
     assert_eq!(guest.read(isr), [0]);
     // Without vectors too: a driver that polls has nothing else (4.1.4.5.1).
@@ -220,7 +216,7 @@ fn reset_takes_everything_back() {
     guest.negotiate(VIRTIO_F_VERSION_1);
     guest.set_up_queue(0, Driver::config(), 1);
     guest.set_status(15);
-    guest.transport.core.interrupt.needs_reset();
+    guest.transport.interrupt.needs_reset();
     assert_eq!(guest.status(), 15 | 64);
     guest.set_status(0);
     assert_eq!(guest.status(), 0);
@@ -242,7 +238,7 @@ fn pending_bits_end_at_a_reset() {
     guest.set_up_queue(0, Driver::config(), 1);
     guest.write(offset::CONFIG_VECTOR, &0u16.to_le_bytes());
     guest.set_status(15);
-    let interrupt = Arc::clone(&guest.transport.core.interrupt);
+    let interrupt = Arc::clone(&guest.transport.interrupt);
     interrupt.queue(0);
     interrupt.config();
     assert_eq!(guest.read(u64::from(MSIX_PENDING)), [0b11]);
@@ -282,7 +278,7 @@ fn notification_without_ioeventfd_reaches_its_queue() {
 #[test]
 fn window_in_configuration_space_reads_and_writes_the_bar() {
     let mut guest = Guest::new();
-    let window = guest.transport.pci_cfg;
+    let window = guest.transport.registers.pci_cfg;
     let aim = |guest: &mut Guest, offset: u32, len: u32| {
         guest.transport.write_config(window + 4, &[0]);
         guest
@@ -332,7 +328,7 @@ fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
     }
     let control = 0x40 + 2;
     guest.transport.write_config(control, &[0, 0x80]);
-    guest.transport.core.interrupt.queue(1);
+    guest.transport.interrupt.queue(1);
     guest.transport.pause();
     let state = BusDevice::save(&guest.transport);
     let mut other = Guest::new();

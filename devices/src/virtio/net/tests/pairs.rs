@@ -35,6 +35,7 @@ impl Pairs {
                     queue(driver, kick).filter(|_| queues.contains(&index))
                 })
                 .collect(),
+            resumed: false,
             interrupt: Arc::new(Recorder::default()),
         };
         self.device.activate(activation).is_ok()

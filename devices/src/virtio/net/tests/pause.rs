@@ -38,6 +38,7 @@ impl Guest {
             memory: Arc::clone(&self.drivers[0].memory),
             features: self.features.bits(),
             queues: (0..3).map(queue).collect(),
+            resumed: positions.is_some(),
             interrupt: self.recorder.clone(),
         }
     }
@@ -48,7 +49,7 @@ impl Guest {
 
     fn resume(&mut self, positions: &[Option<u16>]) {
         self.device
-            .resume(self.activation(Some(positions)))
+            .activate(self.activation(Some(positions)))
             .unwrap();
     }
 
