@@ -117,10 +117,15 @@ impl Computing {
         self.directory.path().join(name)
     }
 
-    /// Ends the guest by its power button; returns how many steps it took. All else must be as
-    /// after those, from `seed`.
+    /// Ends the guest by its power button; returns how many steps it took.
     fn finish(&self, guest: Guest, seed: u8) -> u32 {
         guest.press_power_button();
+        self.powers_off(guest, seed)
+    }
+
+    /// Waits until the guest powers off; returns how many steps it took. All else must be as after
+    /// those, from `seed`.
+    fn powers_off(&self, guest: Guest, seed: u8) -> u32 {
         assert_eq!(guest.wait().unwrap(), Exit::PowerOff);
         let output = fs::read(self.path("console")).unwrap();
         let [a, b, c, d, e, f, g, h, msr, cr8] = output[..] else {
@@ -225,6 +230,35 @@ kvm_test!(guest_that_is_paused_can_be_ended, || {
     drop(computing.start());
 });
 
+kvm_test!(
+    power_button_of_a_paused_guest_waits_until_it_is_resumed,
+    || {
+        let computing = Computing::new(b'1');
+        let guest = computing.start();
+        guest.pause().unwrap();
+        let stopped = registers(&saved(&guest));
+        guest.press_power_button();
+        guest.press_power_button();
+        assert_eq!(registers(&saved(&guest)), stopped);
+        assert_eq!(guest.state(), RunState::Paused);
+        guest.resume().unwrap();
+        computing.powers_off(guest, b'1');
+    }
+);
+
+transports_test!(guest_with_a_nic_ends_while_it_is_paused, |net| {
+    for is_dropped in [false, true] {
+        let (guest, _directory) = start_echo(&net, "user");
+        guest.pause().unwrap();
+        if is_dropped {
+            drop(guest);
+        } else {
+            guest.end();
+            assert_eq!(guest.wait().unwrap(), Exit::Quit);
+        }
+    }
+});
+
 #[test]
 fn guest_that_cannot_be_started_says_why() {
     let mut config = Config::new("/no/such/kernel");
@@ -246,15 +280,8 @@ lab_test!(pauses_of_vhost_net_lose_no_frame_and_double_none, || {
 
 fn pauses_lose_none(net: &Net, backend: &str) {
     let transport = net.transport.unwrap().name();
-    let directory = TempDir::new().unwrap();
-    let console = directory.path().join("console");
-    let mut config = config(elf().to_owned(), console.clone());
-    config.transport = transport.parse().unwrap();
-    config.nics = vec![format!("lower,backend={backend}").parse().unwrap()];
     let [ip, _] = addresses(2);
-    config.cmdline = format!("guest.mode=echo guest.ip={ip}/24 guest.seconds=300");
-    let guest = net.host.enter(|| Guest::start(config).unwrap());
-    wait_for(&console, "READY echo");
+    let (guest, _directory) = start_echo(net, backend);
     // Both sides know each other's Ethernet address from here on.
     assert_eq!(net.datagram(&ip, b"hello"), b"hello");
 
@@ -286,6 +313,20 @@ fn pauses_lose_none(net: &Net, backend: &str) {
     });
     assert_eq!(net.datagram(&ip, b"quit"), b"quit");
     assert_eq!(guest.wait().unwrap(), Exit::PowerOff);
+}
+
+/// Starts a guest that sends back what it gets, with the directory of its console.
+fn start_echo(net: &Net, backend: &str) -> (Guest, TempDir) {
+    let directory = TempDir::new().unwrap();
+    let console = directory.path().join("console");
+    let mut config = config(elf().to_owned(), console.clone());
+    config.transport = net.transport.unwrap().name().parse().unwrap();
+    config.nics = vec![format!("lower,backend={backend}").parse().unwrap()];
+    let [ip, _] = addresses(2);
+    config.cmdline = format!("guest.mode=echo guest.ip={ip}/24 guest.seconds=300");
+    let guest = net.host.enter(|| Guest::start(config).unwrap());
+    wait_for(&console, "READY echo");
+    (guest, directory)
 }
 
 /// Waits for `text` in a console's file.

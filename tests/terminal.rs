@@ -27,6 +27,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use session::{Session, by_shell, minivmm, settings};
 use tempfile::TempDir;
 use tiny::{CRASH, POWER_OFF, RESET, Tiny};
+use vmm::config::Config;
+use vmm::{Exit, Guest};
 
 // ---- a terminal: raw, and restored ----
 
@@ -203,6 +205,54 @@ fn terminal_is_restored_by_a_panic() {
     assert_eq!(settings(&session.terminal), session.before);
     assert_eq!(session.child.try_wait().unwrap(), None);
 }
+
+/// A program that uses the library, and has paused its guest; run by the tests below.
+#[test]
+#[ignore = "a child of the tests of a program with a paused guest"]
+fn paused_child() {
+    let Some(kernel) = std::env::var_os("PAUSED_KERNEL") else {
+        return;
+    };
+    let mut config = Config::new(kernel);
+    config.memory = "16M".parse().unwrap();
+    let guest = Guest::start(config).unwrap();
+    guest.pause().unwrap();
+    println!("paused");
+    assert_eq!(guest.wait().unwrap(), Exit::Quit);
+}
+
+fn paused_session() -> Session {
+    let directory = TempDir::new().unwrap();
+    let kernel = directory.path().join("guest");
+    Tiny::Echo.write(&kernel);
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", "--nocapture", "paused_child"]);
+    command.env("PAUSED_KERNEL", kernel);
+    let mut session = Session::start((command, directory));
+    session.wait_for("paused");
+    session.assert_raw();
+    session
+}
+
+kvm_test!(paused_guest_ends_at_ctrl_a_x, || {
+    let mut session = paused_session();
+    session.type_keys("\x01x");
+    session.assert_ends(0);
+});
+
+kvm_test!(
+    terminal_of_a_program_with_a_paused_guest_is_restored_by_its_signal,
+    || {
+        for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+            let mut session = paused_session();
+            session.signal(signal);
+            assert_eq!(session.wait_exit_within(AT_ONCE), None, "{signal:?}");
+            let status = session.child.wait().unwrap();
+            assert_eq!(status.signal(), Some(signal.as_raw()));
+            assert_eq!(settings(&session.terminal), session.before, "{signal:?}");
+        }
+    }
+);
 
 kvm_test!(terminal_is_restored_after_one_signals_grace_time, || {
     let mut session = Session::with_echo();

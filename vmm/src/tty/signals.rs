@@ -9,10 +9,10 @@ use std::sync::OnceLock;
 
 use libc::{c_int, c_void, sigaction, siginfo_t};
 
-use crate::signals::{action_of, default_action, not_ignored};
+use crate::signals::{ENDING, action_of, default_action};
 
-/// The signals that kill where they are not caught (signal(7)). Not the four that ask for an end,
-/// which the event loop has, nor SIGPIPE and SIGXFSZ, which are ignored.
+/// The signals that kill where they are neither caught nor ignored (signal(7)), besides those that
+/// ask for an end.
 const FATAL: [c_int; 16] = [
     libc::SIGABRT,
     libc::SIGALRM,
@@ -48,7 +48,7 @@ pub(super) fn catch_fatal() -> io::Result<()> {
     }
     // The first of these kicks vCPUs.
     let real_time = libc::SIGRTMIN() + 1..=libc::SIGRTMAX();
-    for signal in FATAL.into_iter().chain(real_time) {
+    for signal in FATAL.into_iter().chain(ENDING).chain(real_time) {
         handle(signal, die)?;
     }
     Ok(())
@@ -92,12 +92,15 @@ extern "C" fn go_on(_signal: c_int, _info: *mut siginfo_t, _context: *mut c_void
     super::take_again();
 }
 
-/// Has `signal` handled, unless it is ignored: whoever started us wanted it so.
+/// Has `signal` handled, unless it is ignored, as whoever started us wanted it, or caught: the event
+/// loop has those that ask for an end, and a program that uses the library may have others.
 fn handle(signal: c_int, handler: Handler) -> io::Result<()> {
-    if not_ignored(&[signal]).is_empty() {
-        return Ok(());
+    match action_of(signal)?.sa_sigaction {
+        libc::SIG_DFL => set_action(signal, &action_to(handler)),
+        libc::SIG_IGN => Ok(()),
+        _ if FAULTS.contains(&signal) => set_action(signal, &action_to(handler)),
+        _ => Ok(()),
     }
-    set_action(signal, &action_to(handler))
 }
 
 fn action_to(handler: Handler) -> sigaction {
