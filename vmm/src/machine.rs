@@ -38,7 +38,7 @@ pub enum MachineError {
     NoSlot,
     /// No descriptor for an eventfd.
     #[error("cannot create an eventfd")]
-    EventFd(#[source] io::Error),
+    EventFd(#[from] io::Error),
     /// The threads of a device.
     #[error("cannot make what a device needs (threads, epoll instances, eventfds)")]
     Device(#[source] io::Error),
@@ -113,7 +113,7 @@ impl<'a> Machine<'a> {
         &mut self,
         output: Box<dyn io::Write + Send>,
     ) -> Result<Arc<Mutex<Serial>>, MachineError> {
-        let irq = IrqLine::new().map_err(MachineError::EventFd)?;
+        let irq = IrqLine::new()?;
         self.vm.register_irqfd(irq.eventfd(), SERIAL_GSI)?;
         let serial = Arc::new(Mutex::new(Serial::new(irq, output)));
         self.add_ports(SERIAL_PORT, serial::PORTS, serial.clone())?;
@@ -138,10 +138,9 @@ impl<'a> Machine<'a> {
         gsi: Gsi,
         device: Box<dyn VirtioDevice>,
     ) -> Result<(), MachineError> {
-        let irq = IrqLine::new().map_err(MachineError::EventFd)?;
+        let irq = IrqLine::new()?;
         self.vm.register_irqfd(irq.eventfd(), gsi)?;
-        let transport = MmioTransport::new(device, Arc::clone(&self.memory), irq)
-            .map_err(MachineError::EventFd)?;
+        let transport = MmioTransport::new(device, Arc::clone(&self.memory), irq)?;
         for (index, kick) in (0..).zip(transport.kicks()) {
             self.vm
                 .register_ioeventfd(kick, base + QUEUE_NOTIFY, Some(index))?;
@@ -159,14 +158,11 @@ impl<'a> Machine<'a> {
     ) -> Result<(), MachineError> {
         let vectors = PciTransport::vectors(device.as_ref());
         let lines = (0..vectors).map(|_| IrqLine::new());
-        let lines: Vec<_> = lines
-            .collect::<Result<_, _>>()
-            .map_err(MachineError::EventFd)?;
-        let routes = self.vm.msi_routes(&lines).map_err(MachineError::EventFd)?;
+        let lines: Vec<_> = lines.collect::<Result<_, _>>()?;
+        let routes = self.vm.msi_routes(&lines)?;
         let memory = Arc::clone(&self.memory);
         // The plan puts BARs below 4 GiB.
-        let transport = PciTransport::new(device, memory, bar as u32, lines, Box::new(routes))
-            .map_err(MachineError::EventFd)?;
+        let transport = PciTransport::new(device, memory, bar as u32, lines, Box::new(routes))?;
         for (index, kick) in (0..).zip(transport.kicks()) {
             let address = bar + u64::from(NOTIFY) + index * u64::from(NOTIFY_STRIDE);
             self.vm.register_ioeventfd(kick, address, None)?;
@@ -183,7 +179,7 @@ impl<'a> Machine<'a> {
 
     /// Adds the power button and returns its line.
     pub fn add_power_button(&mut self) -> Result<IrqLine, MachineError> {
-        let line = IrqLine::new().map_err(MachineError::EventFd)?;
+        let line = IrqLine::new()?;
         self.vm.register_irqfd(line.eventfd(), POWER_BUTTON_GSI)?;
         Ok(line)
     }

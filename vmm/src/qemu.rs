@@ -128,11 +128,10 @@ impl Plan {
         let control = (follow && has_kernel).then_some(child::FIRST + taken.len() as RawFd);
         taken.extend(control);
         conflict::check(&args.args, &all_ids(args, &ids), &taken)?;
-        let own_devices = own_devices(args, &ids)?;
-        for (own, nic) in own_devices.iter().zip(&args.macvtap) {
-            own.as_ref()
-                .map_or(Ok(()), |own| check_expected(own, nic))?;
-        }
+        let nics = ids.iter().zip(&args.macvtap);
+        let own_devices = nics
+            .map(|(id, nic)| own_device(args, id, nic))
+            .collect::<Result<_, _>>()?;
         let engine = engine(args, has_kernel)?;
         let qemu = binary::find(args.qemu.as_deref())?;
         Ok(Self {
@@ -184,17 +183,26 @@ fn all_ids(args: &QemuArgs, ids: &[String]) -> Vec<String> {
         .collect()
 }
 
-fn own_devices(args: &QemuArgs, ids: &[String]) -> Result<Vec<Option<OwnDevice>>, ConflictError> {
-    let own_device = |(id, nic): (&String, &QemuNic)| {
-        let own = conflict::own_device(&args.args, id)?;
-        match (&own, nic.device.first()) {
-            (Some(own), Some((key, _))) => {
-                Err(ConflictError::Properties(own.text.clone(), key.clone()))
-            }
-            _ => Ok(own),
-        }
+/// The device of ARGS for a NIC, if there is one, with the address that the macvtap has or will have, as far as that is known.
+fn own_device(
+    args: &QemuArgs,
+    id: &str,
+    nic: &QemuNic,
+) -> Result<Option<OwnDevice>, ConflictError> {
+    let Some(own) = conflict::own_device(&args.args, id)? else {
+        return Ok(None);
     };
-    ids.iter().zip(&args.macvtap).map(own_device).collect()
+    if let Some((key, _)) = nic.device.first() {
+        return Err(ConflictError::Properties(own.text, key.clone()));
+    }
+    if let NicSource::Macvtap(spec) = &nic.source {
+        match nics::expected_mac(spec) {
+            Expected::Known(mac) => own.check(mac)?,
+            Expected::Random => return Err(ConflictError::RandomMac(own.text, own.mac)),
+            Expected::Unknown => {}
+        }
+    }
+    Ok(Some(own))
 }
 
 /// Refuses a console's file that would write over another one. A file that does not exist is QEMU's to complain of.
@@ -216,18 +224,6 @@ fn check_files(machine: &Config) -> Result<(), SharedFile> {
         }
     }
     Ok(())
-}
-
-/// Checks a device's address against that of a macvtap still to be made, as far as it is known.
-fn check_expected(own: &OwnDevice, nic: &QemuNic) -> Result<(), ConflictError> {
-    match &nic.source {
-        NicSource::Macvtap(spec) => match nics::expected_mac(spec) {
-            Expected::Known(mac) => own.check(mac),
-            Expected::Random => Err(ConflictError::RandomMac(own.text.clone(), own.mac)),
-            Expected::Unknown => Ok(()),
-        },
-        NicSource::Descriptors(_) => Ok(()),
-    }
 }
 
 /// What to settle, unless ARGS do it.

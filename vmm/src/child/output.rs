@@ -1,13 +1,10 @@
 //! A program that only says something.
 
-use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::io::{self, Read, Write};
 use std::process::{Output, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 
 use super::{Program, Rest};
 
@@ -31,21 +28,21 @@ impl Program {
             // It need not read it.
             let _ = stdin.write_all(input);
         }
-        let (stdout, stderr) = (child.guard.stdout.take(), child.guard.stderr.take());
-        let mut pipes = [stdout.map(OwnedFd::from), stderr.map(OwnedFd::from)].map(Pipe::new);
-        while read_some(&mut pipes, deadline)? {}
-        // The other ends are closed, or time is over.
+        let stdout = read_all(child.guard.stdout.take())?;
+        let stderr = read_all(child.guard.stderr.take())?;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let timed_out = |_| io::Error::from(io::ErrorKind::TimedOut);
+        let (stdout, stderr) = (stdout.recv_timeout(left()), stderr.recv_timeout(left()));
+        // With both closed it ends, or has to be killed as it is when this returns.
         loop {
             if let Some(status) = child.try_wait()? {
-                let [stdout, stderr] = pipes.map(|pipe| pipe.bytes);
                 return Ok(Output {
                     status,
-                    stdout,
-                    stderr,
+                    stdout: stdout.map_err(timed_out)?,
+                    stderr: stderr.map_err(timed_out)?,
                 });
             }
-            if Instant::now() >= deadline {
-                child.kill()?;
+            if left().is_zero() {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             thread::sleep(Duration::from_millis(1));
@@ -53,62 +50,19 @@ impl Program {
     }
 }
 
-/// What comes out of a pipe.
-#[derive(Debug)]
-struct Pipe {
-    /// `None` at its end.
-    end: Option<OwnedFd>,
-    bytes: Vec<u8>,
-}
-
-impl Pipe {
-    fn new(end: Option<OwnedFd>) -> Self {
-        Self {
-            end,
-            bytes: Vec::new(),
+/// Reads a pipe to its end, on a thread of its own, and keeps [`MOST`] bytes.
+fn read_all(pipe: Option<impl Read + Send + 'static>) -> io::Result<Receiver<Vec<u8>>> {
+    let (sender, receiver) = mpsc::channel();
+    let read = move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            let _ = pipe.by_ref().take(MOST as u64).read_to_end(&mut bytes);
+            let _ = io::copy(&mut pipe, &mut io::sink());
         }
-    }
-
-    fn read(&mut self) {
-        let mut chunk = [0; 4096];
-        let count = self
-            .end
-            .as_ref()
-            .map(|end| rustix::io::read(end, &mut chunk));
-        match count {
-            Some(Ok(count @ 1..)) => {
-                let room = MOST.saturating_sub(self.bytes.len());
-                self.bytes.extend(&chunk[..count.min(room)]);
-            }
-            Some(Err(Errno::INTR)) => {}
-            _ => self.end = None,
-        }
-    }
-}
-
-/// Reads what comes before the deadline; `false` after it, and when all are at their ends.
-fn read_some(pipes: &mut [Pipe], deadline: Instant) -> io::Result<bool> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    let time = Timespec {
-        tv_sec: left.as_secs() as i64,
-        tv_nsec: left.subsec_nanos().into(),
+        let _ = sender.send(bytes);
     };
-    let mut open: Vec<_> = pipes.iter_mut().filter(|pipe| pipe.end.is_some()).collect();
-    let ends = open.iter().filter_map(|pipe| pipe.end.as_ref());
-    let mut fds: Vec<_> = ends.map(|end| PollFd::new(end, PollFlags::IN)).collect();
-    if fds.is_empty() || left.is_zero() {
-        return Ok(false);
-    }
-    match poll(&mut fds, Some(&time)) {
-        Ok(_) => {}
-        Err(Errno::INTR) => return Ok(true),
-        Err(error) => return Err(error.into()),
-    }
-    let ready: Vec<_> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-    for (pipe, _) in open.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
-        pipe.read();
-    }
-    Ok(true)
+    thread::Builder::new().spawn(read)?;
+    Ok(receiver)
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ enum News {
 
 /// Follows QEMU to its end; `signals` has SIGCHLD too. Without an [`Exit`] QEMU ended of itself: its status then counts.
 pub(super) fn follow(
-    child: &mut Child,
+    mut child: Child,
     socket: UnixStream,
     mut signals: Signals,
 ) -> io::Result<(Option<Exit>, ExitStatus)> {
@@ -60,8 +60,8 @@ pub(super) fn follow(
         .spawn(pass_on)?;
 
     let mut guest = Guest::new(socket);
-    guest.command("qmp_capabilities", json!({}), Asked::Nothing);
-    let status = attend(&mut guest, child, &news)?;
+    guest.command("qmp_capabilities", json!({}), "nothing");
+    let status = attend(&mut guest, &mut child, &news)?;
     drop(news);
     handle.close();
     // A helper of QEMU's may still hold the other end.
@@ -105,24 +105,6 @@ fn read_messages(socket: UnixStream, news: &Sender<News>) {
     let _ = news.send(News::Closed);
 }
 
-/// What a command was sent for; its id.
-#[derive(Clone, Copy, Debug)]
-enum Asked {
-    Nothing,
-    Status,
-    ResetFlag,
-}
-
-impl Asked {
-    fn id(self) -> &'static str {
-        match self {
-            Self::Nothing => "nothing",
-            Self::Status => "status",
-            Self::ResetFlag => "reset-flag",
-        }
-    }
-}
-
 /// The guest as QMP shows it.
 #[derive(Debug)]
 struct Guest {
@@ -152,8 +134,9 @@ impl Guest {
         self.end.or(self.signal.map(Exit::Signal))
     }
 
-    fn command(&mut self, name: &str, arguments: Value, asked: Asked) {
-        let command = json!({"execute": name, "arguments": arguments, "id": asked.id()});
+    /// Sends a command, whose answer has the same `id`.
+    fn command(&mut self, name: &str, arguments: Value, id: &str) {
+        let command = json!({"execute": name, "arguments": arguments, "id": id});
         // When QEMU has gone, the reader says so.
         let _ = self.socket.write_all(format!("{command}\n").as_bytes());
     }
@@ -164,7 +147,7 @@ impl Guest {
             return;
         }
         log::info!("signal {signal}: pressing the guest's power button");
-        self.command("system_powerdown", json!({}), Asked::Nothing);
+        self.command("system_powerdown", json!({}), "nothing");
         self.deadline = Some(Instant::now() + GRACE);
     }
 
@@ -185,14 +168,14 @@ impl Guest {
                 Some("guest-reset") => {
                     // The panic flag of the BIOS data area, in words of two bytes.
                     let command = json!({"command-line": "xp /1hx 0x472"});
-                    self.command("human-monitor-command", command, Asked::ResetFlag);
+                    self.command("human-monitor-command", command, "reset-flag");
                 }
                 Some("guest-panic") => self.quit(Exit::Panic),
                 Some("guest-shutdown") => self.quit(Exit::PowerOff),
                 // QEMU was asked to quit, by minivmm or another client, and does.
                 _ => self.end_qemu(QUIT_GRACE),
             },
-            (Some("STOP"), _) => self.command("query-status", json!({}), Asked::Status),
+            (Some("STOP"), _) => self.command("query-status", json!({}), "status"),
             (_, Some("status")) if answer["status"] == "internal-error" => {
                 self.quit(Exit::InternalError);
             }
@@ -215,7 +198,7 @@ impl Guest {
 
     fn end_qemu(&mut self, within: Duration) {
         self.ending = true;
-        self.command("quit", json!({}), Asked::Nothing);
+        self.command("quit", json!({}), "nothing");
         self.deadline = Some(Instant::now() + within);
     }
 }
@@ -362,7 +345,7 @@ mod tests {
     fn qemu_that_ends_while_a_helper_holds_its_socket_is_noticed() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let signals = Signals::new([SIGCHLD]).unwrap();
-        let mut child = sleep("0.2");
-        assert_eq!(follow(&mut child, ours, signals).unwrap().0, None);
+        let status = follow(sleep("0.2"), ours, signals).unwrap();
+        assert_eq!(status.0, None);
     }
 }

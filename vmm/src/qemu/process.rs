@@ -15,32 +15,17 @@ use crate::control::exit::Exit;
 use crate::signals::{ENDING, not_ignored};
 use crate::tty;
 
-/// How QEMU is followed.
-enum Follow {
-    /// As the native monitor's guest, over the control socket.
-    Guest(UnixStream, Signals),
-    /// As any program.
-    Program(Arrivals),
-}
+/// Follows QEMU to its end.
+type Follow = Box<dyn FnOnce(Child) -> io::Result<(Option<Exit>, ExitStatus)>>;
 
-impl Follow {
-    /// Takes the signals.
-    fn new(control: Option<UnixStream>) -> io::Result<Self> {
-        Ok(match control {
-            Some(socket) => {
-                let signals = [not_ignored(&ENDING), vec![SIGCHLD]].concat();
-                Self::Guest(socket, Signals::new(signals)?)
-            }
-            None => Self::Program(Arrivals::new(&ENDING)?),
-        })
+/// Catches the signals, for a guest that is followed over the control socket or for any program.
+fn prepare(control: Option<UnixStream>) -> io::Result<Follow> {
+    if let Some(socket) = control {
+        let signals = Signals::new([not_ignored(&ENDING), vec![SIGCHLD]].concat())?;
+        return Ok(Box::new(|qemu| control::follow(qemu, socket, signals)));
     }
-
-    fn follow(self, mut qemu: Child) -> io::Result<(Option<Exit>, ExitStatus)> {
-        match self {
-            Self::Guest(socket, signals) => control::follow(&mut qemu, socket, signals),
-            Self::Program(signals) => Ok((None, qemu.wait(signals, &ENDING)?)),
-        }
-    }
+    let signals = Arrivals::new(&ENDING)?;
+    Ok(Box::new(|qemu| Ok((None, qemu.wait(signals, &ENDING)?))))
 }
 
 /// Starts QEMU and follows it to its end.
@@ -60,7 +45,7 @@ pub(super) fn supervise(
             command.stdin(Stdio::null());
         }
     }
-    let means = Follow::new(control).map_err(failed_to("catch signals"))?;
+    let follow = prepare(control).map_err(failed_to("catch signals"))?;
     let terminal = tty::Saved::save();
     // ARGS may name what the caller has opened.
     program.inherits = true;
@@ -71,9 +56,7 @@ pub(super) fn supervise(
     let stderr = stderr
         .transpose()
         .map_err(failed_to("follow QEMU to its end"))?;
-    let (exit, status) = means
-        .follow(qemu)
-        .map_err(failed_to("follow QEMU to its end"))?;
+    let (exit, status) = follow(qemu).map_err(failed_to("follow QEMU to its end"))?;
     drop(terminal);
     let hint = stderr.and_then(hints::Relay::hint);
     let code = match exit {
