@@ -233,7 +233,7 @@ guest_test!(bad_nic_keys_are_refused_before_anything_is_made, || {
         vec![(vec!["lower,backend=vhost"], "cannot use vhost-net")]
     };
     let cases = [
-        (vec![none.as_str()], "cannot record what passes"),
+        (vec![none.as_str()], "cannot write a NIC's capture to"),
         (vec![one.as_str(), one.as_str()], "is a NIC's capture too"),
     ];
     for (nics, why) in cases.into_iter().chain(without_vhost) {

@@ -96,16 +96,13 @@ pub struct Cli {
 impl Cli {
     /// The numbers of the descriptors that it names.
     pub fn descriptors(&self) -> Vec<RawFd> {
-        let sources: Vec<&NicSource> = match &self.command {
-            None => self.guest.macvtap.iter().map(|nic| &nic.source).collect(),
-            Some(Command::Qemu(args)) => args.macvtap.iter().map(|nic| &nic.source).collect(),
-            Some(_) => Vec::new(),
+        let native = self.guest.macvtap.iter().map(|nic| &nic.source);
+        let qemu = match &self.command {
+            Some(Command::Qemu(args)) => &args.macvtap[..],
+            _ => &[],
         };
-        sources
-            .into_iter()
-            .flat_map(NicSource::descriptors)
-            .copied()
-            .collect()
+        let sources = native.chain(qemu.iter().map(|nic| &nic.source));
+        sources.flat_map(NicSource::descriptors).copied().collect()
     }
 
     /// Reads the command line. The options of a guest do not go with a subcommand; those of the log go with all, where

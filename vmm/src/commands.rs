@@ -19,22 +19,16 @@ pub use open::OpenError;
 /// Why a subcommand could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// `net open`.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// `net host-link`.
     #[error(transparent)]
     HostLink(#[from] HostLinkCommandError),
-    /// `net list`.
     #[error(transparent)]
     List(#[from] net::InventoryError),
-    /// `net gc`.
     #[error(transparent)]
     Gc(#[from] net::StaleError),
-    /// `qemu`.
     #[error(transparent)]
     Qemu(#[from] QemuError),
-    /// stdout.
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
 }

@@ -27,28 +27,20 @@ use crate::plan::{
 /// What went wrong while the machine was put together.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// Two devices in one place.
     #[error("the plan of the machine is wrong")]
     Overlap(#[from] Overlap),
-    /// Two devices with one number.
     #[error("the plan of the machine has two PCI devices with the number {0}")]
     PciSlot(u8),
-    /// More virtio devices than were planned.
     #[error("the plan of the machine has no place for another virtio device")]
     NoSlot,
-    /// No descriptor for an eventfd.
     #[error("cannot create an eventfd")]
     EventFd(#[from] io::Error),
-    /// The threads of a device.
     #[error("cannot make what a device needs (threads, epoll instances, eventfds)")]
     Device(#[source] io::Error),
-    /// The capture of a NIC.
     #[error("cannot start to record what passes a NIC")]
     Capture(#[source] io::Error),
-    /// vhost-net, which was asked for.
     #[error("cannot use vhost-net (load vhost_net, or omit backend=vhost)")]
     Vhost(#[from] VhostError),
-    /// KVM.
     #[error(transparent)]
     Vm(#[from] VmError),
 }

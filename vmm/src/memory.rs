@@ -25,28 +25,18 @@ const HUGETLB: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// Why there is no memory for the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The host does not promise so much.
     #[error("cannot map {0} of guest memory: choose less with --memory")]
     Map(MemorySize, #[source] io::Error),
-    /// The host has not set aside so many huge pages.
     #[error(
-        "cannot map {size} of guest memory in huge pages: it takes {wanted} of 2 MiB, and {free} of this host's {total} \
-         are free. Set them aside with `echo {} > {HUGETLB}/nr_hugepages`, or omit --hugepages",
-        total + wanted.saturating_sub(*free)
+        "cannot map {size} of guest memory in huge pages: it takes {wanted} of 2 MiB, and {free} of this host's {total} are \
+         free. Set them aside with `echo {all} > {HUGETLB}/nr_hugepages`, or omit --hugepages",
+        size = .0,
+        all = .1.total + huge_pages(*.0).saturating_sub(.1.free),
+        wanted = huge_pages(*.0),
+        free = .1.free,
+        total = .1.total
     )]
-    Huge {
-        /// As asked for.
-        size: MemorySize,
-        /// The pages that it takes.
-        wanted: u64,
-        /// The pages that are free.
-        free: u64,
-        /// All that the host has set aside.
-        total: u64,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    Huge(MemorySize, HugePages, #[source] io::Error),
 }
 
 /// Guest memory, mapped as long as this or anything that shares it lives.
@@ -62,7 +52,7 @@ impl GuestRam {
     /// `hugepages` is set aside at once.
     pub fn map(size: MemorySize, hugepages: bool) -> Result<Self, MemoryError> {
         let failed = |error: io::Error| match HugePages::read() {
-            Some(pages) if hugepages => pages.too_few(size, error),
+            Some(pages) if hugepages => MemoryError::Huge(size, pages, error),
             _ => MemoryError::Map(size, error),
         };
         let (mut regions, mut shared) = (Vec::new(), Vec::new());
@@ -187,7 +177,7 @@ impl Drop for Mapping {
 
 /// The huge pages of the host.
 #[derive(Clone, Copy, Debug)]
-struct HugePages {
+pub struct HugePages {
     total: u64,
     free: u64,
 }
@@ -206,16 +196,11 @@ impl HugePages {
             free,
         })
     }
+}
 
-    fn too_few(self, size: MemorySize, source: io::Error) -> MemoryError {
-        MemoryError::Huge {
-            size,
-            wanted: size.bytes().div_ceil(HUGE as u64),
-            free: self.free,
-            total: self.total,
-            source,
-        }
-    }
+/// How many of them hold so much.
+fn huge_pages(size: MemorySize) -> u64 {
+    size.bytes().div_ceil(HUGE as u64)
 }
 
 #[cfg(test)]
@@ -276,10 +261,8 @@ mod tests {
     #[test]
     fn too_few_huge_pages_are_refused_with_what_to_set_aside() {
         let pages = HugePages { total: 10, free: 3 };
-        let error = pages.too_few(
-            "20001K".parse().unwrap(),
-            io::Error::from_raw_os_error(libc::ENOMEM),
-        );
+        let cause = io::Error::from_raw_os_error(libc::ENOMEM);
+        let error = MemoryError::Huge("20001K".parse().unwrap(), pages, cause);
         assert_eq!(
             error.to_string(),
             "cannot map 20000K of guest memory in huge pages: it takes 10 of 2 MiB, and 3 of this host's 10 are free. Set \

@@ -60,31 +60,22 @@ pub use dry_run::dry_run;
 /// Why QEMU was not run.
 #[derive(Debug, thiserror::Error)]
 pub enum QemuError {
-    /// QEMU itself.
     #[error(transparent)]
     Binary(#[from] BinaryError),
-    /// ARGS.
     #[error(transparent)]
     Conflict(#[from] ConflictError),
-    /// A macvtap.
     #[error(transparent)]
     Nic(#[from] NicError),
-    /// The host's own access.
     #[error(transparent)]
     HostLink(#[from] host_link::HostLinkError),
-    /// One file for two uses.
     #[error(transparent)]
     File(#[from] SharedFile),
-    /// vhost-net that was asked for.
     #[error("cannot open {VHOST_NET} for vhost=on: `modprobe vhost_net`, or omit vhost=on")]
     Vhost(#[source] io::Error),
-    /// The interface of a dry run, and what is read of it.
     #[error("cannot read the {1} of `{0}`")]
     Link(String, &'static str, #[source] io::Error),
-    /// QEMU does not start.
     #[error("cannot run {0:?}")]
     Run(PathBuf, #[source] io::Error),
-    /// The host refuses something small.
     #[error("cannot {0}")]
     Host(&'static str, #[source] io::Error),
 }

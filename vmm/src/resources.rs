@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use net::HostLinkGuard;
 
-use crate::config::{Config, ConsoleTarget, MemorySize, NicConfig};
+use crate::config::{Config, ConsoleTarget, MemorySize};
 use crate::files::{Files, Role, SharedFile, open_for_writing};
 use crate::kvm::vm::{Hypervisor, VmError};
 use crate::nic::{self, Inherited, Nic, NicError, host_link};
@@ -16,39 +16,26 @@ use crate::tty::console;
 /// What the host did not give.
 #[derive(Debug, thiserror::Error)]
 pub enum ResourceError {
-    /// The kernel's or the initrd's file.
     #[error("cannot open {0} {1:?}")]
     Open(Role, PathBuf, #[source] io::Error),
-    /// A directory in place of one of them.
     #[error("{0} {1:?} is a directory: give the path of a file")]
     Directory(Role, PathBuf),
-    /// Something else that is no file.
     #[error("{0} {1:?} is not a regular file")]
     NotAFile(Role, PathBuf),
-    /// The console's file.
-    #[error("cannot write the console to {0:?}")]
-    Console(PathBuf, #[source] io::Error),
-    /// The file for what passes.
-    #[error("cannot record what passes in {0:?}")]
-    Capture(PathBuf, #[source] io::Error),
-    /// One file for two uses.
+    #[error("cannot write {0} to {1:?}")]
+    Write(Role, PathBuf, #[source] io::Error),
     #[error(transparent)]
     Shared(#[from] SharedFile),
-    /// stdout.
     #[error("cannot use stdout for the console")]
     Stdout(#[source] io::Error),
-    /// More memory than the host's, in MiB.
     #[error(
         "{0} of guest memory is more than this host has ({1} MiB, with swap): choose less with --memory"
     )]
     Memory(MemorySize, u64),
-    /// KVM.
     #[error(transparent)]
     Kvm(#[from] VmError),
-    /// A NIC.
     #[error(transparent)]
     Nic(#[from] NicError),
-    /// The host's own access.
     #[error(transparent)]
     HostLink(#[from] host_link::HostLinkError),
 }
@@ -89,8 +76,17 @@ impl Resources {
         if let (Some(path), Some(file)) = (&config.initrd, &initrd) {
             add(&mut files, Role::Initrd, path, file)?;
         }
-        let console = open_console(&config.console, &mut files)?;
-        let captures = open_captures(&config.nics, &mut files)?;
+        let console = match &config.console {
+            ConsoleTarget::Stdio => Some(console::stdout_file().map_err(ResourceError::Stdout)?),
+            ConsoleTarget::None => None,
+            ConsoleTarget::File(path) => Some(open_to_write(&mut files, Role::Console, path)?),
+        };
+        let captures = config.nics.iter().map(|nic| {
+            let path = nic.options.pcap.as_deref();
+            path.map(|path| open_to_write(&mut files, Role::Capture, path))
+                .transpose()
+        });
+        let captures = captures.collect::<Result<Vec<_>, _>>()?;
         let mut nics = nic::acquire_for_guest(&config.nics, inherited, &config.kernel)?;
         for (nic, capture) in nics.iter_mut().zip(captures) {
             nic.pcap = capture;
@@ -99,7 +95,8 @@ impl Resources {
             host_link::make(nics.first().map(|nic| &nic.entry().tap), &config.host_link)?;
         // With all else at hand, so that a failed start leaves an older file as it was.
         if let (Some(file), ConsoleTarget::File(path)) = (&console, &config.console) {
-            empty(file).map_err(|source| ResourceError::Console(path.clone(), source))?;
+            let failed = |source| ResourceError::Write(Role::Console, path.clone(), source);
+            empty(file).map_err(failed)?;
         }
         Ok(Self {
             kernel,
@@ -134,36 +131,12 @@ fn add(files: &mut Files, role: Role, path: &Path, file: &File) -> Result<(), Sh
         .map_or(Ok(()), |metadata| files.add(role, path, &metadata))
 }
 
-/// Opens where the console goes. A file is emptied only by [`Resources::acquire`], at its end.
-fn open_console(target: &ConsoleTarget, files: &mut Files) -> Result<Option<File>, ResourceError> {
-    let path = match target {
-        ConsoleTarget::Stdio => {
-            return console::stdout_file()
-                .map(Some)
-                .map_err(ResourceError::Stdout);
-        }
-        ConsoleTarget::None => return Ok(None),
-        ConsoleTarget::File(path) => path,
-    };
-    let failed = |source| ResourceError::Console(path.clone(), source);
-    let file = open_for_writing(path).map_err(failed)?;
-    add(files, Role::Console, path, &file)?;
-    Ok(Some(file))
-}
-
-/// Opens what each NIC is recorded in, emptied only when the guest starts.
-fn open_captures(
-    nics: &[NicConfig],
-    files: &mut Files,
-) -> Result<Vec<Option<File>>, ResourceError> {
-    let mut open = |path: &PathBuf| {
-        let failed = |source| ResourceError::Capture(path.clone(), source);
-        let file = open_for_writing(path).map_err(failed)?;
-        add(files, Role::Capture, path, &file)?;
-        Ok(file)
-    };
-    let paths = nics.iter().map(|nic| nic.options.pcap.as_ref());
-    paths.map(|path| path.map(&mut open).transpose()).collect()
+/// Opens a file that is to be written, and leaves what is in it.
+fn open_to_write(files: &mut Files, role: Role, path: &Path) -> Result<File, ResourceError> {
+    let file = open_for_writing(path)
+        .map_err(|source| ResourceError::Write(role, path.to_owned(), source))?;
+    add(files, role, path, &file)?;
+    Ok(file)
 }
 
 /// Empties a console's file that has an end. Pipes and terminals have none.

@@ -14,6 +14,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{getpid, getsid, setpgid, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::termios::{
     OptionalActions, OutputModes, isatty, tcgetattr, tcgetsid, tcgetwinsize, tcsetattr, tcsetpgrp,
     tcsetwinsize,
@@ -107,12 +108,15 @@ impl NewTerminal {
     pub fn take(&self) -> io::Result<()> {
         setpgid(None, None)?;
         tcsetpgrp(&self.terminal, getpid())?;
-        for (number, _) in (0..).zip(self.replaced).filter(|(_, replaced)| *replaced) {
-            let terminal = self.terminal.as_raw_fd();
-            // SAFETY: dup2 takes numbers; no owner of this process closes the standard descriptors.
-            if unsafe { libc::dup2(terminal, number) } < 0 {
-                return Err(io::Error::last_os_error());
-            }
+        let [stdin, stdout, stderr] = self.replaced;
+        if stdin {
+            dup2_stdin(&self.terminal)?;
+        }
+        if stdout {
+            dup2_stdout(&self.terminal)?;
+        }
+        if stderr {
+            dup2_stderr(&self.terminal)?;
         }
         Ok(())
     }

@@ -16,13 +16,10 @@ use rustix::thread::{
 /// Why a program cannot run as a user.
 #[derive(Debug, thiserror::Error)]
 pub enum UserError {
-    /// Neither a name nor a number.
     #[error("there is no user {0:?}")]
     NoUser(String),
-    /// Neither a name nor a number.
     #[error("there is no group {0:?}")]
     NoGroup(String),
-    /// The users or groups cannot be read.
     #[error("cannot look up the user {0:?}")]
     LookUp(String, #[source] io::Error),
 }

@@ -20,34 +20,20 @@ const WIDTH: usize = 120;
 /// Where these programs are outside an ordinary user's PATH.
 const ELSEWHERE: &str = "/usr/sbin:/sbin";
 
-/// Prints the rules of one kind of firewall.
-struct Printer {
-    /// The program and its arguments.
-    command: &'static [&'static str],
-    read: fn(&str) -> Vec<Rule>,
-}
-
-const PRINTERS: [Printer; 3] = [
-    Printer {
-        command: &["nft", "-s", "list", "ruleset"],
-        read: rules::of_nftables,
-    },
-    Printer {
-        command: &["iptables-legacy-save"],
-        read: |text| rules::of_iptables("iptables", text),
-    },
-    Printer {
-        command: &["ip6tables-legacy-save"],
-        read: |text| rules::of_iptables("ip6tables", text),
-    },
-];
-
 /// Warns of the rules in the caller's network namespace that go by the name `from` and not by `to`, where that is known.
 pub(super) fn warn_of_rules(from: &str, to: Option<&str>) {
     let mut rules = Vec::new();
     let mut unknown = Vec::new();
-    for printer in &PRINTERS {
-        match printer.ask() {
+    for listed in [
+        list(&["nft", "-s", "list", "ruleset"], rules::of_nftables),
+        list(&["iptables-legacy-save"], |text| {
+            rules::of_iptables("iptables", text)
+        }),
+        list(&["ip6tables-legacy-save"], |text| {
+            rules::of_iptables("ip6tables", text)
+        }),
+    ] {
+        match listed {
             Ok(found) => rules.extend(found),
             Err(why) => unknown.push(why),
         }
@@ -61,31 +47,29 @@ pub(super) fn warn_of_rules(from: &str, to: Option<&str>) {
     }
 }
 
-impl Printer {
-    /// The rules that there are: none where the program is not installed. An error says why they are not known.
-    fn ask(&self) -> Result<Vec<Rule>, String> {
-        let line = self.command.join(" ");
-        let mut command = Command::new(self.command[0]);
-        command.args(&self.command[1..]);
-        command.env("PATH", search_path(std::env::var_os("PATH")));
-        let output = match Program::new(command).output(b"", LIMIT) {
-            Ok(output) => output,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                log::debug!("`{line}` is not asked for firewall rules: it is not installed");
-                return Ok(Vec::new());
-            }
-            Err(error) => return Err(format!("`{line}`: {error}")),
-        };
-        if !output.status.success() {
-            let errors = String::from_utf8_lossy(&output.stderr);
-            let first = errors.lines().next().unwrap_or_default();
-            return Err(format!("`{line}`: {}: {first}", output.status));
+/// The rules that a program lists: none where it is not installed. An error says why they are not known.
+fn list(words: &[&str], read: fn(&str) -> Vec<Rule>) -> Result<Vec<Rule>, String> {
+    let line = words.join(" ");
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]);
+    command.env("PATH", search_path(std::env::var_os("PATH")));
+    let output = match Program::new(command).output(b"", LIMIT) {
+        Ok(output) => output,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            log::debug!("`{line}` is not asked for firewall rules: it is not installed");
+            return Ok(Vec::new());
         }
-        if output.stdout.len() >= MOST {
-            return Err(format!("`{line}` says more than {MOST} bytes"));
-        }
-        Ok((self.read)(&String::from_utf8_lossy(&output.stdout)))
+        Err(error) => return Err(format!("`{line}`: {error}")),
+    };
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let first = errors.lines().next().unwrap_or_default();
+        return Err(format!("`{line}`: {}: {first}", output.status));
     }
+    if output.stdout.len() >= MOST {
+        return Err(format!("`{line}` says more than {MOST} bytes"));
+    }
+    Ok(read(&String::from_utf8_lossy(&output.stdout)))
 }
 
 /// Where programs are looked for.
@@ -173,10 +157,7 @@ mod tests {
 
     #[test]
     fn program_that_is_missing_leaves_no_doubt_and_one_that_fails_does() {
-        let ask = |command| {
-            let read = rules::of_nftables;
-            Printer { command, read }.ask()
-        };
+        let ask = |words| list(words, rules::of_nftables);
         assert!(ask(&["no-such-program-of-a-firewall"]).unwrap().is_empty());
         let why = ask(&["sh", "-c", "echo no permission >&2; exit 3"]).unwrap_err();
         assert!(why.contains("exit status: 3: no permission"), "{why}");

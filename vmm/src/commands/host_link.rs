@@ -14,22 +14,16 @@ use crate::signals::ENDING;
 /// Why there is no host link, or why it stays.
 #[derive(Debug, thiserror::Error)]
 pub enum HostLinkCommandError {
-    /// It could not be made or deleted.
     #[error(transparent)]
     HostLink(#[from] HostLinkError),
-    /// The links that there are cannot be listed.
     #[error(transparent)]
     List(#[from] InventoryError),
-    /// No link is named.
     #[error("name the interface of the guests, as in `minivmm net host-link eno1`")]
     NoName,
-    /// There is nothing to delete.
     #[error("there is no host link in this network namespace that could be deleted")]
     None,
-    /// There is a choice.
     #[error("there are several host links: {}: name one of them", .0.join(", "))]
     Several(Vec<String>),
-    /// Signals cannot be held back.
     #[error("cannot hold signals back")]
     Signals(#[source] io::Error),
 }

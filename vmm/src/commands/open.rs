@@ -20,19 +20,14 @@ use crate::signals::ENDING;
 /// Why the program was not run.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Its user.
     #[error(transparent)]
     User(#[from] UserError),
-    /// The macvtap.
     #[error(transparent)]
     Nic(#[from] NicError),
-    /// The host refuses something small.
     #[error("cannot {0}")]
     Host(&'static str, #[source] io::Error),
-    /// The program.
     #[error("cannot run {0:?}")]
     Run(OsString, #[source] io::Error),
-    /// The program, which ran.
     #[error("cannot wait for the end of {0:?}")]
     Wait(OsString, #[source] io::Error),
 }

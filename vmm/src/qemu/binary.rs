@@ -19,18 +19,14 @@ const ELSEWHERE: &str = "/usr/libexec/qemu-kvm";
 /// Why there is no QEMU to run.
 #[derive(Debug, thiserror::Error)]
 pub enum BinaryError {
-    /// Not in PATH.
     #[error(
         "there is no qemu-system-x86_64 in PATH: install it (Debian: apt install qemu-system-x86), or name one with --qemu"
     )]
     Missing,
-    /// Does not run.
     #[error("cannot run {0:?}: name a QEMU with --qemu")]
     Run(PathBuf, #[source] io::Error),
-    /// Runs, and says something else.
     #[error("{0:?} does not print its version as QEMU does: name a QEMU with --qemu")]
     NotQemu(PathBuf),
-    /// Runs, and is too old.
     #[error("{0:?} is QEMU {1}.{2}: 4.2 or newer is needed")]
     Old(PathBuf, u32, u32),
 }

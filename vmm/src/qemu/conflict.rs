@@ -13,43 +13,34 @@ use super::args::{has_option, option};
 /// Why ARGS cannot be passed through.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConflictError {
-    /// The id of a netdev of ours.
     #[error("ARGS have {0:?}, but the id {1} is that of a --macvtap: use another id")]
     Id(String, String),
-    /// A descriptor of ours.
     #[error(
         "ARGS have {0:?}, but file descriptor {1} is one of those that minivmm gives to QEMU: use {2} or higher, as in `{2}<>/dev/tapN`"
     )]
     Descriptor(String, RawFd, RawFd),
-    /// A device for our netdev with no address that could be checked.
     #[error(
         "ARGS have {0:?} without a usable mac=: give it and --macvtap the same one, as in mac=52:54:00:12:34:56"
     )]
     NoMac(String),
-    /// A device for our netdev with another address.
     #[error(
         "ARGS have {0:?}, but the macvtap's MAC address is {1}, and no other receives anything: give --macvtap the mac= of the device"
     )]
     Mac(String, MacAddr),
-    /// A device for our netdev with an address, and a macvtap with none.
     #[error(
         "ARGS have {0:?}, but the macvtap gets a random MAC address, and no other receives anything: give --macvtap the same mac={1}"
     )]
     RandomMac(String, MacAddr),
-    /// Another address for a device on our netdev.
     #[error(
         "ARGS have -set {0:?}, but a NIC has its macvtap's MAC address, since no other receives anything: give it to --macvtap as mac="
     )]
     SetMac(String),
-    /// A device for our netdev, and properties for another.
     #[error("ARGS have {0:?}, so the key {1} of --macvtap belongs there")]
     Properties(String, String),
-    /// QEMU in the background.
     #[error(
         "ARGS have -daemonize, but minivmm waits for QEMU, to clean up: put minivmm itself into the background"
     )]
     Daemon,
-    /// Two ways to run the guest's code.
     #[error(
         "ARGS say what runs the guest's code (-accel, -enable-kvm), and --accel does too: choose one"
     )]
@@ -78,9 +69,7 @@ impl OwnDevice {
 pub(super) fn chooses_accel(args: &[OsString]) -> bool {
     let of_machine = |pair: &[OsString]| {
         matches!(option(&pair[0]), Some("M" | "machine"))
-            && properties(&pair[1].to_string_lossy())
-                .iter()
-                .any(|(key, _)| key == "accel")
+            && get(&properties(&pair[1].to_string_lossy()), "accel").is_some()
     };
     has_option(args, &["accel", "enable-kvm"]) || args.windows(2).any(of_machine)
 }
@@ -118,9 +107,11 @@ pub(super) fn check(args: &[OsString], ids: &[String], fds: &[RawFd]) -> Result<
 fn devices_of(args: &[OsString], netdevs: &[String]) -> Vec<String> {
     let id = |(name, text): (&str, String)| {
         let properties = properties(&text);
-        let get = |wanted| properties.iter().find(|(key, _)| key == wanted);
-        let ours = name == "device" && get("netdev").is_some_and(|(_, of)| netdevs.contains(of));
-        get("id").filter(|_| ours).map(|(_, id)| id.clone())
+        let netdev = get(&properties, "netdev").filter(|_| name == "device")?;
+        let is_ours = netdevs.iter().any(|ours| ours == netdev);
+        get(&properties, "id")
+            .filter(|_| is_ours)
+            .map(str::to_owned)
     };
     values(args).filter_map(id).collect()
 }
@@ -137,12 +128,11 @@ fn sets_mac<'a>(key: &str, mut ids: impl Iterator<Item = &'a String>) -> bool {
 pub(super) fn own_device(args: &[OsString], id: &str) -> Result<Option<OwnDevice>, ConflictError> {
     for (name, text) in values(args) {
         let properties = properties(&text);
-        let get = |wanted| properties.iter().find(|(key, _)| key == wanted);
-        if !matches!(name, "device" | "net") || get("netdev").is_none_or(|(_, of)| of != id) {
+        if !matches!(name, "device" | "net") || get(&properties, "netdev") != Some(id) {
             continue;
         }
         let key = if name == "net" { "macaddr" } else { "mac" };
-        return match get(key).and_then(|(_, mac)| mac.parse().ok()) {
+        return match get(&properties, key).and_then(|mac| mac.parse().ok()) {
             Some(mac) => Ok(Some(OwnDevice { text, mac })),
             None => Err(ConflictError::NoMac(text)),
         };
@@ -196,6 +186,12 @@ fn properties(text: &str) -> Vec<(String, String)> {
         .map(|part| part.split_once('=').unwrap_or(("", part)))
         .map(|(key, value)| (key.to_owned(), value.replace('\0', ",")))
         .collect()
+}
+
+/// The value of a key.
+fn get<'a>(properties: &'a [(String, String)], key: &str) -> Option<&'a str> {
+    let mut found = properties.iter().filter(|(given, _)| given == key);
+    found.next().map(|(_, value)| value.as_str())
 }
 
 fn flatten(key: String, value: Value, properties: &mut Vec<(String, String)>) {

@@ -95,21 +95,19 @@ fn new_macvtap(n: usize, spec: &MacvtapSpec, mac: MacAddr, index: u32) -> String
         enter = format!("nsenter --net={} ", quote(path));
         netns = " netns $$";
     }
-    let mut keys = String::new();
     // The lower's in passthru mode, where it cannot be chosen at creation.
-    if mode != Mode::Passthru || spec.mac.is_some() {
-        let _ = write!(keys, " address {mac}");
-    }
-    if let Some(mtu) = spec.mtu {
-        let _ = write!(keys, " mtu {mtu}");
-    }
-    if let Some(frames) = spec.tx_queue_len {
-        let _ = write!(keys, " txqueuelen {frames}");
-    }
-    let mut type_keys = String::new();
-    if let Some(frames) = spec.bc_queue_len {
-        let _ = write!(type_keys, " bcqueuelen {frames}");
-    }
+    let has_mac = mode != Mode::Passthru || spec.mac.is_some();
+    let keys = [
+        has_mac.then(|| format!(" address {mac}")),
+        spec.mtu.map(|mtu| format!(" mtu {mtu}")),
+        spec.tx_queue_len
+            .map(|frames| format!(" txqueuelen {frames}")),
+    ];
+    let keys: String = keys.into_iter().flatten().collect();
+    let bc_queue_len = spec
+        .bc_queue_len
+        .map(|frames| format!(" bcqueuelen {frames}"));
+    let mut type_keys = bc_queue_len.unwrap_or_default();
     if !spec.source_macs.is_empty() {
         type_keys += " macaddr set";
     }
