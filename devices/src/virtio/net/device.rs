@@ -200,11 +200,11 @@ impl<B: Backend> Net<B> {
             largest_frame: LARGEST_FRAME,
         };
         let kicks = [rx.kick, tx.kick];
-        let rx = RxQueue::new(rx.queue, layout, Arc::clone(&self.filter))
-            .with_frame(self.frames[index].take())
-            .with_hooks(self.rx_hooks.clone());
-        let tx =
-            TxQueue::new(tx.queue, Arc::clone(&self.observer)).with_hooks(self.tx_hooks.clone());
+        let mut rx = RxQueue::new(rx.queue, layout, Arc::clone(&self.filter))
+            .with_frame(self.frames[index].take());
+        rx.hooks = self.rx_hooks.clone();
+        let mut tx = TxQueue::new(tx.queue, Arc::clone(&self.observer));
+        tx.hooks = self.tx_hooks.clone();
         let backend = Arc::clone(&self.backends[index]);
         let (to_driver, counters) = (Arc::clone(interrupt), Arc::clone(&self.counters[index]));
         let pair = Pair::new(backend, (rx, tx), kicks, to_driver, index as u16, counters);

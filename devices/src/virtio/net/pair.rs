@@ -90,7 +90,7 @@ impl<B: Backend> Pair<B> {
     /// publishes its counters, and counts on from what it finds there.
     pub fn new(
         backend: Arc<B>,
-        (rx, tx): (RxQueue, TxQueue),
+        (mut rx, mut tx): (RxQueue, TxQueue),
         kicks: [Arc<EventFd>; 2],
         interrupt: Arc<dyn Interrupt>,
         index: u16,
@@ -101,10 +101,11 @@ impl<B: Backend> Pair<B> {
             stop: Stop::Budget,
         };
         let counters = counters::read(&published);
+        (rx.counters, tx.counters) = (counters.rx, counters.tx);
         Self {
             backend,
-            rx: rx.counting_from(counters.rx),
-            tx: tx.counting_from(counters.tx),
+            rx,
+            tx,
             kicks,
             interrupt,
             index,
@@ -224,8 +225,8 @@ impl<B> Pair<B> {
     }
 
     fn publish(&mut self) {
-        self.counters.rx = self.rx.counters();
-        self.counters.tx = self.tx.counters();
+        self.counters.rx = self.rx.counters;
+        self.counters.tx = self.tx.counters;
         *lock(&self.published) = self.counters;
     }
 }

@@ -68,8 +68,10 @@ pub struct RxQueue {
     /// What the driver wants to receive, and this queue's copy of it with its number.
     filter: Arc<Filter>,
     rules: (u32, Rules),
-    hooks: Hooks,
-    counters: RxCounters,
+    /// What happens to each frame besides.
+    pub hooks: Hooks,
+    /// What has passed so far.
+    pub counters: RxCounters,
 }
 
 impl RxQueue {
@@ -89,23 +91,6 @@ impl RxQueue {
             hooks: Hooks::default(),
             counters: RxCounters::default(),
         }
-    }
-
-    /// Does with each frame what `hooks` says.
-    pub fn with_hooks(mut self, hooks: Hooks) -> Self {
-        self.hooks = hooks;
-        self
-    }
-
-    /// Counts on from `counters`.
-    pub fn counting_from(mut self, counters: RxCounters) -> Self {
-        self.counters = counters;
-        self
-    }
-
-    /// What passed so far.
-    pub fn counters(&self) -> RxCounters {
-        self.counters
     }
 
     /// Goes on with a frame that [`RxQueue::park`] has returned.

@@ -187,7 +187,7 @@ fn tx_frame_leaves_as_it_was_laid_out() {
     assert_eq!(far.recv(&mut buffer).unwrap(), 112);
     assert_eq!(buffer[..112], [frame(12), frame(100)].concat());
     assert_eq!(driver.take_used(), [(0, 0)]);
-    assert_eq!((tx.counters().frames, tx.counters().bytes), (1, 112));
+    assert_eq!((tx.counters.frames, tx.counters.bytes), (1, 112));
 }
 
 #[test]
@@ -203,7 +203,7 @@ fn tx_bad_chain_and_refused_frame_are_counted_and_the_rest_goes_on() {
     driver.offer_chain(2, &[(0x4000, 60, 0)]);
     assert_eq!(tx.send(&wire, 10).0, Stop::Idle);
     assert_eq!(driver.take_used(), [(0, 0), (1, 0), (2, 0)]);
-    let counters = tx.counters();
+    let counters = tx.counters;
     assert_eq!(
         (counters.bad_chains, counters.refused, counters.frames),
         (1, 1, 1)
@@ -325,7 +325,7 @@ fn rx_frame_larger_than_the_whole_ring_is_dropped_and_the_rest_goes_on() {
     assert_eq!(rx.receive(&wire, 10), (Stop::Idle, true));
     assert_eq!(driver.take_used(), [(0, 100), (1, 50)]);
     assert_eq!(driver.read(0x4000, 150), received(150, 2));
-    assert_eq!(rx.counters().too_large, 1);
+    assert_eq!(rx.counters.too_large, 1);
 }
 
 #[test]
@@ -341,7 +341,7 @@ fn rx_frame_larger_than_its_only_chain_is_dropped_and_not_cut() {
     assert_eq!(rx.receive(&wire, 10), (Stop::Idle, true));
     assert_eq!(driver.take_used(), [(0, 100)]);
     assert_eq!(driver.read(0x4000, 100), received(100, 1));
-    assert_eq!(rx.counters().too_large, 2);
+    assert_eq!(rx.counters.too_large, 2);
 }
 
 #[test]
@@ -359,7 +359,7 @@ fn rx_frame_larger_than_any_is_dropped_and_not_cut() {
         rx.receive(&wire, 10);
         assert_eq!(driver.take_used(), [(0, 100)], "{layout:?} {len}");
         assert_eq!(driver.read(0x4000, 100), received(100, 1));
-        assert_eq!(rx.counters().too_large, 2);
+        assert_eq!(rx.counters.too_large, 2);
     }
 }
 
@@ -389,7 +389,7 @@ fn rx_chain_without_room_for_a_header_is_bad() {
     far.send(&frame(60)).unwrap();
     rx.receive(&wire, 10);
     assert_eq!(driver.take_used(), [(0, 0), (1, 0), (2, 60)]);
-    assert_eq!(rx.counters().bad_chains, 2);
+    assert_eq!(rx.counters.bad_chains, 2);
 }
 
 #[test]
@@ -416,7 +416,7 @@ fn rx_many_frames_in_and_out_of_order_of_buffers_arrive_whole() {
             driver.offer(head);
         }
     }
-    assert_eq!(rx.counters().frames, 500);
+    assert_eq!(rx.counters.frames, 500);
 }
 
 struct Running {

@@ -16,9 +16,11 @@ use crate::virtio::queue::{Buffers, Next, Queue};
 pub struct TxQueue {
     queue: Queue,
     observer: Arc<Observer>,
-    hooks: Hooks,
     buffers: Buffers,
-    counters: TxCounters,
+    /// What happens to each frame besides.
+    pub hooks: Hooks,
+    /// What has passed so far.
+    pub counters: TxCounters,
 }
 
 impl TxQueue {
@@ -27,27 +29,10 @@ impl TxQueue {
         Self {
             queue,
             observer,
-            hooks: Hooks::default(),
             buffers: Buffers::default(),
+            hooks: Hooks::default(),
             counters: TxCounters::default(),
         }
-    }
-
-    /// Does with each frame what `hooks` says.
-    pub fn with_hooks(mut self, hooks: Hooks) -> Self {
-        self.hooks = hooks;
-        self
-    }
-
-    /// Counts on from `counters`.
-    pub fn counting_from(mut self, counters: TxCounters) -> Self {
-        self.counters = counters;
-        self
-    }
-
-    /// What passed so far.
-    pub fn counters(&self) -> TxCounters {
-        self.counters
     }
 
     /// Where the queue stands.

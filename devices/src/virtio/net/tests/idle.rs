@@ -75,10 +75,11 @@ impl Watched {
             limiter: limit.map(|limit| Arc::new(Limiter::new(limit))),
             capture: None,
         };
-        let queues = (
-            RxQueue::new(rx.queue(false), SINGLE, filter()).with_hooks(hooks),
+        let mut queues = (
+            RxQueue::new(rx.queue(false), SINGLE, filter()),
             TxQueue::new(tx.queue(false), observer()),
         );
+        queues.0.hooks = hooks;
         let (kicks, recorder) = ([kick(), kick()], Arc::new(Recorder::default()));
         let (counters, used) = (SharedCounters::default(), Arc::default());
         let pair = Pair::new(

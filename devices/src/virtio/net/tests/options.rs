@@ -30,7 +30,7 @@ fn rx_frame_that_the_driver_does_not_want_takes_no_buffer() {
     far.send(&ethernet(group, &[8, 0])).unwrap();
     far.send(&ethernet(MAC, &[0x81, 0, 0, 5])).unwrap();
     assert_eq!(rx.receive(&wire, 10).0, Stop::Idle);
-    assert_eq!(rx.counters().filtered, 2);
+    assert_eq!(rx.counters.filtered, 2);
     far.send(&ethernet(MAC, &[8, 0])).unwrap();
     assert_eq!(rx.receive(&wire, 10), (Stop::Starved, true));
     assert_eq!(driver.take_used(), [(0, 72)]);
@@ -74,7 +74,7 @@ fn rx_header_carries_only_what_the_driver_has_negotiated() {
         rx.receive(&wire, 10);
         assert_eq!(taken(&mut driver), wanted, "{features:?} {header:?}");
     }
-    assert_eq!(rx.counters().filtered, 3);
+    assert_eq!(rx.counters.filtered, 3);
 }
 
 const ONE_AT_ONCE: RateLimit = RateLimit {
@@ -129,7 +129,8 @@ fn tx_held_back_takes_nothing_from_the_ring() {
         limiter: Some(Arc::new(Limiter::new(ONE_AT_ONCE))),
         capture: None,
     };
-    let mut tx = TxQueue::new(driver.queue(false), observer()).with_hooks(hooks);
+    let mut tx = TxQueue::new(driver.queue(false), observer());
+    tx.hooks = hooks;
     for head in 0..2 {
         driver.offer_chain(head, &[(0x4000, 60, 0)]);
     }
