@@ -7,7 +7,7 @@
 //! | `registry.rs` | what other programs can read of a running guest, and the locks for it |
 //! | `devices.rs` | the NICs on the bus |
 //! | `follow.rs` | what the control thread does for a NIC while the guest runs |
-//! | `link.rs`, `upkeep.rs` | the guest's link follows the host's, which is kept as the guest needs it |
+//! | `link.rs` | the guest's link follows the host's, which is kept as the guest needs it |
 //! | `host_link.rs` | the host's own link among its guests |
 
 pub mod acquire;
@@ -17,7 +17,6 @@ pub mod host_link;
 pub mod inherited;
 mod link;
 pub mod registry;
-mod upkeep;
 
 pub use acquire::{HostNic, Nic, NicError, acquire, acquire_for_guest};
 pub use inherited::Inherited;

@@ -56,7 +56,8 @@ impl NetDevices {
             let (guest, observer) = (Arc::clone(device.config()), Arc::clone(device.observer()));
             machine.add_virtio(device)?;
             devices.guards.push(nic.guard);
-            let link = nic.watch.map(Link::new).transpose();
+            let link = |watch| Link::new(watch, label.clone(), Arc::clone(&guest));
+            let link = nic.watch.map(link).transpose();
             let follower = link
                 .and_then(|link| Follower::new(label, guest, observer, nic.claim, link, listener));
             devices

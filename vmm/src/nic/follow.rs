@@ -120,7 +120,7 @@ impl MutEventSubscriber for Follower {
         if let Some(link) = &self.link {
             all.push((link.watch.as_fd().as_raw_fd(), LINK));
             all.push((link.announce.as_raw_fd(), ANNOUNCE));
-            all.push((link.upkeep.timer.as_raw_fd(), UPKEEP));
+            all.push((link.upkeep.as_raw_fd(), UPKEEP));
         }
         for (fd, token) in all {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
@@ -136,7 +136,8 @@ impl MutEventSubscriber for Follower {
                 self.publish_later();
             }
             (PUBLISH, _, _) => {
-                let _ = self.publish.wait();
+                // Reading it would block if it was set again meanwhile.
+                let _ = self.publish.clear();
                 self.publish();
             }
             (FRAME, Some((listener, pause)), _) if look_at_frames(listener, &self.observer) => {
@@ -151,15 +152,15 @@ impl MutEventSubscriber for Follower {
                 }
             }
             (LINK, _, Some(link)) => {
-                if let Err(error) = link.follow(&self.name, &self.guest) {
+                if let Err(error) = link.follow() {
                     log::warn!("{}: its link is no longer watched: {error}", self.name);
                     let _ = ops.remove(events);
                 }
                 self.publish_later();
             }
-            (ANNOUNCE, _, Some(link)) => link.announce(&self.name, &self.guest),
+            (ANNOUNCE, _, Some(link)) => link.announce(),
             (UPKEEP, _, Some(link)) => {
-                link.keep_up(&self.name, &self.guest);
+                link.keep_up();
                 self.publish_later();
             }
             _ => {}
