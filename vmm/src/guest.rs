@@ -54,7 +54,8 @@ impl Guest {
         state.unwrap_or(RunState::Ended)
     }
 
-    /// Presses its power button. A guest that takes notice powers off, in its own time.
+    /// Presses its power button. A guest that takes notice powers off, in its own time, and a paused
+    /// one once it is resumed.
     pub fn press_power_button(&self) {
         self.control.ask(|control| control.press_power_button());
     }

@@ -43,15 +43,11 @@ pub enum ResourceError {
 /// Everything from the host.
 #[derive(Debug)]
 pub struct Resources {
-    /// The kernel's image.
     pub kernel: File,
-    /// The initial RAM disk.
     pub initrd: Option<File>,
-    /// KVM.
     pub hypervisor: Hypervisor,
     /// Where the console's output goes.
     pub console: Option<File>,
-    /// The NICs.
     pub nics: Vec<Nic>,
     /// Lets the host talk to the guest.
     pub host_link: Option<HostLinkGuard>,
