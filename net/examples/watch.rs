@@ -41,10 +41,8 @@ fn watch() -> Result<(), Box<dyn Error>> {
             .mac
             .map_or_else(|| "without a MAC".to_owned(), |mac| mac.to_string());
         let (kind, mode) = (upper.kind.as_str(), upper.mode.unwrap_or("unknown"));
-        println!(
-            "  {}: {kind} in {mode} mode, {mac}, {}",
-            upper.name, upper.state.oper
-        );
+        let carrier = if upper.carrier { "up" } else { "no carrier" };
+        println!("  {}: {kind} in {mode} mode, {mac}, {carrier}", upper.name);
     }
 
     let mut indexes: Vec<u32> = lower.uppers.iter().map(|upper| upper.index).collect();

@@ -1,5 +1,6 @@
 //! Who shares which wire, as far as the caller's network namespace shows it.
 
+use serde::{Serialize, Serializer};
 use thiserror::Error;
 
 use crate::diagnose::{self, Problem};
@@ -12,23 +13,27 @@ use crate::owner::Owner;
 use crate::stale::Judge;
 
 /// A link that carries others, and those.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct LowerInfo {
     /// Where it is. In another namespace nothing but its index is known.
+    #[serde(skip)]
     pub place: Place,
-    /// Its interface index there.
-    pub index: u32,
-    /// Its name; None when it is in another namespace.
+    /// Its name.
     pub name: Option<String>,
-    /// None when it is in another namespace, or is no Ethernet link.
+    /// Its interface index in its place.
+    pub index: u32,
+    /// None also when it is no Ethernet link.
     pub mac: Option<MacAddr>,
-    /// In bytes, without the Ethernet header; None when it is in another namespace.
+    /// In bytes, without the Ethernet header.
     pub mtu: Option<u32>,
-    /// None when it is in another namespace.
-    pub state: Option<LinkState>,
-    /// The links on it that this namespace has; those that live in others, such as the private ones of
+    /// It is administratively up (IFF_UP).
+    pub up: Option<bool>,
+    /// The wire is there (IFF_LOWER_UP).
+    pub carrier: Option<bool>,
+    /// The links on it that this namespace has; those that are in others, such as the private ones of
     /// [`Macvtap`](crate::Macvtap), don't show.
+    #[serde(rename = "links")]
     pub uppers: Vec<UpperInfo>,
 }
 
@@ -42,7 +47,7 @@ pub enum Place {
 }
 
 /// A link that shares the wire of another.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct UpperInfo {
     /// Its name.
@@ -57,22 +62,28 @@ pub struct UpperInfo {
     pub mac: Option<MacAddr>,
     /// In bytes, without the Ethernet header.
     pub mtu: u32,
-    /// Whether frames can pass.
-    pub state: LinkState,
+    /// It is administratively up (IFF_UP).
+    pub up: bool,
+    /// The wire is there (IFF_LOWER_UP).
+    pub carrier: bool,
     /// The process that it belongs to, if it says so.
+    #[serde(serialize_with = "as_text")]
     pub owner: Option<Owner>,
     /// That process has ended, and no other uses it: [`delete_stale`](crate::delete_stale()) deletes it.
     pub leaked: bool,
     /// It is the host's own among its guests, see [`HostLink`](crate::HostLink).
     pub host_link: bool,
     /// That, and the addresses of the lower were moved onto it.
+    #[serde(skip)]
     pub moved: bool,
-    /// Its alias, whatever that means.
+    /// Its alias, whatever it means.
+    #[serde(skip)]
     pub alias: String,
 }
 
 /// The drivers that share a wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum UpperKind {
     /// Shares by MAC address; for the host.
     Macvlan,
@@ -82,16 +93,8 @@ pub enum UpperKind {
     Ipvlan,
 }
 
-/// Whether frames can pass a link.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct LinkState {
-    /// It was brought up (IFF_UP).
-    pub admin_up: bool,
-    /// The wire is there (IFF_LOWER_UP).
-    pub carrier: bool,
-    /// RFC 2863's word for it, as ip-link(8) has it, in small letters: `up`, `down`, `lowerlayerdown`, `unknown`, ...
-    pub oper: String,
+fn as_text<S: Serializer>(owner: &Option<Owner>, serializer: S) -> Result<S::Ok, S::Error> {
+    owner.as_ref().map(Owner::describe).serialize(serializer)
 }
 
 /// The links could not be listed.
@@ -180,7 +183,8 @@ impl LowerInfo {
             name: Some(link.name.clone()),
             mac: link.mac_addr(),
             mtu: Some(link.mtu),
-            state: Some(LinkState::of(link)),
+            up: Some(link.up),
+            carrier: Some(link.carrier),
             uppers: Vec::new(),
         }
     }
@@ -192,7 +196,8 @@ impl LowerInfo {
             name: None,
             mac: None,
             mtu: None,
-            state: None,
+            up: None,
+            carrier: None,
             uppers: Vec::new(),
         }
     }
@@ -214,23 +219,14 @@ impl UpperInfo {
             mode: link.mode.map(crate::Mode::as_str).or(link.ipvlan_mode),
             mac: link.mac_addr(),
             mtu: link.mtu,
-            state: LinkState::of(link),
+            up: link.up,
+            carrier: link.carrier,
             owner: link.alias.parse().ok(),
             leaked: false,
             host_link: tag.is_some(),
             moved: tag.is_some_and(|tag| tag.moved),
             alias: link.alias.clone(),
         })
-    }
-}
-
-impl LinkState {
-    fn of(link: &Link) -> Self {
-        Self {
-            admin_up: link.up,
-            carrier: link.carrier,
-            oper: link.oper_state.clone(),
-        }
     }
 }
 

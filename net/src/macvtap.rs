@@ -24,7 +24,7 @@ use crate::{netns, queue, stale};
 mod existing;
 mod making;
 
-pub use existing::{ExistingTapError, Passed, inherit};
+pub use existing::{ExistingTapError, Passed, USUAL_MTU, inherit};
 use making::make_new;
 
 /// A macvtap that could not be had.

@@ -63,6 +63,11 @@ impl Owner {
         self.pid
     }
 
+    /// It, for people.
+    pub fn describe(&self) -> String {
+        format!("{} (pid {})", self.program, self.pid)
+    }
+
     /// The user that it runs as. None when it has ended, and when it is out of the calling process's sight.
     pub fn user(&self) -> Option<u32> {
         let me = Self::this_process().ok()?;

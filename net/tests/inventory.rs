@@ -54,7 +54,7 @@ root_test!(inventory_shows_every_upper_with_its_lower, || {
         (tap.name.as_str(), tap.kind, tap.mode),
         ("tap0", UpperKind::Macvtap, Some("vepa"))
     );
-    assert!(tap.state.admin_up && tap.state.carrier && tap.owner.is_none());
+    assert!(tap.up && tap.carrier && tap.owner.is_none());
     assert_eq!(
         (macvlan.kind, macvlan.mode, macvlan.alias.as_str()),
         (UpperKind::Macvlan, Some("bridge"), "mine")

@@ -67,15 +67,10 @@ fn gc() -> Result<String, net::StaleError> {
             "deleted {} ({}), left by {}",
             link.name,
             link.kind,
-            owner(&link.owner)
+            link.owner.describe()
         )
     };
     Ok(report(net::delete_stale()?.into_iter().map(line)))
-}
-
-/// An owner, for people.
-fn owner(owner: &net::Owner) -> String {
-    format!("{} (pid {})", owner.program(), owner.pid())
 }
 
 /// Writes to stdout; a reader that has seen enough is no error.

@@ -24,7 +24,7 @@ pub struct Passed {
 }
 
 /// The MTU of an interface that cannot be seen: Ethernet's.
-const USUAL_MTU: u32 = 1500;
+pub const USUAL_MTU: u32 = 1500;
 
 /// Why descriptors are not the queues of one macvtap or tap.
 #[derive(Debug, Error)]

@@ -41,8 +41,6 @@ pub(crate) struct Link {
     pub lower_elsewhere: Option<(i32, u32)>,
     /// The mode of an ipvlan.
     pub ipvlan_mode: Option<&'static str>,
-    /// RFC 2863's word for its state, as ip-link(8) has it, in small letters.
-    pub oper_state: String,
     /// Free text (IFLA_IFALIAS); empty for none. What is not UTF-8 is U+FFFD here, as in the name.
     pub alias: String,
 }
@@ -96,7 +94,6 @@ impl Link {
                 libc::IFLA_MASTER => link.master = number,
                 libc::IFLA_LINK => link.lower = number,
                 libc::IFLA_LINK_NETNSID => namespace = number.map(u32::cast_signed),
-                libc::IFLA_OPERSTATE => link.oper_state = oper_state(attribute.value),
                 libc::IFLA_IFALIAS => link.alias = attribute.text(),
                 libc::IFLA_LINKINFO => link.learn(attribute),
                 libc::IFLA_PROP_LIST => {
@@ -166,22 +163,6 @@ impl Link {
     }
 }
 
-fn oper_state(value: &[u8]) -> String {
-    // In the order of IF_OPER_* in include/uapi/linux/if.h.
-    let states = [
-        "unknown",
-        "notpresent",
-        "down",
-        "lowerlayerdown",
-        "testing",
-        "dormant",
-        "up",
-    ];
-    let number = value.first().copied().unwrap_or_default();
-    let known = states.get(usize::from(number));
-    known.map_or_else(|| number.to_string(), |state| (*state).to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::collection::vec;
@@ -190,7 +171,7 @@ mod tests {
     use super::super::wire::attribute;
     use super::*;
 
-    fn macvtap() -> [Vec<u8>; 7] {
+    fn macvtap() -> [Vec<u8>; 6] {
         let data = [
             attribute(IFLA_MACVLAN_MODE, &8_u32.to_ne_bytes()),
             attribute(IFLA_MACVLAN_BC_QUEUE_LEN, &500_u32.to_ne_bytes()),
@@ -205,7 +186,6 @@ mod tests {
             attribute(libc::IFLA_IFNAME, b"mvt0\0"),
             attribute(libc::IFLA_LINK, &2_u32.to_ne_bytes()),
             attribute(libc::IFLA_MTU, &1500_u32.to_ne_bytes()),
-            attribute(libc::IFLA_OPERSTATE, &[6]),
             attribute(libc::IFLA_IFALIAS, b"B\xfcro\0"),
             attribute(libc::IFLA_LINKINFO, &info.concat()),
             attribute(libc::IFLA_PROP_LIST, &names.concat()),
@@ -222,7 +202,6 @@ mod tests {
             bc_queue_len: 500,
             lower: Some(2),
             mode: Some(Mode::Passthru),
-            oper_state: "up".to_owned(),
             alias: "B\u{fffd}ro".to_owned(),
             ..Link::default()
         }
@@ -253,7 +232,7 @@ mod tests {
         /// Of attributes that this version does not know, wherever they stand and whatever is in them.
         #[test]
         fn link_is_read_whatever_else_is_told_of_it(
-            at in 0..=7_usize,
+            at in 0..=6_usize,
             kind in 200..0x3fff_u16,
             value in vec(any::<u8>(), 0..100),
         ) {
@@ -266,7 +245,7 @@ mod tests {
         /// And of known ones that are too short or too long.
         #[test]
         fn link_with_an_attribute_of_any_bytes_keeps_its_others(
-            which in 1..7_usize,
+            which in 1..6_usize,
             value in vec(any::<u8>(), 0..40),
         ) {
             let mut attributes = macvtap();

@@ -3,56 +3,23 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use net::{InventoryError, LinkId, LinkState, LowerInfo, TapInfo, UpperInfo};
+use net::{InventoryError, LinkId, LowerInfo, MacAddr, TapInfo, UpperInfo};
 use serde::Serialize;
 
 use crate::cli::ListArgs;
-use crate::commands::{json, owner, report};
+use crate::commands::{json, report};
 use crate::nic::registry::{self, Entry, LinkSeen, NicEntry, Runs};
 
 /// Everything, as JSON shows it.
 #[derive(Debug, Serialize)]
 struct Listing {
-    interfaces: Vec<Interface>,
+    interfaces: Vec<LowerInfo>,
     guests: Vec<Entry>,
-}
-
-/// An interface that others stand on. What lies in another network namespace has an index alone.
-#[derive(Debug, Serialize)]
-struct Interface {
-    name: Option<String>,
-    index: u32,
-    mac: Option<String>,
-    mtu: Option<u32>,
-    up: Option<bool>,
-    carrier: Option<bool>,
-    links: Vec<Link>,
-}
-
-/// A macvtap, macvlan or ipvlan.
-#[derive(Debug, Serialize)]
-struct Link {
-    name: String,
-    index: u32,
-    kind: &'static str,
-    mode: Option<&'static str>,
-    mac: Option<String>,
-    mtu: u32,
-    up: bool,
-    carrier: bool,
-    /// The process that it belongs to.
-    owner: Option<String>,
-    /// That process has ended, and no other uses the link.
-    leaked: bool,
-    host_link: bool,
 }
 
 /// The report. A private macvtap is in no namespace that can be listed: it shows with its guest.
 pub fn run(args: &ListArgs) -> Result<String, InventoryError> {
-    let interfaces: Vec<_> = net::inventory(args.link.as_ref())?
-        .into_iter()
-        .map(Interface::from)
-        .collect();
+    let interfaces = net::inventory(args.link.as_ref())?;
     let mut guests = registry::running();
     if let Ok(links) = net::links_here() {
         guests
@@ -75,12 +42,12 @@ pub fn run(args: &ListArgs) -> Result<String, InventoryError> {
 }
 
 /// The interfaces of this namespace in a listing.
-fn lowers(interfaces: &[Interface]) -> Vec<LinkId> {
+fn lowers(interfaces: &[LowerInfo]) -> Vec<LinkId> {
     let Ok(namespace) = net::this_namespace() else {
         return Vec::new();
     };
     let here = interfaces.iter().filter(|found| found.name.is_some());
-    let id = |found: &Interface| LinkId {
+    let id = |found: &LowerInfo| LinkId {
         namespace,
         index: found.index,
     };
@@ -118,52 +85,13 @@ fn keep_those_on(guests: &mut Vec<Entry>, lowers: &[LinkId], link: &str) {
     guests.retain(|guest| !guest.nics.is_empty());
 }
 
-impl From<LowerInfo> for Interface {
-    fn from(lower: LowerInfo) -> Self {
-        Self {
-            name: lower.name,
-            index: lower.index,
-            mac: lower.mac.map(|mac| mac.to_string()),
-            mtu: lower.mtu,
-            up: lower.state.as_ref().map(|state| state.admin_up),
-            carrier: lower.state.as_ref().map(|state| state.carrier),
-            links: lower.uppers.into_iter().map(Link::from).collect(),
-        }
-    }
-}
-
-impl From<UpperInfo> for Link {
-    fn from(upper: UpperInfo) -> Self {
-        let LinkState {
-            admin_up, carrier, ..
-        } = upper.state;
-        Self {
-            name: upper.name,
-            index: upper.index,
-            kind: upper.kind.as_str(),
-            mode: upper.mode,
-            mac: upper.mac.map(|mac| mac.to_string()),
-            mtu: upper.mtu,
-            up: admin_up,
-            carrier,
-            owner: upper.owner.as_ref().map(owner),
-            leaked: upper.leaked,
-            host_link: upper.host_link,
-        }
-    }
-}
-
 impl Listing {
     fn to_text(&self) -> String {
         let mut lines = Vec::new();
         for interface in &self.interfaces {
-            lines.push(interface.line());
-            lines.extend(
-                interface
-                    .links
-                    .iter()
-                    .map(|link| format!("  {}", link.line())),
-            );
+            lines.push(interface_line(interface));
+            let links = interface.uppers.iter();
+            lines.extend(links.map(|link| format!("  {}", link_line(link))));
         }
         for guest in &self.guests {
             lines.push(guest_line(guest));
@@ -176,43 +104,42 @@ impl Listing {
     }
 }
 
-impl Interface {
-    fn line(&self) -> String {
-        let Some(name) = &self.name else {
-            return format!("interface {} of another network namespace", self.index);
-        };
-        let mac = self.mac.as_deref().unwrap_or("no MAC address");
-        let mtu = self.mtu.unwrap_or_default();
-        let state = state(
-            self.up.unwrap_or_default(),
-            self.carrier.unwrap_or_default(),
-        );
-        format!("{name}  {mac}  mtu {mtu}  {state}")
-    }
+fn interface_line(lower: &LowerInfo) -> String {
+    let Some(name) = &lower.name else {
+        return format!("interface {} of another network namespace", lower.index);
+    };
+    let mtu = lower.mtu.unwrap_or_default();
+    let state = state(
+        lower.up.unwrap_or_default(),
+        lower.carrier.unwrap_or_default(),
+    );
+    format!("{name}  {}  mtu {mtu}  {state}", mac_or_none(lower.mac))
 }
 
-impl Link {
-    fn line(&self) -> String {
-        let Self {
-            name, kind, mtu, ..
-        } = self;
-        let mode = self.mode.unwrap_or("-");
-        let mac = self.mac.as_deref().unwrap_or("no MAC address");
-        let mut line = format!(
-            "{kind} {name}  {mode}  {mac}  mtu {mtu}  {}",
-            state(self.up, self.carrier)
-        );
-        if self.host_link {
-            line.push_str("  the host's own");
-        }
-        if let Some(owner) = &self.owner {
-            let _ = write!(line, "  owner {owner}");
-        }
-        if self.leaked {
-            line.push_str(", which has ended: minivmm net gc deletes it");
-        }
-        line
+fn link_line(link: &UpperInfo) -> String {
+    let mut line = format!(
+        "{} {}  {}  {}  mtu {}  {}",
+        link.kind.as_str(),
+        link.name,
+        link.mode.unwrap_or("-"),
+        mac_or_none(link.mac),
+        link.mtu,
+        state(link.up, link.carrier)
+    );
+    if link.host_link {
+        line.push_str("  the host's own");
     }
+    if let Some(owner) = &link.owner {
+        let _ = write!(line, "  owner {}", owner.describe());
+    }
+    if link.leaked {
+        line.push_str(", which has ended: minivmm net gc deletes it");
+    }
+    line
+}
+
+fn mac_or_none(mac: Option<MacAddr>) -> String {
+    mac.map_or("no MAC address".to_owned(), |mac| mac.to_string())
 }
 
 fn state(up: bool, carrier: bool) -> &'static str {

@@ -3,13 +3,10 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
-use net::MacAddr;
+use net::{MacAddr, USUAL_MTU};
 
 use super::accel::Engine;
 use crate::config::{Config, ConsoleTarget};
-
-/// Ethernet's MTU, which a guest takes for granted.
-pub(super) const USUAL_MTU: u32 = 1500;
 
 /// A NIC: a netdev over open queues, and its device.
 #[derive(Clone, Debug)]

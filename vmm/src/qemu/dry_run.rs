@@ -4,9 +4,8 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::str::FromStr;
 
-use net::{MacAddr, MacvtapSpec, Mode, TapInfo};
+use net::{MacAddr, MacvtapSpec, Mode, TapInfo, USUAL_MTU};
 
-use super::args::USUAL_MTU;
 use super::nics::sysfs_of;
 use super::script::{self, Origin, ScriptNic};
 use super::{Plan, QemuError, failed_to};

@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 
 use super::backend::{Backend, HEADER_LEN};
 use super::features::Offloads;
-use libc::{TUNGETIFF, TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETSNDBUF, TUNSETVNETHDRSZ};
+use libc::{TUNSETOFFLOAD, TUNSETQUEUE, TUNSETSNDBUF, TUNSETVNETHDRSZ};
 
 /// Why a descriptor cannot be the backend of a network device.
 #[derive(Debug, thiserror::Error)]
@@ -32,8 +32,9 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Prepares a queue: non-blocking, virtio-net headers of [`HEADER_LEN`] bytes, no bound on
-    /// what may be in flight, and no offloads until a driver asks for them.
+    /// Prepares a non-blocking queue with the flags IFF_TAP, IFF_NO_PI and IFF_VNET_HDR: headers of
+    /// [`HEADER_LEN`] bytes, no bound on what may be in flight, and no offloads until a driver asks
+    /// for them.
     ///
     /// # Errors
     ///
@@ -41,31 +42,14 @@ impl Tap {
     pub fn new(fd: OwnedFd) -> Result<Self, TapError> {
         let raw = fd.as_raw_fd();
         let setting = |what| move |error| TapError::Setting(raw, what, error);
-        let mut request = ifreq();
-        // SAFETY: TUNGETIFF writes one ifreq, and `request` is one.
-        check(unsafe { ioctl_with_mut_ref(&fd, TUNGETIFF, &mut request) })
-            .map_err(|error| TapError::NotATap(raw, error))?;
-        // SAFETY: TUNGETIFF has filled the flags, the member of the union that is read here.
-        let flags = unsafe { request.ifr_ifru.ifru_flags };
-        let wanted = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-        // A tap (not a macvtap) takes TUNSETIFF only once, from whoever opened it.
-        if flags & wanted != wanted {
-            // The name in `request` is ignored, and each queue has its own flags
-            // (drivers/net/tap.c, tap_ioctl).
-            request.ifr_ifru.ifru_flags = wanted | libc::IFF_MULTI_QUEUE as libc::c_short;
-            // SAFETY: TUNSETIFF reads one ifreq, and `request` is one.
-            check(unsafe { ioctl_with_ref(&fd, TUNSETIFF, &request) })
-                .map_err(setting("the virtio-net header (TUNSETIFF)"))?;
-        }
         // SAFETY: TUNSETVNETHDRSZ reads one int.
         check(unsafe { ioctl_with_ref(&fd, TUNSETVNETHDRSZ, &(HEADER_LEN as libc::c_int)) })
-            .map_err(setting("the header's length (TUNSETVNETHDRSZ)"))?;
+            .map_err(|error| TapError::NotATap(raw, error))?;
         // In bridge mode a frame stays charged to its sender until the guest that it is for reads
         // it: with a bound, one slow guest would stop its neighbours.
         // SAFETY: TUNSETSNDBUF reads one int.
         check(unsafe { ioctl_with_ref(&fd, TUNSETSNDBUF, &libc::c_int::MAX) })
             .map_err(setting("the send buffer (TUNSETSNDBUF)"))?;
-        set_nonblocking(&fd).map_err(setting("O_NONBLOCK"))?;
         // Which offloads a kernel knows shows only when they are set. UDP's are the newest.
         let known_offloads = [Offloads::USO | Offloads::UFO, Offloads::UFO]
             .map(|newest| Offloads::USUAL | newest)
@@ -169,14 +153,6 @@ fn check(result: libc::c_int) -> io::Result<()> {
     } else {
         Ok(())
     }
-}
-
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    // SAFETY: F_GETFL takes no argument and touches no memory.
-    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-    check(flags)?;
-    // SAFETY: F_SETFL takes an int by value.
-    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })
 }
 
 #[cfg(test)]
