@@ -88,9 +88,10 @@ fn taps_of_one_device_are_told_apart() {
 
 #[test]
 fn of_many_at_once_one_has_the_lock_and_the_others_find_its_word() {
-    let directory = tempfile::tempdir().unwrap();
-    let word = directory.path().join("word");
     for _ in 0..200 {
+        // A new one each time: a child that another test has just forked keeps the last round's lock until it execs.
+        let directory = tempfile::tempdir().unwrap();
+        let word = directory.path().join("word");
         let (start, end) = (Barrier::new(8), Barrier::new(8));
         let won = AtomicUsize::new(0);
         let starter = |own: usize| {
@@ -117,7 +118,6 @@ fn of_many_at_once_one_has_the_lock_and_the_others_find_its_word() {
             assert!(said.iter().all(|(_, said)| *said == word), "{said:?}");
         });
         assert_eq!(won.into_inner(), 1);
-        fs::remove_file(&word).unwrap();
     }
 }
 
