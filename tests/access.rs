@@ -33,7 +33,7 @@ mod shared;
 #[path = "access/terminal.rs"]
 mod terminal;
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;

@@ -26,27 +26,6 @@ fn queues(netns: &Netns, name: &str, count: u32) -> Vec<OwnedFd> {
     netns.enter(|| Macvtap::open(&spec)).unwrap().into_parts().0
 }
 
-/// A descriptor of a new tun or tap `name`.
-fn tun(netns: &Netns, name: &str, flags: i32) -> OwnedFd {
-    netns.enter(|| {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/net/tun")
-            .unwrap();
-        // SAFETY: all bytes zero is a value of ifreq.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-            *to = from as libc::c_char;
-        }
-        request.ifr_ifru.ifru_flags = flags as libc::c_short;
-        // SAFETY: the request reads and writes one ifreq, which this is.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) };
-        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
-        file.into()
-    })
-}
-
 fn from_fds(fds: Vec<OwnedFd>) -> Result<Macvtap, ExistingTapError> {
     Macvtap::from_fds(fds, None)
 }
@@ -103,12 +82,12 @@ root_test!(queue_of_a_tap_is_taken_if_its_headers_fit, || {
     let netns = Netns::new();
     let fit = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let existing = netns
-        .enter(|| from_fds(vec![tun(&netns, "tap0", fit)]))
+        .enter(|| from_fds(vec![netns.tun("tap0", fit)]))
         .unwrap();
     let info = existing.info();
     assert_eq!((info.name.as_str(), info.mtu), ("tap0", 1500));
     assert!(info.id.is_some());
-    let error = refusal(vec![tun(&netns, "tap1", libc::IFF_TAP | libc::IFF_NO_PI)]);
+    let error = refusal(vec![netns.tun("tap1", libc::IFF_TAP | libc::IFF_NO_PI)]);
     assert!(matches!(error, ExistingTapError::Headers { name, .. } if name == "tap1"));
 });
 
@@ -129,7 +108,7 @@ root_test!(what_is_no_tap_queue_is_refused_with_what_it_is, || {
         let error = refusal(vec![fd]);
         assert!(matches!(error, ExistingTapError::NotTap { what, .. } if what == expected));
     }
-    let error = refusal(vec![tun(&netns, "tun0", libc::IFF_TUN | libc::IFF_NO_PI)]);
+    let error = refusal(vec![netns.tun("tun0", libc::IFF_TUN | libc::IFF_NO_PI)]);
     assert!(matches!(error, ExistingTapError::Tun { name, .. } if name == "tun0"));
     let unused = File::options()
         .read(true)

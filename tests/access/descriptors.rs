@@ -87,29 +87,13 @@ guest_test!(descriptor_of_another_kind_is_refused_with_its_kind, || {
         FAILED,
         &["fd 3 is a socket, not a macvtap queue"],
     );
-    let tun = place.net.host.enter(tun);
+    let tun = place.net.host.tun("", libc::IFF_TUN | libc::IFF_NO_PI);
     is_refused(
         command("3<&0", tun.into()),
         FAILED,
         &["fd 3 belongs to", "a tun", "use a macvtap or a tap"],
     );
 });
-
-/// A descriptor of a new tun in this thread's network namespace.
-fn tun() -> File {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .unwrap();
-    // SAFETY: all zeroes is a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as i16;
-    // SAFETY: TUNSETIFF takes an ifreq, which lives on.
-    let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-    file
-}
 
 guest_test!(descriptor_with_keys_or_twice_is_refused, || {
     let place = Place::new();

@@ -14,7 +14,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, UdpSocket};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Once;
@@ -206,6 +206,25 @@ impl Netns {
             "link add link {lower} name {name} type macvtap mode {mode}"
         ));
         self.up(name);
+    }
+
+    /// A descriptor of a new tun or tap (IFF_*); without a name the kernel chooses one.
+    pub fn tun(&self, name: &str, flags: libc::c_int) -> OwnedFd {
+        self.enter(|| {
+            let mut options = File::options();
+            let file = options.read(true).write(true).open("/dev/net/tun");
+            let file = file.expect("/dev/net/tun");
+            // SAFETY: all bytes zero is a value of ifreq.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+                *to = from as libc::c_char;
+            }
+            request.ifr_ifru.ifru_flags = flags as libc::c_short;
+            // SAFETY: the request reads and writes one ifreq, which this is.
+            let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+            assert_eq!(done, 0, "{}", io::Error::last_os_error());
+            file.into()
+        })
     }
 
     /// Whether links that are made from now on look for another owner of each new IPv6 address, as
