@@ -14,11 +14,14 @@ fn main() -> ExitCode {
     let Err(error) = watch() else {
         return ExitCode::SUCCESS;
     };
-    // What was tried, then why it failed, each once.
+    // What was tried, why it failed, and what to do about it.
     let mut cause: Option<&dyn Error> = Some(&*error);
     while let Some(error) = cause {
         eprintln!("{error}");
         cause = error.source();
+    }
+    if let Some(remedy) = net::remedy(&*error) {
+        eprintln!("{remedy}");
     }
     ExitCode::FAILURE
 }

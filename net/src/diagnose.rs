@@ -26,7 +26,7 @@ pub use lower::Unfit;
 pub(crate) use lower::check_lower;
 pub(crate) use request::{LinkRequest, check_spec};
 
-/// Why there is no macvtap, with the remedy where there is one.
+/// Why there is no macvtap.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 #[allow(
@@ -34,76 +34,64 @@ pub(crate) use request::{LinkRequest, check_spec};
     reason = "the message above each variant says what it is and what its fields are"
 )]
 pub enum Problem {
-    #[error("{}: {}", .0, .0.remedy())]
-    Unfit(Unfit),
-    #[error("{}: {}", .0, .0.remedy())]
-    NotPermitted(Obstacle),
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    #[error(transparent)]
+    NotPermitted(#[from] Obstacle),
     #[error("there is no network interface `{name}`{hint}")]
     NoSuchLink { name: String, hint: String },
-    #[error("the frames of `{name}` already go to something else ({}): free it, or choose another interface", takers(.master))]
+    #[error("the frames of `{name}` already go to something else ({})", takers(.master))]
     InUse {
         name: String,
         /// Kind and name of a link that it is a port of.
         master: Option<String>,
     },
-    #[error("the kernel takes no macvtap in {mode} mode on `{name}` (EINVAL), {}: end what is in the way, or choose another interface", reasons(*.mode, .kind))]
+    #[error("the kernel takes no macvtap in {mode} mode on `{name}` (EINVAL), {}", reasons(*.mode, .kind))]
     Invalid {
         name: String,
         kind: String,
         mode: Mode,
     },
-    #[error("passthru mode needs `{name}` for itself alone, and it already carries {}: delete them, or choose another mode", list(.others))]
+    #[error("passthru mode needs `{name}` for itself alone, and it already carries {}", list(.others))]
     NotAlone { name: String, others: Vec<String> },
-    #[error(
-        "in passthru mode a macvtap has the MAC address of `{name}`, not {mac}: omit the MAC, or give it to `{name}` first with `ip link set {name} address {mac}`"
-    )]
+    #[error("in passthru mode a macvtap has the MAC address of `{name}`, not {mac}")]
     PassthruMac { name: String, mac: MacAddr },
-    #[error("an MTU of {mtu} does not fit `{name}`: choose 68 to {limit}, the interface's own MTU")]
+    #[error("an MTU of {mtu} does not fit `{name}`")]
     Mtu { name: String, mtu: u32, limit: u32 },
-    #[error(
-        "{mac} is the MAC address of `{name}` itself: choose another, or omit it for a random one"
-    )]
+    #[error("{mac} is the MAC address of `{name}` itself")]
     MacIsLowers { name: String, mac: MacAddr },
-    #[error("the MAC address {mac} is already taken on `{name}` by {}: choose another, or omit it for a random one", holders(.by))]
+    #[error("the MAC address {mac} is already taken on `{name}` by {}", holders(.by))]
     MacTaken {
         name: String,
         mac: MacAddr,
         by: Vec<String>,
     },
-    #[error(
-        "this kernel has no {driver} driver: load it with `modprobe {driver}`, or use a kernel with CONFIG_{}", .driver.to_uppercase()
-    )]
+    #[error("this kernel has no {driver} driver")]
     NoDriver { driver: &'static str },
-    #[error(
-        "the device of the new macvtap `{name}` may not be opened: run as root, and in a container allow the device class macvtap"
-    )]
+    #[error("the device of the new macvtap `{name}` may not be opened")]
     DeviceRefused { name: String },
     #[error("`{name}` disappeared meanwhile")]
     Gone { name: String },
     #[error(
-        "the macvtap `{name}` has the {} {}, not {wanted}: omit that, or change it with `ip link set {name} {} {wanted}`",
-        .difference.what, .difference.has, .difference.set, wanted = .difference.wanted
+        "the macvtap `{name}` has the {} {}, not {}",
+        .difference.what, .difference.has, .difference.wanted
     )]
     Existing {
         name: String,
         difference: Box<Difference>,
     },
-    #[error("{key} has to be 1 to {max}, not {wanted}: choose another, or omit it")]
+    #[error("{key} has to be 1 to {max}, not {wanted}")]
     OutOfRange {
         key: &'static str,
         max: u32,
         wanted: u32,
     },
-    #[error(
-        "with a bcqueuelen of 0 a macvtap receives no broadcast, ARP and DHCP included: choose 1 or more, or omit it for 1000"
-    )]
+    #[error("with a bcqueuelen of 0 a macvtap receives no broadcast, ARP and DHCP included")]
     BcQueueLen,
-    #[error(
-        "only a macvtap in source mode has a list of senders that it receives from: give it that mode, or omit the list"
-    )]
+    #[error("only a macvtap in source mode has a list of senders that it receives from")]
     SourceMacs,
     #[error(
-        "this kernel made the macvtap with {} {}, not {} as it was asked to: omit that, or take a newer kernel (5.11 for bcqueuelen)",
+        "this kernel made the macvtap with {} {}, not {} as it was asked to",
         .0.what, .0.has, .0.wanted
     )]
     Ignored(Box<Difference>),
@@ -111,14 +99,9 @@ pub enum Problem {
         "`{name}` cannot be the name of a new macvtap: a `%` makes the kernel count, and its name would not be known before"
     )]
     NameReserved { name: String },
-    #[error(
-        "there is a link `{name}` already: choose another name, or omit it for the first free one"
-    )]
+    #[error("there is a link `{name}` already")]
     NameTaken { name: String },
-    #[error(
-        "cannot enter the network namespace `{path}`: name one like /run/netns/NAME or /proc/PID/ns/net",
-        path = .path.display()
-    )]
+    #[error("cannot enter the network namespace `{}`", .path.display())]
     Namespace {
         path: PathBuf,
         #[source]
@@ -134,20 +117,49 @@ pub enum Problem {
     },
 }
 
-// Not `#[from]`: it would make them sources, and their texts would be printed twice.
-impl From<Unfit> for Problem {
-    fn from(unfit: Unfit) -> Self {
-        Self::Unfit(unfit)
-    }
-}
-
-impl From<Obstacle> for Problem {
-    fn from(obstacle: Obstacle) -> Self {
-        Self::NotPermitted(obstacle)
-    }
-}
-
 impl Problem {
+    /// What to do about it, where there is something to do.
+    pub fn remedy(&self) -> Option<String> {
+        Some(match self {
+            Self::Unfit(unfit) => unfit.remedy(),
+            Self::NotPermitted(obstacle) => obstacle.remedy().into(),
+            Self::Queue(error) => return error.remedy(),
+            Self::InUse { .. } => "free it, or choose another interface".into(),
+            Self::Invalid { .. } => "end what is in the way, or choose another interface".into(),
+            Self::NotAlone { .. } => "delete them, or choose another mode".into(),
+            Self::PassthruMac { name, mac } => format!(
+                "omit the MAC, or give it to `{name}` first with `ip link set {name} address {mac}`"
+            ),
+            Self::Mtu { limit, .. } => format!("choose 68 to {limit}, the interface's own MTU"),
+            Self::MacIsLowers { .. } | Self::MacTaken { .. } => {
+                "choose another, or omit it for a random one".into()
+            }
+            Self::NoDriver { driver } => format!(
+                "load it with `modprobe {driver}`, or use a kernel with CONFIG_{}",
+                driver.to_uppercase()
+            ),
+            Self::DeviceRefused { .. } => {
+                "run as root, and in a container allow the device class macvtap".into()
+            }
+            Self::Existing { name, difference } => format!(
+                "omit that, or change it with `ip link set {name} {} {}`",
+                difference.set, difference.wanted
+            ),
+            Self::OutOfRange { .. } => "choose another, or omit it".into(),
+            Self::BcQueueLen => "choose 1 or more, or omit it for 1000".into(),
+            Self::SourceMacs => "give it that mode, or omit the list".into(),
+            Self::Ignored(_) => "omit that, or take a newer kernel (5.11 for bcqueuelen)".into(),
+            Self::NameTaken { .. } => {
+                "choose another name, or omit it for the first free one".into()
+            }
+            Self::Namespace { .. } => "name one like /run/netns/NAME or /proc/PID/ns/net".into(),
+            Self::NoSuchLink { .. }
+            | Self::Gone { .. }
+            | Self::NameReserved { .. }
+            | Self::Kernel { .. } => return None,
+        })
+    }
+
     /// For a step that only the lack of a privilege or a broken machine can refuse.
     pub(crate) fn from_step(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| match source.raw_os_error() {

@@ -11,7 +11,7 @@
 use rtnetlink::packet_route::address::AddressMessage;
 
 use crate::address::InterfaceAddress;
-use crate::diagnose;
+use crate::diagnose::{self, Problem};
 use crate::link_guard::LinkGuard;
 use crate::mac::MacAddr;
 use crate::name::{LinkName, NewLinkName};
@@ -100,7 +100,8 @@ impl HostLink {
     ///
     /// One of the [`HostLinkProblem`]s. The link is as it was before, then.
     pub fn delete(link: &LinkName) -> Result<Self, HostLinkError> {
-        let error = |source| HostLinkError::Delete {
+        let error = |source| HostLinkError {
+            doing: "delete the host link",
             link: link.clone(),
             source,
         };
@@ -133,10 +134,10 @@ impl HostLinkGuard {
             if spec.move_addresses {
                 return Err(HostLinkProblem::MoveIsLasting);
             }
-            let owner = Owner::this_process()
-                .map_err(HostLinkProblem::from_step("identify this process"))?;
-            let namespace = netns::current()
-                .map_err(HostLinkProblem::from_step("open the network namespace"))?;
+            let owner =
+                Owner::this_process().map_err(Problem::from_step("identify this process"))?;
+            let namespace =
+                netns::current().map_err(Problem::from_step("open the network namespace"))?;
             let link = make(host, spec, Some(&owner), Journal::new(host))?;
             let guard = LinkGuard::visible(namespace, link.index, owner.to_string());
             Ok(Self {
@@ -160,7 +161,8 @@ fn make_on_host<T: Send>(
         stale::try_delete_stale(host);
         make(host)
     });
-    made.map_err(|source| HostLinkError::Make {
+    made.map_err(|source| HostLinkError {
+        doing: "make a host link on",
         link: spec.link.clone(),
         source,
     })
@@ -171,16 +173,15 @@ fn on_host<T: Send>(
     work: impl FnOnce(&Netlink) -> Result<T, HostLinkProblem> + Send,
 ) -> Result<T, HostLinkProblem> {
     let connected = || {
-        let host =
-            Netlink::connect().map_err(HostLinkProblem::from_step("connect to rtnetlink"))?;
+        let host = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
         work(&host)
     };
-    netns::on_own_thread(connected).map_err(HostLinkProblem::from_step("start a thread"))?
+    netns::on_own_thread(connected).map_err(Problem::from_step("start a thread"))?
 }
 
-fn list(host: &Netlink) -> Result<Vec<Link>, HostLinkProblem> {
+fn list(host: &Netlink) -> Result<Vec<Link>, Problem> {
     host.links()
-        .map_err(HostLinkProblem::from_step("list the network interfaces"))
+        .map_err(Problem::from_step("list the network interfaces"))
 }
 
 fn announce(host: &Netlink, index: u32, addresses: &[InterfaceAddress]) {
@@ -259,7 +260,7 @@ fn unmake(
     let lower = diagnose::by_index(links, link.lower);
     let mut had = host
         .addresses()
-        .map_err(HostLinkProblem::from_step("list the addresses"))?;
+        .map_err(Problem::from_step("list the addresses"))?;
     had.retain(|message| moving::moves(message, link.into()));
     if tag.moved {
         let lower = lower.ok_or_else(|| HostLinkProblem::LowerElsewhere {
@@ -269,7 +270,7 @@ fn unmake(
         move_back(host, link, lower, tag, &had, &mut journal)?;
     }
     host.delete(link.index)
-        .map_err(HostLinkProblem::from_step("delete the link"))?;
+        .map_err(Problem::from_step("delete the link"))?;
     journal.commit();
     let addresses: Vec<InterfaceAddress> = had.iter().filter_map(moving::ip_of).collect();
     if let Some(lower) = lower.filter(|_| tag.moved) {

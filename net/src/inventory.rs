@@ -13,7 +13,7 @@ use crate::owner::Owner;
 use crate::stale::Judge;
 
 /// A link that carries others, and those.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct LowerInfo {
     /// Where it is. In another namespace nothing but its index is known.
@@ -38,9 +38,10 @@ pub struct LowerInfo {
 }
 
 /// A network namespace, as seen from the caller's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Place {
     /// The caller's.
+    #[default]
     Here,
     /// Another, by the number that the caller's namespace has for it (`ip netns list-id`).
     Other(i32),
@@ -54,8 +55,8 @@ pub struct UpperInfo {
     pub name: String,
     /// Its interface index.
     pub index: u32,
-    /// Its driver.
-    pub kind: UpperKind,
+    /// Its driver: `macvlan`, `macvtap` or `ipvlan`.
+    pub kind: String,
     /// As ip-link(8) has it: `bridge`, `vepa`, ... and for an ipvlan `l2`, `l3` or `l3s`.
     pub mode: Option<&'static str>,
     /// None when it is none that a NIC may have.
@@ -79,18 +80,6 @@ pub struct UpperInfo {
     /// Its alias, whatever it means.
     #[serde(skip)]
     pub alias: String,
-}
-
-/// The drivers that share a wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum UpperKind {
-    /// Shares by MAC address; for the host.
-    Macvlan,
-    /// Shares by MAC address; for who reads its queues.
-    Macvtap,
-    /// Shares by IP address.
-    Ipvlan,
 }
 
 fn as_text<S: Serializer>(owner: &Option<Owner>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -160,11 +149,13 @@ fn group(links: &[Link]) -> Vec<LowerInfo> {
         match known {
             Some(lower) => lower.uppers.push(upper),
             None => {
-                let here = diagnose::by_index(links, link.lower);
-                let mut lower =
-                    here.map_or_else(|| LowerInfo::elsewhere(place, index), LowerInfo::of);
-                lower.uppers.push(upper);
-                lowers.push(lower);
+                let here = diagnose::by_index(links, link.lower).map(LowerInfo::of);
+                lowers.push(LowerInfo {
+                    place,
+                    index,
+                    uppers: vec![upper],
+                    ..here.unwrap_or_default()
+                });
             }
         }
     }
@@ -178,44 +169,27 @@ fn group(links: &[Link]) -> Vec<LowerInfo> {
 impl LowerInfo {
     fn of(link: &Link) -> Self {
         Self {
-            place: Place::Here,
             index: link.index,
             name: Some(link.name.clone()),
             mac: link.mac_addr(),
             mtu: Some(link.mtu),
             up: Some(link.up),
             carrier: Some(link.carrier),
-            uppers: Vec::new(),
-        }
-    }
-
-    const fn elsewhere(place: Place, index: u32) -> Self {
-        Self {
-            place,
-            index,
-            name: None,
-            mac: None,
-            mtu: None,
-            up: None,
-            carrier: None,
-            uppers: Vec::new(),
+            ..Self::default()
         }
     }
 }
 
 impl UpperInfo {
     fn of(link: &Link) -> Option<Self> {
-        let kind = match link.kind.as_str() {
-            "macvlan" => UpperKind::Macvlan,
-            "macvtap" => UpperKind::Macvtap,
-            "ipvlan" => UpperKind::Ipvlan,
-            _ => return None,
-        };
+        if !link.is_macvlan() && link.kind != "ipvlan" {
+            return None;
+        }
         let tag = hostlink::Tag::from_alias(&link.alias);
         Some(Self {
             name: link.name.clone(),
             index: link.index,
-            kind,
+            kind: link.kind.clone(),
             mode: link.mode.map(crate::Mode::as_str).or(link.ipvlan_mode),
             mac: link.mac_addr(),
             mtu: link.mtu,
@@ -227,17 +201,6 @@ impl UpperInfo {
             moved: tag.is_some_and(|tag| tag.moved),
             alias: link.alias.clone(),
         })
-    }
-}
-
-impl UpperKind {
-    /// The driver's name.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Macvlan => "macvlan",
-            Self::Macvtap => "macvtap",
-            Self::Ipvlan => "ipvlan",
-        }
     }
 }
 

@@ -142,13 +142,9 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::harness::{self, Netns};
+    use crate::harness::{self as netns, Netns, root_test};
 
-    #[test]
-    fn feature_is_read_by_its_name() {
-        if !harness::is_root() {
-            return;
-        }
+    root_test!(feature_is_read_by_its_name, || {
         let netns = Netns::new();
         netns.wire("v0");
         let has = |link, feature| {
@@ -169,5 +165,5 @@ mod tests {
         assert!(!has("v0", "no-such-feature").unwrap());
         let absent = has("absent", "highdma").unwrap_err();
         assert_eq!(absent.raw_os_error(), Some(libc::ENODEV));
-    }
+    });
 }

@@ -5,7 +5,7 @@
 //! in a network namespace that only this process holds: the kernel removes it when the process ends, in whatever way.
 //! In the caller's namespace ([`Placement::Host`]), [`delete_stale`](delete_stale()) deletes those of ended processes. Or it opens
 //! queues of a macvtap that exists, and [`Macvtap::from_fds`] takes queues that another program has opened. [`Problem`] and
-//! [`ExistingTapError`] say what can go wrong, with the remedy.
+//! [`ExistingTapError`] say what can go wrong, and [`remedy`] what to do about it.
 //!
 //! ```no_run
 //! use net::{Macvtap, MacvtapSpec};
@@ -86,7 +86,7 @@ pub use diagnose::{Difference, Problem, Unfit};
 pub use doctor::{Check, Neighbour, Status, diagnose_host};
 pub use hostlink::{HostLink, HostLinkError, HostLinkGuard, HostLinkProblem, HostLinkSpec};
 pub use identity::{LinkId, current_name, links_here, this_namespace};
-pub use inventory::{InventoryError, LowerInfo, Place, UpperInfo, UpperKind, inventory};
+pub use inventory::{InventoryError, LowerInfo, Place, UpperInfo, inventory};
 pub use link_guard::LinkGuard;
 pub use listen::{FrameListener, HEARD_LEN};
 pub use mac::{MacAddr, ParseMacError};
@@ -103,3 +103,13 @@ pub use record::{
 pub use spec::{MacvtapSpec, Placement};
 pub use stale::{StaleError, StaleLink, delete_stale};
 pub use watch::{LinkChange, LinkEvent, LinkWatch};
+
+/// What to do about an error of this crate, or one that has such a one as a source, where there is something to do.
+pub fn remedy(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    std::iter::successors(Some(error), |error| error.source()).find_map(|error| {
+        if let Some(problem) = error.downcast_ref::<HostLinkProblem>() {
+            return problem.remedy();
+        }
+        error.downcast_ref::<Problem>()?.remedy()
+    })
+}

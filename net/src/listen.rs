@@ -30,25 +30,18 @@ pub struct FrameListener {
 }
 
 impl FrameListener {
-    /// Listens on the link with this index and MAC address in the caller's network namespace.
-    ///
-    /// # Errors
-    ///
-    /// Without CAP_NET_RAW, and when there is no such link.
-    pub fn new(index: u32, mac: MacAddr) -> io::Result<Self> {
-        let socket = packet_socket(index, libc::ETH_P_ALL as u16, &filter(mac.octets()))?;
-        Ok(Self { socket })
-    }
-
-    /// Listens in another network namespace, of which `namespace` is a descriptor.
-    ///
-    /// # Errors
-    ///
-    /// As for [`FrameListener::new`], and without CAP_SYS_ADMIN for both namespaces.
-    pub fn in_namespace(namespace: BorrowedFd<'_>, index: u32, mac: MacAddr) -> io::Result<Self> {
+    /// Listens on the link with this index and MAC address, in the caller's network namespace or in the one that
+    /// `namespace` is a descriptor of.
+    pub(crate) fn new(
+        namespace: Option<BorrowedFd<'_>>,
+        index: u32,
+        mac: MacAddr,
+    ) -> io::Result<Self> {
         netns::on_own_thread(|| {
-            netns::enter(namespace)?;
-            Self::new(index, mac)
+            namespace.map_or(Ok(()), netns::enter)?;
+            let filter = filter(mac.octets());
+            let socket = packet_socket(index, libc::ETH_P_ALL as u16, &filter)?;
+            Ok(Self { socket })
         })?
     }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -13,7 +13,6 @@ use crate::link_guard::LinkGuard;
 use crate::listen::FrameListener;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::name::LinkName;
 use crate::netlink::{Link, Netlink};
 use crate::record::RecordKey;
 use crate::spec::MacvtapSpec;
@@ -29,35 +28,12 @@ use making::make_new;
 
 /// A macvtap that could not be had.
 #[derive(Debug, Error)]
+#[error("cannot {what}")]
 #[non_exhaustive]
-pub enum Error {
-    /// None could be made on a lower link.
-    #[error("cannot make a macvtap on `{link}`{}", of(.namespace))]
-    Make {
-        /// The lower link.
-        link: LinkName,
-        /// The network namespace that it is in, if not the caller's.
-        namespace: Option<Box<Path>>,
-        /// Why.
-        #[source]
-        source: Problem,
-    },
-    /// The link is a macvtap already, and cannot be used.
-    #[error("cannot use the macvtap `{link}`{}", of(.namespace))]
-    Use {
-        /// The macvtap.
-        link: LinkName,
-        /// The network namespace that it is in, if not the caller's.
-        namespace: Option<Box<Path>>,
-        /// Why.
-        #[source]
-        source: Problem,
-    },
-}
-
-fn of(namespace: &Option<Box<Path>>) -> String {
-    let words = |path: &Path| format!(" of the network namespace {}", path.display());
-    namespace.as_deref().map(words).unwrap_or_default()
+pub struct Error {
+    what: String,
+    /// Why.
+    pub source: Problem,
 }
 
 /// The interface of some open queues: a macvtap, or with [`Macvtap::from_fds`] perhaps a tap.
@@ -129,8 +105,18 @@ impl Macvtap {
     ///
     /// One of the [`Problem`]s, and nothing is left of it then.
     pub fn open(spec: &MacvtapSpec) -> Result<Self, Error> {
-        netns::on_own_thread(|| open_here(spec))
-            .map_err(|source| make_error(spec, Problem::from_step("start a thread")(source)))?
+        let mut doing = "make a macvtap on";
+        netns::on_own_thread(|| open_here(spec, &mut doing))
+            .map_err(Problem::from_step("start a thread"))
+            .and_then(|opened| opened)
+            .map_err(|source| {
+                let of = |path: &PathBuf| format!(" of the network namespace {}", path.display());
+                let of = spec.lower_netns.as_ref().map(of).unwrap_or_default();
+                Error {
+                    what: format!("{doing} `{}`{of}", spec.link),
+                    source,
+                }
+            })
     }
 
     /// The first queue: a read takes one received frame, a write sends one, each after a virtio-net header unless
@@ -158,18 +144,13 @@ impl Macvtap {
         let Some(id) = self.info.id else {
             return Ok(None);
         };
-        let indexes = [id.index];
-        if let Sight::By(socket) = &mut self.sight {
-            let socket = socket.take();
-            return socket
-                .map(|socket| LinkWatch::from_socket(socket, &indexes))
-                .transpose();
-        }
-        match self.namespace() {
-            Some(namespace) => LinkWatch::in_namespace(namespace, &indexes).map(Some),
-            // Without a right to other namespaces it can only be in this one.
-            None => LinkWatch::new(&indexes).map(Some),
-        }
+        let socket = match &mut self.sight {
+            Sight::By(socket) => socket.take(),
+            _ => Some(self.watch_socket()?),
+        };
+        socket
+            .map(|socket| LinkWatch::from_socket(socket, &[id.index]))
+            .transpose()
     }
 
     /// A socket by which another process, one without privileges, can watch the macvtap: see [`LinkWatch::from_socket`].
@@ -185,15 +166,13 @@ impl Macvtap {
     ///
     /// # Errors
     ///
-    /// As for [`FrameListener::in_namespace`].
+    /// Without CAP_NET_RAW, and CAP_SYS_ADMIN if it is in another network namespace; and when it is gone.
     pub fn listen(&self) -> io::Result<Option<FrameListener>> {
-        let (Some(id), mac) = (self.info.id, self.info.mac) else {
-            return Ok(None);
-        };
-        match (&self.sight, self.namespace()) {
-            (Sight::By(_), _) => Ok(None),
-            (_, Some(namespace)) => FrameListener::in_namespace(namespace, id.index, mac).map(Some),
-            (_, None) => FrameListener::new(id.index, mac).map(Some),
+        match (self.info.id, &self.sight) {
+            (None, _) | (_, Sight::By(_)) => Ok(None),
+            (Some(id), _) => {
+                FrameListener::new(self.namespace(), id.index, self.info.mac).map(Some)
+            }
         }
     }
 
@@ -222,44 +201,28 @@ impl Macvtap {
     }
 }
 
-fn make_error(spec: &MacvtapSpec, source: Problem) -> Error {
-    Error::Make {
-        link: spec.link.clone(),
-        namespace: spec.lower_netns.as_deref().map(Box::from),
-        source,
-    }
-}
-
-/// [`Macvtap::open`], on a thread that may change its namespace.
-fn open_here(spec: &MacvtapSpec) -> Result<Macvtap, Error> {
-    let make = |source| make_error(spec, source);
-    diagnose::check_spec(spec).map_err(make)?;
-    let home = netns::current()
-        .map_err(Problem::from_step("show this thread's network namespace"))
-        .map_err(make)?;
+/// [`Macvtap::open`], on a thread that may change its namespace. It changes `doing` to what it does on a macvtap.
+fn open_here(spec: &MacvtapSpec, doing: &mut &str) -> Result<Macvtap, Problem> {
+    diagnose::check_spec(spec)?;
+    let home =
+        netns::current().map_err(Problem::from_step("show this thread's network namespace"))?;
     let connect = || Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"));
-    let mut host = connect().map_err(make)?;
+    let mut host = connect()?;
     stale::try_delete_stale(&host);
     if let Some(path) = &spec.lower_netns {
         let entered = netns::open(path).and_then(netns::enter);
-        entered
-            .map_err(Problem::from_namespace(path))
-            .map_err(make)?;
-        host = connect().map_err(make)?;
+        entered.map_err(Problem::from_namespace(path))?;
+        host = connect()?;
     }
     let links = host
         .links()
-        .map_err(Problem::from_step("list the network interfaces"))
-        .map_err(make)?;
-    let link = diagnose::find(&links, spec.link.as_str()).map_err(make)?;
+        .map_err(Problem::from_step("list the network interfaces"))?;
+    let link = diagnose::find(&links, spec.link.as_str())?;
     if link.is_macvtap() {
-        use_existing(&links, link, spec).map_err(|source| Error::Use {
-            link: spec.link.clone(),
-            namespace: spec.lower_netns.as_deref().map(Box::from),
-            source,
-        })
+        *doing = "use the macvtap";
+        use_existing(&links, link, spec)
     } else {
-        make_new(&host, &links, link, spec, home).map_err(make)
+        make_new(&host, &links, link, spec, home)
     }
 }
 

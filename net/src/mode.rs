@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-/// The mode of a macvtap (ip-link(8), "MACVLAN and MACVTAP Type Support").
+/// The mode of a macvtap (ip-link(8), "MACVLAN and MACVTAP Type Support"), with the kernel's numbers (MACVLAN_MODE_* in
+/// include/uapi/linux/if_link.h).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
 )]
@@ -13,17 +14,17 @@ use thiserror::Error;
 pub enum Mode {
     /// Links on the same lower reach each other directly. The kernel's own default is [`Mode::Vepa`], not this.
     #[default]
-    Bridge,
+    Bridge = 4,
     /// All frames go out on the wire; links on the same lower reach each other only through a switch that sends frames
     /// back where they came from (hairpin).
-    Vepa,
+    Vepa = 2,
     /// Links on the same lower don't reach each other, unless a switch sends a unicast frame back where it came from: that
     /// alone the driver lets through.
-    Private,
+    Private = 1,
     /// The lower belongs to this link alone, which takes over its MAC address and receives everything.
-    Passthru,
+    Passthru = 8,
     /// Only frames from listed senders are received; the list begins empty.
-    Source,
+    Source = 16,
 }
 
 /// A word that is no [`Mode`].
@@ -32,7 +33,7 @@ pub enum Mode {
 pub struct ParseModeError(String);
 
 impl Mode {
-    const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 5] = [
         Self::Bridge,
         Self::Vepa,
         Self::Private,

@@ -18,7 +18,7 @@ mod worker;
 use client::Request;
 pub(crate) use client::{is_interrupted, receive};
 pub(crate) use link::Link;
-pub(crate) use new_link::{CHOSEN_INDEXES, Driver, NewLink, random_index, random_name};
+pub(crate) use new_link::{CHOSEN_INDEXES, NewLink, random_index, random_name};
 pub(crate) use objects::Object;
 pub(crate) use wire::{Message, Messages};
 use worker::Worker;

@@ -16,92 +16,55 @@ use crate::netlink::Link;
 use crate::spec::MacvtapSpec;
 use crate::sysfs::{self, Sysfs};
 
-/// Why no queue of a macvtap could be opened.
+/// Why no queue of a macvtap, whose name stands first, could be opened.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum QueueError {
     /// Sysfs doesn't show the link, or not its device.
-    #[error(
-        "cannot find the tap device of `{link}` in sysfs; is /sys mounted, and that of this network namespace?"
-    )]
-    Find {
-        /// The macvtap.
-        link: String,
-        /// What sysfs said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot find the tap device of `{0}` in sysfs")]
+    Find(String, #[source] io::Error),
     /// The right node is there, and is not ours to open.
-    #[error("`{node}`, the device of `{link}`, may not be opened: run as root, or let root give it away with `chown {user} {node}`", user = rustix::process::geteuid().as_raw())]
-    NotPermitted {
-        /// The macvtap.
-        link: String,
-        /// The path of its node.
-        node: String,
-    },
+    #[error("`{1}`, the device of `{0}`, may not be opened")]
+    NotPermitted(String, String),
     /// The right node is there, and the driver refused to open it.
-    #[error("cannot open `{node}`, the device of `{link}`")]
-    Open {
-        /// The macvtap.
-        link: String,
-        /// The path of its node.
-        node: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot open `{1}`, the device of `{0}`")]
+    Open(String, String, #[source] io::Error),
     /// The driver opens no more at once.
-    #[error(
-        "all {max} queues that `{link}` can have are open: close some of them, or use another macvtap",
-        max = MacvtapSpec::MAX_QUEUES
-    )]
-    AllOpen {
-        /// The macvtap.
-        link: String,
-    },
+    #[error("all {max} queues that `{0}` can have are open", max = MacvtapSpec::MAX_QUEUES)]
+    AllOpen(String),
     /// `/dev/tap<index>` isn't the right node, and a private one could not be made and opened.
-    #[error(
-        "cannot make a device node for `{link}` ({node} is missing or another network namespace's); run as root, and in a container allow mknod and the device"
-    )]
-    PrivateNode {
-        /// The macvtap.
-        link: String,
-        /// The path of the node that would have been the usual one.
-        node: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot make a device node for `{0}` ({1} is missing or another network namespace's)")]
+    PrivateNode(String, String, #[source] io::Error),
     /// The open descriptor cannot be asked whose it is.
-    #[error("cannot ask the queue of `{link}` for its name and MAC address")]
-    Ask {
-        /// The macvtap.
-        link: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot ask the queue of `{0}` for its name and MAC address")]
+    Ask(String, #[source] io::Error),
     /// The open descriptor belongs to another link.
-    #[error(
-        "the device node opened for `{link}` turned out to be that of {found}; is /sys that of another network namespace?"
-    )]
-    WrongDevice {
-        /// The macvtap.
-        link: String,
-        /// Name and MAC of the link that it is.
-        found: String,
-    },
+    #[error("the device node opened for `{0}` turned out to be that of {1}")]
+    WrongDevice(String, String),
     /// The macvtap's MAC address is none that a NIC may have.
-    #[error(
-        "`{link}` has no usable MAC address; give it one with `ip link set {link} address MAC`"
-    )]
-    Mac {
-        /// The macvtap.
-        link: String,
-        /// What is wrong with it.
-        #[source]
-        source: ParseMacError,
-    },
+    #[error("`{0}` has no usable MAC address")]
+    Mac(String, #[source] ParseMacError),
+}
+
+impl QueueError {
+    /// What to do about it, where there is something to do.
+    pub fn remedy(&self) -> Option<String> {
+        Some(match self {
+            Self::Find(..) | Self::WrongDevice(..) => {
+                "check that the sysfs on /sys is that of this network namespace".into()
+            }
+            Self::NotPermitted(_, node) => format!(
+                "run as root, or let root give it away with `chown {} {node}`",
+                rustix::process::geteuid().as_raw()
+            ),
+            Self::AllOpen(_) => "close some of them, or use another macvtap".into(),
+            Self::PrivateNode(..) => {
+                "run as root, and in a container allow mknod and the device".into()
+            }
+            Self::Mac(link, _) => format!("give it one with `ip link set {link} address MAC`"),
+            Self::Open(..) | Self::Ask(..) => return None,
+        })
+    }
 }
 
 /// Opens `count` new queues of `link`, non-blocking, and reads its MAC address from them; also returns the number of its device.
@@ -113,10 +76,7 @@ pub(crate) fn open(
 ) -> Result<(Dev, Vec<OwnedFd>, MacAddr), QueueError> {
     let device = sysfs
         .tap_device(&link.name, link.index)
-        .map_err(|source| QueueError::Find {
-            link: link.name.clone(),
-            source,
-        })?;
+        .map_err(|source| QueueError::Find(link.name.clone(), source))?;
     let first = open_device(device, link)?;
     let mac = prove(&first, link)?;
     let mut queues = vec![first];
@@ -137,20 +97,14 @@ fn open_device(device: Dev, link: &Link) -> Result<OwnedFd, QueueError> {
     };
     if !rustix::fs::stat(&node).is_ok_and(is_right) {
         return open_private_node(device).map_err(|source| match source.raw_os_error() {
-            Some(libc::EBUSY) => QueueError::AllOpen { link },
-            _ => QueueError::PrivateNode { link, node, source },
+            Some(libc::EBUSY) => QueueError::AllOpen(link),
+            _ => QueueError::PrivateNode(link, node, source),
         });
     }
     rustix::fs::open(&node, READ_WRITE, Mode::empty()).map_err(|errno| match errno {
-        rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
-            QueueError::NotPermitted { link, node }
-        }
-        rustix::io::Errno::BUSY => QueueError::AllOpen { link },
-        errno => QueueError::Open {
-            link,
-            node,
-            source: errno.into(),
-        },
+        rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => QueueError::NotPermitted(link, node),
+        rustix::io::Errno::BUSY => QueueError::AllOpen(link),
+        errno => QueueError::Open(link, node, errno.into()),
     })
 }
 
@@ -173,22 +127,15 @@ fn open_private_node(device: Dev) -> io::Result<OwnedFd> {
 }
 
 fn prove(queue: &OwnedFd, link: &Link) -> Result<MacAddr, QueueError> {
-    let ask = |source| QueueError::Ask {
-        link: link.name.clone(),
-        source,
-    };
+    let ask = |source| QueueError::Ask(link.name.clone(), source);
     let (name, _) = ioctl::tap_interface(queue.as_fd()).map_err(ask)?;
     let bytes = ioctl::tap_mac(queue.as_fd()).map_err(ask)?;
-    let mac = MacAddr::try_from(bytes).map_err(|source| QueueError::Mac {
-        link: link.name.clone(),
-        source,
-    })?;
+    let mac =
+        MacAddr::try_from(bytes).map_err(|source| QueueError::Mac(link.name.clone(), source))?;
     if name == link.name && Some(bytes) == link.mac {
         Ok(mac)
     } else {
-        Err(QueueError::WrongDevice {
-            link: link.name.clone(),
-            found: format!("`{name}` with MAC {mac}"),
-        })
+        let found = format!("`{name}` with MAC {mac}");
+        Err(QueueError::WrongDevice(link.name.clone(), found))
     }
 }

@@ -45,13 +45,9 @@ pub struct StaleError(#[source] Problem);
 ///
 /// When links cannot be listed, or one cannot be deleted, for want of CAP_NET_ADMIN above all.
 pub fn delete_stale() -> Result<Vec<StaleLink>, StaleError> {
-    let all = || {
-        let netlink = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
-        delete_stale_by(&netlink).map_err(Problem::from_step("delete the links of ended processes"))
-    };
-    netns::on_own_thread(all)
-        .map_err(Problem::from_step("start a thread"))
+    netns::on_own_thread(|| delete_stale_by(&Netlink::connect()?))
         .and_then(|deleted| deleted)
+        .map_err(Problem::from_step("delete the links of ended processes"))
         .map_err(StaleError)
 }
 

@@ -131,10 +131,7 @@ impl LinkWatch {
     ///
     /// As for [`LinkWatch::new`], and without CAP_SYS_ADMIN for both namespaces.
     pub fn in_namespace(namespace: BorrowedFd<'_>, indexes: &[u32]) -> io::Result<Self> {
-        netns::on_own_thread(|| {
-            netns::enter(namespace)?;
-            Self::new(indexes)
-        })?
+        Self::over(open_socket_in(Some(namespace))?, indexes)
     }
 
     /// The next event; None when there is none for now.

@@ -63,10 +63,12 @@ pub enum Error {
 
 impl Error {
     /// What to do about it, where the text does not say it.
-    pub fn remedy(&self) -> Option<&'static str> {
+    pub fn remedy(&self) -> Option<String> {
         match self {
-            Self::Resources(ResourceError::Kvm(error)) | Self::Vm(error) => error.remedy(),
-            _ => None,
+            Self::Resources(ResourceError::Kvm(error)) | Self::Vm(error) => {
+                error.remedy().map(str::to_owned)
+            }
+            _ => net::remedy(self),
         }
     }
 }

@@ -33,17 +33,22 @@ pub unsafe fn main() -> ExitCode {
     if let Some(command) = &cli.command {
         let status = commands::run(command, inherited);
         return ExitCode::from(status.unwrap_or_else(|error| {
-            log::error!("{}", chain(&error));
+            log::error!("{}", with_remedy(chain(&error), net::remedy(&error)));
             error.code()
         }));
     }
     tty::restore_on_panic();
     let exit = builder::run(Config::from(cli.guest), inherited, &signals::ENDING, drop);
-    let exit = exit.unwrap_or_else(|error| {
-        let remedy = error.remedy().map(|remedy| format!(": {remedy}"));
-        Exit::Failure(chain(&error) + &remedy.unwrap_or_default())
-    });
+    let exit =
+        exit.unwrap_or_else(|error| Exit::Failure(with_remedy(chain(&error), error.remedy())));
     exit.log();
     // Not `exit`: nothing that the console's thread, blocked in its read, might hold is waited for.
     ExitCode::from(exit.code())
+}
+
+fn with_remedy(failure: String, remedy: Option<String>) -> String {
+    match remedy {
+        Some(remedy) => format!("{failure}: {remedy}"),
+        None => failure,
+    }
 }

@@ -27,6 +27,11 @@ pub(super) fn on(lower: u32, kind: &str, link: Link) -> Link {
     }
 }
 
+/// A problem, and what to do about it.
+pub(super) fn text(problem: &Problem) -> String {
+    format!("{problem}: {}", problem.remedy().unwrap_or_default())
+}
+
 fn mac() -> MacAddr {
     MacAddr::try_from(MAC).unwrap()
 }
@@ -106,11 +111,7 @@ fn existing_macvtap_must_be_what_was_asked_for() {
     )
     .unwrap();
 
-    let refusal = |expected| {
-        check_existing(&links, &macvtap, &expected)
-            .unwrap_err()
-            .to_string()
-    };
+    let refusal = |expected| text(&check_existing(&links, &macvtap, &expected).unwrap_err());
     let text = refusal(MacvtapSpec {
         mode: Some(Mode::Bridge),
         ..nothing.clone()
@@ -223,7 +224,7 @@ fn made_macvtap_on_a_kernel_that_ignored_something_is_refused() {
         bc_queue_len: 0,
         ..made.clone()
     };
-    let text = check_made(&old, &asked).unwrap_err().to_string();
+    let text = text(&check_made(&old, &asked).unwrap_err());
     assert!(
         text.contains("bcqueuelen 0, not 2000") && text.contains("5.11"),
         "{text}"

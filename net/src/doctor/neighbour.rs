@@ -2,28 +2,19 @@
 
 use super::{Check, Facts};
 use crate::diagnose;
-use crate::identity::LinkId;
 use crate::mac::MacAddr;
-use crate::mode::Mode;
+use crate::macvtap::TapInfo;
 use crate::netlink::Link;
 
 /// A macvtap that the caller of [`diagnose_host`](crate::diagnose_host()) knows of, in whichever namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Neighbour {
-    /// Its name in its own network namespace.
-    pub name: String,
-    /// Which link it is, where that is known.
-    pub id: Option<LinkId>,
-    /// Which link it stands on.
-    pub lower: LinkId,
-    /// Its address.
-    pub mac: MacAddr,
-    /// Its guest's, which should be the same.
+    /// What it is.
+    pub tap: TapInfo,
+    /// Its guest's MAC address, which should be the same.
     pub guest_mac: MacAddr,
     /// It no longer takes every multicast frame.
     pub filters_multicast: bool,
-    /// How it treats its siblings, where that is known.
-    pub mode: Option<Mode>,
     /// The process that uses it.
     pub pid: u32,
 }
@@ -31,25 +22,26 @@ pub struct Neighbour {
 impl Neighbour {
     /// The index of its lower in `namespace`, if that is there.
     fn lower_in(&self, namespace: u64) -> Option<u32> {
-        (self.lower.namespace == namespace).then_some(self.lower.index)
+        let lower = self.tap.lower_id?;
+        (lower.namespace == namespace).then_some(lower.index)
     }
 }
 
 /// Those of other namespaces on links of this one, which has `links`: as links with indexes that no real one has, each
 /// with its process.
 pub(super) fn out_of_sight(facts: &Facts, links: &[Link]) -> Vec<(Link, u32)> {
-    let is_hidden = |neighbour: &&Neighbour| match neighbour.id {
+    let is_hidden = |neighbour: &&Neighbour| match neighbour.tap.id {
         Some(id) => id.namespace != facts.namespace,
-        None => links.iter().all(|link| link.name != neighbour.name),
+        None => links.iter().all(|link| link.name != neighbour.tap.name),
     };
     let as_link = |(index, neighbour): (u32, &Neighbour)| {
         let link = Link {
             index,
-            name: format!("{} of pid {}", neighbour.name, neighbour.pid),
+            name: format!("{} of pid {}", neighbour.tap.name, neighbour.pid),
             kind: "macvtap".to_owned(),
-            mac: Some(neighbour.mac.octets()),
+            mac: Some(neighbour.tap.mac.octets()),
             lower: Some(neighbour.lower_in(facts.namespace)?),
-            mode: neighbour.mode,
+            mode: neighbour.tap.mode,
             up: true,
             ethernet: true,
             ..Link::default()
@@ -69,12 +61,15 @@ pub(super) fn guests(facts: &Facts, links: &[Link], only: Option<u32>) -> Check 
     let (mut messages, mut remedies) = (Vec::new(), Vec::new());
     for neighbour in &facts.neighbours {
         let lower = neighbour.lower_in(facts.namespace);
-        let index = neighbour.id.filter(|id| id.namespace == facts.namespace);
+        let index = neighbour
+            .tap
+            .id
+            .filter(|id| id.namespace == facts.namespace);
         let here = diagnose::by_index(links, index.map(|id| id.index));
         if (lower.is_none() && here.is_none()) || (only.is_some() && lower != only) {
             continue;
         }
-        let name = here.map_or(&neighbour.name, |link| &link.name);
+        let name = here.map_or(&neighbour.tap.name, |link| &link.name);
         let (pid, guest_mac) = (neighbour.pid, neighbour.guest_mac);
         let mut complain = |message: &str, set: &str| {
             messages.push(format!("`{name}` of pid {pid} {message}"));
@@ -84,8 +79,8 @@ pub(super) fn guests(facts: &Facts, links: &[Link], only: Option<u32>) -> Check 
             };
             remedies.push(format!("`ip link set {name} {set}`{elsewhere}"));
         };
-        if neighbour.mac != guest_mac {
-            let mac = neighbour.mac;
+        if neighbour.tap.mac != guest_mac {
+            let mac = neighbour.tap.mac;
             complain(
                 &format!(
                     "has the MAC address {mac}, but its guest has {guest_mac} and gets no frame"

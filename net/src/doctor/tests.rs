@@ -1,6 +1,7 @@
 use super::*;
+use crate::harness::{self as netns, Netns, root_test};
 use crate::privileges::tests::{CONFINED, CONFINED_ROOT, FOREIGN, ROOT, USER};
-use crate::{LinkId, Mode, harness};
+use crate::{LinkId, Mode, TapInfo};
 
 /// A namespace where all is well: `eno1` up, with the bridge-mode macvtap `mvt0` on it.
 fn healthy() -> Facts {
@@ -300,23 +301,22 @@ fn doctor_shows_every_problem_of_a_lower_at_once() {
     assert!(all.iter().all(|(status, _)| *status == Status::Fail));
 }
 
-/// Mounting one takes the kernel a millisecond, and there may be thousands of links.
-#[test]
-fn doctor_mounts_sysfs_once_whatever_the_number_of_links() {
-    if !harness::is_root() {
-        return;
+// Mounting one takes the kernel a millisecond, and there may be thousands of links.
+root_test!(
+    doctor_mounts_sysfs_once_whatever_the_number_of_links,
+    || {
+        let netns = Netns::new();
+        for n in 0..4 {
+            netns.wire(&format!("v{n}"));
+        }
+        let mounts = netns.enter(|| {
+            let facts = Facts::collect(None, &[]);
+            assert_eq!(facts.links.unwrap().len(), 9);
+            crate::sysfs::tests::mounts_of_this_thread()
+        });
+        assert_eq!(mounts, 1);
     }
-    let netns = harness::Netns::new();
-    for n in 0..4 {
-        netns.wire(&format!("v{n}"));
-    }
-    let mounts = netns.enter(|| {
-        let facts = Facts::collect(None, &[]);
-        assert_eq!(facts.links.unwrap().len(), 9);
-        crate::sysfs::tests::mounts_of_this_thread()
-    });
-    assert_eq!(mounts, 1);
-}
+);
 
 #[test]
 fn doctor_of_macvtaps_says_which_disturb_each_other() {
@@ -364,22 +364,26 @@ fn doctor_of_macvtaps_says_which_disturb_each_other() {
 
 /// A guest's private macvtap on `eno1` of the namespace 1.
 fn private(mode: Mode) -> Neighbour {
+    let mac = "02:00:00:00:02:01".parse().unwrap();
     Neighbour {
-        name: "macvtap0".to_owned(),
-        id: Some(LinkId {
-            namespace: 7,
-            index: 7,
-        }),
-        lower: LinkId {
-            namespace: 1,
-            index: 2,
+        tap: TapInfo {
+            name: "macvtap0".to_owned(),
+            lower: "eno1".to_owned(),
+            mac,
+            mtu: 1500,
+            device: 0,
+            id: id(7, 7),
+            lower_id: id(1, 2),
+            mode: Some(mode),
         },
-        mac: "02:00:00:00:02:01".parse().unwrap(),
-        guest_mac: "02:00:00:00:02:01".parse().unwrap(),
+        guest_mac: mac,
         filters_multicast: false,
-        mode: Some(mode),
         pid: 4711,
     }
+}
+
+fn id(namespace: u64, index: u32) -> Option<LinkId> {
+    Some(LinkId { namespace, index })
 }
 
 #[test]
@@ -420,7 +424,7 @@ fn doctor_knows_macvtaps_of_other_namespaces() {
         "eno1",
         |facts, links| {
             with(facts, private(Mode::Bridge));
-            links[1].mac = Some(facts.neighbours[0].mac.octets());
+            links[1].mac = Some(facts.neighbours[0].tap.mac.octets());
         },
     );
 }
@@ -434,23 +438,14 @@ fn neighbours_of_other_lowers_and_those_in_sight_are_left_out() {
         };
         neighbour::out_of_sight(&facts, facts.links.as_ref().unwrap()).len()
     };
-    let bridge = || private(Mode::Bridge);
-    assert_eq!(found(bridge()), 1);
-    let lower = LinkId {
-        namespace: 2,
-        index: 2,
-    };
-    assert_eq!(found(Neighbour { lower, ..bridge() }), 0);
-    let id = Some(LinkId {
-        namespace: 1,
-        index: 7,
-    });
-    assert_eq!(found(Neighbour { id, ..bridge() }), 0);
-    let seen = Neighbour {
-        id: None,
-        name: "mvt0".to_owned(),
-        ..bridge()
-    };
+    let mut neighbour = private(Mode::Bridge);
+    assert_eq!(found(neighbour.clone()), 1);
+    neighbour.tap.lower_id = id(2, 2);
+    assert_eq!(found(neighbour), 0);
+    let mut seen = private(Mode::Bridge);
+    seen.tap.id = id(1, 7);
+    assert_eq!(found(seen.clone()), 0);
+    (seen.tap.id, seen.tap.name) = (None, "mvt0".to_owned());
     assert_eq!(found(seen), 0);
 }
 
@@ -461,25 +456,18 @@ fn doctor_of_running_guests_says_what_somebody_has_changed_on_their_macvtaps() {
         complaints(link, |facts, _| facts.neighbours = vec![neighbour])
     };
     assert_eq!(with("", private(Mode::Bridge)), []);
-    let other_mac = || Neighbour {
-        mac: "02:00:00:00:02:99".parse().unwrap(),
-        ..private(Mode::Bridge)
-    };
-    let multicast = Neighbour {
-        // It has been renamed since.
-        id: Some(LinkId {
-            namespace: 1,
-            index: 7,
-        }),
-        filters_multicast: true,
-        ..private(Mode::Bridge)
-    };
+    let mut other_mac = private(Mode::Bridge);
+    other_mac.tap.mac = "02:00:00:00:02:99".parse().unwrap();
+    let mut multicast = private(Mode::Bridge);
+    // It has been renamed since.
+    multicast.tap.id = id(1, 7);
+    multicast.filters_multicast = true;
     for link in ["", "eno1"] {
         let text = "`macvtap0` of pid 4711 has the MAC address 02:00:00:00:02:99, but its guest has \
                     02:00:00:00:02:01 and gets no frame -> `ip link set macvtap0 address \
                     02:00:00:00:02:01` in the network namespace";
         assert_complaint((Warn, text), link, |facts, _| {
-            facts.neighbours = vec![other_mac()];
+            facts.neighbours = vec![other_mac.clone()];
         });
         let text = "`mvt0` of pid 4711 filters multicast, so IPv6 neighbours may not find its guest \
                     -> `ip link set mvt0 allmulticast on`";
@@ -488,19 +476,10 @@ fn doctor_of_running_guests_says_what_somebody_has_changed_on_their_macvtaps() {
         });
     }
     // On another link, and in another namespace.
-    let mut lower = other_mac().lower;
-    lower.index = 3;
-    let on_other = Neighbour {
-        lower,
-        ..other_mac()
-    };
-    assert_eq!(with("eno1", on_other), []);
-    lower.namespace = 2;
-    let elsewhere = Neighbour {
-        lower,
-        ..other_mac()
-    };
-    assert_eq!(with("", elsewhere), []);
+    other_mac.tap.lower_id = id(1, 3);
+    assert_eq!(with("eno1", other_mac.clone()), []);
+    other_mac.tap.lower_id = id(2, 3);
+    assert_eq!(with("", other_mac), []);
 }
 
 #[test]

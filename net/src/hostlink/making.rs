@@ -2,6 +2,7 @@
 
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use rtnetlink::packet_route::link::InfoKind;
 
 use super::moving;
 use super::settings::{self, Paused};
@@ -12,7 +13,7 @@ use crate::diagnose::{self, LinkRequest, Problem};
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::NewLinkName;
-use crate::netlink::{Driver, Link, Netlink, NewLink, Object, random_index};
+use crate::netlink::{Link, Netlink, NewLink, Object, random_index};
 use crate::owner::Owner;
 use crate::wifi;
 
@@ -22,7 +23,7 @@ pub(super) fn make(
     owner: Option<&Owner>,
     mut journal: Journal<'_>,
 ) -> Result<HostLink, HostLinkProblem> {
-    let refused = HostLinkProblem::from_step;
+    let refused = Problem::from_step;
     let links = list(host)?;
     let link = diagnose::find(&links, spec.link.as_str())?;
     let lower = wifi::fit_lower(&links, link)?;
@@ -97,13 +98,13 @@ pub(super) fn create(
     alias: &str,
 ) -> Result<u32, HostLinkProblem> {
     request.check()?;
-    let random = HostLinkProblem::from_step("give random bytes for a MAC address");
+    let random = Problem::from_step("give random bytes for a MAC address");
     let mac = spec.mac.map_or_else(MacAddr::random, Ok).map_err(random)?;
     let name = spec.name.as_ref().map_or(FREE_NAME, NewLinkName::as_str);
     let new = NewLink {
         alias,
         mac: Some(mac),
-        ..NewLink::new(Driver::Macvlan, name, request.lower.index)
+        ..NewLink::new(InfoKind::MacVlan, name, request.lower.index)
     };
     let explain = |error: std::io::Error| match error.raw_os_error() {
         Some(libc::EEXIST) => HostLinkProblem::NameTaken {

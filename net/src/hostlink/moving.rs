@@ -20,6 +20,7 @@ use rtnetlink::packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
 use super::HostLinkProblem;
 use super::step::Step;
 use crate::address::{InterfaceAddress, is_link_local};
+use crate::diagnose::Problem;
 use crate::netlink::{Link, Netlink, Object};
 
 /// What a move needs to know of a link.
@@ -40,7 +41,7 @@ impl<'a> From<&'a Link> for End<'a> {
 
 /// All that can be moved in a namespace, addresses in the order in which they were made. There may be thousands.
 pub(super) fn everything(host: &Netlink) -> Result<Vec<Object>, HostLinkProblem> {
-    let explain = HostLinkProblem::from_step;
+    let explain = Problem::from_step;
     let addresses = host.addresses().map_err(explain("list the addresses"))?;
     let routes = host.routes().map_err(explain("list the routes"))?;
     let neighbours = host.neighbours().map_err(explain("list the neighbours"))?;

@@ -1,4 +1,4 @@
-//! Why there is no host link, or why it stays: one sentence each, with the remedy.
+//! Why there is no host link, or why it stays: one sentence each, and the remedy.
 
 use std::io;
 
@@ -10,30 +10,17 @@ use crate::address::InterfaceAddress;
 use crate::diagnose::Problem;
 use crate::name::LinkName;
 use crate::netlink::Object;
-use crate::privileges::Obstacle;
 
 /// A host link that could not be made or deleted. All is as it was before.
 #[derive(Debug, Error)]
+#[error("cannot {doing} `{link}`")]
 #[non_exhaustive]
-pub enum HostLinkError {
-    /// None could be made.
-    #[error("cannot make a host link on `{link}`")]
-    Make {
-        /// The lower link.
-        link: LinkName,
-        /// Why.
-        #[source]
-        source: HostLinkProblem,
-    },
-    /// It could not be deleted.
-    #[error("cannot delete the host link `{link}`")]
-    Delete {
-        /// The host link, or the lower link that it was sought on.
-        link: LinkName,
-        /// Why.
-        #[source]
-        source: HostLinkProblem,
-    },
+pub struct HostLinkError {
+    pub(super) doing: &'static str,
+    /// The lower link; or the host link that was to be deleted.
+    pub(super) link: LinkName,
+    /// Why.
+    pub source: HostLinkProblem,
 }
 
 /// What stands in the way of a host link.
@@ -46,85 +33,94 @@ pub enum HostLinkError {
 pub enum HostLinkProblem {
     #[error(transparent)]
     Lower(#[from] Problem),
-    #[error("it would have no address: give it one, or have those of `{name}` moved onto it")]
+    #[error("it would have no address")]
     NoAddress { name: String },
-    #[error(
-        "`{name}` has no address to move{}: give the host link one instead",
-        moved_to(.already)
-    )]
+    #[error("`{name}` has no address to move{}", moved_to(.already))]
     NothingToMove { name: String, already: Vec<String> },
-    #[error(
-        "there is already an interface `{name}`: choose another name, or omit it for a free one"
-    )]
+    #[error("there is already an interface `{name}`")]
     NameTaken { name: String },
-    #[error(
-        "`{by}` has the address {address} already: have the addresses of the lower link moved, choose another address, or free this one with `ip address delete {address} dev {by}`"
-    )]
+    #[error("`{by}` has the address {address} already")]
     AddressTaken {
         address: InterfaceAddress,
         by: String,
     },
     #[error(
-        "`{by}` with its {other} already leads to the network of {address}, and the host would go on looking for its guests there: have the addresses of the lower link moved instead, or choose an address in another network"
+        "`{by}` with its {other} already leads to the network of {address}, and the host would go on looking for its guests there"
     )]
     SameNetwork {
         address: InterfaceAddress,
         other: InterfaceAddress,
         by: String,
     },
-    #[error(
-        "a host link that ends with its process cannot take over addresses: make a lasting one, or give it an address of its own"
-    )]
+    #[error("a host link that ends with its process cannot take over addresses")]
     MoveIsLasting,
-    #[error("so many addresses cannot be remembered with the link: give fewer at once")]
+    #[error("so many addresses cannot be remembered with the link")]
     TooManyAddresses,
-    #[error(
-        "IPv6 is off for `{name}`: turn it on with `sysctl net.ipv6.conf.default.disable_ipv6=0`, or give IPv4 addresses only"
-    )]
+    #[error("IPv6 is off for `{name}`")]
     Ipv6Disabled { name: String },
-    #[error(
-        "a route over `{name}` uses a next-hop object, which cannot be moved: replace it by a plain route (`ip nexthop` lists the objects)"
-    )]
+    #[error("a route over `{name}` uses a next-hop object, which cannot be moved")]
     NextHopObject { name: String },
-    #[error("there is no host link on `{name}`: `ip -d link` lists the links that there are")]
+    #[error("there is no host link on `{name}`")]
     NoHostLink { name: String },
-    #[error("there are several, {}: name one of them", .names.join(", "))]
+    #[error("there are several, {}", .names.join(", "))]
     Several { names: Vec<String> },
-    #[error(
-        "`{name}` was not made as a host link: if it is not needed, delete it with `ip link delete {name}`"
-    )]
+    #[error("`{name}` was not made as a host link")]
     NotOurs { name: String },
-    #[error(
-        "`{name}` belongs to the process {pid}, which is running: end that, and the link goes with it"
-    )]
+    #[error("`{name}` belongs to the process {pid}, which is running")]
     InUse { name: String, pid: u32 },
     #[error(
-        "the link under `{name}`, where its addresses would have to go back to, is in another network namespace: delete it there"
+        "the link under `{name}`, where its addresses would have to go back to, is in another network namespace"
     )]
     LowerElsewhere { name: String },
     #[error(
-        "`{name}` is in {}, but `{lower}` is not: addresses and routes would change tables on their way back. Let it follow first: `ip link set {lower} {}`",
-        vrf(.has), .has.as_ref().map_or("nomaster".to_owned(), |has| format!("master {has}"))
+        "`{name}` is in {}, but `{lower}` is not, so addresses and routes would change tables on their way back",
+        vrf(.has)
     )]
     OtherVrf {
         name: String,
         has: Option<String>,
         lower: String,
     },
-    #[error("the kernel refused to {doing}")]
-    Refused {
-        doing: &'static str,
-        #[source]
-        source: io::Error,
-    },
 }
 
 impl HostLinkProblem {
-    pub(super) fn from_step(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| match source.raw_os_error() {
-            Some(libc::EPERM) => Self::Lower(Obstacle::of_this_thread().into()),
-            _ => Self::Refused { doing, source },
-        }
+    /// What to do about it, where there is something to do.
+    pub fn remedy(&self) -> Option<String> {
+        Some(match self {
+            Self::Lower(problem) => return problem.remedy(),
+            Self::NoAddress { name } => {
+                format!("give it one, or have those of `{name}` moved onto it")
+            }
+            Self::NothingToMove { .. } => "give the host link one instead".into(),
+            Self::NameTaken { .. } => "choose another name, or omit it for a free one".into(),
+            Self::AddressTaken { address, by } => format!(
+                "have the addresses of the lower link moved, choose another address, or free this one with `ip address delete {address} dev {by}`"
+            ),
+            Self::SameNetwork { .. } => {
+                "have the addresses of the lower link moved instead, or choose an address in another network".into()
+            }
+            Self::MoveIsLasting => "make a lasting one, or give it an address of its own".into(),
+            Self::TooManyAddresses => "give fewer at once".into(),
+            Self::Ipv6Disabled { .. } => {
+                "turn it on with `sysctl net.ipv6.conf.default.disable_ipv6=0`, or give IPv4 addresses only".into()
+            }
+            Self::NextHopObject { .. } => {
+                "replace it by a plain route (`ip nexthop` lists the objects)".into()
+            }
+            Self::NoHostLink { .. } => "`ip -d link` lists the links that there are".into(),
+            Self::Several { .. } => "name one of them".into(),
+            Self::NotOurs { name } => {
+                format!("if it is not needed, delete it with `ip link delete {name}`")
+            }
+            Self::InUse { .. } => "end that, and the link goes with it".into(),
+            Self::LowerElsewhere { .. } => "delete it there".into(),
+            Self::OtherVrf { has: None, lower, .. } => {
+                format!("let it follow first with `ip link set {lower} nomaster`")
+            }
+            Self::OtherVrf { has: Some(vrf), lower, .. } => {
+                format!("let it follow first with `ip link set {lower} master {vrf}`")
+            }
+        })
     }
 
     /// The meaning of the kernel's refusal of a step for the link `name`.
@@ -135,7 +131,7 @@ impl HostLinkProblem {
                 let name = name.to_owned();
                 Self::Ipv6Disabled { name }
             }
-            _ => Self::from_step(step.doing())(source),
+            _ => Problem::from_step(step.doing())(source).into(),
         }
     }
 }

@@ -6,7 +6,7 @@ use super::making::{create, new_address, request};
 use super::moving::End;
 use super::*;
 
-use crate::harness::{self, Netns};
+use crate::harness::{self as netns, Netns, root_test};
 
 fn spec(addresses: &[&str], move_addresses: bool) -> HostLinkSpec {
     let addresses = addresses.iter().map(|text| text.parse().unwrap());
@@ -135,11 +135,7 @@ fn unmake_with(host: &Netlink, patience: Option<usize>) -> Result<HostLink, Host
     unmake(host, &links, link, &tag, journal)
 }
 
-#[test]
-fn move_that_fails_at_any_step_puts_all_back() {
-    if !harness::is_root() {
-        return;
-    }
+root_test!(move_that_fails_at_any_step_puts_all_back, || {
     let (host, _peer) = host_with_much();
     let before = snapshot(&host);
     let spec = spec(&["192.0.2.9/24", "fd00::9/64"], true);
@@ -148,7 +144,7 @@ fn move_that_fails_at_any_step_puts_all_back() {
         let result = host.enter(|| make_with(&Netlink::connect().unwrap(), &spec, Some(steps)));
         match result {
             Ok(_) => break,
-            Err(HostLinkProblem::Refused { source, .. }) => {
+            Err(HostLinkProblem::Lower(Problem::Kernel { source, .. })) => {
                 assert_eq!(source.raw_os_error(), Some(libc::EIO));
             }
             Err(other) => panic!("{other}"),
@@ -170,13 +166,9 @@ fn move_that_fails_at_any_step_puts_all_back() {
     }
     becomes(&host, &before, "after the way back");
     assert_eq!(host.links(), ["v0"]);
-}
+});
 
-#[test]
-fn move_that_was_killed_at_any_step_is_undone_by_delete() {
-    if !harness::is_root() {
-        return;
-    }
+root_test!(move_that_was_killed_at_any_step_is_undone_by_delete, || {
     let (host, _peer) = host_with_much();
     let before = snapshot(&host);
     host.enter(|| {
@@ -200,7 +192,7 @@ fn move_that_was_killed_at_any_step_is_undone_by_delete() {
             }
         }
     });
-}
+});
 
 /// What a killed `make` leaves behind that had taken so many steps; returns how many it would have taken, and a route
 /// that was on neither link just then.
@@ -239,11 +231,7 @@ fn half_a_move(host: &Netlink, count: usize) -> (usize, Option<RouteMessage>) {
     (length, lost)
 }
 
-#[test]
-fn move_takes_everything_but_the_link_local_along() {
-    if !harness::is_root() {
-        return;
-    }
+root_test!(move_takes_everything_but_the_link_local_along, || {
     let (host, peer) = host_with_much();
     assert!(host.pings("192.0.2.1", 5) && host.pings("2001:db8::1", 5));
     let renamed = |name: &str| {
@@ -275,81 +263,76 @@ fn move_takes_everything_but_the_link_local_along() {
     let deleted = host.enter(|| HostLink::delete(&"macvlan0".parse().unwrap()).unwrap());
     assert_eq!(deleted.addresses, made.addresses);
     assert!(host.pings("192.0.2.1", 5) && host.pings("2001:db8::1", 5));
-}
+});
 
-#[test]
-fn move_of_advertised_addresses_turns_advertisements_off_meanwhile() {
-    if !harness::is_root() {
-        return;
+root_test!(
+    move_of_advertised_addresses_turns_advertisements_off_meanwhile,
+    || {
+        let host = Netns::new();
+        host.wire("v0");
+        host.ip("address add 2001:db8:1::5/64 dev v0 nodad valid_lft 5000 preferred_lft 4000");
+        let setting =
+            || host.enter(|| std::fs::read_to_string(Paused::AcceptRa.path("v0")).unwrap());
+        assert_eq!(setting(), "1\n");
+        let delete = || host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
+        host.enter(|| HostLink::create(&spec(&[], true)).unwrap());
+        assert_eq!(setting(), "0\n");
+        delete();
+        assert_eq!(setting(), "1\n");
     }
-    let host = Netns::new();
-    host.wire("v0");
-    host.ip("address add 2001:db8:1::5/64 dev v0 nodad valid_lft 5000 preferred_lft 4000");
-    let setting = || host.enter(|| std::fs::read_to_string(Paused::AcceptRa.path("v0")).unwrap());
-    assert_eq!(setting(), "1\n");
-    let delete = || host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
-    host.enter(|| HostLink::create(&spec(&[], true)).unwrap());
-    assert_eq!(setting(), "0\n");
-    delete();
-    assert_eq!(setting(), "1\n");
-}
+);
 
-#[test]
-fn move_takes_settings_along_and_leaves_the_lowers_as_they_were() {
-    if !harness::is_root() {
-        return;
+root_test!(
+    move_takes_settings_along_and_leaves_the_lowers_as_they_were,
+    || {
+        let (host, peer) = (Netns::new(), Netns::new());
+        host.veth("v0", &peer, "v1");
+        host.address("v0", "192.0.2.5/24");
+        peer.address("v1", "192.0.2.1/24");
+        let read = |link: &str, key: &str| {
+            let path = format!("/proc/sys/net/{}", key.replace("LINK", link));
+            host.enter(|| std::fs::read_to_string(path).unwrap().trim().to_owned())
+        };
+        // None is the default of its kind, and one comes in two units.
+        let set = [
+            ("ipv4/conf/LINK/forwarding", "1"),
+            ("ipv4/conf/LINK/log_martians", "1"),
+            ("ipv4/conf/LINK/proxy_arp", "1"),
+            ("ipv4/conf/LINK/arp_ignore", "1"),
+            ("ipv4/neigh/LINK/proxy_delay", "0"),
+            ("ipv4/neigh/LINK/retrans_time_ms", "1240"),
+            ("ipv6/conf/LINK/accept_ra", "2"),
+            ("ipv6/conf/LINK/forwarding", "1"),
+            ("ipv6/neigh/LINK/gc_stale_time", "77"),
+        ];
+        for (key, value) in set {
+            assert_ne!(read("v0", key), value, "{key}");
+            let path = format!("/proc/sys/net/{}", key.replace("LINK", "v0"));
+            host.enter(|| std::fs::write(path, value).unwrap());
+        }
+        // It would keep a link without addresses from answering.
+        for link in ["all", "v0"] {
+            let path = format!("/proc/sys/net/ipv4/conf/{link}/rp_filter");
+            host.enter(|| std::fs::write(path, "0").unwrap());
+        }
+        let all = |link: &str| set.map(|(key, _)| (key, read(link, key)));
+        let before = all("v0");
+        host.enter(|| HostLink::create(&spec(&[], true)).unwrap());
+        assert_eq!(
+            all("macvlan0"),
+            set.map(|(key, value)| (key, value.to_owned()))
+        );
+        // Or it would answer for every host on its wire, which is behind another link now.
+        assert_eq!(read("v0", "ipv4/conf/LINK/proxy_arp"), "0");
+        assert!(!peer.pings("192.0.2.77", 1), "nobody has it");
+        let known = peer.ip("neigh show 192.0.2.77");
+        assert!(!known.contains("lladdr"), "{known}");
+        host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
+        assert_eq!(all("v0"), before);
     }
-    let (host, peer) = (Netns::new(), Netns::new());
-    host.veth("v0", &peer, "v1");
-    host.address("v0", "192.0.2.5/24");
-    peer.address("v1", "192.0.2.1/24");
-    let read = |link: &str, key: &str| {
-        let path = format!("/proc/sys/net/{}", key.replace("LINK", link));
-        host.enter(|| std::fs::read_to_string(path).unwrap().trim().to_owned())
-    };
-    // None is the default of its kind, and one comes in two units.
-    let set = [
-        ("ipv4/conf/LINK/forwarding", "1"),
-        ("ipv4/conf/LINK/log_martians", "1"),
-        ("ipv4/conf/LINK/proxy_arp", "1"),
-        ("ipv4/conf/LINK/arp_ignore", "1"),
-        ("ipv4/neigh/LINK/proxy_delay", "0"),
-        ("ipv4/neigh/LINK/retrans_time_ms", "1240"),
-        ("ipv6/conf/LINK/accept_ra", "2"),
-        ("ipv6/conf/LINK/forwarding", "1"),
-        ("ipv6/neigh/LINK/gc_stale_time", "77"),
-    ];
-    for (key, value) in set {
-        assert_ne!(read("v0", key), value, "{key}");
-        let path = format!("/proc/sys/net/{}", key.replace("LINK", "v0"));
-        host.enter(|| std::fs::write(path, value).unwrap());
-    }
-    // It would keep a link without addresses from answering.
-    for link in ["all", "v0"] {
-        let path = format!("/proc/sys/net/ipv4/conf/{link}/rp_filter");
-        host.enter(|| std::fs::write(path, "0").unwrap());
-    }
-    let all = |link: &str| set.map(|(key, _)| (key, read(link, key)));
-    let before = all("v0");
-    host.enter(|| HostLink::create(&spec(&[], true)).unwrap());
-    assert_eq!(
-        all("macvlan0"),
-        set.map(|(key, value)| (key, value.to_owned()))
-    );
-    // Or it would answer for every host on its wire, which is behind another link now.
-    assert_eq!(read("v0", "ipv4/conf/LINK/proxy_arp"), "0");
-    assert!(!peer.pings("192.0.2.77", 1), "nobody has it");
-    let known = peer.ip("neigh show 192.0.2.77");
-    assert!(!known.contains("lladdr"), "{known}");
-    host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
-    assert_eq!(all("v0"), before);
-}
+);
 
-#[test]
-fn unmoved_link_takes_only_its_own_addresses_away() {
-    if !harness::is_root() {
-        return;
-    }
+root_test!(unmoved_link_takes_only_its_own_addresses_away, || {
     let (host, _peer) = host_with_much();
     let before = snapshot(&host);
     let made =
@@ -358,7 +341,7 @@ fn unmoved_link_takes_only_its_own_addresses_away() {
     let deleted = host.enter(|| HostLink::delete(&"v0".parse().unwrap()).unwrap());
     assert_eq!(deleted.addresses, made.addresses);
     assert_eq!(snapshot(&host), before);
-}
+});
 
 #[test]
 fn route_by_a_next_hop_object_is_refused() {

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rtnetlink::packet_route::link::InfoKind;
 use rustix::fs::Dev;
 
 use super::{Macvtap, Sight, TapInfo, this_namespace};
@@ -14,7 +15,7 @@ use crate::link_guard::LinkGuard;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::NewLinkName;
-use crate::netlink::{Driver, Link, Netlink, NewLink, random_index, random_name};
+use crate::netlink::{Link, Netlink, NewLink, random_index, random_name};
 use crate::owner::Owner;
 use crate::privileges::{Obstacle, Privileges};
 use crate::queue::QueueError;
@@ -99,7 +100,7 @@ fn create(
     let mac = chosen_mac(request.mode, spec.mac)
         .map_err(Problem::from_step("give random bytes for a MAC address"))?;
     let new = NewLink {
-        driver: Driver::Macvtap,
+        kind: InfoKind::MacVtap,
         name: &new_name(spec).map_err(Problem::from_step("give random bytes for a name"))?,
         lower: request.lower.index,
         namespace: Some(namespace),
@@ -173,14 +174,12 @@ fn explain_open(error: QueueError) -> Problem {
     let is_confined =
         || Privileges::of_this_thread().is_ok_and(|privileges| privileges.is_confined());
     match error {
-        QueueError::Find { .. }
-        | QueueError::NotPermitted { .. }
-        | QueueError::PrivateNode { .. }
+        QueueError::Find(..) | QueueError::NotPermitted(..) | QueueError::PrivateNode(..)
             if is_confined() =>
         {
             Obstacle::Devices.into()
         }
-        QueueError::NotPermitted { link: name, .. } => Problem::DeviceRefused { name },
+        QueueError::NotPermitted(name, _) => Problem::DeviceRefused { name },
         other => other.into(),
     }
 }

@@ -50,13 +50,6 @@ const HEADER: usize = 16;
 
 // include/uapi/linux/if_link.h
 const IFLA_MACVLAN_MODE: u16 = 1;
-const MODES: [(u32, Mode); 5] = [
-    (1, Mode::Private),
-    (2, Mode::Vepa),
-    (4, Mode::Bridge),
-    (8, Mode::Passthru),
-    (16, Mode::Source),
-];
 const IFLA_MACVLAN_MACADDR: u16 = 4;
 const IFLA_MACVLAN_MACADDR_DATA: u16 = 5;
 const IFLA_MACVLAN_BC_QUEUE_LEN: u16 = 7;
@@ -119,8 +112,8 @@ impl Link {
         for item in data.nested() {
             match (self.kind.as_str(), item.kind()) {
                 ("macvlan" | "macvtap", IFLA_MACVLAN_MODE) => {
-                    let mode = MODES.iter().find(|mode| Some(mode.0) == u32_of(item.value));
-                    self.mode = mode.map(|mode| mode.1);
+                    let mut modes = Mode::ALL.into_iter();
+                    self.mode = modes.find(|mode| Some(*mode as u32) == u32_of(item.value));
                 }
                 ("macvlan" | "macvtap", IFLA_MACVLAN_MACADDR_DATA) => {
                     let macs = item

@@ -6,8 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{
-    InfoData, InfoKind, InfoMacVtap, LinkAttribute, LinkInfo, LinkMessage, MacVlanMode,
-    MacVtapMacAddressMode,
+    InfoData, InfoKind, InfoMacVtap, LinkAttribute, LinkInfo, LinkMessage, MacVtapMacAddressMode,
 };
 
 use super::{Netlink, link};
@@ -17,7 +16,8 @@ use crate::mode::Mode;
 /// A macvlan or macvtap to be made.
 #[derive(Debug)]
 pub(crate) struct NewLink<'a> {
-    pub driver: Driver,
+    /// MacVlan or MacVtap.
+    pub kind: InfoKind,
     /// `hl%d` stands for the first free one of `hl0`, `hl1` and so on.
     pub name: &'a str,
     /// The index of the lower link, in the connection's namespace.
@@ -37,13 +37,6 @@ pub(crate) struct NewLink<'a> {
     pub bc_queue_len: Option<u32>,
     /// The senders that it receives from in source mode.
     pub source_macs: &'a [MacAddr],
-}
-
-/// Which driver a link is made by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Driver {
-    Macvlan,
-    Macvtap,
 }
 
 impl Netlink {
@@ -91,16 +84,16 @@ impl Netlink {
     /// EINVAL from the driver, EOPNOTSUPP from a kernel without it. The request loads a driver that is a module.
     pub(crate) fn request_impossible_macvtap(&self) -> io::Result<()> {
         const LOOPBACK: u32 = 1;
-        let impossible = NewLink::new(Driver::Macvtap, "probe", LOOPBACK);
+        let impossible = NewLink::new(InfoKind::MacVtap, "probe", LOOPBACK);
         self.create(&impossible, random_index).map(drop)
     }
 }
 
 impl<'a> NewLink<'a> {
     /// One beside its lower, everything else by default.
-    pub(crate) const fn new(driver: Driver, name: &'a str, lower: u32) -> Self {
+    pub(crate) const fn new(kind: InfoKind, name: &'a str, lower: u32) -> Self {
         Self {
-            driver,
+            kind,
             name,
             lower,
             namespace: None,
@@ -135,17 +128,7 @@ impl<'a> NewLink<'a> {
     }
 
     fn info(&self) -> Vec<LinkInfo> {
-        let kind = match self.driver {
-            Driver::Macvlan => InfoKind::MacVlan,
-            Driver::Macvtap => InfoKind::MacVtap,
-        };
-        let mut data = vec![InfoMacVtap::Mode(match self.mode {
-            Mode::Bridge => MacVlanMode::Bridge,
-            Mode::Vepa => MacVlanMode::Vepa,
-            Mode::Private => MacVlanMode::Private,
-            Mode::Passthru => MacVlanMode::Passthrough,
-            Mode::Source => MacVlanMode::Source,
-        })];
+        let mut data = vec![InfoMacVtap::Mode((self.mode as u32).into())];
         data.extend(self.bc_queue_len.map(InfoMacVtap::BcQueueLen));
         if !self.source_macs.is_empty() {
             let macs = self.source_macs.iter().map(|mac| mac.octets());
@@ -155,7 +138,7 @@ impl<'a> NewLink<'a> {
         }
         // The attributes of both drivers are the same.
         let data = LinkInfo::Data(InfoData::MacVtap(data));
-        vec![LinkInfo::Kind(kind), data]
+        vec![LinkInfo::Kind(self.kind.clone()), data]
     }
 }
 
@@ -184,8 +167,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::harness::{self, Netns};
-    use crate::netns;
+    use crate::harness::{self as netns, Netns, root_test};
 
     /// Makes links with these indexes, one after the other until one can be had.
     fn create(netlink: &Netlink, new: &NewLink<'_>, mut indexes: Vec<u32>) -> io::Result<u32> {
@@ -198,24 +180,20 @@ mod tests {
         found.unwrap().index
     }
 
-    #[test]
-    fn index_that_is_taken_is_drawn_again_once() {
-        if !harness::is_root() {
-            return;
-        }
+    root_test!(index_that_is_taken_is_drawn_again_once, || {
         let host = Netns::new();
         host.wire("v0");
         host.enter(|| {
             let netlink = Netlink::connect().unwrap();
             let lower = index_of(&netlink, "v0");
-            let private = netns::enter_new().unwrap();
+            let private = crate::netns::enter_new().unwrap();
             // The loopback interface's, in either namespace.
             let taken = 1;
             for (namespace, free) in [(Some(private.as_fd()), 77), (None, 78)] {
                 let new = NewLink {
                     namespace,
                     alias: "mine",
-                    ..NewLink::new(Driver::Macvlan, "m0", lower)
+                    ..NewLink::new(InfoKind::MacVlan, "m0", lower)
                 };
                 assert_eq!(create(&netlink, &new, vec![taken, free]).unwrap(), free);
                 let error = create(&netlink, &new, vec![taken, taken]).unwrap_err();
@@ -224,13 +202,9 @@ mod tests {
             assert_eq!(netlink.link(taken).unwrap().alias, "");
             assert_eq!(netlink.link(78).unwrap().alias, "mine");
         });
-    }
+    });
 
-    #[test]
-    fn link_that_cannot_have_its_alias_is_not_there() {
-        if !harness::is_root() {
-            return;
-        }
+    root_test!(link_that_cannot_have_its_alias_is_not_there, || {
         let host = Netns::new();
         host.wire("v0");
         host.enter(|| {
@@ -239,11 +213,11 @@ mod tests {
             let alias = "x".repeat(256);
             let new = NewLink {
                 alias: &alias,
-                ..NewLink::new(Driver::Macvlan, "m0", index_of(&netlink, "v0"))
+                ..NewLink::new(InfoKind::MacVlan, "m0", index_of(&netlink, "v0"))
             };
             let error = create(&netlink, &new, vec![77]).unwrap_err();
             assert_ne!(error.raw_os_error(), Some(libc::EEXIST));
         });
         assert_eq!(host.links(), ["v0-far", "v0"]);
-    }
+    });
 }

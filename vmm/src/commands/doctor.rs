@@ -32,25 +32,23 @@ pub fn run(args: &DoctorArgs) -> (String, bool) {
 fn neighbours() -> Vec<Neighbour> {
     let of = |pid: u32, nic: &NicEntry| {
         let wrong_mac = nic.link.and_then(|link| link.wrong_mac);
-        let tap = &nic.tap;
-        let mac = tap.mac;
-        Some(Neighbour {
-            name: tap.name.clone(),
-            id: tap.id,
-            lower: tap.lower_id?,
-            mac: wrong_mac.map_or(mac, |wrong| wrong.link),
-            guest_mac: wrong_mac.map_or(mac, |wrong| wrong.guest),
+        let mut tap = nic.tap.clone();
+        let guest_mac = wrong_mac.map_or(tap.mac, |wrong| wrong.guest);
+        tap.mac = wrong_mac.map_or(tap.mac, |wrong| wrong.link);
+        Neighbour {
+            tap,
+            guest_mac,
             filters_multicast: nic.link.is_some_and(|link| link.filters_multicast),
-            mode: tap.mode,
             pid,
-        })
+        }
     };
     let guests = registry::running();
     let nics = guests
         .iter()
         .filter(|guest| guest.is_certain)
-        .flat_map(|guest| guest.nics.iter().map(|nic| (guest.pid, nic)));
-    nics.filter_map(|(pid, nic)| of(pid, nic)).collect()
+        .flat_map(|guest| guest.nics.iter().map(|nic| (guest.pid, nic)))
+        .filter(|(_, nic)| nic.tap.lower_id.is_some());
+    nics.map(|(pid, nic)| of(pid, nic)).collect()
 }
 
 fn kvm() -> Check {

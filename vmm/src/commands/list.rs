@@ -119,7 +119,7 @@ fn interface_line(lower: &LowerInfo) -> String {
 fn link_line(link: &UpperInfo) -> String {
     let mut line = format!(
         "{} {}  {}  {}  mtu {}  {}",
-        link.kind.as_str(),
+        link.kind,
         link.name,
         link.mode.unwrap_or("-"),
         mac_or_none(link.mac),

@@ -1,5 +1,5 @@
 use super::*;
-use crate::diagnose::tests::{nic, on};
+use crate::diagnose::tests::{nic, on, text};
 
 /// The lower, the links around it, the Wi-Fi interface that carries its frames, and words of each problem in order.
 type Case<'a> = (Link, Vec<Link>, Option<Link>, &'a [&'static str]);
@@ -34,15 +34,14 @@ fn down(link: Link) -> Link {
 fn judge((link, others, wireless, expected): Case<'_>) {
     let links = [vec![link.clone()], others].concat();
     let found = problems(&links, &link, wireless.as_ref());
-    let found = found.into_iter().map(Problem::from);
-    let texts: Vec<String> = found.map(|problem| problem.to_string()).collect();
+    let texts: Vec<String> = found.into_iter().map(|unfit| text(&unfit.into())).collect();
     assert_eq!(texts.len(), expected.len(), "{link:?}: {texts:#?}");
     for (text, words) in texts.iter().zip(expected) {
         assert!(text.contains(words), "{text} lacks {words}");
         assert!(text.contains(": "), "{text} has no remedy");
     }
     let first = check_lower(&links, &link, wireless.as_ref());
-    let first = first.err().map(|problem| problem.to_string());
+    let first = first.err().as_ref().map(text);
     assert_eq!(first.as_ref(), texts.first());
 }
 
