@@ -74,7 +74,10 @@ impl VcpuState {
             .map_err(call("write a vCPU's state"))?;
         fd.set_regs(&self.regs).map_err(&failed)?;
         fd.set_sregs(&self.sregs).map_err(&failed)?;
-        fd.set_xcrs(&self.xcrs).map_err(&failed)?;
+        // KVM has none on a host without XSAVE, and takes none there.
+        if self.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&self.xcrs).map_err(&failed)?;
+        }
         // SAFETY: KVM reads no more than the 4 KiB of the struct, since this process has not
         // enabled a feature with a larger state (ARCH_REQ_XCOMP_GUEST_PERM).
         unsafe { fd.set_xsave(&self.xsave) }.map_err(&failed)?;
