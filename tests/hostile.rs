@@ -53,11 +53,7 @@ fn attack_on(macvtap: &str, net: &Net, backend: &str, options: &str) -> Vm {
 
 /// What is done again and again is done `rounds` times.
 fn harms_nothing(net: &Net, backend: &str, rounds: u32) {
-    let mut neighbour = net.start_on(
-        &format!("lower,backend={backend}"),
-        3,
-        "mode=echo seconds=600",
-    );
+    let mut neighbour = net.start_on(&format!("lower,backend={backend}"), 3, "mode=echo");
     neighbour.wait_for("READY echo\n");
     let mut vm = attack(net, backend, &format!("count={rounds}"));
     vm.wait_for("READY hostile\n");

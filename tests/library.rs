@@ -324,7 +324,7 @@ fn start_echo(net: &Net, backend: &str) -> (Guest, TempDir) {
     config.transport = net.transport.unwrap().name().parse().unwrap();
     config.nics = vec![format!("lower,backend={backend}").parse().unwrap()];
     let [ip, _] = addresses(2);
-    config.cmdline = format!("guest.mode=echo guest.ip={ip}/24 guest.seconds=300");
+    config.cmdline = format!("guest.mode=echo guest.ip={ip}/24");
     let guest = net.host.enter(|| Guest::start(config).unwrap());
     wait_for(&console, "READY echo");
     (guest, directory)

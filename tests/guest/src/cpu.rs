@@ -4,7 +4,7 @@ use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use smoltcp::time::Instant;
+use smoltcp::time::{Duration, Instant};
 
 use crate::memory::{read_at, write_at};
 use crate::{power, report};
@@ -174,6 +174,9 @@ pub fn start_clock() {
     );
     write_register(TIMER_INITIAL, 0);
 }
+
+/// When a guest gives up, so that a forgotten one ends. Its test waits two minutes at most.
+pub const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The time since the processor started.
 pub fn now() -> Instant {

@@ -60,7 +60,7 @@ pub fn run(options: &Options) {
         } else {
             &[(0x1, 0), (0xb, 1)]
         };
-        match on(processor, requests, options) {
+        match on(processor, requests) {
             Some(results) => print(processor, requests, &results),
             None => return report::fail("cpuid", format_args!("{processor} does not start")),
         }
@@ -80,7 +80,7 @@ fn here((leaf, subleaf): (u32, u32)) -> Registers {
 }
 
 /// What another processor says, which is started for it and then halts for good.
-fn on(processor: u32, requests: &[(u32, u32)], options: &Options) -> Option<Vec<Registers>> {
+fn on(processor: u32, requests: &[(u32, u32)]) -> Option<Vec<Registers>> {
     for (at, (leaf, subleaf)) in (REQUESTS..).step_by(8).zip(requests) {
         put(at, *leaf);
         put(at + 4, *subleaf);
@@ -89,7 +89,7 @@ fn on(processor: u32, requests: &[(u32, u32)], options: &Options) -> Option<Vec<
     put(DONE, 0);
     cpu::send(processor, INIT);
     cpu::send(processor, START);
-    let deadline = cpu::now() + options.patience;
+    let deadline = cpu::now() + cpu::PATIENCE;
     while get(DONE) == 0 {
         if cpu::now() > deadline {
             return None;

@@ -11,7 +11,6 @@
 //! | `bytes` | how much a source sends | 1 MiB |
 //! | `nic` | `drivers` (the virtio-drivers crate) or `own` (by hand, with offloads) | `drivers` |
 //! | `index` | which NIC of several | 0 |
-//! | `seconds` | when to give up | 60 |
 //! | `end` | `off` or `halt`: how to end | `off` |
 //! | `only` | a prefix of the hostile tests to run | all |
 //! | `backend` | `user` or `vhost`: who the monitor lets move the frames | `user` |
@@ -21,7 +20,6 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::str::FromStr;
 
-use smoltcp::time::Duration;
 use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr};
 
 use crate::boot::CommandLine;
@@ -89,8 +87,6 @@ pub struct Options {
     pub driver: Driver,
     /// Which NIC.
     pub index: usize,
-    /// When to give up.
-    pub patience: Duration,
     /// Which hostile tests.
     pub only: String,
     /// Halt at the end, instead of powering off.
@@ -112,7 +108,6 @@ impl Options {
             bytes: 1 << 20,
             driver: Driver::Crate,
             index: 0,
-            patience: Duration::from_secs(60),
             only: String::new(),
             halt: false,
             vhost: false,
@@ -146,7 +141,6 @@ impl Options {
             "bytes" => self.bytes = number(value)?,
             "nic" => self.driver = driver(value)?,
             "index" => self.index = number(value)?,
-            "seconds" => self.patience = Duration::from_secs(number(value)?),
             "end" => self.halt = ends_by_halt(value)?,
             "only" => self.only = value.to_string(),
             "backend" => self.vhost = is_vhost(value)?,

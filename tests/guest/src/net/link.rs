@@ -38,7 +38,7 @@ fn watch(options: &Options) -> Result<(), String> {
         nics.push(Watched::start(index, nic, options)?);
     }
     println!("READY link");
-    let end = cpu::now() + options.patience;
+    let end = cpu::now() + cpu::PATIENCE;
     let mut quit = false;
     while !quit {
         for nic in &mut nics {

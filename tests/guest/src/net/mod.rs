@@ -53,12 +53,11 @@ impl Stack {
         if !fit {
             return Err("too many addresses".into());
         }
-        let deadline = cpu::now() + options.patience;
         Ok(Self {
             nic,
             interface,
             sockets: SocketSet::new(vec![]),
-            deadline,
+            deadline: cpu::now() + cpu::PATIENCE,
         })
     }
 
