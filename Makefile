@@ -36,7 +36,7 @@ BENCH_ROUNDS ?= 3
 bench: ## The NIC side by side: transports, backends, QEMU (BENCH_ROUNDS times; needs root)
 	@resources/install-tools qemu-system-x86_64
 	@$(CARGO) build -q --release -p vmm --bin minivmm --example bench
-	@MINIVMM_BIN=$(TARGET)/release/minivmm $(TARGET)/release/examples/bench $(BENCH_ROUNDS) </dev/null
+	@MINIVMM_BIN=$(TARGET)/release/minivmm $(TARGET)/release/examples/bench linux $(BENCH_ROUNDS) </dev/null
 
 # Sanitizers and coverage need unstable flags, which RUSTC_BOOTSTRAP allows on a stable compiler.
 FUZZ_SECONDS ?= 60

@@ -1,5 +1,9 @@
-//! `make bench`: minivmm's NIC on each transport with each backend, and QEMU's on the same kind of macvtap, side by side
-//! in one run, several times.
+//! `make bench`: minivmm beside other monitors, in one run. Its arguments are a part's name and that
+//! part's own:
+//!
+//! | part | what it compares |
+//! | --- | --- |
+//! | `linux ROUNDS` | Linux guests, here or in the lab |
 
 /// Of the tests' harness, what an example can use too.
 #[allow(dead_code)] // The tests use more of it.
@@ -18,72 +22,20 @@ mod harness {
     pub use patience::{PATIENCE, eventually};
 }
 mod lab;
+#[path = "bench/linux.rs"]
+mod linux;
 
-use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
-
-use harness::assets::assets;
-use harness::iperf;
-use harness::linux;
-use harness::memory::own_memory;
-use harness::netns::is_root;
-use harness::site::{Site, address, pings};
-use harness::vm::{self, Vm};
-use lab::Place;
-
-/// What is compared: a name, and the arguments.
-const SETUPS: &[(&str, &[&str])] = &[
-    (
-        "pci, vhost-net",
-        &["--transport", "pci", "--macvtap", "wire,backend=vhost"],
-    ),
-    (
-        "pci, own threads",
-        &["--transport", "pci", "--macvtap", "wire,backend=user"],
-    ),
-    (
-        "mmio, vhost-net",
-        &["--transport", "mmio", "--macvtap", "wire,backend=vhost"],
-    ),
-    (
-        "mmio, own threads",
-        &["--transport", "mmio", "--macvtap", "wire,backend=user"],
-    ),
-    (
-        "QEMU q35, vhost-net",
-        &["qemu", "--accel", "kvm", "--macvtap", "wire,vhost=on"],
-    ),
-    (
-        "QEMU q35, own thread",
-        &["qemu", "--accel", "kvm", "--macvtap", "wire,vhost=off"],
-    ),
-];
-
-/// What is measured of each: its name, and how many decimals make sense.
-const FIGURES: [(&str, usize); 5] = [
-    ("to init, ms", 0),
-    ("ping, us", 0),
-    ("sends, Gbit/s", 2),
-    ("receives, Gbit/s", 2),
-    ("memory, MiB", 1),
-];
-type Sample = [f64; FIGURES.len()];
-
-/// The third host on the wire, see [`Site`].
-const PEER: &str = "192.168.77.3";
-/// For the whole run in the lab.
-const LAB_LIMIT: Duration = Duration::from_secs(3600);
+use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let rounds = std::env::args().nth(1).unwrap_or_else(|| "3".to_owned());
-    let Some(rounds) = rounds.parse().ok().filter(|&rounds| rounds > 0) else {
-        eprintln!("BENCH_ROUNDS is {rounds:?}, which is no number of rounds");
-        return ExitCode::FAILURE;
-    };
-    let done = match lab::place() {
-        Place::Lab => in_lab(rounds),
-        Place::InsideLab | Place::Here => is_root() && compare(rounds),
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match args[..] {
+        ["linux", rounds] => match rounds.parse() {
+            Ok(rounds) if rounds > 0 => linux::run(rounds),
+            _ => refuse(&format!("{rounds:?} is no number of rounds")),
+        },
+        _ => refuse("usage: bench linux ROUNDS"),
     };
     if done {
         ExitCode::SUCCESS
@@ -92,104 +44,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs this program again in the lab.
-fn in_lab(rounds: usize) -> bool {
-    println!(
-        "This machine's KVM cannot run Linux: everything runs in an emulated machine whose KVM can. The figures then show \
-         that it works, and not how fast it is."
-    );
-    let program = std::env::current_exe().expect("/proc is mounted");
-    let job = lab::machine::Job {
-        program: &program,
-        args: &[rounds.to_string()],
-        deadline: Instant::now() + LAB_LIMIT,
-    };
-    lab::machine::run_shown(&job)
-}
-
-/// Measures everything that can be had here, each setup once a round, and prints medians and
-/// spreads.
-fn compare(rounds: usize) -> bool {
-    let has_vhost = Path::new("/dev/vhost-net").exists();
-    let has_qemu = Command::new("qemu-system-x86_64")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_ok();
-    let can = |(name, args): &&(&str, &[&str])| {
-        let can = (has_vhost || !name.ends_with("vhost-net")) && (has_qemu || args[0] != "qemu");
-        if !can {
-            println!("{name}: not here");
-        }
-        can
-    };
-    let setups: Vec<_> = SETUPS.iter().filter(can).collect();
-    let mut samples = vec![Vec::<Sample>::new(); setups.len()];
-    for round in 1..=rounds {
-        for ((name, args), samples) in setups.iter().zip(&mut samples) {
-            println!("round {round} of {rounds}: {name}");
-            samples.push(measure(args));
-        }
-    }
-    println!("\nMedians (least-most):\n");
-    print!("{:<22}", "");
-    FIGURES.iter().for_each(|(name, _)| print!("{name:>23}"));
-    println!();
-    for ((name, _), samples) in setups.iter().zip(&samples) {
-        print!("{name:<22}");
-        for (figure, (_, decimals)) in FIGURES.iter().enumerate() {
-            let mut values: Vec<_> = samples.iter().map(|sample| sample[figure]).collect();
-            values.sort_by(f64::total_cmp);
-            let (Some(least), Some(most)) = (values.first(), values.last()) else {
-                continue;
-            };
-            let median = values[values.len() / 2];
-            let text = format!("{median:.decimals$} ({least:.decimals$}-{most:.decimals$})");
-            print!("{text:>23}");
-        }
-        println!();
-    }
-    true
-}
-
-/// Boots a guest with one CPU and 256 MiB, and lets it talk to the third host.
-fn measure(args: &[&str]) -> Sample {
-    let site = Site::new();
-    let mut command = site.host.command(vm::binary());
-    command.args(args).args(["--memory", "256M", "--kernel"]);
-    command.arg(assets().bzimage()).arg("--initrd");
-    command.arg(linux::initrd()).stdin(Stdio::piped());
-    let start = Instant::now();
-    let mut vm = Vm::spawn(command);
-    vm.wait_for("GUEST init");
-    let init = start.elapsed();
-    vm.wait_for("GUEST ready\n");
-    address(&mut vm, "eth0", 11);
-    assert!(pings(&mut vm, PEER), "{}", vm.transcript());
-    // min/avg/max
-    let ping = vm.try_run(&format!("ping -q -c 300 -i 0.01 {PEER}"));
-    let times = ping.text.rsplit(" = ").next().unwrap_or_default();
-    let average = times.split('/').nth(1).and_then(|text| text.parse().ok());
-    let average: f64 = average.unwrap_or_else(|| panic!("{}", ping.text));
-    let memory = own_memory(vm.pid());
-    let _server = iperf::serve(&site.peer);
-    let mut rate = |reverse: &str| {
-        let output = vm.try_run(&format!("iperf3 -f m -c {PEER} -t 3 {reverse}"));
-        mbits(&output.text).unwrap_or_else(|| panic!("{}", output.text)) / 1000.0
-    };
-    let (sends, receives) = (rate(""), rate("-R"));
-    [
-        init.as_secs_f64() * 1000.0,
-        average * 1000.0,
-        sends,
-        receives,
-        memory as f64 / 1024.0,
-    ]
-}
-
-/// The receiver's rate in what iperf3 writes.
-fn mbits(text: &str) -> Option<f64> {
-    let line = text.lines().find(|line| line.ends_with("receiver"))?;
-    let (before, _) = line.split_once(" Mbits/sec")?;
-    before.rsplit(' ').next()?.parse().ok()
+fn refuse(why: &str) -> bool {
+    eprintln!("{why}");
+    false
 }
