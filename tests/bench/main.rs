@@ -7,6 +7,7 @@
 
 /// Of the tests' harness, what an example can use too.
 #[allow(dead_code)] // The tests use more of it.
+#[path = "../harness"]
 mod harness {
     pub mod assets;
     pub mod elf;
@@ -21,8 +22,8 @@ mod harness {
     pub mod vm;
     pub use patience::{PATIENCE, eventually};
 }
+#[path = "../lab/mod.rs"]
 mod lab;
-#[path = "bench/linux.rs"]
 mod linux;
 
 use std::process::ExitCode;
