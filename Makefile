@@ -6,7 +6,7 @@ GUEST := tests/guest
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-build demo-tools test bench fuzz lint clean
+.PHONY: help build demo demo-build demo-tools test costs bench fuzz lint clean
 
 help: ## Lists these targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -28,8 +28,12 @@ demo-tools:
 
 SUITES ?=
 test: ## Runs all tests, or SUITES="vmm.pci net.watch" (as root, for network namespaces)
-	resources/install-tools iasl nft qemu-system-x86_64 qemu-img pip3 tshark /usr/share/OVMF/OVMF_CODE_4M.fd
+	resources/install-tools iasl nft qemu-system-x86_64 qemu-img pip3 strace tshark /usr/share/OVMF/OVMF_CODE_4M.fd
 	tests/run $(SUITES)
+
+costs: ## Makes what a guest costs now the baseline that tests compare with (tests/costs.json)
+	resources/install-tools strace
+	MINIVMM_COSTS=write $(CARGO) test -q -p vmm --test costs
 
 # Without hardware virtualisation it runs in the lab, where the numbers mean little.
 BENCH_ROUNDS ?= 3

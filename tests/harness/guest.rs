@@ -95,7 +95,19 @@ impl Net {
 
     /// The command that starts the guest, but for its NICs and its command line.
     pub fn command(&self) -> Command {
-        let mut command = self.host.command(vm::binary());
+        self.command_under(&[])
+    }
+
+    /// The same, started by another program, `tracer` with its arguments.
+    pub fn command_under(&self, tracer: &[&str]) -> Command {
+        let mut command = match tracer {
+            [] => self.host.command(vm::binary()),
+            [program, args @ ..] => {
+                let mut command = self.host.command(program);
+                command.args(args).arg(vm::binary());
+                command
+            }
+        };
         command.arg("--kernel").arg(elf()).stdin(Stdio::null());
         command.args(["--memory", "128M"]);
         if let Some(transport) = self.transport {

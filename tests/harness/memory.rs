@@ -2,18 +2,22 @@
 
 use std::fs;
 
+use super::process::children;
+
 /// The resident memory of a monitor and its children in kB, the guest's left out (every mapping of
 /// 64 MiB or more), and huge pages too, which the kernel makes as it likes.
 pub fn own_memory(pid: u32) -> u64 {
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let children = children.unwrap_or_default();
-    let children = children
-        .split_whitespace()
-        .filter_map(|pid| pid.parse().ok());
-    of_process(pid) + children.map(own_memory).sum::<u64>()
+    let children = children(pid).into_iter().map(own_memory);
+    of_process(pid, "Rss:") + children.sum::<u64>()
 }
 
-fn of_process(pid: u32) -> u64 {
+/// Of a monitor's own memory in kB what is its alone, and no file's.
+pub fn anonymous_memory(pid: u32) -> u64 {
+    of_process(pid, "Anonymous:")
+}
+
+/// The sum of a field of `smaps`.
+fn of_process(pid: u32, name: &str) -> u64 {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the monitor runs");
     let field = |line: &str, name: &str| -> Option<u64> {
         line.strip_prefix(name)?
@@ -27,8 +31,8 @@ fn of_process(pid: u32) -> u64 {
     for line in smaps.lines() {
         size = field(line, "Size:").unwrap_or(size);
         let is_own = size < 64 << 10;
-        match (field(line, "Rss:"), field(line, "AnonHugePages:")) {
-            (Some(resident), _) if is_own => sum += resident,
+        match (field(line, name), field(line, "AnonHugePages:")) {
+            (Some(found), _) if is_own => sum += found,
             (_, Some(huge)) if is_own => sum -= huge,
             _ => {}
         }

@@ -45,3 +45,43 @@ pub fn tap_nodes(pid: u32) -> Vec<PathBuf> {
         .filter(|path| path.to_string_lossy().contains("tap"))
         .collect()
 }
+
+/// The processes that a process's first thread has started.
+pub fn children(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = children.unwrap_or_default();
+    let children = children.split_whitespace();
+    children.filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// A thread, as the kernel shows it.
+#[derive(Debug)]
+pub struct Task {
+    /// What it calls itself.
+    pub name: String,
+    /// The letter of its state: R when it runs or would, S when it waits.
+    pub state: char,
+    /// How often it has begun to wait.
+    pub voluntary_switches: u64,
+}
+
+/// The threads of a process.
+pub fn tasks(pid: u32) -> Vec<Task> {
+    let directory = fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs");
+    let task = |status: String| {
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default().trim()
+        };
+        Task {
+            name: field("Name:").to_owned(),
+            state: field("State:").chars().next().unwrap_or_default(),
+            voluntary_switches: field("voluntary_ctxt_switches:").parse().unwrap_or(0),
+        }
+    };
+    directory
+        // One may have ended meanwhile.
+        .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("status")).ok())
+        .map(task)
+        .collect()
+}
