@@ -14,17 +14,55 @@
 .set STACK_SIZE, 512 * 1024
 .set STACK0_SIZE, 16 * 1024
 
+# By which a loader finds the PVH entry (Xen's docs/misc/pvh.pandoc; include/public/elfnote.h: XEN_ELFNOTE_PHYS32_ENTRY).
+.section .note.Xen, "a", @note
+.balign 4
+    .long 4, 8, 18
+    .asciz "Xen"
+    .quad pvh_start
+
 .section .text.entry, "ax"
+
+# Entered by PVH: 32-bit protected mode with flat segments, no paging, interrupts off, ebx = hvm_start_info.
+.code32
+.globl pvh_start
+pvh_start:
+    cli
+    mov eax, cr4
+    or eax, 0x20                        # PAE
+    mov cr4, eax
+    mov eax, offset page_table4
+    mov cr3, eax
+    mov ecx, 0xc0000080                 # EFER
+    rdmsr
+    or eax, 0x100                       # LME
+    wrmsr
+    mov eax, cr0
+    or eax, 0x80000000                  # PG
+    mov cr0, eax
+    lgdt [gdt_pointer]
+    .byte 0xea                          # far jump
+    .long pvh_long
+    .word CODE0
+.code64
+pvh_long:
+    mov edi, ebx
+    mov esi, 1
+    jmp enter
 
 # Entered by the 64-bit Linux boot protocol: long mode, RAM mapped one to one, interrupts off, rsi = boot_params.
 .globl _start
 _start:
     cli
-    cld
     mov edi, esi
+    xor esi, esi
     lea rax, [rip + page_table4]
     mov cr3, rax
     lgdt [rip + gdt_pointer]
+
+# On with rdi = where the loader's parameters are, esi = 1 if they are PVH's: both are for `guest_main`.
+enter:
+    cld
     lidt [rip + idt_pointer]
 
     mov rax, cr0

@@ -1,6 +1,6 @@
 //! A guest without an operating system, for testing a virtual machine monitor.
 //!
-//! It is an ELF kernel entered by the 64-bit Linux boot protocol. It drops to privilege level 3 at
+//! It is an ELF kernel entered by PVH or the 64-bit Linux boot protocol. It drops to privilege level 3 at
 //! once, so that it runs at native speed even on a KVM that emulates level 0, and it polls. Its NIC
 //! is found by scanning the virtio-mmio windows and the PCI bus, and driven either by the
 //! `virtio-drivers` crate, an implementation that is not minivmm's, or by hand, with the offloads
@@ -23,6 +23,7 @@
 //! | `virtio/` | a NIC's registers on either transport, and a driver and rings by hand |
 //! | `nic/` | the two NICs as smoltcp sees them |
 //! | `net/` | the modes: info, echo, ping, tcp-source, tcp-sink, interrupts, link |
+//! | `flood/` | the modes that load the NIC and measure: send, receive, ping-pong |
 //! | `hostile/` | the mode that does everything wrong |
 #![no_std]
 #![no_main]
@@ -32,6 +33,7 @@ extern crate alloc;
 mod boot;
 mod cpu;
 mod cpuid;
+mod flood;
 mod hostile;
 mod memory;
 mod net;
@@ -48,14 +50,19 @@ use options::{Mode, Options};
 
 core::arch::global_asm!(include_str!("entry.s"));
 
-/// The first Rust code, at level 3. `boot_params` is the zero page of the Linux boot protocol.
+/// The first Rust code, at level 3. `parameters` is PVH's start info, or the zero page of the Linux
+/// boot protocol.
 #[unsafe(no_mangle)]
-extern "C" fn guest_main(boot_params: u64) -> ! {
+extern "C" fn guest_main(parameters: u64, is_pvh: bool) -> ! {
     cpu::fill_idt();
-    let boot = boot::Boot::read(boot_params);
+    let boot = boot::Boot::read(parameters, is_pvh);
     memory::start_heap(&boot);
-    cpu::start_clock();
     let options = Options::parse(&boot.command_line);
+    // How soon it comes is measured: before the clock is.
+    if matches!(&options, Ok(options) if options.mode == Mode::Hello) {
+        report::ok("hello", "");
+    }
+    cpu::start_clock();
     match &options {
         Ok(options) => run(options, &boot),
         Err(why) => report::fail("options", why),
@@ -77,6 +84,10 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::TcpSink => net::tcp::sink(options),
         Mode::Interrupts => net::interrupts::run(options),
         Mode::Link => net::link::run(options),
+        Mode::Send => flood::send::run(options),
+        Mode::Receive => flood::receive::run(options),
+        Mode::PingPong => flood::ping::run(options),
+        Mode::Hello => {}
         Mode::Cpuid => cpuid::run(options),
         Mode::Hostile => hostile::run(options, boot),
         Mode::Reset => power::reset(),

@@ -13,6 +13,12 @@
 //! | `index` | which NIC of several | 0 |
 //! | `end` | `off` or `halt`: how to end | `off` |
 //! | `only` | a prefix of the hostile tests to run | all |
+//! | `to` | where a flood or a ping-pong goes | an address of nobody's |
+//! | `size` | the length of its frames | 1514 |
+//! | `ms` | how long it takes at most | 1000 |
+//! | `pairs` | on how many queue pairs | 1 |
+//! | `gap` | microseconds between two round trips of a ping-pong | 0 |
+//! | `interrupts` | `on`: the first receive queue may interrupt a flood | `off` |
 //! | `backend` | `user` or `vhost`: who the monitor lets move the frames | `user` |
 
 use alloc::format;
@@ -43,6 +49,14 @@ pub enum Mode {
     /// Serve as for echo on every NIC, send to the peer all the time, and report each change of a
     /// link.
     Link,
+    /// Say so, as soon as possible.
+    Hello,
+    /// Send frames as fast as possible.
+    Send,
+    /// Count the frames of a flood.
+    Receive,
+    /// Send frames that come back, one after another.
+    PingPong,
     /// Print what each of `count` processors says of itself.
     Cpuid,
     /// Do everything wrong.
@@ -93,7 +107,22 @@ pub struct Options {
     pub halt: bool,
     /// The host's kernel moves the frames.
     pub vhost: bool,
+    /// Where a flood goes.
+    pub to: [u8; 6],
+    /// The length of its frames.
+    pub size: usize,
+    /// How long it takes.
+    pub ms: u64,
+    /// On how many queue pairs.
+    pub pairs: u16,
+    /// Microseconds between round trips.
+    pub gap: u64,
+    /// Whether a flood may interrupt.
+    pub interrupts: bool,
 }
+
+/// The sizes that a frame can have.
+const SIZES: core::ops::RangeInclusive<usize> = 60..=65_535;
 
 impl Options {
     /// Reads the words that begin with `guest.`; an unknown one is an error, in words.
@@ -111,6 +140,12 @@ impl Options {
             only: String::new(),
             halt: false,
             vhost: false,
+            to: [0x02, 0, 0, 0, 0x0b, 0x02],
+            size: 1514,
+            ms: 1000,
+            pairs: 1,
+            gap: 0,
+            interrupts: false,
         };
         for word in line.text().split_ascii_whitespace() {
             if let Some(option) = word.strip_prefix("guest.") {
@@ -123,6 +158,11 @@ impl Options {
             }
         }
         Ok(options)
+    }
+
+    /// How long a flood takes.
+    pub fn nanoseconds(&self) -> u64 {
+        self.ms.saturating_mul(1_000_000)
     }
 
     /// The peer, or the reason why there is none.
@@ -143,6 +183,12 @@ impl Options {
             "index" => self.index = number(value)?,
             "end" => self.halt = ends_by_halt(value)?,
             "only" => self.only = value.to_string(),
+            "to" => self.to = number::<EthernetAddress>(value)?.0,
+            "size" => self.size = number(value).filter(|size| SIZES.contains(size))?,
+            "ms" => self.ms = number(value)?,
+            "pairs" => self.pairs = number(value).filter(|&pairs| pairs > 0)?,
+            "gap" => self.gap = number(value)?,
+            "interrupts" => self.interrupts = is_on(value)?,
             "backend" => self.vhost = is_vhost(value)?,
             _ => return None,
         }
@@ -158,6 +204,14 @@ fn ends_by_halt(text: &str) -> Option<bool> {
     match text {
         "off" => Some(false),
         "halt" => Some(true),
+        _ => None,
+    }
+}
+
+fn is_on(text: &str) -> Option<bool> {
+    match text {
+        "off" => Some(false),
+        "on" => Some(true),
         _ => None,
     }
 }
@@ -187,6 +241,10 @@ fn mode(text: &str) -> Option<Mode> {
         "tcp-sink" => Mode::TcpSink,
         "interrupts" => Mode::Interrupts,
         "link" => Mode::Link,
+        "hello" => Mode::Hello,
+        "send" => Mode::Send,
+        "receive" => Mode::Receive,
+        "ping-pong" => Mode::PingPong,
         "cpuid" => Mode::Cpuid,
         "hostile" => Mode::Hostile,
         "reset" => Mode::Reset,

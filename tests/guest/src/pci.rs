@@ -2,11 +2,16 @@
 //! Specification 3.0, 6.1 and
 //! 3.2.2.3.2).
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use crate::cpu;
 use crate::region::Region;
 
 /// Where minivmm has the configuration space of bus 0, as memory.
 pub const ECAM: u64 = 0xe000_0000;
+/// The vendor and device ids of QEMU's q35 chipset, which has it where a register of its own says.
+const Q35: u32 = 0x29c0_8086;
+const Q35_ECAM: u8 = 0x60;
 /// How many devices fit on a bus.
 pub const SLOTS: u8 = 32;
 /// The size of a function's configuration space.
@@ -23,6 +28,7 @@ pub mod at {
     pub const COMMAND: u64 = 0x04;
     pub const STATUS: u64 = 0x06;
     pub const REVISION: u64 = 0x08;
+    /// The others follow.
     pub const BAR_0: u64 = 0x10;
     pub const CAPABILITIES: u64 = 0x34;
 }
@@ -47,7 +53,7 @@ impl Function {
     pub fn new(slot: u8, number: u8) -> Self {
         let index = u64::from(slot) * 8 + u64::from(number);
         let config = Region {
-            base: ECAM + index * CONFIG_SIZE,
+            base: ecam() + index * CONFIG_SIZE,
             size: CONFIG_SIZE,
         };
         Self { slot, config }
@@ -76,6 +82,25 @@ impl Function {
             .take(MAX_CAPABILITIES)
             .map(move |offset| (config.read(offset), offset))
     }
+}
+
+/// Where this machine has the configuration space of bus 0.
+fn ecam() -> u64 {
+    static BASE: AtomicU64 = AtomicU64::new(0);
+    let known = BASE.load(Ordering::Relaxed);
+    if known != 0 {
+        return known;
+    }
+    aim(0, 0, 0, 0);
+    let base = match cpu::in32(DATA_PORT) {
+        Q35 => {
+            aim(0, 0, 0, Q35_ECAM);
+            u64::from(cpu::in32(DATA_PORT) & 0xf000_0000)
+        }
+        _ => ECAM,
+    };
+    BASE.store(base, Ordering::Relaxed);
+    base
 }
 
 /// Points the data port to a register, in the older mechanism.

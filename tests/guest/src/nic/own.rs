@@ -176,12 +176,9 @@ impl OwnNic {
     }
 }
 
-/// Notifies the device when the last `offered` chains passed the index that it waits for (virtio
-/// 1.2, 2.7.10).
+/// Notifies the device of the last `offered` chains if it wants to know.
 fn kick(nic: NetDevice, features: u64, ring: &Ring, offered: u16) {
-    let new = ring.available();
-    let since_event = new.wrapping_sub(ring.available_event()).wrapping_sub(1);
-    if features & feature::EVENT_IDX == 0 || since_event < offered {
+    if features & feature::EVENT_IDX == 0 || ring.wants_notification(offered) {
         nic.notify(ring.queue);
     }
 }

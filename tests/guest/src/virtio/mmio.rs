@@ -5,13 +5,30 @@ use alloc::vec::Vec;
 use super::NETWORK_NIC;
 use crate::region::Region;
 
-/// Where minivmm's windows are: the first, how many, and the size of one.
-const FIRST: u64 = 0xd000_0000;
-const WINDOWS: u64 = 18;
-/// The size of a window, in bytes.
+/// Where a machine has its windows.
+struct Windows {
+    first: u64,
+    count: u64,
+    size: u64,
+    /// The line of the IOAPIC that the first window's device uses; the others follow.
+    first_line: u32,
+}
+
+const MINIVMM: Windows = Windows {
+    first: 0xd000_0000,
+    count: 18,
+    size: WINDOW_SIZE,
+    first_line: 6,
+};
+/// QEMU's microvm without a second IOAPIC.
+const MICROVM: Windows = Windows {
+    first: 0xfeb0_0000,
+    count: 8,
+    size: 0x200,
+    first_line: 5,
+};
+/// The size of minivmm's windows, in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
-/// The line of the IOAPIC that the first window's device uses; the others follow.
-const FIRST_LINE: u32 = 6;
 
 /// "virt", what a window begins with.
 pub const MAGIC_VALUE: u32 = 0x7472_6976;
@@ -50,15 +67,26 @@ pub struct Window {
 }
 
 impl Window {
-    /// The windows that hold a NIC, by address.
+    /// minivmm's windows that hold a NIC, by address.
     pub fn network_nics() -> Vec<Self> {
-        (0..WINDOWS)
-            .map(|n| Self {
+        MINIVMM.network_nics()
+    }
+
+    /// The same for QEMU's microvm.
+    pub fn network_nics_of_microvm() -> Vec<Self> {
+        MICROVM.network_nics()
+    }
+}
+
+impl Windows {
+    fn network_nics(&self) -> Vec<Window> {
+        (0..self.count)
+            .map(|n| Window {
                 registers: Region {
-                    base: FIRST + n * WINDOW_SIZE,
-                    size: WINDOW_SIZE,
+                    base: self.first + n * self.size,
+                    size: self.size,
                 },
-                line: FIRST_LINE + n as u32,
+                line: self.first_line + n as u32,
             })
             .filter(|window| window.registers.read::<u32>(at::MAGIC) == MAGIC_VALUE)
             .filter(|window| window.registers.read::<u32>(at::DEVICE_ID) == NETWORK_NIC)

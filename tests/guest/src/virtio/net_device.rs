@@ -32,7 +32,12 @@ impl NetDevice {
     pub fn all() -> Vec<Self> {
         let windows = Window::network_nics().into_iter().map(Self::Mmio);
         let functions = PciNic::network_nics().into_iter().map(Self::Pci);
-        windows.chain(functions).collect()
+        let nics: Vec<_> = windows.chain(functions).collect();
+        if !nics.is_empty() {
+            return nics;
+        }
+        let windows = Window::network_nics_of_microvm();
+        windows.into_iter().map(Self::Mmio).collect()
     }
 
     /// The NIC with this index.

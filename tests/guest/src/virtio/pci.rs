@@ -51,12 +51,12 @@ pub const NO_VECTOR: u16 = 0xffff;
 /// The queues whose notification addresses are known: one pair.
 const QUEUES: usize = 2;
 
-/// A NIC on the bus. All its structures are in BAR 0.
+/// A NIC on the bus. minivmm has all its structures in BAR 0, QEMU most of them in another.
 #[derive(Clone, Copy, Debug)]
 pub struct PciNic {
     /// Its place on the bus.
     pub function: Function,
-    /// The registers in BAR 0.
+    /// The BAR that holds the common configuration and the notification addresses.
     pub bar: Region,
     /// The common configuration.
     pub common: Region,
@@ -88,19 +88,19 @@ impl PciNic {
 
     /// The NIC that is this function, unless it lacks a structure.
     fn at(function: Function) -> Option<Self> {
-        let bar = bar_0(function)?;
+        let bars = bars(function);
         function.enable();
-        let structure = |wanted: u8| Structure::find(function, bar, wanted);
+        let structure = |wanted: u8| Structure::find(function, &bars, wanted);
         let (common, notify) = (structure(kind::COMMON)?, structure(kind::NOTIFY)?);
         let mut nic = Self {
             function,
-            bar,
+            bar: bars[common.bar]?,
             common: common.region?,
             notify: notify.region?,
             multiplier: function.config.read::<u32>(notify.capability + 16).into(),
             isr: structure(kind::ISR)?.region?,
             device: structure(kind::DEVICE)?.region?,
-            msix: Msix::find(function, bar)?,
+            msix: Msix::find(function, &bars)?,
             window: structure(kind::WINDOW)?.capability,
             notify_offsets: [0; QUEUES],
         };
@@ -136,30 +136,57 @@ impl PciNic {
     }
 }
 
-/// Where BAR 0 is and how large: what stays 0 of ones written there. None where it is no memory
+/// Where each BAR is and how large: what stays 0 of ones written there. None where it is no memory
 /// below 4 GiB.
-fn bar_0(function: Function) -> Option<Region> {
-    let config = function.config;
-    let bar: u32 = config.read(at::BAR_0);
-    config.write(at::BAR_0, u32::MAX);
-    let mask: u32 = config.read(at::BAR_0);
-    config.write(at::BAR_0, bar);
-    let is_memory = bar & 7 == 0 && bar != 0 && mask != 0;
-    is_memory.then_some(Region {
-        base: u64::from(bar & !15),
+type Bars = [Option<Region>; 6];
+
+fn bars(function: Function) -> Bars {
+    let mut bars = Bars::default();
+    let mut number = 0;
+    while number < bars.len() {
+        let (region, registers) = bar(function.config, at::BAR_0 + 4 * number as u64);
+        bars[number] = region;
+        number += registers;
+    }
+    bars
+}
+
+/// The BAR in this register, and how many registers it takes.
+fn bar(config: Region, register: u64) -> (Option<Region>, usize) {
+    const IO: u32 = 1;
+    const WIDE: u32 = 1 << 2;
+    let low: u32 = config.read(register);
+    let is_wide = low & (IO | WIDE) == WIDE;
+    let high: u32 = if is_wide {
+        config.read(register + 4)
+    } else {
+        0
+    };
+    let registers = 1 + usize::from(is_wide);
+    if low & IO != 0 || low & !15 == 0 || high != 0 {
+        return (None, registers);
+    }
+    config.write(register, u32::MAX);
+    let mask: u32 = config.read(register);
+    config.write(register, low);
+    let region = Region {
+        base: u64::from(low & !15),
         size: u64::from(!(mask & !15)) + 1,
-    })
+    };
+    ((mask != 0).then_some(region), registers)
 }
 
 /// A structure, by its capability.
 struct Structure {
     capability: u64,
-    /// Where it is, if that is inside BAR 0.
+    /// The BAR that it is in.
+    bar: usize,
+    /// Where it is, if that is inside the BAR.
     region: Option<Region>,
 }
 
 impl Structure {
-    fn find(function: Function, bar: Region, wanted: u8) -> Option<Self> {
+    fn find(function: Function, bars: &Bars, wanted: u8) -> Option<Self> {
         let config = function.config;
         let mut found = function
             .capabilities()
@@ -169,11 +196,12 @@ impl Structure {
             .map(|(_, offset)| offset);
         let capability = found.next()?;
         let [offset, length] = [8, 12].map(|field| config.read::<u32>(capability + field));
-        let is_in_bar_0 = config.read::<u8>(capability + 4) == 0;
-        let region = bar.part(offset.into(), length.into());
+        let bar = usize::from(config.read::<u8>(capability + 4));
+        let whole = bars.get(bar).copied().flatten();
         Some(Self {
             capability,
-            region: region.filter(|_| is_in_bar_0),
+            bar,
+            region: whole.and_then(|bar| bar.part(offset.into(), length.into())),
         })
     }
 }
@@ -199,19 +227,23 @@ impl Msix {
     /// The size of an entry of the table.
     pub const ENTRY: u64 = 16;
 
-    fn find(function: Function, bar: Region) -> Option<Self> {
+    fn find(function: Function, bars: &Bars) -> Option<Self> {
         let config = function.config;
         let mut found = function.capabilities().filter(|&(id, _)| id == MSIX);
         let (_, capability) = found.next()?;
         let vectors = (config.read::<u16>(capability + 2) & 0x7ff) + 1;
-        // The low bits say which BAR: 0.
-        let [table, pending] = [4, 8].map(|field| config.read::<u32>(capability + field));
+        // The low bits say which BAR.
+        let part = |field: u64, size: u64| {
+            let place: u32 = config.read(capability + field);
+            let bar = bars.get((place & 7) as usize).copied().flatten();
+            bar?.part(u64::from(place & !7), size)
+        };
         Some(Self {
             config,
             capability,
             vectors,
-            table: bar.part(table.into(), u64::from(vectors) * Self::ENTRY)?,
-            pending: bar.part(pending.into(), u64::from(vectors.div_ceil(64)) * 8)?,
+            table: part(4, u64::from(vectors) * Self::ENTRY)?,
+            pending: part(8, u64::from(vectors.div_ceil(64)) * 8)?,
         })
     }
 

@@ -123,11 +123,6 @@ impl Ring {
         fence(Ordering::SeqCst);
     }
 
-    /// How many chains were ever made available.
-    pub fn available(&self) -> u16 {
-        self.next_available
-    }
-
     /// Sets the used index at which the device shall interrupt, with EVENT_IDX.
     pub fn set_used_event(&mut self, index: u16) {
         self.available.write(4 + 2 * usize::from(self.size), index);
@@ -138,9 +133,21 @@ impl Ring {
         self.used.read(4 + 8 * usize::from(self.size))
     }
 
+    /// Whether the device wants to be notified of the last `offered` chains, with EVENT_IDX (virtio
+    /// 1.2, 2.7.10).
+    pub fn wants_notification(&self, offered: u16) -> bool {
+        let since_event = self.next_available.wrapping_sub(self.available_event());
+        since_event.wrapping_sub(1) < offered
+    }
+
+    /// Whether a used chain waits to be taken.
+    pub fn has_used(&self) -> bool {
+        self.used.read::<u16>(2) != self.next_used
+    }
+
     /// Takes the next used chain: its head, and how much the device wrote.
     pub fn take(&mut self) -> Option<(u16, u32)> {
-        if self.used.read::<u16>(2) == self.next_used {
+        if !self.has_used() {
             return None;
         }
         fence(Ordering::SeqCst);
