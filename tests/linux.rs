@@ -23,6 +23,9 @@ use harness::site::{Site, address, pings};
 use harness::vm::{self, Vm};
 use rustix::process::Signal;
 
+/// Whether the kernel leaves out its self-tests of crypto algorithms.
+const NO_SELF_TESTS: &str = "cat /sys/module/cryptomgr/parameters/notests";
+
 const SECOND: Duration = Duration::from_secs(1);
 
 fn number(vm: &mut Vm, command: &str) -> u64 {
@@ -458,6 +461,7 @@ lab_test!(vmlinux_with_four_cpus_boots_and_powers_off, || {
     let kernel = vmlinux.to_str().expect("the cache's path is UTF-8");
     let mut vm = boot(None, &["--kernel", kernel, "--cpus", "4"]);
     assert_eq!(vm.run("nproc").trim(), "4");
+    assert_eq!(vm.run(NO_SELF_TESTS).trim(), "Y");
     assert_eq!(
         vm.run("ls /sys/class/net").trim(),
         "lo",
@@ -474,8 +478,10 @@ lab_test!(guest_with_80_mib_boots_and_its_reboot_ends_minivmm, || {
     let (kernel, initrd) = (assets().vmlinux(), small_initrd());
     let [kernel, initrd] =
         [&kernel, &initrd].map(|path| path.to_str().expect("the cache's path is UTF-8"));
-    let args = ["--memory", "80M", "--kernel", kernel, "--initrd", initrd];
+    let mut args = vec!["--memory", "80M", "--kernel", kernel, "--initrd", initrd];
+    args.extend(["--cmdline", "cryptomgr.notests=0"]);
     let mut vm = boot(None, &args);
+    assert_eq!(vm.run(NO_SELF_TESTS).trim(), "N");
     let total = number(
         &mut vm,
         "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo",

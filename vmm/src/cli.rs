@@ -175,8 +175,10 @@ pub struct MachineArgs {
     #[arg(long, value_name = "PATH", requires = "kernel")]
     pub initrd: Option<PathBuf>,
 
-    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1",
-    /// with --console none without its first word
+    /// Appended to the kernel's command line, which is "console=ttyS0 reboot=panic_warm panic=-1
+    /// cryptomgr.notests", with --console none without its first word. cryptomgr.notests=0 brings
+    /// the kernel's self-tests of its crypto algorithms back, which take most of a small guest's
+    /// boot
     #[arg(
         long,
         value_name = "TEXT",

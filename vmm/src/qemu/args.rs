@@ -318,7 +318,8 @@ mod tests {
             args: &[],
         };
         let expected = "-nodefaults -no-user-config -M q35 -display none -no-reboot -smp 2 -m 1G -kernel bzImage \
-             -initrd initrd -append console=ttyS0+reboot=panic_warm+panic=-1+quiet -serial mon:stdio -cpu max -accel tcg -netdev tap,id=macvtap0,fd=3 \
+             -initrd initrd -append console=ttyS0+reboot=panic_warm+panic=-1+cryptomgr.notests+quiet \
+             -serial mon:stdio -cpu max -accel tcg -netdev tap,id=macvtap0,fd=3 \
              -device virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,romfile=";
         let expected: Vec<_> = expected
             .split_whitespace()
