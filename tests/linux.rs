@@ -35,6 +35,13 @@ fn number(vm: &mut Vm, command: &str) -> u64 {
         .unwrap_or_else(|e| panic!("{command}: {text:?}: {e}"))
 }
 
+/// What a command prints up to the first blank or hyphen.
+fn first_word(vm: &mut Vm, command: &str) -> String {
+    let text = vm.run(command);
+    let word = text.trim().split([' ', '-']).next();
+    word.unwrap_or_default().to_owned()
+}
+
 /// Boots two guests at the same time.
 fn boot_two(host: &Netns, first: &[&str], second: &[&str]) -> (Vm, Vm) {
     thread::scope(|scope| {
@@ -454,6 +461,37 @@ lab_test!(host_link_on_a_vrf_slave_moves_inside_the_vrf, || {
     host.ip("link set v0 nomaster");
     let (done, stderr) = host_link(&["--delete"]);
     assert!(done, "{stderr}");
+});
+
+lab_test!(stock_kernel_is_at_random_addresses_unless_nokaslr, || {
+    let boot = |cmdline| {
+        let mut vm = boot(None, &["--cmdline", cmdline]);
+        let places = [
+            "grep ' _text$' /proc/kallsyms",
+            "grep 'Kernel code' /proc/iomem",
+        ];
+        let places = places.map(|command| first_word(&mut vm, command));
+        // Bit 1 of loadflags, by which the kernel moves its other memory too.
+        let flags = "od -An -tu1 -j 529 -N 1 /sys/kernel/boot_params/data";
+        let is_random = number(&mut vm, flags) & 2 != 0;
+        assert!(vm.log().contains(": unpacked, "), "{}", vm.log());
+        (places, is_random)
+    };
+    let boots: Vec<_> = thread::scope(|scope| {
+        let boots = ["quiet", "quiet", "nokaslr"].map(|cmdline| scope.spawn(move || boot(cmdline)));
+        let join = |boot: thread::ScopedJoinHandle<_>| {
+            boot.join().unwrap_or_else(|panic| resume_unwind(panic))
+        };
+        boots.into_iter().map(join).collect()
+    });
+    let linked = ["ffffffff81000000".to_owned(), "01000000".to_owned()];
+    assert_eq!(boots[2], (linked.clone(), false));
+    // One of 500 virtual places and of 200 physical ones: all of them differ.
+    assert_ne!(boots[0].0, boots[1].0);
+    for (places, is_random) in &boots[..2] {
+        assert_ne!(*places, linked);
+        assert!(is_random);
+    }
 });
 
 lab_test!(vmlinux_with_four_cpus_boots_and_powers_off, || {

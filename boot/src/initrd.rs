@@ -7,7 +7,7 @@ use std::ops::Range;
 use thiserror::Error as ThisError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::kernel::Kernel;
+use crate::kernel::Plan;
 use crate::layout;
 
 /// The initrd begins on a page of its own: the kernel frees it by pages.
@@ -53,11 +53,18 @@ pub struct Initrd {
     pub size: u64,
 }
 
-/// Reads the initrd straight into guest memory.
-pub(crate) fn load(
+impl Initrd {
+    /// The memory it takes.
+    pub(crate) fn range(&self) -> Range<u64> {
+        self.start.0..self.start.0 + self.size
+    }
+}
+
+/// Finds a place for the initrd in `file`, outside of the memory of `kernel`.
+pub(crate) fn place(
     memory: &GuestMemoryMmap,
     file: &mut File,
-    kernel: &Kernel,
+    kernel: &Plan,
 ) -> Result<Initrd, Error> {
     let size = crate::rewind(file).map_err(Error::Size)?;
     let size = size.ok_or(Error::Directory)?;
@@ -65,22 +72,27 @@ pub(crate) fn load(
         return Err(Error::Empty);
     }
     let ram_end = layout::low_ram_end(memory);
-    let highest = ram_end.min(kernel.initrd_end_max);
-    let start = place(size, highest, &kernel.occupied).ok_or(Error::DoesNotFit {
+    let highest = ram_end.min(kernel.initrd_end_max());
+    let occupied = kernel.occupied();
+    let start = highest_place(size, highest, occupied).ok_or(Error::DoesNotFit {
         size,
-        kernel: kernel.occupied.end - kernel.occupied.start,
+        kernel: occupied.end - occupied.start,
         ram_end,
     })?;
     let start = GuestAddress(start);
-    memory
-        .read_exact_volatile_from(start, file, size as usize)
-        .map_err(Error::Read)?;
     Ok(Initrd { start, size })
+}
+
+/// Reads the initrd from `file`, which is at its start, straight to its place.
+pub(crate) fn read(memory: &GuestMemoryMmap, mut file: &File, to: Initrd) -> Result<(), Error> {
+    memory
+        .read_exact_volatile_from(to.start, &mut file, to.size as usize)
+        .map_err(Error::Read)
 }
 
 /// The highest place for `size` bytes that ends at or below `highest`, outside of `kernel`: above it if there is room,
 /// else below it.
-fn place(size: u64, highest: u64, kernel: &Range<u64>) -> Option<u64> {
+fn highest_place(size: u64, highest: u64, kernel: &Range<u64>) -> Option<u64> {
     let below = |end: u64| Some(end.checked_sub(size)? & !(PAGE - 1));
     let above_kernel = below(highest).filter(|&start| start >= kernel.end);
     let below_kernel =
@@ -96,14 +108,18 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn kernel(memory: &GuestMemoryMmap) -> Kernel {
-        crate::kernel::load(memory, &mut file_with(&bzimage())).unwrap()
+    fn load(memory: &GuestMemoryMmap, file: &mut File) -> Result<Initrd, Error> {
+        let mut kernel = file_with(&bzimage());
+        let kernel = Plan::new(memory, &mut kernel).unwrap();
+        let initrd = place(memory, file, &kernel)?;
+        read(memory, file, initrd)?;
+        Ok(initrd)
     }
 
     #[test]
     fn place_room_above_goes_to_the_top() {
         assert_eq!(
-            place(5 * MIB, 64 * MIB, &(16 * MIB..32 * MIB)),
+            highest_place(5 * MIB, 64 * MIB, &(16 * MIB..32 * MIB)),
             Some(59 * MIB)
         );
     }
@@ -111,21 +127,24 @@ mod tests {
     #[test]
     fn place_no_room_above_goes_just_below_the_kernel() {
         assert_eq!(
-            place(5 * MIB, 34 * MIB, &(16 * MIB..32 * MIB)),
+            highest_place(5 * MIB, 34 * MIB, &(16 * MIB..32 * MIB)),
             Some(11 * MIB)
         );
     }
 
     #[test]
     fn place_no_room_anywhere_is_none() {
-        assert_eq!(place(16 * MIB, 34 * MIB, &(16 * MIB..32 * MIB)), None);
+        assert_eq!(
+            highest_place(16 * MIB, 34 * MIB, &(16 * MIB..32 * MIB)),
+            None
+        );
     }
 
     #[test]
     fn load_file_is_copied_byte_for_byte() {
         let memory = memory(64);
         let content: Vec<u8> = (0..10_001u32).map(|n| n as u8).collect();
-        let initrd = load(&memory, &mut file_with(&content), &kernel(&memory)).unwrap();
+        let initrd = load(&memory, &mut file_with(&content)).unwrap();
         let mut copy = vec![0; content.len()];
         memory.read_slice(&mut copy, initrd.start).unwrap();
         assert_eq!(copy, content);
@@ -136,7 +155,7 @@ mod tests {
     #[test]
     fn load_empty_file_is_refused() {
         let memory = memory(64);
-        let error = load(&memory, &mut file_with(&[]), &kernel(&memory)).unwrap_err();
+        let error = load(&memory, &mut file_with(&[])).unwrap_err();
         assert!(matches!(error, Error::Empty));
     }
 
@@ -144,7 +163,7 @@ mod tests {
     fn load_directory_is_refused() {
         let memory = memory(64);
         let mut directory = File::open(std::env::temp_dir()).unwrap();
-        let error = load(&memory, &mut directory, &kernel(&memory)).unwrap_err();
+        let error = load(&memory, &mut directory).unwrap_err();
         assert!(matches!(error, Error::Directory));
     }
 
@@ -153,7 +172,7 @@ mod tests {
         let memory = memory(64);
         let mut file = file_with(&[]);
         file.set_len(200 * MIB).unwrap(); // sparse
-        let error = load(&memory, &mut file, &kernel(&memory)).unwrap_err();
+        let error = load(&memory, &mut file).unwrap_err();
         let text = error.to_string();
         assert!(
             text.contains("200 MiB") && text.contains("64 MiB"),
@@ -170,7 +189,7 @@ mod tests {
             length in 0..128 * MIB,
         ) {
             let kernel = start..start + length;
-            if let Some(place) = place(size, highest, &kernel) {
+            if let Some(place) = highest_place(size, highest, &kernel) {
                 prop_assert!(place >= MIB && place + size <= highest);
                 prop_assert!(place >= kernel.end || place + size <= kernel.start);
                 prop_assert_eq!(place % PAGE, 0);

@@ -6,9 +6,13 @@
 mod bzimage;
 mod elf;
 mod foreign;
+pub(crate) mod kaslr;
 #[cfg(test)]
 mod tests;
+pub mod unpack;
 
+use std::error::Error as _;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -17,6 +21,7 @@ use linux_loader::loader::bootparam::setup_header;
 use thiserror::Error as ThisError;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use self::kaslr::Choice;
 use crate::{Protocol, layout};
 
 /// What is wrong with a kernel image.
@@ -89,8 +94,39 @@ pub enum Error {
     Copy(#[source] linux_loader::loader::Error),
 }
 
+/// How a kernel came into guest memory; for the log.
+#[derive(Debug)]
+pub enum Loaded {
+    /// A vmlinux, which is as it runs.
+    AsItIs,
+    /// A bzImage that was unpacked here.
+    Unpacked {
+        /// It was moved to random addresses (KASLR).
+        is_random: bool,
+    },
+    /// A bzImage that is left to its own decompressor, and why.
+    UnpacksItself(unpack::Error),
+}
+
+impl fmt::Display for Loaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AsItIs => f.write_str("loaded where it is linked"),
+            Self::Unpacked { is_random: true } => {
+                f.write_str("unpacked, at random addresses (KASLR)")
+            }
+            Self::Unpacked { is_random: false } => f.write_str("unpacked, where it is linked"),
+            Self::UnpacksItself(why) => {
+                write!(f, "left to unpack itself: {why}")?;
+                why.source()
+                    .map_or(Ok(()), |source| write!(f, ": {source}"))
+            }
+        }
+    }
+}
+
 /// A kernel in guest memory.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Kernel {
     pub protocol: Protocol,
     pub entry: GuestAddress,
@@ -102,9 +138,67 @@ pub(crate) struct Kernel {
     pub initrd_end_max: u64,
     /// The longest command line in bytes, without the terminating NUL.
     pub cmdline_max: usize,
+    pub loaded: Loaded,
+}
+
+/// A kernel image that has been checked and is still to be loaded.
+#[derive(Debug)]
+pub(crate) struct Plan<'a> {
+    image: Image<'a>,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Elf(elf::Plan),
+    BzImage(bzimage::Plan),
+}
+
+impl<'a> Plan<'a> {
+    /// Looks at the image in `file`, whatever its kind.
+    pub(crate) fn new(memory: &GuestMemoryMmap, file: &'a mut File) -> Result<Self, Error> {
+        let mut image = Image::open(file)?;
+        let kind = if elf::is_elf(&image.head) {
+            Kind::Elf(elf::Plan::new(memory, &mut image)?)
+        } else if bzimage::is_bzimage(&image.head) {
+            Kind::BzImage(bzimage::Plan::new(memory, &image)?)
+        } else {
+            return Err(foreign::name(&image));
+        };
+        Ok(Self { image, kind })
+    }
+
+    /// The memory it uses, unless it goes to a random place.
+    pub(crate) fn occupied(&self) -> &Range<u64> {
+        match &self.kind {
+            Kind::Elf(plan) => &plan.occupied,
+            Kind::BzImage(plan) => &plan.occupied,
+        }
+    }
+
+    /// The initrd must end at or below this address.
+    pub(crate) fn initrd_end_max(&self) -> u64 {
+        match &self.kind {
+            Kind::Elf(_) => elf::INITRD_END_MAX,
+            Kind::BzImage(plan) => plan.initrd_end_max(),
+        }
+    }
+
+    /// Loads the kernel.
+    pub(crate) fn load(
+        mut self,
+        memory: &GuestMemoryMmap,
+        choice: &Choice,
+    ) -> Result<Kernel, Error> {
+        match self.kind {
+            Kind::Elf(plan) => plan.load(memory, &mut self.image),
+            Kind::BzImage(plan) => plan.load(memory, &mut self.image, choice),
+        }
+    }
 }
 
 /// An open kernel image whose size and first bytes are known.
+#[derive(Debug)]
 struct Image<'a> {
     file: &'a mut File,
     size: u64,
@@ -142,18 +236,6 @@ impl<'a> Image<'a> {
             return Err(Error::Truncated { expected, actual });
         }
         Ok(())
-    }
-}
-
-/// Loads the kernel in `file`, whatever its kind.
-pub(crate) fn load(memory: &GuestMemoryMmap, file: &mut File) -> Result<Kernel, Error> {
-    let mut image = Image::open(file)?;
-    if elf::is_elf(&image.head) {
-        elf::load(memory, &mut image)
-    } else if bzimage::is_bzimage(&image.head) {
-        bzimage::load(memory, &mut image)
-    } else {
-        Err(foreign::name(&image))
     }
 }
 

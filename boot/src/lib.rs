@@ -2,13 +2,15 @@
 //!
 //! [`load`] takes guest memory and a [`BootSpec`] (kernel, initrd, command line, and the [`Platform`]
 //! the devices live on), writes all of it into the memory and gives back a [`BootState`]: the values
-//! of the boot CPU's registers. It starts no thread, keeps no state and knows nothing of KVM beyond the
-//! plain structs of its registers.
+//! of the boot CPU's registers. Threads that it starts have ended then. It keeps no state and knows nothing of
+//! KVM beyond the plain structs of its registers.
 //!
 //! | file | what it does |
 //! | --- | --- |
 //! | [`layout`] | where everything is in the guest's physical address space |
 //! | `kernel.rs` | recognises a kernel image and loads it: `kernel/bzimage.rs`, `kernel/elf.rs` |
+//! | `kernel/unpack.rs` | unpacks a bzImage's payload to where it runs; `kernel/kaslr.rs` chooses the place |
+//! | `share.rs` | shares work between two threads |
 //! | `initrd.rs` | finds room for the initrd and reads it there |
 //! | `cmdline.rs` | checks the kernel command line |
 //! | `params.rs` | the memory map (e820), and the zero page or the PVH start info that carries it |
@@ -36,6 +38,7 @@
 //!         kernel: &mut kernel,
 //!         initrd: None,
 //!         cmdline: "console=ttyS0",
+//!         random: [0x1ae1_6a3b_2f90_404f, 0x0139_408d_cbbf_7a44],
 //!         platform: &platform,
 //!     },
 //! )?;
@@ -52,12 +55,16 @@ pub mod kernel;
 pub mod layout;
 mod params;
 pub mod regs;
+mod share;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::thread;
 
 use thiserror::Error as ThisError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+
+use kernel::kaslr::Choice;
 
 pub use initrd::Initrd;
 pub use regs::BootState;
@@ -71,6 +78,8 @@ pub struct BootSpec<'a> {
     pub initrd: Option<&'a mut File>,
     /// The whole kernel command line.
     pub cmdline: &'a str,
+    /// Random numbers, by which a kernel is moved that can be moved (KASLR).
+    pub random: [u64; 2],
     /// The devices that the ACPI tables describe.
     pub platform: &'a Platform,
 }
@@ -139,11 +148,30 @@ pub enum Error {
 /// A kernel, initrd or command line that cannot be used; memory too small for them; a platform that
 /// ACPI cannot describe. `memory` is then in an undefined state.
 pub fn load(memory: &GuestMemoryMmap, spec: &mut BootSpec) -> Result<BootState, Error> {
-    let kernel = kernel::load(memory, spec.kernel).map_err(Error::Kernel)?;
+    let plan = kernel::Plan::new(memory, spec.kernel).map_err(Error::Kernel)?;
     let initrd = match spec.initrd.as_deref_mut() {
-        Some(file) => Some(initrd::load(memory, file, &kernel).map_err(Error::Initrd)?),
+        Some(file) => {
+            let place = initrd::place(memory, file, &plan).map_err(Error::Initrd)?;
+            Some((&*file, place))
+        }
         None => None,
     };
+    let choice = Choice {
+        random: spec.random,
+        cmdline: spec.cmdline,
+        initrd: initrd.map_or(0..0, |(_, place)| place.range()),
+    };
+    let (kernel, read) = thread::scope(|scope| {
+        let read = initrd.map(|(file, place)| {
+            let read = move || initrd::read(memory, file, place);
+            share::spawn(scope, read)
+        });
+        let kernel = plan.load(memory, &choice);
+        (kernel, read.map_or(Ok(()), share::Running::join))
+    });
+    let kernel = kernel.map_err(Error::Kernel)?;
+    read.map_err(Error::Initrd)?;
+    let initrd = initrd.map(|(_, place)| place);
     let cmdline = cmdline::bytes(spec.cmdline, kernel.cmdline_max).map_err(Error::Cmdline)?;
     let tables = acpi::tables(spec.platform).map_err(Error::Acpi)?;
     let mut pieces = params::pieces(memory, &kernel, initrd);
@@ -155,7 +183,7 @@ pub fn load(memory: &GuestMemoryMmap, spec: &mut BootSpec) -> Result<BootState, 
             .write_slice(&bytes, address)
             .map_err(|source| Error::Write(what, source))?;
     }
-    Ok(regs::boot_state(&kernel, initrd))
+    Ok(regs::boot_state(kernel, initrd))
 }
 
 /// What it is, where it goes, and its bytes.

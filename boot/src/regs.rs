@@ -7,16 +7,18 @@ use std::ops::Range;
 use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 
 use crate::initrd::Initrd;
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Loaded};
 use crate::{Piece, Protocol, layout};
 
 /// How to start the boot CPU, and where things are.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct BootState {
     /// The kernel's boot protocol.
     pub protocol: Protocol,
     /// The memory that the kernel uses before it reads the memory map; for the log.
     pub kernel: Range<u64>,
+    /// How the kernel came there; for the log.
+    pub loaded: Loaded,
     /// Where the initrd is; for the log.
     pub initrd: Option<Initrd>,
     /// The general registers (`KVM_SET_REGS`), of the boot CPU.
@@ -48,12 +50,13 @@ pub(crate) fn tables() -> [Piece; 2] {
 }
 
 /// The registers at the entry point of `kernel`.
-pub(crate) fn boot_state(kernel: &Kernel, initrd: Option<Initrd>) -> BootState {
+pub(crate) fn boot_state(kernel: Kernel, initrd: Option<Initrd>) -> BootState {
     BootState {
         protocol: kernel.protocol,
-        kernel: kernel.occupied.clone(),
+        regs: general_registers(&kernel),
+        kernel: kernel.occupied,
+        loaded: kernel.loaded,
         initrd,
-        regs: general_registers(kernel),
         fpu: kvm_fpu {
             fcw: 0x37f,    // all exceptions masked, extended precision, as after FNINIT
             mxcsr: 0x1f80, // all exceptions masked, as after a reset

@@ -23,6 +23,7 @@ fn boot(
             kernel: &mut file_with(kernel),
             initrd: initrd.as_mut(),
             cmdline,
+            random: [0, 0],
             platform: &platform(4, 2),
         },
     )

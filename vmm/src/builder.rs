@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use boot::{BootSpec, BootState};
 use devices::serial::Serial;
+use rustix::rand::GetRandomFlags;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{Config, ConsoleTarget};
@@ -157,9 +158,22 @@ fn load(
         kernel: &mut kernel,
         initrd: initrd.as_mut(),
         cmdline: &config.whole_cmdline(),
+        random: random().map_err(failed_to("get random numbers"))?,
         platform: &plan.platform(),
     };
-    boot::load(memory, &mut spec).map_err(|error| name_file(config, error))
+    let boot = boot::load(memory, &mut spec).map_err(|error| name_file(config, error))?;
+    log::info!("kernel {:?}: {}", config.kernel, boot.loaded);
+    Ok(boot)
+}
+
+/// By which the kernel is moved: as good as a guest's own, which it would take from its CPU.
+fn random() -> io::Result<[u64; 2]> {
+    let mut bytes = [[0; 8]; 2];
+    for bytes in &mut bytes {
+        // A system call for so few is never cut short.
+        rustix::rand::getrandom(bytes, GetRandomFlags::empty())?;
+    }
+    Ok(bytes.map(u64::from_ne_bytes))
 }
 
 /// The boot crate knows files, not their paths.

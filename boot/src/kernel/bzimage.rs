@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
-use linux_loader::loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, setup_header};
+use linux_loader::loader::bootparam::{KASLR_FLAG, LOADED_HIGH, XLF_KERNEL_64, setup_header};
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
 
-use super::{Error, Image, Kernel, require_ram};
+use super::kaslr::{Choice, Movable};
+use super::unpack::{self, Packed, Unpacked};
+use super::{Error, Image, Kernel, Loaded, require_ram};
 use crate::{Protocol, layout};
 
 /// Where the setup header is in the file, and in the zero page as well.
@@ -18,44 +20,131 @@ const VERSION_XLOADFLAGS: u16 = 0x20c;
 /// The 64-bit entry point, as an offset into the protected-mode kernel.
 const ENTRY_64: u64 = 0x200;
 const SECTOR: u64 = 512;
+/// Of a kernel's place in memory: Linux is mapped by pages of 2 MiB.
+const MIN_ALIGN: u64 = 2 << 20;
+
+/// A bzImage that has been checked.
+#[derive(Debug)]
+pub(super) struct Plan {
+    header: setup_header,
+    /// The bytes of the file before the protected-mode kernel.
+    setup_size: u64,
+    /// The bytes of the protected-mode kernel.
+    kernel_size: u64,
+    /// Where it runs when it unpacks itself.
+    start: u64,
+    /// The memory it uses then.
+    pub occupied: Range<u64>,
+}
 
 pub(super) fn is_bzimage(head: &[u8]) -> bool {
     head.get(MAGIC) == Some(b"HdrS")
 }
 
-pub(super) fn load(memory: &GuestMemoryMmap, image: &mut Image) -> Result<Kernel, Error> {
-    let header = read_header(image)?;
-    if header.version < VERSION_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(Error::Bzimage32);
-    }
-    if header.loadflags & LOADED_HIGH == 0 {
-        return Err(Error::Damaged("a 64-bit kernel that loads below 1 MiB"));
-    }
-    let setup_sectors = match header.setup_sects {
-        0 => 4, // a default from the first days (boot.rst, "setup_sects")
-        n => u64::from(n),
-    };
-    let setup_size = (setup_sectors + 1) * SECTOR;
-    let kernel_size = u64::from(header.syssize) * 16;
-    if kernel_size <= ENTRY_64 {
-        return Err(Error::Damaged("its protected-mode part has no entry point"));
-    }
-    image.require(setup_size + kernel_size)?;
+impl Plan {
+    pub(super) fn new(memory: &GuestMemoryMmap, image: &Image) -> Result<Self, Error> {
+        let header = read_header(image)?;
+        if header.version < VERSION_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
+            return Err(Error::Bzimage32);
+        }
+        if header.loadflags & LOADED_HIGH == 0 {
+            return Err(Error::Damaged("a 64-bit kernel that loads below 1 MiB"));
+        }
+        let setup_sectors = match header.setup_sects {
+            0 => 4, // a default from the first days (boot.rst, "setup_sects")
+            n => u64::from(n),
+        };
+        let setup_size = (setup_sectors + 1) * SECTOR;
+        let kernel_size = u64::from(header.syssize) * 16;
+        if kernel_size <= ENTRY_64 {
+            return Err(Error::Damaged("its protected-mode part has no entry point"));
+        }
+        image.require(setup_size + kernel_size)?;
 
-    let start = load_address(&header)?;
-    let end = occupied_end(&header, start, image.size - setup_size)?;
-    require_ram(memory, end)?;
-    BzImage::load(memory, Some(GuestAddress(start)), image.file, None).map_err(Error::Copy)?;
-    Ok(Kernel {
-        protocol: Protocol::Linux64,
-        entry: GuestAddress(start + ENTRY_64),
-        occupied: start..end,
-        header: Some(header),
-        initrd_end_max: u64::from(header.initrd_addr_max) + 1,
-        cmdline_max: header.cmdline_size as usize,
-    })
+        let start = load_address(&header)?;
+        let end = occupied_end(&header, start, image.size - setup_size)?;
+        require_ram(memory, end)?;
+        Ok(Self {
+            header,
+            setup_size,
+            kernel_size,
+            start,
+            occupied: start..end,
+        })
+    }
+
+    /// The initrd must end at or below this address.
+    pub(super) fn initrd_end_max(&self) -> u64 {
+        u64::from(self.header.initrd_addr_max) + 1
+    }
+
+    /// Unpacks the kernel, or leaves that to its own decompressor where it cannot be done here.
+    pub(super) fn load(
+        self,
+        memory: &GuestMemoryMmap,
+        image: &mut Image,
+        choice: &Choice,
+    ) -> Result<Kernel, Error> {
+        let unpacked = self.unpack(memory, image, choice);
+        let mut header = self.header;
+        let (entry, occupied, loaded) = match unpacked {
+            Ok(kernel) => {
+                if kernel.is_random {
+                    header.loadflags |= KASLR_FLAG;
+                }
+                let end = kernel.start + u64::from(header.init_size);
+                let is_random = kernel.is_random;
+                let loaded = Loaded::Unpacked { is_random };
+                (kernel.entry, kernel.start..end, loaded)
+            }
+            Err(why) => {
+                let start = GuestAddress(self.start);
+                BzImage::load(memory, Some(start), image.file, None).map_err(Error::Copy)?;
+                let entry = GuestAddress(self.start + ENTRY_64);
+                (entry, self.occupied, Loaded::UnpacksItself(why))
+            }
+        };
+        Ok(Kernel {
+            protocol: Protocol::Linux64,
+            entry,
+            occupied,
+            initrd_end_max: u64::from(header.initrd_addr_max) + 1,
+            cmdline_max: header.cmdline_size as usize,
+            header: Some(header),
+            loaded,
+        })
+    }
+
+    fn unpack(
+        &self,
+        memory: &GuestMemoryMmap,
+        image: &Image,
+        choice: &Choice,
+    ) -> Result<Unpacked, unpack::Error> {
+        let header = &self.header;
+        let align = u64::from(header.kernel_alignment);
+        let kernel = Movable {
+            linked: header.pref_address,
+            size: header.init_size.into(),
+            align,
+        };
+        let is_relocatable = header.relocatable_kernel != 0;
+        let is_aligned = align.is_power_of_two()
+            && align >= MIN_ALIGN
+            && kernel.linked.is_multiple_of(align)
+            && kernel.linked >= layout::HIGH_RAM_START.0;
+        if !is_relocatable || !is_aligned {
+            return Err(unpack::Error::Header);
+        }
+        let offset = u64::from(header.payload_offset);
+        let size = u64::from(header.payload_length);
+        if offset + size > self.kernel_size {
+            return Err(unpack::Error::Payload("it is not in the image"));
+        }
+        let payload = Packed::open(image.file, self.setup_size + offset, size)?;
+        unpack::load(memory, &payload, kernel, choice)
+    }
 }
-
 /// The setup header; bytes after its end, which belong to the boot sector's code, are zero.
 fn read_header(image: &Image) -> Result<setup_header, Error> {
     let mut header = setup_header::default();

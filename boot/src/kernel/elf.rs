@@ -8,47 +8,62 @@ use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
 
-use super::{Error, Image, Kernel, require_ram};
+use super::{Error, Image, Kernel, Loaded, require_ram};
 use crate::{Protocol, layout};
 
 /// Linux' COMMAND_LINE_SIZE on x86 is 2048 with the NUL; an ELF image does not say.
 const CMDLINE_MAX: usize = 2047;
 /// Where an initrd of a bzImage has to end as well; any 64-bit kernel reaches that far.
-const INITRD_END_MAX: u64 = 0x8000_0000;
+pub(super) const INITRD_END_MAX: u64 = 0x8000_0000;
 
 pub(super) fn is_elf(head: &[u8]) -> bool {
     head.starts_with(elf::ELFMAG)
 }
 
-pub(super) fn load(memory: &GuestMemoryMmap, image: &mut Image) -> Result<Kernel, Error> {
-    let header = read_header(image)?;
-    let segments = check_segments(&program_headers(&header, image)?, image)?;
-    let start = segments.iter().map(|s| s.start).min();
-    let end = segments.iter().map(|s| s.end).max();
-    let (Some(start), Some(end)) = (start, end) else {
-        return Err(Error::Damaged("it has no segment to load"));
-    };
-    if start < layout::HIGH_RAM_START.0 {
-        return Err(Error::TooLow(start));
-    }
-    require_ram(memory, end)?;
+/// A vmlinux that has been checked.
+#[derive(Debug)]
+pub(super) struct Plan {
+    segments: Vec<Range<u64>>,
+    /// The memory it uses.
+    pub occupied: Range<u64>,
+}
 
-    let loaded = Elf::load(memory, None, image.file, None).map_err(Error::Copy)?;
-    let (protocol, entry) = match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) => (Protocol::Pvh, entry),
-        _ => (Protocol::Linux64, loaded.kernel_load),
-    };
-    if !segments.iter().any(|s| s.contains(&entry.0)) {
-        return Err(Error::Damaged("its entry point is in no segment"));
+impl Plan {
+    pub(super) fn new(memory: &GuestMemoryMmap, image: &mut Image) -> Result<Self, Error> {
+        let header = read_header(image)?;
+        let segments = check_segments(&program_headers(&header, image)?, image)?;
+        let start = segments.iter().map(|s| s.start).min();
+        let end = segments.iter().map(|s| s.end).max();
+        let (Some(start), Some(end)) = (start, end) else {
+            return Err(Error::Damaged("it has no segment to load"));
+        };
+        if start < layout::HIGH_RAM_START.0 {
+            return Err(Error::TooLow(start));
+        }
+        require_ram(memory, end)?;
+        let occupied = start..end;
+        Ok(Self { segments, occupied })
     }
-    Ok(Kernel {
-        protocol,
-        entry: GuestAddress(entry.0),
-        occupied: start..end,
-        header: None,
-        initrd_end_max: INITRD_END_MAX,
-        cmdline_max: CMDLINE_MAX,
-    })
+
+    pub(super) fn load(self, memory: &GuestMemoryMmap, image: &mut Image) -> Result<Kernel, Error> {
+        let loaded = Elf::load(memory, None, image.file, None).map_err(Error::Copy)?;
+        let (protocol, entry) = match loaded.pvh_boot_cap {
+            PvhBootCapability::PvhEntryPresent(entry) => (Protocol::Pvh, entry),
+            _ => (Protocol::Linux64, loaded.kernel_load),
+        };
+        if !self.segments.iter().any(|s| s.contains(&entry.0)) {
+            return Err(Error::Damaged("its entry point is in no segment"));
+        }
+        Ok(Kernel {
+            protocol,
+            entry: GuestAddress(entry.0),
+            occupied: self.occupied,
+            header: None,
+            initrd_end_max: INITRD_END_MAX,
+            cmdline_max: CMDLINE_MAX,
+            loaded: Loaded::AsItIs,
+        })
+    }
 }
 
 /// The header of what has to be a 64-bit executable for x86-64.

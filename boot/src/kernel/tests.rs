@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use vm_memory::Bytes;
 
 fn load_bytes(bytes: &[u8]) -> Result<Kernel, Error> {
-    load(&memory(64), &mut file_with(bytes))
+    load_kernel(&memory(64), &mut file_with(bytes))
 }
 
 fn error_of(bytes: &[u8]) -> Error {
@@ -16,7 +16,7 @@ fn error_of(bytes: &[u8]) -> Error {
 #[test]
 fn bzimage_fitting_is_loaded_at_its_preferred_address() {
     let memory = memory(64);
-    let kernel = load(&memory, &mut file_with(&bzimage())).unwrap();
+    let kernel = load_kernel(&memory, &mut file_with(&bzimage())).unwrap();
     assert_eq!(kernel.protocol, Protocol::Linux64);
     assert_eq!(kernel.entry, GuestAddress(BZIMAGE_PREF + 0x200));
     assert_eq!(
@@ -65,7 +65,7 @@ fn bzimage_larger_than_memory_says_how_much_it_needs() {
         text,
         "it needs 68 MiB of memory to start, and the guest has 64 MiB; give it more memory"
     );
-    load(&memory(68), &mut file_with(&big)).unwrap();
+    load_kernel(&memory(68), &mut file_with(&big)).unwrap();
 }
 
 #[test]
@@ -116,7 +116,7 @@ fn bzimage_with_absurd_fields_is_refused() {
 #[test]
 fn elf_without_note_is_entered_by_the_linux_protocol() {
     let memory = memory(64);
-    let kernel = load(&memory, &mut file_with(&elf(false))).unwrap();
+    let kernel = load_kernel(&memory, &mut file_with(&elf(false))).unwrap();
     assert_eq!(kernel.protocol, Protocol::Linux64);
     assert_eq!(kernel.entry, GuestAddress(ELF_START));
     assert_eq!(kernel.occupied, ELF_START..ELF_START + ELF_MEMORY_SIZE);
@@ -227,7 +227,7 @@ fn empty_file_is_empty() {
 #[test]
 fn directory_is_a_directory() {
     let mut directory = File::open(std::env::temp_dir()).unwrap();
-    let error = load(&memory(64), &mut directory).unwrap_err();
+    let error = load_kernel(&memory(64), &mut directory).unwrap_err();
     assert!(matches!(error, Error::Directory));
 }
 
@@ -235,7 +235,10 @@ fn directory_is_a_directory() {
 fn pipe_has_no_size() {
     let (reader, _writer) = std::io::pipe().unwrap();
     let mut file = File::from(std::os::fd::OwnedFd::from(reader));
-    assert!(matches!(load(&memory(64), &mut file), Err(Error::Size(_))));
+    assert!(matches!(
+        load_kernel(&memory(64), &mut file),
+        Err(Error::Size(_))
+    ));
 }
 
 fn any_image() -> impl Strategy<Value = Vec<u8>> {

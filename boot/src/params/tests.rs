@@ -1,7 +1,7 @@
 //! Tests of the memory map, the zero page and the PVH start info.
 
 use super::*;
-use crate::tests::images::{bzimage, elf, file_with, memory};
+use crate::tests::images::{bzimage, elf, file_with, load_kernel, memory};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -12,7 +12,7 @@ const INITRD: Initrd = Initrd {
 
 fn written(image: &[u8], initrd: Option<Initrd>) -> GuestMemoryMmap {
     let memory = memory(64);
-    let kernel = crate::kernel::load(&memory, &mut file_with(image)).unwrap();
+    let kernel = load_kernel(&memory, &mut file_with(image)).unwrap();
     for (_, at, bytes) in pieces(&memory, &kernel, initrd) {
         memory.write_slice(&bytes, at).unwrap();
     }

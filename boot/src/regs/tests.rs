@@ -3,15 +3,15 @@
 use super::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::tests::images::{bzimage, elf, file_with, memory};
+use crate::tests::images::{bzimage, elf, file_with, load_kernel, memory};
 
 fn prepared(image: &[u8]) -> (GuestMemoryMmap, BootState) {
     let memory = memory(64);
-    let kernel = crate::kernel::load(&memory, &mut file_with(image)).unwrap();
+    let kernel = load_kernel(&memory, &mut file_with(image)).unwrap();
     for (_, at, bytes) in tables() {
         memory.write_slice(&bytes, at).unwrap();
     }
-    (memory, boot_state(&kernel, None))
+    (memory, boot_state(kernel, None))
 }
 
 /// What `KVM_GET_SREGS` gives after a reset, as far as it matters.

@@ -5,6 +5,8 @@ use std::io::Write;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use crate::kernel::kaslr::Choice;
+use crate::kernel::{Error, Kernel, Plan};
 use crate::{Platform, VirtioMmio, layout};
 
 pub(crate) fn memory(mib: u64) -> GuestMemoryMmap {
@@ -16,6 +18,16 @@ pub(crate) fn file_with(content: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(content).unwrap();
     file
+}
+
+/// Loads the kernel in `file`; one that can be moved goes to the first place.
+pub(crate) fn load_kernel(memory: &GuestMemoryMmap, file: &mut File) -> Result<Kernel, Error> {
+    let choice = Choice {
+        random: [0, 0],
+        cmdline: "",
+        initrd: 0..0,
+    };
+    Plan::new(memory, file)?.load(memory, &choice)
 }
 
 pub(crate) fn platform(cpus: u8, devices: u32) -> Platform {
@@ -107,4 +119,65 @@ fn program_header(image: &mut Vec<u8>, kind: u32, offset: u64, address: u64, siz
     for field in [offset, address, address, sizes[0], sizes[1], 0x1000] {
         image.extend(field.to_le_bytes());
     }
+}
+
+/// The physical address at which the kernel of [`packed`] is linked.
+pub(crate) const VMLINUX_START: u64 = BZIMAGE_PREF;
+/// The virtual one.
+pub(crate) const VMLINUX_MAP: u32 = 0x8100_0000;
+/// Its entry point, relative to its start.
+pub(crate) const VMLINUX_ENTRY: u64 = 0x40;
+/// Where its relocations begin, and its second segment, relative to its start.
+pub(crate) const VMLINUX_PLACES: u64 = 0x100;
+pub(crate) const VMLINUX_DATA: u64 = 0x40_0000;
+
+/// The kernel in a bzImage as the kernel's build leaves it: an ELF file with two segments of `size` bytes, its section
+/// headers at its end, then `relocations`.
+pub(crate) fn vmlinux(size: usize, relocations: &[u32]) -> Vec<u8> {
+    let mut image = elf(false)[..64].to_vec();
+    let (first, second) = (0x1000, 0x1000 + size as u64);
+    let memory = size as u64 + 0x1000;
+    let sizes = [size as u64, memory];
+    program_header(&mut image, 1, first, VMLINUX_START, sizes);
+    program_header(&mut image, 1, second, VMLINUX_START + VMLINUX_DATA, sizes);
+    image.resize(0x1000, 0);
+    // Neither zeros nor of one kind, so that each byte counts.
+    image.extend((0..2 * size).map(|n| (n % 251) as u8));
+    let sections = image.len() as u64;
+    image.resize(image.len() + 2 * 64, 0);
+    image.extend(relocations.iter().flat_map(|word| word.to_le_bytes()));
+    let image = patched(image, 24, &(VMLINUX_START + VMLINUX_ENTRY).to_le_bytes());
+    let image = patched(image, 40, &sections.to_le_bytes());
+    patched(image, 58, &[64, 0, 2, 0]) // e_shentsize, e_shnum
+}
+
+/// A relocation of each kind, among the first bytes of each segment.
+pub(crate) fn relocations() -> Vec<u32> {
+    let place = VMLINUX_MAP + VMLINUX_PLACES as u32;
+    let data = VMLINUX_MAP + VMLINUX_DATA as u32;
+    vec![0, place, data, 0, place + 8, 0, place + 12, data + 8]
+}
+
+/// `content` packed as LZ4, with its length.
+pub(crate) fn lz4(content: &[u8]) -> Vec<u8> {
+    let mut payload = b"\x02\x21\x4c\x18".to_vec();
+    for block in content.chunks(8 << 20) {
+        let block = lz4_flex::block::compress(block);
+        payload.extend((block.len() as u32).to_le_bytes());
+        payload.extend(block);
+    }
+    payload.extend((content.len() as u32).to_le_bytes());
+    payload
+}
+
+/// A bzImage with this payload.
+pub(crate) fn packed(payload: &[u8]) -> Vec<u8> {
+    let mut image = bzimage();
+    image.truncate(BZIMAGE_SETUP + 0x300);
+    image.extend(payload);
+    image.resize(image.len().next_multiple_of(16), 0);
+    let syssize = ((image.len() - BZIMAGE_SETUP) / 16) as u32;
+    let image = patched(image, 0x1f4, &syssize.to_le_bytes());
+    let image = patched(image, 0x248, &0x300_u32.to_le_bytes()); // payload_offset
+    patched(image, 0x24c, &(payload.len() as u32).to_le_bytes())
 }
