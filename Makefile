@@ -6,7 +6,7 @@ GUEST := tests/guest
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-build demo-tools test costs bench fuzz lint clean
+.PHONY: help build demo demo-build demo-tools test costs lab-qemu bench fuzz lint clean
 
 help: ## Lists these targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -35,6 +35,10 @@ costs: ## Makes what a guest costs now the baseline that tests compare with (tes
 	resources/install-tools strace
 	MINIVMM_COSTS=write $(CARGO) test -q -p vmm --test costs
 
+lab-qemu: ## Builds the QEMU that the lab prefers, once: no guest hangs in it (some minutes; as root)
+	@resources/install-tools qemu-system-x86_64
+	@resources/lab-qemu
+
 # Without hardware virtualisation it runs in the lab, where the numbers mean little.
 BENCH_ROUNDS ?= 3
 bench: ## The NIC side by side: transports, backends, QEMU (BENCH_ROUNDS times; needs root)
@@ -57,7 +61,7 @@ lint: ## Checks formatting, clippy, documentation and shell scripts
 	cd $(GUEST) && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
 	cd tests/fuzz && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
 	@if command -v shellcheck >/dev/null; then shellcheck -x resources/install-tools resources/guest-init \
-		resources/lab-init tests/run .ci/run; else echo "no shellcheck here: shell scripts not checked"; fi
+		resources/lab-init resources/lab-qemu tests/run .ci/run; else echo "no shellcheck here: shell scripts not checked"; fi
 
 clean: ## Removes what was built; downloads stay in ~/.cache/minivmm
 	$(CARGO) clean

@@ -76,6 +76,7 @@ fn in_lab() -> bool {
         program: &program,
         args: &[],
         deadline: Instant::now() + LAB_LIMIT,
+        counted: false,
     };
     lab::machine::run_shown(&job)
 }

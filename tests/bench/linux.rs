@@ -1,163 +1,265 @@
-//! Linux guests: minivmm's NIC on each transport with each backend, and QEMU's on the same kind of
-//! macvtap, side by side in one run, several times.
+//! Linux guests of several monitors, side by side: Debian's cloud kernel with one CPU and 128 MiB.
+//!
+//! Where this machine's KVM runs Linux the times are the clock's. Elsewhere all run in the lab, whose
+//! emulator then counts instructions, one a nanosecond: what is compared is work, without caches and
+//! without a second CPU, and a run repeats to about 1 %.
 
-use std::path::Path;
-use std::process::{Command, Stdio};
+mod monitors;
+mod table;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::harness::assets::assets;
 use crate::harness::iperf;
 use crate::harness::linux;
-use crate::harness::memory::own_memory;
+use crate::harness::memory::{anonymous_memory, own_memory};
 use crate::harness::netns::is_root;
+use crate::harness::process::children;
 use crate::harness::site::{Site, address, pings};
 use crate::harness::vm::{self, Vm};
 use crate::lab::{self, Place};
-
-/// What is compared: a name, and the arguments.
-const SETUPS: &[(&str, &[&str])] = &[
-    (
-        "pci, vhost-net",
-        &["--transport", "pci", "--macvtap", "wire,backend=vhost"],
-    ),
-    (
-        "pci, own threads",
-        &["--transport", "pci", "--macvtap", "wire,backend=user"],
-    ),
-    (
-        "mmio, vhost-net",
-        &["--transport", "mmio", "--macvtap", "wire,backend=vhost"],
-    ),
-    (
-        "mmio, own threads",
-        &["--transport", "mmio", "--macvtap", "wire,backend=user"],
-    ),
-    (
-        "QEMU q35, vhost-net",
-        &["qemu", "--accel", "kvm", "--macvtap", "wire,vhost=on"],
-    ),
-    (
-        "QEMU q35, own thread",
-        &["qemu", "--accel", "kvm", "--macvtap", "wire,vhost=off"],
-    ),
-];
-
-/// What is measured of each: its name, and how many decimals make sense.
-const FIGURES: [(&str, usize); 5] = [
-    ("to init, ms", 0),
-    ("ping, us", 0),
-    ("sends, Gbit/s", 2),
-    ("receives, Gbit/s", 2),
-    ("memory, MiB", 1),
-];
-type Sample = [f64; FIGURES.len()];
+use monitors::{Boot, Image, MAC, MONITORS, Monitor};
+use table::{Figure, Figures};
 
 /// The third host on the wire, see [`Site`].
 const PEER: &str = "192.168.77.3";
 /// For the whole run in the lab.
 const LAB_LIMIT: Duration = Duration::from_secs(3600);
 
-/// Compares the setups in so many rounds, where Linux guests can run; whether it came to a result.
-pub fn run(rounds: usize) -> bool {
-    match lab::place() {
-        Place::Lab => in_lab(rounds),
-        Place::InsideLab | Place::Here => is_root() && compare(rounds),
-    }
+/// Measures `boot` or `net`, or both, in so many rounds, where Linux guests can run; whether it came
+/// to a result.
+pub fn run(part: Option<&str>, rounds: usize) -> bool {
+    let mut figures = Figures::default();
+    let done = match lab::place() {
+        Place::Lab => in_lab(part, rounds, &mut figures),
+        // There is no other way out of the lab than a line of text.
+        Place::InsideLab => measure(part, rounds, &mut |figure| println!("{}", figure.line())),
+        Place::Here => measure(part, rounds, &mut |figure| figures.add(figure)),
+    };
+    figures.print();
+    done
 }
 
 /// Runs this program again in the lab.
-fn in_lab(rounds: usize) -> bool {
+fn in_lab(part: Option<&str>, rounds: usize, figures: &mut Figures) -> bool {
     println!(
-        "This machine's KVM cannot run Linux: everything runs in an emulated machine whose KVM can. The figures then show \
-         that it works, and not how fast it is."
+        "This machine's KVM cannot run Linux: the guests run in an emulated machine whose KVM can."
     );
-    let program = std::env::current_exe().expect("/proc is mounted");
+    let counts = lab::machine::counts();
+    println!(
+        "{}",
+        match counts {
+            true => "Its clock counts instructions, one a nanosecond.",
+            false =>
+                "Its times say little. `make lab-qemu` builds an emulator that counts instructions.",
+        }
+    );
+    let rounds = rounds.to_string();
+    let args = ["linux"].into_iter().chain(part).chain([rounds.as_str()]);
     let job = lab::machine::Job {
-        program: &program,
-        args: &["linux".to_owned(), rounds.to_string()],
+        program: &std::env::current_exe().expect("/proc is mounted"),
+        args: &args.map(str::to_owned).collect::<Vec<_>>(),
         deadline: Instant::now() + LAB_LIMIT,
+        counted: counts,
     };
-    lab::machine::run_shown(&job)
+    let status = lab::machine::run(&job, |line| match Figure::parse(line) {
+        Some(figure) => {
+            println!("{}, {}: {}", figure.row, figure.column, figure.value);
+            figures.add(figure);
+        }
+        None => println!("{line}"),
+    });
+    let failure = match status {
+        Ok(0) => return true,
+        Ok(status) => format!("it ended with status {status}"),
+        Err(failure) => failure,
+    };
+    eprintln!("{failure}");
+    false
 }
 
-/// Measures everything that can be had here, each setup once a round, and prints medians and
-/// spreads.
-fn compare(rounds: usize) -> bool {
-    let has_vhost = Path::new("/dev/vhost-net").exists();
-    let has_qemu = Command::new("qemu-system-x86_64")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_ok();
-    let can = |(name, args): &&(&str, &[&str])| {
-        let can = (has_vhost || !name.ends_with("vhost-net")) && (has_qemu || args[0] != "qemu");
-        if !can {
-            println!("{name}: not here");
-        }
-        can
-    };
-    let setups: Vec<_> = SETUPS.iter().filter(can).collect();
-    let mut samples = vec![Vec::<Sample>::new(); setups.len()];
-    for round in 1..=rounds {
-        for ((name, args), samples) in setups.iter().zip(&mut samples) {
-            println!("round {round} of {rounds}: {name}");
-            samples.push(measure(args));
-        }
+/// Where figures go.
+type Report<'a> = &'a mut dyn FnMut(Figure);
+
+/// Measures whatever is here.
+fn measure(part: Option<&str>, rounds: usize, report: Report) -> bool {
+    if !is_root() {
+        return false;
     }
-    println!("\nMedians (least-most):\n");
-    print!("{:<22}", "");
-    FIGURES.iter().for_each(|(name, _)| print!("{name:>23}"));
-    println!();
-    for ((name, _), samples) in setups.iter().zip(&samples) {
-        print!("{name:<22}");
-        for (figure, (_, decimals)) in FIGURES.iter().enumerate() {
-            let mut values: Vec<_> = samples.iter().map(|sample| sample[figure]).collect();
-            values.sort_by(f64::total_cmp);
-            let (Some(least), Some(most)) = (values.first(), values.last()) else {
-                continue;
-            };
-            let median = values[values.len() / 2];
-            let text = format!("{median:.decimals$} ({least:.decimals$}-{most:.decimals$})");
-            print!("{text:>23}");
+    let has_vhost = Path::new("/dev/vhost-net").exists();
+    let is_here = |monitor: &&Monitor| {
+        let is_here = monitor.path().is_some() && (has_vhost || !monitor.has_vhost);
+        if !is_here {
+            println!("{}: not here", monitor.name);
         }
-        println!();
+        is_here
+    };
+    let monitors: Vec<_> = MONITORS.iter().filter(is_here).collect();
+    let bench = Bench {
+        site: Site::new(),
+        config: tempfile::NamedTempFile::new()
+            .expect("there is room in /tmp")
+            .into_temp_path()
+            .to_path_buf(),
+    };
+    for _ in 0..rounds {
+        if part != Some("net") {
+            bench.boots(&monitors, report);
+        }
+        if part != Some("boot") {
+            monitors
+                .iter()
+                .filter(|monitor| monitor.has_nic())
+                .for_each(|monitor| bench.talks(monitor, report));
+        }
     }
     true
 }
 
-/// Boots a guest with one CPU and 256 MiB, and lets it talk to the third host.
-fn measure(args: &[&str]) -> Sample {
-    let site = Site::new();
-    let mut command = site.host.command(vm::binary());
-    command.args(args).args(["--memory", "256M", "--kernel"]);
-    command.arg(assets().bzimage()).arg("--initrd");
-    command.arg(linux::initrd()).stdin(Stdio::piped());
-    let start = Instant::now();
-    let mut vm = Vm::spawn(command);
-    vm.wait_for("GUEST init");
-    let init = start.elapsed();
-    vm.wait_for("GUEST ready\n");
-    address(&mut vm, "eth0", 11);
-    assert!(pings(&mut vm, PEER), "{}", vm.transcript());
-    // min/avg/max
-    let ping = vm.try_run(&format!("ping -q -c 300 -i 0.01 {PEER}"));
-    let times = ping.text.rsplit(" = ").next().unwrap_or_default();
-    let average = times.split('/').nth(1).and_then(|text| text.parse().ok());
-    let average: f64 = average.unwrap_or_else(|| panic!("{}", ping.text));
-    let memory = own_memory(vm.pid());
-    let _server = iperf::serve(&site.peer);
-    let mut rate = |reverse: &str| {
-        let output = vm.try_run(&format!("iperf3 -f m -c {PEER} -t 3 {reverse}"));
-        mbits(&output.text).unwrap_or_else(|| panic!("{}", output.text)) / 1000.0
-    };
-    let (sends, receives) = (rate(""), rate("-R"));
-    [
-        init.as_secs_f64() * 1000.0,
-        average * 1000.0,
-        sends,
-        receives,
-        memory as f64 / 1024.0,
-    ]
+/// What the command line says besides.
+const QUIET: &str = "quiet";
+/// Without the self-tests of the kernel's crypto, which are most of a small guest's boot.
+const NO_TESTS: &str = "cryptomgr.notests";
+/// Every message of the kernel on the console.
+const LOUD: &str = "loglevel=7";
+
+/// Where the guests are.
+struct Bench {
+    site: Site,
+    /// For monitors that are configured by a file.
+    config: PathBuf,
+}
+
+impl Bench {
+    /// How long each takes from exec to the first line of /init: with the command line that it or
+    /// its documentation gives a guest, and all with minivmm's and without self-tests.
+    fn boots(&self, monitors: &[&Monitor], report: Report) {
+        let mut whole = None;
+        for monitor in monitors.iter().filter(|monitor| !monitor.has_vhost) {
+            let images = monitor.program.images;
+            let own = format!("{} {QUIET}", monitor.program.line);
+            for &image in images {
+                let mut vm = self.times(monitor, image, own.trim(), "own line", report);
+                whole.get_or_insert_with(|| {
+                    vm.wait_for("GUEST ready\n");
+                    vm.run("cat /proc/cmdline").trim().to_owned()
+                });
+                end(vm);
+            }
+            let same = match (monitor.is_ours(), &whole) {
+                (false, Some(whole)) => format!("{whole} {NO_TESTS}"),
+                _ => format!("{QUIET} {NO_TESTS}"),
+            };
+            for &image in images {
+                end(self.times(monitor, image, &same, "same line", report));
+            }
+            let loud = format!("{same} {LOUD}");
+            end(self.times(monitor, images[0], &loud, "all messages", report));
+        }
+    }
+
+    /// Boots a guest and reports how long that took, under the name of its `line`.
+    fn times(&self, monitor: &Monitor, image: Image, line: &str, name: &str, report: Report) -> Vm {
+        let (vm, took) = self.boot(monitor, image, &linux::small_initrd(), line);
+        report(Figure {
+            table: "Exec to the first line of /init, ms".to_owned(),
+            row: monitor.name.to_owned(),
+            column: format!("{}, {name}", image.name()),
+            value: took.as_secs_f64() * 1000.0,
+        });
+        vm
+    }
+
+    /// How a guest and the third host get on, and what memory its monitor takes beside the guest's.
+    fn talks(&self, monitor: &Monitor, report: Report) {
+        let line = format!("{} {QUIET} {NO_TESTS}", monitor.program.line);
+        let initrd = linux::initrd();
+        let (mut vm, _) = self.boot(monitor, monitor.program.images[0], &initrd, line.trim());
+        vm.wait_for("GUEST ready\n");
+        address(&mut vm, "eth0", 11);
+        assert!(pings(&mut vm, PEER), "{}", vm.transcript());
+        let mut report = |column: &str, value: f64| {
+            report(Figure {
+                table: "The NIC, and the monitor's memory beside the guest's".to_owned(),
+                row: monitor.name.to_owned(),
+                column: column.to_owned(),
+                value,
+            });
+        };
+        // min/avg/max
+        let ping = vm.try_run(&format!("ping -q -c 300 -i 0.01 {PEER}"));
+        let times = ping.text.rsplit(" = ").next().unwrap_or_default();
+        let average = times.split('/').nth(1).and_then(|text| text.parse().ok());
+        report(
+            "ping, ms",
+            average.unwrap_or_else(|| panic!("{}", ping.text)),
+        );
+        let _server = iperf::serve(&self.site.peer);
+        for (column, reverse) in [("TCP to it, Mbit/s", "-R"), ("from it, Mbit/s", "")] {
+            let output = vm.try_run(&format!("iperf3 -f m -c {PEER} -t 1 {reverse}"));
+            report(
+                column,
+                mbits(&output.text).unwrap_or_else(|| panic!("{}", output.text)),
+            );
+        }
+        let pid = leaf(vm.pid());
+        report("resident, kB", own_memory(pid) as f64);
+        report("anonymous, kB", anonymous_memory(pid) as f64);
+        end(vm);
+    }
+
+    /// Boots a guest, and measures how long it takes from the monitor's exec to the first line of /init.
+    fn boot(&self, monitor: &Monitor, image: Image, initrd: &Path, line: &str) -> (Vm, Duration) {
+        let kernel = match image {
+            Image::BzImage => assets().bzimage(),
+            Image::Vmlinux => assets().vmlinux(),
+        };
+        let boot = Boot {
+            kernel: &kernel,
+            initrd,
+            line,
+            config: &self.config,
+        };
+        fs::write(&self.config, monitor.config(&boot).to_string()).expect("there is room in /tmp");
+        let mut command = match monitor.takes_queue() {
+            true => {
+                let mut command = self.site.host.command(vm::binary());
+                command.args(["net", "open", &format!("wire,mac={MAC}"), "--", "sh"]);
+                command
+            }
+            false => self.site.host.command("sh"),
+        };
+        // The macvtap of others than minivmm is there before the clock runs.
+        command.args(["-c", r#"echo BENCH ready; read -r go; exec "$@""#, "sh"]);
+        command
+            .arg(monitor.path().expect("it is here"))
+            .args(monitor.args(&boot));
+        command.stdin(Stdio::piped());
+        let mut vm = Vm::spawn(command);
+        vm.wait_for("BENCH ready\n");
+        let start = Instant::now();
+        vm.send("go\n");
+        vm.wait_for("GUEST init");
+        (vm, start.elapsed())
+    }
+}
+
+/// The last of a process's children's children, or the process itself: a monitor under others.
+fn leaf(pid: u32) -> u32 {
+    children(pid).last().map_or(pid, |&child| leaf(child))
+}
+
+/// Ends a guest by killing its monitor.
+fn end(mut vm: Vm) {
+    let monitor = i32::try_from(leaf(vm.pid())).ok().and_then(Pid::from_raw);
+    let monitor = monitor.expect("it is a process");
+    kill_process(monitor, Signal::KILL).expect("it runs");
+    vm.wait_exit();
 }
 
 /// The receiver's rate in what iperf3 writes.

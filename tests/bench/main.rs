@@ -3,7 +3,7 @@
 //!
 //! | part | what it compares |
 //! | --- | --- |
-//! | `linux ROUNDS` | Linux guests, here or in the lab |
+//! | `linux [boot or net] ROUNDS` | Linux guests, here or in the lab |
 
 /// Of the tests' harness, what an example can use too.
 #[allow(dead_code)] // The tests use more of it.
@@ -32,16 +32,23 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
-        ["linux", rounds] => match rounds.parse() {
-            Ok(rounds) if rounds > 0 => linux::run(rounds),
-            _ => refuse(&format!("{rounds:?} is no number of rounds")),
-        },
-        _ => refuse("usage: bench linux ROUNDS"),
+        ["linux", rounds] => with_rounds(rounds, |rounds| linux::run(None, rounds)),
+        ["linux", part @ ("boot" | "net"), rounds] => {
+            with_rounds(rounds, |rounds| linux::run(Some(part), rounds))
+        }
+        _ => refuse("usage: bench linux [boot|net] ROUNDS"),
     };
     if done {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+fn with_rounds(rounds: &str, run: impl FnOnce(usize) -> bool) -> bool {
+    match rounds.parse() {
+        Ok(rounds) if rounds > 0 => run(rounds),
+        _ => refuse(&format!("{rounds:?} is no number of rounds")),
     }
 }
 

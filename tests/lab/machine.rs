@@ -1,8 +1,9 @@
 //! The outer virtual machine: QEMU's emulator with nested SVM, Debian's kernel, an initramfs with the program to run.
 
+use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::CpuSet;
 
-use crate::harness::assets::{Assets, assets, generic, one_of};
+use crate::harness::assets::{Assets, assets, cache_dir, generic, one_of};
 use crate::harness::elf::elf;
 use crate::harness::initramfs::{Archive, GUEST_TOOLS, find};
 use crate::harness::vm;
@@ -24,6 +25,8 @@ pub struct Job<'a> {
     pub args: &'a [String],
     /// When it is given up.
     pub deadline: Instant,
+    /// Whether the lab's clock counts instructions, see [`counts`].
+    pub counted: bool,
 }
 
 /// How long a living lab is silent at most, on a busy host too: its init shows a sign of life every 2 s.
@@ -33,8 +36,14 @@ const QUIET: Duration = Duration::from_secs(600);
 
 /// The machine. Without XSAVE, since QEMU's nested SVM lets a guest's XSETBV through to the lab's own register. With one CPU,
 /// since two emulated at once hang far more often.
-const MACHINE: &str = "-accel tcg -cpu max,+svm,-xsave -M q35 -smp 1 -m 5G \
-    -nodefaults -no-user-config -no-reboot -display none -nic none";
+const MACHINE: &str =
+    "-M q35 -smp 1 -m 5G -nodefaults -no-user-config -no-reboot -display none -nic none";
+const CPU: &str = "-accel tcg -cpu max,+svm,-xsave";
+
+/// With a clock that counts instructions, one a nanosecond, and stands still at no time. Without ERMS
+/// and FSRM: each byte of a `rep movsb`, with which Linux copies then, would count as one.
+const COUNTING_CPU: &str = "-accel tcg,thread=single -icount shift=0,sleep=off \
+    -cpu max,+svm,-xsave,-erms,-fsrm";
 
 /// Its kernel's command line. On a busy host the timer's interrupts may be too late for the kernel's check.
 const CMDLINE: &str = "console=ttyS0 no_timer_check quiet panic=-1 mitigations=off tsc=reliable";
@@ -84,12 +93,25 @@ const LAB_TOOLS: &[(&str, &str)] = &[
     ("kexec", "kexec-tools"),
 ];
 
-/// What QEMU reads for a PC whose kernel is given, where Debian has it.
+/// What QEMU reads for a machine whose kernel is given, where Debian has it.
 const FIRMWARE: &[&str] = &[
     "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/seabios/bios-microvm.bin",
     "/usr/share/qemu/kvmvapic.bin",
     "/usr/share/qemu/linuxboot_dma.bin",
+    "/usr/share/qemu/pvh.bin",
 ];
+
+/// Other monitors, for the benchmark: where they are in `$BENCH_PEERS`, a directory, or on PATH.
+pub const PEERS: [&str; 4] = ["cloud-hypervisor", "firecracker", "crosvm", "lkvm"];
+
+/// A program in `$BENCH_PEERS` or on PATH.
+pub fn peer(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let peers = env::var_os("BENCH_PEERS").map(PathBuf::from);
+    let dirs = peers.into_iter().chain(env::split_paths(&path));
+    dirs.map(|dir| dir.join(name)).find(|file| file.is_file())
+}
 
 /// Runs the job in a lab of its own, passes each line of its output to `line`, and returns the program's exit status.
 ///
@@ -105,7 +127,8 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, String> {
     fs::write(&initrd, initramfs(job, assets()))
         .map_err(|e| failed("cannot write the lab's ramdisk", e))?;
     let console = temp.path().join("console");
-    let mut qemu = Qemu::start(cpus[slot], &assets().bzimage(), &initrd, &console)?;
+    let cpu = if job.counted { COUNTING_CPU } else { CPU };
+    let mut qemu = Qemu::start(cpus[slot], cpu, &assets().bzimage(), &initrd, &console)?;
     let lines = qemu.lines();
     let ended = |how: &str| {
         let text = fs::read(&console).unwrap_or_default();
@@ -149,6 +172,17 @@ pub fn run_shown(job: &Job) -> bool {
     }) == 0
 }
 
+/// Whether a lab's clock can count instructions: guests of the distribution's QEMU hang then.
+pub fn counts() -> bool {
+    own_qemu().is_some()
+}
+
+/// The QEMU that `make lab-qemu` has built, see resources/lab-qemu.
+fn own_qemu() -> Option<PathBuf> {
+    let path = cache_dir().join("lab-qemu/qemu-system-x86_64");
+    path.exists().then_some(path)
+}
+
 /// The CPUs that this process may use.
 fn allowed_cpus() -> io::Result<Vec<usize>> {
     let set = rustix::thread::sched_getaffinity(None)?;
@@ -184,6 +218,11 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
         archive.program(&qemu, "/usr/bin/qemu-system-x86_64");
         for file in FIRMWARE {
             archive.file(Path::new(file), file);
+        }
+    }
+    for name in PEERS.iter().filter(|_| job.is("bench")) {
+        if let Some(program) = peer(name) {
+            archive.program(&program, &format!("/lab/bin/{name}"));
         }
     }
     kernel(&mut archive, assets, "linux");
@@ -233,13 +272,22 @@ impl Qemu {
     /// the lock (`helper_vmrun` and `cpu_vmexit` of 7.2 and 10.0), and another thread's request that falls between its read
     /// and its write is lost. A lab whose timer interrupt is lost never wakes up. Threads that share a CPU cannot do that:
     /// the change is a single instruction.
-    fn start(cpu: usize, kernel: &Path, initrd: &Path, console: &Path) -> Result<Self, String> {
-        let qemu = find("qemu-system-x86_64", "qemu-system-x86");
+    fn start(
+        host_cpu: usize,
+        cpu: &str,
+        kernel: &Path,
+        initrd: &Path,
+        console: &Path,
+    ) -> Result<Self, String> {
+        let qemu = own_qemu().unwrap_or_else(|| find("qemu-system-x86_64", "qemu-system-x86"));
         let mut command = Command::new(find("setpriv", "util-linux"));
         command.args(["--pdeathsig", "KILL"]);
         command.arg(find("taskset", "util-linux"));
-        command.args(["--cpu-list", &cpu.to_string()]).arg(qemu);
+        command
+            .args(["--cpu-list", &host_cpu.to_string()])
+            .arg(qemu);
         command.args(MACHINE.split_whitespace());
+        command.args(cpu.split_whitespace());
         command.arg("-kernel").arg(kernel);
         command.arg("-initrd").arg(initrd);
         command.args(["-append", CMDLINE]);

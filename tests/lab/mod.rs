@@ -123,6 +123,7 @@ impl Lab {
             program: &program,
             args: &args,
             deadline: Instant::now() + LIMIT,
+            counted: false,
         };
         // A panic here has to reach whoever waits for a result.
         let run = AssertUnwindSafe(|| machine::run(&job, |line| collector.line(line)));
