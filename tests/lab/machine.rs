@@ -31,6 +31,8 @@ pub struct Job<'a> {
 
 /// How long a living lab is silent at most, on a busy host too: its init shows a sign of life every 2 s.
 const SILENCE: Duration = Duration::from_secs(120);
+/// The same for one whose clock counts instructions: each second of it takes many.
+const COUNTED_SILENCE: Duration = Duration::from_secs(600);
 /// How long a program in it writes no line at most: a test that hangs fails by itself before.
 const QUIET: Duration = Duration::from_secs(600);
 
@@ -127,7 +129,10 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, String> {
     fs::write(&initrd, initramfs(job, assets()))
         .map_err(|e| failed("cannot write the lab's ramdisk", e))?;
     let console = temp.path().join("console");
-    let cpu = if job.counted { COUNTING_CPU } else { CPU };
+    let (cpu, silence) = match job.counted {
+        true => (COUNTING_CPU, COUNTED_SILENCE),
+        false => (CPU, SILENCE),
+    };
     let mut qemu = Qemu::start(cpus[slot], cpu, &assets().bzimage(), &initrd, &console)?;
     let lines = qemu.lines();
     let ended = |how: &str| {
@@ -155,7 +160,7 @@ pub fn run(job: &Job, mut line: impl FnMut(&str)) -> Result<i32, String> {
         if len != last_sign.0 {
             last_sign = (len, Instant::now());
         }
-        if last_sign.1.elapsed() > SILENCE || last_line.elapsed() > QUIET {
+        if last_sign.1.elapsed() > silence || last_line.elapsed() > QUIET {
             return Err(ended("fell silent"));
         }
         if Instant::now() > job.deadline {
