@@ -6,10 +6,10 @@ GUEST := tests/guest
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-build demo-tools test costs lab-qemu bench fuzz lint clean
+.PHONY: help build demo demo-build demo-tools test costs lab-qemu bench bench-quick bench-build fuzz lint clean
 
 help: ## Lists these targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 build: ## Builds the program, target/release/minivmm
 	$(CARGO) build --release --bin minivmm
@@ -39,12 +39,23 @@ lab-qemu: ## Builds the QEMU that the lab prefers, once: no guest hangs in it (s
 	@resources/install-tools qemu-system-x86_64
 	@resources/lab-qemu
 
-# Without hardware virtualisation it runs in the lab, where the numbers mean little.
-BENCH_ROUNDS ?= 3
-bench: ## The NIC side by side: transports, backends, QEMU (BENCH_ROUNDS times; needs root)
+# Without hardware virtualisation Linux guests run in the lab, where their times mean little.
+BENCH_ROUNDS ?= 1
+BENCH_OUT ?= $(TARGET)/bench
+export BENCH_BASE
+BENCH = MINIVMM_BIN=$(TARGET)/release/minivmm MINIVMM_GUEST=$(TARGET)/guest/release/guest \
+	$(TARGET)/release/examples/bench --json $(BENCH_OUT).json --svg $(BENCH_OUT).svg
+
+bench: bench-build ## minivmm beside QEMU and the bare macvtap: tables, JSON, a chart (needs root)
+	@$(BENCH) native linux $(BENCH_ROUNDS) </dev/null
+
+bench-quick: bench-build ## The part of it that needs no Linux guest, in three minutes
+	@$(BENCH) --quick native </dev/null
+
+bench-build:
 	@resources/install-tools qemu-system-x86_64
 	@$(CARGO) build -q --release -p vmm --bin minivmm --example bench
-	@MINIVMM_BIN=$(TARGET)/release/minivmm $(TARGET)/release/examples/bench linux $(BENCH_ROUNDS) </dev/null
+	@$(CARGO) build -q --release --locked --manifest-path $(GUEST)/Cargo.toml --target-dir $(TARGET)/guest
 
 # Sanitizers and coverage need unstable flags, which RUSTC_BOOTSTRAP allows on a stable compiler.
 FUZZ_SECONDS ?= 60

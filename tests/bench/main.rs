@@ -1,9 +1,14 @@
-//! `make bench`: minivmm beside other monitors, in one run. Its arguments are a part's name and that
-//! part's own:
+//! `make bench`: minivmm beside other monitors and beside the machine's limits, in one run.
 //!
-//! | part | what it compares |
-//! | --- | --- |
-//! | `linux [boot or net] ROUNDS` | Linux guests, here or in the lab |
+//!     bench [--quick] [--json FILE] [--svg FILE] PART...
+//!
+//! | part | file | what it compares |
+//! | --- | --- | --- |
+//! | `native` | `native.rs`, `latency.rs` | the data path, by the freestanding guest: throughput and round trips |
+//! | `linux [boot\|net] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
+//!
+//! `monitors.rs` says who is compared, `wire.rs` and `traffic.rs` are the network and its far end, `bare.rs` the limit,
+//! `usage.rs` what threads cost, `report.rs` and `svg.rs` what is shown. It leaves nothing behind.
 
 /// Of the tests' harness, what an example can use too.
 #[allow(dead_code)] // The tests use more of it.
@@ -22,37 +27,124 @@ mod harness {
     pub mod vm;
     pub use patience::{PATIENCE, eventually};
 }
+mod bare;
 #[path = "../lab/mod.rs"]
 mod lab;
+mod latency;
 mod linux;
+mod monitors;
+mod native;
+mod report;
+mod svg;
+mod traffic;
+mod usage;
+mod wire;
 
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
+
+use native::Effort;
+use report::Table;
+
+const USAGE: &str =
+    "usage: bench [--quick] [--json FILE] [--svg FILE] (native | linux [boot|net] ROUNDS)...";
+
+/// For a result that shows more than noise, and for a first impression.
+const FULL: Effort = Effort {
+    rounds: 3,
+    flood: Duration::from_millis(700),
+    pings: 2000,
+    quick: false,
+};
+const QUICK: Effort = Effort {
+    rounds: 3,
+    flood: Duration::from_millis(400),
+    pings: 1000,
+    quick: true,
+};
+
+/// What is asked for.
+#[derive(Debug)]
+struct Request {
+    effort: Effort,
+    json: Option<String>,
+    svg: Option<String>,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug)]
+enum Part {
+    Native,
+    /// A part of it, if not all, and how often.
+    Linux(Option<String>, usize),
+}
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let done = match args[..] {
-        ["linux", rounds] => with_rounds(rounds, |rounds| linux::run(None, rounds)),
-        ["linux", part @ ("boot" | "net"), rounds] => {
-            with_rounds(rounds, |rounds| linux::run(Some(part), rounds))
-        }
-        _ => refuse("usage: bench linux [boot|net] ROUNDS"),
+    let Some(request) = parse(std::env::args().skip(1)) else {
+        eprintln!("{USAGE}");
+        return ExitCode::from(2);
     };
-    if done {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
+    let mut tables = Vec::new();
+    let mut done = true;
+    for part in &request.parts {
+        match part {
+            Part::Native => done &= native_part(request.effort, &mut tables),
+            Part::Linux(part, rounds) => done &= linux::run(part.as_deref(), *rounds),
+        }
     }
+    let save = |path: &Option<String>, text: String| {
+        let Some(path) = path else { return true };
+        let written = std::fs::write(path, text);
+        written
+            .inspect_err(|why| eprintln!("cannot write {path}: {why}"))
+            .is_ok()
+    };
+    done &= save(&request.json, json(&tables));
+    done &= save(&request.svg, svg::chart(&tables));
+    ExitCode::from(u8::from(!done))
 }
 
-fn with_rounds(rounds: &str, run: impl FnOnce(usize) -> bool) -> bool {
-    match rounds.parse() {
-        Ok(rounds) if rounds > 0 => run(rounds),
-        _ => refuse(&format!("{rounds:?} is no number of rounds")),
+fn native_part(effort: Effort, tables: &mut Vec<Table>) -> bool {
+    if !harness::netns::is_root() || !Path::new("/dev/kvm").exists() {
+        eprintln!("The native part needs root and /dev/kvm.");
+        return false;
     }
+    let measured = native::run(effort).into_iter().chain(latency::run(effort));
+    tables.extend(measured.inspect(Table::print));
+    true
 }
 
-fn refuse(why: &str) -> bool {
-    eprintln!("{why}");
-    false
+fn parse(args: impl Iterator<Item = String>) -> Option<Request> {
+    let mut args = args.peekable();
+    let mut request = Request {
+        effort: FULL,
+        json: None,
+        svg: None,
+        parts: Vec::new(),
+    };
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--quick" => request.effort = QUICK,
+            "--json" => request.json = Some(args.next()?),
+            "--svg" => request.svg = Some(args.next()?),
+            "native" => request.parts.push(Part::Native),
+            "linux" => {
+                let part = args.next_if(|part| ["boot", "net"].contains(&part.as_str()));
+                let rounds = args.next()?.parse().ok().filter(|&rounds| rounds > 0)?;
+                request.parts.push(Part::Linux(part, rounds));
+            }
+            _ => return None,
+        }
+    }
+    (!request.parts.is_empty()).then_some(request)
+}
+
+/// All that was measured, and on what.
+fn json(tables: &[Table]) -> String {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(0, |cpus| cpus.get());
+    let tables: Vec<_> = tables.iter().map(Table::json).collect();
+    let all = serde_json::json!({"kernel": kernel.trim(), "cpus": cpus, "tables": tables});
+    format!("{all:#}\n")
 }

@@ -12,12 +12,15 @@ use super::vm::in_lab;
 pub fn elf() -> &'static Path {
     static ELF: OnceLock<PathBuf> = OnceLock::new();
     ELF.get_or_init(|| {
+        if let Some(built) = std::env::var_os("MINIVMM_GUEST") {
+            return built.into();
+        }
         if in_lab() {
             return cache_dir().join("guest");
         }
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/guest/Cargo.toml");
-        // Only tests have such a directory; the demo and the benchmark, which share this module,
-        // build no guest.
+        // Only tests have such a directory. The demo builds no guest, and make builds the
+        // benchmark's, `MINIVMM_GUEST`.
         let target =
             Path::new(option_env!("CARGO_TARGET_TMPDIR").unwrap_or_default()).join("guest");
         let mut cargo = Command::new(env!("CARGO"));

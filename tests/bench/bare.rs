@@ -1,0 +1,163 @@
+//! The limit: loops on the queue of a macvtap, without a monitor or a guest.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, read, write};
+
+use super::traffic::{NOBODY, PING, SENDER, frame};
+use super::usage::Usage;
+use super::wire::Tap;
+
+/// As minivmm has it: the virtio header's size, offloads, room for the largest frame.
+const HEADER: usize = 12;
+const ROOM: usize = HEADER + 65_562;
+const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+/// TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6.
+const OFFLOADS: u64 = 1 | 2 | 4;
+/// How long a frame may be away, as in the guest.
+const LOST: Duration = Duration::from_millis(200);
+/// When nobody sends.
+const NOTHING: Duration = Duration::from_secs(10);
+
+/// What a loop did.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted {
+    /// Frames, and their bytes.
+    pub frames: u64,
+    /// Without headers.
+    pub bytes: u64,
+    /// From the first frame to the last.
+    pub time: Duration,
+    /// What the thread used.
+    pub usage: Usage,
+}
+
+/// Sends frames of a size for so long.
+pub fn send(tap: &Tap, size: usize, time: Duration) -> Counted {
+    let queue = prepare(tap);
+    let bytes = frame(HEADER, NOBODY, tap.mac, 0x88b5, size);
+    let (start, usage) = (Instant::now(), Usage::of_this_thread());
+    let mut frames = 0;
+    while start.elapsed() < time {
+        // 64 at a time: looking at the clock costs time too.
+        frames += (0..64).filter(|_| write(queue, &bytes).is_ok()).count() as u64;
+    }
+    counted(frames, frames * size as u64, start, usage)
+}
+
+/// Receives the frames of a flood for so long.
+pub fn receive(tap: &Tap, time: Duration) -> Counted {
+    let queue = prepare(tap);
+    let mut buffer = vec![0; ROOM];
+    let mut frames = [0_u64; 2];
+    let (mut start, mut usage) = (Instant::now(), Usage::of_this_thread());
+    let mut begun = false;
+    while !begun || start.elapsed() < time {
+        match read(queue, &mut buffer) {
+            Ok(length) if buffer[HEADER + 6..HEADER + 12] == SENDER => {
+                if !begun {
+                    (start, usage, begun) = (Instant::now(), Usage::of_this_thread(), true);
+                }
+                frames[0] += 1;
+                frames[1] += (length - HEADER) as u64;
+            }
+            Ok(_) => {}
+            Err(Errno::AGAIN) => wait(queue),
+            Err(why) => panic!("the macvtap: {why}"),
+        }
+        assert!(begun || start.elapsed() < NOTHING, "nobody sends");
+    }
+    counted(frames[0], frames[1], start, usage)
+}
+
+/// What a ping-pong did.
+#[derive(Debug)]
+pub struct Trips {
+    /// How long each frame was away that came back, the shortest first.
+    pub times: Vec<Duration>,
+    /// How many were sent.
+    pub sent: u32,
+    /// Frames of a flood meanwhile.
+    pub frames: u64,
+    /// How long it all took.
+    pub time: Duration,
+}
+
+/// Sends a frame that comes back `count` times, each `gap` after the last. It polls as the guest
+/// does.
+pub fn ping_pong(tap: &Tap, size: usize, count: usize, gap: Duration, limit: Duration) -> Trips {
+    let queue = prepare(tap);
+    let mut bytes = frame(HEADER, NOBODY, tap.mac, PING, size);
+    let number_at = HEADER + 14..HEADER + 18;
+    let mut buffer = vec![0; ROOM];
+    let mut trips = Trips {
+        times: Vec::new(),
+        sent: 0,
+        frames: 0,
+        time: Duration::ZERO,
+    };
+    let start = Instant::now();
+    while trips.sent < count as u32 && start.elapsed() < limit {
+        trips.sent += 1;
+        bytes[number_at.clone()].copy_from_slice(&trips.sent.to_le_bytes());
+        let sent = Instant::now();
+        write(queue, &bytes).expect("the macvtap takes a frame");
+        let mut back = None;
+        // Afterwards, as in the guest, what else comes is taken.
+        while back.map_or(sent.elapsed() < LOST, |back: Instant| back.elapsed() < gap) {
+            if read(queue, &mut buffer).is_err() {
+                continue;
+            }
+            trips.frames += u64::from(buffer[HEADER + 6..HEADER + 12] == SENDER);
+            if buffer[HEADER + 12..HEADER + 14] == PING.to_be_bytes()
+                && buffer[number_at.clone()] == bytes[number_at.clone()]
+            {
+                trips.times.push(sent.elapsed());
+                back = Some(Instant::now());
+            }
+        }
+    }
+    trips.time = start.elapsed();
+    trips.times.sort();
+    trips
+}
+
+fn counted(frames: u64, bytes: u64, start: Instant, usage: Usage) -> Counted {
+    Counted {
+        frames,
+        bytes,
+        time: start.elapsed(),
+        usage: Usage::of_this_thread().since(usage),
+    }
+}
+
+fn wait(queue: &OwnedFd) {
+    let tenth = Timespec {
+        tv_sec: 0,
+        tv_nsec: 100_000_000,
+    };
+    // A signal ends it early, which does no harm.
+    let _ = poll(&mut [PollFd::new(queue, PollFlags::IN)], Some(&tenth));
+}
+
+/// Sets the first queue as a monitor does.
+fn prepare(tap: &Tap) -> &OwnedFd {
+    let queue = &tap.queues()[0];
+    let fd = queue.as_raw_fd();
+    let size = HEADER as libc::c_int;
+    // SAFETY: the request reads one int.
+    let sized = unsafe { libc::ioctl(fd, TUNSETVNETHDRSZ, &raw const size) };
+    // SAFETY: the request takes a number.
+    let offloads = unsafe { libc::ioctl(fd, TUNSETOFFLOAD, OFFLOADS) };
+    assert!(
+        sized == 0 && offloads == 0,
+        "the macvtap: {}",
+        io::Error::last_os_error()
+    );
+    rustix::io::ioctl_fionbio(queue, true).expect("the queue is open");
+    queue
+}

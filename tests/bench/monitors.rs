@@ -1,0 +1,165 @@
+//! Who is compared, and how each is started with the freestanding guest.
+
+use std::ffi::OsString;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+
+use crate::harness::elf::elf;
+use crate::harness::vm::{self, Vm};
+
+use super::wire::{Tap, text};
+
+/// A monitor with what belongs to it.
+#[derive(Clone, Debug)]
+pub struct Monitor {
+    /// As it stands in tables. QEMU's begin with its name.
+    pub name: String,
+    kind: Kind,
+    /// The kernel moves the frames.
+    vhost: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    MiniVmm {
+        binary: PathBuf,
+        transport: &'static str,
+    },
+    Microvm,
+    Q35,
+}
+
+/// Those of this machine; the first few of them where it is to be quick.
+pub fn all(quick: bool) -> Vec<Monitor> {
+    let has_vhost = Path::new("/dev/vhost-net").exists();
+    let minivmm = |name: &str, binary: PathBuf, transport, vhost| Monitor {
+        name: name.to_owned(),
+        kind: Kind::MiniVmm { binary, transport },
+        vhost,
+    };
+    let mut all = vec![minivmm("minivmm", vm::binary(), "pci", false)];
+    if let Some(before) = std::env::var_os("BENCH_BASE").filter(|path| !path.is_empty()) {
+        all.push(minivmm("minivmm, base", before.into(), "pci", false));
+    }
+    if !quick {
+        all.push(minivmm("minivmm mmio", vm::binary(), "mmio", false));
+    }
+    if has_vhost {
+        all.push(minivmm("minivmm vhost", vm::binary(), "pci", true));
+    }
+    if has_qemu() {
+        let qemu = |name: &str, kind, vhost| Monitor {
+            name: name.to_owned(),
+            kind,
+            vhost,
+        };
+        all.push(qemu("QEMU microvm", Kind::Microvm, false));
+        if !quick {
+            all.push(qemu("QEMU q35", Kind::Q35, false));
+        }
+        if has_vhost {
+            all.push(qemu("QEMU q35 vhost", Kind::Q35, true));
+        }
+    }
+    all
+}
+
+fn has_qemu() -> bool {
+    let mut version = Command::new("qemu-system-x86_64");
+    version.arg("--version").stdout(Stdio::null());
+    version.status().is_ok_and(|status| status.success())
+}
+
+impl Monitor {
+    /// Starts the freestanding guest with these options (without their `guest.`), on a macvtap if it
+    /// is to have a NIC.
+    pub fn start(&self, tap: Option<&Tap>, options: &str) -> Vm {
+        Vm::spawn(self.command(tap, options))
+    }
+
+    /// The command that does so.
+    pub fn command(&self, tap: Option<&Tap>, options: &str) -> Command {
+        // It halts at its end: until it is killed, what the monitor has used can be read.
+        let words = options.split_whitespace().chain(["end=halt"]);
+        let line: String = words.map(|option| format!("guest.{option} ")).collect();
+        let mut command = match &self.kind {
+            Kind::MiniVmm { binary, transport } => {
+                let mut command = Command::new(binary);
+                command.args(["--transport", transport]);
+                command
+            }
+            Kind::Microvm => qemu("microvm,accel=kvm,ioapic2=off,pit=off,pic=off,rtc=off"),
+            Kind::Q35 => qemu("q35,accel=kvm"),
+        };
+        if let Some(tap) = tap {
+            command.args(self.nic(tap));
+        }
+        let (memory, text) = match self.kind {
+            Kind::MiniVmm { .. } => ("--memory", "--cmdline"),
+            Kind::Microvm | Kind::Q35 => ("-m", "-append"),
+        };
+        let kernel = match self.kind {
+            Kind::MiniVmm { .. } => "--kernel",
+            Kind::Microvm | Kind::Q35 => "-kernel",
+        };
+        command.args([memory, "128M", text, &line]);
+        command.arg(kernel).arg(elf()).stdin(Stdio::null());
+        command
+    }
+
+    /// The arguments for a NIC on a macvtap, whose queues the monitor inherits.
+    fn nic(&self, tap: &Tap) -> Vec<OsString> {
+        let fds = tap.queues().iter().map(|queue| {
+            fcntl_setfd(queue, FdFlags::empty()).expect("the queue is open");
+            queue.as_raw_fd().to_string()
+        });
+        let fds = fds.collect::<Vec<_>>().join(":");
+        let is_single = tap.queues().len() == 1;
+        let device = match self.kind {
+            Kind::MiniVmm { .. } => {
+                let backend = if self.vhost { "vhost" } else { "user" };
+                return [
+                    "--macvtap".into(),
+                    format!("fd={fds},backend={backend}").into(),
+                ]
+                .into();
+            }
+            Kind::Microvm if is_single => "virtio-net-device",
+            Kind::Microvm => "virtio-net-device,mq=on",
+            Kind::Q35 if is_single => "virtio-net-pci,disable-legacy=on,romfile=",
+            Kind::Q35 => "virtio-net-pci,disable-legacy=on,romfile=,mq=on,vectors=6",
+        };
+        let key = if is_single { "fd" } else { "fds" };
+        let vhost = if self.vhost { "on" } else { "off" };
+        let mac = text(tap.mac);
+        [
+            "-netdev".to_owned(),
+            format!("tap,id=net0,{key}={fds},vhost={vhost}"),
+            "-device".to_owned(),
+            format!("{device},netdev=net0,mac={mac}"),
+        ]
+        .map(OsString::from)
+        .into()
+    }
+}
+
+fn qemu(machine: &str) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args([
+        "-M",
+        machine,
+        "-cpu",
+        "qemu64",
+        "-nodefaults",
+        "-no-user-config",
+    ]);
+    command.args(["-display", "none", "-serial", "stdio", "-no-reboot"]);
+    command.args(["-name", "bench,debug-threads=on"]);
+    if machine.starts_with("microvm") {
+        command.args(["-global", "virtio-mmio.force-legacy=false"]);
+    }
+    command
+}
