@@ -23,7 +23,13 @@ const COMMON: &[&str] = &["bitflags", "libc", "log", "rustix", "thiserror"];
 const CRATES: &[(&str, &[&str], &[&str])] = &[
     (
         "boot",
-        &["acpi_tables", "kvm-bindings", "linux-loader", "vm-memory"],
+        &[
+            "acpi_tables",
+            "kvm-bindings",
+            "linux-loader",
+            "lz4_flex",
+            "vm-memory",
+        ],
         &["kvm-ioctls", "net", "devices", "vmm", "libc", "rustix"],
     ),
     (
