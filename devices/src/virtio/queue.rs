@@ -264,6 +264,18 @@ impl Queue {
             .unwrap_or(false)
     }
 
+    /// Asks the driver to notify of the `count`th chain from here on, where it can be asked for one
+    /// (EVENT_IDX). It may have made that one available just before: whoever asks looks again by
+    /// the clock.
+    pub fn enable_notification_at(&mut self, count: u16) {
+        if self.rings.event_idx_enabled() {
+            let index = self.next_avail().wrapping_add(count).wrapping_sub(1);
+            let at = USED_HEADER_LEN + u64::from(self.size()) * USED_ELEMENT_LEN;
+            let at = GuestAddress(self.rings.used_ring() + at);
+            let _ = self.memory.store(index.to_le(), at, Ordering::Relaxed);
+        }
+    }
+
     /// Whether the driver wants an interrupt for what it was shown since the last call, if
     /// anything has.
     pub fn needs_notification(&mut self) -> bool {

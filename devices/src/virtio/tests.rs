@@ -136,6 +136,12 @@ impl Driver {
         self.memory.write_obj(index, GuestAddress(at)).unwrap();
     }
 
+    /// Of which chain the device wants to be notified (EVENT_IDX).
+    pub fn available_event(&self) -> u16 {
+        let at = USED + 4 + 8 * u64::from(SIZE);
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
     pub fn used_index(&self) -> u16 {
         self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
     }

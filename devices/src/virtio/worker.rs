@@ -21,6 +21,10 @@ use super::Interrupt;
 pub trait Job: Send + 'static {
     /// What wakes it: descriptors, each with a token of the job's own and the events to wait for.
     fn wakeups(&self) -> Vec<(RawFd, u32, EventSet)>;
+    /// Of these the one whose events change from turn to turn, as they are now.
+    fn varying(&self) -> Option<(RawFd, u32, EventSet)> {
+        None
+    }
     /// One of them is ready.
     fn wake(&mut self, token: u32, events: EventSet);
     /// The time that [`Turn::wake_at`] named has come.
@@ -67,7 +71,9 @@ impl<J: Job> Worker<J> {
         let (epoll, timer) = (Arc::new(Epoll::new()?), TimerFd::new()?);
         let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         watch(&epoll, stop.as_raw_fd(), STOP, EventSet::IN)?;
-        watch(&epoll, timer.as_raw_fd(), TIMER, EventSet::IN)?;
+        // Setting it takes its event back: it is never read.
+        let expiry = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        watch(&epoll, timer.as_raw_fd(), TIMER, expiry)?;
         let (jobs, todo) = channel();
         let (parked, stopped) = channel();
         let thread = thread::Builder::new().name(name).spawn({
@@ -171,12 +177,22 @@ fn work<J: Job>(
 
 fn run(job: &mut impl Job, epoll: &Epoll, timer: &mut TimerFd) -> io::Result<()> {
     let mut events = [EpollEvent::default(); 8];
-    let mut armed = None;
+    let (mut armed, mut varying) = (None, job.varying());
     loop {
         let Turn { more, wake_at } = job.turn();
-        if wake_at != armed {
-            arm(timer, wake_at)?;
-            armed = wake_at;
+        if !more {
+            if wake_at != armed {
+                arm(timer, wake_at)?;
+                armed = wake_at;
+            }
+            let now = job.varying();
+            if let Some((fd, token, events)) = now
+                && now != varying
+            {
+                let event = EpollEvent::new(events, token.into());
+                epoll.ctl(ControlOperation::Modify, fd, event)?;
+                varying = now;
+            }
         }
         // With work left, only look at what else became ready.
         let ready = match epoll.wait(if more { 0 } else { -1 }, &mut events) {
@@ -187,7 +203,6 @@ fn run(job: &mut impl Job, epoll: &Epoll, timer: &mut TimerFd) -> io::Result<()>
             match event.data() as u32 {
                 STOP => return arm(timer, None),
                 TIMER => {
-                    let _ = timer.wait();
                     armed = None;
                     job.timeout();
                 }

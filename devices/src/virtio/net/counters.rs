@@ -10,6 +10,8 @@ use crate::lock;
 pub struct RxCounters {
     /// Frames given to the driver.
     pub frames: u64,
+    /// Chains that they filled.
+    pub chains: u64,
     /// Their bytes, with the headers.
     pub bytes: u64,
     /// Frames that the driver did not want, or cannot take as they came.

@@ -7,6 +7,7 @@
 //! | `state` | what a device saves, to go on elsewhere |
 //! | `config` | the configuration space: MAC address, link, MTU |
 //! | `pair` | what a queue pair's thread does: maps wake-ups to queues |
+//! | `pace` | when a thread pauses, so that it finds many frames at once |
 //! | `rx`, `tx` | the data path: chains to readv and writev, with no copy between |
 //! | `vhost` | the data path in the kernel |
 //! | `ctrl` | the control queue: what the driver commands |
@@ -29,6 +30,7 @@ pub mod features;
 pub mod filter;
 pub mod hooks;
 pub mod observe;
+mod pace;
 pub mod pair;
 mod pcapng;
 pub mod rx;

@@ -2,13 +2,14 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::Backend;
 use super::counters::{self, PairCounters, SharedCounters};
+use super::pace::{Pace, Passed};
 use super::rx::RxQueue;
 use super::tx::TxQueue;
 use crate::lock;
@@ -17,6 +18,9 @@ use crate::virtio::worker::{Job, Turn};
 
 /// Frames that one queue may move before the other has its turn.
 const BUDGET: usize = 256;
+
+/// When a ring that was found empty is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_micros(200);
 
 const BACKEND: u32 = 0;
 const RX_KICK: u32 = 1;
@@ -28,8 +32,13 @@ pub enum Stop {
     /// The driver has nothing to send, which it will notify of, or the backend no frame, and will poll
     /// readable.
     Idle,
+    /// There is nothing, but it is looked at again then: the timer ends this, or the driver's
+    /// notification.
+    Paused(Instant),
     /// The backend has no room; it will poll writable.
     Full,
+    /// The driver has no receive buffers, and was not asked to notify: it has to be looked at again.
+    Empty,
     /// The driver has no receive buffers: only its notification ends this.
     Starved,
     /// The rate limit lets nothing pass until then: only the timer ends this.
@@ -52,8 +61,16 @@ impl Work {
     /// Something happened that is work for a queue, unless one thing alone ends what holds it. Whether
     /// it was that, `ends` says.
     fn wake(&mut self, ends: impl FnOnce(Stop) -> bool) {
-        let is_held = matches!(self.stop, Stop::Starved | Stop::Limited(_) | Stop::Broken);
+        let is_held = self.until().is_some() || matches!(self.stop, Stop::Starved | Stop::Broken);
         self.ready |= !is_held || ends(self.stop);
+    }
+
+    /// When the timer ends what holds it.
+    fn until(&self) -> Option<Instant> {
+        match self.stop {
+            Stop::Limited(until) | Stop::Paused(until) => Some(until),
+            _ => None,
+        }
     }
 
     fn take(&mut self) -> bool {
@@ -79,8 +96,9 @@ pub struct Pair<B> {
     index: u16,
     rx_work: Work,
     tx_work: Work,
-    /// While a rate limit holds a queue, when that may end.
-    wake_at: Option<Instant>,
+    pace: Pace,
+    /// How the backend's events are waited for.
+    trigger: EventSet,
     counters: PairCounters,
     published: SharedCounters,
 }
@@ -102,6 +120,7 @@ impl<B: Backend> Pair<B> {
         };
         let counters = counters::read(&published);
         (rx.counters, tx.counters) = (counters.rx, counters.tx);
+        let pace = Pace::new(Instant::now(), passed(&rx, &tx));
         Self {
             backend,
             rx,
@@ -111,7 +130,8 @@ impl<B: Backend> Pair<B> {
             index,
             rx_work: ready,
             tx_work: ready,
-            wake_at: None,
+            pace,
+            trigger: EventSet::empty(),
             counters,
             published,
         }
@@ -133,44 +153,65 @@ impl<B: Backend> Pair<B> {
             self.counters.rx_interrupts += 1;
             self.interrupt.queue(2 * self.index);
         }
+        let stop = self.pause(stop);
         self.rx_work.end_turn(stop);
         self.after(stop, "receive");
     }
 
-    fn after(&mut self, stop: Stop, queue: &str) {
+    /// What becomes of a turn of the receive queue that ended so.
+    fn pause(&mut self, stop: Stop) -> Stop {
+        let now = Instant::now();
         match stop {
-            Stop::Limited(until) => {
-                let earlier = self.wake_at.filter(|&at| at < until);
-                self.wake_at = earlier.or(Some(until));
+            Stop::Empty => Stop::Paused(now + LOOK_AGAIN),
+            Stop::Idle => {
+                let passed = passed(&self.rx, &self.tx);
+                let pause = self.pace.pause(now, passed, self.rx.size());
+                pause.map_or(stop, |pause| Stop::Paused(now + pause))
             }
-            // Nothing moves until the driver resets the device.
-            Stop::Broken => {
-                log::debug!("network device: the {queue} queue has an invalid avail index");
-                self.rx_work.end_turn(stop);
-                self.tx_work.end_turn(stop);
-                self.interrupt.needs_reset();
-            }
-            Stop::Idle | Stop::Full | Stop::Starved | Stop::Budget => {}
+            stop => stop,
         }
+    }
+
+    fn after(&mut self, stop: Stop, queue: &str) {
+        if stop != Stop::Broken {
+            return;
+        }
+        // Nothing moves until the driver resets the device.
+        log::debug!("network device: the {queue} queue has an invalid avail index");
+        self.rx_work.end_turn(stop);
+        self.tx_work.end_turn(stop);
+        self.interrupt.needs_reset();
     }
 }
 
 impl<B: Backend> Job for Pair<B> {
     fn wakeups(&self) -> Vec<(RawFd, u32, EventSet)> {
-        // The backend is edge-triggered: while the driver has no buffers (or the tap no room),
-        // frames that wait must not wake the thread again and again.
-        let backend = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        // A notification is an edge: its eventfd is never read.
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let [rx_kick, tx_kick] = &self.kicks;
-        vec![
-            (self.backend.as_raw_fd(), BACKEND, backend),
-            (rx_kick.as_raw_fd(), RX_KICK, EventSet::IN),
-            (tx_kick.as_raw_fd(), TX_KICK, EventSet::IN),
-        ]
+        let kicks = [
+            (rx_kick.as_raw_fd(), RX_KICK, edge),
+            (tx_kick.as_raw_fd(), TX_KICK, edge),
+        ];
+        kicks.into_iter().chain(self.varying()).collect()
+    }
+
+    /// The backend: while the driver has no buffers, say, frames that wait must not wake the thread
+    /// again and again.
+    fn varying(&self) -> Option<(RawFd, u32, EventSet)> {
+        let mut events = EventSet::empty();
+        events.set(EventSet::IN, self.rx_work.stop == Stop::Idle);
+        events.set(EventSet::OUT, self.tx_work.stop == Stop::Full);
+        Some((self.backend.as_raw_fd(), BACKEND, events | self.trigger))
     }
 
     fn wake(&mut self, token: u32, events: EventSet) {
         match token {
             BACKEND => {
+                // A tap whose interface is gone has an error for ever.
+                if events.intersects(EventSet::ERROR | EventSet::HANG_UP) {
+                    self.trigger = EventSet::EDGE_TRIGGERED;
+                }
                 if events.contains(EventSet::IN) {
                     self.rx_work.wake(|_| false);
                 }
@@ -178,11 +219,12 @@ impl<B: Backend> Job for Pair<B> {
                     self.tx_work.wake(|_| false);
                 }
             }
-            RX_KICK if self.kicks[0].read().is_ok() => {
+            RX_KICK => {
                 self.counters.rx_kicks += 1;
-                self.rx_work.wake(|held| held == Stop::Starved);
+                self.rx_work
+                    .wake(|held| matches!(held, Stop::Starved | Stop::Paused(_)));
             }
-            TX_KICK if self.kicks[1].read().is_ok() => {
+            TX_KICK => {
                 self.counters.tx_kicks += 1;
                 self.tx_work.wake(|_| false);
             }
@@ -191,9 +233,9 @@ impl<B: Backend> Job for Pair<B> {
     }
 
     fn timeout(&mut self) {
-        self.wake_at = None;
+        let now = Instant::now();
         for work in [&mut self.rx_work, &mut self.tx_work] {
-            work.wake(|held| matches!(held, Stop::Limited(_)));
+            work.ready |= work.until().is_some_and(|until| until <= now);
         }
     }
 
@@ -209,9 +251,10 @@ impl<B: Backend> Job for Pair<B> {
             self.counters.wakeups += 1;
             self.publish();
         }
+        let until = [self.rx_work.until(), self.tx_work.until()];
         Turn {
             more,
-            wake_at: self.wake_at,
+            wake_at: until.into_iter().flatten().min(),
         }
     }
 }
@@ -228,5 +271,13 @@ impl<B> Pair<B> {
         self.counters.rx = self.rx.counters;
         self.counters.tx = self.tx.counters;
         *lock(&self.published) = self.counters;
+    }
+}
+
+fn passed(rx: &RxQueue, tx: &TxQueue) -> Passed {
+    Passed {
+        received: rx.counters.frames,
+        chains: rx.counters.chains,
+        sent: tx.counters.frames,
     }
 }

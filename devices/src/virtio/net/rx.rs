@@ -61,6 +61,8 @@ pub struct RxQueue {
     first: usize,
     /// Bytes in `chains`.
     capacity: usize,
+    /// The driver has made chains available since the ring was last found empty.
+    supplied: bool,
     /// A frame that waits for more chains.
     spill: Option<Spill>,
     /// Its end.
@@ -84,6 +86,7 @@ impl RxQueue {
             buffers: Buffers::default(),
             first: 0,
             capacity: 0,
+            supplied: false,
             spill: None,
             spare: Vec::new(),
             filter,
@@ -101,6 +104,11 @@ impl RxQueue {
         });
         self.spare = frame.unwrap_or_default();
         self
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Puts back what was popped and not used. Returns where the queue stands, and the frame that
@@ -222,6 +230,7 @@ impl RxQueue {
                 {
                     self.capacity += chain.writable.len;
                     self.chains.push_back(chain);
+                    self.supplied = true;
                     continue;
                 }
                 Next::Chain(chain) => {
@@ -232,6 +241,11 @@ impl RxQueue {
                 Next::Bad => self.counters.bad_chains += 1,
                 Next::Broken => return Some(Stop::Broken),
                 Next::Empty if self.spill.is_none() && !self.chains.is_empty() => return None,
+                Next::Empty if std::mem::take(&mut self.supplied) => {
+                    let most = self.queue.size() - self.queue.size() / 4;
+                    self.queue.enable_notification_at(most);
+                    return Some(Stop::Empty);
+                }
                 // Buffers that came while notifications were off are found by going round again.
                 Next::Empty if self.queue.enable_notification() => {
                     self.queue.disable_notification()
@@ -328,6 +342,7 @@ impl RxQueue {
         unsafe { self.hooks.passed(Direction::Received, iovecs, len) };
         self.queue.flush_used();
         self.counters.frames += 1;
+        self.counters.chains += u64::from(count);
         self.counters.bytes += len as u64;
         if self.first == self.buffers.writable.len() {
             self.buffers.writable.clear();

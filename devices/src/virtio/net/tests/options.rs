@@ -32,7 +32,7 @@ fn rx_frame_that_the_driver_does_not_want_takes_no_buffer() {
     assert_eq!(rx.receive(&wire, 10).0, Stop::Idle);
     assert_eq!(rx.counters.filtered, 2);
     far.send(&ethernet(MAC, &[8, 0])).unwrap();
-    assert_eq!(rx.receive(&wire, 10), (Stop::Starved, true));
+    assert_eq!(rx.receive(&wire, 10), (Stop::Empty, true));
     assert_eq!(driver.take_used(), [(0, 72)]);
     // The driver changes its mind.
     filter.change(|rules| rules.set_table(&[], &[group]));

@@ -183,10 +183,10 @@ fn device_restored_in_full_traffic_goes_on_where_the_saved_one_stopped() {
 #[test]
 fn frame_that_waits_for_buffers_survives_a_move() {
     let mut guest = Guest::new(Features::MRG_RXBUF, options());
-    guest.start();
     guest.offer(0, 0, 0x4000, 100);
     guest.offer(0, 1, 0x4064, 100);
     guest.far.send(&frame(350)).unwrap();
+    guest.start();
     let counters = Arc::clone(&guest.device.counters()[0]);
     let starved = || counters::read(&counters).rx.starved > 0;
     eventually("the frame", starved);
