@@ -47,10 +47,10 @@ BENCH = MINIVMM_BIN=$(TARGET)/release/minivmm MINIVMM_GUEST=$(TARGET)/guest/rele
 	$(TARGET)/release/examples/bench --json $(BENCH_OUT).json --svg $(BENCH_OUT).svg
 
 bench: bench-build ## minivmm beside QEMU and the bare macvtap: tables, JSON, a chart (needs root)
-	@$(BENCH) native linux $(BENCH_ROUNDS) </dev/null
+	@$(BENCH) native start density linux $(BENCH_ROUNDS) </dev/null
 
 bench-quick: bench-build ## The part of it that needs no Linux guest, in three minutes
-	@$(BENCH) --quick native </dev/null
+	@$(BENCH) --quick native start density </dev/null
 
 bench-build:
 	@resources/install-tools qemu-system-x86_64

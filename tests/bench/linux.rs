@@ -4,7 +4,7 @@
 //! emulator then counts instructions, one a nanosecond: what is compared is work, without caches and
 //! without a second CPU, and a run repeats to about 1 %.
 
-mod monitors;
+pub mod monitors;
 mod table;
 
 use std::fs;

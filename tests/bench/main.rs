@@ -5,6 +5,8 @@
 //! | part | file | what it compares |
 //! | --- | --- | --- |
 //! | `native` | `native.rs`, `latency.rs` | the data path, by the freestanding guest: throughput and round trips |
+//! | `start` | `start.rs` | how soon a guest runs |
+//! | `density` | `density.rs` | many guests on one link |
 //! | `linux [boot\|net] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
 //!
 //! `monitors.rs` says who is compared, `wire.rs` and `traffic.rs` are the network and its far end, `bare.rs` the limit,
@@ -28,6 +30,7 @@ mod harness {
     pub use patience::{PATIENCE, eventually};
 }
 mod bare;
+mod density;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod latency;
@@ -35,6 +38,7 @@ mod linux;
 mod monitors;
 mod native;
 mod report;
+mod start;
 mod svg;
 mod traffic;
 mod usage;
@@ -47,14 +51,14 @@ use std::time::Duration;
 use native::Effort;
 use report::Table;
 
-const USAGE: &str =
-    "usage: bench [--quick] [--json FILE] [--svg FILE] (native | linux [boot|net] ROUNDS)...";
+const USAGE: &str = "usage: bench [--quick] [--json FILE] [--svg FILE] \
+     (native | start | density | linux [boot|net] ROUNDS)...";
 
 /// For a result that shows more than noise, and for a first impression.
 const FULL: Effort = Effort {
     rounds: 3,
-    flood: Duration::from_millis(700),
-    pings: 2000,
+    flood: Duration::from_millis(500),
+    pings: 1500,
     quick: false,
 };
 const QUICK: Effort = Effort {
@@ -76,6 +80,8 @@ struct Request {
 #[derive(Debug)]
 enum Part {
     Native,
+    Start,
+    Density,
     /// A part of it, if not all, and how often.
     Linux(Option<String>, usize),
 }
@@ -89,7 +95,12 @@ fn main() -> ExitCode {
     let mut done = true;
     for part in &request.parts {
         match part {
-            Part::Native => done &= native_part(request.effort, &mut tables),
+            Part::Native => {
+                done &= here(request.effort, &mut tables, native::run);
+                done &= here(request.effort, &mut tables, latency::run);
+            }
+            Part::Start => done &= here(request.effort, &mut tables, start::run),
+            Part::Density => done &= here(request.effort, &mut tables, density::run),
             Part::Linux(part, rounds) => done &= linux::run(part.as_deref(), *rounds),
         }
     }
@@ -105,13 +116,13 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(!done))
 }
 
-fn native_part(effort: Effort, tables: &mut Vec<Table>) -> bool {
+/// Runs a part that needs this machine's own KVM, and shows its tables.
+fn here(effort: Effort, tables: &mut Vec<Table>, part: fn(Effort) -> Vec<Table>) -> bool {
     if !harness::netns::is_root() || !Path::new("/dev/kvm").exists() {
-        eprintln!("The native part needs root and /dev/kvm.");
+        eprintln!("This part needs root and /dev/kvm.");
         return false;
     }
-    let measured = native::run(effort).into_iter().chain(latency::run(effort));
-    tables.extend(measured.inspect(Table::print));
+    tables.extend(part(effort).into_iter().inspect(Table::print));
     true
 }
 
@@ -129,6 +140,8 @@ fn parse(args: impl Iterator<Item = String>) -> Option<Request> {
             "--json" => request.json = Some(args.next()?),
             "--svg" => request.svg = Some(args.next()?),
             "native" => request.parts.push(Part::Native),
+            "start" => request.parts.push(Part::Start),
+            "density" => request.parts.push(Part::Density),
             "linux" => {
                 let part = args.next_if(|part| ["boot", "net"].contains(&part.as_str()));
                 let rounds = args.next()?.parse().ok().filter(|&rounds| rounds > 0)?;

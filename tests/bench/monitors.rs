@@ -110,6 +110,20 @@ impl Monitor {
         command
     }
 
+    /// Whether it is a minivmm.
+    pub fn is_ours(&self) -> bool {
+        matches!(self.kind, Kind::MiniVmm { .. })
+    }
+
+    /// Whether its NIC is on the PCI bus, and interrupts by messages.
+    pub fn has_messages(&self) -> bool {
+        match self.kind {
+            Kind::MiniVmm { transport, .. } => transport == "pci",
+            Kind::Microvm => false,
+            Kind::Q35 => true,
+        }
+    }
+
     /// The arguments for a NIC on a macvtap, whose queues the monitor inherits.
     fn nic(&self, tap: &Tap) -> Vec<OsString> {
         let fds = tap.queues().iter().map(|queue| {

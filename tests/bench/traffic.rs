@@ -1,5 +1,6 @@
 //! The far end of the wire: floods a macvtap, and sends the pings of a guest back.
 
+use std::cell::Cell;
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -92,6 +93,46 @@ impl Drop for FarEnd {
         if let Some(thread) = self.thread.take() {
             // Its panic has been printed.
             let _ = thread.join();
+        }
+    }
+}
+
+/// Pings macvtaps whose users send frames back.
+#[derive(Debug)]
+pub struct Pinger {
+    socket: OwnedFd,
+    number: Cell<u32>,
+}
+
+impl Pinger {
+    /// One at the far end.
+    pub fn new(wire: &Wire) -> Self {
+        let socket = wire
+            .far
+            .enter(|| packet_socket(PING))
+            .expect("a packet socket");
+        Self {
+            socket,
+            number: Cell::new(0),
+        }
+    }
+
+    /// Pings an address; how long the frame was away, unless that was too long.
+    pub fn ping(&self, to: [u8; 6], patience: Duration) -> Option<Duration> {
+        let number = self.number.get() + 1;
+        self.number.set(number);
+        let mut bytes = frame(0, to, NOBODY, PING, 60);
+        bytes[14..18].copy_from_slice(&number.to_le_bytes());
+        let start = Instant::now();
+        rustix::net::send(&self.socket, &bytes, rustix::net::SendFlags::empty()).ok()?;
+        let mut answer = [0; LARGEST];
+        loop {
+            let left = patience.checked_sub(start.elapsed())?;
+            set_socket_timeout(&self.socket, Timeout::Recv, Some(left.max(PACE))).ok()?;
+            rustix::net::recv(&self.socket, &mut answer, rustix::net::RecvFlags::empty()).ok()?;
+            if answer[6..12] == to && answer[14..18] == bytes[14..18] {
+                return Some(start.elapsed());
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What the threads of a monitor cost, as the kernel counts it.
 
 use std::fs;
+use std::iter::Sum;
 use std::path::{Path, PathBuf};
 
 /// What threads have used so far.
@@ -19,12 +20,12 @@ impl Usage {
         let threads = tasks(pid).into_iter();
         let vhost = vhost_threads(pid).into_iter();
         let workers = threads.filter(|task| !is_vcpu(task)).chain(vhost);
-        workers
-            .map(|task| of_task(&task))
-            .fold(Self::default(), |sum, one| Self {
-                cpu: sum.cpu + one.cpu,
-                wakeups: sum.wakeups + one.wakeups,
-            })
+        workers.map(|task| of_task(&task)).sum()
+    }
+
+    /// Of all threads of a process.
+    pub fn of_process(pid: u32) -> Self {
+        tasks(pid).iter().map(|task| of_task(task)).sum()
     }
 
     /// Of the calling thread.
@@ -38,6 +39,15 @@ impl Usage {
             cpu: self.cpu - earlier.cpu,
             wakeups: self.wakeups.saturating_sub(earlier.wakeups),
         }
+    }
+}
+
+impl Sum for Usage {
+    fn sum<I: Iterator<Item = Self>>(each: I) -> Self {
+        each.fold(Self::default(), |sum, one| Self {
+            cpu: sum.cpu + one.cpu,
+            wakeups: sum.wakeups + one.wakeups,
+        })
     }
 }
 

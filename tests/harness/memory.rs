@@ -17,6 +17,15 @@ pub fn anonymous_memory(pid: u32) -> u64 {
 }
 
 /// The sum of a field of `smaps`.
+/// The memory of a process in kB, the guest's included; what several processes share is divided
+/// among them.
+pub fn proportional_memory(pid: u32) -> u64 {
+    let sums = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let line = sums.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let size = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    size.unwrap_or(0)
+}
+
 fn of_process(pid: u32, name: &str) -> u64 {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the monitor runs");
     let field = |line: &str, name: &str| -> Option<u64> {

@@ -248,6 +248,17 @@ impl Monitor {
         args.split_whitespace().map(fill).collect()
     }
 
+    /// Its arguments for a guest without a NIC.
+    pub fn args_without_nic(&self, boot: &Boot) -> Vec<String> {
+        let machine = self.machine.split("--macvtap").next().unwrap_or_default();
+        let without = Self {
+            machine,
+            net: None,
+            ..*self
+        };
+        without.args(boot)
+    }
+
     /// What Firecracker reads.
     pub fn config(&self, boot: &Boot) -> serde_json::Value {
         serde_json::json!({

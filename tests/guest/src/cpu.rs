@@ -206,9 +206,6 @@ pub fn ticks() -> u64 {
 
 /// Lets a line of the IOAPIC interrupt this processor, edge-triggered.
 pub fn enable_line(line: u32) {
-    // The old interrupt controllers get the same lines: mask them.
-    out8(0x21, 0xff);
-    out8(0xa1, 0xff);
     write_register(IOAPIC_SELECT, IOAPIC_LINES + 2 * line + 1);
     write_register(IOAPIC_DATA, 0);
     write_register(IOAPIC_SELECT, IOAPIC_LINES + 2 * line);
@@ -231,9 +228,21 @@ pub fn send(processor: u32, command: u32) {
 
 /// Turns interrupts on.
 pub fn enable_interrupts() {
+    // The old interrupt controllers get the same lines, and firmware's timer: mask them.
+    out8(0x21, 0xff);
+    out8(0xa1, 0xff);
     write_register(SPURIOUS, 0x1ff);
     // SAFETY: the system call and the handlers keep every register, and use a stack of their own.
     unsafe { asm!("int3", in("rax") 1_u64, options(nostack)) };
+}
+
+/// Halts until there is an interrupt, unless a line, which may interrupt, has done so more often than
+/// `seen` times.
+pub fn halt_unless_interrupted(line: u32, seen: u64) {
+    let counter = INTERRUPTS[line as usize].as_ptr();
+    // SAFETY: the system call reads the counter; it and the handlers keep every register, and use a
+    // stack of their own.
+    unsafe { asm!("int3", in("rax") 2_u64, in("rdi") counter, in("rsi") seen, options(nostack)) };
 }
 
 /// How often a line has interrupted.

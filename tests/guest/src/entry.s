@@ -153,12 +153,20 @@ interrupt:
     iretq
 
 # The system calls, by int3: the one vector that no machine seen so far keeps from level 3 for itself. With rax = 0 it
-# halts for good; else it comes back with interrupts on, which level 3 may not do by itself.
+# halts for good; else it comes back with interrupts on, which level 3 may not do by itself, and with rax = 2 not before
+# there was one, unless the counter at rdi shows something else than rsi.
 .globl system_call_stub
 system_call_stub:
     test eax, eax
     jz 1f
-    or qword ptr [rsp + 16], INTERRUPT_FLAG
+    cmp eax, 2
+    jne 2f
+    cmp qword ptr [rdi], rsi
+    jne 2f
+    sti
+    hlt
+    cli
+2:  or qword ptr [rsp + 16], INTERRUPT_FLAG
     iretq
 1:  hlt
     jmp 1b

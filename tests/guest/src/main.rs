@@ -23,7 +23,7 @@
 //! | `virtio/` | a NIC's registers on either transport, and a driver and rings by hand |
 //! | `nic/` | the two NICs as smoltcp sees them |
 //! | `net/` | the modes: info, echo, ping, tcp-source, tcp-sink, interrupts, link |
-//! | `flood/` | the modes that load the NIC and measure: send, receive, ping-pong |
+//! | `flood/` | the modes that load the NIC and measure: send, receive, ping-pong, reflect |
 //! | `hostile/` | the mode that does everything wrong |
 #![no_std]
 #![no_main]
@@ -87,6 +87,7 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::Send => flood::send::run(options),
         Mode::Receive => flood::receive::run(options),
         Mode::PingPong => flood::ping::run(options),
+        Mode::Reflect => flood::reflect::run(options),
         Mode::Hello => {}
         Mode::Cpuid => cpuid::run(options),
         Mode::Hostile => hostile::run(options, boot),

@@ -57,6 +57,8 @@ pub enum Mode {
     Receive,
     /// Send frames that come back, one after another.
     PingPong,
+    /// Send such frames back, and sleep in between. Needs `interrupts=on`.
+    Reflect,
     /// Print what each of `count` processors says of itself.
     Cpuid,
     /// Do everything wrong.
@@ -245,6 +247,7 @@ fn mode(text: &str) -> Option<Mode> {
         "send" => Mode::Send,
         "receive" => Mode::Receive,
         "ping-pong" => Mode::PingPong,
+        "reflect" => Mode::Reflect,
         "cpuid" => Mode::Cpuid,
         "hostile" => Mode::Hostile,
         "reset" => Mode::Reset,

@@ -1,5 +1,5 @@
-//! The modes that load the NIC and measure it: send, receive, ping-pong. They fill rings by hand,
-//! poll them, and print what came of it as one line.
+//! The modes that load the NIC and measure it: send, receive, ping-pong, and reflect, the other side
+//! of that. They fill rings by hand, poll them, and print what came of it as one line.
 //!
 //! Frames of a flood come from the Ethernet address [`SENDER`] and have the type [`FLOOD`]; a ping
 //! has the type [`PING`], and whoever gets one sends it back with the addresses exchanged. With
@@ -7,6 +7,7 @@
 
 pub mod ping;
 pub mod receive;
+pub mod reflect;
 mod rig;
 pub mod send;
 

@@ -191,6 +191,19 @@ impl Rig {
         frames
     }
 
+    /// Halts until the first pair's receive queue interrupts, if it has got nothing more.
+    pub fn sleep(&mut self) -> Result<(), &'static str> {
+        let line = self.line.ok_or("guest.interrupts=on is missing")?;
+        let seen = cpu::interrupts(line);
+        let rx = &mut self.pairs[0].rx;
+        rx.set_used_event(rx.taken());
+        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+        if !rx.has_used() {
+            cpu::halt_unless_interrupted(line, seen);
+        }
+        Ok(())
+    }
+
     /// With interrupts: lets the first pair's receive queue interrupt, and waits for that until the
     /// clock shows `end`.
     pub fn wait(&mut self, end: u64) {
