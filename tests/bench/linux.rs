@@ -5,7 +5,6 @@
 //! without a second CPU, and a run repeats to about 1 %.
 
 pub mod monitors;
-mod table;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,68 +22,130 @@ use crate::harness::process::children;
 use crate::harness::site::{Site, address, pings};
 use crate::harness::vm::{self, Vm};
 use crate::lab::{self, Place};
+use crate::report::Table;
 use monitors::{Boot, Image, MAC, MONITORS, Monitor};
-use table::{Figure, Figures};
 
 /// The third host on the wire, see [`Site`].
 const PEER: &str = "192.168.77.3";
 /// For the whole run in the lab.
 const LAB_LIMIT: Duration = Duration::from_secs(3600);
 
-/// Measures `boot` or `net`, or both, in so many rounds, where Linux guests can run; whether it came
-/// to a result.
-pub fn run(part: Option<&str>, rounds: usize) -> bool {
-    let mut figures = Figures::default();
-    let done = match lab::place() {
-        Place::Lab => in_lab(part, rounds, &mut figures),
-        // There is no other way out of the lab than a line of text.
-        Place::InsideLab => measure(part, rounds, &mut |figure| println!("{}", figure.line())),
-        Place::Here => measure(part, rounds, &mut |figure| figures.add(figure)),
-    };
-    figures.print();
-    done
+/// The tables: what from exec to the first line of /init takes, and what a NIC and a monitor do.
+fn tables() -> [Table; 2] {
+    [
+        Table::new(
+            "Exec to the first line of /init, ms",
+            &[
+                ("bzImage, own line", 0),
+                ("vmlinux, own line", 0),
+                ("bzImage, same line", 0),
+                ("vmlinux, same line", 0),
+                ("all messages", 0),
+            ],
+        ),
+        Table::new(
+            "The NIC, and what the monitor takes",
+            &[
+                ("ping, us", 0),
+                ("TCP to it, Mbit/s", 0),
+                ("from it, Mbit/s", 0),
+                ("resident, kB", 0),
+                ("anonymous, kB", 0),
+            ],
+        ),
+    ]
+}
+const BOOTS: usize = 0;
+const TALKS: usize = 1;
+
+/// One round's figures of a monitor.
+#[derive(Debug)]
+struct Row {
+    /// The table's number.
+    table: usize,
+    name: String,
+    figures: Vec<Option<f64>>,
 }
 
-/// Runs this program again in the lab.
-fn in_lab(part: Option<&str>, rounds: usize, figures: &mut Figures) -> bool {
+/// Where rows go.
+type Report<'a> = &'a mut dyn FnMut(Row);
+
+/// Measures `boot` or `net`, or both, in so many rounds, where Linux guests can run. The tables, and
+/// whether all could be measured.
+pub fn run(part: Option<&str>, rounds: usize) -> (Vec<Table>, bool) {
+    let mut tables = tables();
+    let mut add = |row: Row| {
+        if let Some(table) = tables.get_mut(row.table) {
+            table.add(&row.name, &row.figures);
+        }
+    };
+    let done = match lab::place() {
+        Place::Lab => in_lab(part, &mut add),
+        // There is no other way out of the lab than a line of text.
+        Place::InsideLab => measure(part, rounds, &mut |row| println!("{}", row.to_line())),
+        Place::Here => measure(part, rounds, &mut add),
+    };
+    let with_rows = |table: &Table| table.rows().next().is_some();
+    (tables.into_iter().filter(with_rows).collect(), done)
+}
+
+/// Runs this program again in the lab, for one round: what is counted repeats, and what is not says
+/// little in any number of rounds.
+fn in_lab(part: Option<&str>, report: Report) -> bool {
     println!(
         "This machine's KVM cannot run Linux: the guests run in an emulated machine whose KVM can."
     );
-    let counts = lab::machine::counts();
-    println!(
-        "{}",
-        match counts {
-            true => "Its clock counts instructions, one a nanosecond.",
-            false =>
-                "Its times say little. `make lab-qemu` builds an emulator that counts instructions.",
-        }
-    );
-    let rounds = rounds.to_string();
-    let args = ["linux"].into_iter().chain(part).chain([rounds.as_str()]);
+    let counted = lab::machine::counts();
+    let clock = match counted {
+        true => "Its clock counts instructions, one a nanosecond.",
+        false => "Its times say little; `make lab-qemu` builds an emulator that counts.",
+    };
+    println!("{clock}");
+    let args = ["linux"].into_iter().chain(part).chain(["1"]);
     let job = lab::machine::Job {
         program: &std::env::current_exe().expect("/proc is mounted"),
         args: &args.map(str::to_owned).collect::<Vec<_>>(),
         deadline: Instant::now() + LAB_LIMIT,
-        counted: counts,
+        counted,
     };
-    let status = lab::machine::run(&job, |line| match Figure::parse(line) {
-        Some(figure) => {
-            println!("{}, {}: {}", figure.row, figure.column, figure.value);
-            figures.add(figure);
+    let status = lab::machine::run(&job, |line| match Row::from_line(line) {
+        Some(row) => {
+            println!("{}: measured", row.name);
+            report(row);
         }
         None => println!("{line}"),
     });
-    let failure = match status {
+    match status {
         Ok(0) => return true,
-        Ok(status) => format!("it ended with status {status}"),
-        Err(failure) => failure,
-    };
-    eprintln!("{failure}");
+        Ok(status) => eprintln!("the lab's bench ended with status {status}"),
+        Err(failure) => eprintln!("{failure}"),
+    }
     false
 }
 
-/// Where figures go.
-type Report<'a> = &'a mut dyn FnMut(Figure);
+/// What a line that carries a row out of the lab begins with.
+const MARK: &str = "ROW";
+
+impl Row {
+    fn to_line(&self) -> String {
+        let figure = |figure: &Option<f64>| figure.map_or("-".to_owned(), |f| f.to_string());
+        let figures: Vec<_> = self.figures.iter().map(figure).collect();
+        let start = [MARK, &self.table.to_string(), &self.name].join("\t");
+        [start, figures.join("\t")].join("\t")
+    }
+
+    fn from_line(line: &str) -> Option<Self> {
+        let mut parts = line.split('\t');
+        if parts.next()? != MARK {
+            return None;
+        }
+        Some(Self {
+            table: parts.next()?.parse().ok()?,
+            name: parts.next()?.to_owned(),
+            figures: parts.map(|figure| figure.parse().ok()).collect(),
+        })
+    }
+}
 
 /// Measures whatever is here.
 fn measure(part: Option<&str>, rounds: usize, report: Report) -> bool {
@@ -141,38 +202,39 @@ impl Bench {
     fn boots(&self, monitors: &[&Monitor], report: Report) {
         let mut whole = None;
         for monitor in monitors.iter().filter(|monitor| !monitor.has_vhost) {
-            let images = monitor.program.images;
+            let mut figures = Vec::new();
+            let mut times = |image: Image, line: &str| {
+                let taken = monitor.program.images.contains(&image);
+                let booted = taken.then(|| self.boot(monitor, image, &linux::small_initrd(), line));
+                figures.push(booted.as_ref().map(|(_, took)| took.as_secs_f64() * 1000.0));
+                booted.map(|(vm, _)| vm)
+            };
             let own = format!("{} {QUIET}", monitor.program.line);
-            for &image in images {
-                let mut vm = self.times(monitor, image, own.trim(), "own line", report);
-                whole.get_or_insert_with(|| {
-                    vm.wait_for("GUEST ready\n");
-                    vm.run("cat /proc/cmdline").trim().to_owned()
-                });
-                end(vm);
+            for image in [Image::BzImage, Image::Vmlinux] {
+                if let Some(mut vm) = times(image, own.trim()) {
+                    whole.get_or_insert_with(|| {
+                        vm.wait_for("GUEST ready\n");
+                        vm.run("cat /proc/cmdline").trim().to_owned()
+                    });
+                    end(vm);
+                }
             }
             let same = match (monitor.is_ours(), &whole) {
                 (false, Some(whole)) => format!("{whole} {NO_TESTS}"),
                 _ => format!("{QUIET} {NO_TESTS}"),
             };
-            for &image in images {
-                end(self.times(monitor, image, &same, "same line", report));
+            for image in [Image::BzImage, Image::Vmlinux] {
+                times(image, &same).into_iter().for_each(end);
             }
             let loud = format!("{same} {LOUD}");
-            end(self.times(monitor, images[0], &loud, "all messages", report));
+            let first = monitor.program.images[0];
+            times(first, &loud).into_iter().for_each(end);
+            report(Row {
+                table: BOOTS,
+                name: monitor.name.to_owned(),
+                figures,
+            });
         }
-    }
-
-    /// Boots a guest and reports how long that took, under the name of its `line`.
-    fn times(&self, monitor: &Monitor, image: Image, line: &str, name: &str, report: Report) -> Vm {
-        let (vm, took) = self.boot(monitor, image, &linux::small_initrd(), line);
-        report(Figure {
-            table: "Exec to the first line of /init, ms".to_owned(),
-            row: monitor.name.to_owned(),
-            column: format!("{}, {name}", image.name()),
-            value: took.as_secs_f64() * 1000.0,
-        });
-        vm
     }
 
     /// How a guest and the third host get on, and what memory its monitor takes beside the guest's.
@@ -183,38 +245,30 @@ impl Bench {
         vm.wait_for("GUEST ready\n");
         address(&mut vm, "eth0", 11);
         assert!(pings(&mut vm, PEER), "{}", vm.transcript());
-        let mut report = |column: &str, value: f64| {
-            report(Figure {
-                table: "The NIC, and the monitor's memory beside the guest's".to_owned(),
-                row: monitor.name.to_owned(),
-                column: column.to_owned(),
-                value,
-            });
-        };
         // min/avg/max
         let ping = vm.try_run(&format!("ping -q -c 100 -i 0.01 {PEER}"));
         let times = ping.text.rsplit(" = ").next().unwrap_or_default();
-        let average = times.split('/').nth(1).and_then(|text| text.parse().ok());
-        report(
-            "ping, ms",
-            average.unwrap_or_else(|| panic!("{}", ping.text)),
-        );
+        let average = times.split('/').nth(1);
+        let average = average.and_then(|text| text.parse::<f64>().ok());
+        let mut figures = vec![average.map(|ms| ms * 1000.0)];
         let _server = iperf::serve(&self.site.peer);
         // A second of the lab's takes a minute; what is counted repeats after a quarter, too.
         let length = match lab::place() {
             Place::InsideLab => "-n 128M",
             Place::Lab | Place::Here => "-t 3",
         };
-        for (column, reverse) in [("TCP to it, Mbit/s", "-R"), ("from it, Mbit/s", "")] {
+        for reverse in ["-R", ""] {
             let output = vm.try_run(&format!("iperf3 -f m -c {PEER} {length} {reverse}"));
-            report(
-                column,
-                mbits(&output.text).unwrap_or_else(|| panic!("{}", output.text)),
-            );
+            figures.push(mbits(&output.text));
         }
         let pid = leaf(vm.pid());
-        report("resident, kB", own_memory(pid) as f64);
-        report("anonymous, kB", anonymous_memory(pid) as f64);
+        figures.push(Some(own_memory(pid) as f64));
+        figures.push(Some(anonymous_memory(pid) as f64));
+        report(Row {
+            table: TALKS,
+            name: monitor.name.to_owned(),
+            figures,
+        });
         end(vm);
     }
 

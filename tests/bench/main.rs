@@ -101,7 +101,12 @@ fn main() -> ExitCode {
             }
             Part::Start => done &= here(request.effort, &mut tables, start::run),
             Part::Density => done &= here(request.effort, &mut tables, density::run),
-            Part::Linux(part, rounds) => done &= linux::run(part.as_deref(), *rounds),
+            Part::Linux(part, rounds) => {
+                let (measured, complete) = linux::run(part.as_deref(), *rounds);
+                measured.iter().for_each(Table::print);
+                tables.extend(measured);
+                done &= complete;
+            }
         }
     }
     let save = |path: &Option<String>, text: String| {
