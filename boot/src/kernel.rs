@@ -19,7 +19,7 @@ use std::ops::Range;
 
 use linux_loader::loader::bootparam::setup_header;
 use thiserror::Error as ThisError;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use self::kaslr::Choice;
 use crate::{Protocol, layout};
@@ -92,6 +92,9 @@ pub enum Error {
     /// Copying it into guest memory fails.
     #[error("cannot copy it into guest memory")]
     Copy(#[source] linux_loader::loader::Error),
+    /// Guest memory refuses it.
+    #[error("cannot write it to guest memory")]
+    Write(#[source] GuestMemoryError),
 }
 
 /// How a kernel came into guest memory; for the log.
@@ -157,9 +160,9 @@ enum Kind {
 impl<'a> Plan<'a> {
     /// Looks at the image in `file`, whatever its kind.
     pub(crate) fn new(memory: &GuestMemoryMmap, file: &'a mut File) -> Result<Self, Error> {
-        let mut image = Image::open(file)?;
+        let image = Image::open(file)?;
         let kind = if elf::is_elf(&image.head) {
-            Kind::Elf(elf::Plan::new(memory, &mut image)?)
+            Kind::Elf(elf::Plan::new(memory, &image)?)
         } else if bzimage::is_bzimage(&image.head) {
             Kind::BzImage(bzimage::Plan::new(memory, &image)?)
         } else {
@@ -191,7 +194,7 @@ impl<'a> Plan<'a> {
         choice: &Choice,
     ) -> Result<Kernel, Error> {
         match self.kind {
-            Kind::Elf(plan) => plan.load(memory, &mut self.image),
+            Kind::Elf(plan) => plan.load(memory, &self.image),
             Kind::BzImage(plan) => plan.load(memory, &mut self.image, choice),
         }
     }

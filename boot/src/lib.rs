@@ -141,7 +141,7 @@ pub enum Error {
 /// Loads kernel and initrd into `memory`, describes the machine to the guest, and says how to start the
 /// boot CPU. Called once, before the boot CPU runs for the first time.
 ///
-/// `memory` has the regions of [`layout::ram_regions`].
+/// `memory` has the regions of [`layout::ram_regions`], and nobody has written to it.
 ///
 /// # Errors
 ///
@@ -188,6 +188,25 @@ pub fn load(memory: &GuestMemoryMmap, spec: &mut BootSpec) -> Result<BootState, 
 
 /// What it is, where it goes, and its bytes.
 type Piece = (&'static str, GuestAddress, Vec<u8>);
+
+/// What is looked at for zeros at once.
+const STEP: usize = 256 << 10;
+
+/// Writes `bytes` to memory that is all zeros: where they are too, it is not touched, which costs as much again as
+/// writing.
+fn write_to_new(
+    memory: &GuestMemoryMmap,
+    bytes: &[u8],
+    address: GuestAddress,
+) -> Result<(), GuestMemoryError> {
+    let is_zero = |bytes: &[u8]| bytes.iter().fold(0, |all, byte| all | byte) == 0;
+    for (step, at) in bytes.chunks(STEP).zip((address.0..).step_by(STEP)) {
+        if !step.chunks(256).all(is_zero) {
+            memory.write_slice(step, GuestAddress(at))?;
+        }
+    }
+    Ok(())
+}
 
 /// The size of a file, which is read from its start next. `None` for a directory, which opens and
 /// even seeks like a file: only reading fails.

@@ -4,9 +4,10 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use linux_loader::elf::{self, Elf64_Ehdr, Elf64_Phdr, Elf64_Shdr};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
 
 use super::Error;
+use crate::write_to_new;
 
 /// The most that may follow the ELF file: 4 million relocations, where Debian's kernels have 200,000.
 const REST_MAX: u64 = 16 << 20;
@@ -152,7 +153,7 @@ impl<'a> Destination<'a> {
         for segment in &self.vmlinux.segments {
             if let Some((offset, part)) = part(segment.file.clone()) {
                 let to = GuestAddress(self.start + segment.memory + offset);
-                self.memory.write_slice(part, to).map_err(Error::Memory)?;
+                write_to_new(self.memory, part, to).map_err(Error::Memory)?;
             }
         }
         if let Some((offset, part)) = part(self.vmlinux.end..u64::MAX) {
