@@ -25,6 +25,7 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
         "boot",
         &[
             "acpi_tables",
+            "flate2",
             "kvm-bindings",
             "linux-loader",
             "lz4_flex",

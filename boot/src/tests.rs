@@ -2,7 +2,7 @@
 
 pub(crate) mod images;
 
-use self::images::{bzimage, elf, file_with, memory, platform};
+use self::images::*;
 use super::*;
 use proptest::prelude::*;
 use std::error::Error as _;
@@ -16,6 +16,16 @@ fn boot(
     initrd: Option<&[u8]>,
     cmdline: &str,
 ) -> Result<BootState, Error> {
+    boot_at(memory, kernel, initrd, cmdline, [0, 0])
+}
+
+fn boot_at(
+    memory: &GuestMemoryMmap,
+    kernel: &[u8],
+    initrd: Option<&[u8]>,
+    cmdline: &str,
+    random: [u64; 2],
+) -> Result<BootState, Error> {
     let mut initrd = initrd.map(file_with);
     load(
         memory,
@@ -23,7 +33,7 @@ fn boot(
             kernel: &mut file_with(kernel),
             initrd: initrd.as_mut(),
             cmdline,
-            random: [0, 0],
+            random,
             platform: &platform(4, 2),
         },
     )
@@ -67,10 +77,16 @@ proptest! {
     fn load_any_memory_and_initrd_never_overlaps(
         mib in 1_u64..80,
         initrd_kib in 1_usize..24 << 10,
-        image in prop_oneof![Just(bzimage()), Just(elf(false)), Just(elf(true))],
+        image in prop_oneof![
+            Just(bzimage()),
+            Just(elf(false)),
+            Just(elf(true)),
+            Just(packed(&lz4(&vmlinux(0x2000, &relocations())))),
+        ],
+        random in any::<[u64; 2]>(),
     ) {
         let initrd = vec![7; initrd_kib << 10];
-        if let Ok(state) = boot(&memory(mib), &image, Some(&initrd), CMDLINE) {
+        if let Ok(state) = boot_at(&memory(mib), &image, Some(&initrd), CMDLINE, random) {
             let initrd = state.initrd.unwrap();
             let (start, end) = (initrd.start.0, initrd.start.0 + initrd.size);
             prop_assert!(start >= layout::HIGH_RAM_START.0 && end <= mib << 20);

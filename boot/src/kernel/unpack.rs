@@ -4,6 +4,7 @@
 
 mod lz4;
 mod relocations;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod vmlinux;
@@ -34,6 +35,9 @@ pub enum Error {
     /// The file cannot be read.
     #[error("cannot read its payload")]
     Read(#[source] io::Error),
+    /// It is not what its first bytes say, or cannot be read.
+    #[error("cannot unpack its payload")]
+    Stream(#[source] io::Error),
     /// It contains something else than a kernel.
     #[error("no kernel is in its payload: {0}")]
     Elf(&'static str),
@@ -92,6 +96,7 @@ impl<'a> Packed<'a> {
         self.read(0, &mut magic)?;
         match magic {
             _ if magic.starts_with(&lz4::MAGIC) => lz4::unpack(self, open),
+            _ if magic.starts_with(&stream::GZIP) => stream::unpack_gzip(self, open),
             _ => Err(Error::Format(name(&magic))),
         }
     }

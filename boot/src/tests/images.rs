@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::Write;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::kernel::kaslr::Choice;
@@ -168,6 +170,13 @@ pub(crate) fn lz4(content: &[u8]) -> Vec<u8> {
     }
     payload.extend((content.len() as u32).to_le_bytes());
     payload
+}
+
+/// `content` packed as gzip, which ends with its length.
+pub(crate) fn gzip(content: &[u8]) -> Vec<u8> {
+    let mut packer = GzEncoder::new(Vec::new(), Compression::fast());
+    packer.write_all(content).unwrap();
+    packer.finish().unwrap()
 }
 
 /// A bzImage with this payload.

@@ -9,6 +9,8 @@ use crate::share::share;
 pub(super) const MAGIC: [u8; 4] = 0x184c_2102_u32.to_le_bytes();
 /// The unpacked size of each block but the last.
 const BLOCK: u64 = 8 << 20;
+/// The packed size of a block that does not get smaller (`LZ4_compressBound`).
+const PACKED_MAX: u64 = BLOCK + BLOCK / 255 + 16;
 
 /// A block: its place in the payload, unpacked and packed.
 #[derive(Debug)]
@@ -44,6 +46,9 @@ fn blocks(payload: &Packed) -> Result<Vec<Block>, Error> {
         payload.read(packed_at, &mut size)?;
         packed_at += size.len() as u64;
         let packed_size = u64::from(u32::from_le_bytes(size));
+        if packed_size > PACKED_MAX {
+            return Err(Error::Payload("a block of LZ4 is too large"));
+        }
         blocks.push(Block {
             at,
             size: BLOCK.min(payload.unpacked - at),

@@ -130,6 +130,22 @@ fn kernel_of_several_blocks_is_whole() {
     }
 }
 
+#[test]
+fn gzip_is_unpacked_too() {
+    // More than is unpacked at once.
+    let content = vmlinux(0x9_0000, &relocations());
+    let load = |payload: &[u8]| {
+        let memory = memory(64);
+        let kernel = load_at(&memory, &packed(payload), [0, 5], "").unwrap();
+        let start = VMLINUX_START + 5 * ALIGN;
+        assert_eq!(kernel.entry.0, start + VMLINUX_ENTRY);
+        assert!(has_flag(&kernel));
+        assert_segments(&memory, start, 0x9_0000);
+    };
+    load(&gzip(&content));
+    load(&lz4(&content));
+}
+
 /// Asserts that the kernel is left to its own decompressor, for this reason.
 fn assert_left(image: &[u8], reason: &str) {
     let memory = memory(64);
@@ -182,11 +198,39 @@ fn payload_that_is_damaged_is_left() {
     assert_left(&packed(&longer), "do not fill it");
     assert_left(
         &packed(&patched(payload.clone(), 4, &[0xff; 4])),
-        "do not fill it",
+        "too large",
     );
     assert_left(&packed(&patched(payload.clone(), 8, &[0xff; 40])), "LZ4");
     let outside = patched(packed(&payload), 0x248, &0x7000_0000_u32.to_le_bytes());
     assert_left(&outside, "not in the image");
+}
+
+#[test]
+fn gzip_that_is_damaged_is_left() {
+    let content = vmlinux(0x9_0000, &relocations());
+    let payload = gzip(&content);
+    let end = payload.len() - 4;
+    let with_length = |length: usize| {
+        let length = (length as u32).to_le_bytes();
+        patched(payload.clone(), end, &length)
+    };
+    assert_left(&packed(&with_length(0)), "too short");
+    assert_left(
+        &packed(&with_length(content.len() - 1)),
+        "longer than it says",
+    );
+    assert_left(&packed(&with_length(content.len() + 1)), "cannot unpack");
+    let half = [&payload[..payload.len() / 2], &payload[end..]].concat();
+    assert_left(&packed(&half), "cannot unpack");
+    let checksum = payload.len() - 8;
+    assert_left(
+        &packed(&patched(payload.clone(), checksum, &[1, 2, 3, 4])),
+        "cannot unpack",
+    );
+    assert_left(
+        &packed(&patched(payload, 0x400, &[0xff; 40])),
+        "cannot unpack",
+    );
 }
 
 #[test]
@@ -251,6 +295,7 @@ proptest! {
     fn mutated_payloads_never_panic(
         changes in prop::collection::vec((0_usize..600, any::<u8>()), 1..6),
         in_content in any::<bool>(),
+        is_lz4 in any::<bool>(),
         random in any::<[u64; 2]>(),
     ) {
         let change = |bytes: Vec<u8>| {
@@ -259,10 +304,11 @@ proptest! {
                 patched(bytes, at, &[byte])
             })
         };
+        let pack = |content: &[u8]| if is_lz4 { lz4(content) } else { gzip(content) };
         let content = vmlinux(SIZE, &relocations());
         let image = match in_content {
-            true => packed(&lz4(&change(content))),
-            false => packed(&change(lz4(&content))),
+            true => packed(&pack(&change(content))),
+            false => packed(&change(pack(&content))),
         };
         if let Ok(kernel) = load_at(&memory(64), &image, random, "") {
             prop_assert!(kernel.occupied.contains(&kernel.entry.0));
