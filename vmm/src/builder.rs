@@ -2,11 +2,15 @@
 
 use std::fs::File;
 use std::io;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 use boot::{BootSpec, BootState};
+use devices::irq::IrqLine;
 use devices::serial::Serial;
+use net::HostLinkGuard;
 use rustix::rand::GetRandomFlags;
 use vm_memory::GuestMemoryMmap;
 
@@ -17,15 +21,15 @@ use crate::control::handle::{Handle, Requests};
 use crate::kvm::cpuid::CpuModel;
 use crate::kvm::vcpu::{DeviceBuses, Vcpu};
 use crate::kvm::vcpus::Vcpus;
-use crate::kvm::vm::{Vm, VmError};
+use crate::kvm::vm::{Hypervisor, SupportedCpuid, Vm, VmError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::nic::Inherited;
 use crate::nic::devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices};
-use crate::resources::{ResourceError, Resources};
+use crate::resources::{Opened, ResourceError, Resources};
 use crate::tty::RawTerminal;
-use crate::tty::console::{self, Output};
+use crate::tty::console::{self, Lost, Output};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -94,42 +98,99 @@ pub fn run(
         config.nics.len(),
         config.console.has_port(),
     )?;
-    let host = Resources::acquire(&config, inherited)?;
+    let opened = Opened::open(&config)?;
     let ram = GuestRam::map(config.memory, config.hugepages)?;
-    let boot = load(&config, &plan, host.kernel, host.initrd, ram.memory())?;
-    let vm = Vm::new(host.hypervisor, Arc::clone(ram.memory()))?;
-    let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
-    let memory = Arc::clone(ram.memory());
-    let mut machine = Machine::new(&vm, memory, Arc::clone(&exit), &plan)?;
-    let output = host
-        .console
-        .map(|file| Output::new(file, config.console.place(), Arc::clone(&exit)));
-    let lost = output.as_ref().map(Output::lost);
-    let serial = output.map(|output| machine.add_serial(Box::new(output)));
-    let serial = serial.transpose()?;
-    let power_button = machine.add_power_button()?;
-    let mut net_devices = NetDevices::add(&mut machine, host.nics)?;
-    let buses = Arc::new(machine.finish()?);
-    let vcpus = create_vcpus(&vm, &config, &boot, &buses)?;
+    let mut built = build(&config, &plan, inherited, opened, ram.memory())?;
 
+    let exit = Arc::clone(&built.buses.exit);
     let signals = CaughtSignals::catch(signals).map_err(failed_to("catch signals"))?;
-    let _terminal = connect_stdio(&config.console, serial, &exit)?;
-    let vcpus = Vcpus::start(vm, vcpus, Arc::clone(&exit))
+    let _terminal = connect_stdio(&config.console, built.serial, &exit)?;
+    let vcpus = Vcpus::start(built.vm, built.vcpus, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
     let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
-    let control = Control::new(vcpus, buses, power_button, signals, requests)
+    let control = Control::new(vcpus, built.buses, built.power_button, signals, requests)
         .map_err(failed_to("create a timer"))?;
     started(handle);
     control
-        .run(net_devices.followers())
+        .run(built.net_devices.followers())
         .map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are
     // the macvtaps deleted.
-    drop((net_devices.guards, host.host_link));
-    if let Some(lost) = lost {
+    drop((built.net_devices.guards, built.host_link));
+    if let Some(lost) = built.lost {
         lost.log();
     }
     Ok(exit.reason().cloned().unwrap_or(Exit::Quit))
+}
+
+/// A guest that is ready to run. It is dropped in this order: with the buses the devices' threads
+/// end, and only then are the macvtaps deleted.
+struct Built {
+    vcpus: Vec<Vcpu>,
+    vm: Vm,
+    buses: Arc<DeviceBuses>,
+    power_button: IrqLine,
+    serial: Option<Arc<Mutex<Serial>>>,
+    lost: Option<Arc<Lost>>,
+    net_devices: NetDevices,
+    host_link: Option<HostLinkGuard>,
+}
+
+/// Makes the guest. Its NICs, KVM's part and its kernel take about as long as each other and need
+/// nothing of each other, so they are made side by side. When several of them fail, the error is
+/// of the first in this order.
+fn build(
+    config: &Config,
+    plan: &Plan,
+    inherited: Inherited,
+    opened: Opened,
+    memory: &Arc<GuestMemoryMmap>,
+) -> Result<Built, Error> {
+    let (hypervisor, kernel, initrd) = (opened.hypervisor, opened.kernel, opened.initrd);
+    thread::scope(|scope| {
+        let vm = beside(scope, "kvm", || create_vm(hypervisor, memory))?;
+        let boot = beside(scope, "boot", || load(config, plan, kernel, initrd, memory))?;
+        let host = Resources::make(config, inherited, opened.outputs)?;
+        let (vm, cpuid) = join(vm)?;
+        let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
+        let mut machine = Machine::new(&vm, Arc::clone(memory), Arc::clone(&exit), plan)?;
+        let output = host
+            .console
+            .map(|file| Output::new(file, config.console.place(), exit));
+        let lost = output.as_ref().map(Output::lost);
+        let serial = output.map(|output| machine.add_serial(Box::new(output)));
+        let serial = serial.transpose()?;
+        let power_button = machine.add_power_button()?;
+        let net_devices = NetDevices::add(&mut machine, host.nics)?;
+        let buses = Arc::new(machine.finish()?);
+        let boot = join(boot)?;
+        Ok(Built {
+            vcpus: create_vcpus(&vm, config, &cpuid, &boot, &buses)?,
+            vm,
+            buses,
+            power_button,
+            serial,
+            lost,
+            net_devices,
+            host_link: host.host_link,
+        })
+    })
+}
+
+/// Starts `work` on a thread of its own, whose end the scope waits for whatever else fails.
+fn beside<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, T>, Error> {
+    let thread = thread::Builder::new().name(name.to_owned());
+    thread
+        .spawn_scoped(scope, work)
+        .map_err(failed_to("start a thread"))
+}
+
+fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Connects a serial port whose console is stdio with the terminal there, or whatever it is.
@@ -185,21 +246,31 @@ fn name_file(config: &Config, error: boot::Error) -> Error {
     }
 }
 
+/// With what KVM supports of CPUID, which takes as long to find out as most of the rest.
+fn create_vm(
+    hypervisor: Hypervisor,
+    memory: &Arc<GuestMemoryMmap>,
+) -> Result<(Vm, SupportedCpuid), VmError> {
+    let vm = Vm::new(hypervisor, Arc::clone(memory))?;
+    let cpuid = vm.supported_cpuid()?;
+    Ok((vm, cpuid))
+}
+
 fn create_vcpus(
     vm: &Vm,
     config: &Config,
+    (supported, tsc_deadline): &SupportedCpuid,
     boot: &BootState,
     buses: &Arc<DeviceBuses>,
 ) -> Result<Vec<Vcpu>, VmError> {
-    let (supported, tsc_deadline) = vm.supported_cpuid()?;
     let model = CpuModel {
         count: config.cpus.get(),
-        tsc_deadline,
+        tsc_deadline: *tsc_deadline,
         nested: config.nested,
     };
     let mut vcpus = Vec::with_capacity(config.cpus.get().into());
     for id in 0..config.cpus.get() {
-        let cpuid = model.vcpu(&supported, id).map_err(VmError::Cpuid)?;
+        let cpuid = model.vcpu(supported, id).map_err(VmError::Cpuid)?;
         let vcpu = Vcpu::new(vm, id, &cpuid, boot, Arc::clone(buses))?;
         if id == 0 {
             vcpu.set_entry(boot)?;

@@ -52,7 +52,8 @@
 //!
 //! # Threads
 //!
-//! The thread that builds the guest, the main thread in `minivmm`, then waits for events. Each vCPU
+//! The thread that builds the guest, the main thread in `minivmm`, then waits for events. Two more
+//! take part in building: one loads the kernel (`boot`), one creates the virtual machine (`kvm`). Each vCPU
 //! has a thread (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`,
 //! `netN.1`, …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its
 //! capture one (`netN.pcap`), the console's input one (`console`), and the log one (`log`).

@@ -40,27 +40,31 @@ pub enum ResourceError {
     HostLink(#[from] host_link::HostLinkError),
 }
 
-/// Everything from the host.
+/// What is open already. Nothing has been made for it, or changed, so that a typing error is
+/// reported before anything has been.
 #[derive(Debug)]
-pub struct Resources {
+pub struct Opened {
     pub kernel: File,
     pub initrd: Option<File>,
     pub hypervisor: Hypervisor,
-    /// Where the console's output goes.
-    pub console: Option<File>,
-    pub nics: Vec<Nic>,
-    /// Lets the host talk to the guest.
-    pub host_link: Option<HostLinkGuard>,
+    pub outputs: Outputs,
 }
 
-impl Resources {
-    /// Takes it all: the cheapest first, and last what has to be made, so that a typing error is
-    /// reported before anything has been.
+/// The files that a guest fills.
+#[derive(Debug)]
+pub struct Outputs {
+    console: Option<File>,
+    /// One for each NIC.
+    captures: Vec<Option<File>>,
+}
+
+impl Opened {
+    /// Opens it all.
     ///
     /// # Errors
     ///
-    /// Says what could not be had; what had been taken is given back.
-    pub fn acquire(config: &Config, inherited: Inherited) -> Result<Self, ResourceError> {
+    /// Says what could not be had.
+    pub fn open(config: &Config) -> Result<Self, ResourceError> {
         let kernel = open(Role::Kernel, &config.kernel)?;
         let initrd = config.initrd.as_deref();
         let initrd = initrd.map(|path| open(Role::Initrd, path)).transpose()?;
@@ -82,7 +86,38 @@ impl Resources {
             path.map(|path| open_to_write(&mut files, Role::Capture, path))
                 .transpose()
         });
-        let captures = captures.collect::<Result<Vec<_>, _>>()?;
+        let captures = captures.collect::<Result<_, _>>()?;
+        Ok(Self {
+            kernel,
+            initrd,
+            hypervisor,
+            outputs: Outputs { console, captures },
+        })
+    }
+}
+
+/// What is made on the host, or changed, for a guest.
+#[derive(Debug)]
+pub struct Resources {
+    /// Where the console's output goes.
+    pub console: Option<File>,
+    pub nics: Vec<Nic>,
+    /// Lets the host talk to the guest.
+    pub host_link: Option<HostLinkGuard>,
+}
+
+impl Resources {
+    /// Makes it all, in the calling thread's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// Says what could not be had; what had been made is gone again.
+    pub fn make(
+        config: &Config,
+        inherited: Inherited,
+        outputs: Outputs,
+    ) -> Result<Self, ResourceError> {
+        let Outputs { console, captures } = outputs;
         let mut nics = nic::acquire_for_guest(&config.nics, inherited, &config.kernel)?;
         for (nic, capture) in nics.iter_mut().zip(captures) {
             nic.pcap = capture;
@@ -95,9 +130,6 @@ impl Resources {
             empty(file).map_err(failed)?;
         }
         Ok(Self {
-            kernel,
-            initrd,
-            hypervisor,
             console,
             nics,
             host_link,

@@ -112,6 +112,10 @@ impl Hypervisor {
     }
 }
 
+/// The CPUID that KVM supports, and whether the vCPUs' timers know the TSC deadline mode, which is
+/// not part of it (Documentation/virt/kvm/api.rst, 4.46).
+pub type SupportedCpuid = (CpuId, bool);
+
 /// A virtual machine with memory and interrupt controllers.
 #[derive(Debug)]
 pub struct Vm {
@@ -187,9 +191,8 @@ impl Vm {
         registered.map_err(call("watch a notification (ioeventfd)"))
     }
 
-    /// The CPUID that KVM supports, and whether their timers know the TSC
-    /// deadline mode, which is not part of it (Documentation/virt/kvm/api.rst, 4.46).
-    pub fn supported_cpuid(&self) -> Result<(CpuId, bool), VmError> {
+    /// What this KVM's vCPUs can be told to be.
+    pub fn supported_cpuid(&self) -> Result<SupportedCpuid, VmError> {
         let cpuid = self
             .hypervisor
             .0
