@@ -155,7 +155,11 @@ impl LinkWatch {
                 // Another process may write to the socket.
                 Ok(sender) if sender.is_some_and(|sender| sender.pid() == 0) => self.learn()?,
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // There may be nothing for long, and it is the largest thing that a watch has.
+                    self.buffer = Vec::new();
+                    return Ok(None);
+                }
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     log::debug!("events of links were lost: asking for the state of all");
                     self.request_dump()?;

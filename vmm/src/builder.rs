@@ -83,7 +83,8 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
 }
 
 /// Boots the guest and waits for its end, on this thread, which becomes its control thread:
-/// `started` gets what other threads ask that by. The first of `signals` presses the guest's power
+/// `started` gets what other threads ask that by, and `settled` is called once the guest has usually
+/// booted. The first of `signals` presses the guest's power
 /// button, the second ends it. Whatever was taken from the host has been given back when this
 /// returns.
 pub fn run(
@@ -91,6 +92,7 @@ pub fn run(
     inherited: Inherited,
     signals: &[libc::c_int],
     started: impl FnOnce(Handle),
+    settled: fn(),
 ) -> Result<Exit, Error> {
     let plan = Plan::new(
         config.cpus.get(),
@@ -112,7 +114,7 @@ pub fn run(
         .map_err(failed_to("create a timer"))?;
     started(handle);
     control
-        .run(built.net_devices.followers())
+        .run(built.net_devices.followers(), settled)
         .map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are
     // the macvtaps deleted.

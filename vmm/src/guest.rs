@@ -29,10 +29,12 @@ impl Guest {
     pub fn start(config: Config) -> Result<Self, Error> {
         let (sender, started) = mpsc::channel();
         let run = move || {
-            builder::run(config, Inherited::default(), &[], |handle| {
+            let started = |handle| {
                 // The receiver waits for it.
                 let _ = sender.send(handle);
-            })
+            };
+            // The memory of the program that this is a part of is not ours to give back.
+            builder::run(config, Inherited::default(), &[], started, || ())
         };
         let thread = thread::Builder::new().name("control".into()).spawn(run);
         let thread = thread.map_err(|error| Error::Host("start the control thread", error))?;

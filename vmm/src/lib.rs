@@ -48,7 +48,8 @@
 //! `log_writer` the log, and `printable` makes text of others fit for a terminal. `program` is the
 //! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU
 //! on the same macvtaps; `child` starts other programs. `signals` and `limits` settle what this
-//! process was started with, and give it to those programs.
+//! process was started with, and give it to those programs; `trim` gives back memory that only the
+//! start has needed.
 //!
 //! # Threads
 //!
@@ -79,6 +80,7 @@ pub mod program;
 mod qemu;
 mod resources;
 mod signals;
+mod trim;
 mod tty;
 
 #[cfg(test)]

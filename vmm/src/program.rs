@@ -6,7 +6,7 @@ use crate::cli::Cli;
 use crate::config::Config;
 use crate::control::exit::{Exit, chain};
 use crate::nic::Inherited;
-use crate::{builder, commands, limits, log_writer, signals, tty};
+use crate::{builder, commands, limits, log_writer, signals, trim, tty};
 
 /// Does what the command line says.
 ///
@@ -15,6 +15,7 @@ use crate::{builder, commands, limits, log_writer, signals, tty};
 /// Nothing in this process may own a file descriptor that the command line can name: call it first
 /// in `main`.
 pub unsafe fn main() -> ExitCode {
+    trim::hold_little();
     let settled = signals::settle();
     limits::raise();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
@@ -38,7 +39,9 @@ pub unsafe fn main() -> ExitCode {
         }));
     }
     tty::restore_on_panic();
-    let exit = builder::run(Config::from(cli.guest), inherited, &signals::ENDING, drop);
+    let config = Config::from(cli.guest);
+    // No other thread is to control the guest.
+    let exit = builder::run(config, inherited, &signals::ENDING, drop, trim::give_back);
     let exit =
         exit.unwrap_or_else(|error| Exit::Failure(with_remedy(chain(&error), error.remedy())));
     exit.log();

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::irq::IrqLine;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -21,6 +21,9 @@ use crate::signals::not_ignored;
 
 /// How long a guest has to power off by itself after its power button was pressed.
 pub(crate) const GRACE: Duration = Duration::from_secs(10);
+
+/// How long a guest takes to boot, about, and its drivers to start.
+const SETTLED: Duration = Duration::from_secs(2);
 
 // Event tokens; the signals' are their numbers.
 const EXIT: u32 = 0;
@@ -91,12 +94,12 @@ impl Control {
     }
 
     /// Waits until an exit has been requested, and lets `others` have their events meanwhile. The
-    /// vCPUs have ended when it returns.
+    /// vCPUs have ended when it returns. `settled` is called once, when a guest has usually started.
     ///
     /// # Errors
     ///
     /// Fails when waiting itself does; the guest is ended then.
-    pub fn run(self, others: Vec<Box<dyn MutEventSubscriber>>) -> io::Result<()> {
+    pub fn run(self, others: Vec<Box<dyn MutEventSubscriber>>, settled: fn()) -> io::Result<()> {
         let failed = |error| io::Error::other(format!("{error}"));
         let exit = Arc::clone(&self.exit);
         let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
@@ -104,11 +107,19 @@ impl Control {
         for other in others {
             events.add_subscriber(other);
         }
+        let settles = Instant::now() + SETTLED;
+        let mut settled = Some(settled);
         while exit.reason().is_none() {
-            match events.run() {
+            let left = settles.saturating_duration_since(Instant::now());
+            // Rounded up, or it would be over too early and begin again.
+            let timeout = settled.map_or(-1, |_| left.as_millis() as i32 + 1);
+            match events.run_with_timeout(timeout) {
                 Ok(_) => {}
                 Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => {}
                 Err(error) => return Err(failed(error)),
+            }
+            if let Some(settled) = settled.take_if(|_| Instant::now() >= settles) {
+                settled();
             }
         }
         Ok(())
