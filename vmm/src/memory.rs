@@ -132,6 +132,10 @@ impl Mapping {
         let mut skipped = Self::new(len + HUGE, MapFlags::NORESERVE)?;
         let mut mapping = skipped.split_off(skipped.start.addr().wrapping_neg() % HUGE);
         drop(mapping.split_off(len));
+        // The start of a guest takes a few pages at the beginning. With one that is there already the kernel does not
+        // take a huge one for them, which it would have to clear.
+        // SAFETY: the mapping is ours alone, may be written to, and has a byte.
+        unsafe { mapping.start.cast::<u8>().write_volatile(0) };
         mapping.advise(Advice::LinuxHugepage);
         mapping.advise(Advice::LinuxDontDump);
         Ok(mapping)
