@@ -33,6 +33,8 @@ type Figures = BTreeMap<&'static str, f64>;
 const BASELINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/costs.json");
 /// So much worse than the baseline may a figure be.
 const MARGIN: f64 = 0.05;
+/// And resident memory: it comes in 64 KiB, by how the linker has placed what is in use.
+const RESIDENT_MARGIN: f64 = 0.15;
 /// Guests that each figure is taken from. It is the least: what disturbs one adds to it.
 const GUESTS: usize = 3;
 const PINGS: usize = 50;
@@ -57,7 +59,7 @@ guest_test!(costs_are_no_worse_than_the_baseline, || {
     let in_ci = std::env::var_os("CI").is_some();
     assert!(
         worse.is_empty() || !in_ci,
-        "more than 5 % worse than the baseline: {worse:?}. Where that is meant, commit what `make \
+        "worse than the baseline: {worse:?}. Where that is meant, commit what `make \
          costs` writes, and say why"
     );
 });
@@ -73,10 +75,14 @@ fn compare(found: &Figures, baseline: &BTreeMap<String, f64>) -> (String, Vec<&'
     writeln!(table, "{:<48}{:>10}{:>10}", "", "now", "baseline").unwrap();
     for (name, figure) in found {
         let before = baseline.get(*name).copied().unwrap_or(0.0);
-        let note = if *figure > before * (1.0 + MARGIN) {
+        let margin = match name.contains("resident") {
+            true => RESIDENT_MARGIN,
+            false => MARGIN,
+        };
+        let note = if *figure > before * (1.0 + margin) {
             worse.push(*name);
             "WORSE"
-        } else if *figure < before * (1.0 - MARGIN) {
+        } else if *figure < before * (1.0 - margin) {
             "better: `make costs` keeps it so"
         } else {
             ""
@@ -177,18 +183,17 @@ fn traced() -> Figures {
     let start = trace.read();
     let read = || trace.read();
     let runs = |after: Calls, before: Calls| (after.runs - before.runs) as f64;
-    let calls = |after: Calls, before: Calls| (after.others - before.others) as f64;
+    let calls = |after: Calls, before: Calls| {
+        (after.of_pairs + after.others - before.of_pairs - before.others) as f64
+    };
     let figures = Figures::from([
-        ("start: system calls besides KVM_RUN", start.others as f64),
+        ("start: system calls", start.others as f64),
         ("start: exits to the monitor", start.runs as f64),
         (
             "ping: exits to the monitor",
             each_ping(&net, &vm, read, runs),
         ),
-        (
-            "ping: system calls besides KVM_RUN",
-            each_ping(&net, &vm, read, calls),
-        ),
+        ("ping: system calls", each_ping(&net, &vm, read, calls)),
     ]);
     net.quit(2, vm);
     figures
