@@ -34,6 +34,7 @@ const fn load(size: usize, rate: Option<u32>) -> Option<Load> {
         size,
         rate,
         burst: 1,
+        waits: false,
     })
 }
 

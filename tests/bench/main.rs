@@ -4,7 +4,7 @@
 //!
 //! | part | file | what it compares |
 //! | --- | --- | --- |
-//! | `native` | `native.rs`, `latency.rs` | the data path, by the freestanding guest: throughput and round trips |
+//! | `native` | `native.rs`, `latency.rs`, `counts.rs` | the data path, by the freestanding guest: throughput, round trips, system calls |
 //! | `start` | `start.rs` | how soon a guest runs |
 //! | `density` | `density.rs` | many guests on one link |
 //! | `linux [boot\|net] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
@@ -30,6 +30,7 @@ mod harness {
     pub use patience::{PATIENCE, eventually};
 }
 mod bare;
+mod counts;
 mod density;
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
             Part::Native => {
                 done &= here(request.effort, &mut tables, native::run);
                 done &= here(request.effort, &mut tables, latency::run);
+                done &= here(request.effort, &mut tables, counts::run);
             }
             Part::Start => done &= here(request.effort, &mut tables, start::run),
             Part::Density => done &= here(request.effort, &mut tables, density::run),

@@ -70,6 +70,7 @@ struct Flood {
     pairs: u16,
     /// See [`Load`].
     burst: usize,
+    waits: bool,
     is_quick: bool,
 }
 
@@ -79,6 +80,7 @@ const fn flood(way: Way, size: usize) -> Flood {
         size,
         pairs: 1,
         burst: 1,
+        waits: false,
         is_quick: true,
     }
 }
@@ -91,6 +93,13 @@ const fn in_bursts(size: usize, is_quick: bool) -> Flood {
     }
 }
 
+const fn from_one_that_waits(size: usize) -> Flood {
+    Flood {
+        waits: true,
+        ..flood(Way::Receive, size)
+    }
+}
+
 const fn by_two_pairs(way: Way, size: usize) -> Flood {
     Flood {
         pairs: 2,
@@ -99,7 +108,7 @@ const fn by_two_pairs(way: Way, size: usize) -> Flood {
     }
 }
 
-const FLOODS: [Flood; 14] = [
+const FLOODS: [Flood; 16] = [
     flood(Way::Send, SIZES[0]),
     flood(Way::Send, SIZES[1]),
     flood(Way::Send, SIZES[2]),
@@ -112,6 +121,8 @@ const FLOODS: [Flood; 14] = [
     flood(Way::Receive, SIZES[3]),
     in_bursts(60, false),
     in_bursts(1514, true),
+    from_one_that_waits(1514),
+    from_one_that_waits(65_000),
     by_two_pairs(Way::Receive, 1514),
     by_two_pairs(Way::Receive, 65_000),
 ];
@@ -129,7 +140,12 @@ impl Flood {
             ""
         };
         let bursts = if self.burst > 1 { ", in bursts" } else { "" };
-        let title = format!("guest {verb} {} B{pairs}{bursts}", self.size);
+        let waits = if self.waits {
+            ", from one that waits"
+        } else {
+            ""
+        };
+        let title = format!("guest {verb} {} B{pairs}{bursts}{waits}", self.size);
         eprintln!("{title}");
         let mut table = Table::new(title, &FLOOD_COLUMNS);
         for _ in 0..effort.rounds {
@@ -152,6 +168,7 @@ impl Flood {
             size: self.size,
             rate: None,
             burst: self.burst,
+            waits: self.waits,
         };
         FarEnd::start(wire, tap.mac, Some(load), time * 4)
     }

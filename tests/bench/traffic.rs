@@ -27,6 +27,8 @@ const PACKET_VNET_HDR: libc::c_int = 15;
 /// The most frames sent by one system call, how long it may take, and how long a paced sender sleeps.
 pub const BURST: usize = 32;
 const PATIENCE: Duration = Duration::from_millis(20);
+/// More than the frames that can wait at a macvtap: 500 of the largest ones.
+const SEND_BUFFER: libc::c_int = 128 << 20;
 const PACE: Duration = Duration::from_micros(100);
 /// The largest frame of an Ethernet link.
 const LARGEST: usize = 1514;
@@ -41,6 +43,9 @@ pub struct Load {
     /// How many frames at most are sent by one system call. After each of them the host may run
     /// the reader; so a neighbour's frames come one by one, and those of a busy NIC in bursts.
     pub burst: usize,
+    /// Whether the sender waits while about 90 of its frames are on their way, as one with a window
+    /// does. Else what the reader does not take in time is lost, as on a wire.
+    pub waits: bool,
 }
 
 /// A thread that sends, and reflects pings, until it is dropped or its time is over.
@@ -58,9 +63,12 @@ impl FarEnd {
             .enter(|| {
                 let sender = packet_socket(0)?;
                 for option in [PACKET_VNET_HDR, PACKET_QDISC_BYPASS] {
-                    set(&sender, option)?;
+                    set(&sender, libc::SOL_PACKET, option, 1)?;
                 }
-                // Frames count against its buffer until they are read: a slow reader stops it.
+                // Frames that wait count against the sender's buffer.
+                if load.is_none_or(|load| !load.waits) {
+                    set(&sender, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER)?;
+                }
                 set_socket_timeout(&sender, Timeout::Send, Some(PATIENCE))?;
                 Ok::<_, io::Error>((sender, packet_socket(PING)?))
             })
@@ -237,13 +245,17 @@ fn packet_socket(kind: u16) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn set(socket: &OwnedFd, option: libc::c_int) -> io::Result<()> {
-    let on: libc::c_int = 1;
+fn set(
+    socket: &OwnedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     let length = size_of::<libc::c_int>() as u32;
-    let value = (&raw const on).cast();
+    let value = (&raw const value).cast();
     let fd = socket.as_raw_fd();
     // SAFETY: setsockopt reads one int.
-    let done = unsafe { libc::setsockopt(fd, libc::SOL_PACKET, option, value, length) };
+    let done = unsafe { libc::setsockopt(fd, level, option, value, length) };
     match done {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
