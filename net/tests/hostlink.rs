@@ -23,9 +23,11 @@ fn create(host: &Netns, spec: &HostLinkSpec) -> HostLink {
 
 /// The problem that keeps a host link from being made, after a check that nothing was left.
 fn problem(host: &Netns, spec: &HostLinkSpec) -> HostLinkProblem {
-    let before = (host.links(), host.ip("-o address"));
+    // The kernel gives a link that has come up its link-local address, and takes its time.
+    let state = || (host.links(), host.ip("-o address show scope global"));
+    let before = state();
     let result = host.enter(|| HostLink::create(spec));
-    assert_eq!((host.links(), host.ip("-o address")), before);
+    assert_eq!(state(), before);
     result.expect_err("a problem").source
 }
 
