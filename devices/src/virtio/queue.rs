@@ -238,6 +238,11 @@ impl Queue {
         self.unflushed += 1;
     }
 
+    /// How much has been pushed that the driver does not see yet.
+    pub fn unflushed(&self) -> u16 {
+        self.unflushed
+    }
+
     /// Shows the driver what has been pushed.
     pub fn flush_used(&mut self) {
         let next = self.next_used();

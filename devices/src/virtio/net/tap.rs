@@ -73,6 +73,26 @@ impl Tap {
     pub fn try_clone(&self) -> io::Result<File> {
         self.fd.try_clone().map(File::from)
     }
+
+    /// Moves one frame, by the first of two system calls where its memory is in one piece. Those of
+    /// libc are cancellation points, which costs more than all else that they do.
+    ///
+    /// # Safety
+    ///
+    /// Each iovec must describe memory that the call may access for as long as it lasts.
+    unsafe fn transfer(
+        &self,
+        [flat, vectored]: [libc::c_long; 2],
+        iovecs: &[libc::iovec],
+    ) -> io::Result<usize> {
+        let (call, start, len) = match iovecs {
+            [one] => (flat, one.iov_base.cast_const().cast(), one.iov_len),
+            _ => (vectored, iovecs.as_ptr(), iovecs.len()),
+        };
+        // SAFETY: the caller vouches for the memory; pointer and count are those of one slice.
+        let n = unsafe { libc::syscall(call, self.as_raw_fd(), start, len) };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
 }
 
 impl AsRawFd for Tap {
@@ -83,17 +103,13 @@ impl AsRawFd for Tap {
 
 impl Backend for Tap {
     unsafe fn read_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
-        let (fd, count) = (self.as_raw_fd(), iovecs.len() as libc::c_int);
-        // SAFETY: the caller vouches for the memory; pointer and count are those of one slice.
-        let n = unsafe { libc::readv(fd, iovecs.as_ptr(), count) };
-        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+        // SAFETY: the caller vouches for the memory.
+        unsafe { self.transfer([libc::SYS_read, libc::SYS_readv], iovecs) }
     }
 
     unsafe fn write_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
-        let (fd, count) = (self.as_raw_fd(), iovecs.len() as libc::c_int);
-        // SAFETY: the caller vouches for the memory; pointer and count are those of one slice.
-        let n = unsafe { libc::writev(fd, iovecs.as_ptr(), count) };
-        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+        // SAFETY: the caller vouches for the memory.
+        unsafe { self.transfer([libc::SYS_write, libc::SYS_writev], iovecs) }
     }
 
     fn known_offloads(&self) -> Offloads {
