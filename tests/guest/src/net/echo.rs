@@ -32,6 +32,10 @@ fn serve(stack: &mut Stack, source_bytes: u64) -> Result<String, String> {
         Service::new(stack, SINK),
         Service::new(stack, SOURCE),
     ];
+    // Each listens: who connects as soon as this is read is not refused.
+    for service in &mut services {
+        service.step(stack, source_bytes);
+    }
     println!("READY echo");
     let mut datagrams = 0;
     stack.poll_until(|stack| {
