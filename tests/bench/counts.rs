@@ -56,7 +56,11 @@ pub fn run(effort: Effort) -> Vec<Table> {
                 return [None; 2];
             };
             let times = counted.line.number(key) / unit;
-            [0, 1].map(|event| Some((counted.events[event] - start.events[event]) / times))
+            // A KVM that traces no exits has none at the start either.
+            [0, 1].map(|event| {
+                let of_start = start.events[event];
+                (of_start > 0.0).then(|| (counted.events[event] - of_start) / times)
+            })
         };
         let send = counted(&format!("mode=send ms={ms}"), None);
         let receive = counted(&format!("mode=receive ms={ms}"), load);

@@ -115,6 +115,11 @@ impl Monitor {
         matches!(self.kind, Kind::MiniVmm { .. })
     }
 
+    /// Whether a PC's firmware comes before the guest.
+    pub fn has_firmware(&self) -> bool {
+        matches!(self.kind, Kind::Q35)
+    }
+
     /// Whether its NIC is on the PCI bus, and interrupts by messages.
     pub fn has_messages(&self) -> bool {
         match self.kind {
