@@ -6,9 +6,10 @@
 
 use std::time::{Duration, Instant};
 
-/// The longest pause: a frame is delayed by no more than that.
-const LONGEST: Duration = Duration::from_micros(200);
-/// The frames that have to come in a pause for it to be worthwhile: 40,000 a second.
+/// The longest pause: a frame is delayed by no more than that. A sender that waits until its frames are
+/// taken has few of them on their way, and would wait with twice as much.
+const LONGEST: Duration = Duration::from_micros(100);
+/// The frames that have to come in a pause for it to be worthwhile: 80,000 a second.
 const FEWEST: u64 = 8;
 /// How long frames have to come fast before there is a pause.
 const WINDOW: Duration = Duration::from_micros(500);
@@ -119,11 +120,11 @@ mod tests {
     fn fast_frames_bring_pauses_and_slow_ones_none() {
         for (frames, pause) in [
             (0, None),
-            (30, None),
-            (45, Some(LONGEST)),
+            (60, None),
+            (90, Some(LONGEST)),
             (500, Some(LONGEST)),
             // 128 of 256 descriptors last half as long.
-            (1280, Some(LONGEST / 2)),
+            (2560, Some(LONGEST / 2)),
         ] {
             assert_eq!(Bench::new().after(MS, frames, 1, 0), pause, "{frames}");
         }
@@ -141,15 +142,15 @@ mod tests {
 
     #[test]
     fn large_frames_of_which_a_ring_holds_few_bring_no_pause() {
-        assert_eq!(Bench::new().after(MS, 60, 32, 0), None);
-        assert!(Bench::new().after(MS, 60, 4, 0).is_some());
+        assert_eq!(Bench::new().after(MS, 120, 32, 0), None);
+        assert!(Bench::new().after(MS, 120, 4, 0).is_some());
     }
 
     #[test]
     fn frames_that_are_answered_one_by_one_bring_no_pause() {
-        assert_eq!(Bench::new().after(MS, 60, 1, 60), None);
+        assert_eq!(Bench::new().after(MS, 120, 1, 120), None);
         assert!(
-            Bench::new().after(MS, 60, 1, 30).is_some(),
+            Bench::new().after(MS, 120, 1, 60).is_some(),
             "acknowledgements of TCP"
         );
     }
@@ -157,12 +158,12 @@ mod tests {
     #[test]
     fn pause_in_which_little_came_is_the_last_for_a_time() {
         let mut bench = Bench::new();
-        assert!(bench.after(MS, 60, 1, 0).is_some());
+        assert!(bench.after(MS, 120, 1, 0).is_some());
         assert_eq!(bench.after(LONGEST, 1, 1, 0), None);
         for _ in 0..9 {
-            assert_eq!(bench.after(MS, 60, 1, 0), None);
+            assert_eq!(bench.after(MS, 120, 1, 0), None);
         }
-        assert_eq!(bench.after(MS, 60, 1, 0), None, "nothing measured before");
-        assert!(bench.after(MS, 60, 1, 0).is_some());
+        assert_eq!(bench.after(MS, 120, 1, 0), None, "nothing measured before");
+        assert!(bench.after(MS, 120, 1, 0).is_some());
     }
 }
