@@ -16,7 +16,6 @@ pub fn anonymous_memory(pid: u32) -> u64 {
     of_process(pid, "Anonymous:")
 }
 
-/// The sum of a field of `smaps`.
 /// The memory of a process in kB, the guest's included; what several processes share is divided
 /// among them.
 pub fn proportional_memory(pid: u32) -> u64 {
@@ -26,6 +25,7 @@ pub fn proportional_memory(pid: u32) -> u64 {
     size.unwrap_or(0)
 }
 
+/// The sum of a field of `smaps` in kB.
 fn of_process(pid: u32, name: &str) -> u64 {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the monitor runs");
     let field = |line: &str, name: &str| -> Option<u64> {
