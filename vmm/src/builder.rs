@@ -225,7 +225,7 @@ fn load(
         platform: &plan.platform(),
     };
     let boot = boot::load(memory, &mut spec).map_err(|error| name_file(config, error))?;
-    log::info!("kernel {:?}: {}", config.kernel, boot.loaded);
+    log::debug!("kernel {:?}: {}", config.kernel, boot.loaded);
     Ok(boot)
 }
 
