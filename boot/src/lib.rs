@@ -141,7 +141,7 @@ pub enum Error {
 /// Loads kernel and initrd into `memory`, describes the machine to the guest, and says how to start the
 /// boot CPU. Called once, before the boot CPU runs for the first time.
 ///
-/// `memory` has the regions of [`layout::ram_regions`], and nobody has written to it.
+/// `memory` has the regions of [`layout::ram_regions`], all zeros.
 ///
 /// # Errors
 ///

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, read, write};
 
-use super::traffic::{NOBODY, PING, SENDER, frame};
+use super::traffic::{PING, SENDER, UNUSED, frame};
 use super::usage::Usage;
 use super::wire::Tap;
 
@@ -20,7 +20,7 @@ const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const OFFLOADS: u64 = 1 | 2 | 4;
 /// How long a frame may be away, as in the guest.
 const LOST: Duration = Duration::from_millis(200);
-/// When nobody sends.
+/// Without a sender.
 const NOTHING: Duration = Duration::from_secs(10);
 
 /// What a loop did.
@@ -39,7 +39,7 @@ pub struct Counted {
 /// Sends frames of a size for so long.
 pub fn send(tap: &Tap, size: usize, time: Duration) -> Counted {
     let queue = prepare(tap);
-    let bytes = frame(HEADER, NOBODY, tap.mac, 0x88b5, size);
+    let bytes = frame(HEADER, UNUSED, tap.mac, 0x88b5, size);
     let (start, usage) = (Instant::now(), Usage::of_this_thread());
     let mut frames = 0;
     while start.elapsed() < time {
@@ -69,7 +69,7 @@ pub fn receive(tap: &Tap, time: Duration) -> Counted {
             Err(Errno::AGAIN) => wait(queue),
             Err(why) => panic!("the macvtap: {why}"),
         }
-        assert!(begun || start.elapsed() < NOTHING, "nobody sends");
+        assert!(begun || start.elapsed() < NOTHING, "no frame comes");
     }
     counted(frames[0], frames[1], start, usage)
 }
@@ -91,7 +91,7 @@ pub struct Trips {
 /// does.
 pub fn ping_pong(tap: &Tap, size: usize, count: usize, gap: Duration, limit: Duration) -> Trips {
     let queue = prepare(tap);
-    let mut bytes = frame(HEADER, NOBODY, tap.mac, PING, size);
+    let mut bytes = frame(HEADER, UNUSED, tap.mac, PING, size);
     let number_at = HEADER + 14..HEADER + 18;
     let mut buffer = vec![0; ROOM];
     let mut trips = Trips {

@@ -97,13 +97,9 @@ impl Monitor {
         if let Some(tap) = tap {
             command.args(self.nic(tap));
         }
-        let (memory, text) = match self.kind {
-            Kind::MiniVmm { .. } => ("--memory", "--cmdline"),
-            Kind::Microvm | Kind::Q35 => ("-m", "-append"),
-        };
-        let kernel = match self.kind {
-            Kind::MiniVmm { .. } => "--kernel",
-            Kind::Microvm | Kind::Q35 => "-kernel",
+        let [memory, text, kernel] = match self.kind {
+            Kind::MiniVmm { .. } => ["--memory", "--cmdline", "--kernel"],
+            Kind::Microvm | Kind::Q35 => ["-m", "-append", "-kernel"],
         };
         command.args([memory, "128M", text, &line]);
         command.arg(kernel).arg(elf()).stdin(Stdio::null());

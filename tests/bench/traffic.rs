@@ -16,9 +16,9 @@ use super::wire::Wire;
 /// Ethernet types for experiments (IEEE 802): of a flood, of a ping-pong (tests/guest/src/flood).
 const FLOOD: u16 = 0x88b5;
 pub const PING: u16 = 0x88b6;
-/// Who floods, and where a guest's frames go: nobody there listens.
+/// Who floods, and where a guest's frames go: no link there has that address.
 pub const SENDER: [u8; 6] = [0x02, 0, 0, 0, 0x0b, 0x01];
-pub const NOBODY: [u8; 6] = [0x02, 0, 0, 0, 0x0b, 0x02];
+pub const UNUSED: [u8; 6] = [0x02, 0, 0, 0, 0x0b, 0x02];
 /// The header in front of each frame of a packet socket (packet(7), PACKET_VNET_HDR).
 const HEADER: usize = 10;
 /// Not in the crate `libc` (linux/if_packet.h).
@@ -129,7 +129,7 @@ impl Pinger {
     pub fn ping(&self, to: [u8; 6], patience: Duration) -> Option<Duration> {
         let number = self.number.get() + 1;
         self.number.set(number);
-        let mut bytes = frame(0, to, NOBODY, PING, 60);
+        let mut bytes = frame(0, to, UNUSED, PING, 60);
         bytes[14..18].copy_from_slice(&number.to_le_bytes());
         let start = Instant::now();
         rustix::net::send(&self.socket, &bytes, rustix::net::SendFlags::empty()).ok()?;

@@ -1,6 +1,5 @@
 //! Unpacks a bzImage's payload to where the kernel in it runs, and moves it to a random place as its own
-//! decompressor would. That takes a tenth of the time: two threads, this CPU's best instructions, and no page tables
-//! of a guest's.
+//! decompressor would. docs/performance.md has what it takes.
 
 mod lz4;
 mod relocations;

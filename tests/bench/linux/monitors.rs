@@ -1,4 +1,4 @@
-//! The monitors, and how each is told to run the same guest: one CPU, 128 MiB, a serial console, and
+//! The monitors, and how each is made to run the same guest: one CPU, 128 MiB, a serial console, and
 //! a macvtap as its NIC.
 
 use std::path::{Path, PathBuf};

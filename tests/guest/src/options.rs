@@ -13,7 +13,7 @@
 //! | `index` | which NIC of several | 0 |
 //! | `end` | `off` or `halt`: how to end | `off` |
 //! | `only` | a prefix of the hostile tests to run | all |
-//! | `to` | where a flood or a ping-pong goes | an address of nobody's |
+//! | `to` | where a flood or a ping-pong goes | an address that no link has |
 //! | `size` | the length of its frames | 1514 |
 //! | `ms` | how long it takes at most | 1000 |
 //! | `pairs` | on how many queue pairs | 1 |

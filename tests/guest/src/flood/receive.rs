@@ -18,7 +18,7 @@ pub fn run(options: &Options) {
                 rig.receive(pair, |seen| first += u64::from(is_ours(seen.source)));
             }
             if cpu::ticks() > limit {
-                return Err("nobody sends");
+                return Err("no frame comes");
             }
         }
         println!("START receive");
