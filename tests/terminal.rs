@@ -387,6 +387,13 @@ kvm_test!(background_guest_gets_its_keys_in_the_foreground, || {
     session.assert_ends(0);
 });
 
+kvm_test!(terminal_of_another_session_gives_keys_as_it_is, || {
+    let mut session = Session::start(by_shell("setsid --wait \"$@\"", Tiny::Echo));
+    session.wait_for("ready");
+    session.type_keys(&format!("{POWER_OFF}\n"));
+    session.assert_ends(0);
+});
+
 /// Waits until minivmm has taken the terminal.
 #[track_caller]
 fn wait_until_raw(session: &mut Session) {

@@ -127,6 +127,12 @@ pub fn may_read() -> bool {
     !isatty(stdin()) || foreground()
 }
 
+/// Whether stdin is this process's terminal, which another job has now.
+pub fn is_in_background() -> bool {
+    let other = || tcgetpgrp(stdin()).is_ok_and(|group| group != rustix::process::getpgrp());
+    isatty(stdin()) && other()
+}
+
 /// Restores the terminal before a panic's message, which would be hard to read otherwise, also
 /// when the panic ends the program.
 pub fn restore_on_panic() {

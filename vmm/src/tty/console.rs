@@ -167,15 +167,25 @@ impl Input {
         // Reading as a job in the background fails then; else it would stop all threads.
         let stops: SigSet = [Signal::SIGTTIN, Signal::SIGTTOU].into_iter().collect();
         let _ = stops.thread_block();
+        // The terminal may have become ours since the guest's builder looked, or be so any moment:
+        // a read that succeeds then would leave it as it is.
+        await_foreground();
+        let mut refused = false;
         let mut buffer = [0; 256];
         loop {
             match rustix::io::read(stdin(), &mut buffer) {
                 // End of file: the guest gets no more input, and runs on.
                 Ok(0) => return,
-                Ok(length) => self.pass_on(&buffer[..length]),
+                Ok(length) => {
+                    refused = false;
+                    self.pass_on(&buffer[..length]);
+                }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => wait(stdin(), PollFlags::IN),
-                Err(Errno::IO) if !tty::may_read() => await_foreground(),
+                // In the background, or it was until just now.
+                Err(Errno::IO) if tty::is_in_background() || !mem::replace(&mut refused, true) => {
+                    await_foreground();
+                }
                 Err(error) => return log::debug!("the console's input ended: {error}"),
             }
         }
@@ -213,7 +223,7 @@ fn push_all(serial: &Mutex<Serial>, mut input: &[u8]) {
 
 /// Waits until this job has the terminal, which no signal announces to a running job.
 fn await_foreground() {
-    while !tty::may_read() {
+    while tty::is_in_background() {
         thread::sleep(PATIENCE);
     }
     if let Err(error) = tty::take() {
