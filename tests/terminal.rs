@@ -388,7 +388,9 @@ kvm_test!(background_guest_gets_its_keys_in_the_foreground, || {
 });
 
 kvm_test!(terminal_of_another_session_gives_keys_as_it_is, || {
-    let mut session = Session::start(by_shell("setsid --wait \"$@\"", Tiny::Echo));
+    // Nothing else would end what is no child of the test, and in no session of its.
+    let command = "setsid --wait timeout --foreground -s KILL 300 \"$@\"";
+    let mut session = Session::start(by_shell(command, Tiny::Echo));
     session.wait_for("ready");
     session.type_keys(&format!("{POWER_OFF}\n"));
     session.assert_ends(0);
