@@ -28,7 +28,6 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "flate2",
             "kvm-bindings",
             "linux-loader",
-            "lz4_flex",
             "vm-memory",
         ],
         &["kvm-ioctls", "net", "devices", "vmm", "libc", "rustix"],

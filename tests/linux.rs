@@ -22,6 +22,7 @@ use harness::process::tap_nodes;
 use harness::site::{Site, address, pings};
 use harness::vm::{self, Vm};
 use rustix::process::Signal;
+use tempfile::NamedTempFile;
 
 /// Whether the kernel leaves out its self-tests of crypto algorithms.
 const NO_SELF_TESTS: &str = "cat /sys/module/cryptomgr/parameters/notests";
@@ -463,9 +464,36 @@ lab_test!(host_link_on_a_vrf_slave_moves_inside_the_vrf, || {
     assert!(done, "{stderr}");
 });
 
-lab_test!(stock_kernel_is_at_random_addresses_unless_nokaslr, || {
+/// The stock kernel as a bzImage packed by gzip, which minivmm unpacks.
+fn gzip_bzimage() -> NamedTempFile {
+    let mut image = fs::read(assets().bzimage()).expect("the kernel is there");
+    let word = |at: usize| {
+        let bytes = image[at..].first_chunk().expect("it has a header");
+        u32::from_le_bytes(*bytes) as usize
+    };
+    // Documentation/arch/x86/boot.rst: setup_sects, payload_offset, and below syssize and payload_length.
+    let setup = (usize::from(image[0x1f1]) + 1) * 512;
+    let start = setup + word(0x248);
+    let vmlinux = fs::File::open(assets().vmlinux()).expect("the kernel is there");
+    let gzip = Command::new("gzip").arg("-1c").stdin(vmlinux).output();
+    let payload = gzip.expect("gzip runs").stdout;
+    image.truncate(start);
+    image.extend(&payload);
+    image.resize(image.len().next_multiple_of(16), 0);
+    let syssize = (image.len() - setup) / 16;
+    for (at, number) in [(0x1f4, syssize), (0x24c, payload.len())] {
+        image[at..at + 4].copy_from_slice(&(number as u32).to_le_bytes());
+    }
+    let file = NamedTempFile::new().expect("there is room in /tmp");
+    fs::write(&file, image).expect("there is room in /tmp");
+    file
+}
+
+lab_test!(kernel_is_at_random_addresses_unless_nokaslr, || {
+    let file = gzip_bzimage();
+    let kernel = file.path().to_str().expect("its path is UTF-8");
     let boot = |cmdline| {
-        let mut vm = boot(None, &["--cmdline", cmdline]);
+        let mut vm = boot(None, &["--kernel", kernel, "--cmdline", cmdline]);
         let places = [
             "grep ' _text$' /proc/kallsyms",
             "grep 'Kernel code' /proc/iomem",

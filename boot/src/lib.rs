@@ -10,7 +10,7 @@
 //! | [`layout`] | where everything is in the guest's physical address space |
 //! | `kernel.rs` | recognises a kernel image and loads it: `kernel/bzimage.rs`, `kernel/elf.rs` |
 //! | `kernel/unpack.rs` | unpacks a bzImage's payload to where it runs; `kernel/kaslr.rs` chooses the place |
-//! | `share.rs` | shares work between two threads |
+//! | `share.rs` | shares reading between two threads |
 //! | `initrd.rs` | finds room for the initrd and reads it there |
 //! | `cmdline.rs` | checks the kernel command line |
 //! | `params.rs` | the memory map (e820), and the zero page or the PVH start info that carries it |

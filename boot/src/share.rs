@@ -1,5 +1,5 @@
-//! Shares work between this thread and a second one: copying and unpacking keep one CPU busy for
-//! milliseconds, and the guest's first instruction waits for them.
+//! Shares work between this thread and a second one: copying keeps one CPU busy for milliseconds, and the guest's first
+//! instruction waits for it.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, Scope, ScopedJoinHandle};
@@ -37,24 +37,24 @@ impl<T> Running<'_, T> {
     }
 }
 
-/// Calls `work` for each of `jobs`, on this thread with `tools` and on a second one with tools of its own.
-/// Fails with the first error.
+/// Calls `work` for each of `jobs`, on this thread and on a second one, each with tools of its own. Fails with
+/// the first error.
 pub(crate) fn share<J: Sync, T: Default, E: Send>(
     jobs: &[J],
-    tools: &mut T,
     work: impl Fn(&mut T, &J) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
     let next = AtomicUsize::new(0);
-    let do_some = |tools: &mut T| {
+    let do_some = || {
+        let mut tools = T::default();
         let take = || jobs.get(next.fetch_add(1, Ordering::Relaxed));
         while let Some(job) = take() {
-            work(tools, job)?;
+            work(&mut tools, job)?;
         }
         Ok(())
     };
     thread::scope(|scope| {
-        let second = (jobs.len() > 1).then(|| spawn(scope, || do_some(&mut T::default())));
-        let here = do_some(tools);
+        let second = (jobs.len() > 1).then(|| spawn(scope, do_some));
+        let here = do_some();
         second.map_or(Ok(()), Running::join).and(here)
     })
 }
@@ -74,7 +74,7 @@ mod tests {
                 done.lock().unwrap().push(*job);
                 Ok::<_, ()>(())
             };
-            share(&jobs, &mut (), work).unwrap();
+            share(&jobs, work).unwrap();
             let mut done = done.into_inner().unwrap();
             done.sort_unstable();
             assert_eq!(done, jobs);
@@ -86,7 +86,7 @@ mod tests {
         for bad in 0..10 {
             let jobs: Vec<_> = (0..10).collect();
             let work = |_: &mut (), job: &i32| if *job == bad { Err(bad) } else { Ok(()) };
-            assert_eq!(share(&jobs, &mut (), work), Err(bad));
+            assert_eq!(share(&jobs, work), Err(bad));
         }
     }
 }

@@ -81,7 +81,7 @@ proptest! {
             Just(bzimage()),
             Just(elf(false)),
             Just(elf(true)),
-            Just(packed(&lz4(&vmlinux(0x2000, &relocations())))),
+            Just(packed(&gzip(&vmlinux(0x2000, &relocations())))),
         ],
         random in any::<[u64; 2]>(),
     ) {

@@ -80,14 +80,10 @@ impl Plan {
     /// Reads the segments to their places.
     pub(super) fn load(self, memory: &GuestMemoryMmap, image: &Image) -> Result<Kernel, Error> {
         let file = &*image.file;
-        share(
-            &self.pieces,
-            &mut Vec::new(),
-            |buffer: &mut Vec<u8>, piece| {
-                buffer.resize(BUFFER, 0);
-                piece.load(memory, file, buffer)
-            },
-        )?;
+        share(&self.pieces, |buffer: &mut Vec<u8>, piece| {
+            buffer.resize(BUFFER, 0);
+            piece.load(memory, file, buffer)
+        })?;
         Ok(Kernel {
             protocol: self.protocol,
             entry: GuestAddress(self.entry),

@@ -1,7 +1,6 @@
 //! Unpacks a bzImage's payload to where the kernel in it runs, and moves it to a random place as its own
 //! decompressor would. docs/performance.md has what it takes.
 
-mod lz4;
 mod relocations;
 mod stream;
 #[cfg(test)]
@@ -93,17 +92,18 @@ impl<'a> Packed<'a> {
     ) -> Result<Destination<'m>, Error> {
         let mut magic = [0; 6];
         self.read(0, &mut magic)?;
-        match magic {
-            _ if magic.starts_with(&lz4::MAGIC) => lz4::unpack(self, open),
-            _ if magic.starts_with(&stream::GZIP) => stream::unpack_gzip(self, open),
-            _ => Err(Error::Format(name(&magic))),
+        match magic.starts_with(&stream::GZIP) {
+            true => stream::unpack_gzip(self, open),
+            false => Err(Error::Format(name(&magic))),
         }
     }
 }
 
 /// The format that begins like this, where it has a name.
 fn name(magic: &[u8]) -> &'static str {
-    let names: [(&[u8], _); 5] = [
+    let names: [(&[u8], _); 7] = [
+        (b"\x02\x21\x4c\x18", "LZ4"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
         (b"\xfd7zXZ\0", "xz"),
         (b"\x5d\0\0", "LZMA"),
         (b"BZh", "bzip2"),
@@ -155,7 +155,7 @@ pub(super) fn load(
     if let Some(Place { offset, .. }) = place {
         let image = memory.get_slice(GuestAddress(start), kernel.size as usize);
         let image = image.map_err(Error::Memory)?;
-        relocations::apply(&destination.rest(), &image, kernel.linked, offset)?;
+        relocations::apply(&destination.rest, &image, kernel.linked, offset)?;
     }
     Ok(Unpacked {
         start,

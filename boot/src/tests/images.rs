@@ -160,18 +160,6 @@ pub(crate) fn relocations() -> Vec<u32> {
     vec![0, place, data, 0, place + 8, 0, place + 12, data + 8]
 }
 
-/// `content` packed as LZ4, with its length.
-pub(crate) fn lz4(content: &[u8]) -> Vec<u8> {
-    let mut payload = b"\x02\x21\x4c\x18".to_vec();
-    for block in content.chunks(8 << 20) {
-        let block = lz4_flex::block::compress(block);
-        payload.extend((block.len() as u32).to_le_bytes());
-        payload.extend(block);
-    }
-    payload.extend((content.len() as u32).to_le_bytes());
-    payload
-}
-
 /// `content` packed as gzip, which ends with its length.
 pub(crate) fn gzip(content: &[u8]) -> Vec<u8> {
     let mut packer = GzEncoder::new(Vec::new(), Compression::fast());

@@ -35,7 +35,7 @@ fn unpack<'a>(
 ) -> Result<Destination<'a>, Error> {
     let mut buffer = vec![0; BUFFER.min(length) as usize];
     unpacker.read_exact(&mut buffer).map_err(Error::Stream)?;
-    let destination = open(&buffer)?;
+    let mut destination = open(&buffer)?;
     destination.write(0, &buffer)?;
     for at in (BUFFER..length).step_by(BUFFER as usize) {
         let bytes = &mut buffer[..BUFFER.min(length - at) as usize];

@@ -1,7 +1,6 @@
 //! The ELF file in a payload: where its parts go.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use linux_loader::elf::{self, Elf64_Ehdr, Elf64_Phdr, Elf64_Shdr};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
@@ -114,14 +113,14 @@ fn read_segment(
     Ok((segment, header.p_paddr..memory_end))
 }
 
-/// Guest memory that becomes the kernel, by pieces of the unpacked payload in any order.
+/// Guest memory that becomes the kernel, by pieces of the unpacked payload.
 #[derive(Debug)]
 pub(super) struct Destination<'a> {
     pub vmlinux: Vmlinux,
     memory: &'a GuestMemoryMmap,
     start: u64,
     /// What follows the ELF file.
-    rest: Mutex<Vec<u8>>,
+    pub rest: Vec<u8>,
 }
 
 impl<'a> Destination<'a> {
@@ -137,12 +136,12 @@ impl<'a> Destination<'a> {
             vmlinux,
             memory,
             start,
-            rest: Mutex::new(rest),
+            rest,
         }
     }
 
     /// Puts the bytes of the payload from `at` on where they belong.
-    pub(super) fn write(&self, at: u64, bytes: &[u8]) -> Result<(), Error> {
+    pub(super) fn write(&mut self, at: u64, bytes: &[u8]) -> Result<(), Error> {
         let part = |range: Range<u64>| {
             let start = range.start.max(at);
             let end = range.end.min(at + bytes.len() as u64);
@@ -157,16 +156,9 @@ impl<'a> Destination<'a> {
             }
         }
         if let Some((offset, part)) = part(self.vmlinux.end..u64::MAX) {
-            let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
             let offset = offset as usize;
-            rest[offset..offset + part.len()].copy_from_slice(part);
+            self.rest[offset..offset + part.len()].copy_from_slice(part);
         }
         Ok(())
-    }
-
-    /// What follows the ELF file, once all is written.
-    pub(super) fn rest(self) -> Vec<u8> {
-        let rest = self.rest.into_inner();
-        rest.unwrap_or_else(PoisonError::into_inner)
     }
 }
