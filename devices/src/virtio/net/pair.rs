@@ -17,7 +17,7 @@ use crate::virtio::Interrupt;
 use crate::virtio::worker::{Job, Turn};
 
 /// Frames that one queue may move before the other has its turn.
-const BUDGET: usize = 256;
+const BUDGET: usize = 64;
 
 /// When a ring that was found empty is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);

@@ -18,6 +18,16 @@ use crate::virtio::queue::{Buffers, Chain, MAX_SEGMENTS, Next, Queue};
 /// Offset of `num_buffers` in `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6).
 const NUM_BUFFERS: usize = 10;
 
+/// What is offered for a frame while none of the last [`MANY`] was longer. More takes the kernel longer
+/// to look at than a frame of that size to copy.
+const SHORT: usize = 2048;
+/// Frames in a row that have to be short.
+const MANY: u32 = 64;
+/// Frames that are used together, but for the first, for which the driver may wait: its processor then
+/// loses its copy of the index less often.
+const BATCH: u16 = 8;
+/// Iovecs of used chains that are kept before the others are moved to the front.
+const KEPT: usize = 64;
 /// Reads that may fail in one turn.
 const MAX_ERRORS: u32 = 16;
 /// As much of a frame as is looked at: both headers, with a VLAN tag.
@@ -48,8 +58,9 @@ struct Spill {
 /// The receive queue.
 ///
 /// Chains are resolved once and kept until a frame has used them, so that a frame costs one
-/// readv, however many chains are offered to it. A frame is copied only where the driver has
-/// fewer buffers than the largest frame takes and this one needed more than there were.
+/// readv, however many chains are offered to it. A frame is copied only where it needed more than was
+/// offered: the driver has fewer buffers than the largest frame takes, or this is the first long frame
+/// after many short ones.
 #[derive(Debug)]
 pub struct RxQueue {
     queue: Queue,
@@ -61,6 +72,10 @@ pub struct RxQueue {
     first: usize,
     /// Bytes in `chains`.
     capacity: usize,
+    /// How many frames in a row were short.
+    short: u32,
+    /// How many frames there were before this turn.
+    before: u64,
     /// The driver has made chains available since the ring was last found empty.
     supplied: bool,
     /// A frame that waits for more chains.
@@ -86,6 +101,8 @@ impl RxQueue {
             buffers: Buffers::default(),
             first: 0,
             capacity: 0,
+            short: 0,
+            before: 0,
             supplied: false,
             spill: None,
             spare: Vec::new(),
@@ -131,7 +148,9 @@ impl RxQueue {
     pub fn receive(&mut self, backend: &impl Backend, budget: usize) -> (Stop, bool) {
         self.queue.disable_notification();
         self.filter.refresh(&mut self.rules.0, &mut self.rules.1);
+        self.before = self.counters.frames;
         let stop = self.fill(backend, budget);
+        self.queue.flush_used();
         (stop, self.queue.needs_notification())
     }
 
@@ -220,7 +239,7 @@ impl RxQueue {
         }
     }
 
-    /// Takes chains from the ring until the largest frame fits, or the one that waits; fewer will
+    /// Takes chains from the ring until the next frame should fit, or the one that waits; fewer will
     /// do when there are no more. Says why it has none.
     fn gather(&mut self, left: &mut usize) -> Option<Stop> {
         while !self.enough() {
@@ -267,7 +286,8 @@ impl RxQueue {
     fn enough(&self) -> bool {
         let wanted = match (&self.spill, self.layout.mergeable) {
             (Some(spill), _) => spill.len,
-            (None, true) => self.layout.largest_frame,
+            (None, true) if self.short < MANY => self.layout.largest_frame,
+            (None, true) => self.layout.largest_frame.min(SHORT),
             (None, false) => return !self.chains.is_empty(),
         };
         self.capacity >= wanted || self.ring_is_spent()
@@ -289,7 +309,10 @@ impl RxQueue {
         };
         let mut end = self.first + segments;
         if self.capacity <= self.layout.largest_frame && segments < MAX_SEGMENTS {
-            self.spare.resize(self.layout.largest_frame, 0);
+            if self.spare.len() < self.layout.largest_frame {
+                // Not resized: pages of zeros that are not written to take no memory.
+                self.spare = vec![0; self.layout.largest_frame];
+            }
             self.buffers.writable.push(libc::iovec {
                 iov_base: self.spare.as_mut_ptr().cast(),
                 iov_len: self.spare.len(),
@@ -340,14 +363,21 @@ impl RxQueue {
         unsafe { scatter(iovecs, NUM_BUFFERS, &u16::to_le_bytes(count)) };
         // SAFETY: as above. The driver does not have them yet.
         unsafe { self.hooks.passed(Direction::Received, iovecs, len) };
-        self.queue.flush_used();
+        let is_first = self.counters.frames == self.before;
+        if is_first || self.queue.unflushed() >= BATCH {
+            self.queue.flush_used();
+        }
+        self.short = match len {
+            0..=SHORT => self.short.saturating_add(1),
+            _ => 0,
+        };
         self.counters.frames += 1;
         self.counters.chains += u64::from(count);
         self.counters.bytes += len as u64;
         if self.first == self.buffers.writable.len() {
             self.buffers.writable.clear();
             self.first = 0;
-        } else if self.first >= MAX_SEGMENTS {
+        } else if self.first >= KEPT {
             self.buffers.writable.drain(..self.first);
             self.first = 0;
         }

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +26,7 @@ use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
 mod ctrl;
 mod idle;
+mod offer;
 mod options;
 mod pacing;
 mod pairs;
@@ -39,6 +40,8 @@ struct Wire {
     /// Errno that writing fails with, 0 for none.
     refuse: AtomicU32,
     enabled: AtomicBool,
+    /// In how many pieces the last frame could have been read.
+    offered: AtomicUsize,
     /// The last address that it was given.
     mac: Mutex<Option<[u8; 6]>>,
 }
@@ -54,6 +57,7 @@ impl Wire {
                 offloads: Mutex::default(),
                 refuse: AtomicU32::new(0),
                 enabled: AtomicBool::new(true),
+                offered: AtomicUsize::new(0),
                 mac: Mutex::default(),
             },
             far,
@@ -73,6 +77,7 @@ fn result(n: isize) -> io::Result<usize> {
 
 impl Backend for Wire {
     unsafe fn read_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        self.offered.store(iovecs.len(), Ordering::SeqCst);
         // SAFETY: the caller vouches for the iovecs.
         result(unsafe { libc::readv(self.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
     }
