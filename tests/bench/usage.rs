@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::iter::Sum;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use crate::harness::process::{Task, tasks};
 
 /// What threads have used so far.
 #[derive(Clone, Copy, Debug, Default)]
@@ -18,19 +20,19 @@ impl Usage {
     /// work for it, are among them.
     pub fn of_workers(pid: u32) -> Self {
         let threads = tasks(pid).into_iter();
-        let vhost = vhost_threads(pid).into_iter();
-        let workers = threads.filter(|task| !is_vcpu(task)).chain(vhost);
-        workers.map(|task| of_task(&task)).sum()
+        let workers = threads.filter(|task| !is_vcpu(task));
+        workers.chain(vhost_threads(pid)).map(Self::of).sum()
     }
 
     /// Of all threads of a process.
     pub fn of_process(pid: u32) -> Self {
-        tasks(pid).iter().map(|task| of_task(task)).sum()
+        tasks(pid).into_iter().map(Self::of).sum()
     }
 
     /// Of the calling thread.
     pub fn of_this_thread() -> Self {
-        of_task(Path::new("/proc/thread-self"))
+        let thread = Task::read(Path::new("/proc/thread-self"));
+        thread.map_or_else(Self::default, Self::of)
     }
 
     /// What came since an earlier look.
@@ -38,6 +40,13 @@ impl Usage {
         Self {
             cpu: self.cpu - earlier.cpu,
             wakeups: self.wakeups.saturating_sub(earlier.wakeups),
+        }
+    }
+
+    fn of(task: Task) -> Self {
+        Self {
+            cpu: task.cpu.as_secs_f64(),
+            wakeups: task.voluntary_switches,
         }
     }
 }
@@ -51,46 +60,20 @@ impl Sum for Usage {
     }
 }
 
-fn tasks(pid: u32) -> Vec<PathBuf> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
-    let tasks = tasks.into_iter().flatten().flatten();
-    tasks.map(|task| task.path()).collect()
-}
-
 /// Before Linux 6.4 these are kernel threads, named after the process.
-fn vhost_threads(pid: u32) -> Vec<PathBuf> {
+fn vhost_threads(pid: u32) -> Vec<Task> {
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let name = format!("vhost-{pid}");
-    let is_one = |path: &PathBuf| name_of(path) == name;
-    all.map(|process| process.path()).filter(is_one).collect()
-}
-
-fn name_of(task: &Path) -> String {
-    let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
-    name.trim().to_owned()
+    let is_one = |path: &Path| {
+        let its_own = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        its_own.trim() == name
+    };
+    let paths = all.map(|process| process.path());
+    let mine = paths.filter(|path| is_one(path));
+    mine.filter_map(|path| Task::read(&path)).collect()
 }
 
 /// By the names that minivmm and QEMU (with `debug-threads=on`) give them.
-fn is_vcpu(task: &Path) -> bool {
-    let name = name_of(task);
-    name.starts_with("vcpu") || name.starts_with("CPU ")
-}
-
-/// A thread that has ended meanwhile counts for nothing.
-fn of_task(task: &Path) -> Usage {
-    let times = fs::read_to_string(task.join("schedstat")).unwrap_or_default();
-    let ns: Option<f64> = times
-        .split_whitespace()
-        .next()
-        .and_then(|ns| ns.parse().ok());
-    let status = fs::read_to_string(task.join("status")).unwrap_or_default();
-    let switches = status
-        .lines()
-        .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-    Usage {
-        cpu: ns.unwrap_or(0.0) / 1e9,
-        wakeups: switches
-            .and_then(|count| count.trim().parse().ok())
-            .unwrap_or(0),
-    }
+fn is_vcpu(task: &Task) -> bool {
+    task.name.starts_with("vcpu") || task.name.starts_with("CPU ")
 }

@@ -3,8 +3,9 @@
 use std::fmt::Display;
 use std::fs;
 use std::ops::{Deref, DerefMut};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::time::Duration;
 
 /// A child process that is killed when dropped.
 #[derive(Debug)]
@@ -61,27 +62,36 @@ pub struct Task {
     pub name: String,
     /// The letter of its state: R when it runs or would, S when it waits.
     pub state: char,
+    /// How long it has run.
+    pub cpu: Duration,
     /// How often it has begun to wait.
     pub voluntary_switches: u64,
+}
+
+impl Task {
+    /// Reads one from its directory below /proc; `None` where it has ended.
+    pub fn read(directory: &Path) -> Option<Self> {
+        let status = fs::read_to_string(directory.join("status")).ok()?;
+        let times = fs::read_to_string(directory.join("schedstat")).ok()?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default().trim()
+        };
+        let ns = times.split_whitespace().next().unwrap_or_default();
+        Some(Self {
+            name: field("Name:").to_owned(),
+            state: field("State:").chars().next().unwrap_or_default(),
+            cpu: Duration::from_nanos(ns.parse().unwrap_or(0)),
+            voluntary_switches: field("voluntary_ctxt_switches:").parse().unwrap_or(0),
+        })
+    }
 }
 
 /// The threads of a process.
 pub fn tasks(pid: u32) -> Vec<Task> {
     let directory = fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs");
-    let task = |status: String| {
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            line.unwrap_or_default().trim()
-        };
-        Task {
-            name: field("Name:").to_owned(),
-            state: field("State:").chars().next().unwrap_or_default(),
-            voluntary_switches: field("voluntary_ctxt_switches:").parse().unwrap_or(0),
-        }
-    };
+    // One may have ended meanwhile.
     directory
-        // One may have ended meanwhile.
-        .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("status")).ok())
-        .map(task)
+        .filter_map(|entry| Task::read(&entry.ok()?.path()))
         .collect()
 }
