@@ -1,5 +1,5 @@
-//! System calls and exits for a frame and for a ping, which perf counts, and interrupts. What the
-//! start of a guest takes is counted for itself and taken away.
+//! System calls and exits for a frame and for a ping, which perf counts, and interrupts. What a
+//! guest takes until its NIC runs is counted for itself and taken away.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -16,77 +16,132 @@ use super::report::{Column, Table};
 use super::traffic::{FarEnd, Load};
 use super::wire::Wire;
 
-const COLUMNS: [Column; 7] = [
-    ("send: calls", 1),
-    ("exits", 1),
-    ("receive: calls", 1),
-    ("exits", 1),
-    ("interrupts", 2),
-    ("ping: calls", 1),
-    ("exits", 1),
+/// What perf counts, as the columns have it.
+const EVENTS: [&str; 3] = [
+    "raw_syscalls:sys_enter",
+    "kvm:kvm_exit",
+    "kvm:kvm_userspace_exit",
 ];
-/// What perf counts: system calls, and exits of the vCPUs.
-const EVENTS: [&str; 2] = ["raw_syscalls:sys_enter", "kvm:kvm_exit"];
+/// The last one is there with interrupts alone.
+const COLUMNS: [Column; 4] = [
+    ("system calls", 1),
+    ("exits to KVM", 2),
+    ("to the monitor", 2),
+    ("interrupts", 2),
+];
+/// A guest that has done nothing but start, and exchanged its first frames.
+const START: &str = "mode=ping-pong size=60 ms=4000 count=0";
 /// No load lasts longer.
 const LIMIT: Duration = Duration::from_secs(20);
+const FLOOD: Load = Load {
+    size: 1514,
+    rate: None,
+    burst: 1,
+    waits: false,
+};
+
+/// What a guest does, and the number in its report by which the counts are divided.
+struct Case {
+    title: &'static str,
+    options: &'static str,
+    load: Option<Load>,
+    key: &'static str,
+    unit: f64,
+    interrupts: bool,
+}
+
+const CASES: [Case; 4] = [
+    Case {
+        title: "for 1000 frames of 1514 B that a guest sends",
+        options: "mode=send",
+        load: None,
+        key: "frames",
+        unit: 1000.0,
+        interrupts: false,
+    },
+    Case {
+        title: "for 1000 frames of 1514 B that a guest receives",
+        options: "mode=receive",
+        load: Some(FLOOD),
+        key: "frames",
+        unit: 1000.0,
+        interrupts: false,
+    },
+    Case {
+        title: "for 1000 of them, with interrupts",
+        options: "mode=receive interrupts=on",
+        load: Some(FLOOD),
+        key: "frames",
+        unit: 1000.0,
+        interrupts: true,
+    },
+    Case {
+        title: "for a ping",
+        options: "mode=ping-pong size=60 gap=500",
+        load: None,
+        key: "pings",
+        unit: 1.0,
+        interrupts: false,
+    },
+];
 
 /// Counts, where perf can.
 pub fn run(effort: Effort) -> Vec<Table> {
-    let mut table = Table::new("for 1000 frames of 1514 B, and for a ping", &COLUMNS);
     if !has_perf() {
         eprintln!("perf counts neither system calls nor exits here");
-        return vec![table];
+        return Vec::new();
     }
-    let wire = Wire::new();
-    let load = Some(Load {
-        size: 1514,
-        rate: None,
-        burst: 1,
-        waits: false,
+    let mut tables = CASES.each_ref().map(|case| {
+        let columns = COLUMNS.len() - usize::from(!case.interrupts);
+        Table::new(case.title, &COLUMNS[..columns])
     });
-    let ms = effort.flood.as_millis();
-    for monitor in monitors::all(effort.quick) {
-        eprintln!("system calls and exits: {}", monitor.name);
-        let counted = |options: &str, load| Counted::take(&wire, &monitor, options, load);
-        let Some(start) = counted("mode=hello", None) else {
-            continue;
-        };
-        let each = |counted: Option<Counted>, key: &str, unit: f64| {
-            let Some(counted) = counted else {
-                return [None; 2];
+    let wire = Wire::new();
+    let monitors = monitors::all(effort.quick);
+    eprintln!("system calls, exits, interrupts");
+    // They differ little from round to round.
+    let rounds = if effort.quick { 1 } else { effort.rounds };
+    for _ in 0..rounds {
+        for monitor in &monitors {
+            let Some(start) = Counted::take(&wire, monitor, START, None) else {
+                continue;
             };
-            let times = counted.line.number(key) / unit;
-            // A KVM that traces no exits has none at the start either.
-            [0, 1].map(|event| {
-                let of_start = start.events[event];
-                (of_start > 0.0).then(|| (counted.events[event] - of_start) / times)
-            })
-        };
-        let send = counted(&format!("mode=send ms={ms}"), None);
-        let receive = counted(&format!("mode=receive ms={ms}"), load);
-        let ping = "mode=ping-pong size=60 gap=500 ms=4000";
-        let ping = counted(&format!("{ping} count={}", effort.pings), None);
-        let interrupts = monitor.has_messages().then(|| {
-            let options = format!("mode=receive interrupts=on ms={ms}");
-            let line = counted(&options, load)?.line;
-            Some(line.number("interrupts") * 1000.0 / line.number("frames"))
-        });
-        let [send, receive] = [send, receive].map(|counted| each(counted, "frames", 1000.0));
-        let ping = each(ping, "pings", 1.0);
-        table.add(
-            &monitor.name,
-            &[
-                send[0],
-                send[1],
-                receive[0],
-                receive[1],
-                interrupts.flatten(),
-                ping[0],
-                ping[1],
-            ],
-        );
+            let cases = CASES.iter().zip(&mut tables);
+            let can = |case: &Case| !case.interrupts || monitor.has_messages();
+            for (case, table) in cases.filter(|(case, _)| can(case)) {
+                table.add(&monitor.name, &case.figures(&wire, monitor, effort, &start));
+            }
+        }
     }
-    vec![table]
+    tables.into()
+}
+
+impl Case {
+    fn figures(
+        &self,
+        wire: &Wire,
+        monitor: &Monitor,
+        effort: Effort,
+        start: &Counted,
+    ) -> Vec<Option<f64>> {
+        let ms = match self.unit {
+            1.0 => 4000,
+            _ => effort.flood.as_millis(),
+        };
+        let options = format!("{} ms={ms} count={}", self.options, effort.pings);
+        let Some(counted) = Counted::take(wire, monitor, &options, self.load) else {
+            return vec![None; COLUMNS.len() - usize::from(!self.interrupts)];
+        };
+        let times = counted.line.number(self.key) / self.unit;
+        let events = counted.events.iter().zip(start.events);
+        // A KVM that traces no exits has none at the start either.
+        let mut figures: Vec<_> = events
+            .map(|(&count, at_start)| (at_start > 0.0).then(|| (count - at_start) / times))
+            .collect();
+        if self.interrupts {
+            figures.push(Some(counted.line.number("interrupts") / times));
+        }
+        figures
+    }
 }
 
 fn perf(output: &Path) -> Command {
@@ -106,7 +161,7 @@ fn has_perf() -> bool {
 #[derive(Debug)]
 struct Counted {
     line: Line,
-    events: [f64; 2],
+    events: [f64; EVENTS.len()],
 }
 
 impl Counted {
@@ -118,7 +173,7 @@ impl Counted {
         let mut perf = perf(&output);
         perf.arg(command.get_program()).args(command.get_args());
         perf.stdin(Stdio::null());
-        let _far = FarEnd::start(wire, tap.mac, load, LIMIT);
+        let _far = FarEnd::start(&wire.far, tap.mac, load, LIMIT);
         let mut vm = Vm::spawn(perf);
         let line = wait_for_line(&mut vm, "OK ");
         for pid in children(vm.pid()) {
@@ -130,9 +185,10 @@ impl Counted {
             let line = text.lines().find(|line| line.contains(event))?;
             line.split(',').next()?.parse().ok()
         };
+        let counts: Option<Vec<f64>> = EVENTS.iter().map(|event| count(event)).collect();
         Some(Self {
             line,
-            events: [count(EVENTS[0])?, count(EVENTS[1])?],
+            events: counts?.try_into().ok()?,
         })
     }
 }

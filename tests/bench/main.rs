@@ -45,9 +45,10 @@ mod traffic;
 mod usage;
 mod wire;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use native::Effort;
 use report::Table;
@@ -92,25 +93,22 @@ fn main() -> ExitCode {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
-    let mut tables = Vec::new();
-    let mut done = true;
+    let mut run = Run::new(request.effort);
     for part in &request.parts {
         match part {
             Part::Native => {
-                done &= here(request.effort, &mut tables, native::run);
-                done &= here(request.effort, &mut tables, latency::run);
-                done &= here(request.effort, &mut tables, counts::run);
+                run.here("throughput", native::run);
+                run.here("latency", latency::run);
+                run.here("system calls, exits", counts::run);
             }
-            Part::Start => done &= here(request.effort, &mut tables, start::run),
-            Part::Density => done &= here(request.effort, &mut tables, density::run),
+            Part::Start => run.here("start", start::run),
+            Part::Density => run.here("density", density::run),
             Part::Linux(part, rounds) => {
-                let (measured, complete) = linux::run(part.as_deref(), *rounds);
-                measured.iter().for_each(Table::print);
-                tables.extend(measured);
-                done &= complete;
+                run.part("Linux guests", || linux::run(part.as_deref(), *rounds))
             }
         }
     }
+    let (tables, mut done) = run.end();
     let save = |path: &Option<String>, text: String| {
         let Some(path) = path else { return true };
         let written = std::fs::write(path, text);
@@ -123,14 +121,60 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(!done))
 }
 
-/// Runs a part that needs this machine's own KVM, and shows its tables.
-fn here(effort: Effort, tables: &mut Vec<Table>, part: fn(Effort) -> Vec<Table>) -> bool {
-    if !harness::netns::is_root() || !Path::new("/dev/kvm").exists() {
-        eprintln!("This part needs root and /dev/kvm.");
-        return false;
+/// What has been measured so far, and how long each part took.
+struct Run {
+    effort: Effort,
+    tables: Vec<Table>,
+    durations: Table,
+    start: Instant,
+    /// Whether every part could be measured.
+    done: bool,
+}
+
+impl Run {
+    fn new(effort: Effort) -> Self {
+        Self {
+            effort,
+            tables: Vec::new(),
+            durations: Table::new("how long the benchmark took", &[("s", 0)]),
+            start: Instant::now(),
+            done: true,
+        }
     }
-    tables.extend(part(effort).into_iter().inspect(Table::print));
-    true
+
+    /// Runs a part that needs this machine's own KVM.
+    fn here(&mut self, name: &str, part: fn(Effort) -> Vec<Table>) {
+        let effort = self.effort;
+        self.part(name, || {
+            let can = harness::netns::is_root() && Path::new("/dev/kvm").exists();
+            if !can {
+                eprintln!("This part needs root and /dev/kvm.");
+                return (Vec::new(), false);
+            }
+            (part(effort), true)
+        });
+    }
+
+    /// Runs a part, which says whether it is complete, and shows its tables. What the others have
+    /// measured is not lost where one panics.
+    fn part(&mut self, name: &str, part: impl FnOnce() -> (Vec<Table>, bool)) {
+        let start = Instant::now();
+        let measured = catch_unwind(AssertUnwindSafe(part));
+        let (tables, done) = measured.unwrap_or_default();
+        self.durations
+            .add(name, &[Some(start.elapsed().as_secs_f64())]);
+        self.tables.extend(tables.into_iter().inspect(Table::print));
+        self.done &= done;
+    }
+
+    /// Shows how long it took. All tables, and whether they are complete.
+    fn end(mut self) -> (Vec<Table>, bool) {
+        let whole = self.start.elapsed().as_secs_f64();
+        self.durations.add("all of it", &[Some(whole)]);
+        self.durations.print();
+        self.tables.push(self.durations);
+        (self.tables, self.done)
+    }
 }
 
 fn parse(args: impl Iterator<Item = String>) -> Option<Request> {

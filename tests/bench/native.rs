@@ -85,12 +85,19 @@ const fn flood(way: Way, size: usize) -> Flood {
     }
 }
 
-const fn in_bursts(size: usize, is_quick: bool) -> Flood {
+/// One that the quick run leaves out.
+const fn in_full(flood: Flood) -> Flood {
     Flood {
-        burst: BURST,
-        is_quick,
-        ..flood(Way::Receive, size)
+        is_quick: false,
+        ..flood
     }
+}
+
+const fn in_bursts(size: usize) -> Flood {
+    in_full(Flood {
+        burst: BURST,
+        ..flood(Way::Receive, size)
+    })
 }
 
 const fn from_one_that_waits(size: usize) -> Flood {
@@ -101,28 +108,27 @@ const fn from_one_that_waits(size: usize) -> Flood {
 }
 
 const fn by_two_pairs(way: Way, size: usize) -> Flood {
-    Flood {
+    in_full(Flood {
         pairs: 2,
-        is_quick: false,
         ..flood(way, size)
-    }
+    })
 }
 
 const FLOODS: [Flood; 16] = [
     flood(Way::Send, SIZES[0]),
-    flood(Way::Send, SIZES[1]),
+    in_full(flood(Way::Send, SIZES[1])),
     flood(Way::Send, SIZES[2]),
     flood(Way::Send, SIZES[3]),
     by_two_pairs(Way::Send, 1514),
     by_two_pairs(Way::Send, 65_000),
     flood(Way::Receive, SIZES[0]),
-    flood(Way::Receive, SIZES[1]),
+    in_full(flood(Way::Receive, SIZES[1])),
     flood(Way::Receive, SIZES[2]),
     flood(Way::Receive, SIZES[3]),
-    in_bursts(60, false),
-    in_bursts(1514, true),
+    in_bursts(60),
+    in_bursts(1514),
     from_one_that_waits(1514),
-    from_one_that_waits(65_000),
+    in_full(from_one_that_waits(65_000)),
     by_two_pairs(Way::Receive, 1514),
     by_two_pairs(Way::Receive, 65_000),
 ];
@@ -170,7 +176,7 @@ impl Flood {
             burst: self.burst,
             waits: self.waits,
         };
-        FarEnd::start(wire, tap.mac, Some(load), time * 4)
+        FarEnd::start(&wire.far, tap.mac, Some(load), time * 4)
     }
 
     fn bare(&self, wire: &Wire, time: Duration) -> [Option<f64>; 6] {

@@ -64,10 +64,24 @@ impl Table {
         self.columns.push((name.to_owned(), 2));
     }
 
-    /// The median of a row's column.
-    pub fn median(&self, row: &str, column: usize) -> Option<f64> {
+    /// Adds a column: each row's median as a multiple of that of the row which `reference` names for
+    /// it.
+    pub fn add_ratio_to(&mut self, name: &str, column: usize, reference: impl Fn(&str) -> String) {
+        let ratio = |row: &Row| {
+            let [_, against, _] = self.range(&reference(&row.name), column)?;
+            Some(median(&row.cells[column])? / against)
+        };
+        let ratios: Vec<Option<f64>> = self.rows.iter().map(ratio).collect();
+        for (row, ratio) in self.rows.iter_mut().zip(ratios) {
+            row.cells.push(ratio.into_iter().collect());
+        }
+        self.columns.push((name.to_owned(), 2));
+    }
+
+    /// The least, the median and the most of a row's column.
+    pub fn range(&self, row: &str, column: usize) -> Option<[f64; 3]> {
         let row = self.rows.iter().find(|known| known.name == row)?;
-        median(&row.cells[column])
+        range(&row.cells[column])
     }
 
     /// The rows' names.
@@ -111,19 +125,22 @@ impl Table {
 }
 
 fn median(values: &[f64]) -> Option<f64> {
+    range(values).map(|[_, median, _]| median)
+}
+
+/// The least, the median and the most.
+fn range(values: &[f64]) -> Option<[f64; 3]> {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
+    Some([*values.first()?, values[values.len() / 2], *values.last()?])
 }
 
 fn text(values: &[f64], decimals: usize) -> String {
-    let least = values.iter().copied().min_by(f64::total_cmp);
-    let most = values.iter().copied().max_by(f64::total_cmp);
-    match (median(values), least, most) {
-        (Some(median), Some(least), Some(most)) if values.len() > 1 => {
+    match range(values) {
+        Some([least, median, most]) if values.len() > 1 => {
             format!("{median:.decimals$} ({least:.decimals$}-{most:.decimals$})")
         }
-        (Some(median), ..) => format!("{median:.decimals$}"),
-        _ => "n/a".to_owned(),
+        Some([_, median, _]) => format!("{median:.decimals$}"),
+        None => "n/a".to_owned(),
     }
 }

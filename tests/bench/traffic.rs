@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
-use super::wire::Wire;
+use crate::harness::netns::Netns;
 
 /// Ethernet types for experiments (IEEE 802): of a flood, of a ping-pong (tests/guest/src/flood).
 const FLOOD: u16 = 0x88b5;
@@ -56,10 +56,10 @@ pub struct FarEnd {
 }
 
 impl FarEnd {
-    /// Starts it, with a load on the macvtap with this address if there is to be one.
-    pub fn start(wire: &Wire, to: [u8; 6], load: Option<Load>, limit: Duration) -> Self {
-        let (sender, reflector) = wire
-            .far
+    /// Starts it on the link `wire` over there, with a load on the macvtap with this address if there
+    /// is to be one.
+    pub fn start(far: &Netns, to: [u8; 6], load: Option<Load>, limit: Duration) -> Self {
+        let (sender, reflector) = far
             .enter(|| {
                 let sender = packet_socket(0)?;
                 for option in [PACKET_VNET_HDR, PACKET_QDISC_BYPASS] {
@@ -113,12 +113,9 @@ pub struct Pinger {
 }
 
 impl Pinger {
-    /// One at the far end.
-    pub fn new(wire: &Wire) -> Self {
-        let socket = wire
-            .far
-            .enter(|| packet_socket(PING))
-            .expect("a packet socket");
+    /// One at the far end, on its link `wire`.
+    pub fn new(far: &Netns) -> Self {
+        let socket = far.enter(|| packet_socket(PING)).expect("a packet socket");
         Self {
             socket,
             number: Cell::new(0),

@@ -278,6 +278,20 @@ impl Netns {
         mac.expect("an Ethernet link").to_owned()
     }
 
+    /// What the kernel counts of a link, in the order of /proc/net/dev: bytes, packets, errors and
+    /// dropped packets are the first four numbers of those received, and 8 to 11 of those sent.
+    pub fn counters(&self, link: &str) -> Vec<u64> {
+        let list = || std::fs::read_to_string("/proc/thread-self/net/dev");
+        let list = self.enter(list).expect("/proc is mounted");
+        let line = list
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(link)?.strip_prefix(':'));
+        let numbers = line.expect("a link").split_whitespace();
+        numbers
+            .map(|number| number.parse().expect("a number"))
+            .collect()
+    }
+
     /// Whether `address` answers a ping from inside, tried up to `tries` times with a second's
     /// patience each.
     pub fn pings(&self, address: &str, tries: u32) -> bool {
