@@ -94,11 +94,7 @@ fn compare(found: &Figures, baseline: &BTreeMap<String, f64>) -> (String, Vec<&'
 
 /// A guest with a NIC that serves, on a wire where nothing else speaks.
 fn serve(net: &Net, tracer: &[&str]) -> Vm {
-    for namespace in [&net.host, &net.far] {
-        let setting = "/proc/sys/net/ipv6/conf/all/disable_ipv6";
-        // A kernel without IPv6 has no such setting.
-        namespace.enter(|| drop(fs::write(setting, "1")));
-    }
+    net.silence();
     let mut command = net.command_under(tracer);
     let [ip, _] = addresses(2);
     let line = format!("guest.mode=echo guest.ip={ip}/24");

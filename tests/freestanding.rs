@@ -2,6 +2,8 @@
 //! macvtap on a veth pair in namespaces that each test makes.
 
 mod harness;
+#[path = "bench/traffic.rs"]
+mod traffic;
 
 use std::os::unix::process::CommandExt;
 
@@ -10,8 +12,9 @@ use harness::guest::{ECHO, Net, PEER, Transport, addresses, power_off, stream_by
 use harness::netns::Netns;
 use harness::process::tap_nodes;
 use harness::vm::Vm;
-use harness::{AT_ONCE, eventually, guest_test, transports_test};
+use harness::{AT_ONCE, PATIENCE, eventually, guest_test, transports_test};
 use rustix::process::{Resource, Rlimit, Signal, setrlimit};
+use traffic::{FarEnd, Load, Pinger};
 
 /// How much the bulk streams carry.
 const BULK: usize = 50 << 20;
@@ -139,6 +142,87 @@ guest_test!(guest_pings_the_far_side, || {
 
 transports_test!(received_frames_interrupt_the_guest, |net| {
     succeed(net.start(2, &format!("mode=interrupts count=20 peer={}", PEER[0])));
+});
+
+/// A number in the line by which a guest reports.
+fn number(console: &str, line: &str, key: &str) -> u64 {
+    let text = value(console, line, key);
+    text.parse().unwrap_or_else(|e| panic!("{key}={text}: {e}"))
+}
+
+/// Where the floods of the benchmark go to, which knows the guest's address.
+const FLOODED: ([u8; 6], &str) = (
+    [2, 0, 0, 0, 0x77, 3],
+    "lower,mac=02:00:00:00:77:03,queues=2",
+);
+
+guest_test!(hello_says_so_and_no_more, || {
+    let console = Net::new().run(2, "mode=hello");
+    assert!(console.starts_with("OK hello"), "{console}");
+});
+
+/// The frames that have left on the lower link, those included that the far side has no room for.
+fn sent(net: &Net) -> u64 {
+    let counters = net.host.counters("lower");
+    counters[9] + counters[11]
+}
+
+transports_test!(guest_floods_its_wire_and_counts_the_frames, |net| {
+    for (size, pairs) in [(60, 1), (1514, 2), (65_000, 1), (65_000, 2)] {
+        let before = sent(&net);
+        let options = format!("mode=send size={size} pairs={pairs} ms=200");
+        let console = succeed(net.start_on(FLOODED.1, 2, &options));
+        let counted = |key| number(&console, "OK send", key);
+        assert_eq!(counted("unsent"), 0, "{console}");
+        assert_eq!(counted("bytes"), counted("frames") * size, "{console}");
+        let sent = sent(&net) - before;
+        assert!(sent > 0 && sent >= counted("frames"), "{sent}\n{console}");
+    }
+});
+
+transports_test!(flooded_guest_counts_frames_and_their_bytes, |net| {
+    net.silence();
+    for (size, pairs) in [(60, 1), (1514, 2), (65_000, 1)] {
+        let load = Load {
+            size,
+            rate: Some(10_000),
+            burst: 1,
+            waits: false,
+        };
+        let options = format!("mode=receive pairs={pairs} ms=200");
+        let mut vm = net.start_on(FLOODED.1, 2, &options);
+        vm.wait_for("READY receive\n");
+        let _far = FarEnd::start(&net.far, FLOODED.0, Some(load), PATIENCE);
+        let console = succeed(vm);
+        assert!(console.contains("START receive"), "{console}");
+        let counted = |key| number(&console, "OK receive", key);
+        let bytes = counted("frames") * size as u64;
+        assert_eq!(counted("bytes"), bytes, "{console}");
+    }
+});
+
+transports_test!(pings_of_a_guest_come_back_from_the_far_end, |net| {
+    let options = "mode=ping-pong size=60 count=20 gap=0 ms=60000";
+    let mut vm = net.start_on(FLOODED.1, 2, options);
+    vm.wait_for("READY ping-pong\n");
+    let _far = FarEnd::start(&net.far, FLOODED.0, None, PATIENCE);
+    let console = succeed(vm);
+    let counted = |key| number(&console, "OK ping-pong", key);
+    assert!(counted("pings") > 0, "{console}");
+    let times = ["p50_ns", "p99_ns", "p999_ns", "max_ns"].map(counted);
+    assert!(times[0] > 0 && times.is_sorted(), "{console}");
+});
+
+guest_test!(sleeping_guest_sends_pings_back, || {
+    let net = Net::with(Transport::Pci);
+    let options = "mode=reflect interrupts=on size=60";
+    let mut vm = net.start_on(FLOODED.1, 2, options);
+    vm.wait_for("READY reflect\n");
+    let pinger = Pinger::new(&net.far);
+    for _ in 0..3 {
+        let comes_back = || pinger.ping(FLOODED.0, AT_ONCE).is_some();
+        assert!(eventually(comes_back), "\n{}", vm.transcript());
+    }
 });
 
 guest_test!(lack_of_descriptors_fails_the_start_alone, || {
