@@ -46,10 +46,10 @@ export BENCH_BASE
 BENCH = MINIVMM_BIN=$(TARGET)/release/minivmm MINIVMM_GUEST=$(TARGET)/guest/release/guest \
 	$(TARGET)/release/examples/bench --json $(BENCH_OUT).json --svg $(BENCH_OUT).svg
 
-bench: bench-build ## minivmm beside QEMU and the bare macvtap: tables, JSON, a chart (needs root)
+bench: bench-build ## minivmm beside QEMU and the bare macvtap: tables, JSON, a chart (15 minutes, as root)
 	@$(BENCH) native start density linux $(BENCH_ROUNDS) </dev/null
 
-bench-quick: bench-build ## The part of it that needs no Linux guest, in three minutes
+bench-quick: bench-build ## What needs no Linux guest, and is worth most of it (3 minutes, as root)
 	@$(BENCH) --quick native start density </dev/null
 
 bench-build:
