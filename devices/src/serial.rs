@@ -18,9 +18,19 @@ pub const PORTS: u64 = 8;
 /// How much input waits for a guest that does not read it.
 const MOST_WAITING: usize = 64 << 10;
 
+/// The registers with the guest's output and with the transmitter's readiness, and what ends a line.
+const DATA: u64 = 0;
+const LINE_STATUS: u64 = 5;
+const LINE_END: &[u8] = b"\n";
+/// How often a driver looks whether the transmitter is ready before and after a byte, at most: it
+/// always is.
+const MOST_LOOKS: u8 = 2;
+
 /// A 16550A serial port.
 pub struct Serial {
-    uart: Uart<IrqLine, NoEvents, Box<dyn Write + Send>>,
+    uart: Uart<IrqLine, NoEvents, Unflushed>,
+    /// How often the guest has looked whether the transmitter is ready since it wrote a byte.
+    looks: u8,
     /// The room in the FIFO when it is empty.
     fifo: usize,
     /// Input that gets into the FIFO once the guest has read what is there.
@@ -28,12 +38,15 @@ pub struct Serial {
 }
 
 impl Serial {
-    /// A port on `irq` that writes to `output`.
+    /// A port on `irq` that writes to `output`, and flushes it at the end of a line and when the
+    /// guest no longer writes byte after byte. A guest that does nothing more with the port does not
+    /// cause that.
     pub fn new(irq: IrqLine, output: Box<dyn Write + Send>) -> Self {
-        let uart = Uart::new(irq, output);
+        let uart = Uart::new(irq, Unflushed(output));
         Self {
             fifo: uart.fifo_capacity(),
             uart,
+            looks: 0,
             waiting: VecDeque::new(),
         }
     }
@@ -52,6 +65,12 @@ impl Serial {
         taken
     }
 
+    fn flush(&mut self) {
+        if let Err(error) = self.uart.writer_mut().0.flush() {
+            log::trace!("serial output lost: {error}");
+        }
+    }
+
     /// Fills an empty FIFO. Not one byte by byte: each filling interrupts the guest.
     fn fill_fifo(&mut self) {
         if self.waiting.is_empty() || self.uart.fifo_capacity() < self.fifo {
@@ -61,6 +80,19 @@ impl Serial {
         // In loopback mode (the guest's driver is probing) the port takes nothing and returns 0.
         let taken = self.uart.enqueue_raw_bytes(next).unwrap_or(0);
         self.waiting.drain(..taken);
+    }
+}
+
+/// A writer that is not flushed after each byte.
+struct Unflushed(Box<dyn Write + Send>);
+
+impl Write for Unflushed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -95,6 +127,10 @@ impl BusDevice for Serial {
             (_, data) => data.fill(0xff),
         }
         self.fill_fifo();
+        self.looks = self.looks.saturating_add(1);
+        if offset != LINE_STATUS || self.looks > MOST_LOOKS {
+            self.flush();
+        }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
@@ -106,6 +142,10 @@ impl BusDevice for Serial {
         }
         // The end of loopback mode.
         self.fill_fifo();
+        self.looks = 0;
+        if offset != DATA || data == LINE_END {
+            self.flush();
+        }
     }
 
     fn save(&self) -> Value {
@@ -121,7 +161,7 @@ impl BusDevice for Serial {
             return Err("more input than a serial port holds".into());
         }
         let irq = self.irq().clone();
-        let none = Uart::new(irq.clone(), Box::new(io::sink()) as Box<dyn Write + Send>);
+        let none = Uart::new(irq.clone(), Unflushed(Box::new(io::sink())));
         let output = std::mem::replace(&mut self.uart, none).into_writer();
         self.uart =
             Uart::from_state(&uart, irq, NoEvents, output).map_err(|error| format!("{error:?}"))?;
@@ -138,15 +178,43 @@ impl fmt::Debug for Serial {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
 
-    const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
     const MODEM_CONTROL: u64 = 4;
-    const LINE_STATUS: u64 = 5;
     const LOOPBACK: u8 = 1 << 4;
 
     fn serial() -> Serial {
         Serial::new(IrqLine::new().unwrap(), Box::new(Vec::new()))
+    }
+
+    /// Counts how often it is flushed with something to send.
+    #[derive(Clone, Default)]
+    struct Flushes(Arc<Mutex<(usize, Vec<u8>)>>);
+
+    impl Write for Flushes {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().1.write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            let (flushes, waiting) = &mut *self.0.lock().unwrap();
+            *flushes += usize::from(!std::mem::take(waiting).is_empty());
+            Ok(())
+        }
+    }
+
+    impl Flushes {
+        fn count(&self) -> usize {
+            self.0.lock().unwrap().0
+        }
+    }
+
+    fn flushed_serial() -> (Serial, Flushes) {
+        let flushes = Flushes::default();
+        let output = Box::new(flushes.clone());
+        (Serial::new(IrqLine::new().unwrap(), output), flushes)
     }
 
     fn read(serial: &mut Serial, register: u64) -> u8 {
@@ -211,5 +279,50 @@ mod tests {
         assert_eq!(read_all(&mut serial), b"l");
         serial.write(MODEM_CONTROL, &[0]);
         assert_eq!(read_all(&mut serial), b"key");
+    }
+
+    #[test]
+    fn output_is_flushed_at_the_end_of_a_line() {
+        let (mut serial, flushes) = flushed_serial();
+        // As a Linux console writes until its port is opened.
+        for byte in b"[    0.000000] Linux version\r" {
+            assert_ne!(read(&mut serial, LINE_STATUS), 0);
+            serial.write(DATA, &[*byte]);
+        }
+        assert_eq!(flushes.count(), 0);
+        serial.write(DATA, b"\n");
+        assert_eq!(flushes.count(), 1);
+    }
+
+    #[test]
+    fn prompt_is_flushed_once_the_guest_waits_for_input() {
+        let (mut serial, flushes) = flushed_serial();
+        // Looks before and after each byte.
+        for byte in b"grub> " {
+            read(&mut serial, LINE_STATUS);
+            serial.write(DATA, &[*byte]);
+            read(&mut serial, LINE_STATUS);
+        }
+        assert_eq!(flushes.count(), 0);
+        for _ in 0..2 {
+            read(&mut serial, LINE_STATUS);
+        }
+        assert_eq!(flushes.count(), 1);
+    }
+
+    #[test]
+    fn output_by_interrupts_is_flushed_by_each() {
+        const INTERRUPT_IDENTIFICATION: u64 = 2;
+        let (mut serial, flushes) = flushed_serial();
+        serial.write(INTERRUPT_ENABLE, &[1 << 1]);
+        for byte in b"$ " {
+            serial.write(DATA, &[*byte]);
+        }
+        assert_eq!(flushes.count(), 0);
+        read(&mut serial, INTERRUPT_IDENTIFICATION);
+        assert_eq!(flushes.count(), 1);
+        serial.write(DATA, b"x");
+        serial.write(INTERRUPT_ENABLE, &[0]);
+        assert_eq!(flushes.count(), 2);
     }
 }

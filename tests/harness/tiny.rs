@@ -13,6 +13,10 @@ use std::ptr;
 pub enum Tiny {
     /// Writes `hi` and a line break, and powers off.
     Greeter,
+    /// Writes `$ `, halts, and never touches the port again.
+    Prompt,
+    /// Writes `bye` without a line break, and powers off.
+    LastWords,
     /// Writes `ready`, and then each byte that it reads, but for those below.
     Echo,
     /// Writes lines of x, and never stops.
@@ -57,6 +61,24 @@ tiny_power_off:
     out dx, al
 2:  hlt
     jmp 2b
+
+tiny_prompt:
+    mov dx, 0x3f8
+    mov al, '$'
+    out dx, al
+    mov al, ' '
+    out dx, al
+    jmp 2b
+
+tiny_last_words:
+    mov dx, 0x3f8
+    mov al, 'b'
+    out dx, al
+    mov al, 'y'
+    out dx, al
+    mov al, 'e'
+    out dx, al
+    jmp tiny_power_off
 
 tiny_echo:
     lea rsi, [rip + 9f]
@@ -164,6 +186,8 @@ tiny_end:
 unsafe extern "C" {
     static tiny_begin: u8;
     static tiny_greeter: u8;
+    static tiny_prompt: u8;
+    static tiny_last_words: u8;
     static tiny_echo: u8;
     static tiny_flood: u8;
     static tiny_flood_beside: u8;
@@ -183,6 +207,8 @@ impl Tiny {
         let begin = &raw const tiny_begin;
         let entry = match self {
             Self::Greeter => &raw const tiny_greeter,
+            Self::Prompt => &raw const tiny_prompt,
+            Self::LastWords => &raw const tiny_last_words,
             Self::Echo => &raw const tiny_echo,
             Self::Flood => &raw const tiny_flood,
             Self::FloodBeside => &raw const tiny_flood_beside,

@@ -29,7 +29,8 @@ use crate::nic::devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices};
 use crate::resources::{Opened, ResourceError, Resources};
 use crate::tty::RawTerminal;
-use crate::tty::console::{self, Lost, Output};
+use crate::tty::console;
+use crate::tty::output::Output;
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -119,8 +120,8 @@ pub fn run(
     // With the control thread's share of the buses the devices' threads have ended; only then are
     // the macvtaps deleted.
     drop((built.net_devices.guards, built.host_link));
-    if let Some(lost) = built.lost {
-        lost.log();
+    if let Some(console) = built.console {
+        console.lost().log();
     }
     Ok(exit.reason().cloned().unwrap_or(Exit::Quit))
 }
@@ -133,7 +134,7 @@ struct Built {
     buses: Arc<DeviceBuses>,
     power_button: IrqLine,
     serial: Option<Arc<Mutex<Serial>>>,
-    lost: Option<Arc<Lost>>,
+    console: Option<Arc<Output>>,
     net_devices: NetDevices,
     host_link: Option<HostLinkGuard>,
 }
@@ -155,13 +156,13 @@ fn build(
         let host = Resources::make(config, inherited, opened.outputs)?;
         let (vm, cpuid) = join(vm)?;
         let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
-        let mut machine = Machine::new(&vm, Arc::clone(memory), Arc::clone(&exit), plan)?;
         let output = host
             .console
-            .map(|file| Output::new(file, config.console.place(), exit));
-        let lost = output.as_ref().map(Output::lost);
-        let serial = output.map(|output| machine.add_serial(Box::new(output)));
-        let serial = serial.transpose()?;
+            .map(|file| Output::new(file, config.console.place(), Arc::clone(&exit)));
+        let console = output.transpose().map_err(failed_to("create a timer"))?;
+        let console = console.map(Arc::new);
+        let mut machine = Machine::new(&vm, Arc::clone(memory), exit, console.clone(), plan)?;
+        let serial = machine.add_serial()?;
         let power_button = machine.add_power_button()?;
         let net_devices = NetDevices::add(&mut machine, host.nics)?;
         let buses = Arc::new(machine.finish()?);
@@ -172,7 +173,7 @@ fn build(
             buses,
             power_button,
             serial,
-            lost,
+            console,
             net_devices,
             host_link: host.host_link,
         })

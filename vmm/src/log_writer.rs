@@ -16,7 +16,7 @@ use rustix::event::PollFlags;
 use rustix::stdio::stderr;
 
 use crate::printable::printable;
-use crate::tty::console;
+use crate::tty::{console, output};
 
 /// How many bytes may wait.
 const ROOM: usize = 1 << 20;
@@ -84,7 +84,7 @@ fn start_thread() {
     let share_terminal = io::stdout().is_terminal() && io::stderr().is_terminal();
     let builder = thread::Builder::new().name("log".into()).stack_size(STACK);
     let started = builder.spawn(move || {
-        LINES.write_to(Stderr, || share_terminal && console::take_mid_line());
+        LINES.write_to(Stderr, || share_terminal && output::take_mid_line());
     });
     LINES.lock().has_writer = started.is_ok();
     if let Ok(before) = before {

@@ -23,6 +23,7 @@ use crate::kvm::vm::{Vm, VmError};
 use crate::plan::{
     Gsi, I8042_PORT, I8042_PORTS, POWER_BUTTON_GSI, Plan, SERIAL_GSI, Transport, VirtioSlot,
 };
+use crate::tty::output::Output;
 
 /// What went wrong while the machine was put together.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +60,7 @@ pub struct Machine<'a> {
     vm: &'a Vm,
     memory: Arc<GuestMemoryMmap>,
     exit: Arc<ExitRequest>,
+    console: Option<Arc<Output>>,
     ports: Bus,
     mmio: Bus,
     /// Where the next virtio devices go.
@@ -68,17 +70,20 @@ pub struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    /// A machine as `plan` has it, that can be powered off and reset.
+    /// A machine as `plan` has it, that can be powered off and reset, whose serial port
+    /// writes to `console`.
     pub fn new(
         vm: &'a Vm,
         memory: Arc<GuestMemoryMmap>,
         exit: Arc<ExitRequest>,
+        console: Option<Arc<Output>>,
         plan: &Plan,
     ) -> Result<Self, MachineError> {
         let mut machine = Self {
             vm,
             memory,
             exit,
+            console,
             ports: Bus::default(),
             mmio: Bus::default(),
             slots: plan.virtio().iter().copied().collect(),
@@ -100,16 +105,17 @@ impl<'a> Machine<'a> {
         &self.memory
     }
 
-    /// Adds COM1.
-    pub fn add_serial(
-        &mut self,
-        output: Box<dyn io::Write + Send>,
-    ) -> Result<Arc<Mutex<Serial>>, MachineError> {
+    /// Adds COM1, if the machine has a console.
+    pub fn add_serial(&mut self) -> Result<Option<Arc<Mutex<Serial>>>, MachineError> {
+        let Some(console) = &self.console else {
+            return Ok(None);
+        };
+        let output = Box::new(console.port());
         let irq = IrqLine::new()?;
         self.vm.register_irqfd(irq.eventfd(), SERIAL_GSI)?;
         let serial = Arc::new(Mutex::new(Serial::new(irq, output)));
         self.add_ports(SERIAL_PORT, serial::PORTS, serial.clone())?;
-        Ok(serial)
+        Ok(Some(serial))
     }
 
     /// Adds a virtio device: gives it a window, interrupts and notifications.
@@ -189,6 +195,7 @@ impl<'a> Machine<'a> {
             ports: self.ports,
             mmio: self.mmio,
             exit: self.exit,
+            console: self.console,
         })
     }
 
@@ -200,7 +207,12 @@ impl<'a> Machine<'a> {
     /// Ends the guest as it asks, and distinguishes a panic from a reboot.
     fn power_sink(&self) -> PowerSink {
         let (exit, memory) = (Arc::clone(&self.exit), Arc::clone(&self.memory));
+        let console = self.console.clone();
         PowerSink::new(move |request| {
+            // While a reader that is slow is still waited for.
+            if let Some(console) = &console {
+                console.send();
+            }
             exit.request(match request {
                 PowerRequest::PowerOff => Exit::PowerOff,
                 PowerRequest::Reset if warm_reboot(&memory) => Exit::Panic,

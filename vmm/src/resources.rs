@@ -11,7 +11,7 @@ use crate::config::{Config, ConsoleTarget, MemorySize};
 use crate::files::{Files, Role, SharedFile, open_for_writing};
 use crate::kvm::vm::{Hypervisor, VmError};
 use crate::nic::{self, Inherited, Nic, NicError, host_link};
-use crate::tty::console;
+use crate::tty::output;
 
 /// What the host did not give.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +77,7 @@ impl Opened {
             add(&mut files, Role::Initrd, path, file)?;
         }
         let console = match &config.console {
-            ConsoleTarget::Stdio => Some(console::stdout_file().map_err(ResourceError::Stdout)?),
+            ConsoleTarget::Stdio => Some(output::stdout_file().map_err(ResourceError::Stdout)?),
             ConsoleTarget::None => None,
             ConsoleTarget::File(path) => Some(open_to_write(&mut files, Role::Console, path)?),
         };

@@ -15,6 +15,7 @@ use rustix::stdio::{stderr, stdin, stdout};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
 
 pub mod console;
+pub mod output;
 mod signals;
 
 /// The terminal's settings before it became raw, and since. Signal handlers read them, so they

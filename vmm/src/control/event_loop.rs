@@ -30,6 +30,7 @@ const EXIT: u32 = 0;
 const GRACE_OVER: u32 = u32::MAX;
 const STOPPED: u32 = u32::MAX - 1;
 const REQUEST: u32 = u32::MAX - 2;
+const CONSOLE: u32 = u32::MAX - 3;
 
 /// The signals that end the guest, from [`CaughtSignals::catch`] on.
 #[derive(Debug)]
@@ -229,7 +230,10 @@ impl MutEventSubscriber for Control {
             Events::with_data(self.vcpus.stopped(), STOPPED, EventSet::IN),
             Events::with_data(self.requests.event(), REQUEST, EventSet::IN),
         ];
-        for events in signals.chain(others) {
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let console = self.devices.console.as_deref();
+        let console = console.map(|console| Events::with_data(console, CONSOLE, edge));
+        for events in signals.chain(others).chain(console) {
             if let Err(error) = ops.add(events) {
                 self.exit.request(Exit::Failure(format!(
                     "cannot watch a file descriptor: {error}"
@@ -249,6 +253,16 @@ impl MutEventSubscriber for Control {
                 }
             }
             STOPPED => self.vcpus_have_stopped(),
+            CONSOLE => {
+                if self
+                    .devices
+                    .console
+                    .as_ref()
+                    .is_some_and(|console| console.is_late())
+                {
+                    self.vcpus.kick();
+                }
+            }
             REQUEST => {
                 for request in self.requests.take() {
                     request(self);

@@ -13,6 +13,7 @@ use super::crash::{Crash, CrashReason};
 use super::state::{VcpuState, set_msrs};
 use super::vm::{Vm, VmError, call};
 use crate::control::exit::{Exit, ExitRequest};
+use crate::tty::output::Output;
 
 /// What every vCPU of a machine shares.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct DeviceBuses {
     pub mmio: Bus,
     /// Where a vCPU says that the guest has ended.
     pub exit: Arc<ExitRequest>,
+    /// What the serial port writes to.
+    pub console: Option<Arc<Output>>,
 }
 
 /// A vCPU that does not run yet.
@@ -90,10 +93,17 @@ impl Vcpu {
         &raw mut self.fd.get_kvm_run().immediate_exit
     }
 
-    /// Runs the guest until this thread is kicked or the guest ends. KVM has completed the last
-    /// access to a device then: it does so as it enters KVM_RUN, which only then looks at
-    /// `immediate_exit`.
+    /// Runs the guest until this thread is kicked or the guest ends, and sends what is left of its
+    /// output. KVM has completed the last access to a device then: it does so as it enters KVM_RUN,
+    /// which only then looks at `immediate_exit`.
     pub(super) fn run(&mut self) {
+        self.run_until_kicked();
+        if let Some(console) = &self.buses.console {
+            console.send_unless_busy();
+        }
+    }
+
+    fn run_until_kicked(&mut self) {
         while self.buses.exit.reason().is_none() {
             let reason = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
@@ -135,6 +145,10 @@ impl Vcpu {
                 Ok(other) => CrashReason::Unexpected(format!("{other:?}")),
                 Err(error) => CrashReason::Run(error.to_string()),
             };
+            // While a reader that is slow is still waited for.
+            if let Some(console) = &self.buses.console {
+                console.send();
+            }
             let crash = Crash::of(self.id, reason, &self.fd, &self.buses.memory);
             self.buses.exit.request(Exit::Crash(crash));
         }

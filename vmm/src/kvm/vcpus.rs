@@ -117,7 +117,8 @@ impl Vcpus {
         self.vm.restore(&state.vm)
     }
 
-    fn kick(&self) {
+    /// Has each vCPU leave the guest for an instant, and whatever its thread waits for in the kernel.
+    pub fn kick(&self) {
         for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
             let _ = thread.kill(kick_signal());
         }

@@ -1,10 +1,8 @@
-//! The guest's serial console at the monitor's end: output, input, and the monitor's own keys.
+//! The input of the guest's serial console, and the monitor's own keys.
 
-use std::fs::File;
-use std::io::{self, ErrorKind, Write};
+use std::io;
 use std::mem;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -13,13 +11,10 @@ use devices::serial::Serial;
 use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::stdio::{stdin, stdout};
+use rustix::stdio::stdin;
 
 use crate::control::exit::{Exit, ExitRequest};
 use crate::{log_writer, tty};
-
-/// The cursor stands behind guest output that has not ended its line.
-static MID_LINE: AtomicBool = AtomicBool::new(false);
 
 /// How long a thread waits before it looks again whether it is still wanted.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -30,106 +25,6 @@ const KEYS: &str = "\n\
 Ctrl-A x       end the guest at once\n\
 Ctrl-A h       this help\n\
 Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
-
-/// True once for each time that guest output left the cursor in mid-line on stdout: a log line
-/// on the same terminal has to begin with a line break then.
-pub fn take_mid_line() -> bool {
-    MID_LINE.swap(false, Ordering::Relaxed)
-}
-
-/// The serial port's output to a file, pipe or terminal.
-///
-/// Whoever does not read it may hold the guest up, but not the monitor: once the guest is to end,
-/// a blocked write (which the vCPU's kick interrupts) gives up, and those after it do so at once.
-#[derive(Debug)]
-pub struct Output {
-    file: File,
-    exit: Arc<ExitRequest>,
-    given_up: bool,
-    lost: Arc<Lost>,
-}
-
-/// The bytes that could not be written.
-#[derive(Debug)]
-pub struct Lost {
-    /// Where to.
-    place: String,
-    bytes: AtomicU64,
-}
-
-impl Output {
-    /// Writes to `file`, which is called `place`, until `exit` is requested.
-    pub fn new(file: File, place: String, exit: Arc<ExitRequest>) -> Self {
-        let bytes = AtomicU64::new(0);
-        Self {
-            file,
-            exit,
-            given_up: false,
-            lost: Arc::new(Lost { place, bytes }),
-        }
-    }
-
-    /// Counts what is lost.
-    pub fn lost(&self) -> Arc<Lost> {
-        Arc::clone(&self.lost)
-    }
-}
-
-impl Lost {
-    /// Says so once: a guest can write for ever.
-    fn count(&self, bytes: usize, error: &io::Error) {
-        if self.bytes.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
-            let place = &self.place;
-            log::warn!(
-                "cannot write the console to {place}, so what the guest writes is lost: {error}"
-            );
-        }
-    }
-
-    /// Says how much was lost, if anything was: at the guest's end.
-    pub fn log(&self) {
-        let bytes = self.bytes.load(Ordering::Relaxed);
-        if bytes > 0 {
-            log::warn!("{bytes} bytes of the console are lost");
-        }
-    }
-}
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            if self.given_up {
-                // Not the error itself: the caller would try again for ever if it was EINTR.
-                return Err(ErrorKind::BrokenPipe.into());
-            }
-            match self.file.write(bytes) {
-                Err(_) if self.exit.reason().is_some() => self.given_up = true,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Another process has made the pipe or terminal that we share non-blocking.
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    wait(&self.file, PollFlags::OUT);
-                }
-                Err(error) => {
-                    self.lost.count(bytes.len(), &error);
-                    return Err(error);
-                }
-                result => {
-                    MID_LINE.store(bytes.last() != Some(&b'\n'), Ordering::Relaxed);
-                    return result;
-                }
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// A descriptor of its own for stdout.
-pub fn stdout_file() -> io::Result<File> {
-    Ok(rustix::io::fcntl_dupfd_cloexec(stdout(), 3)?.into())
-}
 
 /// Passes stdin on to `serial`, from a thread of its own: reading blocks, and not all that stdin may
 /// be can be polled. The thread is never joined and holds nothing that needs giving back.
@@ -288,17 +183,5 @@ mod tests {
             b"a\x01bx"
         );
         assert_eq!(exit.reason(), None);
-    }
-
-    #[test]
-    fn output_to_a_full_pipe_gives_up_once_the_guest_ends() {
-        let exit = Arc::new(ExitRequest::new().unwrap());
-        let (_reader, writer) = io::pipe().unwrap();
-        rustix::io::ioctl_fionbio(&writer, true).unwrap();
-        let file = std::os::fd::OwnedFd::from(writer).into();
-        let mut output = Output::new(file, "a pipe".into(), Arc::clone(&exit));
-        let blocked = thread::spawn(move || while output.write_all(&[b'x'; 4096]).is_ok() {});
-        exit.request(Exit::PowerOff);
-        blocked.join().unwrap();
     }
 }
