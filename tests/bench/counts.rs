@@ -135,7 +135,7 @@ impl Case {
         let events = counted.events.iter().zip(start.events);
         // A KVM that traces no exits has none at the start either.
         let mut figures: Vec<_> = events
-            .map(|(&count, at_start)| (at_start > 0.0).then(|| (count - at_start) / times))
+            .map(|(&count, at_start)| (at_start > 0.0).then(|| (count - at_start).max(0.0) / times))
             .collect();
         if self.interrupts {
             figures.push(Some(counted.line.number("interrupts") / times));
