@@ -158,7 +158,7 @@ fn make_on_host<T: Send>(
     make: impl FnOnce(&Netlink) -> Result<T, HostLinkProblem> + Send,
 ) -> Result<T, HostLinkError> {
     let made = on_host(|host| {
-        stale::try_delete_stale(host);
+        stale::try_delete_stale(host, &list(host)?);
         make(host)
     });
     made.map_err(|source| HostLinkError {

@@ -13,7 +13,7 @@ use crate::link_guard::LinkGuard;
 use crate::listen::FrameListener;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
-use crate::netlink::{Link, Netlink};
+use crate::netlink::{Link, Netlink, Steps, watched};
 use crate::record::RecordKey;
 use crate::spec::MacvtapSpec;
 use crate::sysfs::Sysfs;
@@ -76,6 +76,8 @@ pub struct Macvtap {
     queues: Vec<OwnedFd>,
     link_guard: LinkGuard,
     sight: Sight,
+    /// For [`Macvtap::watch`], from the thread that was in the link's namespace anyway.
+    watch_socket: Option<OwnedFd>,
     is_passed: bool,
     info: TapInfo,
 }
@@ -105,11 +107,16 @@ impl Macvtap {
     ///
     /// One of the [`Problem`]s, and nothing is left of it then.
     pub fn open(spec: &MacvtapSpec) -> Result<Self, Error> {
-        let mut doing = "make a macvtap on";
-        netns::on_own_thread(|| open_here(spec, &mut doing))
-            .map_err(Problem::from_step("start a thread"))
+        let its_spec = spec.clone();
+        let opened = watched(move |steps| {
+            let mut doing = MAKE;
+            open_here(&its_spec, steps, &mut doing).map_err(|source| (doing, source))
+        });
+        opened
+            .map_err(Problem::from_step("have a thread do it"))
+            .map_err(|source| (MAKE, source))
             .and_then(|opened| opened)
-            .map_err(|source| {
+            .map_err(|(doing, source)| {
                 let of = |path: &PathBuf| format!(" of the network namespace {}", path.display());
                 let of = spec.lower_netns.as_ref().map(of).unwrap_or_default();
                 Error {
@@ -146,7 +153,11 @@ impl Macvtap {
         };
         let socket = match &mut self.sight {
             Sight::By(socket) => socket.take(),
-            _ => Some(self.watch_socket()?),
+            _ => Some(
+                self.watch_socket
+                    .take()
+                    .map_or_else(|| self.watch_socket(), Ok)?,
+            ),
         };
         socket
             .map(|socket| LinkWatch::from_socket(socket, &[id.index]))
@@ -201,29 +212,47 @@ impl Macvtap {
     }
 }
 
+const MAKE: &str = "make a macvtap on";
+
 /// [`Macvtap::open`], on a thread that may change its namespace. It changes `doing` to what it does on a macvtap.
-fn open_here(spec: &MacvtapSpec, doing: &mut &str) -> Result<Macvtap, Problem> {
+fn open_here(
+    spec: &MacvtapSpec,
+    steps: &Steps,
+    doing: &mut &'static str,
+) -> Result<Macvtap, Problem> {
     diagnose::check_spec(spec)?;
     let home =
         netns::current().map_err(Problem::from_step("show this thread's network namespace"))?;
-    let connect = || Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"));
-    let mut host = connect()?;
-    stale::try_delete_stale(&host);
+    let mut host = connect(steps)?;
+    let mut links = list(&host)?;
+    let has_deleted = stale::try_delete_stale(&host, &links);
     if let Some(path) = &spec.lower_netns {
         let entered = netns::open(path).and_then(netns::enter);
         entered.map_err(Problem::from_namespace(path))?;
-        host = connect()?;
+        host = connect(steps)?;
     }
-    let links = host
-        .links()
-        .map_err(Problem::from_step("list the network interfaces"))?;
+    if has_deleted || spec.lower_netns.is_some() {
+        links = list(&host)?;
+    }
     let link = diagnose::find(&links, spec.link.as_str())?;
-    if link.is_macvtap() {
+    let mut macvtap = if link.is_macvtap() {
         *doing = "use the macvtap";
-        use_existing(&links, link, spec)
+        use_existing(&links, link, spec)?
     } else {
-        make_new(&host, &links, link, spec, home)
-    }
+        make_new(&host, &links, link, spec, steps, home)?
+    };
+    // This thread is in its namespace.
+    macvtap.watch_socket = watch::open_socket().ok();
+    Ok(macvtap)
+}
+
+fn connect(steps: &Steps) -> Result<Netlink, Problem> {
+    Netlink::connect_watched(steps).map_err(Problem::from_step("connect to rtnetlink"))
+}
+
+fn list(host: &Netlink) -> Result<Vec<Link>, Problem> {
+    host.links()
+        .map_err(Problem::from_step("list the network interfaces"))
 }
 
 fn use_existing(links: &[Link], macvtap: &Link, spec: &MacvtapSpec) -> Result<Macvtap, Problem> {
@@ -241,6 +270,7 @@ fn use_existing(links: &[Link], macvtap: &Link, spec: &MacvtapSpec) -> Result<Ma
         sight: elsewhere
             .and_then(|_| netns::current().ok())
             .map_or(Sight::Here, Sight::In),
+        watch_socket: None,
         is_passed: false,
         info: TapInfo {
             name: macvtap.name.clone(),

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use rtnetlink::packet_core::{NLM_F_ACK, NetlinkSerializable};
 use rtnetlink::packet_route::RouteNetlinkMessage;
@@ -15,22 +16,59 @@ mod objects;
 mod wire;
 mod worker;
 
-use client::Request;
+use client::{Client, Request};
 pub(crate) use client::{is_interrupted, receive};
 pub(crate) use link::Link;
 pub(crate) use new_link::{CHOSEN_INDEXES, NewLink, random_index, random_name};
 pub(crate) use objects::Object;
 pub(crate) use wire::{Message, Messages};
 use worker::Worker;
+pub(crate) use worker::{Steps, watched};
 
 /// A connection to the network namespace of the thread that made it.
 #[derive(Debug)]
-pub(crate) struct Netlink(Worker);
+pub(crate) struct Netlink {
+    client: Arc<Client>,
+    by: By,
+}
+
+/// Who waits for the kernel.
+#[derive(Debug)]
+enum By {
+    /// A thread of the connection's own, so that the caller need not wait for ever.
+    Worker(Worker),
+    /// The caller, which is watched itself.
+    Caller(Steps),
+}
 
 impl Netlink {
     /// Connects to the network namespace of the calling thread.
     pub(crate) fn connect() -> io::Result<Self> {
-        Worker::start(client::LIMIT).map(Self)
+        Ok(Self {
+            client: Arc::new(Client::open()?),
+            by: By::Worker(Worker::start(client::LIMIT)?),
+        })
+    }
+
+    /// Connects to the network namespace of the calling thread, which is [`watched`]: it waits for the kernel itself.
+    pub(crate) fn connect_watched(steps: &Steps) -> io::Result<Self> {
+        Ok(Self {
+            client: Arc::new(Client::open()?),
+            by: By::Caller(steps.clone()),
+        })
+    }
+
+    fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Client) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        match &self.by {
+            By::Worker(worker) => {
+                let client = Arc::clone(&self.client);
+                worker.call(move || work(&client))
+            }
+            By::Caller(steps) => steps.take(|| work(&self.client)),
+        }
     }
 
     /// All links of the namespace.
@@ -90,7 +128,7 @@ impl Netlink {
         }
     }
 
-    /// Makes changes by one datagram, each with these of `NLM_F_*`: see [`client::change`].
+    /// Makes changes by one datagram, each with these of `NLM_F_*`: see [`Client::change`].
     fn change(&self, messages: Vec<(RouteNetlinkMessage, u16)>) -> io::Result<()> {
         let request = |(message, flags): (RouteNetlinkMessage, u16)| {
             let mut body = vec![0; message.buffer_len()];
@@ -102,7 +140,7 @@ impl Netlink {
             }
         };
         let requests: Vec<Request> = messages.into_iter().map(request).collect();
-        self.0.call(move || client::change(&requests))
+        self.call(move |client| client.change(&requests))
     }
 
     fn ask<T: Send + 'static>(
@@ -110,7 +148,7 @@ impl Netlink {
         request: Request,
         parse: fn(&[u8]) -> Option<T>,
     ) -> io::Result<Vec<T>> {
-        self.0.call(move || client::ask(request, parse))
+        self.call(move |client| client.ask(request, parse))
     }
 }
 

@@ -88,6 +88,20 @@ pub(crate) fn open(
     Ok((device, queues, mac))
 }
 
+/// The same for a link that was just made, by its node alone: its index was chosen at random, so no other namespace has a
+/// node of that name, and the sysfs of a new namespace takes a while to be made. None where that does not work.
+pub(crate) fn open_new(link: &Link, count: u32) -> Option<(Dev, Vec<OwnedFd>, MacAddr)> {
+    let node = format!("/dev/tap{}", link.index);
+    let open = |_| {
+        let queue = rustix::fs::open(&node, READ_WRITE, Mode::empty()).ok()?;
+        let mac = prove(&queue, link).ok()?;
+        Some((queue, mac))
+    };
+    let (queues, macs): (Vec<_>, Vec<_>) = (0..count).map(open).collect::<Option<_>>()?;
+    let device = rustix::fs::fstat(queues.first()?).ok()?.st_rdev;
+    Some((device, queues, *macs.first()?))
+}
+
 const READ_WRITE: OFlags = OFlags::RDWR.union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
 fn open_device(device: Dev, link: &Link) -> Result<OwnedFd, QueueError> {

@@ -45,26 +45,34 @@ pub struct StaleError(#[source] Problem);
 ///
 /// When links cannot be listed, or one cannot be deleted, for want of CAP_NET_ADMIN above all.
 pub fn delete_stale() -> Result<Vec<StaleLink>, StaleError> {
-    netns::on_own_thread(|| delete_stale_by(&Netlink::connect()?))
+    let delete = || {
+        let netlink = Netlink::connect()?;
+        delete_stale_by(&netlink, &netlink.links()?)
+    };
+    netns::on_own_thread(delete)
         .and_then(|deleted| deleted)
         .map_err(Problem::from_step("delete the links of ended processes"))
         .map_err(StaleError)
 }
 
-/// [`delete_stale`] by a connection to the calling thread's namespace.
-fn delete_stale_by(netlink: &Netlink) -> io::Result<Vec<StaleLink>> {
+/// [`delete_stale`] of these `links`, by a connection to the calling thread's namespace.
+fn delete_stale_by(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<StaleLink>> {
     let mut deleted = Vec::new();
+    let mut candidates = links.iter().filter(|link| link.is_macvlan()).peekable();
+    if candidates.peek().is_none() {
+        return Ok(deleted);
+    }
     let judge = Judge::new();
-    for link in netlink.links()? {
-        let Some(owner) = judge.stale_owner(&link) else {
+    for link in candidates {
+        let Some(owner) = judge.stale_owner(link) else {
             continue;
         };
         // Another process may have been faster.
         if delete_if_still(netlink, link.index, &link.alias)? {
-            judge.forget(&link);
+            judge.forget(link);
             deleted.push(StaleLink {
-                name: link.name,
-                kind: link.kind,
+                name: link.name.clone(),
+                kind: link.kind.clone(),
                 owner,
             });
         }
@@ -72,13 +80,20 @@ fn delete_stale_by(netlink: &Netlink) -> io::Result<Vec<StaleLink>> {
     Ok(deleted)
 }
 
-/// [`delete_stale`] before something else, which it may help and must not hinder.
-pub(crate) fn try_delete_stale(netlink: &Netlink) {
-    match delete_stale_by(netlink) {
-        Ok(deleted) => deleted.iter().for_each(|link| {
-            log::info!("deleted {} of an ended process: {}", link.name, link.owner);
-        }),
-        Err(error) => log::debug!("cannot delete the links of ended processes: {error}"),
+/// [`delete_stale`] of these `links` before something else, which it may help and must not hinder. Returns whether others
+/// may be there now.
+pub(crate) fn try_delete_stale(netlink: &Netlink, links: &[Link]) -> bool {
+    match delete_stale_by(netlink, links) {
+        Ok(deleted) => {
+            for link in &deleted {
+                log::info!("deleted {} of an ended process: {}", link.name, link.owner);
+            }
+            !deleted.is_empty()
+        }
+        Err(error) => {
+            log::debug!("cannot delete the links of ended processes: {error}");
+            true
+        }
     }
 }
 

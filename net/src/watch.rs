@@ -54,7 +54,6 @@ pub enum LinkChange {
 #[derive(Debug)]
 pub struct LinkWatch {
     socket: OwnedFd,
-    buffer: Vec<u8>,
     /// What is known of each link, [`unseen`] before the first look; None for one that is gone.
     known: BTreeMap<u32, Option<Link>>,
     ready: VecDeque<LinkEvent>,
@@ -110,7 +109,6 @@ impl LinkWatch {
     fn over(socket: OwnedFd, indexes: &[u32]) -> io::Result<Self> {
         let mut watch = Self {
             socket,
-            buffer: Vec::new(),
             known: indexes
                 .iter()
                 .map(|index| (*index, Some(unseen())))
@@ -147,19 +145,19 @@ impl LinkWatch {
         reason = "an iterator that ends may not go on later"
     )]
     pub fn next(&mut self) -> io::Result<Option<LinkEvent>> {
+        // Not kept: there may be nothing for long.
+        let mut buffer = Vec::new();
         loop {
             if let Some(event) = self.ready.pop_front() {
                 return Ok(Some(event));
             }
-            match receive(self.socket.as_fd(), &mut self.buffer) {
+            match receive(self.socket.as_fd(), &mut buffer) {
                 // Another process may write to the socket.
-                Ok(sender) if sender.is_some_and(|sender| sender.pid() == 0) => self.learn()?,
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // There may be nothing for long, and it is the largest thing that a watch has.
-                    self.buffer = Vec::new();
-                    return Ok(None);
+                Ok((datagram, sender)) if sender.is_some_and(|sender| sender.pid() == 0) => {
+                    self.learn(datagram)?;
                 }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     log::debug!("events of links were lost: asking for the state of all");
                     self.request_dump()?;
@@ -207,12 +205,9 @@ impl LinkWatch {
     }
 
     /// Takes the messages of a datagram in.
-    fn learn(&mut self) -> io::Result<()> {
-        let datagram = std::mem::take(&mut self.buffer);
-        let mut learnt = Messages(&datagram).map(|message| self.take(message));
-        let result = learnt.find(Result::is_err).unwrap_or(Ok(()));
-        self.buffer = datagram;
-        result
+    fn learn(&mut self, datagram: &[u8]) -> io::Result<()> {
+        let mut learnt = Messages(datagram).map(|message| self.take(message));
+        learnt.find(Result::is_err).unwrap_or(Ok(()))
     }
 
     fn take(&mut self, message: Message<'_>) -> io::Result<()> {
@@ -306,7 +301,7 @@ impl LinkWatch {
 }
 
 /// A socket that receives the events of all links of this thread's network namespace, and stays in it.
-fn open_socket() -> io::Result<OwnedFd> {
+pub(crate) fn open_socket() -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     // No protocol stands for 0, which is NETLINK_ROUTE.
     let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;

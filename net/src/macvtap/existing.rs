@@ -163,6 +163,7 @@ impl Macvtap {
             queues: fds,
             link_guard: LinkGuard::of_nothing(),
             sight,
+            watch_socket: None,
             is_passed,
             info,
         })

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use rtnetlink::packet_route::link::InfoKind;
 use rustix::fs::Dev;
 
-use super::{Macvtap, Sight, TapInfo, this_namespace};
+use super::{Macvtap, Sight, TapInfo, connect, this_namespace};
 use crate::diagnose::{self, LinkRequest, Problem};
 use crate::identity::LinkId;
 use crate::link_guard::LinkGuard;
 use crate::mac::MacAddr;
 use crate::mode::Mode;
 use crate::name::NewLinkName;
-use crate::netlink::{Link, Netlink, NewLink, random_index, random_name};
+use crate::netlink::{Link, Netlink, NewLink, Steps, random_index, random_name};
 use crate::owner::Owner;
 use crate::privileges::{Obstacle, Privileges};
 use crate::queue::QueueError;
@@ -28,6 +28,7 @@ pub(super) fn make_new(
     links: &[Link],
     lower: &Link,
     spec: &MacvtapSpec,
+    steps: &Steps,
     home: OwnedFd,
 ) -> Result<Macvtap, Problem> {
     // Before anything is made, while this thread is in the lower's namespace.
@@ -61,9 +62,9 @@ pub(super) fn make_new(
     let index = create(host, &request, spec, namespace.as_fd())?;
     let link_guard = match spec.netns {
         Placement::Private => LinkGuard::private(namespace, index),
-        Placement::Host => move_home(spec, index, home)?,
+        Placement::Host => move_home(spec, steps, index, home)?,
     };
-    let (link, device, queues, mac) = start(&request, spec, index)?;
+    let (link, device, queues, mac) = start(&request, spec, steps, privileges, index)?;
     if mode == Mode::Source && spec.source_macs.is_empty() {
         log::warn!(
             "in source mode the macvtap receives only from listed senders, and its list is empty"
@@ -73,6 +74,7 @@ pub(super) fn make_new(
         queues,
         link_guard,
         sight: Sight::Guarded,
+        watch_socket: None,
         is_passed: false,
         info: TapInfo {
             name: link.name,
@@ -121,11 +123,16 @@ fn create(
 
 /// Moves the macvtap with this index from this thread's private namespace to `home`, and the thread too. It is tagged
 /// before: whenever this process is killed, either the private namespace ends with the macvtap, or a tagged link stays.
-fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<LinkGuard, Problem> {
+fn move_home(
+    spec: &MacvtapSpec,
+    steps: &Steps,
+    index: u32,
+    home: OwnedFd,
+) -> Result<LinkGuard, Problem> {
     let owner = Owner::this_process()
         .map_err(Problem::from_step("show in /proc which process this is"))?
         .to_string();
-    let private = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
+    let private = connect(steps)?;
     private
         .set_alias(index, &owner)
         .map_err(Problem::from_step("tag the macvtap with its owner"))?;
@@ -144,9 +151,11 @@ fn move_home(spec: &MacvtapSpec, index: u32, home: OwnedFd) -> Result<LinkGuard,
 fn start(
     request: &LinkRequest<'_>,
     spec: &MacvtapSpec,
+    steps: &Steps,
+    privileges: Privileges,
     index: u32,
 ) -> Result<(Link, Dev, Vec<OwnedFd>, MacAddr), Problem> {
-    let here = Netlink::connect().map_err(Problem::from_step("connect to rtnetlink"))?;
+    let here = connect(steps)?;
     let look = || {
         here.link(index)
             .map_err(Problem::from_step("show the new macvtap"))
@@ -159,9 +168,15 @@ fn start(
     bring_up(&here, index).map_err(|error| request.explain_up(&made, error))?;
     // Once more: with an old udev or a passthru lower the address may have changed since.
     let link = look()?;
-    let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
-    let opened = queue::open(&sysfs, &link, spec.queues).map_err(explain_open)?;
-    let (device, queues, mac) = opened;
+    // In a user namespace of its own a process is refused, as `doctor` says, whatever a node's mode lets it open.
+    let opened = (!privileges.is_confined()).then(|| queue::open_new(&link, spec.queues));
+    let (device, queues, mac) = match opened.flatten() {
+        Some(opened) => opened,
+        None => {
+            let sysfs = Sysfs::of_this_namespace().map_err(Problem::from_step("open sysfs"))?;
+            queue::open(&sysfs, &link, spec.queues).map_err(explain_open)?
+        }
+    };
     if let Some(wanted) = spec.mac.filter(|wanted| *wanted != mac) {
         log::warn!("{}", other_mac(&link.name, wanted, mac));
     }

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -23,9 +24,6 @@ const TRIES: u32 = 20;
 /// The kernel puts up to 32 KiB of a dump in a datagram, and a single message may be longer.
 const BUFFER: usize = 64 * 1024;
 
-/// The number of all requests on a socket.
-const SEQUENCE: u32 = 1;
-
 /// One message to the kernel.
 #[derive(Debug)]
 pub(super) struct Request {
@@ -37,39 +35,99 @@ pub(super) struct Request {
     pub body: Vec<u8>,
 }
 
-/// Asks the network namespace of the calling thread, and returns what `parse` makes of the messages that come.
-///
-/// # Errors
-///
-/// The kernel's refusal; TimedOut after [`LIMIT`]; and when changes interrupted every dump.
-pub(super) fn ask<T>(request: Request, parse: impl Fn(&[u8]) -> Option<T>) -> io::Result<Vec<T>> {
-    // A socket for each request: the answer to a failed one is never taken for that to the next.
-    ask_by(open_socket, request, parse)
+/// A socket that speaks to the kernel, in the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub(super) struct Client<S = Socket> {
+    socket: S,
+    /// The number of the last requests: an answer to earlier ones, which have failed, is passed over.
+    sequence: AtomicU32,
 }
 
-fn ask_by<T, S: AsFd>(
-    mut open: impl FnMut() -> io::Result<S>,
-    request: Request,
-    parse: impl Fn(&[u8]) -> Option<T>,
-) -> io::Result<Vec<T>> {
-    let request = [request];
-    for _ in 0..TRIES {
-        match exchange(open()?.as_fd(), &request, &parse) {
-            Ok(Some(found)) => return Ok(found),
-            Ok(None) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
-            Err(error) => return Err(error),
+impl Client {
+    pub(super) fn open() -> io::Result<Self> {
+        open_socket().map(Self::over)
+    }
+}
+
+impl<S: AsFd> Client<S> {
+    fn over(socket: S) -> Self {
+        Self {
+            socket,
+            sequence: AtomicU32::new(0),
         }
     }
-    Err(io::Error::other(format!(
-        "changes have interrupted the kernel's list {TRIES} times"
-    )))
-}
 
-/// Has changes made by one datagram, in the network namespace of the calling thread. The kernel handles it in one go, and
-/// goes on after one that it refuses; the first refusal is the error.
-pub(super) fn change(requests: &[Request]) -> io::Result<()> {
-    exchange(open_socket()?.as_fd(), requests, |_| None::<()>).map(drop)
+    /// Asks, and returns what `parse` makes of the messages that come.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's refusal; TimedOut after [`LIMIT`]; and when changes interrupted every dump.
+    pub(super) fn ask<T>(
+        &self,
+        request: Request,
+        parse: impl Fn(&[u8]) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
+        let request = [request];
+        for _ in 0..TRIES {
+            match self.exchange(&request, &parse) {
+                Ok(Some(found)) => return Ok(found),
+                Ok(None) => {}
+                // Some of it was lost; and the rest, which is still coming, keeps the kernel from another one.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EBUSY)) => {
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(io::Error::other(format!(
+            "changes have interrupted the kernel's list {TRIES} times"
+        )))
+    }
+
+    /// Has changes made by one datagram. The kernel handles it in one go, and goes on after one that it refuses; the first
+    /// refusal is the error.
+    pub(super) fn change(&self, requests: &[Request]) -> io::Result<()> {
+        self.exchange(requests, |_| None::<()>).map(drop)
+    }
+
+    /// Requests in one datagram and all of their answers; None when these may have gaps.
+    fn exchange<T>(
+        &self,
+        requests: &[Request],
+        parse: impl Fn(&[u8]) -> Option<T>,
+    ) -> io::Result<Option<Vec<T>>> {
+        let socket = self.socket.as_fd();
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
+        let bytes: Vec<u8> = requests
+            .iter()
+            .flat_map(|one| request(one.kind, one.flags, sequence, &one.body))
+            .collect();
+        rustix::net::send(socket, &bytes, SendFlags::NOSIGNAL)?;
+        let (mut found, mut result, mut outcomes) = (Vec::new(), Ok(()), 0);
+        let mut is_whole = true;
+        let mut buffer = Vec::new();
+        while outcomes < requests.len() {
+            let received = receive(socket, &mut buffer).map_err(|error| match error.kind() {
+                io::ErrorKind::WouldBlock => timed_out(),
+                _ => error,
+            });
+            for message in Messages(received?.0).filter(|message| message.sequence == sequence) {
+                is_whole &= !is_interrupted(&message);
+                match message.outcome() {
+                    Some(outcome) => {
+                        outcomes += 1;
+                        result = result.and(outcome);
+                    }
+                    // RTM_GETLINK is answered with RTM_NEWLINK, two less, and so on.
+                    None if requests.iter().any(|one| message.kind + 2 == one.kind) => {
+                        found.extend(parse(message.body));
+                    }
+                    None => {}
+                }
+            }
+        }
+        result?;
+        Ok(is_whole.then_some(found))
+    }
 }
 
 pub(super) fn timed_out() -> io::Error {
@@ -92,62 +150,31 @@ fn open_socket() -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Requests in one datagram and all of their answers; None when these may have gaps.
-fn exchange<T>(
-    socket: BorrowedFd<'_>,
-    requests: &[Request],
-    parse: impl Fn(&[u8]) -> Option<T>,
-) -> io::Result<Option<Vec<T>>> {
-    let bytes: Vec<u8> = requests
-        .iter()
-        .flat_map(|one| request(one.kind, one.flags, SEQUENCE, &one.body))
-        .collect();
-    rustix::net::send(socket, &bytes, SendFlags::NOSIGNAL)?;
-    let (mut found, mut result, mut outcomes) = (Vec::new(), Ok(()), 0);
-    let mut is_whole = true;
-    let mut buffer = Vec::new();
-    while outcomes < requests.len() {
-        receive(socket, &mut buffer).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => timed_out(),
-            _ => error,
-        })?;
-        for message in Messages(&buffer).filter(|message| message.sequence == SEQUENCE) {
-            is_whole &= !is_interrupted(&message);
-            match message.outcome() {
-                Some(outcome) => {
-                    outcomes += 1;
-                    result = result.and(outcome);
-                }
-                // RTM_GETLINK is answered with RTM_NEWLINK, two less, and so on.
-                None if requests.iter().any(|one| message.kind + 2 == one.kind) => {
-                    found.extend(parse(message.body));
-                }
-                None => {}
-            }
-        }
-    }
-    result?;
-    Ok(is_whole.then_some(found))
-}
-
 /// Whether what a dump lists changed meanwhile: it may have left something out.
 pub(crate) fn is_interrupted(message: &Message<'_>) -> bool {
     i32::from(message.flags) & libc::NLM_F_DUMP_INTR != 0
 }
 
-/// Receives one datagram into `buffer`, however long it is, and returns its sender if that is a netlink socket.
-pub(crate) fn receive(
+/// Receives one datagram into `buffer`, however long it is, and returns it, and its sender if that is a netlink socket.
+pub(crate) fn receive<'a>(
     socket: BorrowedFd<'_>,
-    buffer: &mut Vec<u8>,
-) -> io::Result<Option<SocketAddrNetlink>> {
-    buffer.resize(BUFFER.max(buffer.len()), 0);
+    buffer: &'a mut Vec<u8>,
+) -> io::Result<(&'a [u8], Option<SocketAddrNetlink>)> {
+    grow(buffer, BUFFER);
     let look = RecvFlags::PEEK | RecvFlags::TRUNC;
     let (_, length, _) = retry(|| rustix::net::recvfrom(socket, &mut buffer[..], look))?;
-    buffer.resize(BUFFER.max(length), 0);
+    grow(buffer, length);
     let (_, length, sender) =
         retry(|| rustix::net::recvfrom(socket, &mut buffer[..], RecvFlags::empty()))?;
-    buffer.truncate(length);
-    Ok(sender.and_then(|sender| sender.try_into().ok()))
+    let sender = sender.and_then(|sender| sender.try_into().ok());
+    Ok((&buffer[..length], sender))
+}
+
+/// A new buffer is zero without being touched, as one that is extended is not.
+fn grow(buffer: &mut Vec<u8>, length: usize) {
+    if buffer.len() < length {
+        *buffer = vec![0; length];
+    }
 }
 
 fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
@@ -178,8 +205,9 @@ mod tests {
         }
     }
 
+    /// An answer, which gets the number of its request when it is sent.
     fn message(kind: u16, flags: i32, body: &[u8]) -> Vec<u8> {
-        request(kind, flags, SEQUENCE, body)
+        request(kind, flags, 0, body)
     }
 
     fn link(number: u8) -> Vec<u8> {
@@ -190,22 +218,41 @@ mod tests {
         message(kind as u16, libc::NLM_F_MULTI, &code.to_ne_bytes())
     }
 
-    /// A socket whose other end answers the first request with these datagrams, and then waits for its end.
-    fn kernel(answers: Vec<Vec<u8>>) -> (OwnedFd, JoinHandle<()>) {
+    /// A client of a kernel that answers each request with these datagrams, one after the other.
+    fn client(requests: Vec<Vec<Vec<u8>>>) -> (Client<OwnedFd>, JoinHandle<()>) {
         let kind = SocketType::SEQPACKET;
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
         let kernel = std::thread::spawn(move || {
             let mut buffer = Vec::new();
-            receive(theirs.as_fd(), &mut buffer).unwrap();
-            assert_eq!(Messages(&buffer).count(), 1);
-            for answer in answers {
-                rustix::net::send(&theirs, &answer, SendFlags::NOSIGNAL).unwrap();
+            for answers in requests {
+                let (bytes, _) = receive(theirs.as_fd(), &mut buffer).unwrap();
+                let requests: Vec<_> = Messages(bytes).collect();
+                let [request] = requests[..] else {
+                    panic!("one request: {requests:?}");
+                };
+                for mut answer in answers {
+                    number(&mut answer, request.sequence);
+                    rustix::net::send(&theirs, &answer, SendFlags::NOSIGNAL).unwrap();
+                }
             }
-            receive(theirs.as_fd(), &mut buffer).unwrap();
+            let (more, _) = receive(theirs.as_fd(), &mut buffer).unwrap();
+            assert!(more.is_empty());
         });
-        (ours, kernel)
+        (Client::over(ours), kernel)
+    }
+
+    /// Has the messages of a datagram that have no number yet answer the request with this one.
+    fn number(datagram: &mut [u8], sequence: u32) {
+        let mut at = 0;
+        while let Some(length) = datagram.get(at..).and_then(crate::netlink::wire::u32_of) {
+            let place = &mut datagram[at + 8..at + 12];
+            if place == [0; 4] {
+                place.copy_from_slice(&sequence.to_ne_bytes());
+            }
+            at += (length as usize).next_multiple_of(4);
+        }
     }
 
     /// What is understood when the requests are answered so, one after the other.
@@ -214,19 +261,11 @@ mod tests {
     }
 
     fn ask_patiently(limit: Duration, requests: Vec<Vec<Vec<u8>>>) -> io::Result<Vec<u8>> {
-        let (sockets, kernels): (Vec<_>, Vec<_>) = requests.into_iter().map(kernel).unzip();
-        let mut sockets = sockets.into_iter();
-        let open = || {
-            let none = || io::Error::other("one request too many");
-            let socket = sockets.next().ok_or_else(none)?;
-            sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(limit))?;
-            Ok(socket)
-        };
-        let found = ask_by(open, asked(), |body| body.first().copied());
-        drop(sockets);
-        kernels
-            .into_iter()
-            .for_each(|kernel| kernel.join().unwrap());
+        let (client, kernel) = client(requests);
+        sockopt::set_socket_timeout(&client.socket, Timeout::Recv, Some(limit))?;
+        let found = client.ask(asked(), |body| body.first().copied());
+        drop(client);
+        kernel.join().unwrap();
         found
     }
 
