@@ -19,9 +19,9 @@ use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
 use crate::kvm::cpuid::CpuModel;
-use crate::kvm::vcpu::{DeviceBuses, Vcpu};
+use crate::kvm::vcpu::{DeviceBuses, NewVcpu, Vcpu};
 use crate::kvm::vcpus::Vcpus;
-use crate::kvm::vm::{Hypervisor, SupportedCpuid, Vm, VmError};
+use crate::kvm::vm::{Hypervisor, Vm, VmError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::nic::Inherited;
@@ -85,9 +85,9 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
 
 /// Boots the guest and waits for its end, on this thread, which becomes its control thread:
 /// `started` gets what other threads ask that by, and `settled` is called once the guest has usually
-/// booted. The first of `signals` presses the guest's power
-/// button, the second ends it. Whatever was taken from the host has been given back when this
-/// returns.
+/// booted, and some time after whatever else this thread has had to do. The first of `signals`
+/// presses the guest's power button, the second ends it. Whatever was taken from the host has been
+/// given back when this returns.
 pub fn run(
     config: Config,
     inherited: Inherited,
@@ -151,10 +151,10 @@ fn build(
 ) -> Result<Built, Error> {
     let (hypervisor, kernel, initrd) = (opened.hypervisor, opened.kernel, opened.initrd);
     thread::scope(|scope| {
-        let vm = beside(scope, "kvm", || create_vm(hypervisor, memory))?;
+        let vm = beside(scope, "kvm", || create_vm(config, hypervisor, memory))?;
         let boot = beside(scope, "boot", || load(config, plan, kernel, initrd, memory))?;
         let host = Resources::make(config, inherited, opened.outputs)?;
-        let (vm, cpuid) = join(vm)?;
+        let (vm, vcpus) = join(vm)?;
         let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
         let output = host
             .console
@@ -168,7 +168,7 @@ fn build(
         let buses = Arc::new(machine.finish()?);
         let boot = join(boot)?;
         Ok(Built {
-            vcpus: create_vcpus(&vm, config, &cpuid, &boot, &buses)?,
+            vcpus: set_up_vcpus(vcpus, &boot, &buses)?,
             vm,
             buses,
             power_button,
@@ -249,36 +249,38 @@ fn name_file(config: &Config, error: boot::Error) -> Error {
     }
 }
 
-/// With what KVM supports of CPUID, which takes as long to find out as most of the rest.
+/// The VM with its vCPUs. Of KVM's part, finding out what it supports of CPUID takes the longest.
 fn create_vm(
+    config: &Config,
     hypervisor: Hypervisor,
     memory: &Arc<GuestMemoryMmap>,
-) -> Result<(Vm, SupportedCpuid), VmError> {
+) -> Result<(Vm, Vec<NewVcpu>), VmError> {
     let vm = Vm::new(hypervisor, Arc::clone(memory))?;
-    let cpuid = vm.supported_cpuid()?;
-    Ok((vm, cpuid))
+    let (supported, tsc_deadline) = vm.supported_cpuid()?;
+    let model = CpuModel {
+        count: config.cpus.get(),
+        tsc_deadline,
+        nested: config.nested,
+    };
+    let create = |id| {
+        let cpuid = model.vcpu(&supported, id).map_err(VmError::Cpuid)?;
+        NewVcpu::create(&vm, id, &cpuid)
+    };
+    let vcpus = (0..config.cpus.get()).map(create);
+    let vcpus = vcpus.collect::<Result<_, _>>()?;
+    Ok((vm, vcpus))
 }
 
-fn create_vcpus(
-    vm: &Vm,
-    config: &Config,
-    (supported, tsc_deadline): &SupportedCpuid,
+fn set_up_vcpus(
+    new: Vec<NewVcpu>,
     boot: &BootState,
     buses: &Arc<DeviceBuses>,
 ) -> Result<Vec<Vcpu>, VmError> {
-    let model = CpuModel {
-        count: config.cpus.get(),
-        tsc_deadline: *tsc_deadline,
-        nested: config.nested,
-    };
-    let mut vcpus = Vec::with_capacity(config.cpus.get().into());
-    for id in 0..config.cpus.get() {
-        let cpuid = model.vcpu(supported, id).map_err(VmError::Cpuid)?;
-        let vcpu = Vcpu::new(vm, id, &cpuid, boot, Arc::clone(buses))?;
-        if id == 0 {
-            vcpu.set_entry(boot)?;
-        }
-        vcpus.push(vcpu);
+    let vcpus = new.into_iter();
+    let vcpus = vcpus.map(|new| Vcpu::new(new, boot, Arc::clone(buses)));
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+    if let Some(first) = vcpus.first() {
+        first.set_entry(boot)?;
     }
     Ok(vcpus)
 }

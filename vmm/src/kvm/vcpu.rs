@@ -30,6 +30,23 @@ pub struct DeviceBuses {
     pub console: Option<Arc<Output>>,
 }
 
+/// A vCPU without registers, which nothing is needed for but a VM.
+#[derive(Debug)]
+pub struct NewVcpu {
+    fd: VcpuFd,
+    id: u8,
+}
+
+impl NewVcpu {
+    /// One with this APIC id.
+    pub fn create(vm: &Vm, id: u8, cpuid: &CpuId) -> Result<Self, VmError> {
+        let fd = vm.create_vcpu(id)?;
+        fd.set_cpuid2(cpuid)
+            .map_err(call("set up a vCPU's CPUID"))?;
+        Ok(Self { fd, id })
+    }
+}
+
 /// A vCPU that does not run yet.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -39,18 +56,10 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// A vCPU with this APIC id, which KVM holds until it gets an INIT and a start-up IPI, unless
-    /// [`Vcpu::set_entry`] makes it the first to run.
-    pub fn new(
-        vm: &Vm,
-        id: u8,
-        cpuid: &CpuId,
-        boot: &BootState,
-        buses: Arc<DeviceBuses>,
-    ) -> Result<Self, VmError> {
-        let fd = vm.create_vcpu(id)?;
-        fd.set_cpuid2(cpuid)
-            .map_err(call("set up a vCPU's CPUID"))?;
+    /// A vCPU that KVM holds until it gets an INIT and a start-up IPI, unless [`Vcpu::set_entry`]
+    /// makes it the first to run.
+    pub fn new(new: NewVcpu, boot: &BootState, buses: Arc<DeviceBuses>) -> Result<Self, VmError> {
+        let NewVcpu { fd, id } = new;
         fd.set_fpu(&boot.fpu).map_err(call("set a vCPU's FPU"))?;
         set_msrs(&fd, &boot.msrs)?;
         Ok(Self { fd, id, buses })
