@@ -95,7 +95,8 @@ impl Control {
     }
 
     /// Waits until an exit has been requested, and lets `others` have their events meanwhile. The
-    /// vCPUs have ended when it returns. `settled` is called once, when a guest has usually started.
+    /// vCPUs have ended when it returns. `settled` is called when a guest has usually started, and
+    /// some time after each event that this thread has had to do with.
     ///
     /// # Errors
     ///
@@ -108,19 +109,20 @@ impl Control {
         for other in others {
             events.add_subscriber(other);
         }
-        let settles = Instant::now() + SETTLED;
-        let mut settled = Some(settled);
+        let mut settles = Some(Instant::now() + SETTLED);
         while exit.reason().is_none() {
-            let left = settles.saturating_duration_since(Instant::now());
+            let left = settles.map(|at| at.saturating_duration_since(Instant::now()));
             // Rounded up, or it would be over too early and begin again.
-            let timeout = settled.map_or(-1, |_| left.as_millis() as i32 + 1);
-            match events.run_with_timeout(timeout) {
-                Ok(_) => {}
-                Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => {}
+            let timeout = left.map_or(-1, |left| left.as_millis() as i32 + 1);
+            let count = match events.run_with_timeout(timeout) {
+                Ok(count) => count,
+                Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => 0,
                 Err(error) => return Err(failed(error)),
-            }
-            if let Some(settled) = settled.take_if(|_| Instant::now() >= settles) {
+            };
+            if settles.take_if(|at| Instant::now() >= *at).is_some() {
                 settled();
+            } else if count > 0 {
+                settles.get_or_insert_with(|| Instant::now() + SETTLED);
             }
         }
         Ok(())

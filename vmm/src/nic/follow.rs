@@ -70,7 +70,8 @@ impl Follower {
             link,
             listener: listener.map(with_timer).transpose()?,
         };
-        follower.publish();
+        // By the control thread, which the guest does not wait for.
+        follower.publish.reset(Duration::from_nanos(1), None)?;
         Ok(follower)
     }
 
