@@ -51,12 +51,13 @@ impl Table {
     }
 
     /// Adds a column: a column's medians as multiples of the largest among the rows whose name
-    /// begins so. It stays empty without such a row.
+    /// begins so. It stays empty without such a row, and where that is 0.
     pub fn add_ratio(&mut self, name: &str, column: usize, reference: &str) {
         let of = |row: &Row| median(&row.cells[column]);
         let rows = self.rows.iter();
         let references = rows.filter(|row| row.name.starts_with(reference));
         let best = references.filter_map(of).max_by(f64::total_cmp);
+        let best = best.filter(|&best| best > 0.0);
         for row in &mut self.rows {
             let ratio = best.and_then(|best| Some(of(row)? / best));
             row.cells.push(ratio.into_iter().collect());
