@@ -148,7 +148,7 @@ impl Output {
     }
 }
 
-/// The timer, whose expiry is an edge that nobody reads.
+/// The timer, whose expiry is an edge, and not read.
 impl AsRawFd for Output {
     fn as_raw_fd(&self) -> RawFd {
         self.timer
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn output_that_nobody_flushes_is_late_once_the_timer_expires() {
+    fn output_that_is_not_flushed_is_late_once_the_timer_expires() {
         let (output, reader, _exit) = output();
         output.port().write_all(b"x").unwrap();
         while !wait_for_timer(&output) {}
