@@ -48,6 +48,8 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
     (
         "devices",
         &[
+            "imago",
+            "io-uring",
             "serde",
             "serde_json",
             "vhost",

@@ -7,6 +7,7 @@
 //! | module | what |
 //! | --- | --- |
 //! | [`bus`] | routes accesses to devices |
+//! | [`disk`] | disk images |
 //! | [`irq`] | an interrupt line, seen from a device |
 //! | [`pci`] | the host bridge, configuration space, MSI-X |
 //! | [`serial`] | COM1, a 16550A |
@@ -24,6 +25,7 @@
 //! do.
 
 pub mod bus;
+pub mod disk;
 pub mod irq;
 pub mod pci;
 pub mod power;

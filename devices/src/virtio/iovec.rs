@@ -29,6 +29,33 @@ impl DerefMut for Iovecs {
     }
 }
 
+/// Pieces of memory that others may touch at any time: a request's part of guest memory. Holding one
+/// proves that they stay accessible for `'a`.
+#[derive(Clone, Copy, Debug)]
+pub struct Segments<'a>(&'a [libc::iovec]);
+
+impl<'a> Segments<'a> {
+    /// The pieces that `iovecs` describe, in order.
+    ///
+    /// # Safety
+    ///
+    /// Each has to be memory that may be read and written as long as `'a`, and to which there is no
+    /// reference.
+    pub unsafe fn new(iovecs: &'a [libc::iovec]) -> Self {
+        Self(iovecs)
+    }
+
+    /// Where they lie, for the kernel.
+    pub fn iovecs(self) -> &'a [libc::iovec] {
+        self.0
+    }
+
+    /// Bytes in all of them.
+    pub fn bytes(self) -> usize {
+        self.0.iter().map(|iovec| iovec.iov_len).sum()
+    }
+}
+
 /// Copies what lies from offset `at` on into `to`, and returns how much there was.
 ///
 /// # Safety

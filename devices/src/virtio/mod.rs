@@ -24,6 +24,7 @@ use serde_json::Value;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use iovec::Segments;
 pub use queue::{Queue, QueueConfig};
 
 use crate::bus::BoxError;
