@@ -3,11 +3,17 @@
 //! An image knows nothing of virtio. It is shared by all queues of its disk, whose threads call it at
 //! the same time.
 
+mod direct;
+mod raw;
+
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::virtio::Segments;
+
+pub use raw::RawFile;
 
 /// Every offset and length is a multiple of this, in bytes.
 pub const SECTOR: u64 = 512;
@@ -109,4 +115,23 @@ pub trait Image: Send + Sync + fmt::Debug {
     /// The host's, and `InvalidInput` for a size that is smaller than the image's, or that the format
     /// cannot have.
     fn grow(&self, size: u64) -> io::Result<()>;
+}
+
+/// The images that a disk can have.
+#[derive(Clone, Debug)]
+pub enum Storage {
+    /// A file or block device whose bytes are the disk's.
+    Raw(Arc<RawFile>),
+    /// One in a format of its own, which takes no calls but these.
+    Image(Arc<dyn Image>),
+}
+
+impl Storage {
+    /// What both have in common.
+    pub fn image(&self) -> &dyn Image {
+        match self {
+            Self::Raw(file) => file.as_ref(),
+            Self::Image(image) => image.as_ref(),
+        }
+    }
 }
