@@ -8,11 +8,13 @@ use net::InterfaceAddress;
 
 use crate::plan::Transport;
 
+mod keys;
 mod nic;
 mod qemu;
 
+use keys::listed;
 pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
-use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS, listed};
+use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 pub use qemu::QemuNic;
 
 /// On every command line: after a panic reset at once, with the "warm" flag by which the monitor

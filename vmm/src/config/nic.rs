@@ -1,6 +1,5 @@
 //! NICs on the command line.
 
-use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -10,6 +9,7 @@ use devices::virtio::rate::RateLimit;
 use net::{MacvtapSpec, Mode, Placement};
 
 use super::ConfigError;
+use super::keys::{DEFAULT_BURST, burst, number, path, scaled, switch, take_keys, value, wrong};
 
 /// A NIC of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,8 +79,6 @@ pub enum BackendChoice {
     Vhost,
 }
 
-/// How long a rate may be exceeded after a pause, by default.
-const DEFAULT_BURST: Duration = Duration::from_millis(10);
 /// More bits or frames a second than any link carries.
 const MAX_RATE: u64 = 1_000_000_000_000;
 
@@ -115,34 +113,6 @@ pub(super) const NIC_KEYS: [&str; 6] = [
     "pcap",
 ];
 
-/// Keys, for people.
-pub(super) fn listed(keys: &[&str]) -> String {
-    let (last, first) = keys.split_last().unwrap_or((&"", &[]));
-    format!("{} and {last}", first.join(", "))
-}
-
-/// Calls `set` with key and value of those of `parts` that have one of `keys`, and returns the others.
-fn take_keys<'a>(
-    keys: &[&str],
-    parts: impl Iterator<Item = &'a str>,
-    mut set: impl FnMut(&str, &str) -> Result<(), ConfigError>,
-) -> Result<Vec<&'a str>, ConfigError> {
-    let (mut seen, mut others) = (Vec::new(), Vec::new());
-    for part in parts {
-        match part.split_once('=') {
-            Some((key, _)) if seen.contains(&key) && key != SOURCE_MAC => {
-                return Err(ConfigError::Twice(key.to_owned()));
-            }
-            Some((key, text)) if keys.contains(&key) => {
-                set(key, text)?;
-                seen.push(key);
-            }
-            _ => others.push(part),
-        }
-    }
-    Ok(others)
-}
-
 impl FromStr for NicConfig {
     type Err = ConfigError;
 
@@ -151,7 +121,7 @@ impl FromStr for NicConfig {
         let mut parts = text.split(',');
         let first = parts.next().unwrap_or_default();
         let mut options = NicOptions::default();
-        let others = take_keys(&NIC_KEYS, parts, |key, text| options.set(key, text))?;
+        let others = take_keys(&NIC_KEYS, "", parts, |key, text| options.set(key, text))?;
         options.check()?;
         let source = parse_source(first, &others).map_err(|error| match error {
             ConfigError::UnknownKey(key) => ConfigError::UnknownNicKey(key),
@@ -184,23 +154,11 @@ impl NicOptions {
                     _ => return Err(wrong(key, text, "is not auto, user or vhost")),
                 }
             }
-            "trust-mac" => {
-                self.trust_mac = match text {
-                    "on" => true,
-                    "off" => false,
-                    _ => return Err(wrong(key, text, "is not on or off")),
-                }
-            }
+            "trust-mac" => self.trust_mac = switch(key, text)?,
             "rx-rate" => self.rx_rate = Some(rate(key, text)?),
             "tx-rate" => self.tx_rate = Some(rate(key, text)?),
-            "burst" => {
-                let ms = text.strip_suffix("ms").and_then(|ms| ms.parse().ok());
-                let ms = ms.filter(|ms| (1..=10_000).contains(ms));
-                let wrong = || wrong(key, text, "is not a time from 1ms to 10000ms");
-                self.burst = Some(Duration::from_millis(ms.ok_or_else(wrong)?));
-            }
-            _ if text.is_empty() => return Err(wrong(key, text, "is not the path of a file")),
-            _ => self.pcap = Some(text.into()),
+            "burst" => self.burst = Some(burst(key, text)?),
+            _ => self.pcap = Some(path(key, text)?),
         }
         Ok(())
     }
@@ -260,17 +218,6 @@ fn rate(key: &str, text: &str) -> Result<Rate, ConfigError> {
     Ok((bits, frames))
 }
 
-/// A number with the decimal suffix K, M or G.
-fn scaled(text: &str) -> Option<u64> {
-    let (number, factor) = match text.as_bytes().last()? {
-        b'k' | b'K' => (&text[..text.len() - 1], 1000),
-        b'm' | b'M' => (&text[..text.len() - 1], 1_000_000),
-        b'g' | b'G' => (&text[..text.len() - 1], 1_000_000_000),
-        _ => (text, 1),
-    };
-    number.parse::<u64>().ok()?.checked_mul(factor)
-}
-
 /// Reads `N[:N...]`.
 fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, ConfigError> {
     let number = |text: &str| match text.parse() {
@@ -298,7 +245,7 @@ fn parse_link<'a>(
 ) -> Result<MacvtapSpec, ConfigError> {
     let mut spec = MacvtapSpec::new(value(link)?);
     let set = |key: &str, text: &str| set_key(&mut spec, key, text);
-    match take_keys(&MACVTAP_KEYS, parts, set)?.first() {
+    match take_keys(&MACVTAP_KEYS, SOURCE_MAC, parts, set)?.first() {
         Some(&"") => return Err(ConfigError::Empty),
         Some(part) => {
             return Err(match part.split_once('=') {
@@ -312,11 +259,6 @@ fn parse_link<'a>(
         return Err(ConfigError::SourceMac);
     }
     Ok(spec)
-}
-
-fn value<T: FromStr<Err: fmt::Display>>(text: &str) -> Result<T, ConfigError> {
-    text.parse()
-        .map_err(|error: T::Err| ConfigError::Value(error.to_string()))
 }
 
 fn set_key(spec: &mut MacvtapSpec, key: &str, text: &str) -> Result<(), ConfigError> {
@@ -339,15 +281,6 @@ fn set_key(spec: &mut MacvtapSpec, key: &str, text: &str) -> Result<(), ConfigEr
         _ => spec.lower_netns = Some(text.into()),
     }
     Ok(())
-}
-
-pub(super) fn wrong(key: &str, text: &str, why: &str) -> ConfigError {
-    ConfigError::Value(format!("{key}={text} {why}"))
-}
-
-fn number(key: &str, text: &str) -> Result<u32, ConfigError> {
-    let number = text.parse();
-    number.map_err(|_| wrong(key, text, "is not a number"))
 }
 
 #[cfg(test)]

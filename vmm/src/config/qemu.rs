@@ -3,7 +3,8 @@
 use std::str::FromStr;
 
 use super::ConfigError;
-use super::nic::{MACVTAP_KEYS, NIC_KEYS, NicSource, parse_source, wrong};
+use super::keys::wrong;
+use super::nic::{MACVTAP_KEYS, NIC_KEYS, NicSource, parse_source};
 
 /// A value of `--macvtap`.
 #[derive(Clone, Debug, PartialEq, Eq)]
