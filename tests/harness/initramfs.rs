@@ -8,7 +8,14 @@ use std::process::Command;
 use super::assets::is_built_in;
 
 /// What the guest's init loads, dependencies first: `virtio_ring` has to precede `virtio`.
-const GUEST_MODULES: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_net", "button", "evdev"];
+const GUEST_MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "button",
+    "evdev",
+];
 
 /// The guest's ramdisk: busybox, the modules for its devices and our init, `resources/guest-init`.
 ///

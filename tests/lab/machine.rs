@@ -64,6 +64,9 @@ const MODULES: &[&str] = &[
     "vhost_net",
     "virtio_mmio",
     "virtio_pci",
+    "virtio_blk",
+    "dm-mod",
+    "loop",
 ];
 
 impl Job<'_> {
