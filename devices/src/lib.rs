@@ -12,7 +12,7 @@
 //! | [`pci`] | the host bridge, configuration space, MSI-X |
 //! | [`serial`] | COM1, a 16550A |
 //! | [`power`] | ACPI power-off and reset registers, the i8042's reset |
-//! | [`virtio`] | the virtio transports and the network device |
+//! | [`virtio`] | the virtio transports, the network device, the block device |
 //!
 //! # Threads
 //!
@@ -22,7 +22,7 @@
 //! device, run while a driver is ready and are parked otherwise ([`virtio::worker`]). A pair's thread
 //! and the vCPUs share nothing but guest memory, eventfds and atomics: no lock is taken for a frame,
 //! unless the NIC has a rate limit or a capture. Counters are published when a thread has nothing to
-//! do.
+//! do. A block device has a thread for each queue, in the same way.
 
 pub mod bus;
 pub mod disk;

@@ -103,6 +103,13 @@ impl Limiter {
         waits.filter_map(Bucket::wait).max().map_or(Ok(()), Err)
     }
 
+    /// Until when nothing may pass.
+    pub fn held_until(&self) -> Option<Instant> {
+        self.buckets.as_ref()?;
+        let now = Instant::now();
+        self.admit(now).err().map(|wait| now + wait)
+    }
+
     /// Takes the tokens for a frame that has passed: its length in bytes, without the virtio-net
     /// header.
     pub fn charge(&self, frame_bytes: usize) {

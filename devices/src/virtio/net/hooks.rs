@@ -20,9 +20,7 @@ pub struct Hooks {
 impl Hooks {
     /// Until when the limit lets nothing pass.
     pub fn held_until(&self) -> Option<Instant> {
-        let limiter = self.limiter.as_ref()?;
-        let now = Instant::now();
-        limiter.admit(now).err().map(|wait| now + wait)
+        self.limiter.as_ref()?.held_until()
     }
 
     /// A frame has passed that lies in `iovecs`, `len` bytes with its header.

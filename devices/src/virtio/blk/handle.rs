@@ -1,0 +1,48 @@
+//! What can be done with a block device once it is on its bus.
+
+use std::io;
+use std::sync::Arc;
+
+use super::config::ConfigSpace;
+use super::counters::{BlkCounters, SharedCounters};
+use super::disk::Disk;
+use crate::lock;
+
+/// A block device, for the control thread.
+#[derive(Debug)]
+pub struct BlkHandle {
+    pub(super) disk: Arc<Disk>,
+    pub(super) config: Arc<ConfigSpace>,
+    pub(super) counters: Vec<SharedCounters>,
+}
+
+impl BlkHandle {
+    /// Grows the image to `size` bytes, and tells the driver. An image that has grown already, such
+    /// as a block device, only has to be told of.
+    ///
+    /// # Errors
+    ///
+    /// The image's, see [`Image::grow`](crate::disk::Image::grow).
+    pub fn grow(&self, size: u64) -> io::Result<()> {
+        let image = self.disk.image();
+        image.grow(size)?;
+        self.config.set_capacity(image.size());
+        Ok(())
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.disk.image().size()
+    }
+
+    /// The disk's name in what is said of its guest.
+    pub fn label(&self) -> &str {
+        self.disk.label()
+    }
+
+    /// What its queues have done, as of when each had nothing to do last.
+    pub fn counters(&self) -> BlkCounters {
+        let counters = self.counters.iter().map(|counters| *lock(counters));
+        counters.fold(BlkCounters::default(), BlkCounters::plus)
+    }
+}
