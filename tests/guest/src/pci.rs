@@ -85,7 +85,7 @@ impl Function {
 }
 
 /// Where this machine has the configuration space of bus 0.
-fn ecam() -> u64 {
+pub fn ecam() -> u64 {
     static BASE: AtomicU64 = AtomicU64::new(0);
     let known = BASE.load(Ordering::Relaxed);
     if known != 0 {

@@ -6,8 +6,9 @@ use super::{KIND, NUMBER};
 use crate::cpu;
 use crate::memory::Shared;
 use crate::options::Options;
+use crate::virtio::Kind;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::net::{Config, HEADER, feature, go, negotiate, queue_size};
-use crate::virtio::net_device::NetDevice;
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 /// The most descriptors that a ring gets.
@@ -22,7 +23,7 @@ const CONTROL_PAIRS: [u8; 2] = [4, 0];
 
 /// The NIC, and how often it was notified.
 pub struct Rig {
-    nic: NetDevice,
+    nic: VirtioDevice,
     /// Its address.
     pub mac: [u8; 6],
     /// The queue pairs.
@@ -62,7 +63,7 @@ pub struct Seen {
 impl Rig {
     /// Brings the NIC up with as many pairs as the options say.
     pub fn start(options: &Options) -> Result<Self, &'static str> {
-        let nic = NetDevice::find(options.index)?;
+        let nic = VirtioDevice::find(Kind::Net, options.index)?;
         // QEMU does not tell the MTU.
         let single = (feature::OFFLOADS | feature::EVENT_IDX) & !feature::MTU;
         let wanted = match options.pairs {
@@ -221,7 +222,7 @@ impl Rig {
 }
 
 impl Pair {
-    fn new(nic: NetDevice, number: u16) -> Result<Self, &'static str> {
+    fn new(nic: VirtioDevice, number: u16) -> Result<Self, &'static str> {
         let ring = |queue| Ok::<_, &'static str>(Ring::new(queue, queue_size(nic, queue, RING)?));
         let (mut rx, mut tx) = (ring(number * 2)?, ring(number * 2 + 1)?);
         rx.enable(nic);
@@ -283,7 +284,7 @@ impl Pair {
 }
 
 /// Has the device use so many pairs.
-fn set_pairs(nic: NetDevice, mut ring: Ring, pairs: u16) -> Result<(), &'static str> {
+fn set_pairs(nic: VirtioDevice, mut ring: Ring, pairs: u16) -> Result<(), &'static str> {
     let mut memory = Shared::new(64);
     memory.put(0, &CONTROL_PAIRS);
     memory.write(2, pairs);

@@ -8,8 +8,8 @@ use super::rig::{RING, Rig};
 use super::{Failure, Runner};
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
+use crate::virtio::device::status;
 use crate::virtio::net::{RX, TX, feature};
-use crate::virtio::net_device::status;
 use crate::virtio::ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE};
 
 /// A whole number of descriptors for an indirect table.

@@ -4,8 +4,8 @@ use alloc::format;
 
 use super::rig::{Bench, Rig};
 use super::{Failure, Runner};
+use crate::virtio::device::{VirtioDevice, status};
 use crate::virtio::net::{RX, TX, feature, go, negotiate};
-use crate::virtio::net_device::{NetDevice, status};
 
 const STARTED: u32 = status::ACKNOWLEDGE | status::DRIVER;
 
@@ -136,6 +136,6 @@ fn resets_in_traffic(bench: &Bench, rounds: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-fn notify_all(nic: NetDevice) {
+fn notify_all(nic: VirtioDevice) {
     [RX, TX, 2].into_iter().for_each(|queue| nic.notify(queue));
 }

@@ -9,8 +9,8 @@ use super::rig::{Bench, RING, Rig};
 use super::{Failure, Runner};
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
+use crate::virtio::device::status::NEEDS_RESET;
 use crate::virtio::net::{Config, RX, TX, feature, go, negotiate};
-use crate::virtio::net_device::status::NEEDS_RESET;
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 const OK: u8 = 0;

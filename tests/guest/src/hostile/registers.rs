@@ -5,9 +5,9 @@ use alloc::format;
 use super::rig::{Bench, Rig};
 use super::{Failure, Runner, pci};
 use crate::region::Region;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::mmio::{MAGIC_VALUE, WINDOW_SIZE, Window, at};
 use crate::virtio::net::feature;
-use crate::virtio::net_device::NetDevice;
 
 /// What is written.
 pub const VALUES: [u64; 3] = [0, u64::MAX, 0x0102_0304_0506_0708];
@@ -20,14 +20,14 @@ pub const STRIDE: usize = 0x75;
 /// Reads and writes all of the NIC's registers.
 pub fn run(runner: &mut Runner<'_>) {
     match runner.bench.nic {
-        NetDevice::Mmio(window) => {
+        VirtioDevice::Mmio(window) => {
             for value in VALUES {
                 in_both_states(runner, &format!("registers-{value:#x}"), |_| {
                     touch_all(window, value)
                 });
             }
         }
-        NetDevice::Pci(nic) => pci::run(runner, nic),
+        VirtioDevice::Pci(nic) => pci::run(runner, nic),
     }
 }
 

@@ -8,8 +8,9 @@ use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::Shared;
 use crate::options::Options;
+use crate::virtio::Kind;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::net::{Config, HEADER, Header, RX, TX, bring_up, feature, go};
-use crate::virtio::net_device::NetDevice;
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 /// The least size of a frame on Ethernet.
@@ -36,7 +37,7 @@ pub const TX_ROOM: usize = 160 * 1024;
 /// The NIC under attack, and its surroundings.
 pub struct Bench {
     /// The device.
-    pub nic: NetDevice,
+    pub nic: VirtioDevice,
     /// The first address after RAM.
     pub ram_end: u64,
     /// The host's kernel moves the frames.
@@ -49,7 +50,7 @@ pub struct Bench {
 impl Bench {
     /// Looks for the NIC, and for the addresses in the options.
     pub fn new(options: &Options, boot: &Boot) -> Result<Self, &'static str> {
-        let nic = NetDevice::find(options.index)?;
+        let nic = VirtioDevice::find(Kind::Net, options.index)?;
         let own = options.addresses.iter().find_map(|address| match address {
             IpCidr::Ipv4(own) => Some(own.address()),
             IpCidr::Ipv6(_) => None,

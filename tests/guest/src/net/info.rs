@@ -3,14 +3,15 @@
 use crate::boot::Boot;
 use crate::report;
 use crate::serial::println;
+use crate::virtio::Kind;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::net::{Config, RX, TX, queue_size};
-use crate::virtio::net_device::NetDevice;
 
 /// One `NIC` line for each.
 pub fn run(boot: &Boot) {
     println!("CMDLINE {}", boot.command_line.text());
     println!("RAM {:#x}..{:#x}", boot.ram.start, boot.ram.end);
-    let nics = NetDevice::all();
+    let nics = VirtioDevice::all(Kind::Net);
     for (index, nic) in nics.iter().enumerate() {
         let Config {
             mac: [a, b, c, d, e, f],

@@ -8,7 +8,8 @@ use super::ping::{PATIENCE, Pinger};
 use super::{Stack, with_stack};
 use crate::cpu;
 use crate::options::Options;
-use crate::virtio::net_device::NetDevice;
+use crate::virtio::Kind;
+use crate::virtio::device::VirtioDevice;
 
 /// Each of `count` pings must bring an interrupt, and acknowledging it must make room for the next
 /// one.
@@ -17,7 +18,7 @@ pub fn run(options: &Options) {
 }
 
 fn count(stack: &mut Stack, options: &Options) -> Result<String, String> {
-    let nic = NetDevice::find(options.index)?;
+    let nic = VirtioDevice::find(Kind::Net, options.index)?;
     let line = nic.line();
     let mut pinger = Pinger::start(stack, options.peer()?)?;
     nic.enable_interrupts();

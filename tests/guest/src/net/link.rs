@@ -12,8 +12,9 @@ use super::Stack;
 use super::echo::{ECHO, echo_datagrams};
 use crate::options::Options;
 use crate::serial::println;
+use crate::virtio::Kind;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::net::Config;
-use crate::virtio::net_device::NetDevice;
 use crate::{cpu, report};
 
 /// The bit of the interrupt status that says that the configuration has changed (virtio 1.2, 4.2.2
@@ -34,7 +35,7 @@ pub fn run(options: &Options) {
 
 fn watch(options: &Options) -> Result<(), String> {
     let mut nics = Vec::new();
-    for (index, nic) in NetDevice::all().into_iter().enumerate() {
+    for (index, nic) in VirtioDevice::all(Kind::Net).into_iter().enumerate() {
         nics.push(Watched::start(index, nic, options)?);
     }
     println!("READY link");
@@ -58,7 +59,7 @@ fn watch(options: &Options) -> Result<(), String> {
 /// A NIC that is up.
 struct Watched {
     index: usize,
-    nic: NetDevice,
+    nic: VirtioDevice,
     stack: Stack,
     socket: SocketHandle,
     datagrams: u64,
@@ -70,7 +71,7 @@ struct Watched {
 }
 
 impl Watched {
-    fn start(index: usize, nic: NetDevice, options: &Options) -> Result<Self, String> {
+    fn start(index: usize, nic: VirtioDevice, options: &Options) -> Result<Self, String> {
         let mut stack = Stack::start_on(nic, options)?;
         let socket = stack.add_udp();
         let bound = stack.sockets.get_mut::<udp::Socket<'_>>(socket).bind(ECHO);
@@ -132,7 +133,7 @@ impl Watched {
 }
 
 /// The link's state and the generation of the configuration that it was read from.
-fn state(nic: NetDevice) -> (u16, u32) {
+fn state(nic: VirtioDevice) -> (u16, u32) {
     loop {
         let before = nic.generation();
         let status = Config::read(nic).status;

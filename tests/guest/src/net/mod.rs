@@ -18,7 +18,8 @@ use smoltcp::wire::{EthernetAddress, HardwareAddress};
 
 use crate::nic::Nic;
 use crate::options::Options;
-use crate::virtio::net_device::NetDevice;
+use crate::virtio::Kind;
+use crate::virtio::device::VirtioDevice;
 use crate::{cpu, report};
 
 /// A TCP socket's buffers: enough for a window that keeps large segments coming.
@@ -38,11 +39,11 @@ pub struct Stack {
 impl Stack {
     /// Brings the NIC up and gives it the addresses of the options.
     pub fn start(options: &Options) -> Result<Self, String> {
-        Self::start_on(NetDevice::find(options.index)?, options)
+        Self::start_on(VirtioDevice::find(Kind::Net, options.index)?, options)
     }
 
     /// The same for a NIC that the options need not name.
-    pub fn start_on(nic: NetDevice, options: &Options) -> Result<Self, String> {
+    pub fn start_on(nic: VirtioDevice, options: &Options) -> Result<Self, String> {
         let mut nic = Nic::start(nic, options.driver)?;
         let address = options.mac.unwrap_or(EthernetAddress(nic.mac()));
         let mut config = Config::new(HardwareAddress::Ethernet(address));

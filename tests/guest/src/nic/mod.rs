@@ -11,7 +11,7 @@ use smoltcp::phy::{Device, DeviceCapabilities, Medium, PacketMeta, RxToken, TxTo
 use smoltcp::time::Instant;
 
 use crate::options::Driver;
-use crate::virtio::net_device::NetDevice;
+use crate::virtio::device::VirtioDevice;
 use by_crate::CrateNic;
 use own::OwnNic;
 
@@ -28,7 +28,7 @@ pub enum Nic {
 
 impl Nic {
     /// Brings a NIC up.
-    pub fn start(nic: NetDevice, driver: Driver) -> Result<Self, String> {
+    pub fn start(nic: VirtioDevice, driver: Driver) -> Result<Self, String> {
         Ok(match driver {
             Driver::Crate => Self::Crate(Box::new(CrateNic::start(nic)?)),
             Driver::Own => Self::Own(Box::new(OwnNic::start(nic)?)),

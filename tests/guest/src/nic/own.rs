@@ -10,10 +10,10 @@ use core::num::NonZeroUsize;
 use smoltcp::phy::{Checksum, DeviceCapabilities, PacketMeta};
 
 use crate::memory::Shared;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::net::{
     Config, GSO_TCPV4, GSO_TCPV6, HEADER, Header, NEEDS_CSUM, bring_up, feature,
 };
-use crate::virtio::net_device::NetDevice;
 use crate::virtio::ring::{Descriptor, Ring, WRITE};
 
 const QUEUE_SIZE: u16 = 256;
@@ -28,7 +28,7 @@ const ETHERNET: usize = 14;
 
 /// The NIC with its rings and buffers. Descriptor n of the receive ring always is buffer n.
 pub struct OwnNic {
-    nic: NetDevice,
+    nic: VirtioDevice,
     config: Config,
     features: u64,
     rx: Ring,
@@ -41,7 +41,7 @@ pub struct OwnNic {
 
 impl OwnNic {
     /// Brings the device up and gives it buffers to receive into.
-    pub fn start(nic: NetDevice) -> Result<Self, &'static str> {
+    pub fn start(nic: VirtioDevice) -> Result<Self, &'static str> {
         let (features, rx, tx) = bring_up(nic, feature::OFFLOADS | feature::EVENT_IDX, QUEUE_SIZE)?;
         if features & feature::OFFLOADS != feature::OFFLOADS {
             return Err("the device does not offer every offload");
@@ -177,7 +177,7 @@ impl OwnNic {
 }
 
 /// Notifies the device of the last `offered` chains if it wants to know.
-fn kick(nic: NetDevice, features: u64, ring: &Ring, offered: u16) {
+fn kick(nic: VirtioDevice, features: u64, ring: &Ring, offered: u16) {
     if features & feature::EVENT_IDX == 0 || ring.wants_notification(offered) {
         nic.notify(ring.queue);
     }

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use super::NETWORK_NIC;
+use super::Kind;
 use crate::region::Region;
 
 /// Where a machine has its windows.
@@ -67,19 +67,19 @@ pub struct Window {
 }
 
 impl Window {
-    /// minivmm's windows that hold a NIC, by address.
-    pub fn network_nics() -> Vec<Self> {
-        MINIVMM.network_nics()
+    /// minivmm's windows that hold a device of this kind, by address.
+    pub fn all(kind: Kind) -> Vec<Self> {
+        MINIVMM.devices(kind)
     }
 
     /// The same for QEMU's microvm.
-    pub fn network_nics_of_microvm() -> Vec<Self> {
-        MICROVM.network_nics()
+    pub fn all_of_microvm(kind: Kind) -> Vec<Self> {
+        MICROVM.devices(kind)
     }
 }
 
 impl Windows {
-    fn network_nics(&self) -> Vec<Window> {
+    fn devices(&self, kind: Kind) -> Vec<Window> {
         (0..self.count)
             .map(|n| Window {
                 registers: Region {
@@ -89,7 +89,7 @@ impl Windows {
                 line: self.first_line + n as u32,
             })
             .filter(|window| window.registers.read::<u32>(at::MAGIC) == MAGIC_VALUE)
-            .filter(|window| window.registers.read::<u32>(at::DEVICE_ID) == NETWORK_NIC)
+            .filter(|window| window.registers.read::<u32>(at::DEVICE_ID) == kind as u32)
             .collect()
     }
 }

@@ -1,11 +1,15 @@
-//! virtio by hand: a NIC's registers on either transport, rings, and the bring-up of a NIC (virtio
-//! 1.2, 4 and 5.1).
+//! virtio by hand: a device's registers on either transport, rings, and the bring-up of a device
+//! (virtio 1.2, 3 to 5).
 
+pub mod by_crate;
+pub mod device;
 pub mod mmio;
 pub mod net;
-pub mod net_device;
 pub mod pci;
 pub mod ring;
 
-/// The number of this kind of device (virtio 1.2, chapter 5).
-const NETWORK_NIC: u32 = 1;
+/// Kinds of devices, by number (virtio 1.2, chapter 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Net = 1,
+}

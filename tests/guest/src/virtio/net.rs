@@ -1,6 +1,7 @@
 //! What is special to a NIC, and its bring-up by hand (virtio 1.2, 5.1 and 3.1.1).
 
-use super::net_device::{NetDevice, status};
+use super::device::VirtioDevice;
+pub use super::device::{go, negotiate, queue_size};
 use super::ring::Ring;
 
 /// The receive and transmit queues of the first pair.
@@ -88,7 +89,7 @@ pub struct Config {
 
 impl Config {
     /// Reads it.
-    pub fn read(nic: NetDevice) -> Self {
+    pub fn read(nic: VirtioDevice) -> Self {
         Self {
             mac: core::array::from_fn(|n| nic.config(n as u64)),
             status: nic.config(6),
@@ -98,41 +99,9 @@ impl Config {
     }
 }
 
-/// Resets the device and takes it up to FEATURES_OK with those of the `wanted` features that it
-/// offers. Returns them.
-pub fn negotiate(nic: NetDevice, wanted: u64) -> Result<u64, &'static str> {
-    nic.reset();
-    if nic.status() != 0 {
-        return Err("the status is not 0 after a reset");
-    }
-    nic.set_status(status::ACKNOWLEDGE);
-    nic.set_status(status::ACKNOWLEDGE | status::DRIVER);
-    let features = nic.offered() & wanted;
-    nic.accept(features);
-    nic.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
-    match nic.status() & status::FEATURES_OK {
-        0 => Err("FEATURES_OK does not stick"),
-        _ => Ok(features),
-    }
-}
-
-/// Says DRIVER_OK.
-pub fn go(nic: NetDevice) {
-    nic.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK);
-}
-
-/// The size of a queue to use: what the device offers, at most `limit`.
-pub fn queue_size(nic: NetDevice, queue: u16, limit: u16) -> Result<u16, &'static str> {
-    nic.select_queue(queue.into());
-    match nic.queue_size() {
-        0 => Err("the device has no such queue"),
-        offered => Ok(u16::try_from(offered).unwrap_or(limit).min(limit)),
-    }
-}
-
 /// Brings the device up with two rings of at most `limit` descriptors each: receive, transmit.
 pub fn bring_up(
-    nic: NetDevice,
+    nic: VirtioDevice,
     wanted: u64,
     limit: u16,
 ) -> Result<(u64, Ring, Ring), &'static str> {

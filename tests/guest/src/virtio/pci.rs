@@ -3,7 +3,7 @@
 
 use alloc::vec::Vec;
 
-use super::NETWORK_NIC;
+use super::Kind;
 use crate::memory::PAGE;
 use crate::pci::{Function, SLOTS, at};
 use crate::region::Region;
@@ -51,9 +51,9 @@ pub const NO_VECTOR: u16 = 0xffff;
 /// The queues whose notification addresses are known: one pair.
 const QUEUES: usize = 2;
 
-/// A NIC on the bus. minivmm has all its structures in BAR 0, QEMU most of them in another.
+/// A device on the bus. minivmm has all its structures in BAR 0, QEMU most of them in another.
 #[derive(Clone, Copy, Debug)]
-pub struct PciNic {
+pub struct PciDevice {
     /// Its place on the bus.
     pub function: Function,
     /// The BAR that holds the common configuration and the notification addresses.
@@ -66,7 +66,7 @@ pub struct PciNic {
     pub multiplier: u64,
     /// The ISR status.
     pub isr: Region,
-    /// The NIC's own configuration.
+    /// The device's own configuration.
     pub device: Region,
     /// The MSI-X vectors.
     pub msix: Msix,
@@ -75,10 +75,10 @@ pub struct PciNic {
     notify_offsets: [u64; QUEUES],
 }
 
-impl PciNic {
-    /// The NICs on the bus, by slot.
-    pub fn network_nics() -> Vec<Self> {
-        let id = (VENDOR, DEVICE_BASE + NETWORK_NIC as u16);
+impl PciDevice {
+    /// The devices of this kind on the bus, by slot.
+    pub fn all(kind: Kind) -> Vec<Self> {
+        let id = (VENDOR, DEVICE_BASE + kind as u16);
         (0..SLOTS)
             .map(|slot| Function::new(slot, 0))
             .filter(|function| function.ids() == id)
@@ -86,13 +86,13 @@ impl PciNic {
             .collect()
     }
 
-    /// The NIC that is this function, unless it lacks a structure.
+    /// The device that is this function, unless it lacks a structure.
     fn at(function: Function) -> Option<Self> {
         let bars = bars(function);
         function.enable();
         let structure = |wanted: u8| Structure::find(function, &bars, wanted);
         let (common, notify) = (structure(kind::COMMON)?, structure(kind::NOTIFY)?);
-        let mut nic = Self {
+        let mut device = Self {
             function,
             bar: bars[common.bar]?,
             common: common.region?,
@@ -104,11 +104,11 @@ impl PciNic {
             window: structure(kind::WINDOW)?.capability,
             notify_offsets: [0; QUEUES],
         };
-        for (queue, offset) in (0_u16..).zip(&mut nic.notify_offsets) {
-            nic.common.write(common::QUEUE_SELECT, queue);
-            *offset = u64::from(nic.common.read::<u16>(common::QUEUE_NOTIFY_OFF));
+        for (queue, offset) in (0_u16..).zip(&mut device.notify_offsets) {
+            device.common.write(common::QUEUE_SELECT, queue);
+            *offset = u64::from(device.common.read::<u16>(common::QUEUE_NOTIFY_OFF));
         }
-        Some(nic)
+        Some(device)
     }
 
     /// Notifies the device of a queue; of one that it does not have, somewhere in the page of
@@ -120,8 +120,8 @@ impl PciNic {
         self.bar.write(start + offset % PAGE as u64, queue as u16);
     }
 
-    /// Has changes of the configuration and received frames signalled by the first two vectors,
-    /// which send this message, and what is sent by none.
+    /// Has changes of the configuration and the first queue (of a NIC what is received) signalled by
+    /// the first two vectors, which send this message, and the second queue by none.
     pub fn enable_messages(&self, (address, data): (u64, u32)) {
         for vector in 0..QUEUES as u64 {
             self.msix.set(vector, address, data);
@@ -129,7 +129,7 @@ impl PciNic {
         }
         self.msix.control(Msix::ENABLE);
         self.common.write(common::CONFIG_VECTOR, 0_u16);
-        for (queue, vector) in [(super::net::RX, 1), (super::net::TX, NO_VECTOR)] {
+        for (queue, vector) in [(0_u16, 1_u16), (1, NO_VECTOR)] {
             self.common.write(common::QUEUE_SELECT, queue);
             self.common.write(common::QUEUE_VECTOR, vector);
         }

@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{Ordering, fence};
 
-use super::net_device::NetDevice;
+use super::device::VirtioDevice;
 use crate::memory::{PAGE, Shared};
 
 /// Descriptor flags.
@@ -98,7 +98,7 @@ impl Ring {
     }
 
     /// Gives the device its address, and makes it ready.
-    pub fn enable(&self, nic: NetDevice) {
+    pub fn enable(&self, nic: VirtioDevice) {
         configure(nic, self.queue, self.size.into(), self.areas());
         nic.set_queue_ready(1);
     }
@@ -166,7 +166,7 @@ impl Ring {
 }
 
 /// Describes a queue to the device, rightly or not, without making it ready.
-pub fn configure(nic: NetDevice, queue: u16, size: u32, areas: [u64; 3]) {
+pub fn configure(nic: VirtioDevice, queue: u16, size: u32, areas: [u64; 3]) {
     nic.select_queue(queue.into());
     nic.set_queue_size(size);
     nic.set_queue_areas(areas);

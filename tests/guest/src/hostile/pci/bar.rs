@@ -9,8 +9,9 @@ use super::{Failure, Runner};
 use crate::memory::PAGE;
 use crate::pci::at;
 use crate::region::Region;
+use crate::virtio::Kind;
 use crate::virtio::net::feature;
-use crate::virtio::pci::{NO_VECTOR, PciNic, common};
+use crate::virtio::pci::{NO_VECTOR, PciDevice, common};
 
 /// How much of a structure is tried at every offset, and how much past its end.
 const DENSE: u64 = 0x40;
@@ -29,7 +30,7 @@ const PLACES: [u32; 7] = [
 ];
 
 /// Runs them.
-pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
+pub fn run(runner: &mut Runner<'_>, nic: PciDevice) {
     let structures = [
         ("common", nic.common),
         ("notify", nic.notify),
@@ -68,7 +69,7 @@ pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
 }
 
 /// Touches a structure and what follows.
-fn touch_structure(nic: PciNic, structure: Region, value: u64) {
+fn touch_structure(nic: PciDevice, structure: Region, value: u64) {
     let start = structure.base - nic.bar.base;
     let dense = 0..structure.size.min(DENSE);
     let end = structure.size.saturating_sub(8)..structure.size + PAST;
@@ -80,7 +81,7 @@ fn touch_structure(nic: PciNic, structure: Region, value: u64) {
 }
 
 /// Touches all of BAR 0 here and there, and across each page's end and its own.
-fn touch_sparsely(nic: PciNic, value: u64) {
+fn touch_sparsely(nic: PciDevice, value: u64) {
     let beyond = Region {
         size: nic.bar.size + 8,
         ..nic.bar
@@ -93,10 +94,10 @@ fn touch_sparsely(nic: PciNic, value: u64) {
 }
 
 /// Whether the NIC still shows its identity and its number of queues.
-fn is_itself(nic: PciNic) -> Result<(), Failure> {
-    let now = PciNic::network_nics();
+fn is_itself(nic: PciDevice) -> Result<(), Failure> {
+    let now = PciDevice::all(Kind::Net);
     let queues: u16 = nic.common.read(common::NUM_QUEUES);
-    let same = |other: &PciNic| other.bar.base == nic.bar.base && other.bar.size == nic.bar.size;
+    let same = |other: &PciDevice| other.bar.base == nic.bar.base && other.bar.size == nic.bar.size;
     if now.iter().any(same) && queues >= 2 {
         Ok(())
     } else {
@@ -105,7 +106,7 @@ fn is_itself(nic: PciNic) -> Result<(), Failure> {
 }
 
 /// Sets up queues that do not exist.
-fn beyond_the_queues(nic: PciNic) -> Result<(), Failure> {
+fn beyond_the_queues(nic: PciDevice) -> Result<(), Failure> {
     let queues: u16 = nic.common.read(common::NUM_QUEUES);
     for queue in [queues, queues + 1, 0x100, 0x7fff, 0xffff] {
         nic.common.write(common::QUEUE_SELECT, queue);
@@ -124,7 +125,7 @@ fn beyond_the_queues(nic: PciNic) -> Result<(), Failure> {
 }
 
 /// Assigns vectors that do not exist: they must read back as none (virtio 1.2, 4.1.5.1.2.1).
-fn vectors_beyond(nic: PciNic) -> Result<(), Failure> {
+fn vectors_beyond(nic: PciDevice) -> Result<(), Failure> {
     for vector in [nic.msix.vectors, 0x7ff, 0x800, 0x8000, 0xfffe, NO_VECTOR] {
         for queue in [0_u16, 1] {
             nic.common.write(common::QUEUE_SELECT, queue);
@@ -156,7 +157,7 @@ pub fn in_traffic(
 }
 
 /// Writes another address, in one piece and in several, and brings the old one back.
-fn move_to(rig: &mut Rig<'_>, nic: PciNic, place: u32) -> Result<(), Failure> {
+fn move_to(rig: &mut Rig<'_>, nic: PciDevice, place: u32) -> Result<(), Failure> {
     let config = nic.function.config;
     for _ in 0..5 {
         config.write(at::BAR_0, place);
@@ -180,7 +181,7 @@ fn move_to(rig: &mut Rig<'_>, nic: PciNic, place: u32) -> Result<(), Failure> {
 }
 
 /// Switches memory decoding and interrupt pins off and on while the NIC is used.
-fn switch_off(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
+fn switch_off(rig: &mut Rig<'_>, nic: PciDevice) -> Result<(), Failure> {
     for command in [1_u16 << 2, 1 << 2 | 1 << 10, 0xfffd, 0xffff] {
         nic.function.config.write(at::COMMAND, command);
         rig.arp();
@@ -193,7 +194,7 @@ fn switch_off(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
 }
 
 /// Takes bus mastering away: the NIC must leave memory alone from then on, until it has been reset.
-fn take_mastering_away(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
+fn take_mastering_away(rig: &mut Rig<'_>, nic: PciDevice) -> Result<(), Failure> {
     for command in [0_u16, 1 << 1, 0xfffb] {
         nic.function.config.write(at::COMMAND, command);
         nic.function.enable();

@@ -9,7 +9,7 @@ use super::{Failure, Runner};
 use crate::cpu::{in8, in16, in32, in32_string, out8, out16, out32, out32_string};
 use crate::pci::{ADDRESS_PORT, CONFIG_SIZE, DATA_PORT, ECAM, Function, SLOTS, aim, at};
 use crate::region::Region;
-use crate::virtio::pci::{PciNic, common};
+use crate::virtio::pci::{PciDevice, common};
 
 /// The part of configuration space that conventional PCI knows.
 const CONVENTIONAL: u64 = 256;
@@ -23,10 +23,10 @@ const WINDOW_LENGTH: u64 = 12;
 const WINDOW_DATA: u64 = 16;
 
 /// Does harm by a value that is written.
-type Attack = fn(PciNic, u64);
+type Attack = fn(PciDevice, u64);
 
 /// Runs them.
-pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
+pub fn run(runner: &mut Runner<'_>, nic: PciDevice) {
     let attacks: [(&str, Attack); 4] = [
         ("memory", by_memory),
         ("ports", by_ports),
@@ -59,14 +59,14 @@ pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
 }
 
 /// Brings back what the NIC needs for its work.
-fn restore(nic: PciNic) {
+fn restore(nic: PciDevice) {
     nic.function.config.write(at::BAR_0, nic.bar.base as u32);
     nic.function.enable();
     nic.msix.control(0);
 }
 
 /// All of the NIC's configuration space, as memory.
-fn by_memory(nic: PciNic, value: u64) {
+fn by_memory(nic: PciDevice, value: u64) {
     let sparse = (CONVENTIONAL..CONFIG_SIZE - 8).step_by(STRIDE);
     let offsets = (0..CONVENTIONAL + 8).chain(sparse);
     for offset in offsets.chain([CONFIG_SIZE - 8]) {
@@ -75,7 +75,7 @@ fn by_memory(nic: PciNic, value: u64) {
 }
 
 /// All of it by ports.
-fn by_ports(nic: PciNic, value: u64) {
+fn by_ports(nic: PciDevice, value: u64) {
     for register in (0..CONVENTIONAL).step_by(4) {
         aim(0, nic.function.slot, 0, register as u8);
         touch_data_port(value);
@@ -96,7 +96,7 @@ fn touch_data_port(value: u64) {
 
 /// The data port by string instructions, which repeat an access and do not go on to the next
 /// register.
-fn by_strings(nic: PciNic, value: u64) -> Result<(), Failure> {
+fn by_strings(nic: PciDevice, value: u64) -> Result<(), Failure> {
     let mut words = [0; 40];
     for register in (0..CONVENTIONAL).step_by(4) {
         aim(0, nic.function.slot, 0, register as u8);
@@ -114,7 +114,7 @@ fn by_strings(nic: PciNic, value: u64) -> Result<(), Failure> {
 
 /// The address register in pieces, and addresses of nothing: switched off, on another bus, of
 /// another function.
-fn address_port(nic: PciNic, value: u64) {
+fn address_port(nic: PciDevice, value: u64) {
     for port in ADDRESS_PORT..DATA_PORT {
         out8(port, value as u8);
         in8(port);
@@ -134,7 +134,7 @@ fn address_port(nic: PciNic, value: u64) {
 }
 
 /// The host bridge, every place where there is no function, and what follows the bus.
-fn whole_bus(_: PciNic, value: u64) {
+fn whole_bus(_: PciDevice, value: u64) {
     for slot in 0..SLOTS {
         for number in [0, 1, 7] {
             let function = Function::new(slot, number);
@@ -165,7 +165,7 @@ fn whole_bus(_: PciNic, value: u64) {
 }
 
 /// Points the window to where it may not show anything, and uses it with each width.
-fn window_anywhere(nic: PciNic, value: u64) {
+fn window_anywhere(nic: PciDevice, value: u64) {
     let config = nic.function.config;
     let size = nic.bar.size as u32;
     let places = [
@@ -196,7 +196,7 @@ fn window_anywhere(nic: PciNic, value: u64) {
 }
 
 /// Whether the window shows what is there.
-fn window_works(nic: PciNic) -> Result<(), Failure> {
+fn window_works(nic: PciDevice) -> Result<(), Failure> {
     let config = nic.function.config;
     let start = nic.common.base - nic.bar.base;
     config.write(nic.window + WINDOW_BAR, 0_u8);

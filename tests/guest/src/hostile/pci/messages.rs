@@ -9,7 +9,7 @@ use super::bar::in_traffic;
 use super::{Failure, Runner};
 use crate::cpu;
 use crate::virtio::net::{TX, feature};
-use crate::virtio::pci::{Msix, PciNic, common};
+use crate::virtio::pci::{Msix, PciDevice, common};
 use smoltcp::time::Duration;
 
 /// Messages that reach no processor, or none that takes them: an APIC that does not exist, with
@@ -30,7 +30,7 @@ const RX_VECTOR: u64 = 1;
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Runs them; the repeated ones `rounds` times at most.
-pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
+pub fn run(runner: &mut Runner<'_>, nic: PciDevice) {
     let rounds = runner.rounds.min(30);
     runner.attack("msix-garbage", |bench| {
         in_messages(bench, nic, |rig| {
@@ -103,7 +103,7 @@ pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
 /// Runs an attack on a NIC whose frames interrupt, which they must do after it without a reset.
 fn in_messages(
     bench: &Bench,
-    nic: PciNic,
+    nic: PciDevice,
     attack: impl FnOnce(&mut Rig<'_>) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     in_traffic(bench, |rig| {
@@ -117,7 +117,7 @@ fn in_messages(
 }
 
 /// Whether a received frame interrupts.
-fn interrupts_again(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
+fn interrupts_again(rig: &mut Rig<'_>, nic: PciDevice) -> Result<(), Failure> {
     // What was pending may come now.
     rig.settle();
     let before = count(nic);
@@ -133,7 +133,7 @@ fn interrupts_again(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
 
 /// A frame that comes in while its vector is masked must show in the pending bits, and interrupt
 /// afterwards.
-fn masked_is_pending(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
+fn masked_is_pending(rig: &mut Rig<'_>, nic: PciDevice) -> Result<(), Failure> {
     rig.settle();
     nic.msix.mask(RX_VECTOR, true);
     let before = count(nic);
@@ -160,7 +160,7 @@ fn masked_is_pending(rig: &mut Rig<'_>, nic: PciNic) -> Result<(), Failure> {
 }
 
 /// What is pending when the device is reset must neither stay so nor interrupt later.
-fn pending_ends_at_reset(bench: &Bench, nic: PciNic) -> Result<(), Failure> {
+fn pending_ends_at_reset(bench: &Bench, nic: PciDevice) -> Result<(), Failure> {
     let mut rig = Rig::start(bench, feature::PLAIN)?;
     rig.offer_buffers();
     bench.nic.enable_interrupts();
@@ -180,11 +180,11 @@ fn pending_ends_at_reset(bench: &Bench, nic: PciNic) -> Result<(), Failure> {
     Ok(())
 }
 
-fn count(nic: PciNic) -> u64 {
+fn count(nic: PciDevice) -> u64 {
     cpu::interrupts(nic.function.slot.into())
 }
 
-fn comes(nic: PciNic, before: u64) -> bool {
+fn comes(nic: PciDevice, before: u64) -> bool {
     in_time(|| count(nic) > before)
 }
 

@@ -11,10 +11,10 @@ mod config;
 mod messages;
 
 use super::{Failure, Runner};
-use crate::virtio::pci::PciNic;
+use crate::virtio::pci::PciDevice;
 
 /// Runs all of them.
-pub fn run(runner: &mut Runner<'_>, nic: PciNic) {
+pub fn run(runner: &mut Runner<'_>, nic: PciDevice) {
     bar::run(runner, nic);
     messages::run(runner, nic);
     config::run(runner, nic);

@@ -1,10 +1,11 @@
-//! A NIC, whichever transport it is reached by: the same registers at different places and of
+//! A device, whichever transport it is reached by: the same registers at different places and of
 //! different widths (virtio 1.2, 4.2.2 and 4.1.4).
 
 use alloc::vec::Vec;
 
+use super::Kind;
 use super::mmio::{Window, at};
-use super::pci::{PciNic, common};
+use super::pci::{PciDevice, common};
 use crate::cpu;
 use crate::memory::Word;
 use crate::pci;
@@ -18,42 +19,42 @@ pub mod status {
     pub const NEEDS_RESET: u32 = 64;
 }
 
-/// A NIC. What is written is as wide as virtio-mmio has it, and cut off where virtio-pci has less.
+/// A device. What is written is as wide as virtio-mmio has it, and cut off where virtio-pci has less.
 #[derive(Clone, Copy, Debug)]
-pub enum NetDevice {
+pub enum VirtioDevice {
     /// In a virtio-mmio window.
     Mmio(Window),
     /// On the PCI bus.
-    Pci(PciNic),
+    Pci(PciDevice),
 }
 
-impl NetDevice {
-    /// All there are.
-    pub fn all() -> Vec<Self> {
-        let windows = Window::network_nics().into_iter().map(Self::Mmio);
-        let functions = PciNic::network_nics().into_iter().map(Self::Pci);
-        let nics: Vec<_> = windows.chain(functions).collect();
-        if !nics.is_empty() {
-            return nics;
+impl VirtioDevice {
+    /// All there are of a kind.
+    pub fn all(kind: Kind) -> Vec<Self> {
+        let windows = Window::all(kind).into_iter().map(Self::Mmio);
+        let functions = PciDevice::all(kind).into_iter().map(Self::Pci);
+        let devices: Vec<_> = windows.chain(functions).collect();
+        if !devices.is_empty() {
+            return devices;
         }
-        let windows = Window::network_nics_of_microvm();
+        let windows = Window::all_of_microvm(kind);
         windows.into_iter().map(Self::Mmio).collect()
     }
 
-    /// The NIC with this index.
-    pub fn find(index: usize) -> Result<Self, &'static str> {
-        Self::all()
+    /// The device of a kind with this index.
+    pub fn find(kind: Kind, index: usize) -> Result<Self, &'static str> {
+        Self::all(kind)
             .get(index)
             .copied()
-            .ok_or("there is no such NIC")
+            .ok_or("there is no such device")
     }
 
     /// The transport's name, and its version or revision.
     pub fn transport(&self) -> (&'static str, u32) {
         match self {
             Self::Mmio(window) => ("mmio", window.registers.read(at::VERSION)),
-            Self::Pci(nic) => {
-                let revision: u8 = nic.function.config.read(pci::at::REVISION);
+            Self::Pci(function) => {
+                let revision: u8 = function.function.config.read(pci::at::REVISION);
                 ("pci", revision.into())
             }
         }
@@ -63,7 +64,7 @@ impl NetDevice {
     pub fn base(&self) -> u64 {
         match self {
             Self::Mmio(window) => window.registers.base,
-            Self::Pci(nic) => nic.bar.base,
+            Self::Pci(function) => function.bar.base,
         }
     }
 
@@ -71,7 +72,7 @@ impl NetDevice {
     pub fn status(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::STATUS),
-            Self::Pci(nic) => nic.common.read::<u8>(common::STATUS).into(),
+            Self::Pci(function) => function.common.read::<u8>(common::STATUS).into(),
         }
     }
 
@@ -79,7 +80,7 @@ impl NetDevice {
     pub fn set_status(&self, status: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::STATUS, status),
-            Self::Pci(nic) => nic.common.write(common::STATUS, status as u8),
+            Self::Pci(function) => function.common.write(common::STATUS, status as u8),
         }
     }
 
@@ -95,9 +96,9 @@ impl NetDevice {
                 window.registers.write(at::DEVICE_FEATURES_SEL, select);
                 window.registers.read(at::DEVICE_FEATURES)
             }
-            Self::Pci(nic) => {
-                nic.common.write(common::DEVICE_FEATURE_SELECT, select);
-                nic.common.read(common::DEVICE_FEATURE)
+            Self::Pci(function) => {
+                function.common.write(common::DEVICE_FEATURE_SELECT, select);
+                function.common.read(common::DEVICE_FEATURE)
             }
         }
     }
@@ -114,9 +115,9 @@ impl NetDevice {
                 window.registers.write(at::DRIVER_FEATURES_SEL, select);
                 window.registers.write(at::DRIVER_FEATURES, word);
             }
-            Self::Pci(nic) => {
-                nic.common.write(common::DRIVER_FEATURE_SELECT, select);
-                nic.common.write(common::DRIVER_FEATURE, word);
+            Self::Pci(function) => {
+                function.common.write(common::DRIVER_FEATURE_SELECT, select);
+                function.common.write(common::DRIVER_FEATURE, word);
             }
         }
     }
@@ -131,7 +132,7 @@ impl NetDevice {
     pub fn select_queue(&self, queue: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::QUEUE_SEL, queue),
-            Self::Pci(nic) => nic.common.write(common::QUEUE_SELECT, queue as u16),
+            Self::Pci(function) => function.common.write(common::QUEUE_SELECT, queue as u16),
         }
     }
 
@@ -139,7 +140,7 @@ impl NetDevice {
     pub fn queue_size(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::QUEUE_NUM_MAX),
-            Self::Pci(nic) => nic.common.read::<u16>(common::QUEUE_SIZE).into(),
+            Self::Pci(function) => function.common.read::<u16>(common::QUEUE_SIZE).into(),
         }
     }
 
@@ -147,7 +148,7 @@ impl NetDevice {
     pub fn set_queue_size(&self, size: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::QUEUE_NUM, size),
-            Self::Pci(nic) => nic.common.write(common::QUEUE_SIZE, size as u16),
+            Self::Pci(function) => function.common.write(common::QUEUE_SIZE, size as u16),
         }
     }
 
@@ -158,8 +159,8 @@ impl NetDevice {
                 window.registers,
                 [at::QUEUE_DESC, at::QUEUE_DRIVER, at::QUEUE_DEVICE],
             ),
-            Self::Pci(nic) => (
-                nic.common,
+            Self::Pci(function) => (
+                function.common,
                 [
                     common::QUEUE_DESC,
                     common::QUEUE_DRIVER,
@@ -176,7 +177,7 @@ impl NetDevice {
     pub fn queue_ready(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::QUEUE_READY),
-            Self::Pci(nic) => nic.common.read::<u16>(common::QUEUE_ENABLE).into(),
+            Self::Pci(function) => function.common.read::<u16>(common::QUEUE_ENABLE).into(),
         }
     }
 
@@ -184,7 +185,7 @@ impl NetDevice {
     pub fn set_queue_ready(&self, value: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::QUEUE_READY, value),
-            Self::Pci(nic) => nic.common.write(common::QUEUE_ENABLE, value as u16),
+            Self::Pci(function) => function.common.write(common::QUEUE_ENABLE, value as u16),
         }
     }
 
@@ -197,7 +198,7 @@ impl NetDevice {
     pub fn notify_any(&self, queue: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::QUEUE_NOTIFY, queue),
-            Self::Pci(nic) => nic.notify(queue),
+            Self::Pci(function) => function.notify(queue),
         }
     }
 
@@ -206,7 +207,7 @@ impl NetDevice {
     pub fn interrupt_status(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::INTERRUPT_STATUS),
-            Self::Pci(nic) => nic.isr.read::<u8>(0).into(),
+            Self::Pci(function) => function.isr.read::<u8>(0).into(),
         }
     }
 
@@ -214,15 +215,15 @@ impl NetDevice {
     pub fn acknowledge(&self, bits: u32) {
         match self {
             Self::Mmio(window) => window.registers.write(at::INTERRUPT_ACK, bits),
-            Self::Pci(nic) => nic.isr.write(0, bits as u8),
+            Self::Pci(function) => function.isr.write(0, bits as u8),
         }
     }
 
-    /// Reads the NIC's own configuration.
+    /// Reads the device's own configuration.
     pub fn config<T: Word>(&self, offset: u64) -> T {
         match self {
             Self::Mmio(window) => window.registers.read(at::CONFIG + offset),
-            Self::Pci(nic) => nic.device.read(offset),
+            Self::Pci(function) => function.device.read(offset),
         }
     }
 
@@ -230,7 +231,7 @@ impl NetDevice {
     pub fn generation(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.registers.read(at::CONFIG_GENERATION),
-            Self::Pci(nic) => nic.common.read::<u8>(common::CONFIG_GENERATION).into(),
+            Self::Pci(function) => function.common.read::<u8>(common::CONFIG_GENERATION).into(),
         }
     }
 
@@ -238,18 +239,51 @@ impl NetDevice {
     pub fn line(&self) -> u32 {
         match self {
             Self::Mmio(window) => window.line,
-            Self::Pci(nic) => nic.function.slot.into(),
+            Self::Pci(function) => function.function.slot.into(),
         }
     }
 
-    /// Lets the NIC, which is up, interrupt. A reset ends that on PCI.
+    /// Lets the device, which is up, interrupt. A reset ends that on PCI.
     pub fn enable_interrupts(&self) {
         match self {
             Self::Mmio(window) => cpu::enable_line(window.line),
-            Self::Pci(nic) => {
+            Self::Pci(function) => {
                 cpu::enable_interrupts();
-                nic.enable_messages(cpu::message(self.line()));
+                function.enable_messages(cpu::message(self.line()));
             }
         }
+    }
+}
+
+/// Resets the device and takes it up to FEATURES_OK with those of the `wanted` features that it
+/// offers. Returns them.
+pub fn negotiate(device: VirtioDevice, wanted: u64) -> Result<u64, &'static str> {
+    device.reset();
+    if device.status() != 0 {
+        return Err("the status is not 0 after a reset");
+    }
+    device.set_status(status::ACKNOWLEDGE);
+    device.set_status(status::ACKNOWLEDGE | status::DRIVER);
+    let features = device.offered() & wanted;
+    device.accept(features);
+    device.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
+    match device.status() & status::FEATURES_OK {
+        0 => Err("FEATURES_OK does not stick"),
+        _ => Ok(features),
+    }
+}
+
+/// Says DRIVER_OK.
+pub fn go(device: VirtioDevice) {
+    device
+        .set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK);
+}
+
+/// The size of a queue to use: what the device offers, at most `limit`.
+pub fn queue_size(device: VirtioDevice, queue: u16, limit: u16) -> Result<u16, &'static str> {
+    device.select_queue(queue.into());
+    match device.queue_size() {
+        0 => Err("the device has no such queue"),
+        offered => Ok(u16::try_from(offered).unwrap_or(limit).min(limit)),
     }
 }
