@@ -24,6 +24,7 @@
 //! | `nic/` | the two NICs as smoltcp sees them |
 //! | `net/` | the modes: info, echo, ping, tcp-source, tcp-sink, interrupts, link |
 //! | `flood/` | the modes that load the NIC and measure: send, receive, ping-pong, reflect |
+//! | `disk/` | the modes that use a disk |
 //! | `hostile/` | the mode that does everything wrong |
 #![no_std]
 #![no_main]
@@ -33,6 +34,7 @@ extern crate alloc;
 mod boot;
 mod cpu;
 mod cpuid;
+mod disk;
 mod flood;
 mod hostile;
 mod memory;
@@ -88,6 +90,10 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::Receive => flood::receive::run(options),
         Mode::PingPong => flood::ping::run(options),
         Mode::Reflect => flood::reflect::run(options),
+        Mode::Disk => disk::check::run(options),
+        Mode::DiskLoad => disk::load::run(options),
+        Mode::DiskJournal => disk::journal::run(options),
+        Mode::DiskGrow => disk::grow::run(options),
         Mode::Hello => {}
         Mode::Cpuid => cpuid::run(options),
         Mode::Hostile => hostile::run(options, boot),

@@ -7,10 +7,10 @@
 //! | `peer` | the address of the other side | none |
 //! | `mac` | an address to send from that is not the NIC's | the NIC's |
 //! | `port` | the port of the other side | 9 or 19 |
-//! | `count` | how many pings, rounds, interrupts or processors | 10 |
+//! | `count` | how many pings, rounds, interrupts, batches or processors | 10 |
 //! | `bytes` | how much a source sends | 1 MiB |
 //! | `nic` | `drivers` (the virtio-drivers crate) or `own` (by hand, with offloads) | `drivers` |
-//! | `index` | which NIC of several | 0 |
+//! | `index` | which NIC or disk of several | 0 |
 //! | `end` | `off` or `halt`: how to end | `off` |
 //! | `only` | a prefix of the hostile tests to run | all |
 //! | `to` | where a flood or a ping-pong goes | an address that no link has |
@@ -19,6 +19,10 @@
 //! | `pairs` | on how many queue pairs | 1 |
 //! | `gap` | microseconds between two round trips of a ping-pong | 0 |
 //! | `interrupts` | `on`: the first receive queue may interrupt a flood | `off` |
+//! | `op` | `read` or `write`: what a load of a disk does | `read` |
+//! | `block` | the bytes of each of its requests | 4096 |
+//! | `depth` | how many are on their way at a time | 1 |
+//! | `order` | `random` or `sequential`: which blocks | `random` |
 //! | `backend` | `user` or `vhost`: who the monitor lets move the frames | `user` |
 
 use alloc::format;
@@ -59,6 +63,14 @@ pub enum Mode {
     PingPong,
     /// Send such frames back, and sleep in between. Needs `interrupts=on`.
     Reflect,
+    /// Try everything that a disk can do.
+    Disk,
+    /// Read or write a disk as fast as possible.
+    DiskLoad,
+    /// Write numbered blocks, in `count` batches, and say which of them are flushed.
+    DiskJournal,
+    /// Wait until a disk is larger.
+    DiskGrow,
     /// Print what each of `count` processors says of itself.
     Cpuid,
     /// Do everything wrong.
@@ -80,6 +92,24 @@ pub enum Driver {
     Crate,
     /// By hand, with every offload.
     Own,
+}
+
+/// What a load of a disk does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// It reads.
+    Read,
+    /// It writes.
+    Write,
+}
+
+/// Which blocks it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// One after the other.
+    Sequential,
+    /// Any.
+    Random,
 }
 
 /// The command line, read.
@@ -121,6 +151,14 @@ pub struct Options {
     pub gap: u64,
     /// Whether a flood may interrupt.
     pub interrupts: bool,
+    /// What a load of a disk does.
+    pub operation: Operation,
+    /// The bytes of each of its requests.
+    pub block: usize,
+    /// How many of them at a time.
+    pub depth: u16,
+    /// Which blocks.
+    pub order: Order,
 }
 
 /// The sizes that a frame can have.
@@ -148,6 +186,10 @@ impl Options {
             pairs: 1,
             gap: 0,
             interrupts: false,
+            operation: Operation::Read,
+            block: 4096,
+            depth: 1,
+            order: Order::Random,
         };
         for word in line.text().split_ascii_whitespace() {
             if let Some(option) = word.strip_prefix("guest.") {
@@ -191,6 +233,10 @@ impl Options {
             "pairs" => self.pairs = number(value).filter(|&pairs| pairs > 0)?,
             "gap" => self.gap = number(value)?,
             "interrupts" => self.interrupts = is_on(value)?,
+            "op" => self.operation = operation(value)?,
+            "block" => self.block = number(value).filter(is_block)?,
+            "depth" => self.depth = number(value).filter(|&depth| depth > 0)?,
+            "order" => self.order = order(value)?,
             "backend" => self.vhost = is_vhost(value)?,
             _ => return None,
         }
@@ -226,6 +272,27 @@ fn is_vhost(text: &str) -> Option<bool> {
     }
 }
 
+fn operation(text: &str) -> Option<Operation> {
+    match text {
+        "read" => Some(Operation::Read),
+        "write" => Some(Operation::Write),
+        _ => None,
+    }
+}
+
+fn order(text: &str) -> Option<Order> {
+    match text {
+        "sequential" => Some(Order::Sequential),
+        "random" => Some(Order::Random),
+        _ => None,
+    }
+}
+
+/// Whole sectors, at least one.
+fn is_block(bytes: &usize) -> bool {
+    *bytes > 0 && bytes.is_multiple_of(crate::virtio::blk::SECTOR)
+}
+
 fn driver(text: &str) -> Option<Driver> {
     match text {
         "drivers" => Some(Driver::Crate),
@@ -248,6 +315,10 @@ fn mode(text: &str) -> Option<Mode> {
         "receive" => Mode::Receive,
         "ping-pong" => Mode::PingPong,
         "reflect" => Mode::Reflect,
+        "disk" => Mode::Disk,
+        "disk-load" => Mode::DiskLoad,
+        "disk-journal" => Mode::DiskJournal,
+        "disk-grow" => Mode::DiskGrow,
         "cpuid" => Mode::Cpuid,
         "hostile" => Mode::Hostile,
         "reset" => Mode::Reset,

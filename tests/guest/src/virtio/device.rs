@@ -227,6 +227,14 @@ impl VirtioDevice {
         }
     }
 
+    /// Writes it.
+    pub fn set_config<T: Word>(&self, offset: u64, value: T) {
+        match self {
+            Self::Mmio(window) => window.registers.write(at::CONFIG + offset, value),
+            Self::Pci(function) => function.device.write(offset, value),
+        }
+    }
+
     /// Changes whenever the configuration has changed.
     pub fn generation(&self) -> u32 {
         match self {

@@ -1,6 +1,7 @@
 //! virtio by hand: a device's registers on either transport, rings, and the bring-up of a device
 //! (virtio 1.2, 3 to 5).
 
+pub mod blk;
 pub mod by_crate;
 pub mod device;
 pub mod mmio;
@@ -12,4 +13,5 @@ pub mod ring;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Net = 1,
+    Block = 2,
 }
