@@ -4,6 +4,8 @@
 //! the same time.
 
 mod direct;
+mod lock;
+mod open;
 mod raw;
 
 use std::fmt;
@@ -13,6 +15,7 @@ use std::sync::Arc;
 
 use crate::virtio::Segments;
 
+pub use open::{OpenError, open};
 pub use raw::RawFile;
 
 /// Every offset and length is a multiple of this, in bytes.
