@@ -11,6 +11,7 @@ pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rate;
+pub mod rng;
 pub mod status;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::Value;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,6 +34,8 @@ use crate::bus::BoxError;
 
 /// VIRTIO_F_VERSION_1: the device follows virtio 1.0 or later, and so must the driver.
 pub const VIRTIO_F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+/// What [`Queue`] can do for every device (virtio 1.2, 6).
+pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// A virtio device, whatever its transport.
 ///
