@@ -12,7 +12,7 @@
 //! | [`pci`] | the host bridge, configuration space, MSI-X |
 //! | [`serial`] | COM1, a 16550A |
 //! | [`power`] | ACPI power-off and reset registers, the i8042's reset |
-//! | [`virtio`] | the virtio transports, the network device, the block device |
+//! | [`virtio`] | the virtio transports and devices |
 //!
 //! # Threads
 //!

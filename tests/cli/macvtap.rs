@@ -56,11 +56,11 @@ fn macvtap_value_that_makes_no_sense_is_refused() {
 #[test]
 fn macvtaps_beyond_the_machines_places_are_refused() {
     let files = Files::new();
-    for (transport, max) in [("mmio", 18), ("pci", 31)] {
-        let mut args = vec!["--macvtap=nosuch0"; max + 1];
-        args.extend(["--transport", transport]);
+    for (transport, max, rng) in [("mmio", 18, "off"), ("pci", 31, "off"), ("pci", 31, "on")] {
+        let mut args = vec!["--macvtap=nosuch0"; max + usize::from(rng == "off")];
+        args.extend(["--transport", transport, "--rng", rng]);
         let words = [max + 1, max].map(|number| number.to_string());
-        let words = [&*words[0], &*words[1]];
+        let words = [&*words[0], &*words[1], "--rng off"];
         assert_refused(files.boot(&args), FAILED, &words);
     }
 }

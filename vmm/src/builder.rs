@@ -10,6 +10,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 use boot::{BootSpec, BootState};
 use devices::irq::IrqLine;
 use devices::serial::Serial;
+use devices::virtio::rng::Rng;
 use net::HostLinkGuard;
 use rustix::rand::GetRandomFlags;
 use vm_memory::GuestMemoryMmap;
@@ -98,7 +99,7 @@ pub fn run(
     let plan = Plan::new(
         config.cpus.get(),
         config.transport,
-        config.nics.len(),
+        config.virtio_devices(),
         config.console.has_port(),
     )?;
     let opened = Opened::open(&config)?;
@@ -165,6 +166,7 @@ fn build(
         let serial = machine.add_serial()?;
         let power_button = machine.add_power_button()?;
         let net_devices = NetDevices::add(&mut machine, host.nics)?;
+        machine.add_if(config.rng, || Rng::new("rng"))?;
         let buses = Arc::new(machine.finish()?);
         let boot = join(boot)?;
         Ok(Built {

@@ -143,7 +143,7 @@ pub struct GuestArgs {
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", help_heading = "Network")]
     pub macvtap: Vec<NicConfig>,
 
-    /// How the guest reaches its NICs: pci with an MSI-X vector per queue, or mmio
+    /// How the guest reaches its virtio devices: pci with an MSI-X vector per queue, or mmio
     #[arg(
         long,
         value_name = "pci|mmio",
@@ -200,7 +200,7 @@ pub struct MachineArgs {
         default_value = "off",
         requires = "kernel"
     )]
-    pub nested: Nested,
+    pub nested: Switch,
 
     /// Memory, as in 512M or 2G
     #[arg(long, value_name = "SIZE", default_value = "512M", requires = "kernel")]
@@ -209,6 +209,10 @@ pub struct MachineArgs {
     /// Take the memory from the huge pages of 2 MiB that the host has set aside
     #[arg(long, requires = "kernel")]
     pub hugepages: bool,
+
+    /// Whether the guest gets random numbers of the host's, up to 1 MiB a second (virtio-rng)
+    #[arg(long, value_name = "on|off", default_value = "on", requires = "kernel")]
+    pub rng: Switch,
 
     /// Where the guest's serial console goes: stdio, file:PATH, or none, with which the guest has
     /// no serial port
@@ -238,9 +242,10 @@ impl From<MachineArgs> for Config {
             initrd: args.initrd,
             cmdline: args.cmdline,
             cpus: args.cpus,
-            nested: args.nested == Nested::On,
+            nested: args.nested == Switch::On,
             memory: args.memory,
             hugepages: args.hugepages,
+            rng: args.rng == Switch::On,
             console: args.console,
             // The native monitor's is required, and QEMU's machine asked for only with one.
             ..Self::new(args.kernel.unwrap_or_default())
@@ -248,12 +253,12 @@ impl From<MachineArgs> for Config {
     }
 }
 
-/// Whether a guest may run guests of its own.
+/// The value of an option that is on or off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Nested {
-    /// Its CPUs have VMX or SVM.
+pub enum Switch {
+    /// The guest has it.
     On,
-    /// They have neither.
+    /// The guest does not have it.
     Off,
 }
 

@@ -41,18 +41,20 @@ pub struct Config {
     pub memory: MemorySize,
     /// Takes the guest's memory from the huge pages that the host has set aside.
     pub hugepages: bool,
+    /// Gives the guest the host's random numbers, by virtio-rng.
+    pub rng: bool,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
     /// The NICs, in order.
     pub nics: Vec<NicConfig>,
-    /// How the guest reaches its NICs.
+    /// How the guest reaches its virtio devices.
     pub transport: Transport,
     /// The host's addresses among its guests, on the interface of the first NIC.
     pub host_link: Vec<InterfaceAddress>,
 }
 
 impl Config {
-    /// A guest with this kernel, one CPU, 512 MiB of memory and its console on stdio.
+    /// A guest with this kernel, one CPU, 512 MiB of memory, random numbers, and its console on stdio.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -62,11 +64,17 @@ impl Config {
             nested: false,
             memory: MemorySize(512 << 20),
             hugepages: false,
+            rng: true,
             console: ConsoleTarget::Stdio,
             nics: Vec::new(),
             transport: Transport::default(),
             host_link: Vec::new(),
         }
+    }
+
+    /// How many virtio devices the guest has.
+    pub(crate) fn virtio_devices(&self) -> usize {
+        self.nics.len() + usize::from(self.rng)
     }
 
     /// The kernel's command line: what every kernel gets, then the user's.

@@ -130,6 +130,18 @@ impl<'a> Machine<'a> {
         }
     }
 
+    /// Adds a virtio device where the guest is to have it.
+    pub fn add_if<D: VirtioDevice + 'static>(
+        &mut self,
+        wanted: bool,
+        make: impl FnOnce() -> io::Result<D>,
+    ) -> Result<(), MachineError> {
+        match wanted {
+            true => self.add_virtio(make().map_err(MachineError::Device)?),
+            false => Ok(()),
+        }
+    }
+
     fn add_mmio(
         &mut self,
         base: u64,

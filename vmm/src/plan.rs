@@ -79,7 +79,9 @@ impl Transport {
 
 /// More devices than the machine has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{wanted} NICs are more than the {max} that a guest can have: omit some --macvtap")]
+#[error(
+    "{wanted} virtio devices are more than the {max} that a guest can have: omit some --macvtap, or give --rng off"
+)]
 pub struct TooManyDevices {
     wanted: usize,
     max: usize,

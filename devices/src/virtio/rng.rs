@@ -105,9 +105,9 @@ impl VirtioDevice for Rng {
     }
 }
 
-/// What the thread does.
+/// What the device's thread does.
 #[derive(Debug)]
-struct RngJob {
+pub struct RngJob {
     queue: Queue,
     kick: Arc<EventFd>,
     limiter: Arc<Limiter>,
@@ -130,7 +130,8 @@ enum State {
 }
 
 impl RngJob {
-    fn new(queue: ActiveQueue, limiter: Arc<Limiter>, interrupt: Arc<dyn Interrupt>) -> Self {
+    /// Answers what comes by `queue`, as fast as `limiter` lets it.
+    pub fn new(queue: ActiveQueue, limiter: Arc<Limiter>, interrupt: Arc<dyn Interrupt>) -> Self {
         Self {
             queue: queue.queue,
             kick: queue.kick,

@@ -14,7 +14,7 @@ use devices::virtio::net::features::Offloads;
 use devices::virtio::net::filter::Filter;
 use devices::virtio::net::observe::Observer;
 use devices::virtio::net::{Net, NetConfig, NetOptions};
-use devices::virtio::{Interrupt, QueueConfig};
+use devices::virtio::{ActiveQueue, Interrupt, QueueConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -60,6 +60,15 @@ impl Queue {
             used: u64::from(self.used & !3),
         };
         devices::virtio::Queue::new(&config, 256, self.event_idx, Arc::clone(memory)).ok()
+    }
+
+    /// The same as a device gets it with its driver.
+    pub fn active(&self, memory: &Arc<GuestMemoryMmap>) -> Option<ActiveQueue> {
+        Some(ActiveQueue {
+            queue: self.get(memory)?,
+            config: QueueConfig::default(),
+            kick: Arc::new(EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd can be had")),
+        })
     }
 }
 

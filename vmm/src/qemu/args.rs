@@ -70,6 +70,9 @@ impl Line<'_> {
         line.extend_from_slice(self.args);
         last.into_iter()
             .for_each(|nic| self.push_nic(&mut line, nic));
+        if let Some(machine) = self.machine {
+            own_devices(&mut line, machine);
+        }
         line
     }
 
@@ -127,6 +130,15 @@ fn machine_args(line: &mut Vec<OsString>, machine: &Config, keys: bool) {
             file
         }
     });
+}
+
+/// The devices that take nothing of the host's, in the places that all others leave.
+fn own_devices(line: &mut Vec<OsString>, machine: &Config) {
+    if machine.rng {
+        // From QEMU's own generator, which is the host's, and no more a second than natively.
+        let device = "virtio-rng-pci,max-bytes=1048576,period=1000";
+        push(line, &["-device", device]);
+    }
 }
 
 /// Whether the NIC has a slot of its own on the machine's first bus, which is there before any device.
@@ -320,7 +332,8 @@ mod tests {
         let expected = "-nodefaults -no-user-config -M q35 -display none -no-reboot -smp 2 -m 1G -kernel bzImage \
              -initrd initrd -append console=ttyS0+reboot=panic_warm+panic=-1+cryptomgr.notests+quiet \
              -serial mon:stdio -cpu max -accel tcg -netdev tap,id=macvtap0,fd=3 \
-             -device virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,romfile=";
+             -device virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,romfile= \
+             -device virtio-rng-pci,max-bytes=1048576,period=1000";
         let expected: Vec<_> = expected
             .split_whitespace()
             .map(|word| OsString::from(word.replace('+', " ")))
@@ -341,6 +354,11 @@ mod tests {
         line.args = &args;
         line.nics = &[];
         line.control = Some(4);
+        let without = Config {
+            rng: false,
+            ..machine.clone()
+        };
+        line.machine = Some(&without);
         let built = line.build();
         assert!(!built.contains(&"max,-vmx,-svm".into()));
         assert!(built.contains(&"-no-shutdown".into()));
