@@ -10,6 +10,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 use boot::{BootSpec, BootState};
 use devices::irq::IrqLine;
 use devices::serial::Serial;
+use devices::virtio::blk::BlkHandle;
 use devices::virtio::rng::Rng;
 use net::HostLinkGuard;
 use rustix::rand::GetRandomFlags;
@@ -19,6 +20,7 @@ use crate::config::{Config, ConsoleTarget};
 use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
+use crate::disk;
 use crate::kvm::cpuid::CpuModel;
 use crate::kvm::vcpu::{DeviceBuses, NewVcpu, Vcpu};
 use crate::kvm::vcpus::Vcpus;
@@ -72,6 +74,7 @@ impl Error {
     /// What to do about it, where the text does not say it.
     pub fn remedy(&self) -> Option<String> {
         match self {
+            Self::Resources(ResourceError::Disk(error)) => error.remedy(),
             Self::Resources(ResourceError::Kvm(error)) | Self::Vm(error) => {
                 error.remedy().map(str::to_owned)
             }
@@ -112,8 +115,9 @@ pub fn run(
     let vcpus = Vcpus::start(built.vm, built.vcpus, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
     let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
-    let control = Control::new(vcpus, built.buses, built.power_button, signals, requests)
+    let mut control = Control::new(vcpus, built.buses, built.power_button, signals, requests)
         .map_err(failed_to("create a timer"))?;
+    control.disks = built.disks;
     started(handle);
     control
         .run(built.net_devices.followers(), settled)
@@ -136,6 +140,7 @@ struct Built {
     power_button: IrqLine,
     serial: Option<Arc<Mutex<Serial>>>,
     console: Option<Arc<Output>>,
+    disks: Vec<Arc<BlkHandle>>,
     net_devices: NetDevices,
     host_link: Option<HostLinkGuard>,
 }
@@ -165,6 +170,7 @@ fn build(
         let mut machine = Machine::new(&vm, Arc::clone(memory), exit, console.clone(), plan)?;
         let serial = machine.add_serial()?;
         let power_button = machine.add_power_button()?;
+        let disks = disk::add(&mut machine, &config.disks, opened.disks)?;
         let net_devices = NetDevices::add(&mut machine, host.nics)?;
         machine.add_if(config.rng, || Rng::new("rng"))?;
         let buses = Arc::new(machine.finish()?);
@@ -176,6 +182,7 @@ fn build(
             power_button,
             serial,
             console,
+            disks,
             net_devices,
             host_link: host.host_link,
         })

@@ -9,7 +9,9 @@ use clap::parser::ValueSource;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 
-use crate::config::{Config, ConsoleTarget, Cpus, MemorySize, NicConfig, NicSource, parse_macvtap};
+use crate::config::{
+    Config, ConsoleTarget, Cpus, DiskConfig, MemorySize, NicConfig, NicSource, parse_macvtap,
+};
 use crate::plan::Transport;
 
 mod qemu;
@@ -43,6 +45,21 @@ Keys of --macvtap:
   pcap=FILE          records what passes, for tshark or Wireshark (pcapng)
   fd=N[:N...]        instead of LINK: queues that are open already, as by N<>/dev/tapM in a shell
 
+Keys of --disk:
+  format=raw|qcow2   how the image is read; never found out from what is in it
+  readonly=on        the guest cannot write it, and other guests may read it too
+  ephemeral=on       what the guest writes is gone when it ends, and the image as it was
+  backing=PATH       the backing file that a qcow2 image names, if it lies in another directory
+  serial=TEXT        20 characters at most: the guest's /dev/disk/by-id/virtio-TEXT
+  queues=N           queues, each with a thread of its own; 1 by default
+  direct=on          not through the host's page cache (O_DIRECT)
+  io=uring|threads   how a raw image is read and written; auto, the default, takes io_uring where
+                     that is quicker and allowed
+  iops=N             requests a second, as in 500 or 20K
+  bandwidth=BYTES    bytes a second, as in 100M
+  burst=TIME         how long these may be exceeded after a pause, 10ms by default
+A comma in a path is doubled.
+
 Exit status:
     0  the guest powered off or rebooted (the log says which), or Ctrl-A x
     1  minivmm could not start the guest, or failed while it ran
@@ -60,8 +77,10 @@ Examples:
       minivmm --kernel bzImage --macvtap eno1 --host-link 192.168.0.5/24
   Without root: a macvtap for an ordinary user
       sudo minivmm net open eno1 -- minivmm --kernel bzImage --macvtap fd=3
-  What minivmm leaves out (UEFI, qcow2, graphics, USB), on the same NIC:
+  What minivmm leaves out (UEFI, graphics, USB), on the same NIC:
       minivmm qemu --macvtap eno1 -- -M q35 -accel kvm -m 2G disk.qcow2
+  An installed system, with the kernel and the initrd that are in its image:
+      minivmm --kernel vmlinuz --initrd initrd.img --cmdline root=/dev/vda1 --disk disk.qcow2
   In a CI job: console to a file, log of warnings only, ended by SIGTERM (power button):
       minivmm --kernel bzImage --initrd test.img --console file:console.log -q";
 
@@ -210,6 +229,11 @@ pub struct MachineArgs {
     #[arg(long, requires = "kernel")]
     pub hugepages: bool,
 
+    /// Disk on an image, qcow2 if the name ends in .qcow2 and raw otherwise, or on a block device:
+    /// /dev/vda, then /dev/vdb and so on. May be repeated. The keys are below
+    #[arg(long, value_name = "PATH[,KEY=VALUE...]", requires = "kernel")]
+    pub disk: Vec<DiskConfig>,
+
     /// Whether the guest gets random numbers of the host's, up to 1 MiB a second (virtio-rng)
     #[arg(long, value_name = "on|off", default_value = "on", requires = "kernel")]
     pub rng: Switch,
@@ -245,6 +269,7 @@ impl From<MachineArgs> for Config {
             nested: args.nested == Switch::On,
             memory: args.memory,
             hugepages: args.hugepages,
+            disks: args.disk,
             rng: args.rng == Switch::On,
             console: args.console,
             // The native monitor's is required, and QEMU's machine asked for only with one.
@@ -280,7 +305,7 @@ pub enum Command {
     /// The host's side of macvtap: links for other programs, the host's own access, what there is
     #[command(subcommand)]
     Net(NetCommand),
-    /// Runs a guest in QEMU on macvtaps: for UEFI, disk images, graphics, other machines
+    /// Runs a guest in QEMU on macvtaps: for UEFI, graphics, USB, other machines
     #[command(after_help = qemu::HELP)]
     Qemu(Box<QemuArgs>),
     /// Checks whether this host can run guests, and says what to do where it cannot

@@ -8,10 +8,13 @@ use net::InterfaceAddress;
 
 use crate::plan::Transport;
 
+mod disk;
 mod keys;
 mod nic;
 mod qemu;
 
+use disk::DISK_KEYS;
+pub use disk::{DiskConfig, DiskLimit, Serial};
 use keys::listed;
 pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
 use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
@@ -45,6 +48,8 @@ pub struct Config {
     pub rng: bool,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
+    /// The disks, in order.
+    pub disks: Vec<DiskConfig>,
     /// The NICs, in order.
     pub nics: Vec<NicConfig>,
     /// How the guest reaches its virtio devices.
@@ -66,6 +71,7 @@ impl Config {
             hugepages: false,
             rng: true,
             console: ConsoleTarget::Stdio,
+            disks: Vec::new(),
             nics: Vec::new(),
             transport: Transport::default(),
             host_link: Vec::new(),
@@ -74,7 +80,7 @@ impl Config {
 
     /// How many virtio devices the guest has.
     pub(crate) fn virtio_devices(&self) -> usize {
-        self.nics.len() + usize::from(self.rng)
+        self.disks.len() + self.nics.len() + usize::from(self.rng)
     }
 
     /// The kernel's command line: what every kernel gets, then the user's.
@@ -123,6 +129,9 @@ pub enum ConfigError {
         nic = listed(&NIC_KEYS)
     )]
     UnknownNicKey(String),
+    /// A disk's option that does not exist.
+    #[error("unknown key `{0}`: the keys are {keys}", keys = listed(&DISK_KEYS))]
+    UnknownDiskKey(String),
     /// A macvtap option given twice.
     #[error("the key `{0}` is given twice")]
     Twice(String),
@@ -192,26 +201,30 @@ impl FromStr for MemorySize {
 
     /// Takes a number of bytes, or of KiB, MiB, GiB or TiB with the suffix K, M, G or T.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let (number, shift) = match text.char_indices().last() {
-            Some((at, 'k' | 'K')) => (&text[..at], 10),
-            Some((at, 'm' | 'M')) => (&text[..at], 20),
-            Some((at, 'g' | 'G')) => (&text[..at], 30),
-            Some((at, 't' | 'T')) => (&text[..at], 40),
-            _ => (text, 0),
-        };
-        if number.is_empty() || !number.bytes().all(|b| b.is_ascii_digit()) {
-            return Err(ConfigError::MemorySyntax);
-        }
-        let bytes = number
-            .parse::<u64>()
-            .ok()
-            .and_then(|n| n.checked_mul(1 << shift));
-        match bytes.map(|bytes| Self(bytes / Self::PAGE * Self::PAGE)) {
-            Some(size) if size < Self::MIN => Err(ConfigError::MemoryTooSmall),
-            Some(size) if size <= Self::MAX => Ok(size),
+        let bytes = bytes(text).ok_or(ConfigError::MemorySyntax)?;
+        match Self(bytes / Self::PAGE * Self::PAGE) {
+            size if size < Self::MIN => Err(ConfigError::MemoryTooSmall),
+            size if size <= Self::MAX => Ok(size),
             _ => Err(ConfigError::MemoryTooLarge),
         }
     }
+}
+
+/// A number of bytes, or of KiB, MiB, GiB or TiB with the suffix K, M, G or T; as many as there can be
+/// where it is more.
+fn bytes(text: &str) -> Option<u64> {
+    let (number, shift) = match text.char_indices().last()? {
+        (at, 'k' | 'K') => (&text[..at], 10),
+        (at, 'm' | 'M') => (&text[..at], 20),
+        (at, 'g' | 'G') => (&text[..at], 30),
+        (at, 't' | 'T') => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    if number.is_empty() || !number.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let number = number.parse().unwrap_or(u64::MAX);
+    Some(number.saturating_mul(1 << shift))
 }
 
 impl fmt::Display for MemorySize {

@@ -1,6 +1,8 @@
 //! The control thread: [`event_loop`] waits for events and holds the run state, [`handle`] takes what other threads want
 //! done, and [`exit`] says how a guest ends.
 
+use std::io;
+
 use devices::bus::RestoreError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -39,6 +41,12 @@ pub enum GuestError {
     /// It runs, or was resumed while it was to be paused.
     #[error("the guest is not paused")]
     NotPaused,
+    /// It has no disk of this number.
+    #[error("the guest has no disk {0}")]
+    NoDisk(usize),
+    /// A disk's image cannot have this size.
+    #[error("cannot resize disk {0} to {1} bytes")]
+    Resize(usize, u64, #[source] io::Error),
     /// KVM refuses something.
     #[error(transparent)]
     Kvm(#[from] VmError),

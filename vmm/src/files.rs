@@ -17,6 +17,8 @@ pub enum Role {
     Kernel,
     /// The initial RAM disk.
     Initrd,
+    /// A disk's image, which its lock keeps from other guests.
+    Disk,
     /// What the guest reads on its console.
     Input,
     /// What the guest writes on its console.
@@ -38,6 +40,7 @@ impl fmt::Display for Role {
         f.write_str(match self {
             Self::Kernel => "the kernel",
             Self::Initrd => "the initrd",
+            Self::Disk => "a disk",
             Self::Input => "the console's input",
             Self::Console => "the console",
             Self::Capture => "a NIC's capture",

@@ -109,6 +109,20 @@ impl Guest {
         restored.unwrap_or(Err(GuestError::Ended))
     }
 
+    /// Makes a disk larger, counted from 0 in the order of the configuration. Its driver gets to know; what
+    /// is new reads as zeros. Where the file has grown already, this is how the guest gets to know.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the guest has ended or has no such disk, and when the host or the image's format
+    /// refuses the size.
+    pub fn resize_disk(&self, disk: usize, bytes: u64) -> Result<(), GuestError> {
+        let resized = self
+            .control
+            .ask(move |control| control.resize_disk(disk, bytes));
+        resized.unwrap_or(Err(GuestError::Ended))
+    }
+
     /// Ends it at once, as by pulling its plug.
     pub fn end(&self) {
         self.control.ask(|control| control.end());

@@ -43,7 +43,7 @@
 //! | devices | `machine` and the `devices` crate | what stands on the buses |
 //! | event loop | `control` | the control thread |
 //!
-//! `builder::run` is that table as code. `nic` has the NICs, from the macvtap on the host to the
+//! `builder::run` is that table as code. `disk` has the disks. `nic` has the NICs, from the macvtap on the host to the
 //! device on the bus. `tty` has the terminal and the other end of the guest's serial port,
 //! `log_writer` the log, and `printable` makes text of others fit for a terminal. `program` is the
 //! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU
@@ -65,6 +65,7 @@ mod cli;
 mod commands;
 pub mod config;
 mod control;
+mod disk;
 mod files;
 mod guest;
 mod kvm;

@@ -203,14 +203,12 @@ fn check_files(machine: &Config) -> Result<(), SharedFile> {
         ConsoleTarget::File(path) => Some(path),
         _ => None,
     };
-    for (role, path) in [
-        (Role::Kernel, Some(&machine.kernel)),
-        (Role::Initrd, machine.initrd.as_ref()),
-        (Role::Console, console),
-    ] {
-        if let Some(path) = path
-            && let Ok(metadata) = fs::metadata(path)
-        {
+    let disks = machine.disks.iter().map(|disk| &disk.image.path);
+    let read = [(Role::Kernel, &machine.kernel)].into_iter();
+    let read = read.chain(machine.initrd.iter().map(|path| (Role::Initrd, path)));
+    let read = read.chain(disks.map(|path| (Role::Disk, path)));
+    for (role, path) in read.chain(console.map(|path| (Role::Console, path))) {
+        if let Ok(metadata) = fs::metadata(path) {
             files.add(role, path, &metadata)?;
         }
     }

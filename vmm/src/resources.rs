@@ -1,10 +1,11 @@
 //! Everything that is taken from the host, each as a value that gives it back when dropped.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use devices::disk::{self, OpenError, Storage};
 use net::HostLinkGuard;
 
 use crate::config::{Config, ConsoleTarget, MemorySize};
@@ -33,6 +34,8 @@ pub enum ResourceError {
     )]
     Memory(MemorySize, u64),
     #[error(transparent)]
+    Disk(#[from] OpenError),
+    #[error(transparent)]
     Kvm(#[from] VmError),
     #[error(transparent)]
     Nic(#[from] NicError),
@@ -47,6 +50,8 @@ pub struct Opened {
     pub kernel: File,
     pub initrd: Option<File>,
     pub hypervisor: Hypervisor,
+    /// Locked.
+    pub disks: Vec<Storage>,
     pub outputs: Outputs,
 }
 
@@ -76,6 +81,14 @@ impl Opened {
         if let (Some(path), Some(file)) = (&config.initrd, &initrd) {
             add(&mut files, Role::Initrd, path, file)?;
         }
+        for disk in &config.disks {
+            // One that cannot be opened is named below.
+            if let Ok(metadata) = fs::metadata(&disk.image.path) {
+                files.add(Role::Disk, &disk.image.path, &metadata)?;
+            }
+        }
+        let disks = config.disks.iter().map(|disk| disk::open(&disk.image));
+        let disks = disks.collect::<Result<_, _>>()?;
         let console = match &config.console {
             ConsoleTarget::Stdio => Some(output::stdout_file().map_err(ResourceError::Stdout)?),
             ConsoleTarget::None => None,
@@ -91,6 +104,7 @@ impl Opened {
             kernel,
             initrd,
             hypervisor,
+            disks,
             outputs: Outputs { console, captures },
         })
     }

@@ -9,6 +9,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use devices::irq::IrqLine;
+use devices::virtio::blk::BlkHandle;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -65,6 +66,8 @@ pub struct Control {
     pressed_by: Option<libc::c_int>,
     vcpus: Vcpus,
     devices: Arc<DeviceBuses>,
+    /// In the order of the configuration.
+    pub disks: Vec<Arc<BlkHandle>>,
     is_paused: bool,
     /// Those that wait until all vCPUs have stopped.
     pausing: Vec<Sender<()>>,
@@ -89,6 +92,7 @@ impl Control {
             pressed_by: None,
             vcpus,
             devices,
+            disks: Vec::new(),
             is_paused: false,
             pausing: Vec::new(),
         })
@@ -188,6 +192,17 @@ impl Control {
         self.check_paused()?;
         self.vcpus.restore(&state.kvm)?;
         Ok(self.devices.restore(state.devices)?)
+    }
+
+    /// Makes a disk larger, and lets its driver know.
+    ///
+    /// # Errors
+    ///
+    /// Fails when there is no such disk, or its image cannot have this size.
+    pub fn resize_disk(&self, disk: usize, bytes: u64) -> Result<(), GuestError> {
+        let handle = self.disks.get(disk).ok_or(GuestError::NoDisk(disk))?;
+        let resized = handle.grow(bytes);
+        resized.map_err(|source| GuestError::Resize(disk, bytes, source))
     }
 
     fn check_paused(&self) -> Result<(), GuestError> {
