@@ -18,6 +18,8 @@ Keys of --macvtap besides those of `minivmm --help`:
   vhost=on|off       the host kernel moves the frames; by default wherever /dev/vhost-net opens
   fd=N[:N...]        instead of LINK: queues that are open already
   id=, bus=, addr=, and any other key: properties of -device virtio-net-pci
+The keys of --disk are those of `minivmm --help`; backing= and burst= say nothing here: QEMU opens what
+the image names.
 The n-th --macvtap is QEMU's netdev macvtapN, counted from 0; its descriptors begin at 3.
 
 A signal that ends minivmm is passed on to QEMU, or with --kernel presses the guest's power button. In a
