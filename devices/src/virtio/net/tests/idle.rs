@@ -110,8 +110,30 @@ impl Watched {
 
     /// Sends frames until the wire is full.
     fn flood(&mut self) {
-        while self.far.send(&frame(99)).is_ok() {
-            self.sent += 1;
+        let full = loop {
+            match self.far.send(&frame(99)) {
+                Ok(_) => self.sent += 1,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "{full}");
+        assert!(self.sent > 0, "the wire was full already");
+    }
+
+    /// Waits until the worker has put a frame into this chain.
+    #[track_caller]
+    fn receive(&mut self, head: u16) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let used = self.rx.take_used();
+            if used == [(head, 99)] {
+                return;
+            }
+            let counters = counters::read(&self.counters);
+            assert!(used.is_empty(), "{used:?}, {counters}");
+            let sent = self.sent;
+            assert!(Instant::now() < deadline, "{sent} sent, {counters}");
+            thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -142,12 +164,12 @@ fn worker_whose_buffers_ran_out_sleeps_until_there_are_more() {
     };
     let mut watched = Watched::start(None, offer);
     watched.flood();
-    eventually("the first frame", || watched.rx.take_used() == [(0, 99)]);
+    watched.receive(0);
     // Asleep, it still hears the driver.
     thread::sleep(Duration::from_millis(50));
     watched.rx.offer_chain(1, &[(0x4000, 2000, WRITE)]);
     watched.kicks[0].write(1).unwrap();
-    eventually("the second frame", || watched.rx.take_used() == [(1, 99)]);
+    watched.receive(1);
     watched.assert_idle();
 }
 
