@@ -56,7 +56,12 @@ const KNOWN: &[(&[&str], &str)] = &[
     ),
     (
         &["lock", "Is another process using the image"],
-        "another QEMU has this disk image open: end it, or give this guest an overlay by qemu-img create -b",
+        "another guest of minivmm or QEMU, or qemu-img, has this image open: end it, or give this guest ephemeral=on or an \
+         overlay (qemu-img create -b)",
+    ),
+    (
+        &["io_uring", "not supported in this build"],
+        "this QEMU is built without io_uring: omit io=uring",
     ),
     (
         &["opengl is not available"],
