@@ -6,7 +6,10 @@
 mod direct;
 mod lock;
 mod open;
+mod qcow2;
 mod raw;
+#[cfg(test)]
+mod testing;
 
 use std::fmt;
 use std::io;
@@ -16,6 +19,7 @@ use std::sync::Arc;
 use crate::virtio::Segments;
 
 pub use open::{OpenError, open};
+pub use qcow2::HeaderError;
 pub use raw::RawFile;
 
 /// Every offset and length is a multiple of this, in bytes.

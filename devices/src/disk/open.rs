@@ -3,11 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::lock::{self, Access, Refused};
+use super::qcow2::{self, HeaderError};
 use super::{Format, ImageSpec, RawFile, SECTOR, Storage};
 
 /// Why an image is not opened.
@@ -42,8 +43,32 @@ pub enum OpenError {
     /// The file system has no locks.
     #[error("cannot lock the disk image {0:?}")]
     Lock(PathBuf, #[source] io::Error),
+    /// What a qcow2 image says of itself is refused.
+    #[error("cannot use the qcow2 image {0:?}")]
+    Header(PathBuf, #[source] HeaderError),
+    /// A qcow2 image is damaged.
+    #[error("cannot read the tables of the qcow2 image {0:?}")]
+    Tables(PathBuf, #[source] io::Error),
+    /// The file below an image is refused: the image, the name in it, why.
+    #[error("cannot use the backing file {1:?} of the disk image {0:?}")]
+    Backing(PathBuf, PathBuf, #[source] Box<OpenError>),
+    /// An image does not say in which format its backing file is.
+    #[error("its format is not named in {0:?}")]
+    BackingFormatMissing(PathBuf, PathBuf),
+    /// An image says that its backing file is in another format.
+    #[error("its format is {0:?}, not raw or qcow2")]
+    BackingFormat(String),
+    /// A file that is below itself.
+    #[error("the file is part of the image already: they are in a loop")]
+    BackingLoop,
+    /// Too many files, one below the other.
+    #[error("the image has more than {0} files")]
+    BackingDepth(usize),
+    /// A file that the image must not make minivmm open.
+    #[error("{0:?} does not lie in {1:?}, where the image lies")]
+    BackingOutside(PathBuf, PathBuf),
     /// Not written yet.
-    #[error("{0:?}: qcow2 images and ephemeral disks cannot be opened yet")]
+    #[error("{0:?}: ephemeral disks cannot be opened yet")]
     NotYet(PathBuf),
 }
 
@@ -68,16 +93,38 @@ impl OpenError {
                 "truncate --size=%512 {} fills up the last sector",
                 path.display()
             )),
+            Self::Empty(path) => Some(format!(
+                "truncate --size=10G {} makes it a disk",
+                path.display()
+            )),
             Self::InUse { .. } => Some(
                 "one guest can write an image, or several can read it with readonly=on or \
                  ephemeral=on"
                     .into(),
             ),
-            Self::Empty(path) => Some(format!(
-                "truncate --size=10G {} makes it a disk",
-                path.display()
+            Self::Header(path, error) => {
+                let remedy = error.remedy()?;
+                Some(remedy.replace("IMAGE", &path.display().to_string()))
+            }
+            Self::Tables(path, _) => Some(format!("qemu-img check {} says more", path.display())),
+            Self::Backing(image, _, source) => match source.as_ref() {
+                Self::Open(..) => Some(format!(
+                    "qemu-img rebase -u -F FORMAT -b FILE {} names another",
+                    image.display()
+                )),
+                source => source.remedy(),
+            },
+            Self::BackingFormatMissing(image, backing) => Some(format!(
+                "qemu-img rebase -u -F raw -b {} {} names it (or -F qcow2, if it is that)",
+                backing.display(),
+                image.display()
             )),
-            Self::Open(..) | Self::Kind(..) | Self::Lock(..) | Self::NotYet(..) => None,
+            Self::BackingFormat(_) | Self::BackingDepth(_) => {
+                Some("qemu-img convert -O qcow2 makes one image of them all".into())
+            }
+            Self::BackingOutside(path, _) => Some(format!("backing={} allows it", path.display())),
+            Self::NotYet(..) => None,
+            Self::Open(..) | Self::Kind(..) | Self::Lock(..) | Self::BackingLoop => None,
         }
     }
 }
@@ -93,10 +140,15 @@ pub fn open(spec: &ImageSpec) -> Result<Storage, OpenError> {
         true => Access::Read,
         false => Access::Write,
     };
-    let file = Found::at(&spec.path)?.open(access)?;
-    match spec.format {
-        Format::Raw if !spec.ephemeral => Ok(Storage::Raw(Arc::new(raw(spec, file)?))),
-        Format::Raw | Format::Qcow2 => Err(OpenError::NotYet(spec.path.clone())),
+    let found = Found::at(&spec.path)?;
+    let file = found.open(access)?;
+    let storage = match spec.format {
+        Format::Raw => Storage::Raw(Arc::new(raw(spec, file)?)),
+        Format::Qcow2 => Storage::Image(Arc::new(qcow2::open(spec, &found, file, access)?)),
+    };
+    match spec.ephemeral {
+        true => Err(OpenError::NotYet(spec.path.clone())),
+        false => Ok(storage),
     }
 }
 
@@ -120,6 +172,8 @@ fn raw(spec: &ImageSpec, file: File) -> Result<RawFile, OpenError> {
 pub(super) struct Found {
     path: PathBuf,
     handle: File,
+    /// Device and inode.
+    pub id: (u64, u64),
 }
 
 impl Found {
@@ -144,6 +198,7 @@ impl Found {
             None => Ok(Self {
                 path: path.into(),
                 handle,
+                id: (metadata.dev(), metadata.ino()),
             }),
         }
     }
@@ -179,6 +234,16 @@ impl Found {
     }
 
     /// Where it is, without symbolic links.
+    /// The path at which it was looked for.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where it is, without symbolic links.
+    pub fn location(&self) -> io::Result<PathBuf> {
+        std::fs::read_link(self.link())
+    }
+
     fn link(&self) -> String {
         format!("/proc/self/fd/{}", self.handle.as_raw_fd())
     }
