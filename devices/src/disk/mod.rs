@@ -4,6 +4,7 @@
 //! the same time.
 
 mod direct;
+mod ephemeral;
 mod lock;
 mod open;
 mod qcow2;

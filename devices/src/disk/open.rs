@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::ephemeral::Ephemeral;
 use super::lock::{self, Access, Refused};
 use super::qcow2::{self, HeaderError};
 use super::{Format, ImageSpec, RawFile, SECTOR, Storage};
@@ -67,9 +68,9 @@ pub enum OpenError {
     /// A file that the image must not make minivmm open.
     #[error("{0:?} does not lie in {1:?}, where the image lies")]
     BackingOutside(PathBuf, PathBuf),
-    /// Not written yet.
-    #[error("{0:?}: ephemeral disks cannot be opened yet")]
-    NotYet(PathBuf),
+    /// There is no file for what an ephemeral disk has written to it.
+    #[error("cannot make a file in {0:?} for what is written to an ephemeral disk")]
+    Ephemeral(PathBuf, #[source] io::Error),
 }
 
 fn by(users: &[String]) -> String {
@@ -123,7 +124,7 @@ impl OpenError {
                 Some("qemu-img convert -O qcow2 makes one image of them all".into())
             }
             Self::BackingOutside(path, _) => Some(format!("backing={} allows it", path.display())),
-            Self::NotYet(..) => None,
+            Self::Ephemeral(..) => Some("TMPDIR=DIRECTORY names another place".into()),
             Self::Open(..) | Self::Kind(..) | Self::Lock(..) | Self::BackingLoop => None,
         }
     }
@@ -147,7 +148,7 @@ pub fn open(spec: &ImageSpec) -> Result<Storage, OpenError> {
         Format::Qcow2 => Storage::Image(Arc::new(qcow2::open(spec, &found, file, access)?)),
     };
     match spec.ephemeral {
-        true => Err(OpenError::NotYet(spec.path.clone())),
+        true => Ok(Storage::Image(Arc::new(Ephemeral::new(storage)?))),
         false => Ok(storage),
     }
 }

@@ -342,9 +342,11 @@ fn image_with_internal_snapshots_is_only_read() {
     run(directory.path(), "qemu-img snapshot -c before disk.qcow2");
     let error = open(&spec(&path, Format::Qcow2)).unwrap_err();
     assert!(error.remedy().unwrap().contains("ephemeral=on"));
-    let mut reader = spec(&path, Format::Qcow2);
-    reader.readonly = true;
-    open(&reader).unwrap();
+    let mut overlaid = spec(&path, Format::Qcow2);
+    overlaid.ephemeral = true;
+    let storage = open(&overlaid).unwrap();
+    write(storage.image(), 0, &[1; 512]).unwrap();
+    assert_eq!(read(storage.image(), 0, 512).unwrap(), [1; 512]);
 }
 
 /// An image with data, compressed clusters, a backing file and clusters of 512 bytes, whose tables
