@@ -117,10 +117,13 @@ impl Guest {
     /// Fails when the guest has ended or has no such disk, and when the host or the image's format
     /// refuses the size.
     pub fn resize_disk(&self, disk: usize, bytes: u64) -> Result<(), GuestError> {
-        let resized = self
+        // By this thread: a file system may take its time.
+        let handle = self
             .control
-            .ask(move |control| control.resize_disk(disk, bytes));
-        resized.unwrap_or(Err(GuestError::Ended))
+            .ask(move |control| control.disks.get(disk).cloned());
+        let handle = handle.ok_or(GuestError::Ended)?;
+        let grown = handle.ok_or(GuestError::NoDisk(disk))?.grow(bytes);
+        grown.map_err(|source| GuestError::Resize(disk, bytes, source))
     }
 
     /// Ends it at once, as by pulling its plug.

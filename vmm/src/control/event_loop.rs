@@ -194,17 +194,6 @@ impl Control {
         Ok(self.devices.restore(state.devices)?)
     }
 
-    /// Makes a disk larger, and lets its driver know.
-    ///
-    /// # Errors
-    ///
-    /// Fails when there is no such disk, or its image cannot have this size.
-    pub fn resize_disk(&self, disk: usize, bytes: u64) -> Result<(), GuestError> {
-        let handle = self.disks.get(disk).ok_or(GuestError::NoDisk(disk))?;
-        let resized = handle.grow(bytes);
-        resized.map_err(|source| GuestError::Resize(disk, bytes, source))
-    }
-
     fn check_paused(&self) -> Result<(), GuestError> {
         self.is_paused.then_some(()).ok_or(GuestError::NotPaused)
     }
