@@ -22,6 +22,7 @@ use crate::virtio::Segments;
 pub use open::{OpenError, open};
 pub use qcow2::HeaderError;
 pub use raw::RawFile;
+pub(crate) use raw::advance;
 
 /// Every offset and length is a multiple of this, in bytes.
 pub const SECTOR: u64 = 512;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::direct::{Alignment, Bounce};
 use super::{BlockSizes, Image, SECTOR};
@@ -28,6 +28,8 @@ pub struct RawFile {
     is_device: bool,
     /// What O_DIRECT asks of buffers; none where the page cache is between.
     direct: Option<Alignment>,
+    /// The file system knows no read that does not wait (tmpfs).
+    waits_always: AtomicBool,
 }
 
 impl RawFile {
@@ -64,6 +66,7 @@ impl RawFile {
             blocks,
             is_device,
             direct,
+            waits_always: AtomicBool::new(false),
         })
     }
 
@@ -82,6 +85,32 @@ impl RawFile {
     pub fn takes(&self, segments: Segments<'_>) -> bool {
         self.direct
             .is_none_or(|alignment| segments.iovecs().iter().all(|piece| alignment.fits(piece)))
+    }
+
+    /// Fills `into` as [`Image::read`] does, if the page cache holds all of it. Where the file system
+    /// cannot say, it is just read.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn read_now(&self, offset: u64, into: Segments<'_>) -> io::Result<bool> {
+        if self.waits_always.load(Ordering::Relaxed) || !self.takes(into) {
+            return self.read(offset, into).map(|()| true);
+        }
+        let iovecs = into.iovecs();
+        let count = iovecs.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
+        let (fd, at) = (self.as_raw_fd(), signed(offset)?);
+        // SAFETY: `Segments` vouches for what the iovecs describe.
+        let done = unsafe { libc::preadv2(fd, iovecs.as_ptr(), count, at, libc::RWF_NOWAIT) };
+        if usize::try_from(done).is_ok_and(|done| done == into.bytes()) {
+            return Ok(true);
+        }
+        if done < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP) {
+            self.waits_always.store(true, Ordering::Relaxed);
+            return self.read_now(offset, into);
+        }
+        // Whatever it is, it is met again by whoever may wait.
+        Ok(false)
     }
 
     /// Writes as [`Image::write`] does; if `durable`, what was written survives a power cut of the

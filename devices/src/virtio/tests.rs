@@ -118,6 +118,19 @@ impl Driver {
         self.offer(head);
     }
 
+    /// Lays out `descriptors` in a table of their own at `table`, and makes the chain available that
+    /// `head` leads to.
+    pub fn offer_indirect(&mut self, head: u16, table: u64, descriptors: &[Buffer]) {
+        for (n, &(address, len, flags)) in (0u16..).zip(descriptors) {
+            let last = usize::from(n) + 1 == descriptors.len();
+            let flags = if last { flags } else { flags | NEXT };
+            self.write_descriptor_at(table, n, Descriptor::new(address, len, flags, n + 1));
+        }
+        let len = 16 * descriptors.len() as u32;
+        self.write_descriptor(head, Descriptor::new(table, len, INDIRECT, 0));
+        self.offer(head);
+    }
+
     pub fn set_available(&self, index: u16) {
         self.memory
             .write_obj(index, GuestAddress(AVAILABLE + 2))

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use super::config::{ConfigSpace, ConfigState, Layout, WRITEBACK};
 use super::counters::{BlkCounters, SharedCounters};
 use super::disk::{Disk, SERIAL_LEN};
+use super::engine::{Engine, engines};
 use super::features::Features;
 use super::handle::BlkHandle;
 use super::job::BlkJob;
@@ -32,12 +33,13 @@ const PCI_CLASS: u32 = 0x01_0000;
 /// How requests reach the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoChoice {
-    /// What is quickest for the image.
+    /// What the host's page cache answers, the queue's own thread; all else io_uring, or where the
+    /// kernel refuses that, a pool of threads.
     #[default]
     Auto,
-    /// io_uring.
+    /// All by io_uring.
     Uring,
-    /// Threads.
+    /// As without a choice, and never io_uring.
     Threads,
 }
 
@@ -54,7 +56,7 @@ pub struct BlkOptions {
     pub queues: u16,
     /// Bounds what all queues together move; each request counts as a frame.
     pub limit: RateLimit,
-    /// How requests reach the host.
+    /// How requests reach the host, for raw images. Others are used by the queues' threads.
     pub io: IoChoice,
 }
 
@@ -65,6 +67,8 @@ pub struct Blk {
     name: String,
     disk: Arc<Disk>,
     config: Arc<ConfigSpace>,
+    /// While its thread is parked, the engine of each queue that has one.
+    engines: Vec<Option<Box<dyn Engine>>>,
     /// One for each queue.
     workers: Vec<Worker<BlkJob>>,
     counters: Vec<SharedCounters>,
@@ -85,7 +89,8 @@ impl Blk {
     ///
     /// # Errors
     ///
-    /// Fails when the process may not have so many threads or descriptors.
+    /// Fails when the process may not have so many threads or descriptors, or the kernel refuses the
+    /// io_uring that was asked for.
     pub fn new(name: String, storage: Storage, options: BlkOptions) -> io::Result<Self> {
         let BlkOptions {
             label,
@@ -93,13 +98,14 @@ impl Blk {
             serial,
             queues,
             limit,
-            io: _,
+            io,
         } = options;
         let thread = |queue| match queue {
             0 => Worker::new(name.clone()),
             _ => Worker::new(format!("{name}.{queue}")),
         };
-        let disk = Disk::new(label, storage, readonly, serial, limit);
+        let cached = io != IoChoice::Uring;
+        let disk = Arc::new(Disk::new(label, storage, readonly, serial, limit, cached));
         let layout = Layout {
             blocks: disk.image().blocks(),
             queues,
@@ -107,7 +113,8 @@ impl Blk {
         };
         Ok(Self {
             config: Arc::new(ConfigSpace::new(layout, disk.image().size())),
-            disk: Arc::new(disk),
+            engines: engines(&name, &disk, queues, io)?,
+            disk,
             workers: (0..queues).map(thread).collect::<io::Result<_>>()?,
             counters: (0..queues).map(|_| SharedCounters::default()).collect(),
             features: Features::offered(queues, readonly),
@@ -140,10 +147,15 @@ impl Blk {
             .set_writeback(features.writeback(self.config.writeback()));
         for (index, active) in queues.into_iter().enumerate() {
             let Some(active) = active else { continue };
-            let queue = BlkQueue::new(active.queue, Arc::clone(&self.disk));
+            let queue = BlkQueue::new(active.queue, Arc::clone(&self.disk))
+                .with_engine(self.engines[index].take());
             let (to_driver, counters) = (Arc::clone(&interrupt), Arc::clone(&self.counters[index]));
             let job = BlkJob::new(queue, index as u16, active.kick, to_driver, counters);
             self.workers[index].start(job, Arc::clone(&interrupt))?;
+            if resumed {
+                // Of what the pause waited for, the driver has not been told.
+                interrupt.queue(index as u16);
+            }
         }
         self.config.attach(interrupt, resumed);
         log::debug!("{}: driver ready with {features:?}", self.name);
@@ -155,7 +167,13 @@ impl Blk {
         self.config.detach();
         self.workers.iter().for_each(Worker::stop);
         let jobs = self.workers.iter_mut().map(Worker::join);
-        jobs.map(|job| job.map(BlkJob::park)).collect()
+        let jobs = jobs.zip(&mut self.engines);
+        let positions = jobs.map(|(job, engine)| {
+            let (position, parked) = job.map(BlkJob::park)?;
+            *engine = parked;
+            Some(position)
+        });
+        positions.collect()
     }
 }
 

@@ -4,8 +4,9 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::pending::Pending;
 use super::request::{Range, Request};
-use crate::disk::{Image, Storage};
+use crate::disk::{Image, Storage, advance};
 use crate::virtio::iovec::scatter;
 use crate::virtio::rate::{Limiter, RateLimit};
 use crate::virtio::{Complaints, Segments};
@@ -21,21 +22,28 @@ pub struct Disk {
     readonly: bool,
     serial: [u8; SERIAL_LEN],
     pub(super) limiter: Limiter,
+    /// The queues' threads use the page cache themselves.
+    cached: bool,
     /// A write may complete before it is durable.
     writeback: AtomicBool,
     complaints: Complaints,
 }
 
 impl Disk {
-    /// The disk of this image. `label` is its name in what is said of its guest.
+    /// The disk of this image. `label` is its name in what is said of its guest. Without
+    /// `cached`, or past the page cache anyway, no queue's thread reads or writes a raw image if
+    /// another can.
     pub fn new(
         label: String,
         storage: Storage,
         readonly: bool,
         serial: [u8; SERIAL_LEN],
         limit: RateLimit,
+        cached: bool,
     ) -> Self {
+        let is_direct = matches!(&storage, Storage::Raw(file) if file.is_direct());
         Self {
+            cached: cached && !is_direct,
             label,
             storage,
             readonly,
@@ -50,6 +58,10 @@ impl Disk {
         &self.label
     }
 
+    pub(super) fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
     pub(super) fn image(&self) -> &dyn Image {
         self.storage.image()
     }
@@ -58,26 +70,45 @@ impl Disk {
         self.readonly
     }
 
+    /// Whether a write may complete before it is durable.
+    pub(super) fn is_writeback(&self) -> bool {
+        self.writeback.load(Ordering::SeqCst)
+    }
+
     pub(super) fn set_writeback(&self, on: bool) {
         self.writeback.store(on, Ordering::SeqCst);
     }
 
-    /// Carries out `request` in this thread. The driver has sent `sent` with it, and wants what it
-    /// asks for in `wanted`.
-    pub(super) fn execute(
-        &self,
-        request: &Request,
-        sent: Segments<'_>,
-        wanted: Segments<'_>,
-    ) -> io::Result<()> {
+    /// Carries out what the page cache can answer, and does not wait for more than memory. None
+    /// where that is not enough, or where the image has no page cache of its own.
+    pub(super) fn execute_now(&self, pending: &Pending) -> Option<io::Result<()>> {
+        let Storage::Raw(file) = &self.storage else {
+            return None;
+        };
+        match pending.request {
+            Request::Serial => Some(self.execute(pending)),
+            Request::Read { offset } if self.cached => {
+                let done = file.read_now(offset, pending.wanted());
+                done.map(|done| done.then_some(())).transpose()
+            }
+            // The page cache takes it, if need be after it has written others.
+            Request::Write { offset } if self.cached && self.is_writeback() => {
+                Some(file.write(offset, pending.sent()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Carries out a request in this thread.
+    pub(super) fn execute(&self, pending: &Pending) -> io::Result<()> {
         let image = self.image();
-        match request {
-            Request::Read { offset } => return image.read(*offset, wanted),
-            Request::Write { offset } => return self.write(*offset, sent),
+        match &pending.request {
+            Request::Read { offset } => return image.read(*offset, pending.wanted()),
+            Request::Write { offset } => return self.write(*offset, pending.sent()),
             Request::Flush => return image.flush(),
             Request::Serial => {
                 // SAFETY: `Segments` vouches for what the iovecs describe.
-                unsafe { scatter(wanted.iovecs(), 0, &self.serial) };
+                unsafe { scatter(pending.wanted().iovecs(), 0, &self.serial) };
                 return Ok(());
             }
             Request::Discard(ranges) => {
@@ -90,14 +121,38 @@ impl Disk {
             }
             Request::WriteZeroes { .. } => {}
         }
-        match self.writeback.load(Ordering::SeqCst) {
+        match self.is_writeback() {
             true => Ok(()),
             false => image.flush(),
         }
     }
 
+    /// Carries out what is left of a transfer after the first `done` bytes.
+    pub(super) fn finish_transfer(&self, pending: &Pending, done: usize) -> io::Result<()> {
+        let rest = |segments: Segments<'_>| {
+            let mut iovecs = segments.iovecs().to_vec();
+            advance(&mut iovecs, done);
+            iovecs
+        };
+        match pending.request {
+            Request::Read { offset } => {
+                let rest = rest(pending.wanted());
+                // SAFETY: they are parts of what `Segments` vouches for.
+                let rest = unsafe { Segments::new(&rest) };
+                self.image().read(offset + done as u64, rest)
+            }
+            Request::Write { offset } => {
+                let rest = rest(pending.sent());
+                // SAFETY: as above.
+                let rest = unsafe { Segments::new(&rest) };
+                self.write(offset + done as u64, rest)
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn write(&self, offset: u64, from: Segments<'_>) -> io::Result<()> {
-        let writeback = self.writeback.load(Ordering::SeqCst);
+        let writeback = self.is_writeback();
         match &self.storage {
             Storage::Raw(file) => file.write_with(offset, from, !writeback),
             Storage::Image(image) => {

@@ -8,6 +8,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::counters::SharedCounters;
+use super::engine::Engine;
 use super::queue::{BlkQueue, Stop};
 use crate::lock;
 use crate::virtio::Interrupt;
@@ -17,6 +18,7 @@ use crate::virtio::worker::{Job, Turn};
 const BUDGET: usize = 64;
 
 const KICK: u32 = 0;
+const DONE: u32 = 1;
 
 /// One queue and what it knows of itself.
 #[derive(Debug)]
@@ -26,6 +28,8 @@ pub(super) struct BlkJob {
     kick: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
     ready: bool,
+    /// Some request is done that did not end at once.
+    done: bool,
     /// Why the last turn has ended.
     stop: Stop,
     published: SharedCounters,
@@ -48,19 +52,25 @@ impl BlkJob {
             kick,
             interrupt,
             ready: true,
+            done: false,
             stop: Stop::Budget,
             published,
         }
     }
 
-    /// Ends. Returns where the queue stands.
-    pub fn park(self) -> u16 {
-        self.publish();
-        self.queue.next_avail()
+    /// Ends. Returns where the queue stands, and the engine.
+    pub fn park(self) -> (u16, Option<Box<dyn Engine>>) {
+        let Self {
+            queue, published, ..
+        } = self;
+        queue.park(&published)
     }
 
-    fn publish(&self) {
-        *lock(&self.published) = self.queue.counters;
+    fn notify(&mut self, notify: bool) {
+        if notify {
+            self.queue.counters.interrupts += 1;
+            self.interrupt.queue(self.index);
+        }
     }
 
     fn limited_until(&self) -> Option<Instant> {
@@ -75,12 +85,19 @@ impl Job for BlkJob {
     fn wakeups(&self) -> Vec<(RawFd, u32, EventSet)> {
         // A notification is an edge: its eventfd is never read.
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        vec![(self.kick.as_raw_fd(), KICK, edge)]
+        let done = self.queue.event().map(|event| (event, DONE, edge));
+        let kick = (self.kick.as_raw_fd(), KICK, edge);
+        std::iter::once(kick).chain(done).collect()
     }
 
-    fn wake(&mut self, _token: u32, _events: EventSet) {
-        self.queue.counters.kicks += 1;
-        self.ready |= !matches!(self.stop, Stop::Limited(_) | Stop::Broken);
+    fn wake(&mut self, token: u32, _events: EventSet) {
+        if token == DONE {
+            self.done = true;
+            self.ready |= self.stop == Stop::Full;
+        } else {
+            self.queue.counters.kicks += 1;
+            self.ready |= !matches!(self.stop, Stop::Full | Stop::Limited(_) | Stop::Broken);
+        }
     }
 
     fn timeout(&mut self) {
@@ -89,12 +106,10 @@ impl Job for BlkJob {
     }
 
     fn turn(&mut self) -> Turn {
+        let done = std::mem::take(&mut self.done);
         if std::mem::take(&mut self.ready) {
             let (stop, notify) = self.queue.handle(BUDGET);
-            if notify {
-                self.queue.counters.interrupts += 1;
-                self.interrupt.queue(self.index);
-            }
+            self.notify(notify);
             self.ready = stop == Stop::Budget;
             self.stop = stop;
             if stop == Stop::Broken {
@@ -104,10 +119,13 @@ impl Job for BlkJob {
                 );
                 self.interrupt.needs_reset();
             }
+        } else if done {
+            let notify = self.queue.finish_turn();
+            self.notify(notify);
         }
         if !self.ready {
             self.queue.counters.wakeups += 1;
-            self.publish();
+            *lock(&self.published) = self.queue.counters;
         }
         Turn {
             more: self.ready,

@@ -19,6 +19,7 @@ use crate::virtio::rate::RateLimit;
 use crate::virtio::tests::{Buffer, Driver, WRITE};
 
 mod device;
+mod engines;
 mod hostile;
 mod requests;
 
@@ -156,7 +157,14 @@ struct Bench {
 
 impl Bench {
     fn with(storage: Storage, readonly: bool, limit: RateLimit) -> Self {
-        let disk = Arc::new(Disk::new("disk0".into(), storage, readonly, SERIAL, limit));
+        let disk = Arc::new(Disk::new(
+            "disk0".into(),
+            storage,
+            readonly,
+            SERIAL,
+            limit,
+            true,
+        ));
         let driver = Driver::new();
         Self {
             queue: BlkQueue::new(driver.queue(false), Arc::clone(&disk)),

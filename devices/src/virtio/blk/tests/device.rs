@@ -11,16 +11,16 @@ use crate::virtio::tests::Recorder;
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
 /// A device whose driver is the test.
-struct Guest {
-    device: Blk,
-    handle: Arc<BlkHandle>,
-    drivers: Vec<Driver>,
-    kicks: Vec<Arc<EventFd>>,
+pub struct Guest {
+    pub device: Blk,
+    pub handle: Arc<BlkHandle>,
+    pub drivers: Vec<Driver>,
+    pub kicks: Vec<Arc<EventFd>>,
     features: Features,
     recorder: Arc<Recorder>,
 }
 
-fn options(queues: u16) -> BlkOptions {
+pub fn options(queues: u16) -> BlkOptions {
     BlkOptions {
         label: "disk0".into(),
         readonly: false,
@@ -32,10 +32,10 @@ fn options(queues: u16) -> BlkOptions {
 }
 
 impl Guest {
-    fn new(storage: Storage, options: BlkOptions) -> Self {
+    pub fn new(storage: Storage, options: BlkOptions) -> io::Result<Self> {
         let queues = options.queues;
-        let device = Blk::new("disk0".into(), storage, options).unwrap();
-        Self {
+        let device = Blk::new("disk0".into(), storage, options)?;
+        Ok(Self {
             handle: device.handle(),
             features: Features::from_bits_truncate(device.features()) - Features::EVENT_IDX,
             device,
@@ -44,18 +44,16 @@ impl Guest {
                 .map(|_| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()))
                 .collect(),
             recorder: Arc::default(),
-        }
+        })
     }
 
     fn fake(queues: u16) -> (Self, Arc<Fake>) {
         let fake = Fake::new();
-        (
-            Self::new(Storage::Image(fake.clone()), options(queues)),
-            fake,
-        )
+        let guest = Self::new(Storage::Image(fake.clone()), options(queues));
+        (guest.unwrap(), fake)
     }
 
-    fn start(&mut self, positions: Option<&[Option<u16>]>) {
+    pub fn start(&mut self, positions: Option<&[Option<u16>]>) {
         let queue = |index: usize| {
             let mut queue = self.drivers[index].queue(false);
             if let Some(positions) = positions {
@@ -87,6 +85,16 @@ impl Guest {
         self.kicks[queue].write(1).unwrap();
     }
 
+    /// Notifies the first queue, and waits until so many chains are used since the last call.
+    pub fn finish(&mut self, count: u16) {
+        self.kicks[0].write(1).unwrap();
+        let (driver, mut left) = (&mut self.drivers[0], usize::from(count));
+        eventually("used chains", || {
+            left -= driver.take_used().len();
+            left == 0
+        });
+    }
+
     /// Waits until one has been used there.
     fn wait(&mut self, queue: usize) {
         let driver = &mut self.drivers[queue];
@@ -101,7 +109,7 @@ impl Guest {
     }
 }
 
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !done() {
         assert!(Instant::now() < deadline, "waited in vain for {what}");
@@ -240,7 +248,7 @@ fn device_that_was_saved_goes_on_elsewhere() {
     guest.wait(0);
     let positions = guest.device.pause();
     let state = guest.device.save();
-    let mut new = Guest::new(Storage::Image(fake.clone()), options(1));
+    let mut new = Guest::new(Storage::Image(fake.clone()), options(1)).unwrap();
     new.device.restore(state.clone()).unwrap();
     assert_eq!(new.device.save(), state);
     new.drivers = std::mem::take(&mut guest.drivers);
@@ -272,7 +280,8 @@ fn reset_comes_while_requests_wait_for_their_rate() {
             limit,
             ..options(1)
         },
-    );
+    )
+    .unwrap();
     guest.start(None);
     for sector in 0..3 {
         guest.offer(0, sector);
