@@ -28,7 +28,8 @@ demo-tools:
 
 SUITES ?=
 test: ## Runs all tests, or SUITES="vmm.pci net.watch" (as root, for network namespaces)
-	resources/install-tools iasl nft qemu-system-x86_64 qemu-img pip3 strace tshark /usr/share/OVMF/OVMF_CODE_4M.fd
+	resources/install-tools debootstrap iasl mke2fs nft qemu-system-x86_64 qemu-img pip3 sfdisk strace tshark \
+		/usr/share/OVMF/OVMF_CODE_4M.fd
 	tests/run $(SUITES)
 
 costs: ## Makes what a guest costs now the baseline that tests compare with (tests/costs.json)
@@ -71,8 +72,8 @@ lint: ## Checks formatting, clippy, documentation and shell scripts
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc -q --workspace --no-deps
 	cd $(GUEST) && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
 	cd tests/fuzz && $(CARGO) fmt --check && $(CARGO) clippy -- -D warnings
-	@if command -v shellcheck >/dev/null; then shellcheck -x resources/install-tools resources/guest-init \
-		resources/lab-init resources/lab-qemu tests/run .ci/run; else echo "no shellcheck here: shell scripts not checked"; fi
+	@if command -v shellcheck >/dev/null; then shellcheck -x resources/install-tools resources/debian-image \
+		resources/guest-init resources/lab-init resources/lab-qemu tests/run .ci/run; else echo "no shellcheck here: shell scripts not checked"; fi
 
 clean: ## Removes what was built; downloads stay in ~/.cache/minivmm
 	$(CARGO) clean

@@ -4,6 +4,7 @@
 #[allow(dead_code)] // The tests use more of it.
 mod harness {
     pub mod assets;
+    pub mod debian;
     pub mod elf;
     pub mod initramfs;
     pub mod linux;

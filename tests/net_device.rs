@@ -15,7 +15,6 @@ use harness::iperf;
 use harness::lab_test;
 use harness::linux::{boot, generic_initrd};
 use harness::netns::Netns;
-use harness::process::Killed;
 use harness::site::{Site, address, pings, send_from_many_ports};
 use harness::vm::{self, Vm};
 
@@ -420,7 +419,7 @@ lab_test!(dhcp_reply_from_the_same_host_has_a_whole_checksum, || {
     let site = Site::new();
     let mut vm = boot(Some(&site.host), &["--macvtap", "wire,backend=user"]);
     vm.run("ip link set eth0 up");
-    let _server = serve_dhcp(&site.peer);
+    let _server = site.serve_dhcp();
     let lease = vm.try_run("udhcpc -n -q -f -t 10 -i eth0 -s /bin/true");
     assert!(
         lease.text.contains("192.168.77.5"),
@@ -436,21 +435,3 @@ lab_test!(dhcp_reply_from_the_same_host_has_a_whole_checksum, || {
         vm.log()
     );
 });
-
-/// Starts a DHCP server on the third host's link.
-fn serve_dhcp(netns: &Netns) -> Killed {
-    let mut command = netns.command("dnsmasq");
-    command.args([
-        "--no-daemon",
-        "--conf-file=/dev/null",
-        "--port=0",
-        "--user=root",
-        "--group=root",
-        "--interface=peer0",
-        "--bind-interfaces",
-        "--dhcp-range=192.168.77.50,192.168.77.59",
-        "--dhcp-leasefile=/tmp/leases",
-        "--pid-file=",
-    ]);
-    Killed(command.spawn().expect("dnsmasq starts"))
-}

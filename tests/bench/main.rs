@@ -17,6 +17,7 @@
 #[path = "../harness"]
 mod harness {
     pub mod assets;
+    pub mod debian;
     pub mod elf;
     pub mod initramfs;
     pub mod iperf;

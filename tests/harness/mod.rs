@@ -16,10 +16,14 @@
 //! - `pty`: a pseudo-terminal for a command
 //! - `signals`: a known signal state for all that a test starts
 //! - `linux`: a minivmm with Debian's kernel in it
+//! - `debian`: a Debian on a disk
+//! - `disk`: images and the file systems on them
 #![allow(dead_code, unused_imports, unused_macros)] // Each test binary uses its own part of this module.
 
 pub mod assets;
 pub mod capture;
+pub mod debian;
+pub mod disk;
 pub mod elf;
 pub mod guest;
 pub mod initramfs;

@@ -4,7 +4,13 @@
 use std::net::UdpSocket;
 
 use super::netns::Netns;
+use super::process::Killed;
 use super::vm::Vm;
+
+/// The MAC address of the guest that gets a known address by DHCP; others get another one.
+pub const LEASED_TO: &str = "02:aa:00:00:00:32";
+/// The address that it gets.
+pub const LEASED: &str = "192.168.77.50";
 
 /// The namespaces of one wire.
 pub struct Site {
@@ -31,6 +37,26 @@ impl Site {
         site.peer.address("peer0", "192.168.77.3/24");
         site.peer.address("peer0", "fd77::3/64");
         site
+    }
+
+    /// Starts a DHCP server on the third host, which gives [`LEASED`] to [`LEASED_TO`].
+    pub fn serve_dhcp(&self) -> Killed {
+        let mut command = self.peer.command("dnsmasq");
+        command.args([
+            "--no-daemon",
+            "--conf-file=/dev/null",
+            "--port=0",
+            "--user=root",
+            "--group=root",
+            "--interface=peer0",
+            "--bind-interfaces",
+            "--dhcp-range=192.168.77.50,192.168.77.59",
+            &format!("--dhcp-host={LEASED_TO},{LEASED}"),
+            "--leasefile-ro",
+            "--no-ping",
+            "--pid-file=",
+        ]);
+        Killed(command.spawn().expect("dnsmasq starts"))
     }
 }
 

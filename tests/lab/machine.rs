@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::thread::CpuSet;
 
 use crate::harness::assets::{Assets, assets, cache_dir, generic, one_of};
+use crate::harness::debian;
 use crate::harness::elf::elf;
 use crate::harness::initramfs::{Archive, GUEST_TOOLS, find};
 use crate::harness::vm;
@@ -85,6 +86,11 @@ impl Job<'_> {
         self.is("hostile-") || self.is("library-")
     }
 
+    /// Whether it boots the Debian that has a disk.
+    fn wants_debian(&self) -> bool {
+        self.is("debian-")
+    }
+
     fn is(&self, name: &str) -> bool {
         let program = self.program.file_name().unwrap_or_default();
         program.to_string_lossy().starts_with(name)
@@ -96,6 +102,13 @@ const LAB_TOOLS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("dnsmasq", "dnsmasq-base"),
     ("kexec", "kexec-tools"),
+];
+
+/// The same for tests that examine disks.
+const DISK_TOOLS: &[(&str, &str)] = &[
+    ("debugfs", "e2fsprogs"),
+    ("e2fsck", "e2fsprogs"),
+    ("qemu-img", "qemu-utils"),
 ];
 
 /// What QEMU reads for a machine whose kernel is given, where Debian has it.
@@ -220,6 +233,9 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     for (program, package) in LAB_TOOLS.iter().chain(GUEST_TOOLS) {
         archive.program(&find(program, package), &format!("/lab/bin/{program}"));
     }
+    for (program, package) in DISK_TOOLS.iter().filter(|_| job.wants_debian()) {
+        archive.program(&find(program, package), &format!("/lab/bin/{program}"));
+    }
     if job.wants_qemu() {
         let qemu = find("qemu-system-x86_64", "qemu-system-x86");
         // At its own place: it looks for its firmware from there.
@@ -239,6 +255,10 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     }
     if job.wants_freestanding() {
         archive.file(elf(), "/lab/cache/guest");
+    }
+    for name in debian::FILES.iter().filter(|_| job.wants_debian()) {
+        let to = format!("/lab/cache/{}/{name}", debian::NAME);
+        archive.file(&debian::debian().file(name), &to);
     }
     let quoted: Vec<_> = job
         .args
