@@ -95,7 +95,11 @@ kvm_test!(command_line_that_begins_with_a_hyphen_is_passed_on, || {
 #[test]
 fn option_that_does_not_exist_is_refused() {
     let files = Files::new();
-    assert_refused(files.boot(&["--floppy", "x"]), USAGE, &["--disk", "--help"]);
+    assert_refused(
+        files.boot(&["--floppy", "x"]),
+        USAGE,
+        &["--floppy", "--help"],
+    );
     assert_refused(files.boot(&["extra"]), USAGE, &["extra", "--help"]);
     assert_refused(files.boot(&["-v", "-q"]), USAGE, &["--verbose", "--quiet"]);
 }
