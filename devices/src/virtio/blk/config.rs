@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
-use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
+use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SIZE_MAX};
 use crate::disk::{BlockSizes, SECTOR};
 use crate::lock;
 use crate::virtio::{Interrupt, read_at};
@@ -75,6 +75,7 @@ impl ConfigSpace {
         let mut bytes = [0; LEN];
         let mut put = |at: usize, field: &[u8]| bytes[at..][..field.len()].copy_from_slice(field);
         put(0, &(state.capacity / SECTOR).to_le_bytes());
+        put(8, &SIZE_MAX.to_le_bytes());
         put(12, &seg_max.to_le_bytes());
         put(20, &blocks.logical.to_le_bytes());
         // Logical blocks in a physical one, as a power of two.

@@ -25,7 +25,7 @@ use crate::virtio::{Activation, VirtioDevice};
 /// Descriptors in each queue.
 const QUEUE_SIZE: u16 = 256;
 /// Pieces of data in a request that fills a queue: header and status are two more.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+pub(super) const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
 /// "Mass storage controller, SCSI", which is what tools know virtio-blk as.
 const PCI_CLASS: u32 = 0x01_0000;

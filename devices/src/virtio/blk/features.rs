@@ -9,6 +9,8 @@ bitflags! {
     /// The feature bits that the block device may offer (virtio 1.2, 5.2.3 and 6).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Features: u64 {
+        /// The device shows how many bytes a piece of data may have.
+        const SIZE_MAX = 1 << virtio_blk::VIRTIO_BLK_F_SIZE_MAX;
         /// The device shows how many pieces of data a request may have.
         const SEG_MAX = 1 << virtio_blk::VIRTIO_BLK_F_SEG_MAX;
         /// The disk cannot be written.

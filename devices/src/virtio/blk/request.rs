@@ -2,6 +2,7 @@
 
 use virtio_bindings::virtio_blk as spec;
 
+use super::device::SEG_MAX;
 use crate::disk::{Image, SECTOR};
 use crate::virtio::iovec::gather;
 use crate::virtio::queue::Buffers;
@@ -13,6 +14,12 @@ pub(super) const MAX_RANGES: usize = 16;
 /// The most that may be made zeros at once, in one range: 128 MiB. Where the host cannot do so by
 /// itself, this many zeros are written.
 pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 18;
+
+/// The most bytes that a piece of data may have. With the most pieces that a request may have it
+/// bounds what a guest can keep the disk busy with, which a pause and the guest's end wait for.
+pub(super) const SIZE_MAX: u32 = 1 << 18;
+/// The most that is read or written at once: what a driver reaches that heeds both limits.
+const MAX_TRANSFER: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 
 /// Bytes of the header: kind, a reserved field, sector.
 const HEADER_LEN: usize = 16;
@@ -122,7 +129,11 @@ impl Parts {
         if writes && readonly {
             return Err(Status::IoError);
         }
-        let offset = |data| range(image, sector, bytes(data)).map(|range| range.offset);
+        let offset = |data| {
+            let range = range(image, sector, bytes(data))?;
+            let small = range.len <= MAX_TRANSFER;
+            small.then_some(range.offset).ok_or(Status::IoError)
+        };
         match kind {
             spec::VIRTIO_BLK_T_IN => {
                 let offset = offset(self.wanted(buffers))?;

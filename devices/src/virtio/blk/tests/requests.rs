@@ -1,6 +1,8 @@
 //! Each kind of request does what it says, or fails with the status that fits.
 
+use super::super::request::Parts;
 use super::*;
+use crate::virtio::queue::Buffers;
 
 #[test]
 fn file_is_read_and_written_where_the_driver_says() {
@@ -21,6 +23,35 @@ fn file_is_read_and_written_where_the_driver_says() {
     assert_eq!((counters.reads, counters.read_bytes), (2, 1536));
     assert_eq!((counters.writes, counters.written_bytes), (1, 512));
     assert_eq!((counters.flushes, counters.errors), (1, 0));
+}
+
+/// A guest cannot have more read or written at once than its driver is allowed: a pause waits for it.
+#[test]
+fn transfer_beyond_the_limits_of_a_request_is_refused() {
+    let image = Fake::new();
+    image.size.store(1 << 40, Ordering::SeqCst);
+    let mut header = header(IN, 0);
+    // None of these is looked into, only counted.
+    let piece = |iov_len| libc::iovec {
+        iov_base: std::ptr::dangling_mut::<u8>().cast(),
+        iov_len,
+    };
+    for (pieces, len, fits) in [
+        (254, 1 << 18, true),
+        (255, 1 << 18, false),
+        (2, 1 << 32, false),
+    ] {
+        let mut buffers = Buffers::default();
+        buffers.readable.push(libc::iovec {
+            iov_base: header.as_mut_ptr().cast(),
+            iov_len: header.len(),
+        });
+        buffers.writable.extend((0..pieces).map(|_| piece(len)));
+        buffers.writable.push(piece(1));
+        let parts = Parts::split(&mut buffers).unwrap();
+        let request = parts.request(&buffers, image.as_ref(), false);
+        assert_eq!(request.is_ok(), fits, "{pieces} of {len}: {request:?}");
+    }
 }
 
 #[test]
