@@ -66,7 +66,7 @@ pub enum OpenError {
     #[error("the image has more than {0} files")]
     BackingDepth(usize),
     /// A file that the image must not make minivmm open.
-    #[error("{0:?} does not lie in {1:?}, where the image lies")]
+    #[error("{0:?} does not lie in a directory of the image's ({1:?})")]
     BackingOutside(PathBuf, PathBuf),
     /// There is no file for what an ephemeral disk has written to it.
     #[error("cannot make a file in {0:?} for what is written to an ephemeral disk")]
@@ -175,6 +175,8 @@ pub(super) struct Found {
     handle: File,
     /// Device and inode.
     pub id: (u64, u64),
+    /// Whether it is a block device.
+    pub is_device: bool,
 }
 
 impl Found {
@@ -200,6 +202,7 @@ impl Found {
                 path: path.into(),
                 handle,
                 id: (metadata.dev(), metadata.ino()),
+                is_device: kind.is_block_device(),
             }),
         }
     }

@@ -2,16 +2,39 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use super::{Format, Image, ImageSpec};
+use super::{Format, Image, ImageSpec, OpenError, Storage, open};
 use crate::virtio::Segments;
 
 #[path = "../../../tests/harness/skip.rs"]
 mod skip;
 
+/// Tries again while another test starts a process, which has all our open files and their locks for
+/// a moment, also those that we have closed.
+fn when_unlocked<T>(mut attempt: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        match attempt() {
+            Ok(done) => return done,
+            Err(text) => assert!(Instant::now() < deadline, "{text}"),
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Opens an image that nobody else uses by now.
+pub(super) fn opened(spec: &ImageSpec) -> Storage {
+    when_unlocked(|| match open(spec) {
+        Err(OpenError::InUse { path, .. }) => Err(format!("{path:?} is in use")),
+        done => Ok(done.unwrap()),
+    })
+}
+
 /// Whether QEMU's tools are here; a test that needs them is left out otherwise.
 pub(super) fn has_qemu_img() -> bool {
-    let found = Command::new("qemu-img").arg("--version").output().is_ok();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|at| at.join("qemu-img").is_file());
     if !found {
         skip::leave_out("tests of disk images need qemu-img (Debian: qemu-utils)");
     }
@@ -20,9 +43,16 @@ pub(super) fn has_qemu_img() -> bool {
 
 /// Runs a program in `directory`, and returns what it wrote; it has to succeed.
 pub(super) fn run(directory: &Path, command: &str) -> String {
-    let (ok, text) = try_run(directory, command);
+    let (ok, text) = run_unlocked(directory, command);
     assert!(ok, "{command}: {text}");
     text
+}
+
+fn run_unlocked(directory: &Path, command: &str) -> (bool, String) {
+    when_unlocked(|| match try_run(directory, command) {
+        (false, text) if text.contains("lock") => Err(format!("{command}: {text}")),
+        done => Ok(done),
+    })
 }
 
 /// Runs a program in `directory`; returns whether it succeeded, and what it wrote.
@@ -31,17 +61,15 @@ pub(super) fn try_run(directory: &Path, command: &str) -> (bool, String) {
     let mut program = Command::new(words.next().unwrap());
     let output = program.args(words).current_dir(directory).output().unwrap();
     let text = [output.stdout, output.stderr].concat();
-    (
-        output.status.success(),
-        String::from_utf8_lossy(&text).into_owned(),
-    )
+    let text = String::from_utf8_lossy(&text).into_owned();
+    (output.status.success(), text)
 }
 
 /// How many errors and how many lost clusters qemu-img check finds.
 pub(super) fn check(path: &Path) -> (u64, u64) {
     let name = path.file_name().unwrap().to_str().unwrap();
     let command = format!("qemu-img check -f qcow2 --output=json {name}");
-    let (_, text) = try_run(path.parent().unwrap(), &command);
+    let (_, text) = run_unlocked(path.parent().unwrap(), &command);
     let start = text.find('{').unwrap_or_else(|| panic!("{text}"));
     let mut json = serde_json::Deserializer::from_str(&text[start..]).into_iter();
     let report: serde_json::Value = json.next().unwrap().unwrap();

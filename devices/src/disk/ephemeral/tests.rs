@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::super::testing::{ops, read, spec, write};
+use super::super::testing::{opened, ops, read, spec, write};
 use super::super::{Format, open};
 use super::*;
 
@@ -21,7 +21,7 @@ fn base(directory: &Path) -> (PathBuf, Vec<u8>) {
 fn ephemeral(path: &Path) -> Ephemeral {
     let mut spec = spec(path, Format::Raw);
     spec.readonly = true;
-    Ephemeral::new(open(&spec).unwrap()).unwrap()
+    Ephemeral::new(opened(&spec)).unwrap()
 }
 
 proptest! {
@@ -49,7 +49,7 @@ fn two_ephemeral_disks_share_an_image() {
     let (path, before) = base(directory.path());
     let mut spec = spec(&path, Format::Raw);
     spec.ephemeral = true;
-    let (one, other) = (open(&spec).unwrap(), open(&spec).unwrap());
+    let (one, other) = (opened(&spec), opened(&spec));
     write(one.image(), 512, &[0xaa; 512]).unwrap();
     assert_eq!(read(one.image(), 512, 512).unwrap(), [0xaa; 512]);
     assert_eq!(read(other.image(), 512, 512).unwrap(), before[512..1024]);

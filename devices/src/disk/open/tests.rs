@@ -2,17 +2,11 @@ use std::error::Error;
 use std::fs;
 use std::os::unix::net::UnixListener;
 
+use super::super::testing;
 use super::*;
 
 fn spec(path: &Path) -> ImageSpec {
-    ImageSpec {
-        path: path.into(),
-        format: Format::Raw,
-        readonly: false,
-        ephemeral: false,
-        direct: false,
-        backing: None,
-    }
+    testing::spec(path, Format::Raw)
 }
 
 /// A directory with an image of that many bytes in it.
@@ -26,7 +20,7 @@ fn image(len: u64) -> (tempfile::TempDir, PathBuf) {
 #[test]
 fn raw_image_opens_with_its_size() {
     let (_directory, path) = image(1 << 20);
-    let storage = open(&spec(&path)).unwrap();
+    let storage = testing::opened(&spec(&path));
     assert_eq!(storage.image().size(), 1 << 20);
 }
 
@@ -47,8 +41,7 @@ fn image_that_is_not_there_is_named() {
 fn what_is_no_file_is_refused_by_name() {
     let (directory, path) = image(512);
     let fifo = directory.path().join("fifo");
-    let made = std::process::Command::new("mkfifo").arg(&fifo).status();
-    assert!(made.unwrap().success());
+    testing::run(directory.path(), "mkfifo fifo");
     let socket = directory.path().join("socket");
     let _listener = UnixListener::bind(&socket).unwrap();
     for (path, kind) in [
@@ -77,7 +70,7 @@ fn part_of_a_sector_is_refused_with_a_remedy() {
 #[test]
 fn second_writer_is_refused_and_the_first_stays() {
     let (_directory, path) = image(4096);
-    let _first = open(&spec(&path)).unwrap();
+    let _first = testing::opened(&spec(&path));
     let error = open(&spec(&path)).unwrap_err();
     assert!(error.to_string().contains("disk.img"), "{error}");
     assert!(error.to_string().contains("is in use"), "{error}");
@@ -91,8 +84,8 @@ fn readers_share_an_image() {
     let (_directory, path) = image(4096);
     let mut reader = spec(&path);
     reader.readonly = true;
-    let _first = open(&reader).unwrap();
-    let _second = open(&reader).unwrap();
+    let _first = testing::opened(&reader);
+    let _second = testing::opened(&reader);
     assert!(matches!(open(&spec(&path)), Err(OpenError::InUse { .. })));
 }
 
@@ -104,7 +97,7 @@ fn image_that_cannot_be_written_opens_readonly() {
     fs::set_permissions(&path, permissions).unwrap();
     let mut reader = spec(&path);
     reader.readonly = true;
-    open(&reader).unwrap();
+    testing::opened(&reader);
     // Root writes it all the same.
     if let Err(error) = open(&spec(&path)) {
         assert!(matches!(error, OpenError::Write(..)), "{error}");

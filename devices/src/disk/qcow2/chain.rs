@@ -1,7 +1,7 @@
 //! Opening a qcow2 image and the files below it.
 //!
 //! What an image names as its backing file is the word of whoever wrote the image. It is opened if
-//! it lies in the image's directory or below, or is what the user has named, and only as what its
+//! it lies in the image's directory or below, or is what the user has named, and only as what the
 //! header says it is: a format is never found out by looking, since a guest may have written what
 //! would be found. What is judged is the descriptor that is used.
 
@@ -140,7 +140,9 @@ impl Chain<'_> {
         if self.named != Some(found.id) {
             let at = found.location();
             let at = at.map_err(|error| OpenError::Open(found.path().into(), error))?;
-            if !at.starts_with(directory) {
+            // All of the host's files are below /, and all of its disks in /dev.
+            let shared = image.is_device || directory == Path::new("/");
+            if shared || !at.starts_with(directory) {
                 return Err(OpenError::BackingOutside(at, directory.into()));
             }
         }

@@ -37,6 +37,8 @@ pub(super) struct Qcow2Image {
     file: HostFile,
     size: AtomicU64,
     cluster_size: u64,
+    /// Bytes of the disk that an L2 table describes.
+    bytes_of_l2_table: u64,
     writable: bool,
 }
 
@@ -58,6 +60,7 @@ impl Qcow2Image {
         Self {
             size: AtomicU64::new(header.size),
             cluster_size: header.cluster_size(),
+            bytes_of_l2_table: header.bytes_of_l2_table(),
             state: Mutex::new(State {
                 image,
                 header,
@@ -94,6 +97,9 @@ impl Qcow2Image {
 
     /// Frees or zeroes the whole clusters of a range by `clear`, and the rest by `rest`, piece by
     /// piece: all of a piece is mapped alike in this image. What reads as zeros takes no new table.
+    ///
+    /// Afterwards the tables are written: before what has become free is used anew, pointers to it
+    /// are to be gone ([`order`]). imago sees to that for data and not for tables.
     fn clear(
         &self,
         range: Range<u64>,
@@ -103,6 +109,7 @@ impl Qcow2Image {
     ) -> io::Result<()> {
         self.change(|image| {
             let mut at = range.start;
+            let mut changed = None;
             while at < range.end {
                 let (mapping, len) = image.get_shallow_mapping(at, range.end - at)?;
                 let end = at + len;
@@ -119,6 +126,12 @@ impl Qcow2Image {
                     } if unmap => Some(offset),
                     _ => None,
                 };
+                // A piece lies within one L2 table. The next may need a new table, which could take
+                // a cluster that has become free.
+                let table = at / self.bytes_of_l2_table;
+                if changed.replace(table).is_some_and(|last| last != table) {
+                    image.flush()?;
+                }
                 let whole = self.whole_clusters(at..end);
                 if whole.is_empty() {
                     rest(image, at, len)?;
@@ -132,7 +145,6 @@ impl Qcow2Image {
                 }
                 at = end;
             }
-            // Before what is free is used anew, its pointers are to be gone.
             image.flush()
         })
     }
@@ -177,8 +189,25 @@ impl Image for Qcow2Image {
 
     fn write(&self, offset: u64, from: Segments<'_>) -> io::Result<()> {
         let slices = slices(from);
-        let (vector, _guard) = IoVector::from_volatile_slice(&slices);
-        self.change(|image| image.writev(vector, offset))
+        let (mut vector, _guard) = IoVector::from_volatile_slice(&slices);
+        self.change(|image| {
+            if !has_compressed(image, offset, vector.len())? {
+                return image.writev(vector, offset);
+            }
+            // Compressed clusters become free when they are written: as in `clear`.
+            let mut at = offset;
+            while !vector.is_empty() {
+                let len = vector
+                    .len()
+                    .min(self.bytes_of_l2_table - at % self.bytes_of_l2_table);
+                let (piece, rest) = vector.split_at(len);
+                image.writev(piece, at)?;
+                image.flush()?;
+                at += len;
+                vector = rest;
+            }
+            Ok(())
+        })
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -278,6 +307,21 @@ fn slices(segments: Segments<'_>) -> Vec<VolatileSlice<'_>> {
         // SAFETY: `Segments` vouches that each piece can be accessed for its lifetime.
         .map(|piece| unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) })
         .collect()
+}
+
+/// Whether there are compressed clusters in a range.
+fn has_compressed(image: &FormatAccess<HostFile>, mut at: u64, mut len: u64) -> io::Result<bool> {
+    while len > 0 {
+        match image.get_shallow_mapping(at, len)? {
+            (ShallowMapping::Special { .. }, _) => return Ok(true),
+            (_, 0) => break,
+            (_, piece) => {
+                at += piece;
+                len -= piece;
+            }
+        }
+    }
+    Ok(false)
 }
 
 fn write_zeros(image: &FormatAccess<HostFile>, offset: u64, len: u64) -> io::Result<()> {

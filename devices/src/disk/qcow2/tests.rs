@@ -1,11 +1,12 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::disk::testing::{check, has_qemu_img, ops, read, run, spec, try_run, write};
+use crate::disk::testing::{self, check, has_qemu_img, ops, read, run, spec, try_run, write};
 use crate::disk::{Format, OpenError, Storage, open};
 
 mod chain;
@@ -23,7 +24,7 @@ fn made(options: &str) -> (tempfile::TempDir, PathBuf) {
 }
 
 fn opened(path: &Path) -> Storage {
-    open(&spec(path, Format::Qcow2)).unwrap()
+    testing::opened(&spec(path, Format::Qcow2))
 }
 
 /// What QEMU reads.
@@ -237,10 +238,10 @@ fn raw_image_that_begins_like_a_qcow2_stays_raw() {
     let evil = fs::read(at.join("evil.qcow2")).unwrap();
     let path = at.join("disk.img");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
-    let storage = open(&spec(&path, Format::Raw)).unwrap();
+    let storage = testing::opened(&spec(&path, Format::Raw));
     write(storage.image(), 0, &evil[..evil.len() / 512 * 512]).unwrap();
     drop(storage);
-    let storage = open(&spec(&path, Format::Raw)).unwrap();
+    let storage = testing::opened(&spec(&path, Format::Raw));
     assert_eq!(storage.image().size(), 1 << 20);
     assert_eq!(read(storage.image(), 0, 512).unwrap(), evil[..512]);
     drop(storage);
@@ -271,20 +272,17 @@ fn qemu_and_minivmm_see_each_others_locks() {
     drop(storage);
     let mut reader = spec(&path, Format::Qcow2);
     reader.readonly = true;
-    let storage = open(&reader).unwrap();
+    let storage = testing::opened(&reader);
     run(at, "qemu-img check -f qcow2 disk.qcow2");
     let (ok, text) = try_run(at, "qemu-io -f qcow2 -c quit disk.qcow2");
     assert!(!ok && text.contains("lock"), "{text}");
     drop(storage);
 
     // The other way round: QEMU waits for its input with the image open.
-    let mut qemu_io = std::process::Command::new("qemu-io")
-        .args(["-f", "qcow2", "disk.qcow2"])
-        .current_dir(at)
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut command = Command::new("qemu-io");
+    command.args(["-f", "qcow2", "disk.qcow2"]).current_dir(at);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut qemu_io = command.spawn().unwrap();
     // It shows its prompt when the image is open.
     let mut prompt = [0];
     io::Read::read_exact(&mut qemu_io.stdout.take().unwrap(), &mut prompt).unwrap();
@@ -344,7 +342,7 @@ fn image_with_internal_snapshots_is_only_read() {
     assert!(error.remedy().unwrap().contains("ephemeral=on"));
     let mut overlaid = spec(&path, Format::Qcow2);
     overlaid.ephemeral = true;
-    let storage = open(&overlaid).unwrap();
+    let storage = testing::opened(&overlaid);
     write(storage.image(), 0, &[1; 512]).unwrap();
     assert_eq!(read(storage.image(), 0, 512).unwrap(), [1; 512]);
 }

@@ -108,17 +108,50 @@ fn backing_file_elsewhere_is_opened_if_the_user_names_it() {
         let path = naming(&images, "disk.qcow2", outside, "raw");
         let mut spec = spec(&path, Format::Qcow2);
         let (text, error) = refused(&spec);
-        assert!(text.contains("does not lie in"), "{text}");
+        assert!(
+            text.contains("does not lie in a directory of the image's"),
+            "{text}"
+        );
         let remedy = error.remedy().unwrap();
         assert!(remedy.starts_with("backing="), "{remedy}");
         spec.backing = Some(absolute.clone());
-        let storage = open(&spec).unwrap();
+        let storage = testing::opened(&spec);
         assert_eq!(
             read(storage.image(), 4096, 512).unwrap(),
             [7; 512],
             "{outside}"
         );
     }
+}
+
+#[test]
+fn image_in_no_directory_has_no_files_of_its_own() {
+    use std::os::fd::{AsRawFd, FromRawFd};
+    if !has_qemu_img() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let base = directory.path().join("base.img");
+    fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let path = naming(
+        directory.path(),
+        "disk.qcow2",
+        base.to_str().unwrap(),
+        "raw",
+    );
+    // SAFETY: memfd_create takes a name that ends with a 0, and flags.
+    let fd = unsafe { libc::memfd_create(c"image".as_ptr(), libc::MFD_CLOEXEC) };
+    // SAFETY: memfd_create has returned this descriptor, which nothing else owns.
+    let memfd = unsafe { File::from_raw_fd(fd) };
+    memfd.write_all_at(&fs::read(path).unwrap(), 0).unwrap();
+    let mut spec = spec(
+        format!("/proc/self/fd/{}", memfd.as_raw_fd()),
+        Format::Qcow2,
+    );
+    let (text, _) = refused(&spec);
+    assert!(text.contains("does not lie in"), "{text}");
+    spec.backing = Some(base);
+    testing::opened(&spec);
 }
 
 #[test]
@@ -202,7 +235,7 @@ fn backing_file_that_is_written_is_refused_and_readers_share_it() {
     let (text, _) = refused(&spec(&base, Format::Raw));
     assert!(text.contains("base.img\" is in use"), "{text}");
     drop((one, _other));
-    let _writer = open(&spec(&base, Format::Raw)).unwrap();
+    let _writer = testing::opened(&spec(&base, Format::Raw));
     let (text, _) = refused(&spec(at.join("one.qcow2"), Format::Qcow2));
     assert!(text.contains("base.img\" is in use"), "{text}");
 }
