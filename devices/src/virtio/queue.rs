@@ -11,7 +11,9 @@ use std::sync::atomic::{Ordering, fence};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Error, Queue as Rings, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
+};
 
 use super::iovec::Iovecs;
 
@@ -321,16 +323,27 @@ fn gather(
             false => (&mut popped.readable, &mut buffers.readable),
         };
         let size = descriptor.len() as usize;
-        for slice in GuestMemoryBackend::get_slices(memory, descriptor.addr(), size) {
-            let slice = slice.ok()?;
-            if part.segments == MAX_SEGMENTS {
-                return None;
+        let mut push = |slice: VolatileSlice<'_>| {
+            let has_room = part.segments < MAX_SEGMENTS;
+            if has_room {
+                part.segments += 1;
+                iovecs.push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
             }
-            iovecs.push(libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            });
-            part.segments += 1;
+            has_room.then_some(())
+        };
+        // Nearly every buffer lies in one region, which is found out sooner than where its parts lie.
+        let region = memory.to_region_addr(descriptor.addr());
+        let whole = region.and_then(|(region, at)| region.get_slice(at, size).ok());
+        match whole {
+            Some(slice) if size > 0 => push(slice)?,
+            _ => {
+                for slice in GuestMemoryBackend::get_slices(memory, descriptor.addr(), size) {
+                    push(slice.ok()?)?;
+                }
+            }
         }
         part.len = part.len.checked_add(size)?;
         promised = descriptor.has_next();
