@@ -75,7 +75,8 @@ impl Disk {
         self.writeback.load(Ordering::SeqCst)
     }
 
-    pub(super) fn set_writeback(&self, on: bool) {
+    /// Lets writes complete before they are durable, or not.
+    pub fn set_writeback(&self, on: bool) {
         self.writeback.store(on, Ordering::SeqCst);
     }
 
@@ -85,7 +86,7 @@ impl Disk {
         let Storage::Raw(file) = &self.storage else {
             return None;
         };
-        match pending.request {
+        match *pending.request() {
             Request::Serial => Some(self.execute(pending)),
             Request::Read { offset } if self.cached => {
                 let done = file.read_now(offset, pending.wanted());
@@ -102,7 +103,7 @@ impl Disk {
     /// Carries out a request in this thread.
     pub(super) fn execute(&self, pending: &Pending) -> io::Result<()> {
         let image = self.image();
-        match &pending.request {
+        match pending.request() {
             Request::Read { offset } => return image.read(*offset, pending.wanted()),
             Request::Write { offset } => return self.write(*offset, pending.sent()),
             Request::Flush => return image.flush(),
@@ -134,7 +135,7 @@ impl Disk {
             advance(&mut iovecs, done);
             iovecs
         };
-        match pending.request {
+        match *pending.request() {
             Request::Read { offset } => {
                 let rest = rest(pending.wanted());
                 // SAFETY: they are parts of what `Segments` vouches for.

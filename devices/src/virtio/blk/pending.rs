@@ -1,73 +1,108 @@
 //! A request on its way: its chain, where its data lies, and what became of it.
 
 use super::request::{Parts, Request, Status, bytes};
+use crate::disk::Image;
 use crate::virtio::Segments;
 use crate::virtio::iovec::scatter;
-use crate::virtio::queue::{Buffers, Chain};
+use crate::virtio::queue::{Buffers, Chain, Next, Queue};
 
-/// A request that has been taken from the available ring and is not used yet.
+/// Iovecs for which room is kept between requests.
+const KEPT: usize = 64;
+
+/// A request that has been taken from the available ring and is not used yet, or room for one. It
+/// lies in one place while it passes from hand to hand.
 ///
 /// Its iovecs are those of a chain that `Queue::pop` resolved inside guest memory. They stay valid as
 /// long as the queue, and no request outlives it: whoever has one under way waits for it before the
 /// queue is dropped.
-#[derive(Debug)]
-pub(super) struct Pending {
+#[derive(Debug, Default)]
+pub(super) struct Pending(Box<Body>);
+
+#[derive(Debug, Default)]
+struct Body {
     chain: Chain,
     buffers: Buffers,
     parts: Parts,
-    /// What the disk is to do.
-    pub request: Request,
-    /// Bytes that it moves from or to the image.
-    pub moved: u64,
+    request: Request,
+    moved: u64,
 }
 
 impl Pending {
-    /// The request of this chain, which lies in `buffers`.
-    pub fn new(chain: Chain, buffers: Buffers, parts: Parts, request: Request) -> Self {
-        let moved = match &request {
-            Request::Read { .. } => bytes(parts.wanted(&buffers)),
-            Request::Write { .. } => bytes(parts.sent(&buffers)),
+    /// Takes the next chain of `queue`. What it asks for is not looked at.
+    pub fn pop(&mut self, queue: &mut Queue) -> Next {
+        let next = queue.pop(&mut self.0.buffers);
+        if let Next::Chain(chain) = next {
+            self.0.chain = chain;
+        }
+        next
+    }
+
+    /// Cuts the chain into its parts; false if it has not all that a request has.
+    pub fn split(&mut self) -> bool {
+        let parts = Parts::split(&mut self.0.buffers);
+        let is_whole = parts.is_some();
+        self.0.parts = parts.unwrap_or_default();
+        is_whole
+    }
+
+    /// Finds out what it asks of `image`, unless that is nothing that could be done.
+    ///
+    /// # Errors
+    ///
+    /// Returns what is to be said of it.
+    pub fn parse(&mut self, image: &dyn Image, readonly: bool) -> Result<(), Status> {
+        let body = &mut *self.0;
+        body.request = body.parts.request(&body.buffers, image, readonly)?;
+        body.moved = match &body.request {
+            Request::Read { .. } => bytes(body.parts.wanted(&body.buffers)),
+            Request::Write { .. } => bytes(body.parts.sent(&body.buffers)),
             _ => 0,
         };
-        Self {
-            chain,
-            buffers,
-            parts,
-            request,
-            moved,
-        }
+        Ok(())
+    }
+
+    /// What the disk is to do.
+    pub fn request(&self) -> &Request {
+        &self.0.request
+    }
+
+    /// Bytes that it moves from or to the image.
+    pub fn moved(&self) -> u64 {
+        self.0.moved
     }
 
     /// What the driver sends with it.
     pub fn sent(&self) -> Segments<'_> {
         // SAFETY: they lie in guest memory, to which there are no references, for as long as a
         // request lives.
-        unsafe { Segments::new(self.parts.sent(&self.buffers)) }
+        unsafe { Segments::new(self.0.parts.sent(&self.0.buffers)) }
     }
 
     /// Where the driver wants what it asks for.
     pub fn wanted(&self) -> Segments<'_> {
         // SAFETY: as in `sent`.
-        unsafe { Segments::new(self.parts.wanted(&self.buffers)) }
+        unsafe { Segments::new(self.0.parts.wanted(&self.0.buffers)) }
     }
 
-    /// Takes it apart again: it has not been begun.
-    pub fn into_buffers(self) -> Buffers {
-        self.buffers
+    /// Tells the driver how it ended, if it has a place for that: [`Pending::split`] has been called.
+    pub fn tell(&self, status: Status) {
+        if let Some(buffer) = self.0.buffers.writable.last() {
+            // SAFETY: the iovec is one of a chain that `Queue::pop` resolved inside guest memory,
+            // which the queue keeps mapped.
+            unsafe { scatter(std::slice::from_ref(buffer), 0, &[status as u8]) };
+        }
     }
 
-    /// Tells the driver how it ended. Returns the chain, and buffers for another one.
-    pub fn finish(self, status: Status) -> (Chain, Buffers) {
-        tell(&self.buffers, status);
-        (self.chain, self.buffers)
+    /// Its chain.
+    pub fn chain(&self) -> Chain {
+        self.0.chain
     }
-}
 
-/// Writes the status of a chain where [`Parts::split`] has left its place, if it has one.
-pub(super) fn tell(buffers: &Buffers, status: Status) {
-    if let Some(buffer) = buffers.writable.last() {
-        // SAFETY: the iovec is one of a chain that `Queue::pop` resolved inside guest memory, which
-        // the queue keeps mapped.
-        unsafe { scatter(std::slice::from_ref(buffer), 0, &[status as u8]) };
+    /// Room for another one; none where this one has made it large.
+    pub fn recycle(mut self) -> Option<Self> {
+        let buffers = &mut self.0.buffers;
+        let is_small = buffers.readable.capacity() + buffers.writable.capacity() <= KEPT;
+        buffers.clear();
+        is_small.then_some(self)
     }
 }

@@ -8,18 +8,16 @@ use std::time::{Duration, Instant};
 use super::counters::{BlkCounters, SharedCounters};
 use super::disk::Disk;
 use super::engine::Engine;
-use super::pending::{Pending, tell};
-use super::request::{Parts, Request, Status};
+use super::pending::Pending;
+use super::request::{Request, Status};
 use crate::lock;
-use crate::virtio::queue::{Buffers, Chain, Next, Queue};
+use crate::virtio::queue::{Next, Queue};
 
 /// Requests that are used together: the driver's processor then loses its copy of the index less
 /// often.
 const BATCH: u16 = 16;
 /// How long the first requests of a turn may wait for others that the image takes time for.
 const SLICE: Duration = Duration::from_micros(100);
-/// Iovecs for which room is kept between requests.
-const KEPT: usize = 64;
 
 /// Why a queue's turn has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,8 +42,8 @@ pub struct BlkQueue {
     engine: Option<Box<dyn Engine>>,
     queue: Queue,
     disk: Arc<Disk>,
-    /// For the next chains.
-    spare: Vec<Buffers>,
+    /// Room for the next chains.
+    spare: Vec<Pending>,
     /// What it has done so far.
     pub counters: BlkCounters,
 }
@@ -140,73 +138,73 @@ impl BlkQueue {
             {
                 return Stop::Full;
             }
-            let mut buffers = self.spare.pop().unwrap_or_default();
-            let chain = match self.queue.pop(&mut buffers) {
-                Next::Chain(chain) => chain,
-                other => {
-                    self.recycle(buffers);
-                    match other {
-                        Next::Empty => return Stop::Idle,
-                        Next::Broken => return Stop::Broken,
-                        _ => self.counters.bad_chains += 1,
-                    }
+            let mut pending = self.spare.pop().unwrap_or_default();
+            match pending.pop(&mut self.queue) {
+                Next::Chain(_) => {}
+                Next::Bad => {
+                    self.counters.bad_chains += 1;
+                    self.recycle(pending);
                     continue;
                 }
-            };
-            match self.parse(chain, buffers) {
-                Ok(pending) => {
+                other => {
+                    self.recycle(pending);
+                    return match other {
+                        Next::Empty => Stop::Idle,
+                        _ => Stop::Broken,
+                    };
+                }
+            }
+            match self.parse(&mut pending) {
+                Ok(()) => {
                     if !self.serve(pending, turn) {
                         return Stop::Budget;
                     }
                     turn.is_first = false;
                 }
-                Err((buffers, status)) => {
-                    tell(&buffers, status);
-                    self.used(chain, buffers);
-                }
+                Err(status) => self.used(pending, status),
             }
         }
         Stop::Budget
     }
 
-    /// The request of a chain, or what is to be said of it.
-    fn parse(&mut self, chain: Chain, mut buffers: Buffers) -> Result<Pending, (Buffers, Status)> {
-        let Some(parts) = Parts::split(&mut buffers) else {
-            // Without a header, or without room for a status: nothing is done.
+    /// Finds out what a chain asks for, or what is to be said of it.
+    fn parse(&mut self, pending: &mut Pending) -> Result<(), Status> {
+        // Without a header, or without room for a status: nothing is done.
+        if !pending.split() {
             self.counters.bad_chains += 1;
-            return Err((buffers, Status::IoError));
-        };
-        match parts.request(&buffers, self.disk.image(), self.disk.is_readonly()) {
-            Ok(request) => Ok(Pending::new(chain, buffers, parts, request)),
-            Err(status) => {
-                self.counters.refused += 1;
-                self.disk.limiter.charge(0);
-                Err((buffers, status))
-            }
+            return Err(Status::IoError);
         }
+        let parsed = pending.parse(self.disk.image(), self.disk.is_readonly());
+        parsed.inspect_err(|_| {
+            self.counters.refused += 1;
+            self.disk.limiter.charge(0);
+        })
     }
 
     /// Carries out a request, or has it carried out. False if it would keep others waiting that this
     /// turn has done: it has been put back, for a turn of its own.
-    fn serve(&mut self, pending: Pending, turn: &TurnLeft) -> bool {
-        let moved = pending.moved;
-        let mut result = self.disk.execute_now(&pending);
-        let mut pending = Some(pending);
-        if result.is_none() {
-            if let Some(engine) = &mut self.engine {
-                pending = pending.and_then(|pending| engine.start(pending));
+    fn serve(&mut self, mut pending: Pending, turn: &TurnLeft) -> bool {
+        let moved = pending.moved();
+        let result = self.disk.execute_now(&pending);
+        if result.is_none()
+            && let Some(engine) = &mut self.engine
+        {
+            match engine.start(pending) {
+                Some(refused) => pending = refused,
+                None => {
+                    self.disk.limiter.charge(moved as usize);
+                    return true;
+                }
             }
-            if let Some(slow) = pending.take_if(|slow| turn.is_over_for(&slow.request)) {
-                self.recycle(slow.into_buffers());
-                self.queue.undo_pop();
-                return false;
-            }
-            result = pending.as_ref().map(|pending| self.disk.execute(pending));
+        }
+        if result.is_none() && turn.is_over_for(pending.request()) {
+            self.recycle(pending);
+            self.queue.undo_pop();
+            return false;
         }
         self.disk.limiter.charge(moved as usize);
-        if let (Some(pending), Some(result)) = (pending, result) {
-            self.finish(pending, result);
-        }
+        let result = result.unwrap_or_else(|| self.disk.execute(&pending));
+        self.finish(pending, result);
         true
     }
 
@@ -220,7 +218,7 @@ impl BlkQueue {
     fn finish(&mut self, pending: Pending, result: io::Result<()>) {
         let counters = &mut self.counters;
         let mut status = Status::Ok;
-        match (&result, &pending.request) {
+        match (&result, pending.request()) {
             (Err(error), request) => {
                 counters.errors += 1;
                 self.disk.complain(request, error);
@@ -228,36 +226,33 @@ impl BlkQueue {
             }
             (Ok(()), Request::Read { .. }) => {
                 counters.reads += 1;
-                counters.read_bytes += pending.moved;
+                counters.read_bytes += pending.moved();
             }
             (Ok(()), Request::Write { .. }) => {
                 counters.writes += 1;
-                counters.written_bytes += pending.moved;
+                counters.written_bytes += pending.moved();
             }
             (Ok(()), Request::Flush) => counters.flushes += 1,
             (Ok(()), Request::Discard(_) | Request::WriteZeroes { .. }) => counters.discards += 1,
             (Ok(()), Request::Serial) => {}
         }
-        let (chain, buffers) = pending.finish(status);
-        self.used(chain, buffers);
+        self.used(pending, status);
     }
 
-    /// The driver has been told how this chain ended.
-    fn used(&mut self, chain: Chain, buffers: Buffers) {
+    /// Tells the driver how a chain ended.
+    fn used(&mut self, pending: Pending, status: Status) {
+        pending.tell(status);
+        let chain = pending.chain();
         // The status is the last byte, so that all of them count as written.
         self.queue.push_used(chain.head, chain.writable.len as u32);
-        self.recycle(buffers);
+        self.recycle(pending);
         if self.queue.unflushed() >= BATCH {
             self.queue.flush_used();
         }
     }
 
-    fn recycle(&mut self, mut buffers: Buffers) {
-        let is_large = buffers.readable.capacity() + buffers.writable.capacity() > KEPT;
-        if !is_large {
-            buffers.clear();
-            self.spare.push(buffers);
-        }
+    fn recycle(&mut self, pending: Pending) {
+        self.spare.extend(pending.recycle());
     }
 }
 

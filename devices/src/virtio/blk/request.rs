@@ -36,14 +36,22 @@ pub(super) enum Status {
 }
 
 /// What a disk is to do. Offsets are in bytes, and lie within the image with what follows them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Request {
-    Read { offset: u64 },
-    Write { offset: u64 },
+    Read {
+        offset: u64,
+    },
+    Write {
+        offset: u64,
+    },
+    #[default]
     Flush,
     Serial,
     Discard(Vec<Range>),
-    WriteZeroes { range: Range, may_unmap: bool },
+    WriteZeroes {
+        range: Range,
+        may_unmap: bool,
+    },
 }
 
 /// A part of the image, in bytes.
@@ -55,7 +63,7 @@ pub(super) struct Range {
 
 /// The buffers of a chain that has a header and room for the status: the status stands last among
 /// the writable ones, in one of its own.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Parts {
     /// The header, read once: the driver could change it meanwhile.
     header: [u8; HEADER_LEN],

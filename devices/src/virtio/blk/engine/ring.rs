@@ -42,7 +42,7 @@ impl Ring {
         let ring = IoUring::builder()
             .setup_cqsize(DEPTH as u32)
             .build(SUBMITTED_AT_ONCE)?;
-        // Requests move between vectors once the kernel has them.
+        // What iovecs say has to be read when a request is submitted, and no completion to be lost.
         if !ring.params().is_feature_submit_stable() || !ring.params().is_feature_nodrop() {
             return Err(io::ErrorKind::Unsupported.into());
         }
@@ -61,7 +61,7 @@ impl Ring {
 
     /// How the kernel is asked; none for what it cannot be asked.
     fn entry(&self, pending: &Pending) -> Option<squeue::Entry> {
-        match pending.request {
+        match *pending.request() {
             Request::Read { offset } => self.transfer(
                 pending.wanted(),
                 |piece, len| opcode::Read::new(FILE, piece, len).offset(offset).build(),
@@ -165,7 +165,7 @@ impl Engine for Ring {
         let pending = self.pending.get_mut(index)?.take()?;
         self.free.push(index);
         let result = match usize::try_from(entry.result()) {
-            Ok(done) if done as u64 == pending.moved => Ok(()),
+            Ok(done) if done as u64 == pending.moved() => Ok(()),
             // The rest of a short transfer.
             Ok(done) => self.disk.finish_transfer(&pending, done),
             Err(_) => match -entry.result() {
