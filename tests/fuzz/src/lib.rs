@@ -1,6 +1,8 @@
 //! What the targets share: a guest's memory full of the fuzzer's bytes, a network that is the
 //! fuzzer's too, and a NIC between the two.
 
+pub mod image;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
