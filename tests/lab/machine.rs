@@ -91,6 +91,16 @@ impl Job<'_> {
         self.is("debian-")
     }
 
+    /// Whether it makes and examines disks.
+    fn wants_disks(&self) -> bool {
+        self.wants_debian() || self.is("linux_disks-")
+    }
+
+    /// Whether fio runs in its guests.
+    fn wants_fio(&self) -> bool {
+        self.is("bench") && self.args.iter().any(|arg| arg == "disk")
+    }
+
     fn is(&self, name: &str) -> bool {
         let program = self.program.file_name().unwrap_or_default();
         program.to_string_lossy().starts_with(name)
@@ -107,7 +117,9 @@ const LAB_TOOLS: &[(&str, &str)] = &[
 /// The same for tests that examine disks.
 const DISK_TOOLS: &[(&str, &str)] = &[
     ("debugfs", "e2fsprogs"),
+    ("dmsetup", "dmsetup"),
     ("e2fsck", "e2fsprogs"),
+    ("mke2fs", "e2fsprogs"),
     ("qemu-img", "qemu-utils"),
 ];
 
@@ -233,8 +245,11 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     for (program, package) in LAB_TOOLS.iter().chain(GUEST_TOOLS) {
         archive.program(&find(program, package), &format!("/lab/bin/{program}"));
     }
-    for (program, package) in DISK_TOOLS.iter().filter(|_| job.wants_debian()) {
+    for (program, package) in DISK_TOOLS.iter().filter(|_| job.wants_disks()) {
         archive.program(&find(program, package), &format!("/lab/bin/{program}"));
+    }
+    if job.wants_fio() {
+        archive.program(&find("fio", "fio"), "/lab/bin/fio");
     }
     if job.wants_qemu() {
         let qemu = find("qemu-system-x86_64", "qemu-system-x86");
@@ -265,9 +280,12 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
         .iter()
         .map(|arg| format!("'{}'", arg.replace('\'', r"'\''")))
         .collect();
+    // Of the environment what asks for more than usual.
+    let kills = env::var("MINIVMM_KILLS");
+    let kills = kills.map_or_else(|_| String::new(), |n| format!(" MINIVMM_KILLS='{n}'"));
     let script = format!(
-        "export MINIVMM_IN_LAB=1 MINIVMM_BIN=/lab/bin/minivmm MINIVMM_CACHE=/lab/cache\ncd /lab\n\
-         exec job {}\n",
+        "export MINIVMM_IN_LAB=1 MINIVMM_BIN=/lab/bin/minivmm MINIVMM_CACHE=/lab/cache{kills}\n\
+         cd /lab\nexec job {}\n",
         quoted.join(" ")
     );
     archive.bytes("/lab/run", script.as_bytes(), 0o755);
