@@ -1,6 +1,7 @@
 //! The options of the native monitor.
 
 use super::*;
+use crate::harness::initramfs::find;
 
 tcg_test!(kernel_guest_has_the_macvtaps_mac_and_powers_off, || {
     let site = Site::new();
@@ -31,6 +32,9 @@ tcg_test!(options_of_the_native_monitor_switch_with_one_word, || {
     let mut command = site.host.command(binary());
     command.args(["-q", "qemu", "--accel", "tcg", "--macvtap", "wire"]);
     command.args(["--host-link", "192.168.78.9/24", "--transport", "pci"]);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let disks = Disks::make(dir.path());
+    disks.add_to(&mut command);
     command.args(["--cmdline", STEADY]);
     command.arg("--kernel").arg(assets().bzimage());
     command.arg("--initrd").arg(initrd()).stdin(Stdio::piped());
@@ -38,9 +42,14 @@ tcg_test!(options_of_the_native_monitor_switch_with_one_word, || {
     assert!(!vm.log().contains("info"), "{}", vm.log());
     vm.run("ip link set eth0 up && ip addr add 192.168.78.11/24 dev eth0");
     assert!(pings(&mut vm, "192.168.78.9"), "{}", vm.transcript());
+    let found = vm.run("cd /sys/block; echo $(cat vda/serial) $(cat vda/size vdb/ro)");
+    let found: Vec<&str> = found.split_whitespace().collect();
+    assert_eq!(found, ["root-1", "2048", "1"], "{}", vm.transcript());
+    vm.run("echo from the guest >/dev/vda && sync");
     vm.send("1 poweroff -f\n");
     assert_eq!(vm.wait_exit().code(), Some(0));
     assert_eq!(site.host.links(), ["wire"], "the host's link is deleted");
+    assert_eq!(disks.begins_with(), "from the guest\n");
 
     let output = outcome(site.qemu(["--kernel", "k", "--transport", "mmio"]));
     assert_eq!(output.status.code(), Some(2));
@@ -50,6 +59,40 @@ tcg_test!(options_of_the_native_monitor_switch_with_one_word, || {
         text(&output.stderr)
     );
 });
+
+/// Two disks of a guest: one that it writes, and a qcow2 that it reads.
+struct Disks {
+    raw: PathBuf,
+    qcow2: PathBuf,
+}
+
+impl Disks {
+    fn make(dir: &Path) -> Self {
+        let (raw, qcow2) = (dir.join("a:b.img"), dir.join("c,d.qcow2"));
+        let file = fs::File::create(&raw).expect("an image");
+        file.set_len(1 << 20).expect("an image of 1 MiB");
+        let mut make = Command::new(find("qemu-img", "qemu-utils"));
+        let made = make.args(["create", "-q", "-f", "qcow2"]).arg(&qcow2);
+        let made = made.arg("1M").status().expect("qemu-img can be run");
+        assert!(made.success());
+        Self { raw, qcow2 }
+    }
+
+    /// A colon is QEMU's for a protocol, a comma separates its options.
+    fn add_to(&self, command: &mut Command) {
+        let raw = self.raw.file_name().expect("a name").to_string_lossy();
+        let qcow2 = self.qcow2.to_string_lossy().replace(',', ",,");
+        command.current_dir(self.raw.parent().expect("a folder"));
+        command.args(["--disk", &format!("{raw},serial=root-1")]);
+        command.args(["--disk", &format!("{qcow2},readonly=on,iops=1000")]);
+    }
+
+    fn begins_with(&self) -> String {
+        let bytes = fs::read(&self.raw).expect("the image");
+        let line = bytes.split_inclusive(|&byte| byte == b'\n').next();
+        String::from_utf8_lossy(line.unwrap_or_default()).into_owned()
+    }
+}
 
 tcg_test!(two_guests_talk_and_one_has_several_queues, || {
     let site = Site::new();
