@@ -10,6 +10,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 use boot::{BootSpec, BootState};
 use devices::irq::IrqLine;
 use devices::serial::Serial;
+use devices::virtio::balloon::Balloon;
 use devices::virtio::blk::BlkHandle;
 use devices::virtio::rng::Rng;
 use net::HostLinkGuard;
@@ -172,7 +173,12 @@ fn build(
         let power_button = machine.add_power_button()?;
         let disks = disk::add(&mut machine, &config.disks, opened.disks)?;
         let net_devices = NetDevices::add(&mut machine, host.nics)?;
-        machine.add_if(config.rng, || Rng::new("rng"))?;
+        if config.rng {
+            machine.add_new(Rng::new("rng"))?;
+        }
+        if let Some(held_back) = config.balloon {
+            machine.add_new(Balloon::new("balloon", held_back.bytes()))?;
+        }
         let buses = Arc::new(machine.finish()?);
         let boot = join(boot)?;
         Ok(Built {

@@ -10,7 +10,8 @@ use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, 
 use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 
 use crate::config::{
-    Config, ConsoleTarget, Cpus, DiskConfig, MemorySize, NicConfig, NicSource, parse_macvtap,
+    Config, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig, NicSource,
+    parse_macvtap,
 };
 use crate::plan::Transport;
 
@@ -238,6 +239,18 @@ pub struct MachineArgs {
     #[arg(long, value_name = "on|off", default_value = "on", requires = "kernel")]
     pub rng: Switch,
 
+    /// Has the guest give memory back to the host that it has free (virtio-balloon), and not use
+    /// SIZE of it, unless it runs out of memory
+    #[arg(
+        long,
+        value_name = "SIZE",
+        num_args = 0..=1,
+        default_missing_value = "0",
+        conflicts_with = "hugepages",
+        requires = "kernel"
+    )]
+    pub balloon: Option<HeldBack>,
+
     /// Where the guest's serial console goes: stdio, file:PATH, or none, with which the guest has
     /// no serial port
     #[arg(
@@ -271,6 +284,7 @@ impl From<MachineArgs> for Config {
             hugepages: args.hugepages,
             disks: args.disk,
             rng: args.rng == Switch::On,
+            balloon: args.balloon,
             console: args.console,
             // The native monitor's is required, and QEMU's machine asked for only with one.
             ..Self::new(args.kernel.unwrap_or_default())
@@ -457,6 +471,10 @@ mod tests {
             "minivmm doctor",
             "minivmm doctor eno1 --json",
             "minivmm --kernel k --macvtap fd=3 --host-link 10.0.0.1/24",
+            "minivmm --kernel k --rng off --balloon",
+            "minivmm --kernel k --balloon 256M --memory 1G",
+            "minivmm --balloon --kernel k",
+            "minivmm qemu --kernel k --rng on --balloon 0 -- -M q35",
             "minivmm qemu --macvtap eno1,bus=pcie.0,addr=0x4,id=nic2 --dry-run -- -M q35 -m 1G",
             "minivmm qemu --kernel k --initrd i --cmdline c --cpus 2 --memory 1G --accel auto",
             "minivmm qemu --kernel k --macvtap eno1 --host-link 10.0.0.1/24 --transport pci",
@@ -475,6 +493,9 @@ mod tests {
             "minivmm net host-link eno1 --address 10.0.0.1",
             "minivmm net host-link eno1 --delete --move-address",
             "minivmm --kernel k --host-link 10.0.0.1/24",
+            "minivmm --kernel k --balloon --hugepages",
+            "minivmm --kernel k --rng maybe",
+            "minivmm qemu --balloon -- -M q35",
             "minivmm qemu",
             "minivmm qemu -M q35",
             "minivmm -q qemu",
@@ -497,6 +518,7 @@ mod tests {
             ("--memory", "lots"),
             ("--memory", "-1G"),
             ("--memory", "99999999999999999999"),
+            ("--balloon", "lots"),
             ("--cpus", "0"),
             ("--cpus", "5000"),
             ("--cpus", "two"),

@@ -8,11 +8,13 @@ use net::InterfaceAddress;
 
 use crate::plan::Transport;
 
+mod balloon;
 mod disk;
 mod keys;
 mod nic;
 mod qemu;
 
+pub use balloon::{BalloonError, HeldBack};
 use disk::DISK_KEYS;
 pub use disk::{DiskConfig, DiskLimit, Serial};
 use keys::listed;
@@ -46,6 +48,9 @@ pub struct Config {
     pub hugepages: bool,
     /// Gives the guest the host's random numbers, by virtio-rng.
     pub rng: bool,
+    /// Takes memory back that the guest has free, by virtio-balloon, and holds so much back from the
+    /// start. Not with huge pages: one that was given back may be another's when the guest needs it.
+    pub balloon: Option<HeldBack>,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
     /// The disks, in order.
@@ -70,6 +75,7 @@ impl Config {
             memory: MemorySize(512 << 20),
             hugepages: false,
             rng: true,
+            balloon: None,
             console: ConsoleTarget::Stdio,
             disks: Vec::new(),
             nics: Vec::new(),
@@ -80,7 +86,8 @@ impl Config {
 
     /// How many virtio devices the guest has.
     pub(crate) fn virtio_devices(&self) -> usize {
-        self.disks.len() + self.nics.len() + usize::from(self.rng)
+        let others = usize::from(self.rng) + usize::from(self.balloon.is_some());
+        self.disks.len() + self.nics.len() + others
     }
 
     /// The kernel's command line: what every kernel gets, then the user's.

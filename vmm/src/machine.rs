@@ -130,16 +130,12 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Adds a virtio device where the guest is to have it.
-    pub fn add_if<D: VirtioDevice + 'static>(
+    /// Adds a virtio device that has just been made, if it could be.
+    pub fn add_new(
         &mut self,
-        wanted: bool,
-        make: impl FnOnce() -> io::Result<D>,
+        device: io::Result<impl VirtioDevice + 'static>,
     ) -> Result<(), MachineError> {
-        match wanted {
-            true => self.add_virtio(make().map_err(MachineError::Device)?),
-            false => Ok(()),
-        }
+        self.add_virtio(device.map_err(MachineError::Device)?)
     }
 
     fn add_mmio(

@@ -41,7 +41,7 @@ use net::{MacAddr, TapInfo};
 
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
-use crate::config::{Config, ConsoleTarget, NicSource, QemuNic};
+use crate::config::{BalloonError, Config, ConsoleTarget, NicSource, QemuNic};
 use crate::files::{Files, Role, SharedFile};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
 use crate::nic::registry::Runs;
@@ -60,6 +60,8 @@ pub use dry_run::dry_run;
 /// Why QEMU was not run.
 #[derive(Debug, thiserror::Error)]
 pub enum QemuError {
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     #[error(transparent)]
     Binary(#[from] BinaryError),
     #[error(transparent)]
@@ -106,6 +108,7 @@ impl Plan {
             .collect();
         let has_kernel = args.machine.kernel.is_some();
         let machine = has_kernel.then(|| Config::from(args.machine.clone()));
+        machine.as_ref().map_or(Ok(()), Config::check_balloon)?;
         machine.as_ref().map_or(Ok(()), check_files)?;
         let vhost = open_vhost();
         if args.macvtap.iter().any(|nic| nic.vhost == Some(true)) {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use devices::disk::{self, OpenError, Storage};
 use net::HostLinkGuard;
 
-use crate::config::{Config, ConsoleTarget, MemorySize};
+use crate::config::{BalloonError, Config, ConsoleTarget, MemorySize};
 use crate::files::{Files, Role, SharedFile, open_for_writing};
 use crate::kvm::vm::{Hypervisor, VmError};
 use crate::nic::{self, Inherited, Nic, NicError, host_link};
@@ -35,6 +35,8 @@ pub enum ResourceError {
     Memory(MemorySize, u64),
     #[error(transparent)]
     Disk(#[from] OpenError),
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     #[error(transparent)]
     Kvm(#[from] VmError),
     #[error(transparent)]
@@ -74,6 +76,7 @@ impl Opened {
         let initrd = config.initrd.as_deref();
         let initrd = initrd.map(|path| open(Role::Initrd, path)).transpose()?;
         check_memory(config.memory)?;
+        config.check_balloon()?;
         let hypervisor = Hypervisor::open()?;
         hypervisor.check_cpus(config.cpus)?;
         let mut files = Files::standard(config.console == ConsoleTarget::Stdio);

@@ -4,6 +4,7 @@
 //! registers of virtio 1.2 chapter 4 with the guest and gives the device its queues when the driver
 //! is ready. A device that works by threads of its own has [`worker`]s.
 
+pub mod balloon;
 pub mod blk;
 pub(crate) mod iovec;
 pub mod mmio;

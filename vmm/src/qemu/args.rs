@@ -202,6 +202,11 @@ fn own_devices(line: &mut Vec<OsString>, machine: &Config) {
         let device = "virtio-rng-pci,max-bytes=1048576,period=1000";
         push(line, &["-device", device]);
     }
+    if machine.balloon.is_some() {
+        // What it holds back from the start is asked for by QMP.
+        let device = "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on";
+        push(line, &["-device", device]);
+    }
 }
 
 /// Whether the NIC has a slot of its own on the machine's first bus, which is there before any device.
@@ -412,6 +417,10 @@ mod tests {
             memory: "1G".parse().unwrap(),
             ..Config::new("bzImage")
         };
+        let balloon = Config {
+            balloon: "256M".parse().ok(),
+            ..machine.clone()
+        };
         let mut line = Line {
             machine: Some(&machine),
             keys: true,
@@ -430,6 +439,10 @@ mod tests {
             .map(|word| OsString::from(word.replace('+', " ")))
             .collect();
         assert_eq!(line.build(), expected);
+        line.machine = Some(&balloon);
+        let last = line.build().pop();
+        let device = "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on";
+        assert_eq!(last, Some(device.into()));
         let huge = Config {
             hugepages: true,
             nested: true,

@@ -38,11 +38,13 @@ enum News {
     Closed,
 }
 
-/// Follows QEMU to its end; `signals` has SIGCHLD too. Without an [`Exit`] QEMU ended of itself: its status then counts.
+/// Follows QEMU to its end; `signals` has SIGCHLD too. The guest is asked to use no more than `memory` bytes, if that
+/// says so. Without an [`Exit`] QEMU ended of itself: its status then counts.
 pub(super) fn follow(
     mut child: Child,
     socket: UnixStream,
     mut signals: Signals,
+    memory: Option<u64>,
 ) -> io::Result<(Option<Exit>, ExitStatus)> {
     let (sender, news) = mpsc::channel();
     let (reader, handle, for_signals) = (socket.try_clone()?, signals.handle(), sender.clone());
@@ -61,6 +63,9 @@ pub(super) fn follow(
 
     let mut guest = Guest::new(socket);
     guest.command("qmp_capabilities", json!({}), "nothing");
+    if let Some(bytes) = memory {
+        guest.command("balloon", json!({"value": bytes}), "balloon");
+    }
     let status = attend(&mut guest, &mut child, &news)?;
     drop(news);
     handle.close();
@@ -175,6 +180,10 @@ impl Guest {
                 // QEMU was asked to quit, by minivmm or another client, and does.
                 _ => self.end_qemu(QUIT_GRACE),
             },
+            (_, Some("balloon")) if message["error"].is_object() => {
+                let why = &message["error"]["desc"];
+                log::warn!("QEMU does not ask the guest to hold memory back: {why}");
+            }
             (Some("STOP"), _) => self.command("query-status", json!({}), "status"),
             (_, Some("status")) if answer["status"] == "internal-error" => {
                 self.quit(Exit::InternalError);
@@ -345,7 +354,7 @@ mod tests {
     fn qemu_that_ends_while_a_helper_holds_its_socket_is_noticed() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let signals = Signals::new([SIGCHLD]).unwrap();
-        let status = follow(sleep("0.2"), ours, signals).unwrap();
+        let status = follow(sleep("0.2"), ours, signals, None).unwrap();
         assert_eq!(status.0, None);
     }
 }

@@ -10,7 +10,7 @@ use super::nics::sysfs_of;
 use super::script::{self, Origin, ScriptNic};
 use super::{Plan, QemuError, failed_to};
 use crate::cli::QemuArgs;
-use crate::config::NicSource;
+use crate::config::{Config, NicSource};
 use crate::nic::{Inherited, NicError};
 
 /// The script that does what [`run`](super::run) would do.
@@ -53,7 +53,13 @@ pub fn dry_run(args: &QemuArgs, mut inherited: Inherited) -> Result<String, Qemu
         lower: lower.filter(|_| !args.host_link.is_empty()),
         addresses: &args.host_link,
     };
-    Ok(script::script(&script_nics, &host_link, &command))
+    let mut script = script::script(&script_nics, &host_link, &command);
+    if let Some(bytes) = plan.machine.as_ref().and_then(Config::memory_after_balloon) {
+        let mib = bytes >> 20;
+        script += "# Once it runs, minivmm has it hold memory back, as `balloon ";
+        script += &format!("{mib}` in QEMU's monitor does.\n");
+    }
+    Ok(script)
 }
 
 /// What a macvtap would be: its origin, MAC address and MTU.

@@ -10,7 +10,7 @@ use signal_hook::iterator::Signals;
 
 use super::{Plan, QemuError, control, failed_to, hints};
 use crate::child::{self, Arrivals, Child, Program};
-use crate::config::ConsoleTarget;
+use crate::config::{Config, ConsoleTarget};
 use crate::control::exit::Exit;
 use crate::signals::{ENDING, not_ignored};
 use crate::tty;
@@ -19,10 +19,12 @@ use crate::tty;
 type Follow = Box<dyn FnOnce(Child) -> io::Result<(Option<Exit>, ExitStatus)>>;
 
 /// Catches the signals, for a guest that is followed over the control socket or for any program.
-fn prepare(control: Option<UnixStream>) -> io::Result<Follow> {
+fn prepare(control: Option<UnixStream>, machine: Option<&Config>) -> io::Result<Follow> {
     if let Some(socket) = control {
         let signals = Signals::new([not_ignored(&ENDING), vec![SIGCHLD]].concat())?;
-        return Ok(Box::new(|qemu| control::follow(qemu, socket, signals)));
+        let memory = machine.and_then(Config::memory_after_balloon);
+        let follow = move |qemu| control::follow(qemu, socket, signals, memory);
+        return Ok(Box::new(follow));
     }
     let signals = Arrivals::new(&ENDING)?;
     Ok(Box::new(|qemu| Ok((None, qemu.wait(signals, &ENDING)?))))
@@ -45,7 +47,7 @@ pub(super) fn supervise(
             command.stdin(Stdio::null());
         }
     }
-    let follow = prepare(control).map_err(failed_to("catch signals"))?;
+    let follow = prepare(control, plan.machine.as_ref()).map_err(failed_to("catch signals"))?;
     let terminal = tty::Saved::save();
     // ARGS may name what the caller has opened.
     program.inherits = true;

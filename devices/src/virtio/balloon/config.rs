@@ -1,0 +1,165 @@
+//! How large the balloon is to be, and is: the configuration space (virtio 1.2, 5.5.4).
+
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+
+use super::ranges::PAGE;
+use crate::lock;
+use crate::virtio::{Interrupt, read_at};
+
+/// How large the balloon of a running guest is. It may be kept longer than the device.
+#[derive(Clone, Debug)]
+pub struct BalloonHandle(pub(super) Arc<ConfigSpace>);
+
+impl BalloonHandle {
+    /// Asks the guest to hold back so many bytes of its memory; it does as it can.
+    pub fn set_target(&self, bytes: u64) {
+        self.0.set_target(bytes);
+    }
+
+    /// How many bytes it is asked for.
+    pub fn target(&self) -> u64 {
+        lock(&self.0.state).space.target_bytes()
+    }
+
+    /// How many bytes its driver says that it holds back.
+    pub fn actual(&self) -> u64 {
+        u64::from(lock(&self.0.state).space.actual) * PAGE as u64
+    }
+}
+
+/// The configuration space, which its driver, the device's thread and holders of a
+/// [`BalloonHandle`] share.
+#[derive(Debug)]
+pub struct ConfigSpace {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    space: Space,
+    driver: Option<Arc<dyn Interrupt>>,
+}
+
+/// What is kept of it when the guest is saved. Sizes are in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Space {
+    target: u32,
+    actual: u32,
+    /// What the driver fills free pages with.
+    poison: u32,
+    generation: u32,
+    /// The target has changed while there was no driver to be notified.
+    missed: bool,
+}
+
+/// `num_pages`, `actual`, `free_page_hint_cmd_id` and `poison_val`, 32 bits each.
+const LEN: usize = 16;
+
+impl Space {
+    fn target_bytes(&self) -> u64 {
+        u64::from(self.target) * PAGE as u64
+    }
+
+    fn to_bytes(self) -> [u8; LEN] {
+        let mut bytes = [0; LEN];
+        for (field, value) in
+            bytes
+                .chunks_exact_mut(4)
+                .zip([self.target, self.actual, 0, self.poison])
+        {
+            field.copy_from_slice(&value.to_le_bytes());
+        }
+        bytes
+    }
+}
+
+impl ConfigSpace {
+    /// The space of a balloon that is to have so many bytes, and has none.
+    pub fn new(target: u64) -> Self {
+        let space = Space {
+            target: pages(target),
+            ..Space::default()
+        };
+        Self {
+            state: Mutex::new(State {
+                space,
+                driver: None,
+            }),
+        }
+    }
+
+    fn set_target(&self, bytes: u64) {
+        let State { space, driver } = &mut *lock(&self.state);
+        if space.target != pages(bytes) {
+            space.target = pages(bytes);
+            space.generation = space.generation.wrapping_add(1);
+            match driver {
+                Some(driver) => driver.config(),
+                None => space.missed = true,
+            }
+        }
+    }
+
+    /// What free pages have to hold that the driver reports.
+    pub fn poison(&self) -> u32 {
+        lock(&self.state).space.poison
+    }
+
+    /// From now on the driver is notified of changes, and of those before it if it was there then.
+    pub fn attach(&self, interrupt: Arc<dyn Interrupt>, resumed: bool) {
+        let State { space, driver } = &mut *lock(&self.state);
+        if std::mem::take(&mut space.missed) && resumed {
+            interrupt.config();
+        }
+        *driver = Some(interrupt);
+    }
+
+    /// Until the driver is attached again, it is not notified.
+    pub fn pause(&self) {
+        lock(&self.state).driver = None;
+    }
+
+    /// The driver is gone, and with it what it held back.
+    pub fn reset(&self) {
+        let State { space, driver } = &mut *lock(&self.state);
+        *driver = None;
+        (space.actual, space.poison) = (0, 0);
+    }
+
+    pub fn save(&self) -> Space {
+        lock(&self.state).space
+    }
+
+    pub fn restore(&self, space: Space) {
+        lock(&self.state).space = space;
+    }
+
+    /// The driver reads.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        read_at(&lock(&self.state).space.to_bytes(), offset, data);
+    }
+
+    /// The driver writes: `actual` and `poison_val` are its own.
+    pub fn write(&self, offset: usize, data: &[u8]) {
+        let space = &mut lock(&self.state).space;
+        let mut bytes = space.to_bytes();
+        let fields = bytes.get_mut(offset..).unwrap_or_default();
+        for (to, byte) in fields.iter_mut().zip(data) {
+            *to = *byte;
+        }
+        let [_, _, _, _, a, b, c, d, _, _, _, _, poison @ ..] = bytes;
+        space.actual = u32::from_le_bytes([a, b, c, d]);
+        space.poison = u32::from_le_bytes(poison);
+    }
+
+    /// Changes whenever the device changes what can be read.
+    pub fn generation(&self) -> u32 {
+        lock(&self.state).space.generation
+    }
+}
+
+fn pages(bytes: u64) -> u32 {
+    u32::try_from(bytes / PAGE as u64).unwrap_or(u32::MAX)
+}
