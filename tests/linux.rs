@@ -5,6 +5,8 @@
 
 mod harness;
 mod lab;
+#[path = "linux/memory.rs"]
+mod memory;
 
 use std::fs;
 use std::panic::resume_unwind;

@@ -24,7 +24,10 @@ const GUEST_MODULES: &[&str] = &[
 pub fn guest(modules: &Path, tools: bool) -> Vec<u8> {
     let mut archive = Archive::new();
     archive.base(include_bytes!("../../resources/guest-init"));
-    let more: &[&str] = if tools { &["8021q"] } else { &[] };
+    let more: &[&str] = match tools {
+        true => &["8021q", "virtio-rng", "virtio_balloon"],
+        false => &[],
+    };
     archive.modules(modules, &[GUEST_MODULES, more].concat());
     for (program, package) in GUEST_TOOLS.iter().filter(|_| tools) {
         archive.program(&find(program, package), &format!("/usr/bin/{program}"));

@@ -44,7 +44,7 @@ struct State {
 
 /// What is kept of it when the guest is saved. Sizes are in pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Space {
+pub(super) struct Space {
     target: u32,
     actual: u32,
     /// What the driver fills free pages with.
@@ -128,11 +128,11 @@ impl ConfigSpace {
         (space.actual, space.poison) = (0, 0);
     }
 
-    pub fn save(&self) -> Space {
+    pub(super) fn save(&self) -> Space {
         lock(&self.state).space
     }
 
-    pub fn restore(&self, space: Space) {
+    pub(super) fn restore(&self, space: Space) {
         lock(&self.state).space = space;
     }
 

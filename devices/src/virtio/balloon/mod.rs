@@ -27,9 +27,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use super::worker::Worker;
 use super::{Activation, RING_FEATURES, VirtioDevice};
 use crate::bus::BoxError;
-use config::ConfigSpace;
 
-pub use config::BalloonHandle;
+pub use config::{BalloonHandle, ConfigSpace};
 pub use job::BalloonJob;
 
 /// The driver takes pages out of the balloon before it kills a process for want of memory.
