@@ -188,6 +188,14 @@ impl Queue {
         Next::Chain(popped)
     }
 
+    /// Whether the driver has made nothing available that has not been popped.
+    pub fn is_empty(&self) -> bool {
+        let available = self
+            .rings
+            .avail_idx(self.memory.as_ref(), Ordering::Acquire);
+        available.is_ok_and(|index| index.0 == self.rings.next_avail())
+    }
+
     /// Puts the chain that was popped last back, to be popped again.
     pub fn undo_pop(&mut self) {
         self.rings.go_to_previous_position();

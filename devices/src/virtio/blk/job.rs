@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -17,8 +17,37 @@ use crate::virtio::worker::{Job, Turn};
 /// Requests that one turn carries out.
 const BUDGET: usize = 64;
 
+/// How long a driver's answer is waited for: about what it takes to wake a thread.
+const LINGER: Duration = Duration::from_micros(10);
+
 const KICK: u32 = 0;
 const DONE: u32 = 1;
+
+/// Whether drivers have been worth waiting for.
+#[derive(Debug, Default)]
+struct Patience {
+    /// How often not to wait.
+    skipped: u8,
+    /// As much as it was after the last time in vain.
+    penalty: u8,
+}
+
+impl Patience {
+    fn is_left(&mut self) -> bool {
+        let is_left = self.skipped == 0;
+        self.skipped = self.skipped.saturating_sub(1);
+        is_left
+    }
+
+    /// Something came, or did not: then it is waited for half as often.
+    fn learn(&mut self, came: bool) {
+        self.penalty = match came {
+            true => 0,
+            false => self.penalty.saturating_mul(2).max(1),
+        };
+        self.skipped = self.penalty;
+    }
+}
 
 /// One queue and what it knows of itself.
 #[derive(Debug)]
@@ -28,8 +57,7 @@ pub(super) struct BlkJob {
     kick: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
     ready: bool,
-    /// Some request is done that did not end at once.
-    done: bool,
+    patience: Patience,
     /// Why the last turn has ended.
     stop: Stop,
     published: SharedCounters,
@@ -52,7 +80,7 @@ impl BlkJob {
             kick,
             interrupt,
             ready: true,
-            done: false,
+            patience: Patience::default(),
             stop: Stop::Budget,
             published,
         }
@@ -66,11 +94,18 @@ impl BlkJob {
         queue.park(&published)
     }
 
-    fn notify(&mut self, notify: bool) {
-        if notify {
-            self.queue.counters.interrupts += 1;
-            self.interrupt.queue(self.index);
+    /// Before the thread sleeps: whether there is something to do after all. A driver that is there
+    /// answers at once to what it is given, and to wait for that takes less than to sleep and to be
+    /// woken, for both.
+    fn has_more(&mut self) -> bool {
+        if self.queue.has_used() && self.patience.is_left() {
+            let came = self.queue.linger(LINGER);
+            self.patience.learn(came);
+            if came {
+                return true;
+            }
         }
+        self.queue.ask_to_notify()
     }
 
     fn limited_until(&self) -> Option<Instant> {
@@ -91,13 +126,11 @@ impl Job for BlkJob {
     }
 
     fn wake(&mut self, token: u32, _events: EventSet) {
-        if token == DONE {
-            self.done = true;
-            self.ready |= self.stop == Stop::Full;
-        } else {
+        if token == KICK {
             self.queue.counters.kicks += 1;
-            self.ready |= !matches!(self.stop, Stop::Full | Stop::Limited(_) | Stop::Broken);
         }
+        // A turn takes what is done, whether or not it may begin with something else.
+        self.ready |= token == DONE || self.stop == Stop::Idle;
     }
 
     fn timeout(&mut self) {
@@ -106,22 +139,26 @@ impl Job for BlkJob {
     }
 
     fn turn(&mut self) -> Turn {
-        let done = std::mem::take(&mut self.done);
         if std::mem::take(&mut self.ready) {
             let (stop, notify) = self.queue.handle(BUDGET);
-            self.notify(notify);
-            self.ready = stop == Stop::Budget;
-            self.stop = stop;
-            if stop == Stop::Broken {
-                log::debug!(
-                    "block device: queue {} has an invalid avail index",
-                    self.index
-                );
-                self.interrupt.needs_reset();
+            if notify {
+                self.queue.counters.interrupts += 1;
+                self.interrupt.queue(self.index);
             }
-        } else if done {
-            let notify = self.queue.finish_turn();
-            self.notify(notify);
+            self.stop = stop;
+            self.ready = match stop {
+                Stop::Budget => true,
+                Stop::Idle => self.has_more(),
+                Stop::Full | Stop::Limited(_) => false,
+                Stop::Broken => {
+                    log::debug!(
+                        "block device: queue {} has an invalid avail index",
+                        self.index
+                    );
+                    self.interrupt.needs_reset();
+                    false
+                }
+            };
         }
         if !self.ready {
             self.queue.counters.wakeups += 1;
@@ -131,5 +168,31 @@ impl Job for BlkJob {
             more: self.ready,
             wake_at: self.limited_until(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_halves_each_time_in_vain_and_comes_back_at_once() {
+        let mut patience = Patience::default();
+        let mut waits = |came: bool, turns: u32| {
+            let mut waited = 0;
+            for _ in 0..turns {
+                if patience.is_left() {
+                    patience.learn(came);
+                    waited += 1;
+                }
+            }
+            waited
+        };
+        assert_eq!(waits(true, 100), 100);
+        // After 0, 2, 5, 10, 19, 36 and 69 turns.
+        assert_eq!(waits(false, 100), 7);
+        assert_eq!(waits(false, 100_000), 391);
+        assert!(waits(true, 256) > 0);
+        assert_eq!(waits(true, 100), 100);
     }
 }

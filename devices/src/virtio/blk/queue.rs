@@ -16,6 +16,8 @@ use crate::virtio::queue::{Next, Queue};
 /// Requests that are used together: the driver's processor then loses its copy of the index less
 /// often.
 const BATCH: u16 = 16;
+/// How often the ring is looked at between two looks at the clock.
+const LOOKS: u32 = 16;
 /// How long the first requests of a turn may wait for others that the image takes time for.
 const SLICE: Duration = Duration::from_micros(100);
 
@@ -42,6 +44,8 @@ pub struct BlkQueue {
     engine: Option<Box<dyn Engine>>,
     queue: Queue,
     disk: Arc<Disk>,
+    /// Some chain has been used in this turn.
+    has_used: bool,
     /// Room for the next chains.
     spare: Vec<Pending>,
     /// What it has done so far.
@@ -55,6 +59,7 @@ impl BlkQueue {
             engine: None,
             queue,
             disk,
+            has_used: false,
             spare: Vec::new(),
             counters: BlkCounters::default(),
         }
@@ -89,39 +94,55 @@ impl BlkQueue {
     }
 
     /// Takes what is done, and carries out up to `budget` requests; whatever else a driver can repeat
-    /// for ever costs budget too. Says why it stopped, and whether to interrupt the driver.
+    /// for ever costs budget too. Says why it stopped, and whether to interrupt the driver. Before it
+    /// may sleep, a queue that is [`Stop::Idle`] has to be [told](BlkQueue::ask_to_notify).
     pub fn handle(&mut self, budget: usize) -> (Stop, bool) {
         let mut turn = TurnLeft {
             budget,
             started: Instant::now(),
             is_first: true,
         };
+        self.has_used = false;
         self.collect();
-        let mut stop = loop {
-            self.queue.disable_notification();
-            match self.drain(&mut turn) {
-                // Requests came while notifications were still off.
-                Stop::Idle if self.queue.enable_notification() && turn.budget > 0 => {
-                    turn.budget -= 1;
-                }
-                Stop::Idle if turn.budget == 0 => break Stop::Budget,
-                stop => break stop,
-            }
-        };
+        self.queue.disable_notification();
+        let mut stop = self.drain(&mut turn);
         if let Some(engine) = &mut self.engine
             && let Err(error) = engine.submit()
         {
             log::error!("{}: io_uring fails: {error}", self.disk.label());
             stop = Stop::Broken;
         }
-        (stop, self.finish_turn())
-    }
-
-    /// Takes what is done, no more. Whether to interrupt the driver.
-    pub(super) fn finish_turn(&mut self) -> bool {
         self.collect();
         self.queue.flush_used();
-        self.queue.needs_notification()
+        (stop, self.queue.needs_notification())
+    }
+
+    /// Asks the driver to notify of its next request. True when there is one already, of which no
+    /// notification may come.
+    pub fn ask_to_notify(&mut self) -> bool {
+        self.queue.enable_notification()
+    }
+
+    /// Looks for `time` whether the driver answers to what it was given in the last turn. True if there
+    /// is something to do.
+    pub(super) fn linger(&mut self, time: Duration) -> bool {
+        let end = Instant::now() + time;
+        loop {
+            for _ in 0..LOOKS {
+                if !self.queue.is_empty() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if Instant::now() >= end {
+                return false;
+            }
+        }
+    }
+
+    /// Whether the driver was given anything in the last turn.
+    pub(super) fn has_used(&self) -> bool {
+        self.has_used
     }
 
     fn drain(&mut self, turn: &mut TurnLeft) -> Stop {
@@ -242,6 +263,7 @@ impl BlkQueue {
     /// Tells the driver how a chain ended.
     fn used(&mut self, pending: Pending, status: Status) {
         pending.tell(status);
+        self.has_used = true;
         let chain = pending.chain();
         // The status is the last byte, so that all of them count as written.
         self.queue.push_used(chain.head, chain.writable.len as u32);

@@ -65,3 +65,16 @@ fn queue_stops_at_its_budget_and_at_an_index_that_jumped() {
     bench.driver.set_available(5 + QUEUE);
     assert_eq!(bench.queue.handle(3), (Stop::Broken, false));
 }
+
+#[test]
+fn answer_of_the_driver_is_waited_for_no_longer_than_said() {
+    let (mut bench, _fake) = Bench::fake();
+    assert!(!bench.queue.linger(Duration::from_millis(1)));
+    bench.driver.write(HEADER, &header(IN, 0));
+    let buffers = [(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
+    bench.driver.offer_chain(0, &buffers);
+    assert!(bench.queue.linger(Duration::from_secs(3600)));
+    // An index that jumped is something to look at too.
+    bench.driver.set_available(5 + QUEUE);
+    assert!(bench.queue.linger(Duration::from_secs(3600)));
+}
