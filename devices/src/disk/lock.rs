@@ -8,7 +8,12 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
+/// How long a lock is waited for that no process is seen to have, and how often it is tried.
+const PATIENCE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(2);
 /// "I do this": what an image's user does.
 const DOES: libc::off_t = 100;
 /// "Nobody else may do this."
@@ -46,7 +51,22 @@ impl From<io::Error> for Refused {
 /// Locks `file` for as long as its file description is open.
 ///
 /// A write lock is refused while anybody uses the image, a read lock while anybody writes it.
+///
+/// An io_uring gives its files back some time after its process has ended. So a lock that no process
+/// is seen to have is waited for.
 pub(super) fn take(file: &File, access: Access) -> Result<(), Refused> {
+    let start = Instant::now();
+    loop {
+        match try_take(file, access) {
+            Err(Refused::Used(users)) if users.is_empty() && start.elapsed() < PATIENCE => {
+                thread::sleep(PAUSE);
+            }
+            result => return result,
+        }
+    }
+}
+
+fn try_take(file: &File, access: Access) -> Result<(), Refused> {
     let does: &[libc::off_t] = match access {
         Access::Read => &[READ],
         Access::Write => &[READ, WRITE, RESIZE],
@@ -164,7 +184,7 @@ mod tests {
             let file = tempfile::NamedTempFile::new().unwrap();
             let (one, other) = (file.reopen().unwrap(), file.reopen().unwrap());
             take(&one, first).unwrap();
-            assert!(matches!(take(&other, second), Err(Refused::Used(_))));
+            assert!(matches!(try_take(&other, second), Err(Refused::Used(_))));
         }
     }
 

@@ -198,6 +198,8 @@ impl Drop for Ring {
         while self.under_way() > 0 && self.wait().is_ok() {
             while self.completed().is_some() {}
         }
+        // Else the image would stay locked until the kernel comes to free the ring.
+        let _ = self.ring.submitter().unregister_files();
     }
 }
 
