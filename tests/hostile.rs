@@ -1,6 +1,6 @@
-//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to our
-//! own data path on this machine's KVM, and to vhost-net where Linux guests can run, since that is
-//! where vhost-net is known to be.
+//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to disks, and
+//! to our own data path of NICs, on this machine's KVM, and to vhost-net where Linux guests can run,
+//! since that is where vhost-net is known to be.
 
 mod harness;
 mod lab;
@@ -9,9 +9,10 @@ use std::time::Instant;
 
 use harness::PATIENCE;
 use harness::guest::{Net, PEER, Transport, addresses, succeed};
+use harness::images::{self, Images};
 use harness::memory::own_memory;
 use harness::vm::Vm;
-use harness::{lab_test, transports_test};
+use harness::{kvm_test, lab_test, transports_test};
 
 transports_test!(user_threads_harm_neither_monitor_nic_nor_neighbour, |net| {
     harms_nothing(&net, "user", 1000);
@@ -19,6 +20,32 @@ transports_test!(user_threads_harm_neither_monitor_nic_nor_neighbour, |net| {
 
 transports_test!(user_threads_do_not_make_the_monitor_grow, |net| {
     makes_nothing_grow(&net, "user", [100, 3000]);
+});
+
+kvm_test!(drivers_of_disks_harm_no_monitor, || {
+    let images = Images::in_memory();
+    for (transport, io) in [
+        (Transport::Mmio, "auto"),
+        (Transport::Pci, "uring"),
+        (Transport::Pci, "threads"),
+    ] {
+        let disk = format!("{},io={io}", images.raw("disk.img").display());
+        let options = "mode=hostile-disk count=50";
+        let console = succeed(images::start(transport, &[disk], options));
+        let attacks = console.lines().filter(|line| line.starts_with("OK "));
+        assert!(attacks.count() > 200, "{console}");
+    }
+});
+
+kvm_test!(drivers_of_disks_do_not_make_the_monitor_grow, || {
+    let images = Images::in_memory();
+    for io in ["auto", "uring", "threads"] {
+        let disk = [format!("{},io={io}", images.raw("disk.img").display())];
+        grows_not([20, 200], |rounds| {
+            let options = format!("mode=hostile-disk count={rounds} only=disk-life end=halt");
+            images::start(Transport::Pci, &disk, &options)
+        });
+    }
 });
 
 transports_test!(user_threads_serve_as_many_queue_pairs_as_there_are, |net| {
@@ -90,9 +117,15 @@ fn serves_as_many_queue_pairs_as_there_are(net: &Net, backend: &str) {
 
 /// The same attacks a few times and many times.
 fn makes_nothing_grow(net: &Net, backend: &str, rounds: [u32; 2]) {
-    let memory = rounds.map(|rounds| {
+    grows_not(rounds, |rounds| {
         let options = format!("count={rounds} only=life end=halt");
-        let mut vm = attack(net, backend, &options);
+        attack(net, backend, &options)
+    });
+}
+
+fn grows_not(rounds: [u32; 2], start: impl Fn(u32) -> Vm) {
+    let memory = rounds.map(|rounds| {
+        let mut vm = start(rounds);
         // It halts then, and is killed when dropped.
         vm.wait_for("END failures=0\n");
         own_memory(vm.pid())

@@ -5,6 +5,7 @@
 //! - `needs`: a macro for each kind of test, by what it needs
 //! - `skip`: says which tests cannot run here, and why
 //! - `elf`: the freestanding test guest as a file
+//! - `images`: disk images, and what the freestanding guest leaves on them
 //! - `guest`: the same in a network made for the test
 //! - `capture`: frames on a link, and their checksums
 //! - `assets`: Debian's kernel and tools, downloaded once
@@ -26,6 +27,7 @@ pub mod debian;
 pub mod disk;
 pub mod elf;
 pub mod guest;
+pub mod images;
 pub mod initramfs;
 pub mod iperf;
 pub mod linux;

@@ -73,8 +73,10 @@ pub enum Mode {
     DiskGrow,
     /// Print what each of `count` processors says of itself.
     Cpuid,
-    /// Do everything wrong.
+    /// Do everything wrong with a NIC.
     Hostile,
+    /// The same with a disk.
+    HostileDisk,
     /// Reset the machine.
     Reset,
     /// End in a triple fault.
@@ -321,6 +323,7 @@ fn mode(text: &str) -> Option<Mode> {
         "disk-grow" => Mode::DiskGrow,
         "cpuid" => Mode::Cpuid,
         "hostile" => Mode::Hostile,
+        "hostile-disk" => Mode::HostileDisk,
         "reset" => Mode::Reset,
         "triple-fault" => Mode::TripleFault,
         "hlt" => Mode::Hlt,

@@ -49,7 +49,13 @@ fn load(disk: VirtioDevice, options: &Options) -> Result<String, String> {
         let is_over = cpu::ticks() > end;
         while let Some((place, status)) = queue.take() {
             if status != outcome::OK {
-                return Err(format!("request {requests} ends with {status}"));
+                let read = match options.depth {
+                    1 => queue.call(request::IN, 0, options.block)?,
+                    _ => status,
+                };
+                return Err(format!(
+                    "request {requests} ends with {status}, a read after it with {read}"
+                ));
             }
             requests += 1;
             if is_over {

@@ -21,8 +21,8 @@ use crate::virtio::blk::SECTOR;
 use crate::virtio::device::VirtioDevice;
 
 /// What a sector is filled with: each word depends on the sector, its place and `seed`
-/// (`tests/harness/disk.rs`).
-fn pattern(seed: u64, sector: u64) -> [u8; SECTOR] {
+/// (`tests/harness/images.rs`).
+pub fn pattern(seed: u64, sector: u64) -> [u8; SECTOR] {
     let mut bytes = [0; SECTOR];
     for (place, word) in (0..).zip(bytes.chunks_exact_mut(8)) {
         let value = (seed << 40 | sector << 8 | place).wrapping_mul(0x9e37_79b9_7f4a_7c15);

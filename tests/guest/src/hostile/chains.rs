@@ -16,17 +16,17 @@ use crate::virtio::ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE};
 const TABLE: u32 = 64;
 
 /// What an attack may use.
-struct Place {
+pub struct Place {
     /// Memory that may be read and written.
-    good: u64,
+    pub good: u64,
     /// The first address after RAM.
-    ram_end: u64,
+    pub ram_end: u64,
     /// Where the registers of the device itself are.
-    registers: u64,
+    pub registers: u64,
     /// The flag that descriptors of this queue should have.
-    own: u16,
+    pub own: u16,
     /// Room for an indirect table.
-    table: Shared,
+    pub table: Shared,
 }
 
 impl Place {
@@ -43,7 +43,8 @@ impl Place {
     }
 }
 
-type Poison = fn(&mut Ring, &mut Place);
+/// Puts something into a ring of [`RING`] descriptors.
+pub type Poison = fn(&mut Ring, &mut Place);
 
 /// Offers one chain that is a single descriptor.
 fn single(ring: &mut Ring, descriptor: Descriptor) {
@@ -249,11 +250,16 @@ const INDIRECTS: &[(&str, Poison)] = &[
     }),
 ];
 
+/// All of them, by name.
+pub fn poisons() -> impl Iterator<Item = &'static (&'static str, Poison)> {
+    LOOPS.iter().chain(BUFFERS).chain(INDIRECTS)
+}
+
 /// Runs each on the transmit queue, on the receive queue, and there with merged buffers too.
 pub fn run(runner: &mut Runner<'_>) {
     let plain = feature::PLAIN | feature::INDIRECT_DESC;
     let all = feature::OFFLOADS | feature::INDIRECT_DESC | feature::EVENT_IDX;
-    for (name, poison) in LOOPS.iter().chain(BUFFERS).chain(INDIRECTS) {
+    for (name, poison) in poisons() {
         for (variant, queue, features) in
             [("tx", TX, plain), ("rx", RX, plain), ("rx-merged", RX, all)]
         {

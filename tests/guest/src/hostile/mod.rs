@@ -1,5 +1,5 @@
 //! Everything that a driver must not do, done by hand. After each attack the device must work again
-//! after a reset, which an ARP request and its answer prove.
+//! after a reset: of a NIC an ARP request and its answer prove that.
 //!
 //! | file | attacks |
 //! | --- | --- |
@@ -10,9 +10,11 @@
 //! | `registers.rs` | each register with each width |
 //! | `pci/` | what there is on the PCI bus only |
 //! | `life.rs` | status bits, features, notifications, resets |
+//! | `disk.rs` | a disk, whatever way |
 //! | `frames.rs` | headers and lengths of frames to send |
 
 mod chains;
+pub mod disk;
 mod frames;
 mod life;
 mod pairs;
@@ -56,18 +58,24 @@ pub fn run(options: &Options, boot: &Boot) {
     report::ok("hostile", format_args!("attacks={}", runner.done));
 }
 
+/// What is attacked.
+trait Subject {
+    /// Resets it, and has it do its work.
+    fn prove(&self) -> Result<(), Failure>;
+}
+
 /// Runs attacks and the proof after each.
-struct Runner<'a> {
-    bench: &'a Bench,
+struct Runner<'a, S = Bench> {
+    bench: &'a S,
     only: &'a str,
     /// How often to do what is done again and again.
     rounds: u32,
     done: u32,
 }
 
-impl Runner<'_> {
+impl<S: Subject> Runner<'_, S> {
     /// Runs one attack, and reports one line.
-    fn attack(&mut self, name: &str, attack: impl FnOnce(&Bench) -> Result<(), Failure>) {
+    fn attack(&mut self, name: &str, attack: impl FnOnce(&S) -> Result<(), Failure>) {
         if !name.starts_with(self.only) {
             return;
         }

@@ -10,41 +10,35 @@ use crate::virtio::ring::{Ring, configure};
 use smoltcp::time::Duration;
 
 /// The size and the areas of a queue, to be spoilt.
-type Setup = (u32, [u64; 3]);
-type Spoil = fn(&Bench, &mut Setup);
+pub type Setup = (u32, [u64; 3]);
+/// Spoils it, given the first address after RAM and that of the device's registers.
+type Spoil = fn(u64, u64, &mut Setup);
 
-const SETUPS: &[(&str, Spoil)] = &[
-    ("size-0", |_, (size, _)| *size = 0),
-    ("size-3", |_, (size, _)| *size = 3),
-    ("size-beyond-maximum", |_, (size, _)| *size = 32_768),
-    ("size-65536", |_, (size, _)| *size = 65_536),
-    ("size-largest", |_, (size, _)| *size = u32::MAX),
-    ("nowhere", |_, (_, areas)| *areas = [0; 3]),
-    ("table-outside", |bench, (_, areas)| {
-        areas[0] = bench.ram_end
+/// All of them, by name.
+pub const SETUPS: &[(&str, Spoil)] = &[
+    ("size-0", |_, _, (size, _)| *size = 0),
+    ("size-3", |_, _, (size, _)| *size = 3),
+    ("size-beyond-maximum", |_, _, (size, _)| *size = 32_768),
+    ("size-65536", |_, _, (size, _)| *size = 65_536),
+    ("size-largest", |_, _, (size, _)| *size = u32::MAX),
+    ("nowhere", |_, _, (_, areas)| *areas = [0; 3]),
+    ("table-outside", |end, _, (_, areas)| areas[0] = end),
+    ("table-across-end", |end, _, (_, areas)| areas[0] = end - 16),
+    ("available-outside", |end, _, (_, areas)| areas[1] = end),
+    ("available-across-end", |end, _, (_, areas)| {
+        areas[1] = end - 2
     }),
-    ("table-across-end", |bench, (_, areas)| {
-        areas[0] = bench.ram_end - 16
+    ("used-outside", |end, _, (_, areas)| areas[2] = end),
+    ("used-across-end", |end, _, (_, areas)| areas[2] = end - 4),
+    ("all-at-top", |_, _, (_, areas)| *areas = [!15; 3]),
+    ("all-in-own-registers", |_, registers, (_, areas)| {
+        *areas = [registers; 3]
     }),
-    ("available-outside", |bench, (_, areas)| {
-        areas[1] = bench.ram_end
-    }),
-    ("available-across-end", |bench, (_, areas)| {
-        areas[1] = bench.ram_end - 2
-    }),
-    ("used-outside", |bench, (_, areas)| areas[2] = bench.ram_end),
-    ("used-across-end", |bench, (_, areas)| {
-        areas[2] = bench.ram_end - 4
-    }),
-    ("all-at-top", |_, (_, areas)| *areas = [!15; 3]),
-    ("all-in-own-registers", |bench, (_, areas)| {
-        *areas = [bench.nic.base(); 3]
-    }),
-    ("table-misaligned", |_, (_, areas)| areas[0] += 1),
-    ("available-misaligned", |_, (_, areas)| areas[1] += 1),
-    ("used-misaligned", |_, (_, areas)| areas[2] += 2),
-    ("areas-the-same", |_, (_, areas)| *areas = [areas[0]; 3]),
-    ("used-on-table", |_, (_, areas)| areas[2] = areas[0]),
+    ("table-misaligned", |_, _, (_, areas)| areas[0] += 1),
+    ("available-misaligned", |_, _, (_, areas)| areas[1] += 1),
+    ("used-misaligned", |_, _, (_, areas)| areas[2] += 2),
+    ("areas-the-same", |_, _, (_, areas)| *areas = [areas[0]; 3]),
+    ("used-on-table", |_, _, (_, areas)| areas[2] = areas[0]),
 ];
 
 /// Runs each on either queue, with the other one in order.
@@ -119,7 +113,7 @@ fn with_queue(bench: &Bench, bad: u16, spoil: Spoil) -> Result<(), Failure> {
     for ring in &mut rings {
         let mut setup = (u32::from(RING), ring.areas());
         if ring.queue == bad {
-            spoil(bench, &mut setup);
+            spoil(bench.ram_end, bench.nic.base(), &mut setup);
         }
         configure(bench.nic, ring.queue, setup.0, setup.1);
         ready(bench, ring.queue.into(), 1);

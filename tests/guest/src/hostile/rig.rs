@@ -4,6 +4,7 @@
 use smoltcp::time::Duration;
 use smoltcp::wire::{IpAddress, IpCidr, Ipv4Address};
 
+use super::{Failure, Subject};
 use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::Shared;
@@ -68,19 +69,6 @@ impl Bench {
         })
     }
 
-    /// Resets the device, brings it up and asks the peer for its address.
-    pub fn prove(&self) -> Result<(), &'static str> {
-        let mut rig = Rig::start(self, feature::PLAIN)?;
-        rig.offer_buffers();
-        let alive = rig.arp();
-        self.nic.reset();
-        if alive {
-            Ok(())
-        } else {
-            Err("no answer to ARP")
-        }
-    }
-
     /// An ARP request for the peer (RFC 826), padded to the least size of a frame.
     pub fn arp_request(&self) -> [u8; FRAME] {
         let mut frame = [0; FRAME];
@@ -96,6 +84,21 @@ impl Bench {
 
     fn is_answer(&self, frame: &[u8]) -> bool {
         frame[12..14] == ARP && frame[21] == REPLY && frame[28..32] == self.peer.octets()
+    }
+}
+
+impl Subject for Bench {
+    /// Resets the device, brings it up and asks the peer for its address.
+    fn prove(&self) -> Result<(), Failure> {
+        let mut rig = Rig::start(self, feature::PLAIN)?;
+        rig.offer_buffers();
+        let alive = rig.arp();
+        self.nic.reset();
+        if alive {
+            Ok(())
+        } else {
+            Err("no answer to ARP".into())
+        }
     }
 }
 
