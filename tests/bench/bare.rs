@@ -69,6 +69,37 @@ fn in_huge_pages(bytes: &[u8], copies: usize) -> Vec<u8> {
     all
 }
 
+/// A page, as O_DIRECT wants its buffers aligned.
+#[repr(C, align(4096))]
+#[derive(Clone)]
+struct Page([u8; 4096]);
+
+/// Zeroed memory in huge pages, as far as it fills any.
+pub struct HugePages {
+    pages: Vec<Page>,
+}
+
+impl HugePages {
+    /// At least `len` bytes.
+    pub fn new(len: usize) -> Self {
+        let count = len.div_ceil(size_of::<Page>());
+        let mut pages: Vec<Page> = Vec::with_capacity(count);
+        let size = count * size_of::<Page>();
+        // SAFETY: the pages are the vector's own, whose contents this does not change. A kernel
+        // without huge pages refuses it.
+        let _ = unsafe { madvise(pages.as_mut_ptr().cast(), size, Advice::LinuxHugepage) };
+        pages.resize(count, Page([0; 4096]));
+        Self { pages }
+    }
+
+    /// Its bytes.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        let size = size_of_val(&*self.pages);
+        // SAFETY: the pages follow one another without gaps, and any bits are a byte.
+        unsafe { std::slice::from_raw_parts_mut(self.pages.as_mut_ptr().cast(), size) }
+    }
+}
+
 /// Receives the frames of a flood for so long.
 pub fn receive(tap: &Tap, time: Duration) -> Counted {
     let queue = prepare(tap);

@@ -5,6 +5,7 @@
 //! | part | file | what it compares |
 //! | --- | --- | --- |
 //! | `native` | `native.rs`, `latency.rs`, `counts.rs` | the data path, by the freestanding guest: throughput, round trips, system calls |
+//! | `disk` | `disk.rs` | disks, by the same guest; a part of `native` too |
 //! | `start` | `start.rs` | how soon a guest runs |
 //! | `density` | `density.rs` | many guests on one link |
 //! | `linux [boot\|net] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
@@ -33,6 +34,7 @@ mod harness {
 mod bare;
 mod counts;
 mod density;
+mod disk;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod latency;
@@ -55,7 +57,7 @@ use native::Effort;
 use report::Table;
 
 const USAGE: &str = "usage: bench [--quick] [--json FILE] [--svg FILE] \
-     (native | start | density | linux [boot|net] ROUNDS)...";
+     (native | disk | start | density | linux [boot|net] ROUNDS)...";
 
 /// For a result that shows more than noise, and for a first impression.
 const FULL: Effort = Effort {
@@ -83,6 +85,7 @@ struct Request {
 #[derive(Debug)]
 enum Part {
     Native,
+    Disk,
     Start,
     Density,
     /// A part of it, if not all, and how often.
@@ -101,7 +104,9 @@ fn main() -> ExitCode {
                 run.here("throughput", native::run);
                 run.here("latency", latency::run);
                 run.here("system calls, exits", counts::run);
+                run.here("disks", disk::run);
             }
+            Part::Disk => run.here("disks", disk::run),
             Part::Start => run.here("start", start::run),
             Part::Density => run.here("density", density::run),
             Part::Linux(part, rounds) => {
@@ -192,6 +197,7 @@ fn parse(args: impl Iterator<Item = String>) -> Option<Request> {
             "--json" => request.json = Some(args.next()?),
             "--svg" => request.svg = Some(args.next()?),
             "native" => request.parts.push(Part::Native),
+            "disk" => request.parts.push(Part::Disk),
             "start" => request.parts.push(Part::Start),
             "density" => request.parts.push(Part::Density),
             "linux" => {

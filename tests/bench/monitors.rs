@@ -12,6 +12,15 @@ use crate::harness::vm::{self, Vm};
 
 use super::wire::{Tap, text};
 
+/// How QEMU reads and writes a file; minivmm chooses by itself.
+#[derive(Clone, Copy, Debug)]
+pub enum Aio {
+    /// By io_uring.
+    IoUring,
+    /// By a pool of threads.
+    Threads,
+}
+
 /// A monitor with what belongs to it.
 #[derive(Clone, Debug)]
 pub struct Monitor {
@@ -67,6 +76,30 @@ pub fn all(quick: bool) -> Vec<Monitor> {
     all
 }
 
+/// Those that have a disk.
+pub fn with_disks() -> Vec<(Monitor, Aio)> {
+    let mut all: Vec<_> = all(true)
+        .into_iter()
+        .filter(|monitor| monitor.is_ours() && !monitor.vhost)
+        .map(|monitor| (monitor, Aio::IoUring))
+        .collect();
+    if has_qemu() {
+        let kinds = [
+            ("QEMU io_uring", Aio::IoUring),
+            ("QEMU threads", Aio::Threads),
+        ];
+        all.extend(kinds.map(|(name, aio)| {
+            let microvm = Monitor {
+                name: name.to_owned(),
+                kind: Kind::Microvm,
+                vhost: false,
+            };
+            (microvm, aio)
+        }));
+    }
+    all
+}
+
 fn has_qemu() -> bool {
     let mut version = Command::new("qemu-system-x86_64");
     version.arg("--version").stdout(Stdio::null());
@@ -80,8 +113,17 @@ impl Monitor {
         Vm::spawn(self.command(tap, options))
     }
 
-    /// The command that does so.
+    /// The same with a disk instead of a NIC; `direct` circumvents the page cache.
+    pub fn start_with_disk(&self, image: &Path, aio: Aio, direct: bool, options: &str) -> Vm {
+        Vm::spawn(self.command_with(self.disk(image, aio, direct), options))
+    }
+
+    /// The command that starts the guest with a NIC, if it is to have one.
     pub fn command(&self, tap: Option<&Tap>, options: &str) -> Command {
+        self.command_with(tap.map(|tap| self.nic(tap)).unwrap_or_default(), options)
+    }
+
+    fn command_with(&self, device: Vec<OsString>, options: &str) -> Command {
         // It halts at its end: until it is killed, what the monitor has used can be read.
         let words = options.split_whitespace().chain(["end=halt"]);
         let line: String = words.map(|option| format!("guest.{option} ")).collect();
@@ -94,9 +136,7 @@ impl Monitor {
             Kind::Microvm => qemu("microvm,accel=kvm,ioapic2=off,pit=off,pic=off,rtc=off"),
             Kind::Q35 => qemu("q35,accel=kvm"),
         };
-        if let Some(tap) = tap {
-            command.args(self.nic(tap));
-        }
+        command.args(device);
         let [memory, text, kernel] = match self.kind {
             Kind::MiniVmm { .. } => ["--memory", "--cmdline", "--kernel"],
             Kind::Microvm | Kind::Q35 => ["-m", "-append", "-kernel"],
@@ -123,6 +163,34 @@ impl Monitor {
             Kind::Microvm => false,
             Kind::Q35 => true,
         }
+    }
+
+    /// The arguments for a disk. QEMU's has a thread of its own, as ours.
+    fn disk(&self, image: &Path, aio: Aio, direct: bool) -> Vec<OsString> {
+        let image = image.display();
+        let device = match self.kind {
+            Kind::MiniVmm { .. } => {
+                let direct = if direct { "on" } else { "off" };
+                return ["--disk".into(), format!("{image},direct={direct}").into()].into();
+            }
+            Kind::Microvm => "virtio-blk-device",
+            Kind::Q35 => "virtio-blk-pci,disable-legacy=on",
+        };
+        let cache = if direct { "none" } else { "writeback" };
+        let aio = match aio {
+            Aio::IoUring => "io_uring",
+            Aio::Threads => "threads",
+        };
+        [
+            "-object".to_owned(),
+            "iothread,id=io0".to_owned(),
+            "-drive".to_owned(),
+            format!("file={image},if=none,id=disk0,format=raw,cache={cache},aio={aio}"),
+            "-device".to_owned(),
+            format!("{device},drive=disk0,iothread=io0"),
+        ]
+        .map(OsString::from)
+        .into()
     }
 
     /// The arguments for a NIC on a macvtap, whose queues the monitor inherits.
