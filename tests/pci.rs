@@ -37,7 +37,7 @@ lab_test!(stock_kernel_drives_two_nics_on_pci_by_msi_x, || {
         "00:00.0 0600: 1b36:0008",
         "00:01.0 0200: 1af4:1041 (rev 01)",
         "00:02.0 0200: 1af4:1041 (rev 01)",
-        "00:03.0 00ff: 1af4:1044 (rev 01)",
+        "00:03.0 ff00: 1af4:1044 (rev 01)",
     ];
     assert_eq!(vm.run("lspci -n").lines().collect::<Vec<_>>(), expected);
     let all = vm.run("lspci -vvxxx -s 00:01.0 2>&1");
