@@ -22,7 +22,8 @@
 //! device, run while a driver is ready and are parked otherwise ([`virtio::worker`]). A pair's thread
 //! and the vCPUs share nothing but guest memory, eventfds and atomics: no lock is taken for a frame,
 //! unless the NIC has a rate limit or a capture. Counters are published when a thread has nothing to
-//! do. A block device has a thread for each queue, in the same way.
+//! do. A block device has a thread for each queue, in the same way, and eight more for a raw image where
+//! io_uring is refused or not wanted.
 
 pub mod bus;
 pub mod disk;
