@@ -34,6 +34,9 @@ struct Inner {
     helper: CommonStorageHelper,
     #[cfg(test)]
     log: Mutex<Vec<Logged>>,
+    /// Writes until the file system is full, and how many it refuses then.
+    #[cfg(test)]
+    full: Mutex<(u64, u64)>,
 }
 
 /// What went to the disk, for tests that cut its power.
@@ -55,6 +58,8 @@ impl HostFile {
             helper: CommonStorageHelper::default(),
             #[cfg(test)]
             log: Mutex::default(),
+            #[cfg(test)]
+            full: Mutex::new((u64::MAX, 0)),
         }))
     }
 
@@ -162,7 +167,7 @@ impl HostFile {
 
     fn write_own(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         #[cfg(test)]
-        lock(&self.0.log).push(Logged::Write(offset, bytes.to_vec()));
+        self.record(offset, bytes.to_vec())?;
         self.0.file.write_all_at(bytes, offset)
     }
 
@@ -190,7 +195,7 @@ impl HostFile {
 
     fn write_iovecs(&self, iovecs: &[libc::iovec], mut offset: u64) -> io::Result<()> {
         #[cfg(test)]
-        lock(&self.0.log).push(Logged::Write(offset, bytes_of(iovecs)));
+        self.record(offset, bytes_of(iovecs))?;
         let mut left = iovecs.to_vec();
         advance(&mut left, 0);
         while !left.is_empty() {
@@ -270,6 +275,27 @@ impl HostFile {
         self.0.file.sync_data()?;
         order.synced();
         Ok(())
+    }
+
+    #[cfg(test)]
+    fn record(&self, offset: u64, bytes: Vec<u8>) -> io::Result<()> {
+        let mut full = lock(&self.0.full);
+        match *full {
+            (0, 0) => {}
+            (0, refused) => {
+                *full = (0, refused - 1);
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+            (left, refused) => *full = (left - 1, refused),
+        }
+        lock(&self.0.log).push(Logged::Write(offset, bytes));
+        Ok(())
+    }
+
+    /// Refuses writes: after how many, and how many.
+    #[cfg(test)]
+    pub fn fill(&self, after: u64, refused: u64) {
+        *lock(&self.0.full) = (after, refused);
     }
 
     #[cfg(test)]

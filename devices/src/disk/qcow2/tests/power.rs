@@ -23,12 +23,16 @@ struct Session {
     versions: Vec<(usize, Vec<u8>)>,
 }
 
-fn session(path: &Path, ops: &[Op], disk: Vec<u8>) -> Session {
-    let before = fs::read(path).unwrap();
+fn image(path: &Path) -> Qcow2Image {
     let spec = spec(path, Format::Qcow2);
     let found = Found::at(path).unwrap();
     let file = found.open(Access::Write).unwrap();
-    let image = super::super::open(&spec, &found, file, Access::Write).unwrap();
+    super::super::open(&spec, &found, file, Access::Write).unwrap()
+}
+
+fn session(path: &Path, ops: &[Op], disk: Vec<u8>) -> Session {
+    let before = fs::read(path).unwrap();
+    let image = image(path);
     let mut log = Vec::new();
     let mut mirror = disk;
     let mut flushes = vec![(0, mirror.clone())];
@@ -200,5 +204,65 @@ proptest! {
                 session.check_disk(end, &disk);
             }
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn full_file_system_is_an_error_and_the_image_stays_whole(
+        ops in ops(DISK),
+        after in 0..60u64,
+        refused in 1..20u64,
+        options in prop::sample::select(vec![
+            "-o cluster_size=512 disk.qcow2 256k",
+            "-o cluster_size=4k -b base.img -F raw disk.qcow2 256k",
+        ]),
+    ) {
+        if !has_qemu_img() {
+            return Ok(());
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path();
+        fs::write(at.join("base.img"), vec![0x77; (DISK * 512) as usize]).unwrap();
+        run(at, &format!("qemu-img create -q -f qcow2 {options}"));
+        let path = at.join("disk.qcow2");
+        let image = image(&path);
+        let len = (DISK * 512) as usize;
+        let mut mirror = read(&image, 0, len).unwrap();
+        image.file.fill(after, refused);
+        for op in ops {
+            let (range, done, value) = match op {
+                Op::Write(at, len, byte) => (at..at + len as u64, write(&image, at, &vec![byte; len]), byte),
+                Op::Zero(at, len, unmap) => {
+                    let range = at..at + len as u64;
+                    (range, image.write_zeroes(at, len as u64, unmap), 0)
+                }
+                Op::Discard(at, len) => {
+                    let _ = image.discard(at, len as u64);
+                    (at..at + len as u64, Err(io::ErrorKind::Other.into()), 0)
+                }
+                Op::Flush => (0..0, image.flush(), 0),
+            };
+            let range = range.start as usize..range.end as usize;
+            match done {
+                Ok(()) => mirror[range].fill(value),
+                // What it holds now is undefined, and stays what it is.
+                Err(_) => {
+                    let now = read(&image, range.start as u64, range.len()).unwrap();
+                    mirror[range].copy_from_slice(&now);
+                }
+            }
+            prop_assert!(read(&image, 0, len).unwrap() == mirror);
+        }
+        // There is space again.
+        image.file.fill(u64::MAX, 0);
+        image.flush().unwrap();
+        prop_assert!(read(&image, 0, len).unwrap() == mirror);
+        drop(image);
+        let (corruptions, _) = check(&path);
+        prop_assert_eq!(corruptions, 0);
+        prop_assert!(as_qemu_reads(&path) == mirror);
     }
 }
