@@ -218,6 +218,9 @@ impl HostFile {
     fn write_ordered(&self, order: &mut Order, iovecs: &[libc::iovec], at: u64) -> io::Result<()> {
         let len = iovecs.iter().map(|iovec| iovec.iov_len).sum::<usize>() as u64;
         let kind = order.kind(at, len);
+        if !order.allows(kind, len, || bytes_of(iovecs)) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         match kind {
             Kind::L1Entries | Kind::ReftableEntries => {
                 order.wait(kind, at, bytes_of(iovecs));

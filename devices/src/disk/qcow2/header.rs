@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use crate::disk::SECTOR;
 
 /// The most that a table of the first level takes, the L1 table or the refcount table.
-const MAX_TABLE: u64 = 4 << 20;
+pub(super) const MAX_TABLE: u64 = 4 << 20;
 /// The most that tables of the second level take when they are all in imago's caches.
 const MAX_CACHES: u64 = 64 << 20;
 /// How many of them its caches hold.

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use imago::io_buffers::{IoVector, IoVectorMut};
-use imago::{FormatAccess, ShallowMapping};
+use imago::{FormatAccess, ShallowMapping, Storage as _};
 use vm_memory::VolatileSlice;
 
 use super::{BlockSizes, Image, SECTOR};
@@ -31,6 +31,11 @@ pub use header::HeaderError;
 /// The most that is written as zeros at once where an image has no zero clusters.
 const ZEROS: u64 = 64 << 10;
 
+/// The most that is written at once.
+const MOST: u64 = 1 << 20;
+/// Clusters may be this far outside a file that has not been written to its end.
+const SLACK: u64 = 64 << 20;
+
 /// An open qcow2 image with the files below it.
 pub(super) struct Qcow2Image {
     state: Mutex<State>,
@@ -39,6 +44,8 @@ pub(super) struct Qcow2Image {
     cluster_size: u64,
     /// Bytes of the disk that an L2 table describes.
     bytes_of_l2_table: u64,
+    /// Where the file's clusters end: it was longer than that less [`SLACK`] at some time.
+    file_length: AtomicU64,
     writable: bool,
 }
 
@@ -61,6 +68,7 @@ impl Qcow2Image {
             size: AtomicU64::new(header.size),
             cluster_size: header.cluster_size(),
             bytes_of_l2_table: header.bytes_of_l2_table(),
+            file_length: AtomicU64::new(0),
             state: Mutex::new(State {
                 image,
                 header,
@@ -126,6 +134,7 @@ impl Qcow2Image {
                     } if unmap => Some(offset),
                     _ => None,
                 };
+                self.look(image, at, len)?;
                 // A piece lies within one L2 table. The next may need a new table, which could take
                 // a cluster that has become free.
                 let table = at / self.bytes_of_l2_table;
@@ -147,6 +156,40 @@ impl Qcow2Image {
             }
             image.flush()
         })
+    }
+
+    /// Whether there are compressed clusters in a range that is to be written.
+    ///
+    /// A cluster that the image has far outside its file is an error: imago would take the clusters
+    /// next to it, and count all of those up to there.
+    fn look(&self, image: &FormatAccess<HostFile>, mut at: u64, mut len: u64) -> io::Result<bool> {
+        let mut has_compressed = false;
+        while len > 0 {
+            let (mapping, piece) = image.get_shallow_mapping(at, len)?;
+            match mapping {
+                ShallowMapping::Special { .. } => has_compressed = true,
+                ShallowMapping::Raw { offset, .. } => self.check_inside(offset)?,
+                _ => {}
+            }
+            if piece == 0 {
+                break;
+            }
+            at += piece;
+            len -= piece;
+        }
+        Ok(has_compressed)
+    }
+
+    fn check_inside(&self, host: u64) -> io::Result<()> {
+        if host < self.file_length.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let length = self.file.size()?.saturating_add(SLACK);
+        self.file_length.store(length, Ordering::Relaxed);
+        match host < length {
+            true => Ok(()),
+            false => Err(io::Error::from_raw_os_error(libc::EIO)),
+        }
     }
 
     /// The whole clusters in a range; what the disk has of its last one is a whole one too.
@@ -191,18 +234,17 @@ impl Image for Qcow2Image {
         let slices = slices(from);
         let (mut vector, _guard) = IoVector::from_volatile_slice(&slices);
         self.change(|image| {
-            if !has_compressed(image, offset, vector.len())? {
-                return image.writev(vector, offset);
-            }
-            // Compressed clusters become free when they are written: as in `clear`.
             let mut at = offset;
             while !vector.is_empty() {
-                let len = vector
-                    .len()
-                    .min(self.bytes_of_l2_table - at % self.bytes_of_l2_table);
+                let left = self.bytes_of_l2_table - at % self.bytes_of_l2_table;
+                let len = vector.len().min(left).min(MOST);
+                let has_compressed = self.look(image, at, len)?;
                 let (piece, rest) = vector.split_at(len);
                 image.writev(piece, at)?;
-                image.flush()?;
+                if has_compressed {
+                    // Their clusters are free now: as in `clear`.
+                    image.flush()?;
+                }
                 at += len;
                 vector = rest;
             }
@@ -307,21 +349,6 @@ fn slices(segments: Segments<'_>) -> Vec<VolatileSlice<'_>> {
         // SAFETY: `Segments` vouches that each piece can be accessed for its lifetime.
         .map(|piece| unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) })
         .collect()
-}
-
-/// Whether there are compressed clusters in a range.
-fn has_compressed(image: &FormatAccess<HostFile>, mut at: u64, mut len: u64) -> io::Result<bool> {
-    while len > 0 {
-        match image.get_shallow_mapping(at, len)? {
-            (ShallowMapping::Special { .. }, _) => return Ok(true),
-            (_, 0) => break,
-            (_, piece) => {
-                at += piece;
-                len -= piece;
-            }
-        }
-    }
-    Ok(false)
 }
 
 fn write_zeros(image: &FormatAccess<HostFile>, offset: u64, len: u64) -> io::Result<()> {

@@ -14,7 +14,7 @@ use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
 
-use super::header::{Header, HeaderError};
+use super::header::{Header, HeaderError, MAX_TABLE};
 
 /// What a write is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,8 @@ pub(super) struct Order {
 pub(super) trait ReadAt: Fn(&mut [u8], u64) -> io::Result<()> {}
 impl<F: Fn(&mut [u8], u64) -> io::Result<()>> ReadAt for F {}
 
+/// Where the header says where the refcount table is.
+const REFTABLE_AT: u64 = 48;
 /// Bits of an entry that are the offset of a table, in the L1 table and the refcount table.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
@@ -103,6 +105,22 @@ impl Order {
             }
         }
         Kind::Other
+    }
+
+    /// Whether imago may write that. An entry that points far outside the file makes it grow the
+    /// refcount table as far; more than is read back at the next start is not written.
+    pub fn allows(&self, kind: Kind, len: u64, bytes: impl FnOnce() -> Vec<u8>) -> bool {
+        match kind {
+            Kind::Header => self
+                .moved(
+                    bytes()
+                        .get(REFTABLE_AT as usize..)
+                        .and_then(|rest| rest.get(..12)),
+                )
+                .is_none_or(|moved| moved.is_ok()),
+            Kind::Other => len <= MAX_TABLE,
+            _ => true,
+        }
     }
 
     /// Keeps entries back until what they point to is counted.
@@ -168,27 +186,31 @@ impl Order {
     /// Looks where the refcount table is after the header was written, and which blocks it has.
     pub fn find_reftable(&mut self, read: impl ReadAt) -> io::Result<()> {
         let mut pointer = [0; 12];
-        read(&mut pointer, 48)?;
-        let (offset, clusters) = pointer.split_at(8);
-        let clusters = clusters
-            .iter()
-            .fold(0, |number, byte| number << 8 | u64::from(*byte));
-        let mut header = self.header.clone();
-        header.reftable_offset = offset
-            .iter()
-            .fold(0, |number, byte| number << 8 | u64::from(*byte));
-        header.reftable_clusters = clusters;
+        read(&mut pointer, REFTABLE_AT)?;
+        match self.moved(Some(&pointer)) {
+            Some(Ok(header)) => {
+                self.reftable_waits.clear();
+                self.header = header;
+                self.refblocks = tables(&read, self.reftable())?;
+                Ok(())
+            }
+            Some(Err(_)) => Err(io::Error::from_raw_os_error(libc::EIO)),
+            None => Ok(()),
+        }
+    }
+
+    /// The header with the refcount table that `pointer` says, if that is another one.
+    fn moved(&self, pointer: Option<&[u8]>) -> Option<Result<Header, HeaderError>> {
+        let (offset, clusters) = pointer?.split_at(8);
+        let header = Header {
+            reftable_offset: number(offset),
+            reftable_clusters: number(clusters),
+            ..self.header.clone()
+        };
         if header.reftable_offset == self.header.reftable_offset {
-            return Ok(());
+            return None;
         }
-        // A guest that is given its own image's header as data may have written this.
-        if header.check_tables().is_err() {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
-        self.reftable_waits.clear();
-        self.header = header;
-        self.refblocks = tables(&read, self.reftable())?;
-        Ok(())
+        Some(header.check_tables().map(|()| header))
     }
 
     fn l1(&self) -> Range<u64> {
@@ -215,10 +237,13 @@ fn tables(read: impl ReadAt, range: Range<u64>) -> io::Result<HashSet<u64>> {
 }
 
 fn offsets(entries: &[u8]) -> impl Iterator<Item = u64> {
-    entries.chunks_exact(8).filter_map(|entry| {
-        let entry = entry
-            .iter()
-            .fold(0, |number, byte| number << 8 | u64::from(*byte));
-        Some(entry & OFFSET).filter(|offset| *offset != 0)
-    })
+    let offsets = entries.chunks_exact(8).map(|entry| number(entry) & OFFSET);
+    offsets.filter(|offset| *offset != 0)
+}
+
+/// A number as qcow2 has it.
+fn number(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
