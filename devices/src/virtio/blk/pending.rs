@@ -1,7 +1,7 @@
 //! A request on its way: its chain, where its data lies, and what became of it.
 
+use super::disk::Disk;
 use super::request::{Parts, Request, Status, bytes};
-use crate::disk::Image;
 use crate::virtio::Segments;
 use crate::virtio::iovec::scatter;
 use crate::virtio::queue::{Buffers, Chain, Next, Queue};
@@ -25,6 +25,7 @@ struct Body {
     parts: Parts,
     request: Request,
     moved: u64,
+    writeback: bool,
 }
 
 impl Pending {
@@ -45,14 +46,16 @@ impl Pending {
         is_whole
     }
 
-    /// Finds out what it asks of `image`, unless that is nothing that could be done.
+    /// Finds out what it asks of `disk`, unless that is nothing that could be done.
     ///
     /// # Errors
     ///
     /// Returns what is to be said of it.
-    pub fn parse(&mut self, image: &dyn Image, readonly: bool) -> Result<(), Status> {
+    pub fn parse(&mut self, disk: &Disk) -> Result<(), Status> {
         let body = &mut *self.0;
+        let (image, readonly) = (disk.image(), disk.is_readonly());
         body.request = body.parts.request(&body.buffers, image, readonly)?;
+        body.writeback = disk.is_writeback();
         body.moved = match &body.request {
             Request::Read { .. } => bytes(body.parts.wanted(&body.buffers)),
             Request::Write { .. } => bytes(body.parts.sent(&body.buffers)),
@@ -69,6 +72,13 @@ impl Pending {
     /// Bytes that it moves from or to the image.
     pub fn moved(&self) -> u64 {
         self.0.moved
+    }
+
+    /// Whether it wrote what is not durable yet, and has to be, since the driver has switched the write
+    /// cache off meanwhile.
+    pub fn wants_flush(&self, disk: &Disk) -> bool {
+        let transfers = matches!(self.0.request, Request::Write { .. });
+        transfers && self.0.writeback && !disk.is_writeback()
     }
 
     /// What the driver sends with it.

@@ -21,6 +21,9 @@ const LOOKS: u32 = 16;
 /// How long the first requests of a turn may wait for others that the image takes time for.
 const SLICE: Duration = Duration::from_micros(100);
 
+/// Bytes that cost a turn as much as another request.
+const TURN_UNIT: u64 = 64 << 10;
+
 /// Why a queue's turn has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -177,6 +180,8 @@ impl BlkQueue {
             }
             match self.parse(&mut pending) {
                 Ok(()) => {
+                    let parts = pending.moved() / TURN_UNIT;
+                    turn.budget = turn.budget.saturating_sub(parts as usize);
                     if !self.serve(pending, turn) {
                         return Stop::Budget;
                     }
@@ -195,7 +200,7 @@ impl BlkQueue {
             self.counters.bad_chains += 1;
             return Err(Status::IoError);
         }
-        let parsed = pending.parse(self.disk.image(), self.disk.is_readonly());
+        let parsed = pending.parse(&self.disk);
         parsed.inspect_err(|_| {
             self.counters.refused += 1;
             self.disk.limiter.charge(0);
@@ -236,7 +241,10 @@ impl BlkQueue {
         }
     }
 
-    fn finish(&mut self, pending: Pending, result: io::Result<()>) {
+    fn finish(&mut self, pending: Pending, mut result: io::Result<()>) {
+        if result.is_ok() && pending.wants_flush(&self.disk) {
+            result = self.disk.image().flush();
+        }
         let counters = &mut self.counters;
         let mut status = Status::Ok;
         match (&result, pending.request()) {

@@ -1,5 +1,9 @@
 //! Each kind of request does what it says, or fails with the status that fits.
 
+use std::os::fd::RawFd;
+
+use super::super::engine::Engine;
+use super::super::pending::Pending;
 use super::super::request::Parts;
 use super::*;
 use crate::virtio::queue::Buffers;
@@ -200,6 +204,66 @@ fn without_a_write_cache_nothing_completes_before_it_is_durable() {
     let (mut bench, _file) = Bench::raw();
     bench.disk.set_writeback(false);
     assert_eq!(bench.request(OUT, 0, &[1; 512], 0), OK);
+}
+
+/// Has written what it gets, and says so when it is asked the second time.
+#[derive(Debug, Default)]
+struct Slow {
+    pending: Option<Pending>,
+    asked: u32,
+}
+
+impl Engine for Slow {
+    fn start(&mut self, pending: Pending) -> Option<Pending> {
+        self.pending.replace(pending)
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn completed(&mut self) -> Option<(Pending, io::Result<()>)> {
+        let pending = self.pending.take()?;
+        self.asked += 1;
+        if self.asked == 1 {
+            self.pending = Some(pending);
+            return None;
+        }
+        Some((pending, Ok(())))
+    }
+
+    fn under_way(&self) -> usize {
+        self.pending.iter().count()
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn event(&self) -> RawFd {
+        -1
+    }
+}
+
+#[test]
+fn write_that_was_under_way_when_the_write_cache_went_off_is_durable_too() {
+    for (writeback, calls) in [(true, &[][..]), (false, &["flush"])] {
+        let (bench, fake) = Bench::fake();
+        let Bench {
+            mut driver,
+            disk,
+            queue,
+        } = bench;
+        let mut queue = queue.with_engine(Some(Box::new(Slow::default())));
+        driver.write(HEADER, &header(OUT, 0));
+        driver.offer_chain(0, &[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)]);
+        queue.handle(10);
+        assert_eq!(driver.take_used(), []);
+        disk.set_writeback(writeback);
+        queue.handle(10);
+        assert_eq!(driver.take_used(), [(0, 1)]);
+        assert_eq!(fake.calls(), calls);
+    }
 }
 
 #[test]
