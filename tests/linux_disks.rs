@@ -276,7 +276,7 @@ fn write_until_killed(disks: &[PathBuf], round: usize) -> String {
     ));
     // All are in the middle of later ones.
     let letter = LETTERS[round % LETTERS.len()];
-    for _ in 0..=(round * 5 % 7) {
+    for _ in 0..2 + round * 5 % 7 {
         vm.wait_for(&format!("GUEST file {letter} "));
     }
     vm.signal(Signal::KILL);
