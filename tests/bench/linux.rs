@@ -4,6 +4,7 @@
 //! emulator then counts instructions, one a nanosecond: what is compared is work, without caches and
 //! without a second CPU, and a run repeats to about 1 %.
 
+mod disks;
 pub mod monitors;
 
 use std::fs;
@@ -25,15 +26,17 @@ use crate::harness::site::{Site, address, pings};
 use crate::harness::vm::{self, Vm};
 use crate::lab::{self, Place};
 use crate::report::Table;
-use monitors::{Boot, Image, MAC, MONITORS, Monitor};
+use disks::Disk;
+use monitors::{Boot, Image, MAC, MONITORS, Monitor, WITH_DISKS};
 
 /// The third host on the wire, see [`Site`].
 const PEER: &str = "192.168.77.3";
 /// For the whole run in the lab.
 const LAB_LIMIT: Duration = Duration::from_secs(3600);
 
-/// The tables: what from exec to the first line of /init takes, and what a NIC and a monitor do.
-fn tables() -> [Table; 2] {
+/// The tables: what from exec to the first line of /init takes, what a NIC and a monitor do, and what
+/// a disk does.
+fn tables() -> [Table; 3] {
     [
         Table::new(
             "Exec to the first line of /init, ms",
@@ -55,12 +58,14 @@ fn tables() -> [Table; 2] {
                 ("anonymous, kB", 0),
             ],
         ),
+        Table::new("A disk in the page cache, 4 KiB and 1 MiB", &disks::COLUMNS),
     ]
 }
-/// What can be asked for by itself.
+/// What is measured unless one is asked for by itself, as the disk has to be.
 const PARTS: [&str; 2] = ["boot", "net"];
 const BOOTS: usize = 0;
 const TALKS: usize = 1;
+const STORES: usize = 2;
 
 /// One round's figures of a monitor.
 #[derive(Debug)]
@@ -74,7 +79,7 @@ struct Row {
 /// Where rows go.
 type Report<'a> = &'a mut dyn FnMut(Row);
 
-/// Measures `boot` or `net`, or both, in so many rounds, where Linux guests can run. The tables, and
+/// Measures `boot` or `net`, or both, or `disk`, in so many rounds, where Linux guests can run. The tables, and
 /// whether all could be measured.
 pub fn run(part: Option<&str>, rounds: usize) -> (Vec<Table>, bool) {
     let mut tables = tables();
@@ -183,7 +188,9 @@ fn measure(part: Option<&str>, rounds: usize, report: Report) -> bool {
         }
         is_here
     };
-    let monitors: Vec<_> = MONITORS.iter().filter(is_here).collect();
+    let here = |monitors: &'static [Monitor]| -> Vec<&Monitor> {
+        monitors.iter().filter(is_here).collect()
+    };
     let bench = Bench {
         site: Site::new(),
         config: tempfile::NamedTempFile::new()
@@ -191,6 +198,16 @@ fn measure(part: Option<&str>, rounds: usize, report: Report) -> bool {
             .into_temp_path()
             .to_path_buf(),
     };
+    if part == Some("disk") {
+        let (disk, monitors) = (Disk::new(), here(WITH_DISKS));
+        for _ in 0..rounds {
+            for monitor in &monitors {
+                bench.stores(monitor, &disk, report);
+            }
+        }
+        return true;
+    }
+    let monitors = here(MONITORS);
     for _ in 0..rounds {
         if part != Some("net") {
             bench.boots(&monitors, report);
@@ -295,6 +312,27 @@ impl Bench {
         end(vm);
     }
 
+    /// What the guest's disk does.
+    fn stores(&self, monitor: &Monitor, disk: &Disk, report: Report) {
+        let line = format!("{} {QUIET} {NO_TESTS}", monitor.program.line);
+        let boot = Boot {
+            kernel: &assets().bzimage(),
+            initrd: &disk.initrd(),
+            line: line.trim(),
+            memory: "512M",
+            disk: &disk.image(),
+            config: &self.config,
+        };
+        let (mut vm, _) = self.start(monitor, &boot);
+        vm.wait_for("GUEST ready\n");
+        report(Row {
+            table: STORES,
+            name: monitor.name.to_owned(),
+            figures: disk.measure(&mut vm),
+        });
+        end(vm);
+    }
+
     /// Boots a guest, and measures how long it takes from the monitor's exec to the first line of /init.
     fn boot(&self, monitor: &Monitor, image: Image, initrd: &Path, line: &str) -> (Vm, Duration) {
         let kernel = match image {
@@ -305,9 +343,19 @@ impl Bench {
             kernel: &kernel,
             initrd,
             line,
+            memory: "128M",
+            disk: Path::new(""),
             config: &self.config,
         };
-        fs::write(&self.config, monitor.config(&boot).to_string()).expect("there is room in /tmp");
+        let booted = self.start(monitor, &boot);
+        // Whoever waits for a row sees that something goes on.
+        println!("{}, {}: /init runs", monitor.name, image.name());
+        booted
+    }
+
+    /// Starts a monitor, and waits for its guest's first line.
+    fn start(&self, monitor: &Monitor, boot: &Boot) -> (Vm, Duration) {
+        fs::write(&self.config, monitor.config(boot).to_string()).expect("there is room in /tmp");
         let mut command = match monitor.takes_queue() {
             true => {
                 let mut command = self.site.host.command(vm::binary());
@@ -320,17 +368,14 @@ impl Bench {
         command.args(["-c", r#"echo BENCH ready; read -r go; exec "$@""#, "sh"]);
         command
             .arg(monitor.path().expect("it is here"))
-            .args(monitor.args(&boot));
+            .args(monitor.args(boot));
         command.stdin(Stdio::piped());
         let mut vm = Vm::spawn(command);
         vm.wait_for("BENCH ready\n");
         let start = Instant::now();
         vm.send("go\n");
         vm.wait_for("GUEST init");
-        let took = start.elapsed();
-        // Whoever waits for a row sees that something goes on.
-        println!("{}, {}: /init runs", monitor.name, image.name());
-        (vm, took)
+        (vm, start.elapsed())
     }
 }
 

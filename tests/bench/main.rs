@@ -8,7 +8,7 @@
 //! | `disk` | `disk.rs` | disks, by the same guest; a part of `native` too |
 //! | `start` | `start.rs` | how soon a guest runs |
 //! | `density` | `density.rs` | many guests on one link |
-//! | `linux [boot\|net] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
+//! | `linux [boot\|net\|disk] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
 //!
 //! `monitors.rs` says who is compared, `wire.rs` and `traffic.rs` are the network and its far end, `bare.rs` the limit,
 //! `usage.rs` what threads cost, `report.rs` and `svg.rs` what is shown. It leaves nothing behind.
@@ -57,7 +57,7 @@ use native::Effort;
 use report::Table;
 
 const USAGE: &str = "usage: bench [--quick] [--json FILE] [--svg FILE] \
-     (native | disk | start | density | linux [boot|net] ROUNDS)...";
+     (native | disk | start | density | linux [boot|net|disk] ROUNDS)...";
 
 /// For a result that shows more than noise, and for a first impression.
 const FULL: Effort = Effort {
@@ -201,7 +201,7 @@ fn parse(args: impl Iterator<Item = String>) -> Option<Request> {
             "start" => request.parts.push(Part::Start),
             "density" => request.parts.push(Part::Density),
             "linux" => {
-                let part = args.next_if(|part| ["boot", "net"].contains(&part.as_str()));
+                let part = args.next_if(|part| ["boot", "net", "disk"].contains(&part.as_str()));
                 let rounds = args.next()?.parse().ok().filter(|&rounds| rounds > 0)?;
                 request.parts.push(Part::Linux(part, rounds));
             }

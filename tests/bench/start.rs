@@ -4,6 +4,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -98,6 +99,8 @@ fn first_runs(image: Image, rounds: usize) -> Table {
                 kernel: &kernel,
                 initrd: &initrd,
                 line: monitor.program.line,
+                memory: "128M",
+                disk: Path::new(""),
                 config: &config,
             };
             std::fs::File::create(&config)

@@ -29,9 +29,16 @@ pub fn guest(modules: &Path, tools: bool) -> Vec<u8> {
         false => &[],
     };
     archive.modules(modules, &[GUEST_MODULES, more].concat());
-    for (program, package) in GUEST_TOOLS.iter().filter(|_| tools) {
-        archive.program(&find(program, package), &format!("/usr/bin/{program}"));
-    }
+    archive.guest_programs(if tools { GUEST_TOOLS } else { &[] });
+    archive.finish()
+}
+
+/// The guest's ramdisk with these programs.
+pub fn guest_with(modules: &Path, programs: &[(&str, &str)]) -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.base(include_bytes!("../../resources/guest-init"));
+    archive.modules(modules, GUEST_MODULES);
+    archive.guest_programs(programs);
     archive.finish()
 }
 
@@ -114,6 +121,13 @@ impl Archive {
             (order.join("\n") + "\n").as_bytes(),
             0o644,
         );
+    }
+
+    /// Programs by their names and packages, in /usr/bin.
+    fn guest_programs(&mut self, programs: &[(&str, &str)]) {
+        for (program, package) in programs {
+            self.program(&find(program, package), &format!("/usr/bin/{program}"));
+        }
     }
 
     /// An executable with its shared libraries.

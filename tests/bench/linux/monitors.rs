@@ -57,14 +57,14 @@ pub const MAC: &str = "52:54:00:77:00:0b";
 
 static MINIVMM: Program = Program {
     name: "minivmm",
-    args: "{machine} --memory 128M --kernel {kernel} --initrd {initrd} --cmdline {line}",
+    args: "{machine} --memory {memory} --kernel {kernel} --initrd {initrd} --cmdline {line}",
     line: "",
     images: &[BzImage, Vmlinux],
 };
 
 const QEMU: Program = Program {
     name: "qemu-system-x86_64",
-    args: "-nodefaults -no-user-config -no-reboot -display none -accel kvm -cpu host -smp 1 -m 128 \
+    args: "-nodefaults -no-user-config -no-reboot -display none -accel kvm -cpu host -smp 1 -m {memory} \
            -kernel {kernel} -initrd {initrd} -append {line} -serial stdio {machine} {net}",
     line: "console=ttyS0",
     images: &[BzImage, Vmlinux],
@@ -161,6 +161,34 @@ pub const MONITORS: &[Monitor] = &[
     )),
 ];
 
+/// Those whose disks are measured: with `{disk}`, a raw image.
+pub const WITH_DISKS: &[Monitor] = &[
+    ours("minivmm pci", "--transport pci --disk {disk}"),
+    ours(
+        "minivmm pci, io_uring",
+        "--transport pci --disk {disk},io=uring",
+    ),
+    ours("minivmm mmio", "--transport mmio --disk {disk}"),
+    other(
+        "QEMU q35, threads",
+        &QEMU,
+        "-M q35 -drive file={disk},format=raw,if=none,id=d,aio=threads -device virtio-blk-pci,drive=d",
+        None,
+    ),
+    other(
+        "QEMU q35, io_uring",
+        &QEMU,
+        "-M q35 -drive file={disk},format=raw,if=none,id=d,aio=io_uring -device virtio-blk-pci,drive=d",
+        None,
+    ),
+    other(
+        "QEMU microvm, threads",
+        &MICROVM,
+        "-M microvm -drive file={disk},format=raw,if=none,id=d,aio=threads -device virtio-blk-device,drive=d",
+        None,
+    ),
+];
+
 /// Makes its macvtap itself.
 const fn ours(name: &'static str, machine: &'static str) -> Monitor {
     Monitor {
@@ -200,6 +228,10 @@ pub struct Boot<'a> {
     pub kernel: &'a Path,
     pub initrd: &'a Path,
     pub line: &'a str,
+    /// Its memory, where the monitor's arguments do not say it.
+    pub memory: &'a str,
+    /// Its disk, if it has one.
+    pub disk: &'a Path,
     /// Where a monitor that is configured by a file finds it.
     pub config: &'a Path,
 }
@@ -235,6 +267,8 @@ impl Monitor {
             ("{initrd}", boot.initrd.display().to_string()),
             ("{config}", boot.config.display().to_string()),
             ("{line}", boot.line.to_owned()),
+            ("{memory}", boot.memory.to_owned()),
+            ("{disk}", boot.disk.display().to_string()),
             ("{mac}", MAC.to_owned()),
         ];
         let args = self.program.args.replace("{machine}", self.machine);
