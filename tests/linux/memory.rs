@@ -6,6 +6,7 @@ use crate::harness::eventually;
 use crate::harness::lab_test;
 use crate::harness::linux::boot;
 use crate::harness::vm::Vm;
+use crate::number;
 
 const MIB: u64 = 1 << 20;
 
@@ -55,3 +56,33 @@ lab_test!(memory_that_a_guest_has_free_is_the_hosts_again, || {
     vm.start_command("poweroff -f");
     assert_eq!(vm.wait_exit().code(), Some(0));
 });
+
+lab_test!(
+    memory_that_is_held_back_is_the_guests_when_it_has_no_other,
+    || {
+        let mut args = vec!["--memory", "256M", "--transport", "mmio", "--rng", "off"];
+        args.extend(["--balloon", "128M"]);
+        let mut vm = boot(None, &args);
+        // In pages of 4 KiB.
+        let count = |vm: &mut Vm, what: &str| {
+            let line = format!("sed -n 's/^balloon_{what} //p' /proc/vmstat");
+            number(vm, &line) << 12
+        };
+        let inflated = || count(&mut vm, "inflate") >= 128 * MIB;
+        assert!(eventually(inflated), "{}", vm.transcript());
+        let available = number(&mut vm, "awk '/^MemAvailable:/ {print $2}' /proc/meminfo") << 10;
+        assert!(available < 128 * MIB, "{available}\n{}", vm.transcript());
+
+        let more = available + 8 * MIB;
+        let all = vm.run(&format!(
+            "head -c {more} /dev/zero | tail -c {more} | wc -c"
+        ));
+        assert_eq!(all.trim(), more.to_string(), "{}", vm.transcript());
+        assert!(count(&mut vm, "deflate") > 0, "{}", vm.transcript());
+
+        let sources = vm.run("cat /sys/class/misc/hw_random/rng_available");
+        assert!(!sources.contains("virtio"), "{sources}");
+        vm.start_command("poweroff -f");
+        assert_eq!(vm.wait_exit().code(), Some(0));
+    }
+);

@@ -35,7 +35,7 @@ tcg_test!(options_of_the_native_monitor_switch_with_one_word, || {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let disks = Disks::make(dir.path());
     disks.add_to(&mut command);
-    command.args(["--cmdline", STEADY]);
+    command.args(["--balloon", "64M", "--cmdline", STEADY]);
     command.arg("--kernel").arg(assets().bzimage());
     command.arg("--initrd").arg(initrd()).stdin(Stdio::piped());
     let mut vm = ready(command);
@@ -46,6 +46,13 @@ tcg_test!(options_of_the_native_monitor_switch_with_one_word, || {
     let found: Vec<&str> = found.split_whitespace().collect();
     assert_eq!(found, ["root-1", "2048", "1"], "{}", vm.transcript());
     vm.run("echo from the guest >/dev/vda && sync");
+    let held_back = || {
+        let pages = vm.run("sed -n 's/^balloon_inflate //p' /proc/vmstat");
+        pages.trim() == "16384"
+    };
+    assert!(eventually(held_back), "{}", vm.transcript());
+    let source = vm.run("cat /sys/class/misc/hw_random/rng_current");
+    assert_eq!(source.trim(), "virtio_rng.0");
     vm.send("1 poweroff -f\n");
     assert_eq!(vm.wait_exit().code(), Some(0));
     assert_eq!(site.host.links(), ["wire"], "the host's link is deleted");
