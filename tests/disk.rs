@@ -92,10 +92,35 @@ kvm_test!(raw_disk_does_all_of_virtio_blk, || {
     }
 });
 
+kvm_test!(qcow2_disk_does_all_of_virtio_blk, || {
+    let images = Images::new();
+    let base = images.filled("base.img", 5);
+    let before = fs::read(&base).unwrap();
+    for transport in [Mmio, Pci] {
+        let alone = images.qcow2("alone.qcow2", None);
+        check(transport, &alone, "queues=2");
+        assert_written(&images.unpack(&alone), |_| [0; SECTOR as usize]);
+        let above = images.qcow2("above.qcow2", Some(&base));
+        check(transport, &above, "queues=1");
+        assert_written(&images.unpack(&above), |number| pattern(5, number));
+    }
+    assert!(fs::read(&base).unwrap() == before, "the backing file");
+});
+
+kvm_test!(ephemeral_disk_leaves_its_image_as_it_was, || {
+    let images = Images::new();
+    let base = images.filled("base.img", 5);
+    for path in [&base, &images.qcow2("above.qcow2", Some(&base))] {
+        let before = fs::read(path).unwrap();
+        check(Pci, path, "ephemeral=on");
+        assert!(fs::read(path).unwrap() == before, "{path:?}");
+    }
+});
+
 kvm_test!(readonly_disk_is_shared_and_refuses_writes, || {
     let images = Images::in_memory();
     let base = images.filled("base.img", 5);
-    for path in [&base] {
+    for path in [&base, &images.qcow2("above.qcow2", Some(&base))] {
         let before = fs::read(path).unwrap();
         let disk = [format!("{},readonly=on", path.display())];
         // The first goes on while the second uses the same image.
@@ -189,6 +214,16 @@ kvm_test!(flushed_data_is_there_when_a_raw_disk_is_killed, || {
         let path = images.raw("disk.img");
         let last = kill_after(&format!("{},io={io}", path.display()), 1 + kill % 4);
         assert_journal(&File::open(&path).unwrap(), last);
+    }
+});
+
+kvm_test!(flushed_data_is_there_when_a_qcow2_disk_is_killed, || {
+    let images = Images::in_memory();
+    let base = images.raw("base.img");
+    for kill in 0..12 {
+        let path = images.qcow2("disk.qcow2", (kill % 2 == 0).then_some(&base));
+        let last = kill_after(&path.display().to_string(), 1 + kill % 4);
+        assert_journal(&images.unpack_killed(&path), last);
     }
 });
 
