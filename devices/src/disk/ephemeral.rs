@@ -175,15 +175,13 @@ impl Image for Ephemeral {
         let mut written = self.writing();
         let now = self.size();
         if size > now && size.is_multiple_of(SECTOR) {
-            // The block that the end was in is part of the image.
-            let (edge, blocks) = (now / self.block, size.div_ceil(self.block));
+            // The block that the image ends in is part of it; those after it are above.
+            let edge = now / self.block;
             if !now.is_multiple_of(self.block) && !written.has(edge) {
                 self.take_over(edge)?;
                 written.set(edge);
             }
             self.over.grow(size)?;
-            written.grow(blocks);
-            (now.div_ceil(self.block)..blocks).for_each(|block| written.set(block));
             self.size.store(size, Ordering::Release);
             return Ok(());
         }
@@ -192,27 +190,27 @@ impl Image for Ephemeral {
     }
 }
 
-/// A bit for each block.
+/// A bit for each block of the image; blocks after it count as written.
 #[derive(Debug)]
-struct Bitmap(Vec<u64>);
+struct Bitmap {
+    blocks: u64,
+    bits: Vec<u64>,
+}
 
 impl Bitmap {
     fn new(blocks: u64) -> Self {
-        let mut bitmap = Self(Vec::new());
-        bitmap.grow(blocks);
-        bitmap
-    }
-
-    fn grow(&mut self, blocks: u64) {
-        self.0.resize(blocks.div_ceil(64) as usize, 0);
+        let bits = vec![0; blocks.div_ceil(64) as usize];
+        Self { blocks, bits }
     }
 
     fn has(&self, block: u64) -> bool {
-        self.0[(block / 64) as usize] & 1 << (block % 64) != 0
+        block >= self.blocks || self.bits[(block / 64) as usize] & 1 << (block % 64) != 0
     }
 
     fn set(&mut self, block: u64) {
-        self.0[(block / 64) as usize] |= 1 << (block % 64);
+        if block < self.blocks {
+            self.bits[(block / 64) as usize] |= 1 << (block % 64);
+        }
     }
 }
 

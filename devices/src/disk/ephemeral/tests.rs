@@ -114,7 +114,7 @@ fn bitmap_of_a_large_disk_stays_small() {
     let path = directory.path().join("large.img");
     File::create(&path).unwrap().set_len(1 << 42).unwrap();
     let disk = ephemeral(&path);
-    assert!(disk.reading().0.len() * 8 <= 2 << 20);
+    assert!(disk.reading().bits.len() * 8 <= 2 << 20);
     write(&disk, (1 << 42) - 512, &[1; 512]).unwrap();
     assert_eq!(
         read(&disk, (1 << 42) - 1024, 1024).unwrap()[512..],
