@@ -181,11 +181,13 @@ impl Monitor {
             Aio::IoUring => "io_uring",
             Aio::Threads => "threads",
         };
+        // It does not wait for the lock of a guest that was just killed, whose io_uring may still have it.
+        let file = format!("file={image},file.locking=off");
         [
             "-object".to_owned(),
             "iothread,id=io0".to_owned(),
             "-drive".to_owned(),
-            format!("file={image},if=none,id=disk0,format=raw,cache={cache},aio={aio}"),
+            format!("{file},if=none,id=disk0,format=raw,cache={cache},aio={aio}"),
             "-device".to_owned(),
             format!("{device},drive=disk0,iothread=io0"),
         ]
