@@ -237,7 +237,6 @@ impl Found {
         options.open(self.link())
     }
 
-    /// Where it is, without symbolic links.
     /// The path at which it was looked for.
     pub fn path(&self) -> &Path {
         &self.path
