@@ -1,5 +1,5 @@
-//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to disks, and
-//! to our own data path of NICs, on this machine's KVM, and to vhost-net where Linux guests can run,
+//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to disks, to the
+//! entropy device and the balloon, and to our own data path of NICs, on this machine's KVM, and to vhost-net where Linux guests can run,
 //! since that is where vhost-net is known to be.
 
 mod harness;
@@ -47,6 +47,34 @@ kvm_test!(drivers_of_disks_do_not_make_the_monitor_grow, || {
         });
     }
 });
+
+kvm_test!(drivers_of_entropy_and_balloon_harm_no_monitor, || {
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let console = succeed(memory_attack(transport, "count=50"));
+        let attacks = console.lines().filter(|line| line.starts_with("OK "));
+        assert!(attacks.count() > 150, "{console}");
+    }
+});
+
+kvm_test!(
+    drivers_of_entropy_and_balloon_do_not_make_the_monitor_grow,
+    || {
+        for device in ["rng", "balloon"] {
+            grows_not([20, 200], |rounds| {
+                let options = format!("count={rounds} only={device}-life end=halt");
+                memory_attack(Transport::Pci, &options)
+            });
+        }
+    }
+);
+
+/// Starts the guest that attacks the entropy device and the balloon.
+fn memory_attack(transport: Transport, options: &str) -> Vm {
+    let options = format!("mode=hostile-memory {options}");
+    let mut command = images::command(transport, &[], &options);
+    command.arg("--balloon");
+    Vm::spawn(command)
+}
 
 transports_test!(user_threads_serve_as_many_queue_pairs_as_there_are, |net| {
     serves_as_many_queue_pairs_as_there_are(&net, "user");

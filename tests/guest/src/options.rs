@@ -77,6 +77,8 @@ pub enum Mode {
     Hostile,
     /// The same with a disk.
     HostileDisk,
+    /// The same with the entropy device and the balloon.
+    HostileMemory,
     /// Reset the machine.
     Reset,
     /// End in a triple fault.
@@ -324,6 +326,7 @@ fn mode(text: &str) -> Option<Mode> {
         "cpuid" => Mode::Cpuid,
         "hostile" => Mode::Hostile,
         "hostile-disk" => Mode::HostileDisk,
+        "hostile-memory" => Mode::HostileMemory,
         "reset" => Mode::Reset,
         "triple-fault" => Mode::TripleFault,
         "hlt" => Mode::Hlt,

@@ -11,12 +11,14 @@
 //! | `pci/` | what there is on the PCI bus only |
 //! | `life.rs` | status bits, features, notifications, resets |
 //! | `disk.rs` | a disk, whatever way |
+//! | `memory.rs` | the entropy device and the balloon |
 //! | `frames.rs` | headers and lengths of frames to send |
 
 mod chains;
 pub mod disk;
 mod frames;
 mod life;
+pub mod memory;
 mod pairs;
 mod pci;
 mod queues;

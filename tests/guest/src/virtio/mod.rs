@@ -14,4 +14,6 @@ pub mod ring;
 pub enum Kind {
     Net = 1,
     Block = 2,
+    Entropy = 4,
+    Balloon = 5,
 }
