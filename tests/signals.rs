@@ -109,6 +109,17 @@ kvm_test!(signals_that_are_blocked_at_the_start_arrive, || {
     );
 });
 
+kvm_test!(guest_that_does_not_power_off_is_ended_in_its_time, || {
+    let (mut command, _directory) = minivmm(Tiny::Echo);
+    command.args(["--stop-timeout", "1"]).stdin(Stdio::null());
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("ready\n");
+    vm.signal(Signal::TERM);
+    let ended = vm.wait_exit_within(AT_ONCE).code();
+    assert_eq!(ended, Some(143), "{}", vm.log());
+    assert!(vm.log().contains("within 1 s"), "{}", vm.log());
+});
+
 kvm_test!(file_size_limit_ends_no_guest_and_leaves_no_file, || {
     let (mut command, directory) = minivmm(Tiny::Greeter);
     let file = directory.path().join("console");

@@ -111,7 +111,8 @@ pub fn run(
     let mut built = build(&config, &plan, inherited, opened, ram.memory())?;
 
     let exit = Arc::clone(&built.buses.exit);
-    let signals = CaughtSignals::catch(signals).map_err(failed_to("catch signals"))?;
+    let signals = CaughtSignals::catch(signals, config.grace());
+    let signals = signals.map_err(failed_to("catch signals"))?;
     let _terminal = connect_stdio(&config.console, built.serial, &exit)?;
     let vcpus = Vcpus::start(built.vm, built.vcpus, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;

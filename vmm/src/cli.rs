@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
@@ -251,6 +252,11 @@ pub struct MachineArgs {
     )]
     pub balloon: Option<HeldBack>,
 
+    /// How long the guest may take to power off after a signal that ends it; 10 by default, 90 with a
+    /// disk that it writes
+    #[arg(long, value_name = "SECONDS", requires = "kernel", value_parser = clap::value_parser!(u32).range(1..))]
+    pub stop_timeout: Option<u32>,
+
     /// Where the guest's serial console goes: stdio, file:PATH, or none, with which the guest has
     /// no serial port
     #[arg(
@@ -282,6 +288,9 @@ impl From<MachineArgs> for Config {
             nested: args.nested == Switch::On,
             memory: args.memory,
             hugepages: args.hugepages,
+            stop_timeout: args
+                .stop_timeout
+                .map(|seconds| Duration::from_secs(seconds.into())),
             disks: args.disk,
             rng: args.rng == Switch::On,
             balloon: args.balloon,
@@ -477,6 +486,7 @@ mod tests {
             "minivmm qemu --kernel k --rng on --balloon 0 -- -M q35",
             "minivmm qemu --macvtap eno1,bus=pcie.0,addr=0x4,id=nic2 --dry-run -- -M q35 -m 1G",
             "minivmm qemu --kernel k --initrd i --cmdline c --cpus 2 --memory 1G --accel auto",
+            "minivmm qemu --kernel k --disk a.qcow2,readonly=on --disk b --stop-timeout 5",
             "minivmm qemu --kernel k --macvtap eno1 --host-link 10.0.0.1/24 --transport pci",
             "minivmm -q qemu -q --macvtap eno1 -- -M q35",
             "minivmm -v net list",
@@ -531,6 +541,9 @@ mod tests {
             ("--macvtap", "eno1,mac=01:00:5e:00:00:01"),
             ("--macvtap", "eno1,mac=52:54:00"),
             ("--macvtap", "eno1,mode=vepa,mode=bridge"),
+            ("--disk", "a,queues=0"),
+            ("--stop-timeout", "0"),
+            ("--stop-timeout", "1m"),
             ("--console", "telnet"),
             ("--console", "file:"),
         ] {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use net::InterfaceAddress;
 
@@ -29,6 +30,11 @@ const BASE_CMDLINE: &str = "reboot=panic_warm panic=-1 cryptomgr.notests";
 /// On the command line of a kernel whose console is COM1.
 const CONSOLE: &str = "console=ttyS0 ";
 
+/// How long a guest has to power off by itself after its power button was pressed.
+const GRACE: Duration = Duration::from_secs(10);
+/// The same with a disk that it writes: as long as systemd gives a service.
+const GRACE_WITH_DISKS: Duration = Duration::from_secs(90);
+
 /// A guest, validated.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -53,6 +59,8 @@ pub struct Config {
     pub balloon: Option<HeldBack>,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
+    /// How long the guest may take to power off after a first signal, if not as long as usual.
+    pub stop_timeout: Option<Duration>,
     /// The disks, in order.
     pub disks: Vec<DiskConfig>,
     /// The NICs, in order.
@@ -77,11 +85,23 @@ impl Config {
             rng: true,
             balloon: None,
             console: ConsoleTarget::Stdio,
+            stop_timeout: None,
             disks: Vec::new(),
             nics: Vec::new(),
             transport: Transport::default(),
             host_link: Vec::new(),
         }
+    }
+
+    /// How long the guest may take to power off. One that writes a disk has services to end, and file
+    /// systems to unmount, before it can lose its power.
+    pub(crate) fn grace(&self) -> Duration {
+        let writes = |disk: &DiskConfig| !disk.image.readonly && !disk.image.ephemeral;
+        let usual = match self.disks.iter().any(writes) {
+            true => GRACE_WITH_DISKS,
+            false => GRACE,
+        };
+        self.stop_timeout.unwrap_or(usual)
     }
 
     /// How many virtio devices the guest has.
@@ -317,6 +337,23 @@ mod tests {
             line("none"),
             "reboot=panic_warm panic=-1 cryptomgr.notests quiet"
         );
+    }
+
+    #[test]
+    fn guest_that_writes_a_disk_has_longer_to_power_off() {
+        for (disk, timeout, seconds) in [
+            (None, None, 10),
+            (Some("a"), None, 90),
+            (Some("a,readonly=on"), None, 10),
+            (Some("a.qcow2,ephemeral=on"), None, 10),
+            (Some("a"), Some(5), 5),
+            (None, Some(20), 20),
+        ] {
+            let mut config = Config::new("bzImage");
+            config.disks.extend(disk.map(|disk| disk.parse().unwrap()));
+            config.stop_timeout = timeout.map(Duration::from_secs);
+            assert_eq!(config.grace(), Duration::from_secs(seconds), "{disk:?}");
+        }
     }
 
     #[test]

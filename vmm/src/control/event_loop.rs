@@ -20,9 +20,6 @@ use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vcpus::Vcpus;
 use crate::signals::not_ignored;
 
-/// How long a guest has to power off by itself after its power button was pressed.
-pub(crate) const GRACE: Duration = Duration::from_secs(10);
-
 /// How long a guest takes to boot, about, and its drivers to start.
 const SETTLED: Duration = Duration::from_secs(2);
 
@@ -35,22 +32,27 @@ const CONSOLE: u32 = u32::MAX - 3;
 
 /// The signals that end the guest, from [`CaughtSignals::catch`] on.
 #[derive(Debug)]
-pub struct CaughtSignals(Vec<(libc::c_int, UnixStream)>);
+pub struct CaughtSignals {
+    caught: Vec<(libc::c_int, UnixStream)>,
+    /// How long the guest has to power off by itself after the first.
+    grace: Duration,
+}
 
 impl CaughtSignals {
-    /// Catches those of `signals` that are not ignored.
-    pub fn catch(signals: &[libc::c_int]) -> io::Result<Self> {
+    /// Catches those of `signals` that are not ignored. After the first one the guest has `grace` to
+    /// power off.
+    pub fn catch(signals: &[libc::c_int], grace: Duration) -> io::Result<Self> {
         let catch = |signal| {
             let (caught, handler) = UnixStream::pair()?;
             signal_hook::low_level::pipe::register(signal, handler)?;
             caught.set_nonblocking(true)?;
             Ok((signal, caught))
         };
-        not_ignored(signals)
-            .into_iter()
-            .map(catch)
-            .collect::<io::Result<_>>()
-            .map(Self)
+        let caught = not_ignored(signals).into_iter().map(catch);
+        Ok(Self {
+            caught: caught.collect::<io::Result<_>>()?,
+            grace,
+        })
     }
 }
 
@@ -216,7 +218,7 @@ impl Control {
         }
         self.pressed_by = Some(signal);
         self.press_power_button();
-        if let Err(error) = self.grace.reset(GRACE, None) {
+        if let Err(error) = self.grace.reset(self.signals.grace, None) {
             self.exit.request(Exit::Signal(signal));
             log::warn!("no timer for the guest's time to power off, so it has none: {error}");
         }
@@ -228,7 +230,7 @@ impl Control {
 
 impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
-        let signals = self.signals.0.iter();
+        let signals = self.signals.caught.iter();
         let signals = signals.map(|(n, fd)| Events::with_data(fd, n.unsigned_abs(), EventSet::IN));
         let others = [
             Events::with_data(self.exit.event(), EXIT, EventSet::IN),
@@ -255,7 +257,8 @@ impl MutEventSubscriber for Control {
                 // A guest that is paused cannot power off, and is ended too.
                 if let Some(signal) = self.pressed_by {
                     self.exit.request(Exit::Signal(signal));
-                    log::warn!("the guest did not power off within {} s", GRACE.as_secs());
+                    let grace = self.signals.grace.as_secs();
+                    log::warn!("the guest did not power off within {grace} s");
                 }
             }
             STOPPED => self.vcpus_have_stopped(),
@@ -275,7 +278,7 @@ impl MutEventSubscriber for Control {
                 }
             }
             token => {
-                let mut caught = self.signals.0.iter_mut();
+                let mut caught = self.signals.caught.iter_mut();
                 let Some((signal, stream)) = caught.find(|(n, _)| n.unsigned_abs() == token) else {
                     return;
                 };

@@ -3,7 +3,7 @@
 //! minivmm holds the other end of a QMP monitor of QEMU's. At its end the guest is kept (`-no-shutdown`) until minivmm
 //! has looked at physical address 0x472, where a Linux that panicked writes 0x1234 before its reset
 //! (`reboot=panic_warm`; `native_machine_emergency_restart` in arch/x86/kernel/reboot.c). The first signal presses the
-//! power button; a guest that has not powered off ten seconds later is ended by `quit`, which writes the disks' caches. A
+//! power button; a guest that has not powered off in time is ended by `quit`, which writes the disks' caches. A
 //! second signal kills QEMU, and so does the end of its time after `quit`. QMP is docs/interop/qmp-spec of QEMU.
 
 use std::io::{self, BufRead, BufReader, Write};
@@ -19,7 +19,6 @@ use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
 use crate::child::Child;
-use crate::control::event_loop::GRACE;
 use crate::control::exit::Exit;
 
 /// How long QEMU has to answer `quit`: one that hangs never does.
@@ -39,12 +38,13 @@ enum News {
 }
 
 /// Follows QEMU to its end; `signals` has SIGCHLD too. The guest is asked to use no more than `memory` bytes, if that
-/// says so. Without an [`Exit`] QEMU ended of itself: its status then counts.
+/// says so, and has `grace` to power off after a signal. Without an [`Exit`] QEMU ended of itself: its status then counts.
 pub(super) fn follow(
     mut child: Child,
     socket: UnixStream,
     mut signals: Signals,
     memory: Option<u64>,
+    grace: Duration,
 ) -> io::Result<(Option<Exit>, ExitStatus)> {
     let (sender, news) = mpsc::channel();
     let (reader, handle, for_signals) = (socket.try_clone()?, signals.handle(), sender.clone());
@@ -61,7 +61,7 @@ pub(super) fn follow(
         .name("signals".into())
         .spawn(pass_on)?;
 
-    let mut guest = Guest::new(socket);
+    let mut guest = Guest::new(socket, grace);
     guest.command("qmp_capabilities", json!({}), "nothing");
     if let Some(bytes) = memory {
         guest.command("balloon", json!({"value": bytes}), "balloon");
@@ -116,6 +116,8 @@ struct Guest {
     socket: UnixStream,
     end: Option<Exit>,
     signal: Option<i32>,
+    /// How long the guest has to power off after a signal.
+    grace: Duration,
     deadline: Option<Instant>,
     /// QEMU has been sent `quit`.
     ending: bool,
@@ -124,9 +126,10 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(socket: UnixStream) -> Self {
+    fn new(socket: UnixStream, grace: Duration) -> Self {
         Self {
             socket,
+            grace,
             end: None,
             signal: None,
             deadline: None,
@@ -153,7 +156,7 @@ impl Guest {
         }
         log::info!("signal {signal}: pressing the guest's power button");
         self.command("system_powerdown", json!({}), "nothing");
-        self.deadline = Some(Instant::now() + GRACE);
+        self.deadline = Some(Instant::now() + self.grace);
     }
 
     /// Its time is over.
@@ -216,10 +219,12 @@ impl Guest {
 mod tests {
     use super::*;
 
+    const GRACE: Duration = Duration::from_secs(10);
+
     /// How a guest ends after these messages, and the commands that they brought about.
     fn ended(messages: &[Value]) -> (Option<Exit>, String) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut guest = Guest::new(ours);
+        let mut guest = Guest::new(ours, GRACE);
         messages.iter().for_each(|message| guest.message(message));
         let exit = guest.exit();
         let mut sent = String::new();
@@ -261,7 +266,7 @@ mod tests {
     #[test]
     fn first_signal_presses_the_button_and_the_second_kills() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let mut guest = Guest::new(ours);
+        let mut guest = Guest::new(ours, GRACE);
         guest.signal(15);
         assert!(guest.deadline.is_some() && !guest.gone);
         guest.signal(15);
@@ -272,7 +277,7 @@ mod tests {
     #[test]
     fn guest_that_does_not_power_off_is_ended_by_quit_and_killed_last() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut guest = Guest::new(ours);
+        let mut guest = Guest::new(ours, GRACE);
         guest.signal(15);
         guest.be_late();
         let late = guest.deadline.expect("it has to answer");
@@ -304,7 +309,7 @@ mod tests {
         let child = sleep("60");
         let (sender, news) = mpsc::channel();
         sender.send(News::Closed).unwrap();
-        (Guest::new(ours), child, sender, news)
+        (Guest::new(ours, GRACE), child, sender, news)
     }
 
     #[test]
@@ -354,7 +359,7 @@ mod tests {
     fn qemu_that_ends_while_a_helper_holds_its_socket_is_noticed() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let signals = Signals::new([SIGCHLD]).unwrap();
-        let status = follow(sleep("0.2"), ours, signals, None).unwrap();
+        let status = follow(sleep("0.2"), ours, signals, None, GRACE).unwrap();
         assert_eq!(status.0, None);
     }
 }

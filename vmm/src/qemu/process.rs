@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
@@ -23,7 +24,9 @@ fn prepare(control: Option<UnixStream>, machine: Option<&Config>) -> io::Result<
     if let Some(socket) = control {
         let signals = Signals::new([not_ignored(&ENDING), vec![SIGCHLD]].concat())?;
         let memory = machine.and_then(Config::memory_after_balloon);
-        let follow = move |qemu| control::follow(qemu, socket, signals, memory);
+        // The control socket is for a machine of ours.
+        let grace = machine.map_or(Duration::ZERO, Config::grace);
+        let follow = move |qemu| control::follow(qemu, socket, signals, memory, grace);
         return Ok(Box::new(follow));
     }
     let signals = Arrivals::new(&ENDING)?;
