@@ -159,6 +159,8 @@ kvm_test!(raw_disk_that_begins_like_a_qcow2_is_raw, || {
     file.set_len(1 << 20).unwrap();
     let guest = run(files.boot(&["--disk", &image]));
     assert_eq!(guest.status, Some(0), "{guest:?}");
+    // Images with such names are qcow2 often enough.
+    assert!(guest.stderr.contains("give format=qcow2"), "{guest:?}");
 });
 
 #[test]

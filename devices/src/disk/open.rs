@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -161,6 +161,14 @@ fn raw(spec: &ImageSpec, file: File) -> Result<RawFile, OpenError> {
         0 => return Err(OpenError::Empty(path())),
         size if !size.is_multiple_of(SECTOR) => return Err(OpenError::Size(path(), size)),
         _ => {}
+    }
+    let mut start = [0; 4];
+    if file.read_exact_at(&mut start, 0).is_ok() && u32::from_be_bytes(start) == qcow2::MAGIC {
+        log::warn!(
+            "{:?} begins as a qcow2 image does, and is used as raw. If it was made as one, give \
+             format=qcow2; a guest that had it as raw can have written that too",
+            spec.path
+        );
     }
     if spec.direct {
         make_direct(&file).map_err(|error| OpenError::Direct(path(), error))?;

@@ -23,7 +23,8 @@ const CACHED_REFBLOCKS: u64 = 32;
 /// Where the header and its extensions have to end. QEMU's take less than 1 KiB.
 const MAX_HEADER: usize = 64 << 10;
 
-const MAGIC: u32 = 0x5146_49fb;
+/// "QFI" and a byte that no text has.
+pub(in crate::disk) const MAGIC: u32 = 0x5146_49fb;
 const V2_LENGTH: usize = 72;
 const V3_LENGTH: usize = 104;
 /// Where the version 3 header has its automatically cleared features.

@@ -27,6 +27,7 @@ use header::Header;
 
 pub(super) use chain::open;
 pub use header::HeaderError;
+pub(super) use header::MAGIC;
 
 /// The most that is written as zeros at once where an image has no zero clusters.
 const ZEROS: u64 = 64 << 10;
