@@ -5,7 +5,7 @@ use alloc::format;
 use smoltcp::time::Duration;
 
 use super::rig::{RING, Rig};
-use super::{Failure, Runner};
+use super::{Failure, Runner, settle};
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
 use crate::virtio::device::status;
@@ -322,10 +322,10 @@ fn spoil(mut rig: Rig<'_>, queue: u16, poison: Poison) -> Result<(), Failure> {
     if queue == RX {
         // Two frames: one for the bad chain, and one that finds out what it left.
         rig.prompt();
-        rig.settle();
+        settle();
         rig.prompt();
     }
-    rig.settle();
+    settle();
     // Explicitly before the tables, which the device may still read, are freed.
     drop(rig);
     Ok(())

@@ -10,7 +10,7 @@ use smoltcp::time::Duration;
 use super::chains::{Place, poisons};
 use super::queues::{SETUPS, Setup};
 use super::registers::{VALUES, touch};
-use super::{Failure, Runner, Subject};
+use super::{Failure, Runner, Subject, settle};
 use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
@@ -137,15 +137,7 @@ impl<'a> Rig<'a> {
 
     /// Makes a chain of these descriptors available, and notifies.
     fn offer(&mut self, chain: &[Descriptor]) {
-        let last = chain.len() - 1;
-        for (index, descriptor) in (0..).zip(chain) {
-            let linked = match usize::from(index) < last {
-                true => descriptor.then(index + 1),
-                false => *descriptor,
-            };
-            self.ring.describe(index, linked);
-        }
-        self.ring.offer(0);
+        self.ring.offer_chain(chain);
         self.bench.disk.notify(0);
     }
 
@@ -175,12 +167,6 @@ impl Drop for Rig<'_> {
     fn drop(&mut self) {
         self.bench.disk.reset();
     }
-}
-
-/// Gives the device time to notice what was done to it.
-fn settle() {
-    let end = cpu::now() + Duration::from_millis(3);
-    while cpu::now() < end {}
 }
 
 /// The chains that are wrong for every device, of descriptors for reading and for writing.

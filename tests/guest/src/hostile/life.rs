@@ -3,7 +3,7 @@
 use alloc::format;
 
 use super::rig::{Bench, Rig};
-use super::{Failure, Runner};
+use super::{Failure, Runner, settle};
 use crate::virtio::device::{VirtioDevice, status};
 use crate::virtio::net::{RX, TX, feature, go, negotiate};
 
@@ -32,10 +32,10 @@ pub fn run(runner: &mut Runner<'_>) {
         refused(bench, feature::MAC)
     });
     runner.attack("life-features-after-features-ok", |bench| {
-        let rig = Rig::start(bench, feature::PLAIN)?;
+        let _rig = Rig::start(bench, feature::PLAIN)?;
         bench.nic.accept(u64::MAX);
         notify_all(bench.nic);
-        rig.settle();
+        settle();
         Ok(())
     });
     runner.attack("life-feature-selectors", |bench| {
@@ -56,12 +56,12 @@ pub fn run(runner: &mut Runner<'_>) {
         Ok(())
     });
     runner.attack("life-status-backwards", |bench| {
-        let rig = Rig::start(bench, feature::PLAIN)?;
+        let _rig = Rig::start(bench, feature::PLAIN)?;
         [STARTED, status::ACKNOWLEDGE, status::DRIVER_OK]
             .into_iter()
             .for_each(|value| bench.nic.set_status(value));
         go(bench.nic);
-        rig.settle();
+        settle();
         Ok(())
     });
     runner.attack("life-notify-before-anything", |bench| {
@@ -75,11 +75,11 @@ pub fn run(runner: &mut Runner<'_>) {
         Ok(())
     });
     runner.attack("life-notify-unknown-queues", |bench| {
-        let rig = Rig::start(bench, feature::PLAIN)?;
+        let _rig = Rig::start(bench, feature::PLAIN)?;
         [2, 100, 0xffff, 0x1_0000, u32::MAX]
             .into_iter()
             .for_each(|n| bench.nic.notify_any(n));
-        rig.settle();
+        settle();
         Ok(())
     });
     runner.attack("life-interrupts-acknowledged", |bench| {

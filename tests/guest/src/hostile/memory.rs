@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use smoltcp::time::Duration;
 
 use super::chains::{Place, poisons};
-use super::{Failure, Runner, Subject};
+use super::{Failure, Runner, Subject, settle};
 use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
@@ -149,17 +149,8 @@ impl<'a> Rig<'a> {
 
     /// Makes a chain of these descriptors available on the n-th queue, and notifies.
     fn offer(&mut self, n: usize, chain: &[Descriptor]) {
-        let ring = &mut self.rings[n];
-        let last = chain.len() - 1;
-        for (index, descriptor) in (0..).zip(chain) {
-            let linked = match usize::from(index) < last {
-                true => descriptor.then(index + 1),
-                false => *descriptor,
-            };
-            ring.describe(index, linked);
-        }
-        ring.offer(0);
-        self.bench.device.notify(ring.queue);
+        self.rings[n].offer_chain(chain);
+        self.bench.device.notify(self.rings[n].queue);
     }
 }
 
@@ -167,12 +158,6 @@ impl Drop for Rig<'_> {
     fn drop(&mut self) {
         self.bench.device.reset();
     }
-}
-
-/// Gives the device time to notice what was done to it.
-fn settle() {
-    let end = cpu::now() + Duration::from_millis(3);
-    while cpu::now() < end {}
 }
 
 fn chains(runner: &mut Runner<'_, Bench>, device: &str) {

@@ -29,10 +29,12 @@ use alloc::format;
 use alloc::string::String;
 
 use crate::boot::Boot;
+use crate::cpu;
 use crate::options::Options;
 use crate::report;
 use crate::serial::println;
 use rig::Bench;
+use smoltcp::time::Duration;
 
 /// Why an attack failed.
 type Failure = String;
@@ -58,6 +60,12 @@ pub fn run(options: &Options, boot: &Boot) {
     life::run(&mut runner);
     frames::run(&mut runner);
     report::ok("hostile", format_args!("attacks={}", runner.done));
+}
+
+/// Gives the device time to notice what was done to it.
+fn settle() {
+    let end = cpu::now() + Duration::from_millis(3);
+    while cpu::now() < end {}
 }
 
 /// What is attacked.

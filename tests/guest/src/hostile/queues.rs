@@ -3,7 +3,7 @@
 use alloc::format;
 
 use super::rig::{Bench, RING};
-use super::{Failure, Runner};
+use super::{Failure, Runner, settle};
 use crate::cpu;
 use crate::virtio::net::{RX, TX, feature, go, negotiate};
 use crate::virtio::ring::{Ring, configure};
@@ -71,7 +71,7 @@ pub fn run(runner: &mut Runner<'_>) {
             ready(bench, queue.into(), 1);
             ready(bench, queue.into(), u32::MAX);
         }
-        rig.settle();
+        settle();
         drop(rig);
         finish(bench)
     });
@@ -102,7 +102,7 @@ pub fn run(runner: &mut Runner<'_>) {
                 .for_each(|queue| ready(bench, queue.into(), 1));
             rig.prompt();
         }
-        rig.settle();
+        settle();
         Ok(())
     });
 }

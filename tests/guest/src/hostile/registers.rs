@@ -3,7 +3,7 @@
 use alloc::format;
 
 use super::rig::{Bench, Rig};
-use super::{Failure, Runner, pci};
+use super::{Failure, Runner, pci, settle};
 use crate::region::Region;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mmio::{MAGIC_VALUE, WINDOW_SIZE, Window, at};
@@ -46,7 +46,7 @@ pub fn in_both_states(
         rig.offer_buffers();
         rig.prompt();
         let result = attack(bench);
-        rig.settle();
+        settle();
         result
     });
 }

@@ -205,12 +205,6 @@ impl<'a> Rig<'a> {
         }
         false
     }
-
-    /// Gives the device time to notice what was done to it.
-    pub fn settle(&self) {
-        let end = cpu::now() + Duration::from_millis(3);
-        while cpu::now() < end {}
-    }
 }
 
 impl Drop for Rig<'_> {

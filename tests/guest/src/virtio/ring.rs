@@ -115,6 +115,19 @@ impl Ring {
         self.set_available(self.next_available.wrapping_add(1));
     }
 
+    /// Makes a chain of these descriptors available, from descriptor 0 on.
+    pub fn offer_chain(&mut self, chain: &[Descriptor]) {
+        let last = chain.len() - 1;
+        for (index, descriptor) in (0..).zip(chain) {
+            let linked = match usize::from(index) < last {
+                true => descriptor.then(index + 1),
+                false => *descriptor,
+            };
+            self.describe(index, linked);
+        }
+        self.offer(0);
+    }
+
     /// Sets the available index, to any value.
     pub fn set_available(&mut self, index: u16) {
         fence(Ordering::SeqCst);

@@ -5,7 +5,7 @@ use alloc::format;
 
 use super::super::registers::{STRIDE, VALUES, in_both_states, touch};
 use super::super::rig::{Bench, Rig};
-use super::{Failure, Runner};
+use super::{Failure, Runner, settle};
 use crate::memory::PAGE;
 use crate::pci::at;
 use crate::region::Region;
@@ -186,7 +186,7 @@ fn switch_off(rig: &mut Rig<'_>, nic: PciDevice) -> Result<(), Failure> {
         nic.function.config.write(at::COMMAND, command);
         rig.arp();
         touch(nic.common, common::QUEUE_DESC, 0);
-        rig.settle();
+        settle();
         nic.function.enable();
         rig.arp();
     }

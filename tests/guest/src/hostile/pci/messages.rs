@@ -6,7 +6,7 @@ use alloc::format;
 use super::super::registers::{VALUES, touch};
 use super::super::rig::{Bench, Rig};
 use super::bar::in_traffic;
-use super::{Failure, Runner};
+use super::{Failure, Runner, settle};
 use crate::cpu;
 use crate::virtio::net::{TX, feature};
 use crate::virtio::pci::{Msix, PciDevice, common};
@@ -119,7 +119,7 @@ fn in_messages(
 /// Whether a received frame interrupts.
 fn interrupts_again(rig: &mut Rig<'_>, nic: PciDevice) -> Result<(), Failure> {
     // What was pending may come now.
-    rig.settle();
+    settle();
     let before = count(nic);
     if !rig.arp() {
         return Err("no answer to ARP".into());
@@ -134,7 +134,7 @@ fn interrupts_again(rig: &mut Rig<'_>, nic: PciDevice) -> Result<(), Failure> {
 /// A frame that comes in while its vector is masked must show in the pending bits, and interrupt
 /// afterwards.
 fn masked_is_pending(rig: &mut Rig<'_>, nic: PciDevice) -> Result<(), Failure> {
-    rig.settle();
+    settle();
     nic.msix.mask(RX_VECTOR, true);
     let before = count(nic);
     if nic.msix.is_pending(RX_VECTOR) {

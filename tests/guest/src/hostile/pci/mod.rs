@@ -10,7 +10,7 @@ mod bar;
 mod config;
 mod messages;
 
-use super::{Failure, Runner};
+use super::{Failure, Runner, settle};
 use crate::virtio::pci::PciDevice;
 
 /// Runs all of them.
