@@ -95,6 +95,18 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn reset(&mut self);
 }
 
+/// What a device of this number is called where its driver's doings are logged.
+fn kind(device_id: u32) -> String {
+    use virtio_bindings::virtio_ids as ids;
+    match device_id {
+        ids::VIRTIO_ID_NET => "NIC".into(),
+        ids::VIRTIO_ID_BLOCK => "disk".into(),
+        ids::VIRTIO_ID_RNG => "entropy device".into(),
+        ids::VIRTIO_ID_BALLOON => "balloon".into(),
+        id => format!("virtio device {id}"),
+    }
+}
+
 /// Everything that a device gets when its driver is ready.
 #[derive(Debug)]
 pub struct Activation {

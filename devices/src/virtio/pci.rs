@@ -13,7 +13,7 @@ use vm_memory::{ByteValued, GuestMemoryMmap};
 use self::interrupt::PciInterrupt;
 use super::status::Status;
 use super::transport::{Registers, Transport};
-use super::{VirtioDevice, read_at};
+use super::{VirtioDevice, kind, read_at};
 use crate::bus::{BoxError, BusDevice};
 use crate::irq::IrqLine;
 use crate::pci::{
@@ -128,10 +128,10 @@ impl PciTransport {
         }
         self.registers.has_warned = true;
         log::warn!(
-            "virtio device {}: the guest's driver {what} with MSI-X off, and on the PCI bus there \
+            "the {}: the guest's driver {what} with MSI-X off, and on the PCI bus there \
              are no other interrupts (is pci=nomsi on the guest's command line?); virtio-mmio \
              needs no MSI-X",
-            self.device.device_id()
+            kind(self.device.device_id())
         );
     }
 }

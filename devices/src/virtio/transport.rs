@@ -13,7 +13,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Queue, QueueConfig};
 use super::status::{Status, Step};
-use super::{Activation, ActiveQueue, Complaints, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice};
+use super::{
+    Activation, ActiveQueue, Complaints, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice, kind,
+};
 use crate::bus::{BoxError, BusDevice};
 
 /// What distinguishes a transport: the registers by which a driver reaches a device.
@@ -238,7 +240,7 @@ impl<R: Registers> Transport<R> {
         if let Err(error) = self.activate(paused) {
             if self.complaints.may_warn() {
                 let id = self.device.device_id();
-                log::warn!("virtio device {id} cannot start: {error}");
+                log::warn!("the {} cannot start: {error}", kind(id));
             }
             self.interrupt.needs_reset();
         }
