@@ -113,3 +113,8 @@ pub fn remedy(error: &(dyn std::error::Error + 'static)) -> Option<String> {
         error.downcast_ref::<Problem>()?.remedy()
     })
 }
+
+/// A test writes it while it starts a program, which has a copy of every descriptor, and of the locks
+/// that go with them, until its exec. Tests that look whether a lock is gone read it.
+#[cfg(test)]
+static STARTING: std::sync::RwLock<()> = std::sync::RwLock::new(());

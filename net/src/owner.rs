@@ -303,10 +303,12 @@ mod tests {
 
     #[test]
     fn owner_that_has_ended_is_dead_even_before_it_is_waited_for() {
+        let starting = crate::STARTING.write().unwrap();
         let mut child = std::process::Command::new("sleep")
             .arg("60")
             .spawn()
             .unwrap();
+        drop(starting);
         let owner = Owner {
             pid: child.id(),
             start: Status::of(child.id()).unwrap().start,

@@ -78,11 +78,17 @@ root_test!(link_is_listed_and_judged_by_any_of_its_names, || {
         let v0: LinkName = "v0".parse().unwrap();
         let listed = inventory(Some(&v0)).unwrap();
         assert_eq!(listed[0].uppers.len(), 1);
-        let judged = diagnose_host(Some(&v0), &[]);
+        // The nodes in /dev are of other tests' macvtaps too, which come and go.
+        let judge = |link: &LinkName| {
+            let mut checks = diagnose_host(Some(link), &[]);
+            checks.retain(|check| check.name != "device nodes");
+            checks
+        };
+        let judged = judge(&v0);
         assert!(judged.iter().any(|check| check.status == Status::Ok));
         for name in names {
             assert_eq!(inventory(Some(&name)).unwrap(), listed);
-            assert_eq!(diagnose_host(Some(&name), &[]), judged);
+            assert_eq!(judge(&name), judged);
             assert_eq!(current_name(&name).unwrap().as_deref(), Some("v0"));
         }
         let absent: LinkName = "absent".parse().unwrap();

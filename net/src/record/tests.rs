@@ -28,6 +28,7 @@ fn state(directory: &Path, key: &RecordKey) -> RecordState {
 
 #[test]
 fn lock_is_one_holders_until_its_last_descriptor_is_gone_and_so_is_its_file() {
+    let _no_copies = crate::STARTING.read().unwrap();
     let temporary = tempfile::tempdir().unwrap();
     let directory = &temporary.path().join("made");
     let lock = take(directory, &key(7)).unwrap();
@@ -123,6 +124,7 @@ fn of_many_at_once_one_has_the_lock_and_the_others_find_its_word() {
 
 #[test]
 fn removed_while_others_wait_it_is_still_one_holders() {
+    let _no_copies = crate::STARTING.read().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let holders = AtomicUsize::new(0);
     thread::scope(|scope| {
