@@ -7,7 +7,7 @@
 //! | module | what |
 //! | --- | --- |
 //! | [`bus`] | routes accesses to devices |
-//! | [`disk`] | disk images: the trait, raw files and block devices |
+//! | [`disk`] | disk images: raw, qcow2, ephemeral; opening and locking |
 //! | [`irq`] | an interrupt line, seen from a device |
 //! | [`pci`] | the host bridge, configuration space, MSI-X |
 //! | [`serial`] | COM1, a 16550A |

@@ -57,7 +57,8 @@
 //! take part in building: one loads the kernel (`boot`), one creates the virtual machine (`kvm`). Each vCPU
 //! has a thread (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`,
 //! `netN.1`, …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its
-//! capture one (`netN.pcap`), the console's input one (`console`), and the log one (`log`).
+//! capture one (`netN.pcap`), each queue of a disk one (`diskN`, `diskN.1`, …), the entropy device and
+//! the balloon one each (`rng`, `balloon`), the console's input one (`console`), and the log one (`log`).
 
 mod builder;
 mod child;
