@@ -2,7 +2,7 @@
 //!
 //! They are open file description locks on single bytes, all of them read locks, as QEMU's
 //! block/file-posix.c has them. A byte of the first hundred says "I do this", one of the second
-//! hundred "nobody else may do this". Whoever opens an image sets his bytes first and then looks
+//! hundred "no other may do this". Whoever opens an image sets his bytes first and then looks
 //! for others' that forbid it, so that of two at the same time at least one is refused.
 
 use std::fs::{self, File};

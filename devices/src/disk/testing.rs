@@ -23,7 +23,7 @@ fn when_unlocked<T>(mut attempt: impl FnMut() -> Result<T, String>) -> T {
     }
 }
 
-/// Opens an image that nobody else uses by now.
+/// Opens an image that no other uses by now.
 pub(super) fn opened(spec: &ImageSpec) -> Storage {
     when_unlocked(|| match open(spec) {
         Err(OpenError::InUse { path, .. }) => Err(format!("{path:?} is in use")),

@@ -174,7 +174,7 @@ impl Job for RngJob {
         vec![(self.kick.as_raw_fd(), KICK, EventSet::IN)]
     }
 
-    /// Notifications of a driver that has to wait wake nobody.
+    /// Notifications of a driver that has to wait wake no thread.
     fn varying(&self) -> Option<(RawFd, u32, EventSet)> {
         let events = match self.state {
             State::Ready | State::Idle => EventSet::IN,

@@ -94,7 +94,7 @@ impl Ranges {
 /// # Safety
 ///
 /// The piece has to be mapped memory of this process that there is no reference to, and whose
-/// content nobody needs.
+/// content that is not needed.
 pub unsafe fn give_back(piece: &libc::iovec) -> io::Result<()> {
     // SAFETY: as for this function.
     match unsafe { libc::madvise(piece.iov_base, piece.iov_len, libc::MADV_DONTNEED) } {

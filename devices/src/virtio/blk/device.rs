@@ -153,7 +153,7 @@ impl Blk {
             let job = BlkJob::new(queue, index as u16, active.kick, to_driver, counters);
             self.workers[index].start(job, Arc::clone(&interrupt))?;
             if resumed {
-                // Of what the pause waited for, the driver has not been told.
+                // Of what the pause waited for, the driver does not know yet.
                 interrupt.queue(index as u16);
             }
         }

@@ -17,8 +17,8 @@ pub struct BlkHandle {
 }
 
 impl BlkHandle {
-    /// Grows the image to `size` bytes, and tells the driver. An image that has grown already, such
-    /// as a block device, only has to be told of.
+    /// Grows the image to `size` bytes, and notifies the driver. One that has grown already,
+    /// such as a block device, stays as it is.
     ///
     /// # Errors
     ///

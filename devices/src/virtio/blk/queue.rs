@@ -98,7 +98,7 @@ impl BlkQueue {
 
     /// Takes what is done, and carries out up to `budget` requests; whatever else a driver can repeat
     /// for ever costs budget too. Says why it stopped, and whether to interrupt the driver. Before it
-    /// may sleep, a queue that is [`Stop::Idle`] has to be [told](BlkQueue::ask_to_notify).
+    /// may sleep, a queue that is [`Stop::Idle`] has to call [`BlkQueue::ask_to_notify`].
     pub fn handle(&mut self, budget: usize) -> (Stop, bool) {
         let mut turn = TurnLeft {
             budget,

@@ -26,7 +26,7 @@ const HEADER_LEN: usize = 16;
 /// Bytes of a range: sector, count of sectors, flags.
 const RANGE_LEN: usize = 16;
 
-/// How a request ended, as the driver is told.
+/// How a request ended, as the driver reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Status {
@@ -73,7 +73,7 @@ pub(super) struct Parts {
 
 impl Parts {
     /// Cuts header and status off; none where one of them is missing. A status that is there without
-    /// a header can be told [`Status::IoError`].
+    /// a header can be set to [`Status::IoError`].
     pub fn split(buffers: &mut Buffers) -> Option<Self> {
         let status = buffers.writable.last_mut()?;
         if status.iov_len > 1 {

@@ -53,7 +53,7 @@ fn bytes(len: usize) -> Vec<u8> {
     (0..len).map(|n| (n / 3 % 251) as u8).collect()
 }
 
-/// An image in memory that records what is asked of it, and fails when it is told to.
+/// An image in memory that records what is asked of it, and fails when it has to.
 #[derive(Debug)]
 struct Fake {
     bytes: Mutex<Vec<u8>>,

@@ -52,7 +52,7 @@ fn format_of_a_backing_file_is_never_guessed() {
     let path = naming(at, "disk.qcow2", "base.img", "vmdk");
     let (text, _) = refused(&spec(&path, Format::Qcow2));
     assert!(text.contains("\"vmdk\", not raw or qcow2"), "{text}");
-    // The extension's number becomes one of those that nobody knows.
+    // The extension's number becomes an unknown one.
     let bytes = fs::read(&path).unwrap();
     let number = 0xe279_2acau32.to_be_bytes();
     let place = bytes

@@ -16,7 +16,7 @@ use super::{DEPTH, Engine};
 use crate::disk::RawFile;
 use crate::virtio::Segments;
 
-/// Requests of which the kernel is told at once.
+/// Requests that are submitted to the kernel at once.
 const SUBMITTED_AT_ONCE: u32 = 64;
 /// The disk's file, by its place in the table of registered ones.
 const FILE: types::Fixed = types::Fixed(0);
