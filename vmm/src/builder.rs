@@ -1,9 +1,11 @@
 //! From a config to a guest that has ended.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
@@ -22,6 +24,7 @@ use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
 use crate::disk;
+use crate::events::EventHub;
 use crate::kvm::cpuid::CpuModel;
 use crate::kvm::vcpu::{DeviceBuses, NewVcpu, Vcpu};
 use crate::kvm::vcpus::Vcpus;
@@ -31,6 +34,8 @@ use crate::memory::{GuestRam, MemoryError};
 use crate::nic::Inherited;
 use crate::nic::devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices};
+use crate::qmp::commands::Native;
+use crate::qmp::server::Server;
 use crate::resources::{Opened, ResourceError, Resources};
 use crate::tty::RawTerminal;
 use crate::tty::console;
@@ -106,7 +111,8 @@ pub fn run(
         config.virtio_devices(),
         config.console.has_port(),
     )?;
-    let opened = Opened::open(&config)?;
+    let mut opened = Opened::open(&config)?;
+    let qmp = std::mem::take(&mut opened.qmp);
     let ram = GuestRam::map(config.memory, config.hugepages)?;
     let mut built = build(&config, &plan, inherited, opened, ram.memory())?;
 
@@ -117,13 +123,27 @@ pub fn run(
     let vcpus = Vcpus::start(built.vm, built.vcpus, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
     let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
-    let mut control = Control::new(vcpus, built.buses, built.power_button, signals, requests)
-        .map_err(failed_to("create a timer"))?;
+    let hub = Arc::new(EventHub::default());
+    let events = Arc::clone(&hub);
+    let mut control = Control::new(
+        vcpus,
+        built.buses,
+        built.power_button,
+        signals,
+        requests,
+        events,
+    )
+    .map_err(failed_to("create a timer"))?;
     control.disks = built.disks;
+    let control = Rc::new(RefCell::new(control));
+    let mut others = built.net_devices.followers();
+    if !qmp.is_empty() {
+        let native = Box::new(Native(Rc::clone(&control)));
+        let server = Server::new(qmp, &hub, native);
+        others.push(Box::new(server.map_err(failed_to("serve QMP"))?));
+    }
     started(handle);
-    control
-        .run(built.net_devices.followers(), settled)
-        .map_err(failed_to("wait for events"))?;
+    Control::run(control, others, settled).map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are
     // the macvtaps deleted.
     drop((built.net_devices.guards, built.host_link));

@@ -9,6 +9,7 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
+use serde_json::{Map, Value};
 
 use crate::config::{
     Config, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig, NicSource,
@@ -164,6 +165,10 @@ pub struct GuestArgs {
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", help_heading = "Network")]
     pub macvtap: Vec<NicConfig>,
 
+    /// Socket by which other programs control the guest, in QEMU's language (QMP). May be repeated
+    #[arg(long, value_name = "PATH", help_heading = "Control")]
+    pub qmp: Vec<PathBuf>,
+
     /// How the guest reaches its virtio devices: pci with an MSI-X vector per queue, or mmio
     #[arg(
         long,
@@ -274,6 +279,7 @@ impl From<GuestArgs> for Config {
             nics: args.macvtap,
             transport: args.transport,
             host_link: args.host_link,
+            qmp: args.qmp,
             ..args.machine.into()
         }
     }
@@ -331,6 +337,8 @@ pub enum Command {
     /// Runs a guest in QEMU on macvtaps: for UEFI, graphics, USB, other machines
     #[command(after_help = qemu::HELP)]
     Qemu(Box<QemuArgs>),
+    /// Sends a command to a QMP socket, and prints what it returns
+    Qmp(QmpArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
     Doctor(DoctorArgs),
 }
@@ -433,6 +441,27 @@ pub struct ListArgs {
     pub json: bool,
 }
 
+/// `minivmm qmp`.
+#[derive(Clone, Debug, Args)]
+pub struct QmpArgs {
+    /// The socket
+    #[arg(value_name = "PATH")]
+    pub socket: PathBuf,
+
+    /// The command, as in query-status
+    pub command: String,
+
+    /// Its arguments
+    #[arg(value_name = "JSON", default_value = "{}", hide_default_value = true, value_parser = object)]
+    pub arguments: Map<String, Value>,
+}
+
+/// The arguments of a command of QMP's.
+fn object(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text)
+        .map_err(|error| format!("not a JSON object, as in {{\"id\": \"disk0\"}}: {error}"))
+}
+
 /// `minivmm doctor`.
 #[derive(Clone, Debug, Args)]
 pub struct DoctorArgs {
@@ -490,6 +519,8 @@ mod tests {
             "minivmm qemu --kernel k --macvtap eno1 --host-link 10.0.0.1/24 --transport pci",
             "minivmm -q qemu -q --macvtap eno1 -- -M q35",
             "minivmm -v net list",
+            "minivmm qmp mon.qmp query-status",
+            "minivmm --kernel k --qmp a --qmp b",
         ] {
             Cli::read(line.split(' ')).unwrap();
         }

@@ -5,6 +5,7 @@ mod firewall;
 mod host_link;
 mod list;
 mod open;
+mod qmp;
 
 use std::io::{self, ErrorKind, Write};
 
@@ -12,6 +13,7 @@ use crate::cli::{Command, NetCommand};
 use crate::nic::Inherited;
 use crate::printable::{printable, printable_json};
 use crate::qemu::{self, QemuError};
+use crate::qmp::client::ClientError;
 
 pub use host_link::HostLinkCommandError;
 pub use open::OpenError;
@@ -29,6 +31,8 @@ pub enum CommandError {
     Gc(#[from] net::StaleError),
     #[error(transparent)]
     Qemu(#[from] QemuError),
+    #[error(transparent)]
+    Qmp(#[from] ClientError),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
 }
@@ -52,6 +56,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Net(NetCommand::Gc) => print(&gc()?).map(|()| 0),
         Command::Qemu(args) if args.dry_run => print(&qemu::dry_run(args, inherited)?).map(|()| 0),
         Command::Qemu(args) => Ok(qemu::run(args, inherited)?),
+        Command::Qmp(args) => print(&qmp::run(args)?).map(|()| 0),
         Command::Doctor(args) => {
             let (report, healthy) = doctor::run(args);
             print(&report).map(|()| if healthy { 0 } else { 1 })

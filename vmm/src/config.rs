@@ -59,6 +59,8 @@ pub struct Config {
     pub balloon: Option<HeldBack>,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
+    /// Sockets by which other programs control the guest, in the language of QEMU (QMP).
+    pub qmp: Vec<PathBuf>,
     /// How long the guest may take to power off after a first signal, if not as long as usual.
     pub stop_timeout: Option<Duration>,
     /// The disks, in order.
@@ -85,6 +87,7 @@ impl Config {
             rng: true,
             balloon: None,
             console: ConsoleTarget::Stdio,
+            qmp: Vec::new(),
             stop_timeout: None,
             disks: Vec::new(),
             nics: Vec::new(),

@@ -70,7 +70,12 @@ impl Guest {
     ///
     /// Fails when the guest has ended, or is resumed meanwhile.
     pub fn pause(&self) -> Result<(), GuestError> {
-        let done = self.control.start(|control, done| control.pause(done));
+        let done = self.control.start(|control, done| {
+            control.pause(Box::new(move || {
+                // The receiver waits for it.
+                let _ = done.send(());
+            }));
+        });
         done.ok_or_else(|| match self.state() {
             RunState::Ended => GuestError::Ended,
             _ => GuestError::NotPaused,

@@ -44,8 +44,9 @@
 //! | event loop | `control` | the control thread |
 //!
 //! `builder::run` is that table as code. `disk` has the disks. `nic` has the NICs, from the macvtap on the host to the
-//! device on the bus. `tty` has the terminal and the other end of the guest's serial port,
-//! `log_writer` the log, and `printable` makes text of others fit for a terminal. `program` is the
+//! device on the bus. `tty` has the terminal and the other end of the guest's serial port, `qmp` the sockets by which
+//! other programs control the guest, and `events` what happens to it, for them.
+//! `log_writer` has the log, and `printable` makes text of others fit for a terminal. `program` is the
 //! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU
 //! on the same macvtaps; `child` starts other programs. `signals` and `limits` settle what this
 //! process was started with, and give it to those programs; `trim` gives back memory that only the
@@ -67,6 +68,7 @@ mod commands;
 pub mod config;
 mod control;
 mod disk;
+mod events;
 mod files;
 mod guest;
 mod kvm;
@@ -80,6 +82,7 @@ mod printable;
 #[doc(hidden)]
 pub mod program;
 mod qemu;
+mod qmp;
 mod resources;
 mod signals;
 mod trim;

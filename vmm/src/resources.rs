@@ -12,6 +12,7 @@ use crate::config::{BalloonError, Config, ConsoleTarget, MemorySize};
 use crate::files::{Files, Role, SharedFile, open_for_writing};
 use crate::kvm::vm::{Hypervisor, VmError};
 use crate::nic::{self, Inherited, Nic, NicError, host_link};
+use crate::qmp::socket::{Listener, SocketError};
 use crate::tty::output;
 
 /// What the host did not give.
@@ -43,6 +44,8 @@ pub enum ResourceError {
     Nic(#[from] NicError),
     #[error(transparent)]
     HostLink(#[from] host_link::HostLinkError),
+    #[error(transparent)]
+    Qmp(#[from] SocketError),
 }
 
 /// What is open already. Nothing has been made for it, or changed, so that a typing error is
@@ -54,6 +57,7 @@ pub struct Opened {
     pub hypervisor: Hypervisor,
     /// Locked.
     pub disks: Vec<Storage>,
+    pub qmp: Vec<Listener>,
     pub outputs: Outputs,
 }
 
@@ -92,6 +96,8 @@ impl Opened {
         }
         let disks = config.disks.iter().map(|disk| disk::open(&disk.image));
         let disks = disks.collect::<Result<_, _>>()?;
+        let qmp = config.qmp.iter().map(|path| Listener::bind(path));
+        let qmp = qmp.collect::<Result<_, _>>()?;
         let console = match &config.console {
             ConsoleTarget::Stdio => Some(output::stdout_file().map_err(ResourceError::Stdout)?),
             ConsoleTarget::None => None,
@@ -108,6 +114,7 @@ impl Opened {
             initrd,
             hypervisor,
             disks,
+            qmp,
             outputs: Outputs { console, captures },
         })
     }

@@ -1,11 +1,13 @@
 //! The control thread: holds the run state, waits for the guest's end, and turns signals into the
 //! power button.
 
+use std::cell::RefCell;
+use std::fmt;
 use std::io;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use devices::irq::IrqLine;
@@ -16,6 +18,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::exit::{Exit, ExitRequest};
 use super::handle::Requests;
 use super::{GuestError, GuestState, RunState};
+use crate::events::{Event, EventHub};
 use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vcpus::Vcpus;
 use crate::signals::not_ignored;
@@ -56,8 +59,13 @@ impl CaughtSignals {
     }
 }
 
+/// What other subscribers of the control thread's share with it.
+pub type SharedControl = Rc<RefCell<Control>>;
+
+/// What is done once the guest is paused. It is dropped instead when the guest ends or is resumed before.
+pub type Paused = Box<dyn FnOnce() + Send>;
+
 /// The control thread's state.
-#[derive(Debug)]
 pub struct Control {
     exit: Arc<ExitRequest>,
     power_button: IrqLine,
@@ -70,9 +78,10 @@ pub struct Control {
     devices: Arc<DeviceBuses>,
     /// In the order of the configuration.
     pub disks: Vec<Arc<BlkHandle>>,
+    events: Arc<EventHub>,
     is_paused: bool,
     /// Those that wait until all vCPUs have stopped.
-    pausing: Vec<Sender<()>>,
+    pausing: Vec<Paused>,
 }
 
 impl Control {
@@ -84,6 +93,7 @@ impl Control {
         power_button: IrqLine,
         signals: CaughtSignals,
         requests: Requests,
+        events: Arc<EventHub>,
     ) -> io::Result<Self> {
         Ok(Self {
             exit: Arc::clone(&devices.exit),
@@ -95,6 +105,7 @@ impl Control {
             vcpus,
             devices,
             disks: Vec::new(),
+            events,
             is_paused: false,
             pausing: Vec::new(),
         })
@@ -107,11 +118,18 @@ impl Control {
     /// # Errors
     ///
     /// Fails when waiting itself does; the guest is ended then.
-    pub fn run(self, others: Vec<Box<dyn MutEventSubscriber>>, settled: fn()) -> io::Result<()> {
+    pub fn run(
+        control: SharedControl,
+        others: Vec<Box<dyn MutEventSubscriber>>,
+        settled: fn(),
+    ) -> io::Result<()> {
         let failed = |error| io::Error::other(format!("{error}"));
-        let exit = Arc::clone(&self.exit);
+        let (exit, hub) = {
+            let control = control.borrow();
+            (Arc::clone(&control.exit), Arc::clone(&control.events))
+        };
         let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
-        events.add_subscriber(Box::new(self));
+        events.add_subscriber(Box::new(control));
         for other in others {
             events.add_subscriber(other);
         }
@@ -131,6 +149,9 @@ impl Control {
                 settles.get_or_insert_with(|| Instant::now() + SETTLED);
             }
         }
+        for event in exit.reason().into_iter().flat_map(Event::of_exit) {
+            hub.publish(event);
+        }
         Ok(())
     }
 
@@ -143,9 +164,9 @@ impl Control {
         }
     }
 
-    /// Stops the guest. `done` gets its message once nothing of it runs: a vCPU may first have to
-    /// wait for a reader of the console. It is dropped when the guest ends or is resumed before.
-    pub fn pause(&mut self, done: Sender<()>) {
+    /// Stops the guest. `done` is called once nothing of it runs: a vCPU may first have to wait for a
+    /// reader of the console.
+    pub fn pause(&mut self, done: Paused) {
         self.pausing.push(done);
         self.vcpus.pause();
     }
@@ -156,10 +177,9 @@ impl Control {
         if self.vcpus.have_stopped() {
             if !std::mem::replace(&mut self.is_paused, true) {
                 self.devices.pause();
+                self.events.publish(Event::Stop);
             }
-            for done in self.pausing.drain(..) {
-                let _ = done.send(());
-            }
+            self.pausing.drain(..).for_each(|done| done());
         }
     }
 
@@ -168,6 +188,7 @@ impl Control {
         self.pausing.clear();
         if std::mem::take(&mut self.is_paused) {
             self.devices.resume();
+            self.events.publish(Event::Resume);
         }
         self.vcpus.resume();
     }
@@ -208,6 +229,7 @@ impl Control {
     /// Presses the guest's power button.
     pub fn press_power_button(&self) {
         self.power_button.raise();
+        self.events.publish(Event::Powerdown);
     }
 
     /// The first signal presses the power button, the second ends the guest.
@@ -225,6 +247,15 @@ impl Control {
         log::info!(
             "signal {signal}: pressing the guest's power button; a second one ends it at once"
         );
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.state();
+        f.debug_struct("Control")
+            .field("state", &state)
+            .finish_non_exhaustive()
     }
 }
 

@@ -17,7 +17,7 @@ pub enum Exit {
     Reboot,
     /// Its kernel panicked, and asked for a reset.
     Panic,
-    /// Ended from the terminal (Ctrl-A x), or by the program that runs it.
+    /// Ended from the terminal (Ctrl-A x), by QMP's `quit`, or by the program that runs it.
     Quit,
     /// A signal came, and the guest did not power off in time.
     Signal(i32),
@@ -48,7 +48,7 @@ impl Exit {
             Self::PowerOff => log::info!("the guest powered off"),
             Self::Reboot => log::info!("the guest asked for a reboot"),
             Self::Panic => log::error!("the guest's kernel panicked"),
-            Self::Quit => log::info!("ended from the terminal"),
+            Self::Quit => log::info!("ended on request"),
             Self::Signal(number) => log::error!("ended by signal {number}"),
             Self::Crash(what) => log::error!("the guest crashed: {what}"),
             Self::InternalError => {
