@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | [`bus`] | routes accesses to devices |
 //! | [`disk`] | disk images: raw, qcow2, ephemeral; opening and locking |
+//! | [`events`] | what devices report as it happens |
 //! | [`irq`] | an interrupt line, seen from a device |
 //! | [`pci`] | the host bridge, configuration space, MSI-X |
 //! | [`serial`] | COM1, a 16550A |
@@ -22,11 +23,12 @@
 //! device, run while a driver is ready and are parked otherwise ([`virtio::worker`]). A pair's thread
 //! and the vCPUs share nothing but guest memory, eventfds and atomics: no lock is taken for a frame,
 //! unless the NIC has a rate limit or a capture. Counters are published when a thread has nothing to
-//! do. A block device has a thread for each queue, in the same way, and eight more for a raw image where
+//! do, and every few milliseconds while it has. A block device has a thread for each queue, in the same way, and eight more for a raw image where
 //! io_uring is refused or not wanted.
 
 pub mod bus;
 pub mod disk;
+pub mod events;
 pub mod irq;
 pub mod pci;
 pub mod power;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
 use boot::{BootSpec, BootState};
+use devices::events::EventSink;
 use devices::irq::IrqLine;
 use devices::serial::Serial;
 use devices::virtio::balloon::Balloon;
@@ -195,10 +196,11 @@ fn build(
         let disks = disk::add(&mut machine, &config.disks, opened.disks)?;
         let net_devices = NetDevices::add(&mut machine, host.nics)?;
         if config.rng {
-            machine.add_new(Rng::new("rng"))?;
+            machine.add_new(Rng::new("rng", EventSink::default()))?;
         }
         if let Some(held_back) = config.balloon {
-            machine.add_new(Balloon::new("balloon", held_back.bytes()))?;
+            let events = EventSink::default();
+            machine.add_new(Balloon::new("balloon", held_back.bytes(), events))?;
         }
         let buses = Arc::new(machine.finish()?);
         let boot = join(boot)?;

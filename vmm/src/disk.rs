@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use devices::disk::Storage;
+use devices::events::EventSink;
 use devices::virtio::blk::{Blk, BlkHandle, BlkOptions};
 
 use crate::config::DiskConfig;
@@ -28,6 +29,7 @@ pub fn add(
             queues: config.queues,
             limit: config.limit.rate(),
             io: config.io,
+            events: EventSink::default(),
         };
         let device = Blk::new(name, storage, options).map_err(MachineError::Device)?;
         handles.push(device.handle());

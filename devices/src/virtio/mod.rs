@@ -32,6 +32,7 @@ pub use iovec::Segments;
 pub use queue::{Queue, QueueConfig};
 
 use crate::bus::BoxError;
+use crate::events::EventSink;
 
 /// VIRTIO_F_VERSION_1: the device follows virtio 1.0 or later, and so must the driver.
 pub const VIRTIO_F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -49,6 +50,10 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// a device that fits in no class, if it does not say.
     fn pci_class(&self) -> u32 {
         0xff_0000
+    }
+    /// Takes the device's events, if anything does.
+    fn events(&self) -> Option<&EventSink> {
+        None
     }
     /// The largest size of each queue, in descriptors: a power of two.
     fn queue_sizes(&self) -> &[u16];

@@ -18,6 +18,7 @@ use super::rate::{Limiter, RateLimit};
 use super::worker::{Job, Turn, Worker};
 use super::{Activation, ActiveQueue, Interrupt, RING_FEATURES, VirtioDevice};
 use crate::bus::BoxError;
+use crate::events::EventSink;
 
 /// What a driver gets. Linux asks for 64 bytes at a time, and for few of them; what a guest needs
 /// of random numbers its kernel makes of those.
@@ -45,18 +46,21 @@ pub struct Rng {
     worker: Worker<RngJob>,
     /// Not the job's: a driver gets no new share by a reset.
     limiter: Arc<Limiter>,
+    events: EventSink,
 }
 
 impl Rng {
-    /// A device whose thread has this name, and is parked until the driver is ready.
+    /// A device whose thread has this name, and is parked until the driver is ready, which is reported
+    /// to `events`.
     ///
     /// # Errors
     ///
     /// Fails when the process may not have another thread or descriptor.
-    pub fn new(name: &str) -> io::Result<Self> {
+    pub fn new(name: &str, events: EventSink) -> io::Result<Self> {
         Ok(Self {
             worker: Worker::new(name.to_owned())?,
             limiter: Arc::new(Limiter::new(LIMIT)),
+            events,
         })
     }
 }
@@ -64,6 +68,10 @@ impl Rng {
 impl VirtioDevice for Rng {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_RNG
+    }
+
+    fn events(&self) -> Option<&EventSink> {
+        Some(&self.events)
     }
 
     fn queue_sizes(&self) -> &[u16] {

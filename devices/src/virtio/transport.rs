@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -17,6 +18,7 @@ use super::{
     Activation, ActiveQueue, Complaints, Interrupt, VIRTIO_F_VERSION_1, VirtioDevice, kind,
 };
 use crate::bus::{BoxError, BusDevice};
+use crate::events::{DeviceEvent, Throttle};
 
 /// What distinguishes a transport: the registers by which a driver reaches a device.
 pub trait Registers: Send + fmt::Debug + Sized {
@@ -93,6 +95,8 @@ pub struct Transport<R: Registers> {
     /// While the device is paused: where its queues stand.
     paused: Option<Vec<Option<u16>>>,
     complaints: Complaints,
+    /// Bounds how often it is reported that the driver is ready.
+    reports: Throttle,
 }
 
 impl<R: Registers> Transport<R> {
@@ -121,6 +125,7 @@ impl<R: Registers> Transport<R> {
             driver_features: 0,
             paused: None,
             complaints: Complaints::default(),
+            reports: Throttle::default(),
         })
     }
 
@@ -237,12 +242,17 @@ impl<R: Registers> Transport<R> {
 
     /// Starts the device: with fresh queues, or where they stood when it was paused.
     fn start(&mut self, paused: Option<Vec<Option<u16>>>) {
+        let resumed = paused.is_some();
         if let Err(error) = self.activate(paused) {
             if self.complaints.may_warn() {
                 let id = self.device.device_id();
                 log::warn!("the {} cannot start: {error}", kind(id));
             }
             self.interrupt.needs_reset();
+        } else if let Some(events) = self.device.events().filter(|_| !resumed)
+            && self.reports.may_pass(Instant::now())
+        {
+            events.report(DeviceEvent::DriverReady);
         }
     }
 

@@ -15,7 +15,7 @@ type Write = (u8, u32);
 fuzz_target!(|input: ([Queue; 5], u64, Vec<Write>, Vec<u8>)| {
     let (queues, features, writes, bytes) = input;
     let memory = memory(&bytes);
-    let config = Arc::new(ConfigSpace::new(0));
+    let config = Arc::new(ConfigSpace::new(0).expect("an eventfd can be had"));
     for (offset, value) in writes {
         config.write(offset.into(), &value.to_le_bytes());
         config.read(offset.into(), &mut [0; 7]);

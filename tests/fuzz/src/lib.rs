@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
 use devices::bus::BusDevice;
+use devices::events::EventSink;
 use devices::virtio::net::backend::Backend;
 use devices::virtio::net::config::ConfigSpace;
 use devices::virtio::net::ctrl::Permissions;
@@ -159,7 +160,7 @@ const CONFIG: NetConfig = NetConfig {
 
 /// What a NIC with three queue pairs shows its driver.
 pub fn config() -> Arc<ConfigSpace> {
-    Arc::new(ConfigSpace::new(CONFIG, 3))
+    Arc::new(ConfigSpace::new(CONFIG, 3, EventSink::default()))
 }
 
 /// Watches the guest.
@@ -169,7 +170,7 @@ pub fn observer() -> Arc<Observer> {
 
 /// Lets everything pass.
 pub fn filter() -> Arc<Filter> {
-    Arc::new(Filter::new(config()))
+    Arc::new(Filter::new(config(), EventSink::default()))
 }
 
 /// A NIC with two queue pairs.
@@ -184,6 +185,7 @@ pub fn nic(frames: Vec<Vec<u8>>) -> Net<Script> {
         tx_limit: None,
         capture: None,
         vhost: Vec::new(),
+        events: EventSink::default(),
     };
     let backends = vec![Script::new(frames), Script::new(Vec::new())];
     Net::new("net0".into(), CONFIG, backends, options).expect("threads can be had")

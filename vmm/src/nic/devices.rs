@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use devices::events::EventSink;
 use devices::virtio::net::capture::Capture;
 use devices::virtio::net::tap::Tap;
 use devices::virtio::net::vhost::{VhostError, VhostPair};
@@ -50,10 +51,12 @@ impl NetDevices {
                 tx_limit,
                 capture: capture.map_err(MachineError::Capture)?,
                 vhost,
+                events: EventSink::default(),
             };
             let device =
                 Net::new(name, nic.config, nic.taps, options).map_err(MachineError::Device)?;
-            let (guest, observer) = (Arc::clone(device.config()), Arc::clone(device.observer()));
+            let handle = device.handle();
+            let (guest, observer) = (Arc::clone(handle.config()), Arc::clone(handle.observer()));
             machine.add_virtio(device)?;
             devices.guards.push(nic.guard);
             let link = |watch| Link::new(watch, label.clone(), Arc::clone(&guest));

@@ -136,7 +136,7 @@ impl Link {
         }
         self.compare();
         let up = self.seen.exists && self.seen.up && self.seen.carrier;
-        if self.guest.set_up(up) {
+        if self.guest.set_carrier(up) {
             let state = if up { "up" } else { "down" };
             log::info!("{}: the link is {state}", self.nic);
             self.announcements = if up { ANNOUNCEMENTS } else { 0 };

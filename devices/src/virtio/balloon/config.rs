@@ -1,8 +1,10 @@
 //! How large the balloon is to be, and is: the configuration space (virtio 1.2, 5.5.4).
 
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::ranges::PAGE;
 use crate::lock;
@@ -25,7 +27,22 @@ impl BalloonHandle {
 
     /// How many bytes its driver says that it holds back.
     pub fn actual(&self) -> u64 {
-        u64::from(lock(&self.0.state).space.actual) * PAGE as u64
+        lock(&self.0.state).space.actual_bytes()
+    }
+
+    /// Readable when [`BalloonHandle::actual`] has changed since [`BalloonHandle::watch`], or since the
+    /// start.
+    pub fn changed(&self) -> &EventFd {
+        &self.0.changed
+    }
+
+    /// Has the next change of [`BalloonHandle::actual`] shown, and returns what it is now. Before it is
+    /// called again there is no other: a driver can change it at will.
+    pub fn watch(&self) -> u64 {
+        let mut state = lock(&self.0.state);
+        let _ = self.0.changed.read();
+        state.is_signalled = false;
+        state.space.actual_bytes()
     }
 }
 
@@ -34,12 +51,15 @@ impl BalloonHandle {
 #[derive(Debug)]
 pub struct ConfigSpace {
     state: Mutex<State>,
+    changed: EventFd,
 }
 
 #[derive(Debug)]
 struct State {
     space: Space,
     driver: Option<Arc<dyn Interrupt>>,
+    /// A change of `actual` has been shown.
+    is_signalled: bool,
 }
 
 /// What is kept of it when the guest is saved. Sizes are in pages.
@@ -62,6 +82,10 @@ impl Space {
         u64::from(self.target) * PAGE as u64
     }
 
+    fn actual_bytes(&self) -> u64 {
+        u64::from(self.actual) * PAGE as u64
+    }
+
     fn to_bytes(self) -> [u8; LEN] {
         let mut bytes = [0; LEN];
         for (field, value) in
@@ -77,21 +101,35 @@ impl Space {
 
 impl ConfigSpace {
     /// The space of a balloon that is to have so many bytes, and has none.
-    pub fn new(target: u64) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// Fails with EMFILE.
+    pub fn new(target: u64) -> io::Result<Self> {
         let space = Space {
             target: pages(target),
             ..Space::default()
         };
-        Self {
+        Ok(Self {
             state: Mutex::new(State {
                 space,
                 driver: None,
+                is_signalled: false,
             }),
+            changed: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
+    }
+
+    /// The balloon is so large now.
+    fn set_actual(&self, state: &mut State, pages: u32) {
+        let is_change = std::mem::replace(&mut state.space.actual, pages) != pages;
+        if is_change && !std::mem::replace(&mut state.is_signalled, true) {
+            let _ = self.changed.write(1);
         }
     }
 
     fn set_target(&self, bytes: u64) {
-        let State { space, driver } = &mut *lock(&self.state);
+        let State { space, driver, .. } = &mut *lock(&self.state);
         if space.target != pages(bytes) {
             space.target = pages(bytes);
             space.generation = space.generation.wrapping_add(1);
@@ -109,7 +147,7 @@ impl ConfigSpace {
 
     /// From now on the driver is notified of changes, and of those before it if it was there then.
     pub fn attach(&self, interrupt: Arc<dyn Interrupt>, resumed: bool) {
-        let State { space, driver } = &mut *lock(&self.state);
+        let State { space, driver, .. } = &mut *lock(&self.state);
         if std::mem::take(&mut space.missed) && resumed {
             interrupt.config();
         }
@@ -123,9 +161,10 @@ impl ConfigSpace {
 
     /// The driver is gone, and with it what it held back.
     pub fn reset(&self) {
-        let State { space, driver } = &mut *lock(&self.state);
-        *driver = None;
-        (space.actual, space.poison) = (0, 0);
+        let mut state = lock(&self.state);
+        state.driver = None;
+        state.space.poison = 0;
+        self.set_actual(&mut state, 0);
     }
 
     pub(super) fn save(&self) -> Space {
@@ -143,15 +182,15 @@ impl ConfigSpace {
 
     /// The driver writes: `actual` and `poison_val` are its own.
     pub fn write(&self, offset: usize, data: &[u8]) {
-        let space = &mut lock(&self.state).space;
-        let mut bytes = space.to_bytes();
+        let mut state = lock(&self.state);
+        let mut bytes = state.space.to_bytes();
         let fields = bytes.get_mut(offset..).unwrap_or_default();
         for (to, byte) in fields.iter_mut().zip(data) {
             *to = *byte;
         }
         let [_, _, _, _, a, b, c, d, _, _, _, _, poison @ ..] = bytes;
-        space.actual = u32::from_le_bytes([a, b, c, d]);
-        space.poison = u32::from_le_bytes(poison);
+        state.space.poison = u32::from_le_bytes(poison);
+        self.set_actual(&mut state, u32::from_le_bytes([a, b, c, d]));
     }
 
     /// Changes whenever the device changes what can be read.

@@ -27,6 +27,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use super::worker::Worker;
 use super::{Activation, RING_FEATURES, VirtioDevice};
 use crate::bus::BoxError;
+use crate::events::EventSink;
 
 pub use config::{BalloonHandle, ConfigSpace};
 pub use job::BalloonJob;
@@ -46,19 +47,22 @@ const QUEUE_SIZES: [u16; 5] = [128; 5];
 pub struct Balloon {
     worker: Worker<BalloonJob>,
     config: Arc<ConfigSpace>,
+    events: EventSink,
 }
 
 impl Balloon {
     /// A device whose thread has this name, and that holds back so many bytes of the guest's memory
-    /// from the start. Guest memory has to be anonymous, of pages of the usual size.
+    /// from the start. Guest memory has to be anonymous, of pages of the usual size. That its driver is
+    /// ready is reported to `events`.
     ///
     /// # Errors
     ///
     /// Fails when the process may not have another thread or descriptor.
-    pub fn new(name: &str, held_back: u64) -> io::Result<Self> {
+    pub fn new(name: &str, held_back: u64, events: EventSink) -> io::Result<Self> {
         Ok(Self {
             worker: Worker::new(name.to_owned())?,
-            config: Arc::new(ConfigSpace::new(held_back)),
+            config: Arc::new(ConfigSpace::new(held_back)?),
+            events,
         })
     }
 
@@ -71,6 +75,10 @@ impl Balloon {
 impl VirtioDevice for Balloon {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_BALLOON
+    }
+
+    fn events(&self) -> Option<&EventSink> {
+        Some(&self.events)
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -72,7 +72,11 @@ impl Guest {
     }
 
     fn job(&self) -> BalloonJob {
-        BalloonJob::new(self.activation(None), Arc::new(ConfigSpace::new(0))).unwrap()
+        BalloonJob::new(
+            self.activation(None),
+            Arc::new(ConfigSpace::new(0).unwrap()),
+        )
+        .unwrap()
     }
 
     fn inflate(&mut self, numbers: &[u32]) {
@@ -217,7 +221,7 @@ fn free_pages_that_hold_something_else_than_zeros_are_kept() {
         guest.memory = Arc::clone(&guest.drivers[REPORT].memory);
         guest.drivers[REPORT].write(0x1_0000, &[7; PAGE]);
         guest.drivers[REPORT].offer_chain(0, &[(0x1_0000, PAGE as u32, WRITE)]);
-        let config = Arc::new(ConfigSpace::new(0));
+        let config = Arc::new(ConfigSpace::new(0).unwrap());
         config.write(12, &u32::to_le_bytes(poison));
         let mut job = BalloonJob::new(guest.activation(None), config).unwrap();
         finish(&mut job);
@@ -258,7 +262,10 @@ fn driver_without_a_queue_that_it_needs_is_refused() {
     ] {
         let mut guest = Guest::new();
         (guest.features, guest.queues) = (features, queues);
-        let job = BalloonJob::new(guest.activation(None), Arc::new(ConfigSpace::new(0)));
+        let job = BalloonJob::new(
+            guest.activation(None),
+            Arc::new(ConfigSpace::new(0).unwrap()),
+        );
         assert_eq!(job.is_err(), is_refused, "{features:#x} {:?}", guest.queues);
     }
 }
@@ -272,7 +279,7 @@ fn read(balloon: &Balloon) -> [u32; 4] {
 
 #[test]
 fn driver_writes_what_it_holds_back_and_reads_what_it_is_to() {
-    let mut balloon = Balloon::new("balloon", 256 << 20).unwrap();
+    let mut balloon = Balloon::new("balloon", 256 << 20, EventSink::default()).unwrap();
     let handle = balloon.handle();
     assert_eq!(read(&balloon), [0x1_0000, 0, 0, 0]);
     balloon.write_config(4, &[1, 2, 0, 0]);
@@ -291,6 +298,25 @@ fn driver_writes_what_it_holds_back_and_reads_what_it_is_to() {
     assert_eq!(read(&balloon)[0], u32::MAX);
 }
 
+#[test]
+fn change_of_what_is_held_back_is_shown_once_until_it_is_looked_at() {
+    let mut balloon = Balloon::new("balloon", 0, EventSink::default()).unwrap();
+    let handle = balloon.handle();
+    let is_shown = || handle.changed().read().is_ok();
+    balloon.write_config(12, &[0xaa; 4]);
+    assert!(!is_shown());
+    balloon.write_config(4, &[1, 0, 0, 0]);
+    assert!(is_shown());
+    balloon.write_config(4, &[2, 0, 0, 0]);
+    assert!(!is_shown());
+    assert_eq!(handle.watch(), 2 << 12);
+    balloon.write_config(4, &[2, 0, 0, 0]);
+    assert!(!is_shown(), "it is as it was");
+    balloon.reset();
+    assert!(is_shown());
+    assert_eq!(handle.watch(), 0);
+}
+
 fn eventually_used(driver: &mut Driver) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while driver.take_used() != [(0, 0)] {
@@ -303,7 +329,7 @@ fn eventually_used(driver: &mut Driver) {
 fn driver_is_notified_of_another_target_also_after_a_pause_elsewhere() {
     let mut guest = Guest::new();
     let changes = |guest: &Guest| guest.recorder.config_changes.load(Ordering::SeqCst);
-    let mut balloon = Balloon::new("balloon", 0).unwrap();
+    let mut balloon = Balloon::new("balloon", 0, EventSink::default()).unwrap();
     balloon.handle().set_target(1 << 20);
     balloon.activate(guest.activation(None)).unwrap();
     assert_eq!(changes(&guest), 0, "it reads the target at its start");
@@ -320,7 +346,7 @@ fn driver_is_notified_of_another_target_also_after_a_pause_elsewhere() {
     guest.inflate(&[FIRST + 1]);
     balloon.handle().set_target(3 << 20);
     assert_eq!((changes(&guest), guest.gone()), (1, vec![FIRST]));
-    let mut other = Balloon::new("balloon", 0).unwrap();
+    let mut other = Balloon::new("balloon", 0, EventSink::default()).unwrap();
     other.restore(balloon.save()).unwrap();
     assert_eq!(other.save(), balloon.save());
     assert_eq!(read(&other), [3 << 8, 1, 0, 0]);

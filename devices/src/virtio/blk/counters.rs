@@ -3,8 +3,11 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+
 /// What a queue has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
 pub struct BlkCounters {
     /// Reads that succeeded.
     pub reads: u64,
@@ -34,7 +37,8 @@ pub struct BlkCounters {
     pub wakeups: u64,
 }
 
-/// The counters of a queue: its thread publishes them whenever it has nothing to do.
+/// The counters of a queue: its thread publishes them whenever it has nothing to do, and every few
+/// milliseconds while it has.
 pub(super) type SharedCounters = Arc<Mutex<BlkCounters>>;
 
 impl BlkCounters {

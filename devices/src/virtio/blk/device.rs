@@ -18,6 +18,7 @@ use super::queue::BlkQueue;
 use super::request::Request;
 use crate::bus::BoxError;
 use crate::disk::Storage;
+use crate::events::EventSink;
 use crate::virtio::rate::{Levels, RateLimit};
 use crate::virtio::worker::Worker;
 use crate::virtio::{Activation, VirtioDevice};
@@ -58,6 +59,8 @@ pub struct BlkOptions {
     pub limit: RateLimit,
     /// How requests reach the host, for raw images. Others are used by the queues' threads.
     pub io: IoChoice,
+    /// Takes the device's events.
+    pub events: EventSink,
 }
 
 /// A block device.
@@ -99,13 +102,16 @@ impl Blk {
             queues,
             limit,
             io,
+            events,
         } = options;
         let thread = |queue| match queue {
             0 => Worker::new(name.clone()),
             _ => Worker::new(format!("{name}.{queue}")),
         };
         let cached = io != IoChoice::Uring;
-        let disk = Arc::new(Disk::new(label, storage, readonly, serial, limit, cached));
+        let disk = Arc::new(
+            Disk::new(label, storage, readonly, serial, limit, cached).with_events(events),
+        );
         let layout = Layout {
             blocks: disk.image().blocks(),
             queues,
@@ -127,6 +133,7 @@ impl Blk {
     /// What the control thread holds of the device when it is on its bus.
     pub fn handle(&self) -> Arc<BlkHandle> {
         Arc::new(BlkHandle {
+            name: self.name.clone(),
             disk: Arc::clone(&self.disk),
             config: Arc::clone(&self.config),
             counters: self.counters.clone(),
@@ -184,6 +191,10 @@ impl VirtioDevice for Blk {
 
     fn pci_class(&self) -> u32 {
         PCI_CLASS
+    }
+
+    fn events(&self) -> Option<&EventSink> {
+        Some(self.disk.events())
     }
 
     fn queue_sizes(&self) -> &[u16] {

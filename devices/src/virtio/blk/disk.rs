@@ -1,12 +1,14 @@
 //! What all queues of a disk share, and how a request is carried out.
 
 use std::fmt;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use super::pending::Pending;
 use super::request::{Range, Request};
 use crate::disk::{Image, Storage, advance};
+use crate::events::{DeviceEvent, EventSink, IoError, Throttle};
 use crate::virtio::iovec::scatter;
 use crate::virtio::rate::{Limiter, RateLimit};
 use crate::virtio::{Complaints, Segments};
@@ -27,6 +29,9 @@ pub struct Disk {
     /// A write may complete before it is durable.
     writeback: AtomicBool,
     complaints: Complaints,
+    events: EventSink,
+    /// Bounds how many errors are reported.
+    reports: Throttle,
 }
 
 impl Disk {
@@ -51,7 +56,19 @@ impl Disk {
             limiter: Limiter::new(limit),
             writeback: AtomicBool::new(true),
             complaints: Complaints::default(),
+            events: EventSink::default(),
+            reports: Throttle::default(),
         }
+    }
+
+    /// Reports errors of the host's to `events`.
+    pub(super) fn with_events(mut self, events: EventSink) -> Self {
+        self.events = events;
+        self
+    }
+
+    pub(super) fn events(&self) -> &EventSink {
+        &self.events
     }
 
     pub(super) fn label(&self) -> &str {
@@ -167,6 +184,16 @@ impl Disk {
     pub(super) fn complain(&self, request: &Request, error: &io::Error) {
         if self.complaints.may_warn() {
             log::warn!("{}: cannot {request}: {error}", self.label);
+        }
+        if self.reports.may_pass(Instant::now()) {
+            self.events.report(DeviceEvent::IoError(IoError {
+                is_write: !matches!(request, Request::Read { .. } | Request::Serial),
+                no_space: matches!(
+                    error.kind(),
+                    ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+                ),
+                reason: format!("cannot {request}: {error}"),
+            }));
         }
     }
 }

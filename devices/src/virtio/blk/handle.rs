@@ -11,6 +11,7 @@ use crate::lock;
 /// A block device, for the control thread.
 #[derive(Debug)]
 pub struct BlkHandle {
+    pub(super) name: String,
     pub(super) disk: Arc<Disk>,
     pub(super) config: Arc<ConfigSpace>,
     pub(super) counters: Vec<SharedCounters>,
@@ -30,6 +31,11 @@ impl BlkHandle {
         Ok(())
     }
 
+    /// The disk's name: `disk0`, and so on.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Its size in bytes.
     pub fn size(&self) -> u64 {
         self.disk.image().size()
@@ -40,9 +46,15 @@ impl BlkHandle {
         self.disk.label()
     }
 
-    /// What its queues have done, as of when each had nothing to do last.
+    /// What each queue has done.
+    pub fn queues(&self) -> Vec<BlkCounters> {
+        let counters = self.counters.iter();
+        counters.map(|counters| *lock(counters)).collect()
+    }
+
+    /// What its queues have done together.
     pub fn counters(&self) -> BlkCounters {
-        let counters = self.counters.iter().map(|counters| *lock(counters));
-        counters.fold(BlkCounters::default(), BlkCounters::plus)
+        let queues = self.queues().into_iter();
+        queues.fold(BlkCounters::default(), BlkCounters::plus)
     }
 }

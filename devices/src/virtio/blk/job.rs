@@ -17,6 +17,9 @@ use crate::virtio::worker::{Job, Turn};
 /// Requests that one turn carries out.
 const BUDGET: usize = 64;
 
+/// Turns in a row, at most, of which others see nothing: some milliseconds.
+const UNPUBLISHED: u8 = 16;
+
 /// How long a driver's answer is waited for: about what it takes to wake a thread.
 const LINGER: Duration = Duration::from_micros(10);
 
@@ -61,6 +64,8 @@ pub(super) struct BlkJob {
     /// Why the last turn has ended.
     stop: Stop,
     published: SharedCounters,
+    /// Turns since they were published.
+    unpublished: u8,
 }
 
 impl BlkJob {
@@ -83,6 +88,7 @@ impl BlkJob {
             patience: Patience::default(),
             stop: Stop::Budget,
             published,
+            unpublished: 0,
         }
     }
 
@@ -160,9 +166,12 @@ impl Job for BlkJob {
                 }
             };
         }
-        if !self.ready {
-            self.queue.counters.wakeups += 1;
+        self.queue.counters.wakeups += u64::from(!self.ready);
+        self.unpublished += 1;
+        // A turn that has used its budget, or its time, was a long one.
+        if self.stop == Stop::Budget || !self.ready || self.unpublished >= UNPUBLISHED {
             *lock(&self.published) = self.queue.counters;
+            self.unpublished = 0;
         }
         Turn {
             more: self.ready,

@@ -13,6 +13,8 @@ use super::counters::BlkCounters;
 use super::disk::Disk;
 use super::queue::{BlkQueue, Stop};
 use crate::disk::{BlockSizes, Image, RawFile, SECTOR, Storage};
+use crate::events::DeviceEvent;
+use crate::events::tests::record;
 use crate::virtio::Segments;
 use crate::virtio::iovec::{gather, scatter};
 use crate::virtio::rate::RateLimit;
@@ -153,23 +155,20 @@ struct Bench {
     driver: Driver,
     disk: Arc<Disk>,
     queue: BlkQueue,
+    events: Arc<Mutex<Vec<DeviceEvent>>>,
 }
 
 impl Bench {
     fn with(storage: Storage, readonly: bool, limit: RateLimit) -> Self {
-        let disk = Arc::new(Disk::new(
-            "disk0".into(),
-            storage,
-            readonly,
-            SERIAL,
-            limit,
-            true,
-        ));
+        let disk = Disk::new("disk0".into(), storage, readonly, SERIAL, limit, true);
+        let (sink, events) = record();
+        let disk = Arc::new(disk.with_events(sink));
         let driver = Driver::new();
         Self {
             queue: BlkQueue::new(driver.queue(false), Arc::clone(&disk)),
             driver,
             disk,
+            events,
         }
     }
 

@@ -7,6 +7,8 @@ use super::super::tests::{Driver, END};
 use super::super::{Activation, VIRTIO_F_VERSION_1};
 use super::*;
 use crate::bus::{BoxError, BusDevice};
+use crate::events::tests::record;
+use crate::events::{DeviceEvent, EventSink};
 
 /// What the transport asked of its device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +22,7 @@ enum Call {
 struct Probe {
     calls: Arc<Mutex<Vec<Call>>>,
     fail: bool,
+    events: EventSink,
 }
 
 const FEATURES: u64 = 0b1010_0001 | 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -27,6 +30,9 @@ const FEATURES: u64 = 0b1010_0001 | 1 << VIRTIO_RING_F_EVENT_IDX;
 impl VirtioDevice for Probe {
     fn device_id(&self) -> u32 {
         42
+    }
+    fn events(&self) -> Option<&EventSink> {
+        Some(&self.events)
     }
     fn queue_sizes(&self) -> &[u16] {
         &[16, 64]
@@ -72,20 +78,24 @@ impl VirtioDevice for Probe {
 struct Guest {
     transport: MmioTransport,
     calls: Arc<Mutex<Vec<Call>>>,
+    events: Arc<Mutex<Vec<DeviceEvent>>>,
 }
 
 impl Guest {
     fn new(fail: bool) -> Self {
         let calls = Arc::default();
+        let (sink, events) = record();
         let device = Probe {
             calls: Arc::clone(&calls),
             fail,
+            events: sink,
         };
         let memory = Driver::new().memory;
         let transport = MmioTransport::new(Box::new(device), memory, IrqLine::new().unwrap());
         Self {
             transport: transport.unwrap(),
             calls,
+            events,
         }
     }
 
@@ -311,6 +321,33 @@ fn queue_stopped_while_running_stops_the_device_and_reads_as_stopped() {
         "no way back but a reset"
     );
     assert_eq!(guest.calls(), [Call::Reset]);
+}
+
+#[test]
+fn ready_driver_is_reported_but_not_as_often_as_it_likes() {
+    let mut guest = Guest::new(false);
+    for count in 1..=3 {
+        guest.negotiate(VIRTIO_F_VERSION_1);
+        guest.set_up_queue(1, Driver::config());
+        assert_eq!(guest.events.lock().unwrap().len(), count - 1);
+        guest.write(register::VIRTIO_MMIO_STATUS, 15);
+        let ready = vec![DeviceEvent::DriverReady; count];
+        assert_eq!(*guest.events.lock().unwrap(), ready);
+    }
+    guest.transport.pause();
+    guest.transport.resume();
+    assert_eq!(guest.events.lock().unwrap().len(), 3, "it was ready before");
+    for _ in 0..1000 {
+        guest.negotiate(VIRTIO_F_VERSION_1);
+        guest.write(register::VIRTIO_MMIO_STATUS, 15);
+    }
+    let seen = guest.events.lock().unwrap().len();
+    assert!(seen < 1000 / 2, "{seen}");
+
+    let mut guest = Guest::new(true);
+    guest.negotiate(VIRTIO_F_VERSION_1);
+    guest.write(register::VIRTIO_MMIO_STATUS, 15);
+    assert_eq!(*guest.events.lock().unwrap(), [], "the device has failed");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
 use super::backend::Backend;
+use crate::events::{DeviceEvent, EventSink};
 use crate::virtio::{Interrupt, read_at};
 
 /// What a driver reads of a network device (`struct virtio_net_config`, virtio 1.2, 5.1.4).
@@ -30,13 +31,17 @@ pub struct ConfigSpace {
     /// with the lock held.
     mac: AtomicU64,
     state: Mutex<State>,
+    events: EventSink,
 }
 
 #[derive(Debug)]
 struct State {
     mtu: u16,
     pairs: u16,
-    up: bool,
+    /// The host's interface has a link.
+    carrier: bool,
+    /// An operator has not taken the guest's link down.
+    allowed: bool,
     announce: bool,
     generation: u32,
     driver: Option<Driver>,
@@ -62,34 +67,54 @@ struct Driver {
 }
 
 impl ConfigSpace {
-    /// The space of a NIC with `pairs` queue pairs.
-    pub fn new(config: NetConfig, pairs: u16) -> Self {
+    /// The space of a NIC with `pairs` queue pairs, whose link's changes are reported to `events`.
+    pub fn new(config: NetConfig, pairs: u16, events: EventSink) -> Self {
         Self {
             own_mac: config.mac,
             mac: AtomicU64::new(number(config.mac)),
             state: Mutex::new(State {
                 mtu: config.mtu,
                 pairs,
-                up: true,
+                carrier: true,
+                allowed: true,
                 announce: false,
                 generation: 0,
                 driver: None,
                 missed: false,
             }),
+            events,
         }
     }
 
-    /// Takes the link down or brings it up. If that is a change, notifies the driver and returns
-    /// true.
-    pub fn set_up(&self, up: bool) -> bool {
+    /// The host's interface has a link, or none. True if that changes the guest's, which then has
+    /// been notified.
+    pub fn set_carrier(&self, on: bool) -> bool {
+        self.change_link(|state| state.carrier = on)
+    }
+
+    /// An operator takes the guest's link down, or lets it be what the host's is. True if that changes
+    /// the guest's.
+    pub fn set_operator_link(&self, up: bool) -> bool {
+        self.change_link(|state| state.allowed = up)
+    }
+
+    /// Whether the driver finds a link: the host's interface has one, and no operator has taken the
+    /// guest's down.
+    pub fn is_up(&self) -> bool {
+        self.lock().is_up()
+    }
+
+    fn change_link(&self, change: impl FnOnce(&mut State)) -> bool {
         let mut state = self.lock();
-        let is_change = state.up != up;
-        if is_change {
-            state.up = up;
+        let was_up = state.is_up();
+        change(&mut state);
+        let is_up = state.is_up();
+        if is_up != was_up {
             state.announce = false;
             state.changed();
+            self.events.report(DeviceEvent::Link(is_up));
         }
-        is_change
+        is_up != was_up
     }
 
     /// Asks the driver to announce itself to the network, if it can and there is a link. Not at
@@ -97,7 +122,7 @@ impl ConfigSpace {
     /// carrier that is still off.
     pub fn ask_to_announce(&self) {
         let mut state = self.lock();
-        if state.up && state.driver.as_ref().is_some_and(|driver| driver.announces) {
+        if state.is_up() && state.driver.as_ref().is_some_and(|driver| driver.announces) {
             state.announce = true;
             state.changed();
         }
@@ -205,6 +230,10 @@ impl ConfigSpace {
 }
 
 impl State {
+    fn is_up(&self) -> bool {
+        self.carrier && self.allowed
+    }
+
     fn changed(&mut self) {
         self.generation = self.generation.wrapping_add(1);
         match &self.driver {
@@ -216,7 +245,7 @@ impl State {
     /// mac, status, max_virtqueue_pairs, mtu.
     fn to_bytes(&self, mac: [u8; 6]) -> [u8; 12] {
         let mut status = 0;
-        if self.up {
+        if self.is_up() {
             status |= VIRTIO_NET_S_LINK_UP as u16;
         }
         if self.announce {

@@ -3,10 +3,13 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+
 use crate::lock;
 
 /// What passed to the driver, and what did not.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
 pub struct RxCounters {
     /// Frames given to the driver.
     pub frames: u64,
@@ -32,7 +35,8 @@ pub struct RxCounters {
 }
 
 /// What passed from the driver, and what did not.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
 pub struct TxCounters {
     /// Frames that the backend took.
     pub frames: u64,
@@ -49,7 +53,8 @@ pub struct TxCounters {
 }
 
 /// What a queue pair has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
 pub struct PairCounters {
     /// The receive queue.
     pub rx: RxCounters,
@@ -67,7 +72,24 @@ pub struct PairCounters {
     pub wakeups: u64,
 }
 
-/// The counters of a pair: its thread publishes them whenever it has nothing to do.
+/// What the control queue has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct CtrlCounters {
+    /// Commands.
+    pub commands: u64,
+    /// Those that were unknown, wrong, or not granted.
+    pub refused: u64,
+    /// Chains that were no command to begin with.
+    pub bad_chains: u64,
+    /// The driver's notifications.
+    pub kicks: u64,
+    /// Interrupts.
+    pub interrupts: u64,
+}
+
+/// The counters of a pair: its thread publishes them whenever it has nothing to do, and every few
+/// milliseconds while it has.
 pub type SharedCounters = Arc<Mutex<PairCounters>>;
 
 /// The counters as they were published last.

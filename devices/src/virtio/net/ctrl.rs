@@ -2,7 +2,7 @@
 //! can do. A command is answered with OK only where it has the effect that the driver expects.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_net as spec;
 use vmm_sys_util::epoll::EventSet;
@@ -10,9 +10,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::Backend;
 use super::config::ConfigSpace;
+use super::counters::CtrlCounters;
 use super::features::Features;
 use super::filter::Filter;
 use super::pair::Stop;
+use crate::lock;
 use crate::virtio::Interrupt;
 use crate::virtio::iovec::{gather, scatter};
 use crate::virtio::queue::{Buffers, Next, Queue};
@@ -115,11 +117,12 @@ impl<B: Backend> Control<B> {
         let on = value == 1;
         match kind {
             spec::VIRTIO_NET_CTRL_RX_PROMISC => {
-                self.filter.change(|rules| rules.promiscuous = on);
+                self.filter.change_by_driver(|rules| rules.promiscuous = on);
                 !on || self.permissions.allow_promisc
             }
             spec::VIRTIO_NET_CTRL_RX_ALLMULTI => {
-                self.filter.change(|rules| rules.all_multicast = on);
+                self.filter
+                    .change_by_driver(|rules| rules.all_multicast = on);
                 true
             }
             _ => false,
@@ -136,7 +139,7 @@ impl<B: Backend> Control<B> {
             return false;
         };
         self.filter
-            .change(|rules| rules.set_table(&unicast, &multicast));
+            .change_by_driver(|rules| rules.set_table(&unicast, &multicast));
         let own = self.config.mac();
         self.permissions.allow_promisc || unicast.iter().all(|&mac| mac == own)
     }
@@ -151,11 +154,14 @@ impl<B: Backend> Control<B> {
             log::debug!("the driver may not have the MAC address {mac:02x?}");
             return false;
         }
+        let is_new = mac != self.config.mac();
         let set = self.config.set_mac(mac, self.backends[0].as_ref());
-        set.inspect_err(|error| {
+        if let Err(error) = &set {
             log::debug!("the tap does not take the MAC address {mac:02x?}: {error}");
-        })
-        .is_ok()
+        } else if is_new {
+            self.filter.report();
+        }
+        set.is_ok()
     }
 
     /// The VLAN filter (5.1.6.5.3): an id in 16 bits.
@@ -166,7 +172,10 @@ impl<B: Backend> Control<B> {
             _ => return false,
         };
         let id = operand.try_into().map(u16::from_le_bytes);
-        id.is_ok_and(|id| self.filter.change(|rules| rules.set_vlan(id, wanted)))
+        id.is_ok_and(|id| {
+            self.filter
+                .change_by_driver(|rules| rules.set_vlan(id, wanted))
+        })
     }
 
     /// What the driver takes from now on (5.1.6.5.6): feature bits, of those that it agreed to.
@@ -225,6 +234,8 @@ pub struct CtrlQueue<B> {
     queue: Queue,
     buffers: Buffers,
     control: Control<B>,
+    /// What it has done so far.
+    pub counters: CtrlCounters,
 }
 
 impl<B: Backend> CtrlQueue<B> {
@@ -234,6 +245,7 @@ impl<B: Backend> CtrlQueue<B> {
             queue,
             buffers: Buffers::default(),
             control,
+            counters: CtrlCounters::default(),
         }
     }
 
@@ -249,14 +261,19 @@ impl<B: Backend> CtrlQueue<B> {
             self.buffers.clear();
             let chain = match self.queue.pop(&mut self.buffers) {
                 Next::Chain(chain) => chain,
-                Next::Bad => continue,
+                Next::Bad => {
+                    self.counters.bad_chains += 1;
+                    continue;
+                }
                 Next::Empty if self.queue.enable_notification() => continue,
                 Next::Empty => return Stop::Idle,
                 Next::Broken => return Stop::Broken,
             };
             // Without room for the status it is no command.
             let status_len = chain.writable.len.min(1);
-            if status_len == 1 {
+            if status_len == 0 {
+                self.counters.bad_chains += 1;
+            } else {
                 let status = self.execute(chain.readable.len.min(COMMAND_LEN));
                 // SAFETY: the iovecs are those of a chain that `Queue::pop` resolved inside guest
                 // memory, which the queue keeps mapped.
@@ -268,15 +285,17 @@ impl<B: Backend> CtrlQueue<B> {
     }
 
     /// Carries out the command of `len` bytes in the buffers and returns its status.
-    fn execute(&self, len: usize) -> u8 {
+    fn execute(&mut self, len: usize) -> u8 {
         let mut command = vec![0; len];
         // SAFETY: the iovecs are those of a chain that `Queue::pop` resolved inside guest memory,
         // which the queue keeps mapped.
         unsafe { gather(&self.buffers.readable, 0, &mut command) };
-        match self.control.execute(&command) {
-            true => spec::VIRTIO_NET_OK as u8,
-            false => spec::VIRTIO_NET_ERR as u8,
+        self.counters.commands += 1;
+        if self.control.execute(&command) {
+            return spec::VIRTIO_NET_OK as u8;
         }
+        self.counters.refused += 1;
+        spec::VIRTIO_NET_ERR as u8
     }
 }
 
@@ -290,22 +309,29 @@ pub struct CtrlJob<B> {
     interrupt: Arc<dyn Interrupt>,
     ready: bool,
     broken: bool,
+    published: Arc<Mutex<CtrlCounters>>,
 }
 
 impl<B> CtrlJob<B> {
     /// Handles the queue, of the number beside it, when the eventfd beside it is signalled. Asks
-    /// for a reset when one of `errors` is.
+    /// for a reset when one of `errors` is. It publishes its counters, and counts on from what it finds
+    /// there.
     pub fn new(
-        queue: Option<(CtrlQueue<B>, u16, Arc<EventFd>)>,
+        mut queue: Option<(CtrlQueue<B>, u16, Arc<EventFd>)>,
         errors: Vec<Arc<EventFd>>,
         interrupt: Arc<dyn Interrupt>,
+        published: Arc<Mutex<CtrlCounters>>,
     ) -> Self {
+        if let Some((queue, ..)) = &mut queue {
+            queue.counters = *lock(&published);
+        }
         Self {
             queue,
             errors,
             interrupt,
             ready: true,
             broken: false,
+            published,
         }
     }
 
@@ -329,8 +355,9 @@ impl<B: Backend> Job for CtrlJob<B> {
     }
 
     fn wake(&mut self, token: u32, _events: EventSet) {
-        match &self.queue {
-            Some((.., kick)) if token == KICK => {
+        match &mut self.queue {
+            Some((queue, _, kick)) if token == KICK => {
+                queue.counters.kicks += 1;
                 self.ready |= kick.read().is_ok() && !self.broken;
             }
             _ => {
@@ -346,8 +373,10 @@ impl<B: Backend> Job for CtrlJob<B> {
         {
             let (stop, notify) = queue.handle(BUDGET);
             if notify {
+                queue.counters.interrupts += 1;
                 self.interrupt.queue(*index);
             }
+            *lock(&self.published) = queue.counters;
             self.ready = stop == Stop::Budget;
             self.broken = stop == Stop::Broken;
             if self.broken {

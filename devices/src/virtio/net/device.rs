@@ -1,7 +1,7 @@
 //! The virtio device: what the driver sees of it, and its start and end.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -10,10 +10,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backend::{Backend, HEADER_LEN};
 use super::capture::Capture;
 use super::config::{ConfigSpace, NetConfig};
-use super::counters::{self, PairCounters, SharedCounters};
+use super::counters::{self, CtrlCounters, PairCounters, SharedCounters};
 use super::ctrl::{self, Control, CtrlJob, CtrlQueue, Permissions};
 use super::features::{Features, Offloads};
 use super::filter::{Filter, Rules};
+use super::handle::NetHandle;
 use super::hooks::Hooks;
 use super::observe::Observer;
 use super::pair::Pair;
@@ -21,6 +22,7 @@ use super::rx::{RxLayout, RxQueue};
 use super::tx::TxQueue;
 use super::vhost::VhostPair;
 use crate::bus::BoxError;
+use crate::events::EventSink;
 use crate::virtio::rate::{Limiter, RateLimit};
 use crate::virtio::worker::Worker;
 use crate::virtio::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice};
@@ -51,6 +53,8 @@ pub struct NetOptions {
     pub capture: Option<Capture>,
     /// The kernel's hold on each backend, in the same order; without, threads move the frames.
     pub vhost: Vec<VhostPair>,
+    /// Takes the device's events.
+    pub events: EventSink,
 }
 
 /// A network device with one or more queue pairs.
@@ -74,6 +78,8 @@ pub struct Net<B> {
     pub(super) rx_hooks: Hooks,
     pub(super) tx_hooks: Hooks,
     counters: Vec<SharedCounters>,
+    ctrl_counters: Arc<Mutex<CtrlCounters>>,
+    events: EventSink,
     /// While paused: of each pair, the frame that was received and waits for buffers.
     pub(super) frames: Vec<Option<Vec<u8>>>,
     complaints: Complaints,
@@ -104,7 +110,11 @@ impl<B: Backend> Net<B> {
             0 => Worker::new(name.clone()),
             _ => Worker::new(format!("{name}.{pair}")),
         };
-        let config = Arc::new(ConfigSpace::new(config, pairs as u16));
+        let config = Arc::new(ConfigSpace::new(
+            config,
+            pairs as u16,
+            options.events.clone(),
+        ));
         let new = Self {
             features: Features::offered(pairs, backends[0].known_offloads()),
             backends: backends.into_iter().map(Arc::new).collect(),
@@ -113,13 +123,15 @@ impl<B: Backend> Net<B> {
             ctrl: Worker::new(format!("{name}.ctrl"))?,
             // The last is the control queue.
             queue_sizes: vec![QUEUE_SIZE; 2 * pairs + 1],
-            filter: Arc::new(Filter::new(Arc::clone(&config))),
+            filter: Arc::new(Filter::new(Arc::clone(&config), options.events.clone())),
             observer: Arc::new(Observer::new(options.label, Arc::clone(&config))?),
             config,
             permissions: options.permissions,
             rx_hooks: hooks(options.rx_limit),
             tx_hooks: hooks(options.tx_limit),
             counters: (0..pairs).map(|_| SharedCounters::default()).collect(),
+            ctrl_counters: Arc::default(),
+            events: options.events,
             frames: vec![None; pairs],
             complaints: Complaints::default(),
             is_active: false,
@@ -135,14 +147,17 @@ impl<B: Backend> Net<B> {
         &self.config
     }
 
-    /// Sees what the guest sends.
-    pub fn observer(&self) -> &Arc<Observer> {
-        &self.observer
-    }
-
-    /// The counters of each pair, which live on when the device is on its bus.
-    pub fn counters(&self) -> &[SharedCounters] {
-        &self.counters
+    /// What others hold of the device when it is on its bus.
+    pub fn handle(&self) -> Arc<NetHandle> {
+        Arc::new(NetHandle {
+            name: self.name.clone(),
+            config: Arc::clone(&self.config),
+            observer: Arc::clone(&self.observer),
+            filter: Arc::clone(&self.filter),
+            has_vhost: !self.vhost.is_empty(),
+            counters: self.counters.clone(),
+            ctrl_counters: Arc::clone(&self.ctrl_counters),
+        })
     }
 
     fn start(&mut self, activation: Activation) -> Result<(), BoxError> {
@@ -233,7 +248,12 @@ impl<B: Backend> Net<B> {
         };
         let queue =
             queue.map(|(ctrl, index)| (CtrlQueue::new(ctrl.queue, control), index, ctrl.kick));
-        let job = CtrlJob::new(queue, errors, Arc::clone(interrupt));
+        let job = CtrlJob::new(
+            queue,
+            errors,
+            Arc::clone(interrupt),
+            Arc::clone(&self.ctrl_counters),
+        );
         self.ctrl.start(job, Arc::clone(interrupt))
     }
 
@@ -300,6 +320,10 @@ impl<B: Backend> VirtioDevice for Net<B> {
 
     fn pci_class(&self) -> u32 {
         PCI_CLASS
+    }
+
+    fn events(&self) -> Option<&EventSink> {
+        Some(&self.events)
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -5,16 +5,19 @@
 //! busy network is woken less when what it has not asked for is dropped before it takes a buffer.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
 use super::config::ConfigSpace;
 use super::features::{Features, Offloads};
+use super::rx_filter::RxFilterInfo;
+use crate::events::{DeviceEvent, EventSink};
+use crate::lock;
 
 /// A MAC address.
-type Mac = [u8; 6];
+pub(super) type Mac = [u8; 6];
 
 /// The most addresses of a kind that are filtered; with more, all of that kind pass.
 const MAX_ADDRESSES: usize = 64;
@@ -33,12 +36,14 @@ pub struct Rules {
     pub offloads: Offloads,
     /// How many queue pairs take frames, from the first on.
     pub pairs: u16,
+    /// The driver has sent its table.
+    pub(super) has_table: bool,
     /// The other addresses that the driver listed; `None` for any.
-    unicast: Option<BTreeSet<Mac>>,
+    pub(super) unicast: Option<BTreeSet<Mac>>,
     /// The groups that the driver listed; `None` for any.
-    multicast: Option<BTreeSet<Mac>>,
+    pub(super) multicast: Option<BTreeSet<Mac>>,
     /// The VLANs that the driver listed; `None` for any.
-    vlans: Option<BTreeSet<u16>>,
+    pub(super) vlans: Option<BTreeSet<u16>>,
 }
 
 impl Rules {
@@ -58,6 +63,7 @@ impl Rules {
     pub fn set_table(&mut self, unicast: &[Mac], multicast: &[Mac]) {
         let table =
             |macs: &[Mac]| (macs.len() <= MAX_ADDRESSES).then(|| macs.iter().copied().collect());
+        self.has_table = true;
         self.unicast = table(unicast);
         self.multicast = table(multicast);
     }
@@ -110,15 +116,21 @@ pub struct Filter {
     config: Arc<ConfigSpace>,
     changes: AtomicU32,
     rules: Mutex<Rules>,
+    events: EventSink,
+    /// A change has been reported, and the filter has not been asked for since.
+    is_reported: AtomicBool,
 }
 
 impl Filter {
-    /// Lets everything pass to the NIC whose configuration space this is.
-    pub fn new(config: Arc<ConfigSpace>) -> Self {
+    /// Lets everything pass to the NIC whose configuration space this is. Changes are reported to
+    /// `events`.
+    pub fn new(config: Arc<ConfigSpace>, events: EventSink) -> Self {
         Self {
             config,
             changes: AtomicU32::new(0),
             rules: Mutex::default(),
+            events,
+            is_reported: AtomicBool::new(false),
         }
     }
 
@@ -129,10 +141,33 @@ impl Filter {
 
     /// Changes the rules.
     pub fn change<T>(&self, change: impl FnOnce(&mut Rules) -> T) -> T {
-        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rules = lock(&self.rules);
         let result = change(&mut rules);
         self.changes.fetch_add(1, Ordering::Release);
         result
+    }
+
+    /// The driver changes the rules.
+    pub fn change_by_driver<T>(&self, change: impl FnOnce(&mut Rules) -> T) -> T {
+        let result = self.change(change);
+        self.report();
+        result
+    }
+
+    /// Reports that the driver has changed the rules or its MAC address, if the filter was asked for
+    /// since the last time.
+    pub fn report(&self) {
+        if !self.is_reported.swap(true, Ordering::AcqRel) {
+            self.events.report(DeviceEvent::RxFilterChanged);
+        }
+    }
+
+    /// What passes to the NIC with this name. The next change is reported again.
+    pub fn query(&self, name: &str) -> RxFilterInfo {
+        // Before the rules are read: a change after that is reported.
+        self.is_reported.store(false, Ordering::Release);
+        let rules = lock(&self.rules);
+        RxFilterInfo::new(name, self.own(), &rules)
     }
 
     /// Brings a receive queue's copy, of which it knows the number, up to date.
@@ -141,7 +176,7 @@ impl Filter {
         if *number != changes {
             // The lock is taken after the number is read: a change in between is seen twice.
             *number = changes;
-            copy.clone_from(&self.rules.lock().unwrap_or_else(PoisonError::into_inner));
+            copy.clone_from(&lock(&self.rules));
         }
     }
 }
@@ -222,7 +257,10 @@ mod tests {
             mac: OWN,
             mtu: 1500,
         };
-        let filter = Filter::new(Arc::new(ConfigSpace::new(config, 1)));
+        let filter = Filter::new(
+            Arc::new(ConfigSpace::new(config, 1, EventSink::default())),
+            EventSink::default(),
+        );
         let (mut number, mut copy) = (0, Rules::default());
         filter.change(|rules| rules.promiscuous = true);
         filter.refresh(&mut number, &mut copy);

@@ -12,11 +12,13 @@
 //! | `vhost` | the data path in the kernel |
 //! | `ctrl` | the control queue: what the driver commands |
 //! | `filter` | which frames the driver wants |
+//! | `rx_filter` | the same as QMP shows it |
 //! | `hooks` | what happens to each frame besides |
 //! | `observe` | what a guest's own frames show of it |
 //! | `capture`, `pcapng` | what passes, recorded in a file |
 //! | `checksum` | DHCP answers for clients that read raw frames |
 //! | `counters` | what has passed |
+//! | `handle` | the device, once it is on its bus |
 //! | `backend`, `tap` | where frames come from and go to |
 
 pub mod backend;
@@ -28,12 +30,14 @@ pub mod ctrl;
 mod device;
 pub mod features;
 pub mod filter;
+mod handle;
 pub mod hooks;
 pub mod observe;
 mod pace;
 pub mod pair;
 mod pcapng;
 pub mod rx;
+mod rx_filter;
 mod state;
 pub mod tap;
 pub mod tx;
@@ -41,6 +45,8 @@ pub mod vhost;
 
 pub use config::NetConfig;
 pub use device::{Net, NetOptions};
+pub use handle::NetHandle;
+pub use rx_filter::{RxFilterInfo, RxState};
 
 #[cfg(test)]
 mod tests;

@@ -181,7 +181,7 @@ impl Observer {
 }
 
 /// A MAC address, as one writes it.
-struct Mac<'a>(&'a [u8]);
+pub(super) struct Mac<'a>(pub &'a [u8]);
 
 impl std::fmt::Display for Mac<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -246,6 +246,7 @@ fn neighbour(packet: &[u8]) -> Option<Ipv6Addr> {
 mod tests {
     use super::super::NetConfig;
     use super::*;
+    use crate::events::EventSink;
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
@@ -254,7 +255,11 @@ mod tests {
             mac: MAC,
             mtu: 1500,
         };
-        Observer::new("net0".into(), Arc::new(ConfigSpace::new(config, 1))).unwrap()
+        Observer::new(
+            "net0".into(),
+            Arc::new(ConfigSpace::new(config, 1, EventSink::default())),
+        )
+        .unwrap()
     }
 
     fn ethernet(source: [u8; 6], protocol: u16, packet: &[u8]) -> Vec<u8> {

@@ -19,6 +19,9 @@ use crate::virtio::worker::{Job, Turn};
 /// Frames that one queue may move before the other has its turn.
 const BUDGET: usize = 64;
 
+/// Turns in a row, at most, of which others see nothing: some milliseconds.
+const UNPUBLISHED: u8 = 16;
+
 /// When a ring that was found empty is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
 
@@ -101,6 +104,8 @@ pub struct Pair<B> {
     trigger: EventSet,
     counters: PairCounters,
     published: SharedCounters,
+    /// Turns since they were published.
+    unpublished: u8,
 }
 
 impl<B: Backend> Pair<B> {
@@ -134,6 +139,7 @@ impl<B: Backend> Pair<B> {
             trigger: EventSet::empty(),
             counters,
             published,
+            unpublished: 0,
         }
     }
 
@@ -247,8 +253,9 @@ impl<B: Backend> Job for Pair<B> {
             self.receive();
         }
         let more = self.tx_work.ready || self.rx_work.ready;
-        if !more {
-            self.counters.wakeups += 1;
+        self.counters.wakeups += u64::from(!more);
+        self.unpublished += 1;
+        if !more || self.unpublished >= UNPUBLISHED {
             self.publish();
         }
         let until = [self.rx_work.until(), self.tx_work.until()];
@@ -271,6 +278,7 @@ impl<B> Pair<B> {
         self.counters.rx = self.rx.counters;
         self.counters.tx = self.tx.counters;
         *lock(&self.published) = self.counters;
+        self.unpublished = 0;
     }
 }
 

@@ -12,7 +12,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, HEADER_LEN};
 use super::config::ConfigSpace;
-use super::counters;
 use super::ctrl::Permissions;
 use super::features::{Features, Offloads};
 use super::filter::{Filter, Rules};
@@ -21,6 +20,8 @@ use super::pair::Stop;
 use super::rx::{RxLayout, RxQueue};
 use super::tx::TxQueue;
 use super::{Net, NetConfig, NetOptions};
+use crate::events::tests::record;
+use crate::events::{DeviceEvent, EventSink};
 use crate::virtio::tests::{Driver, Recorder, SIZE, WRITE};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
@@ -133,7 +134,7 @@ fn config() -> Arc<ConfigSpace> {
         mac: MAC,
         mtu: 1500,
     };
-    Arc::new(ConfigSpace::new(config, 3))
+    Arc::new(ConfigSpace::new(config, 3, EventSink::default()))
 }
 
 fn observer() -> Arc<Observer> {
@@ -141,7 +142,7 @@ fn observer() -> Arc<Observer> {
 }
 
 fn filter() -> Arc<Filter> {
-    Arc::new(Filter::new(config()))
+    Arc::new(Filter::new(config(), EventSink::default()))
 }
 
 fn options() -> NetOptions {
@@ -152,6 +153,7 @@ fn options() -> NetOptions {
         tx_limit: None,
         capture: None,
         vhost: Vec::new(),
+        events: EventSink::default(),
     }
 }
 
@@ -611,17 +613,46 @@ fn link_change_shows_in_the_config_space_and_interrupts_once() {
         ([1, 0], 0, 0)
     );
     for (up, bytes, count) in [(true, 1, 0), (false, 0, 1), (false, 0, 1), (true, 1, 2)] {
-        link.set_up(up);
+        link.set_carrier(up);
         assert_eq!((status(), changes()), ([bytes, 0], count));
         assert_eq!(running.device.config_generation(), count);
     }
 }
 
 #[test]
+fn link_is_up_while_both_the_host_and_the_operator_have_it_up() {
+    let (events, seen) = record();
+    let config = NetConfig {
+        mac: MAC,
+        mtu: 1500,
+    };
+    let config = ConfigSpace::new(config, 1, events);
+    type Set = fn(&ConfigSpace, bool) -> bool;
+    let (carrier, operator): (Set, Set) =
+        (ConfigSpace::set_carrier, ConfigSpace::set_operator_link);
+    for (set, on, is_change, is_up) in [
+        (operator, true, false, true),
+        (operator, false, true, false),
+        (carrier, false, false, false),
+        (operator, true, false, false),
+        (carrier, true, true, true),
+        (carrier, false, true, false),
+        (operator, false, false, false),
+        (carrier, true, false, false),
+        (operator, true, true, true),
+    ] {
+        assert_eq!(set(&config, on), is_change);
+        assert_eq!(config.is_up(), is_up);
+    }
+    let changes = [false, true, false, true].map(DeviceEvent::Link);
+    assert_eq!(*seen.lock().unwrap(), changes);
+}
+
+#[test]
 fn link_change_without_a_driver_is_seen_by_the_next_one() {
     let (wire, _far) = Wire::new();
     let device = device(vec![wire], 1500, options());
-    device.config().set_up(false);
+    device.config().set_carrier(false);
     let mut bytes = [0; 2];
     device.read_config(6, &mut bytes);
     assert_eq!(bytes, [0, 0]);

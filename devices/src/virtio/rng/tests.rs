@@ -169,7 +169,10 @@ fn eventually_used(driver: &mut Driver, head: u16) {
 
 #[test]
 fn requests_of_a_paused_guest_are_answered_after_it_here_or_elsewhere() {
-    let (mut device, mut driver) = (Rng::new("rng").unwrap(), Driver::new());
+    let (mut device, mut driver) = (
+        Rng::new("rng", EventSink::default()).unwrap(),
+        Driver::new(),
+    );
     driver.offer_chain(0, &[(AT, 64, WRITE)]);
     let kick = activate(&mut device, &driver, None);
     eventually_used(&mut driver, 0);
@@ -181,7 +184,7 @@ fn requests_of_a_paused_guest_are_answered_after_it_here_or_elsewhere() {
     for head in 2..4 {
         driver.offer_chain(head, &[(AT, 64, WRITE)]);
         assert_eq!(driver.take_used(), []);
-        let mut other = Rng::new("rng").unwrap();
+        let mut other = Rng::new("rng", EventSink::default()).unwrap();
         other.restore(device.save()).unwrap();
         device = other;
         activate(&mut device, &driver, position[0]);
@@ -193,7 +196,7 @@ fn requests_of_a_paused_guest_are_answered_after_it_here_or_elsewhere() {
 
 #[test]
 fn driver_gets_no_new_share_by_a_reset() {
-    let mut device = Rng::new("rng").unwrap();
+    let mut device = Rng::new("rng", EventSink::default()).unwrap();
     device.limiter = Arc::new(Limiter::new(ONE_REQUEST));
     for expected in [Some(64), None] {
         let mut driver = Driver::new();
@@ -206,7 +209,7 @@ fn driver_gets_no_new_share_by_a_reset() {
         assert_eq!(driver.take_used(), []);
     }
     let saved = device.save();
-    let mut other = Rng::new("rng").unwrap();
+    let mut other = Rng::new("rng", EventSink::default()).unwrap();
     other.limiter = Arc::new(Limiter::new(ONE_REQUEST));
     other.restore(saved).unwrap();
     assert!(other.limiter.admit(Instant::now()).is_err());
@@ -214,7 +217,7 @@ fn driver_gets_no_new_share_by_a_reset() {
 
 #[test]
 fn driver_without_a_queue_is_refused() {
-    let mut device = Rng::new("rng").unwrap();
+    let mut device = Rng::new("rng", EventSink::default()).unwrap();
     let activation = Activation {
         memory: Driver::new().memory,
         features: 0,

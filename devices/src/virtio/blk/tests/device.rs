@@ -5,6 +5,7 @@ use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::events::EventSink;
 use crate::virtio::blk::features::Features;
 use crate::virtio::blk::{Blk, BlkHandle, BlkOptions, IoChoice};
 use crate::virtio::tests::Recorder;
@@ -28,6 +29,7 @@ pub fn options(queues: u16) -> BlkOptions {
         queues,
         limit: UNLIMITED,
         io: IoChoice::Auto,
+        events: EventSink::default(),
     }
 }
 

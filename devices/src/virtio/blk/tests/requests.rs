@@ -6,6 +6,7 @@ use super::super::engine::Engine;
 use super::super::pending::Pending;
 use super::super::request::Parts;
 use super::*;
+use crate::events::IoError;
 use crate::virtio::queue::Buffers;
 
 #[test]
@@ -253,6 +254,7 @@ fn write_that_was_under_way_when_the_write_cache_went_off_is_durable_too() {
             mut driver,
             disk,
             queue,
+            ..
         } = bench;
         let mut queue = queue.with_engine(Some(Box::new(Slow::default())));
         driver.write(HEADER, &header(OUT, 0));
@@ -277,6 +279,22 @@ fn error_of_the_host_reaches_the_driver_and_the_disk_lives_on() {
     assert_eq!(bench.request(DISCARD, 0, &zeros, 0), IOERR);
     assert_eq!(bench.request(WRITE_ZEROES, 0, &zeros, 0), IOERR);
     assert_eq!(bench.counters().errors, 5);
+    let seen = std::mem::take(&mut *bench.events.lock().unwrap());
+    assert_eq!(seen.len(), 5);
+    let error = |is_write, reason: &str| {
+        DeviceEvent::IoError(IoError {
+            is_write,
+            no_space: true,
+            reason: format!("{reason}: No space left on device (os error 28)"),
+        })
+    };
+    assert_eq!(seen[0], error(false, "cannot read at 0"));
+    assert_eq!(seen[2], error(true, "cannot flush"));
+    for _ in 0..1000 {
+        bench.request(IN, 0, &[], 512);
+    }
+    let seen = bench.events.lock().unwrap().len();
+    assert!(seen < 1000 / 2, "{seen}");
     fake.errno.store(0, Ordering::SeqCst);
     assert_eq!(bench.request(OUT, 0, &[1; 512], 0), OK);
 }

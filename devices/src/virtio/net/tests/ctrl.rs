@@ -1,6 +1,9 @@
 //! The control queue's commands.
 
+use serde_json::json;
+
 use super::*;
+use crate::virtio::net::RxFilterInfo;
 use crate::virtio::net::ctrl::{Control, CtrlQueue};
 
 /// A command and its answer's place, as one chain.
@@ -21,9 +24,13 @@ struct Bench {
 
 impl Bench {
     fn new(features: Features, permissions: Permissions) -> Self {
+        Self::reporting(features, permissions, EventSink::default())
+    }
+
+    fn reporting(features: Features, permissions: Permissions, events: EventSink) -> Self {
         let wires: Vec<_> = (0..3).map(|_| Arc::new(Wire::new().0)).collect();
         let config = config();
-        let filter = Arc::new(Filter::new(Arc::clone(&config)));
+        let filter = Arc::new(Filter::new(Arc::clone(&config), events));
         filter.change(|rules| *rules = Rules::new(features));
         let driver = Driver::new();
         let control = Control {
@@ -92,6 +99,9 @@ fn command_sets_how_many_pairs_take_frames() {
         .offer_chain(4, &[(u64::MAX - 1, 4, 0), (0x5000, 1, WRITE)]);
     bench.queue.handle(10);
     assert_eq!(bench.driver.take_used(), [(2, 0), (4, 0)]);
+    let counters = bench.queue.counters;
+    assert_eq!((counters.commands, counters.refused), (9, 6));
+    assert_eq!(counters.bad_chains, 2);
 }
 
 #[test]
@@ -279,15 +289,62 @@ fn driver_that_can_is_asked_to_announce_itself() {
     assert!(!bench.send(&[3, 1]));
     // Not without a link, which also ends a request.
     bench.config.ask_to_announce();
-    bench.config.set_up(false);
+    bench.config.set_carrier(false);
     bench.config.ask_to_announce();
     assert_eq!(status(&bench.config), 0);
-    bench.config.set_up(true);
+    bench.config.set_carrier(true);
     assert_eq!(status(&bench.config), 1);
     // Nor a driver that cannot.
     bench.config.attach(recorder, false, false);
     bench.config.ask_to_announce();
     assert_eq!(status(&bench.config), 1);
+}
+
+#[test]
+fn filter_that_the_driver_changes_is_reported_once_until_it_is_asked_for() {
+    let permissions = Permissions {
+        change_mac: true,
+        allow_promisc: true,
+    };
+    let (events, seen) = record();
+    let mut bench = Bench::reporting(Features::all(), permissions, events);
+    let reports = || std::mem::take(&mut *seen.lock().unwrap()).len();
+    // Of no concern to the filter, or without effect.
+    for bytes in [
+        &[4, 0, 2, 0][..],
+        &[3, 0],
+        &[0, 0, 2],
+        &[1, 1, 1, 0, 0, 0, 0, 0],
+    ] {
+        bench.send(bytes);
+        assert_eq!(reports(), 0, "{bytes:?}");
+    }
+    for _ in 0..3 {
+        for on in [1, 0] {
+            assert!(bench.send(&[0, 0, on]));
+        }
+    }
+    assert_eq!(reports(), 1);
+    let group = [1, 0, 0x5e, 0, 0, 1];
+    for (bytes, shown) in [
+        (&[0, 0, 1][..], "promiscuous"),
+        (
+            &[&[1, 0, 0, 0, 0, 0, 1, 0, 0, 0][..], &group].concat(),
+            "multicast-table",
+        ),
+        (&[0, 1, 1], "multicast"),
+        (&[2, 0, 5, 0], "vlan-table"),
+        (&[1, 1, 2, 0, 0, 0, 0, 9], "main-mac"),
+    ] {
+        let shows = |info: RxFilterInfo| json!(info)[shown].clone();
+        let before = shows(bench.filter.query("net0"));
+        assert!(bench.send(bytes), "{bytes:?}");
+        assert_eq!(reports(), 1, "{bytes:?}");
+        assert_ne!(shows(bench.filter.query("net0")), before, "{bytes:?}");
+    }
+    // The same address again.
+    assert!(bench.send(&[1, 1, 2, 0, 0, 0, 0, 9]));
+    assert_eq!(reports(), 0);
 }
 
 proptest::proptest! {

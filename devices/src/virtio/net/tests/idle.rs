@@ -3,7 +3,7 @@
 use vmm_sys_util::epoll::EventSet;
 
 use super::*;
-use crate::virtio::net::counters::SharedCounters;
+use crate::virtio::net::counters::{self, SharedCounters};
 use crate::virtio::net::hooks::Hooks;
 use crate::virtio::net::pair::Pair;
 use crate::virtio::rate::{Limiter, RateLimit};

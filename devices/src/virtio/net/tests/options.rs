@@ -111,9 +111,9 @@ fn limited_queues_hold_frames_back_and_let_them_pass_later() {
         "{:?}",
         start.elapsed()
     );
-    let shared = Arc::clone(&running.device.counters()[0]);
+    let handle = running.device.handle();
     running.device.reset();
-    let counters = counters::read(&shared);
+    let counters = handle.pairs()[0];
     assert!(
         counters.rx.limited >= 3 && counters.tx.limited >= 3,
         "{counters}"
@@ -173,7 +173,7 @@ fn capture_has_what_passed_both_ways() {
 #[test]
 fn counters_go_on_over_a_reset() {
     let mut running = Running::start(Features::empty());
-    let shared = Arc::clone(&running.device.counters()[0]);
+    let handle = running.device.handle();
     for round in 1..3 {
         running.tx.offer_chain(0, &[(0x4000, 77, 0)]);
         running.kicks[1].write(1).unwrap();
@@ -181,7 +181,7 @@ fn counters_go_on_over_a_reset() {
             running.far.recv(&mut [0; 100]).is_ok()
         });
         running.device.reset();
-        let counters = counters::read(&shared);
+        let counters = handle.pairs()[0];
         assert_eq!((counters.tx.frames, counters.tx.bytes), (round, 77 * round));
         assert!(counters.tx_kicks >= 1 && counters.wakeups >= round);
         if round == 1 {

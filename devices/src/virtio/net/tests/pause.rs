@@ -187,8 +187,8 @@ fn frame_that_waits_for_buffers_survives_a_move() {
     guest.offer(0, 1, 0x4064, 100);
     guest.far.send(&frame(350)).unwrap();
     guest.start();
-    let counters = Arc::clone(&guest.device.counters()[0]);
-    let starved = || counters::read(&counters).rx.starved > 0;
+    let handle = guest.device.handle();
+    let starved = || handle.pairs()[0].rx.starved > 0;
     eventually("the frame", starved);
     let positions = guest.device.pause();
     assert_eq!(positions[0], Some(0), "both chains are put back");
@@ -281,7 +281,7 @@ fn changed_mac_address_is_the_one_that_counts_before_and_after_a_move() {
         eventually("the second", || {
             guest.drivers[0].take_used() == [(head, 100)]
         });
-        assert_eq!(guest.device.observer().wrong_source(), 1);
+        assert_eq!(guest.device.handle().observer().wrong_source(), 1);
         // The other buffers are in the device's hands.
         let positions = guest.device.pause();
         assert_eq!(positions[0], Some(head + 1));
@@ -297,7 +297,7 @@ fn link_change_during_a_pause_is_told_after_it() {
     let changes = |guest: &Guest| guest.recorder.config_changes.load(Ordering::SeqCst);
     for (change, wanted) in [(false, 0), (true, 1)] {
         let positions = guest.device.pause();
-        guest.device.config().set_up(!change);
+        guest.device.config().set_carrier(!change);
         assert_eq!(changes(&guest), 0);
         guest.resume(&positions);
         assert_eq!(changes(&guest), wanted);
