@@ -25,6 +25,7 @@ use harness::{PATIENCE, eventually};
 use harness::{kvm_test, lab_test, transports_test};
 use tempfile::TempDir;
 use vmm::config::{Config, ConsoleTarget};
+use vmm::stats::PairCounters;
 use vmm::{Exit, Guest, GuestError, RunState};
 
 // Computes for ever, in registers alone, from the last byte of its command line: in EBX the last of
@@ -333,6 +334,16 @@ fn pauses_lose_none(net: &Net, backend: &str, while_paused: impl Fn(&Guest)) -> 
         drop(running);
         let frames = exchange.join().unwrap();
         println!("{transport}, {backend}: {frames} frames went and came back, each once");
+        let are_counted = || {
+            let stats = guest.stats().unwrap();
+            let [nic] = &stats.nics[..] else {
+                panic!("{stats:?}")
+            };
+            let PairCounters { rx, tx, .. } = nic.queues[0];
+            assert_eq!((nic.vhost, nic.link), (backend == "vhost", true));
+            nic.vhost || rx.frames.min(tx.frames) >= u64::from(frames)
+        };
+        assert!(eventually(are_counted));
     });
     (guest, directory)
 }

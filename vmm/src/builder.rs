@@ -13,7 +13,7 @@ use boot::{BootSpec, BootState};
 use devices::events::EventSink;
 use devices::irq::IrqLine;
 use devices::serial::Serial;
-use devices::virtio::balloon::Balloon;
+use devices::virtio::balloon::{Balloon, BalloonHandle};
 use devices::virtio::blk::BlkHandle;
 use devices::virtio::rng::Rng;
 use net::HostLinkGuard;
@@ -136,6 +136,8 @@ pub fn run(
     )
     .map_err(failed_to("create a timer"))?;
     control.disks = built.disks;
+    control.nics = built.net_devices.handles.clone();
+    control.balloon = built.balloon;
     let control = Rc::new(RefCell::new(control));
     let mut others = built.net_devices.followers();
     if !qmp.is_empty() {
@@ -164,6 +166,7 @@ struct Built {
     serial: Option<Arc<Mutex<Serial>>>,
     console: Option<Arc<Output>>,
     disks: Vec<Arc<BlkHandle>>,
+    balloon: Option<BalloonHandle>,
     net_devices: NetDevices,
     host_link: Option<HostLinkGuard>,
 }
@@ -198,10 +201,7 @@ fn build(
         if config.rng {
             machine.add_new(Rng::new("rng", EventSink::default()))?;
         }
-        if let Some(held_back) = config.balloon {
-            let events = EventSink::default();
-            machine.add_new(Balloon::new("balloon", held_back.bytes(), events))?;
-        }
+        let balloon = add_balloon(&mut machine, config)?;
         let buses = Arc::new(machine.finish()?);
         let boot = join(boot)?;
         Ok(Built {
@@ -212,10 +212,26 @@ fn build(
             serial,
             console,
             disks,
+            balloon,
             net_devices,
             host_link: host.host_link,
         })
     })
+}
+
+/// Adds the balloon, if the guest is to have one.
+fn add_balloon(
+    machine: &mut Machine,
+    config: &Config,
+) -> Result<Option<BalloonHandle>, MachineError> {
+    let Some(held_back) = config.balloon else {
+        return Ok(None);
+    };
+    let balloon = Balloon::new("balloon", held_back.bytes(), EventSink::default());
+    let balloon = balloon.map_err(MachineError::Device)?;
+    let handle = balloon.handle();
+    machine.add_virtio(balloon)?;
+    Ok(Some(handle))
 }
 
 /// Starts `work` on a thread of its own, whose end the scope waits for whatever else fails.

@@ -10,6 +10,7 @@ use crate::control::exit::Exit;
 use crate::control::handle::Handle;
 use crate::control::{GuestError, GuestState, RunState};
 use crate::nic::Inherited;
+use crate::stats::Stats;
 
 /// A running guest. Dropping it ends the guest.
 #[derive(Debug)]
@@ -54,6 +55,16 @@ impl Guest {
     pub fn state(&self) -> RunState {
         let state = self.control.ask(|control| control.state());
         state.unwrap_or(RunState::Ended)
+    }
+
+    /// What is counted of it, while it runs.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the guest has ended.
+    pub fn stats(&self) -> Result<Stats, GuestError> {
+        let stats = self.control.ask(|control| control.stats());
+        stats.ok_or(GuestError::Ended)
     }
 
     /// Presses its power button. A guest that takes notice powers off, in its own time, and a paused

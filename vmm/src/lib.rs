@@ -45,7 +45,7 @@
 //!
 //! `builder::run` is that table as code. `disk` has the disks. `nic` has the NICs, from the macvtap on the host to the
 //! device on the bus. `tty` has the terminal and the other end of the guest's serial port, `qmp` the sockets by which
-//! other programs control the guest, and `events` what happens to it, for them.
+//! other programs control the guest, `events` what happens to it, for them, and [`stats`] what is counted.
 //! `log_writer` has the log, and `printable` makes text of others fit for a terminal. `program` is the
 //! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU
 //! on the same macvtaps; `child` starts other programs. `signals` and `limits` settle what this
@@ -85,6 +85,7 @@ mod qemu;
 mod qmp;
 mod resources;
 mod signals;
+pub mod stats;
 mod trim;
 mod tty;
 

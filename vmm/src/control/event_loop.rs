@@ -11,8 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::irq::IrqLine;
+use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::blk::BlkHandle;
+use devices::virtio::net::NetHandle;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::exit::{Exit, ExitRequest};
@@ -22,6 +25,7 @@ use crate::events::{Event, EventHub};
 use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vcpus::Vcpus;
 use crate::signals::not_ignored;
+use crate::stats::{BalloonStats, MemoryStats, Stats};
 
 /// How long a guest takes to boot, about, and its drivers to start.
 const SETTLED: Duration = Duration::from_secs(2);
@@ -79,6 +83,11 @@ pub struct Control {
     /// In the order of the configuration.
     pub disks: Vec<Arc<BlkHandle>>,
     events: Arc<EventHub>,
+    /// In the order of the configuration.
+    pub nics: Vec<Arc<NetHandle>>,
+    pub balloon: Option<BalloonHandle>,
+    /// When the vCPUs were started.
+    started: Instant,
     is_paused: bool,
     /// Those that wait until all vCPUs have stopped.
     pausing: Vec<Paused>,
@@ -106,6 +115,9 @@ impl Control {
             devices,
             disks: Vec::new(),
             events,
+            nics: Vec::new(),
+            balloon: None,
+            started: Instant::now(),
             is_paused: false,
             pausing: Vec::new(),
         })
@@ -215,6 +227,18 @@ impl Control {
         self.check_paused()?;
         self.vcpus.restore(&state.kvm)?;
         Ok(self.devices.restore(state.devices)?)
+    }
+
+    /// What is counted of the guest.
+    pub fn stats(&self) -> Stats {
+        let memory = self.devices.memory.iter().map(GuestMemoryRegion::len);
+        Stats {
+            uptime_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
+            memory: MemoryStats::of_process(memory.sum()),
+            balloon: self.balloon.as_ref().map(BalloonStats::from),
+            nics: self.nics.iter().map(|nic| (&**nic).into()).collect(),
+            disks: self.disks.iter().map(|disk| (&**disk).into()).collect(),
+        }
     }
 
     fn check_paused(&self) -> Result<(), GuestError> {

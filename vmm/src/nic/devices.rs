@@ -9,7 +9,7 @@ use devices::events::EventSink;
 use devices::virtio::net::capture::Capture;
 use devices::virtio::net::tap::Tap;
 use devices::virtio::net::vhost::{VhostError, VhostPair};
-use devices::virtio::net::{Net, NetOptions};
+use devices::virtio::net::{Net, NetHandle, NetOptions};
 use event_manager::MutEventSubscriber;
 use net::LinkGuard;
 use vm_memory::GuestMemoryMmap;
@@ -25,6 +25,8 @@ use crate::nic::link::Link;
 pub struct NetDevices {
     /// What keeps the macvtaps in being.
     pub guards: Vec<LinkGuard>,
+    /// What others hold of the NICs, in order.
+    pub handles: Vec<Arc<NetHandle>>,
     followers: Vec<Follower>,
 }
 
@@ -57,6 +59,7 @@ impl NetDevices {
                 Net::new(name, nic.config, nic.taps, options).map_err(MachineError::Device)?;
             let handle = device.handle();
             let (guest, observer) = (Arc::clone(handle.config()), Arc::clone(handle.observer()));
+            devices.handles.push(handle);
             machine.add_virtio(device)?;
             devices.guards.push(nic.guard);
             let link = |watch| Link::new(watch, label.clone(), Arc::clone(&guest));

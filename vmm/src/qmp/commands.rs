@@ -12,9 +12,10 @@ use crate::control::event_loop::Control;
 
 mod run;
 mod server;
+mod stats;
 
 /// All commands.
-const GROUPS: &[&[Command]] = &[run::COMMANDS, server::COMMANDS];
+const GROUPS: &[&[Command]] = &[run::COMMANDS, server::COMMANDS, stats::COMMANDS];
 
 /// A command: its name, and what it does.
 #[derive(Debug)]
