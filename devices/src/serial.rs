@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vm_superio::Serial as Uart;
 use vm_superio::serial::{NoEvents, SerialState};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{BoxError, BusDevice};
 use crate::irq::IrqLine;
@@ -35,6 +36,10 @@ pub struct Serial {
     fifo: usize,
     /// Input that gets into the FIFO once the guest has read what is there.
     waiting: VecDeque<u8>,
+    /// Signalled when there is room again.
+    room: Option<EventFd>,
+    /// Input was refused since.
+    is_room_awaited: bool,
 }
 
 impl Serial {
@@ -48,7 +53,14 @@ impl Serial {
             uart,
             looks: 0,
             waiting: VecDeque::new(),
+            room: None,
+            is_room_awaited: false,
         }
+    }
+
+    /// Signals `room` whenever there is room for input again after some was refused.
+    pub fn signal_room(&mut self, room: EventFd) {
+        self.room = Some(room);
     }
 
     /// The interrupt line of the port.
@@ -61,6 +73,7 @@ impl Serial {
     pub fn push_input(&mut self, input: &[u8]) -> usize {
         let taken = input.len().min(MOST_WAITING - self.waiting.len());
         self.waiting.extend(&input[..taken]);
+        self.is_room_awaited |= taken < input.len();
         self.fill_fifo();
         taken
     }
@@ -80,6 +93,17 @@ impl Serial {
         // In loopback mode (the guest's driver is probing) the port takes nothing and returns 0.
         let taken = self.uart.enqueue_raw_bytes(next).unwrap_or(0);
         self.waiting.drain(..taken);
+        self.announce_room();
+    }
+
+    /// Not for each byte that the guest reads.
+    fn announce_room(&mut self) {
+        if self.is_room_awaited && self.waiting.len() <= MOST_WAITING / 2 {
+            self.is_room_awaited = false;
+            if let Some(room) = &self.room {
+                let _ = room.write(1);
+            }
+        }
     }
 }
 
@@ -166,6 +190,7 @@ impl BusDevice for Serial {
         self.uart =
             Uart::from_state(&uart, irq, NoEvents, output).map_err(|error| format!("{error:?}"))?;
         self.waiting = waiting;
+        self.announce_room();
         Ok(())
     }
 }
@@ -253,6 +278,28 @@ mod tests {
         assert_eq!(read_all(&mut serial), input[..taken + again]);
         assert_eq!(serial.push_input(b"more"), 4);
         assert_eq!(read_all(&mut serial), b"more");
+    }
+
+    #[test]
+    fn room_is_signalled_when_the_guest_has_read_half_of_what_waits() {
+        let mut serial = serial();
+        let room = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        serial.signal_room(room.try_clone().unwrap());
+        let input = vec![b'x'; 2 * MOST_WAITING];
+        let taken = serial.push_input(&input[..MOST_WAITING]);
+        assert_eq!(taken, MOST_WAITING);
+        assert!(serial.push_input(&input) < input.len());
+        let mut was_read = 0;
+        while room.read().is_err() {
+            assert_eq!(read(&mut serial, DATA), b'x');
+            was_read += 1;
+        }
+        assert!(
+            (MOST_WAITING / 2..MOST_WAITING).contains(&was_read),
+            "{was_read}"
+        );
+        read_all(&mut serial);
+        assert!(room.read().is_err(), "once");
     }
 
     #[test]

@@ -112,6 +112,13 @@ impl Vcpu {
         }
     }
 
+    /// Sends what the serial port has to send, now that its lock is free again.
+    fn send_output(&self) {
+        if let Some(console) = &self.buses.console {
+            console.send_if_due();
+        }
+    }
+
     fn run_until_kicked(&mut self) {
         while self.buses.exit.reason().is_none() {
             let reason = match self.fd.run() {
@@ -123,6 +130,7 @@ impl Vcpu {
                     // looks at another part only.
                     let data = unsafe { slice::from_raw_parts_mut(start, len) };
                     self.buses.ports.read_each(port.into(), width, data);
+                    self.send_output();
                     continue;
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
@@ -131,6 +139,7 @@ impl Vcpu {
                     // SAFETY: as above.
                     let data = unsafe { slice::from_raw_parts(start, len) };
                     self.buses.ports.write_each(port.into(), width, data);
+                    self.send_output();
                     continue;
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {

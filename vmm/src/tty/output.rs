@@ -38,16 +38,21 @@ pub fn stdout_file() -> io::Result<File> {
 
 /// The serial port's output to a file, pipe or terminal.
 ///
-/// The port says when what it has written is to go out, and a vCPU sends it. Where it does not say
-/// so within [`DELAY`], a timer expires, and the control thread kicks the vCPUs: it never writes
-/// itself, since a reader may hold it up.
+/// The port says when what it has written is to go out, and the vCPU that has caused it sends it
+/// once it has left the port: a reader that holds it up does not hold up who needs the port. Where
+/// the port does not say so within [`DELAY`], a timer expires, and the control thread kicks the
+/// vCPUs: it never writes itself.
 #[derive(Debug)]
 pub struct Output {
     gathered: Mutex<Gathered>,
+    /// Held while a reader is waited for.
+    target: Mutex<Target>,
     /// The descriptor of the timer, for which the control thread need not wait for the lock.
     timer: RawFd,
     /// There is something to send. Set by those who hold the lock.
     is_waiting: AtomicBool,
+    /// And it is to go out.
+    is_due: AtomicBool,
     /// The timer runs, or has expired and the control thread has yet to see it.
     is_timed: AtomicBool,
     lost: Lost,
@@ -57,7 +62,6 @@ pub struct Output {
 struct Gathered {
     bytes: Vec<u8>,
     timer: TimerFd,
-    target: Target,
 }
 
 /// The serial port's share of an output.
@@ -67,20 +71,21 @@ pub struct Port(Arc<Output>);
 impl Output {
     /// Writes to `file`, which is called `place`, until `exit` is requested.
     pub fn new(file: File, place: String, exit: Arc<ExitRequest>) -> io::Result<Self> {
-        let target = Target {
-            file,
-            exit,
-            given_up: false,
-        };
         let timer = TimerFd::new()?;
         Ok(Self {
             timer: timer.as_raw_fd(),
             gathered: Mutex::new(Gathered {
                 bytes: Vec::with_capacity(MOST),
                 timer,
-                target,
+            }),
+            target: Mutex::new(Target {
+                file,
+                exit,
+                given_up: false,
+                room: Vec::with_capacity(MOST),
             }),
             is_waiting: AtomicBool::new(false),
+            is_due: AtomicBool::new(false),
             is_timed: AtomicBool::new(false),
             lost: Lost::new(place),
         })
@@ -96,22 +101,30 @@ impl Output {
         &self.lost
     }
 
-    /// Writes out all that was gathered.
-    pub fn send(&self) {
-        if self.is_waiting.load(Ordering::SeqCst) {
-            self.send_from(&mut self.lock());
+    /// Writes out what was gathered, if it is to go out.
+    pub fn send_if_due(&self) {
+        if self.is_due.load(Ordering::SeqCst) {
+            self.send();
         }
     }
 
-    /// The same for a vCPU that leaves the guest, or was kicked. Another that holds the lock is
-    /// about to do so itself, and may have to wait for a reader.
+    /// Writes out all that was gathered.
+    pub fn send(&self) {
+        if self.is_waiting.load(Ordering::SeqCst) {
+            let mut target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
+            self.send_to(&mut target);
+        }
+    }
+
+    /// The same for a vCPU that leaves the guest, or was kicked. Another that is at it may have to
+    /// wait for a reader, and this one need not.
     pub fn send_unless_busy(&self) {
         if !self.is_waiting.load(Ordering::SeqCst) {
             return;
         }
-        match self.gathered.try_lock() {
-            Ok(mut gathered) => self.send_from(&mut gathered),
-            Err(TryLockError::Poisoned(poisoned)) => self.send_from(&mut poisoned.into_inner()),
+        match self.target.try_lock() {
+            Ok(mut target) => self.send_to(&mut target),
+            Err(TryLockError::Poisoned(poisoned)) => self.send_to(&mut poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => {}
         }
     }
@@ -129,7 +142,13 @@ impl Output {
         let is_timed =
             self.is_timed.swap(true, Ordering::SeqCst) || gathered.timer.reset(DELAY, None).is_ok();
         if !is_timed || gathered.bytes.len() >= MOST {
-            self.send_from(gathered);
+            self.is_due.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn flush(&self) {
+        if self.is_waiting.load(Ordering::SeqCst) {
+            self.is_due.store(true, Ordering::SeqCst);
         }
     }
 
@@ -137,14 +156,18 @@ impl Output {
         self.gathered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn send_from(&self, gathered: &mut Gathered) {
+    fn send_to(&self, target: &mut Target) {
+        let mut gathered = self.lock();
+        self.is_due.store(false, Ordering::SeqCst);
         self.is_waiting.store(false, Ordering::SeqCst);
-        let mut bytes = mem::take(&mut gathered.bytes);
-        if let Err((left, error)) = gathered.target.write(&bytes) {
+        let room = mem::take(&mut target.room);
+        let bytes = mem::replace(&mut gathered.bytes, room);
+        drop(gathered);
+        if let Err((left, error)) = target.write(&bytes) {
             self.lost.count(left, &error);
         }
-        bytes.clear();
-        gathered.bytes = bytes;
+        target.room = bytes;
+        target.room.clear();
     }
 }
 
@@ -162,7 +185,7 @@ impl Write for Port {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.send();
+        self.0.flush();
         Ok(())
     }
 }
@@ -176,6 +199,8 @@ struct Target {
     file: File,
     exit: Arc<ExitRequest>,
     given_up: bool,
+    /// Where the next output is gathered, while this one is written.
+    room: Vec<u8>,
 }
 
 impl Target {
@@ -266,8 +291,10 @@ mod tests {
         let mut port = output.port();
         port.write_all(b"pro").unwrap();
         port.write_all(b"mpt").unwrap();
+        output.send_if_due();
         assert_eq!(read(&reader), b"");
         port.flush().unwrap();
+        output.send_if_due();
         assert_eq!(read(&reader), b"prompt");
         assert!(!output.is_late());
     }
@@ -292,11 +319,15 @@ mod tests {
     }
 
     #[test]
-    fn control_thread_does_not_wait_for_a_vcpu_that_writes() {
+    fn vcpu_that_waits_for_a_reader_holds_up_neither_the_port_nor_the_control_thread() {
         let (output, _reader, _exit) = output();
-        let _writes = output.lock();
+        let _writes = output.target.lock().unwrap();
+        let mut port = output.port();
+        port.write_all(b"x").unwrap();
+        port.flush().unwrap();
+        output.send_unless_busy();
         assert!(output.as_raw_fd() >= 0);
-        assert!(!output.is_late());
+        assert!(output.is_late());
     }
 
     #[test]
@@ -305,6 +336,7 @@ mod tests {
         let mut port = output.port();
         for _ in 0..MOST {
             port.write_all(b"x").unwrap();
+            output.send_if_due();
         }
         assert_eq!(read(&reader), [b'x'; MOST]);
         assert!(output.lock().bytes.is_empty());
@@ -314,10 +346,11 @@ mod tests {
     fn output_to_a_full_pipe_gives_up_once_the_guest_ends() {
         let (output, reader, exit) = output();
         let mut port = output.port();
-        rustix::io::ioctl_fionbio(&output.lock().target.file, true).unwrap();
+        rustix::io::ioctl_fionbio(&output.target.lock().unwrap().file, true).unwrap();
         let blocked = thread::spawn(move || {
-            while !port.0.lock().target.given_up {
+            while !port.0.target.lock().unwrap().given_up {
                 port.write_all(&[b'x'; MOST]).unwrap();
+                port.0.send_if_due();
             }
         });
         exit.request(Exit::PowerOff);
