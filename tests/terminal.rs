@@ -218,7 +218,7 @@ fn paused_child() {
     let guest = Guest::start(config).unwrap();
     guest.pause().unwrap();
     println!("paused");
-    assert_eq!(guest.wait().unwrap(), Exit::Quit);
+    assert_eq!(guest.wait().unwrap(), Exit::Terminal);
 }
 
 fn paused_session() -> Session {

@@ -14,7 +14,6 @@ use devices::events::EventSink;
 use devices::irq::IrqLine;
 use devices::serial::Serial;
 use devices::virtio::balloon::{Balloon, BalloonHandle};
-use devices::virtio::blk::BlkHandle;
 use devices::virtio::rng::Rng;
 use net::HostLinkGuard;
 use rustix::rand::GetRandomFlags;
@@ -24,7 +23,7 @@ use crate::config::{Config, ConsoleTarget};
 use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
-use crate::disk;
+use crate::disk::{self, Disk};
 use crate::events::EventHub;
 use crate::kvm::cpuid::CpuModel;
 use crate::kvm::vcpu::{DeviceBuses, NewVcpu, Vcpu};
@@ -165,7 +164,7 @@ struct Built {
     power_button: IrqLine,
     serial: Option<Arc<Mutex<Serial>>>,
     console: Option<Arc<Output>>,
-    disks: Vec<Arc<BlkHandle>>,
+    disks: Vec<Disk>,
     balloon: Option<BalloonHandle>,
     net_devices: NetDevices,
     host_link: Option<HostLinkGuard>,

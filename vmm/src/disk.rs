@@ -9,7 +9,18 @@ use devices::virtio::blk::{Blk, BlkHandle, BlkOptions};
 use crate::config::DiskConfig;
 use crate::machine::{Machine, MachineError};
 
-/// Puts each disk into the machine, and returns what it is resized by while the guest runs.
+/// A disk of a guest that runs.
+#[derive(Debug)]
+pub struct Disk {
+    /// By its place in the configuration: disk0, disk1 and so on.
+    pub name: String,
+    /// What it was asked to be.
+    pub config: DiskConfig,
+    /// What it is, and is resized by.
+    pub handle: Arc<BlkHandle>,
+}
+
+/// Puts each disk into the machine.
 ///
 /// # Errors
 ///
@@ -18,8 +29,8 @@ pub fn add(
     machine: &mut Machine,
     configs: &[DiskConfig],
     storages: Vec<Storage>,
-) -> Result<Vec<Arc<BlkHandle>>, MachineError> {
-    let mut handles = Vec::new();
+) -> Result<Vec<Disk>, MachineError> {
+    let mut disks = Vec::new();
     for (n, (config, storage)) in configs.iter().zip(storages).enumerate() {
         let name = format!("disk{n}");
         let options = BlkOptions {
@@ -31,9 +42,13 @@ pub fn add(
             io: config.io,
             events: EventSink::default(),
         };
-        let device = Blk::new(name, storage, options).map_err(MachineError::Device)?;
-        handles.push(device.handle());
+        let device = Blk::new(name.clone(), storage, options).map_err(MachineError::Device)?;
+        disks.push(Disk {
+            name,
+            config: config.clone(),
+            handle: device.handle(),
+        });
         machine.add_virtio(device)?;
     }
-    Ok(handles)
+    Ok(disks)
 }

@@ -45,6 +45,7 @@ impl Event {
             Exit::Reboot => (true, "guest-reset"),
             Exit::Panic => (true, "guest-panic"),
             Exit::Quit => (false, "host-qmp-quit"),
+            Exit::Terminal => (false, "host-ui"),
             Exit::Signal(_) => (false, "host-signal"),
             Exit::Crash(_) | Exit::InternalError | Exit::Failure(_) => (false, "host-error"),
         };

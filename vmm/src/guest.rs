@@ -1,7 +1,7 @@
 //! A guest that runs beside the program that has started it.
 
 use std::panic::resume_unwind;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use crate::builder::{self, Error};
@@ -136,7 +136,7 @@ impl Guest {
         // By this thread: a file system may take its time.
         let handle = self
             .control
-            .ask(move |control| control.disks.get(disk).cloned());
+            .ask(move |control| Some(Arc::clone(&control.disks.get(disk)?.handle)));
         let handle = handle.ok_or(GuestError::Ended)?;
         let grown = handle.ok_or(GuestError::NoDisk(disk))?.grow(bytes);
         grown.map_err(|source| GuestError::Resize(disk, bytes, source))

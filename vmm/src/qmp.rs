@@ -88,6 +88,11 @@ impl Reply {
         });
     }
 
+    /// The command has failed.
+    pub fn fail(self, error: QmpError) {
+        self.send(Err::<(), _>(error));
+    }
+
     fn push(&mut self, mut message: Value) {
         self.is_sent = true;
         if let Some(id) = self.id.take() {

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use devices::irq::IrqLine;
 use devices::virtio::balloon::BalloonHandle;
-use devices::virtio::blk::BlkHandle;
 use devices::virtio::net::NetHandle;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -21,6 +20,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::exit::{Exit, ExitRequest};
 use super::handle::Requests;
 use super::{GuestError, GuestState, RunState};
+use crate::disk::Disk;
 use crate::events::{Event, EventHub};
 use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vcpus::Vcpus;
@@ -81,7 +81,7 @@ pub struct Control {
     vcpus: Vcpus,
     devices: Arc<DeviceBuses>,
     /// In the order of the configuration.
-    pub disks: Vec<Arc<BlkHandle>>,
+    pub disks: Vec<Disk>,
     events: Arc<EventHub>,
     /// In the order of the configuration.
     pub nics: Vec<Arc<NetHandle>>,
@@ -176,6 +176,11 @@ impl Control {
         }
     }
 
+    /// The threads of its vCPUs, in order.
+    pub fn vcpu_threads(&self) -> Vec<i32> {
+        self.vcpus.thread_ids()
+    }
+
     /// Stops the guest. `done` is called once nothing of it runs: a vCPU may first have to wait for a
     /// reader of the console.
     pub fn pause(&mut self, done: Paused) {
@@ -237,7 +242,11 @@ impl Control {
             memory: MemoryStats::of_process(memory.sum()),
             balloon: self.balloon.as_ref().map(BalloonStats::from),
             nics: self.nics.iter().map(|nic| (&**nic).into()).collect(),
-            disks: self.disks.iter().map(|disk| (&**disk).into()).collect(),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| (&*disk.handle).into())
+                .collect(),
         }
     }
 

@@ -17,8 +17,10 @@ pub enum Exit {
     Reboot,
     /// Its kernel panicked, and asked for a reset.
     Panic,
-    /// Ended from the terminal (Ctrl-A x), by QMP's `quit`, or by the program that runs it.
+    /// Ended by QMP's `quit`, or by the program that runs it.
     Quit,
+    /// Ended from the terminal (Ctrl-A x).
+    Terminal,
     /// A signal came, and the guest did not power off in time.
     Signal(i32),
     /// KVM cannot run it on.
@@ -33,7 +35,7 @@ impl Exit {
     /// The exit status of the process.
     pub fn code(&self) -> u8 {
         match self {
-            Self::PowerOff | Self::Reboot | Self::Quit => 0,
+            Self::PowerOff | Self::Reboot | Self::Quit | Self::Terminal => 0,
             Self::Failure(_) => 1,
             Self::Crash(_) | Self::InternalError => 3,
             Self::Panic => 4,
@@ -48,7 +50,7 @@ impl Exit {
             Self::PowerOff => log::info!("the guest powered off"),
             Self::Reboot => log::info!("the guest asked for a reboot"),
             Self::Panic => log::error!("the guest's kernel panicked"),
-            Self::Quit => log::info!("ended on request"),
+            Self::Quit | Self::Terminal => log::info!("ended on request"),
             Self::Signal(number) => log::error!("ended by signal {number}"),
             Self::Crash(what) => log::error!("the guest crashed: {what}"),
             Self::InternalError => {
@@ -126,6 +128,7 @@ mod tests {
             (Exit::PowerOff, 0),
             (Exit::Reboot, 0),
             (Exit::Quit, 0),
+            (Exit::Terminal, 0),
             (Exit::Failure(String::new()), 1),
             (Exit::InternalError, 3),
             (Exit::Panic, 4),

@@ -8,10 +8,11 @@ use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use rustix::thread::gettid;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -27,6 +28,8 @@ pub struct Vcpus {
     vm: Vm,
     vcpus: Vec<Arc<Mutex<Vcpu>>>,
     threads: Vec<JoinHandle<()>>,
+    /// Of each thread, once it runs.
+    thread_ids: Vec<Arc<OnceLock<i32>>>,
     barrier: Arc<Barrier>,
     exit: Arc<ExitRequest>,
 }
@@ -40,19 +43,24 @@ impl Vcpus {
             barrier: Arc::new(Barrier::new(vcpus.len())?),
             vcpus: Vec::with_capacity(vcpus.len()),
             threads: Vec::with_capacity(vcpus.len()),
+            thread_ids: Vec::with_capacity(vcpus.len()),
             exit,
         };
         for (id, vcpu) in (0..).zip(vcpus) {
             let vcpu = Arc::new(Mutex::new(vcpu));
             started.vcpus.push(Arc::clone(&vcpu));
-            started.threads.push(started.start_thread(id, vcpu)?);
+            let thread = started.start_thread(id, vcpu)?;
+            started.threads.push(thread);
         }
         Ok(started)
     }
 
-    fn start_thread(&self, id: usize, vcpu: Arc<Mutex<Vcpu>>) -> io::Result<JoinHandle<()>> {
+    fn start_thread(&mut self, id: usize, vcpu: Arc<Mutex<Vcpu>>) -> io::Result<JoinHandle<()>> {
         let (barrier, exit) = (Arc::clone(&self.barrier), Arc::clone(&self.exit));
+        let thread_id = Arc::new(OnceLock::new());
+        self.thread_ids.push(Arc::clone(&thread_id));
         let body = move || {
+            thread_id.get_or_init(|| gettid().as_raw_pid());
             IMMEDIATE_EXIT.set(lock(&vcpu).immediate_exit());
             let run = || {
                 while exit.reason().is_none() {
@@ -73,6 +81,13 @@ impl Vcpus {
     pub fn pause(&self) {
         self.barrier.close();
         self.kick();
+    }
+
+    /// The kernel's number of each vCPU's thread.
+    pub fn thread_ids(&self) -> Vec<i32> {
+        let ids = self.thread_ids.iter();
+        // A thread says its own before anything else.
+        ids.map(|id| *id.wait()).collect()
     }
 
     /// Readable once all vCPUs have stopped after [`Vcpus::pause`].

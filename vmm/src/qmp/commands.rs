@@ -3,19 +3,32 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{Executor, QmpError, Reply, Request};
 use crate::control::event_loop::Control;
 
+mod arguments;
+mod block;
+mod human;
+mod machine;
 mod run;
 mod server;
 mod stats;
 
+use arguments::NoArguments;
+
 /// All commands.
-const GROUPS: &[&[Command]] = &[run::COMMANDS, server::COMMANDS, stats::COMMANDS];
+const GROUPS: &[&[Command]] = &[
+    block::COMMANDS,
+    human::COMMANDS,
+    machine::COMMANDS,
+    run::COMMANDS,
+    server::COMMANDS,
+    stats::COMMANDS,
+];
 
 /// A command: its name, and what it does.
 #[derive(Debug)]
@@ -27,11 +40,6 @@ struct Command {
 /// What a client has given with a command.
 #[derive(Debug)]
 struct Arguments(Map<String, Value>);
-
-/// Of a command that takes none.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NoArguments {}
 
 /// The result of a command that has nothing to say.
 #[derive(Debug, Serialize)]
@@ -49,8 +57,7 @@ impl Arguments {
 
     /// The arguments as the command takes them.
     fn read<A: DeserializeOwned>(self) -> Result<A, QmpError> {
-        let read = serde_json::from_value(Value::Object(self.0));
-        read.map_err(|error| QmpError::new(error.to_string()))
+        arguments::read(self.0)
     }
 }
 
@@ -66,7 +73,7 @@ impl Executor for Native {
                 let arguments = Arguments(request.arguments);
                 (command.run)(&mut self.0.borrow_mut(), arguments, reply);
             }
-            None => reply.send(Err::<Value, _>(QmpError::not_found(&request.name))),
+            None => reply.fail(QmpError::not_found(&request.name)),
         }
     }
 }

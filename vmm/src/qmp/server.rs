@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use serde_json::{Value, json};
+use serde_json::json;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::Connection;
@@ -165,20 +165,20 @@ impl Server {
         };
         let Message { request, id } = match message {
             Ok(message) => message,
-            Err(Rejected { error, id }) => return reply(id).send(Err::<Value, _>(error)),
+            Err(Rejected { error, id }) => return reply(id).fail(error),
         };
         match (connection.negotiated, request.name.as_str()) {
             (false, "qmp_capabilities") => {
                 connection.negotiated = true;
                 reply(id).send(Ok(json!({})));
             }
-            (false, _) => reply(id).send(Err::<Value, _>(message::not_negotiated())),
+            (false, _) => reply(id).fail(message::not_negotiated()),
             (true, "qmp_capabilities") => {
                 let error = QmpError {
                     desc: "Capabilities negotiation is already complete, command ignored".into(),
                     ..QmpError::not_found("")
                 };
-                reply(id).send(Err::<Value, _>(error));
+                reply(id).fail(error);
             }
             (true, _) => self.executor.execute(request, reply(id)),
         }

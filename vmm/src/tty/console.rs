@@ -152,7 +152,7 @@ impl Escape {
             match (std::mem::take(&mut self.armed), key) {
                 (false, Self::CTRL_A) => self.armed = true,
                 (false, _) | (true, Self::CTRL_A) => guest.push(key),
-                (true, b'x' | b'X') => exit.request(Exit::Quit),
+                (true, b'x' | b'X') => exit.request(Exit::Terminal),
                 (true, b'h' | b'H' | b'?') => log_writer::write(KEYS),
                 (true, _) => {}
             }
@@ -172,7 +172,7 @@ mod tests {
         assert_eq!(escape.filter(b"ls\x01", &exit), b"ls");
         assert_eq!(exit.reason(), None);
         assert_eq!(escape.filter(b"x", &exit), b"");
-        assert_eq!(exit.reason(), Some(&Exit::Quit));
+        assert_eq!(exit.reason(), Some(&Exit::Terminal));
     }
 
     #[test]

@@ -4,7 +4,6 @@ use serde::Serialize;
 
 use super::{Command, Done, NoArguments};
 use crate::control::RunState;
-use crate::qmp::QmpError;
 
 pub(super) const COMMANDS: &[Command] = &[
     Command {
@@ -17,7 +16,7 @@ pub(super) const COMMANDS: &[Command] = &[
         name: "stop",
         run: |control, arguments, reply| match arguments.read() {
             Ok(NoArguments {}) => control.pause(Box::new(|| reply.send(Ok(Done {})))),
-            Err(error) => reply.send(Err::<Done, QmpError>(error)),
+            Err(error) => reply.fail(error),
         },
     },
     Command {
@@ -53,17 +52,25 @@ pub(super) const COMMANDS: &[Command] = &[
 #[derive(Debug, Serialize)]
 struct Status {
     running: bool,
+    singlestep: bool,
     status: &'static str,
 }
 
 impl Status {
     fn of(state: RunState) -> Self {
-        let status = match state {
-            RunState::Running => "running",
-            RunState::Paused => "paused",
-            RunState::Ended => "shutdown",
-        };
-        let running = state == RunState::Running;
-        Self { running, status }
+        Self {
+            running: state == RunState::Running,
+            singlestep: false,
+            status: status(state),
+        }
+    }
+}
+
+/// RunState of QEMU.
+pub(super) fn status(state: RunState) -> &'static str {
+    match state {
+        RunState::Running => "running",
+        RunState::Paused => "paused",
+        RunState::Ended => "shutdown",
     }
 }
