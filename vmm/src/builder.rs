@@ -138,7 +138,7 @@ pub fn run(
     control.nics = built.net_devices.handles.clone();
     control.balloon = built.balloon;
     let control = Rc::new(RefCell::new(control));
-    let mut others = built.net_devices.followers();
+    let mut others = built.net_devices.followers(&hub);
     if !qmp.is_empty() {
         let native = Box::new(Native(Rc::clone(&control)));
         let server = Server::new(qmp, &hub, native);

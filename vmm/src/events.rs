@@ -6,9 +6,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use net::MacAddr;
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -34,6 +36,15 @@ pub enum Event {
         guest: bool,
         /// Why, in QEMU's words (ShutdownCause).
         reason: &'static str,
+    },
+    /// The guest has shown an address of its that was not known, or no longer.
+    Address {
+        /// The name of the NIC.
+        nic: String,
+        /// The NIC's MAC address, if it has a proper one.
+        mac: Option<MacAddr>,
+        /// The address.
+        address: IpAddr,
     },
 }
 
@@ -64,6 +75,10 @@ impl Event {
             Self::Shutdown { guest, reason } => {
                 ("SHUTDOWN", json!({"guest": guest, "reason": reason}))
             }
+            Self::Address { nic, mac, address } => (
+                "X_MINIVMM_ADDRESS",
+                json!({"nic": nic, "mac": mac, "address": address}),
+            ),
         })
     }
 }

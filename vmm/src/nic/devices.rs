@@ -15,6 +15,7 @@ use net::LinkGuard;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{BackendChoice, NicOptions};
+use crate::events::EventHub;
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
 use crate::nic::follow::Follower;
@@ -73,10 +74,13 @@ impl NetDevices {
         Ok(devices)
     }
 
-    /// What the control thread does for them while the guest runs.
-    pub fn followers(&mut self) -> Vec<Box<dyn MutEventSubscriber>> {
-        let boxed = |follower| Box::new(follower) as Box<dyn MutEventSubscriber>;
-        self.followers.drain(..).map(boxed).collect()
+    /// What the control thread does for them while the guest runs. New addresses are announced by `events`.
+    pub fn followers(&mut self, events: &Arc<EventHub>) -> Vec<Box<dyn MutEventSubscriber>> {
+        let boxed = |(n, mut follower): (usize, Follower)| {
+            follower.announce_to(format!("net{n}"), Arc::clone(events));
+            Box::new(follower) as Box<dyn MutEventSubscriber>
+        };
+        self.followers.drain(..).enumerate().map(boxed).collect()
     }
 }
 

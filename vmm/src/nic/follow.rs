@@ -2,6 +2,7 @@
 //! kernel moves tell of the guest, and what is known of it is published.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,14 +10,17 @@ use std::time::Duration;
 use devices::virtio::net::config::ConfigSpace;
 use devices::virtio::net::observe::Observer;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use net::{FrameListener, HEARD_LEN};
+use net::{FrameListener, HEARD_LEN, MacAddr};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::link::Link;
 use super::registry::Claim;
+use crate::events::{Event, EventHub};
 
 /// How long news waits to be published: a guest can cause any amount of it.
 const PUBLISH_DELAY: Duration = Duration::from_millis(100);
+/// How often in that time new addresses are announced at once; any more wait for its end.
+const MOST_AT_ONCE: u32 = 4;
 /// Frames that are looked at before a pause: a guest can send any number.
 const FRAME_BUDGET: usize = 64;
 const FRAME_PAUSE: Duration = Duration::from_millis(100);
@@ -39,6 +43,13 @@ pub struct Follower {
     guest: Arc<ConfigSpace>,
     observer: Arc<Observer>,
     claim: Claim,
+    /// The name of the NIC in events.
+    id: String,
+    events: Arc<EventHub>,
+    /// The addresses that were announced last.
+    announced: Vec<IpAddr>,
+    /// How often they were since the last publication.
+    at_once: u32,
     /// Runs while there is something that is not published yet.
     publish: TimerFd,
     link: Option<Link>,
@@ -66,6 +77,10 @@ impl Follower {
             guest,
             observer,
             claim,
+            id: String::new(),
+            events: Arc::default(),
+            announced: Vec::new(),
+            at_once: 0,
             publish: TimerFd::new()?,
             link,
             listener: listener.map(with_timer).transpose()?,
@@ -75,9 +90,30 @@ impl Follower {
         Ok(follower)
     }
 
+    /// Has new addresses of the NIC, which is called `id` there, announced by `events`.
+    pub fn announce_to(&mut self, id: String, events: Arc<EventHub>) {
+        self.id = id;
+        self.events = events;
+    }
+
+    fn announce(&mut self) {
+        let addresses = self.observer.addresses();
+        let mac = MacAddr::try_from(self.guest.mac()).ok();
+        for address in addresses.iter().filter(|new| !self.announced.contains(new)) {
+            self.events.publish(Event::Address {
+                nic: self.id.clone(),
+                mac,
+                address: *address,
+            });
+        }
+        self.announced = addresses;
+    }
+
     fn publish(&mut self) {
+        self.announce();
+        self.at_once = 0;
         self.claim.update(|nic| {
-            nic.addresses = self.observer.addresses();
+            nic.addresses.clone_from(&self.announced);
             nic.wrong_source_frames = self.observer.wrong_source();
             nic.tap.mtu = self.guest.mtu().into();
             nic.link = self.link.as_ref().map(Link::seen);
@@ -134,6 +170,10 @@ impl MutEventSubscriber for Follower {
         match (events.data(), &mut self.listener, &mut self.link) {
             (LEARNT, _, _) => {
                 let _ = self.observer.changed().read();
+                if self.at_once < MOST_AT_ONCE {
+                    self.at_once += 1;
+                    self.announce();
+                }
                 self.publish_later();
             }
             (PUBLISH, _, _) => {
