@@ -25,6 +25,7 @@ use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
 use crate::disk::{self, Disk};
 use crate::events::EventHub;
+use crate::instance::InstanceError;
 use crate::kvm::cpuid::CpuModel;
 use crate::kvm::vcpu::{DeviceBuses, NewVcpu, Vcpu};
 use crate::kvm::vcpus::Vcpus;
@@ -47,6 +48,9 @@ pub enum Error {
     /// The machine cannot be laid out.
     #[error(transparent)]
     Plan(#[from] TooManyDevices),
+    /// The guest cannot have its name.
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
     /// The host does not give something.
     #[error(transparent)]
     Resources(#[from] ResourceError),
@@ -80,6 +84,7 @@ impl Error {
     /// What to do about it, where the text does not say it.
     pub fn remedy(&self) -> Option<String> {
         match self {
+            Self::Instance(error) => error.remedy(),
             Self::Resources(ResourceError::Disk(error)) => error.remedy(),
             Self::Resources(ResourceError::Kvm(error)) | Self::Vm(error) => {
                 error.remedy().map(str::to_owned)

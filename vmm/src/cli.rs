@@ -12,7 +12,7 @@ use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 use serde_json::{Map, Value};
 
 use crate::config::{
-    Config, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig, NicSource,
+    Config, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig, NicSource, VmName,
     parse_macvtap,
 };
 use crate::plan::Transport;
@@ -156,6 +156,10 @@ impl Cli {
 /// The guest to run.
 #[derive(Clone, Debug, Args)]
 pub struct GuestArgs {
+    /// Name of the VM, for ps and the other commands; the lowest free of vm1, vm2, ... by default
+    #[arg(long, value_name = "NAME", help_heading = "Guest")]
+    pub name: Option<VmName>,
+
     /// All but its NICs.
     #[command(flatten)]
     pub machine: MachineArgs,
@@ -276,6 +280,7 @@ pub struct MachineArgs {
 impl From<GuestArgs> for Config {
     fn from(args: GuestArgs) -> Self {
         Self {
+            name: args.name,
             nics: args.macvtap,
             transport: args.transport,
             host_link: args.host_link,
@@ -339,6 +344,8 @@ pub enum Command {
     Qemu(Box<QemuArgs>),
     /// Sends a command to a QMP socket, and prints what it returns
     Qmp(QmpArgs),
+    /// Lists the running VMs
+    Ps(PsArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
     Doctor(DoctorArgs),
 }
@@ -462,6 +469,17 @@ fn object(text: &str) -> Result<Map<String, Value>, String> {
         .map_err(|error| format!("not a JSON object, as in {{\"id\": \"disk0\"}}: {error}"))
 }
 
+/// `minivmm ps`.
+#[derive(Clone, Debug, Args)]
+pub struct PsArgs {
+    /// Only these VMs
+    pub name: Vec<VmName>,
+
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `minivmm doctor`.
 #[derive(Clone, Debug, Args)]
 pub struct DoctorArgs {
@@ -506,6 +524,10 @@ mod tests {
             "minivmm net list",
             "minivmm net list eno1 --json",
             "minivmm net gc -v",
+            "minivmm ps",
+            "minivmm ps web vm1 --json",
+            "minivmm --kernel k --name web-1",
+            "minivmm qemu --name web -- -M q35",
             "minivmm doctor",
             "minivmm doctor eno1 --json",
             "minivmm --kernel k --macvtap fd=3 --host-link 10.0.0.1/24",
@@ -535,6 +557,8 @@ mod tests {
             "minivmm net host-link eno1 --delete --move-address",
             "minivmm --kernel k --host-link 10.0.0.1/24",
             "minivmm --kernel k --balloon --hugepages",
+            "minivmm --kernel k --name a/b",
+            "minivmm ps .",
             "minivmm --kernel k --rng maybe",
             "minivmm qemu --balloon -- -M q35",
             "minivmm qemu",

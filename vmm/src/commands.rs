@@ -5,11 +5,13 @@ mod firewall;
 mod host_link;
 mod list;
 mod open;
+mod ps;
 mod qmp;
 
 use std::io::{self, ErrorKind, Write};
 
 use crate::cli::{Command, NetCommand};
+use crate::instance::{FindError, InstanceError};
 use crate::nic::Inherited;
 use crate::printable::{printable, printable_json};
 use crate::qemu::{self, QemuError};
@@ -33,6 +35,8 @@ pub enum CommandError {
     Qemu(#[from] QemuError),
     #[error(transparent)]
     Qmp(#[from] ClientError),
+    #[error(transparent)]
+    Find(#[from] FindError),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
 }
@@ -43,6 +47,14 @@ impl CommandError {
         match self {
             Self::Open(error) => error.code(),
             _ => 1,
+        }
+    }
+
+    /// What to do about it, where the text does not say it.
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            Self::Qemu(QemuError::Instance(error)) => InstanceError::remedy(error),
+            _ => net::remedy(self),
         }
     }
 }
@@ -57,6 +69,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Qemu(args) if args.dry_run => print(&qemu::dry_run(args, inherited)?).map(|()| 0),
         Command::Qemu(args) => Ok(qemu::run(args, inherited)?),
         Command::Qmp(args) => print(&qmp::run(args)?).map(|()| 0),
+        Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),
         Command::Doctor(args) => {
             let (report, healthy) = doctor::run(args);
             print(&report).map(|()| if healthy { 0 } else { 1 })
@@ -84,6 +97,21 @@ fn print(text: &str) -> Result<(), CommandError> {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(CommandError::Output(error)),
         _ => Ok(()),
     }
+}
+
+/// Lines whose columns stand under each other. The last one may be of any length.
+fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> Vec<String> {
+    let rows: Vec<_> = rows.into_iter().collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or(0));
+    let line = |row: &[String; N]| {
+        let cells = row.iter().zip(widths);
+        let cells: Vec<_> = cells
+            .map(|(text, width)| format!("{text:width$}"))
+            .collect();
+        cells.join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
 }
 
 /// Lines for people.

@@ -12,6 +12,7 @@ use crate::plan::Transport;
 mod balloon;
 mod disk;
 mod keys;
+mod name;
 mod nic;
 mod qemu;
 
@@ -19,6 +20,7 @@ pub use balloon::{BalloonError, HeldBack};
 use disk::DISK_KEYS;
 pub use disk::{DiskConfig, DiskLimit, Serial};
 use keys::listed;
+pub use name::VmName;
 pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
 use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 pub use qemu::QemuNic;
@@ -38,6 +40,8 @@ const GRACE_WITH_DISKS: Duration = Duration::from_secs(90);
 /// A guest, validated.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// The name by which `minivmm ps` and its like find it. Without one they do not, but for the program's own.
+    pub name: Option<VmName>,
     /// Path of the kernel.
     pub kernel: PathBuf,
     /// Path of the initial RAM disk.
@@ -77,6 +81,7 @@ impl Config {
     /// A guest with this kernel, one CPU, 512 MiB of memory, random numbers, and its console on stdio.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
+            name: None,
             kernel: kernel.into(),
             initrd: None,
             cmdline: String::new(),
@@ -137,6 +142,12 @@ pub enum ConfigError {
     /// More than guest-physical addresses can reach.
     #[error("more than the {} that a guest can have", MemorySize::MAX)]
     MemoryTooLarge,
+    /// The VM's name.
+    #[error(
+        "not a name: write 1 to {max} letters, digits, `_`, `.` and `-`, the first a letter or digit",
+        max = VmName::MAX
+    )]
+    Name,
     /// The console's place.
     #[error("not one of stdio, none and file:PATH")]
     Console,

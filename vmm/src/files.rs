@@ -1,10 +1,11 @@
-//! The files that a guest's start reads and writes: none is written that is anything else as well.
+//! The files that a guest's start reads and writes: none is written that is anything else as well. And files that others
+//! read meanwhile.
 
 use std::fmt;
 use std::fs::{self, File, Metadata, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{OFlags, fcntl_setfl};
@@ -132,6 +133,21 @@ pub fn open_for_writing(path: &Path) -> io::Result<File> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// Writes a file so that a reader sees the old or the new, never a part. No other thread or process may do the same
+/// meanwhile.
+pub fn replace(path: &Path, mode: u32, contents: &[u8]) -> io::Result<File> {
+    let new = path.with_extension("new");
+    let _ = fs::remove_file(&new);
+    let mut file = File::create_new(&new)?;
+    let written = file
+        .set_permissions(fs::Permissions::from_mode(mode))
+        .and_then(|()| file.write_all(contents))
+        .and_then(|()| fs::rename(&new, path));
+    written
+        .map(|()| file)
+        .inspect_err(|_| drop(fs::remove_file(&new)))
 }
 
 fn is_fifo(path: &Path) -> bool {

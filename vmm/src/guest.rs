@@ -9,7 +9,9 @@ use crate::config::Config;
 use crate::control::exit::Exit;
 use crate::control::handle::Handle;
 use crate::control::{GuestError, GuestState, RunState};
+use crate::instance::Instance;
 use crate::nic::Inherited;
+use crate::nic::registry::Runs;
 use crate::stats::Stats;
 
 /// A running guest. Dropping it ends the guest.
@@ -34,6 +36,9 @@ impl Guest {
                 // The receiver waits for it.
                 let _ = sender.send(handle);
             };
+            let name = config.name.as_ref();
+            let claim = |name| Instance::claim(Some(name), &Runs::kernel(&config.kernel));
+            let _instance = name.map(claim).transpose()?;
             // The memory of the program that this is a part of is not ours to give back.
             builder::run(config, Inherited::default(), &[], started, || ())
         };

@@ -48,7 +48,8 @@
 //! other programs control the guest, `events` what happens to it, for them, and [`stats`] what is counted.
 //! `log_writer` has the log, and `printable` makes text of others fit for a terminal. `program` is the
 //! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU
-//! on the same macvtaps; `child` starts other programs. `signals` and `limits` settle what this
+//! on the same macvtaps; `child` starts other programs. `instance` has the
+//! directory by which other programs find a VM. `signals` and `limits` settle what this
 //! process was started with, and give it to those programs; `trim` gives back memory that only the
 //! start has needed.
 //!
@@ -71,6 +72,7 @@ mod disk;
 mod events;
 mod files;
 mod guest;
+mod instance;
 mod kvm;
 mod limits;
 mod log_writer;

@@ -2,10 +2,13 @@
 
 use std::process::ExitCode;
 
+use crate::builder::Error;
 use crate::cli::Cli;
 use crate::config::Config;
 use crate::control::exit::{Exit, chain};
+use crate::instance::Instance;
 use crate::nic::Inherited;
+use crate::nic::registry::Runs;
 use crate::{builder, commands, limits, log_writer, signals, trim, tty};
 
 /// Does what the command line says.
@@ -34,19 +37,25 @@ pub unsafe fn main() -> ExitCode {
     if let Some(command) = &cli.command {
         let status = commands::run(command, inherited);
         return ExitCode::from(status.unwrap_or_else(|error| {
-            log::error!("{}", with_remedy(chain(&error), net::remedy(&error)));
+            log::error!("{}", with_remedy(chain(&error), error.remedy()));
             error.code()
         }));
     }
     tty::restore_on_panic();
     let config = Config::from(cli.guest);
-    // No other thread is to control the guest.
-    let exit = builder::run(config, inherited, &signals::ENDING, drop, trim::give_back);
-    let exit =
-        exit.unwrap_or_else(|error| Exit::Failure(with_remedy(chain(&error), error.remedy())));
+    let exit = run_guest(config, inherited)
+        .unwrap_or_else(|error| Exit::Failure(with_remedy(chain(&error), error.remedy())));
     exit.log();
     // Not `exit`: nothing that the console's thread, blocked in its read, might hold is waited for.
     ExitCode::from(exit.code())
+}
+
+/// Nothing is left of the guest when this returns.
+fn run_guest(config: Config, inherited: Inherited) -> Result<Exit, Error> {
+    let runs = Runs::kernel(&config.kernel);
+    let _instance = Instance::of_program(config.name.as_ref(), &runs)?;
+    // No other thread is to control the guest.
+    builder::run(config, inherited, &signals::ENDING, drop, trim::give_back)
 }
 
 fn with_remedy(failure: String, remedy: Option<String>) -> String {

@@ -43,6 +43,7 @@ use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
 use crate::config::{BalloonError, Config, ConsoleTarget, NicSource, QemuNic};
 use crate::files::{Files, Role, SharedFile};
+use crate::instance::{Instance, InstanceError};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
 use crate::nic::registry::Runs;
 use crate::nic::{self, HostNic, Inherited, NicError, host_link};
@@ -66,6 +67,8 @@ pub enum QemuError {
     Binary(#[from] BinaryError),
     #[error(transparent)]
     Conflict(#[from] ConflictError),
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
     #[error(transparent)]
     Nic(#[from] NicError),
     #[error(transparent)]
@@ -238,6 +241,8 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
         Some(kernel) => Runs::kernel(kernel),
         None => Runs::program(&plan.qemu),
     };
+    // Dropped last.
+    let _instance = Instance::of_program(args.name.as_ref(), &runs)?;
     let sources = args.macvtap.iter().map(|nic| &nic.source);
     let hosts = nic::acquire(sources, inherited, &runs)?;
     // The claims are given up when QEMU has ended.

@@ -37,6 +37,15 @@ impl RecordDirectory {
             .collect()
     }
 
+    /// Makes one of [`Self::own`], unless it is there already.
+    ///
+    /// # Errors
+    ///
+    /// When this process may not, and when the directory above it is missing.
+    pub fn make(path: &Path) -> io::Result<()> {
+        make_readable(path)
+    }
+
     /// Those of all users, the system's first.
     pub fn all() -> Vec<Self> {
         let mut all = Self::readable_own();

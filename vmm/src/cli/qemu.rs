@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use net::InterfaceAddress;
 
 use super::MachineArgs;
-use crate::config::QemuNic;
+use crate::config::{QemuNic, VmName};
 use crate::plan::Transport;
 
 pub(super) const HELP: &str = "\
@@ -48,6 +48,10 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(arg_required_else_help = true)]
 pub struct QemuArgs {
+    /// Name of the VM, for ps and the other commands; the lowest free of vm1, vm2, ... by default
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<VmName>,
+
     /// NIC on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap. May be repeated. The keys are below
     #[arg(long, value_name = "LINK[,KEY=VALUE...]")]

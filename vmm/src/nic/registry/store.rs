@@ -5,15 +5,16 @@
 
 use std::ffi::CStr;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use net::{Owner, RecordDirectory, RecordKey, RecordLock, RecordState, RecordView};
 use rustix::fs::{Dir, Mode, OFlags};
 
 use super::Entry;
+use crate::files;
 
 /// An entry is much shorter.
 const LONGEST: u64 = 64 * 1024;
@@ -26,21 +27,11 @@ const ENDING: &str = ".json";
 /// How the name ends before that when the NIC was passed on.
 const PASSED: &str = ".passed";
 
-/// Writes so that a reader sees the old or the new, never a part. Returns which file that is.
+/// Writes it. Its lock is held, so that no other process does. Returns which file that is.
 pub(super) fn write(path: &Path, entry: &Entry) -> io::Result<(u64, u64)> {
-    // Its lock is held, so that no other process does this.
-    let new = path.with_extension("new");
-    let _ = fs::remove_file(&new);
-    let mut file = File::create_new(&new)?;
-    file.set_permissions(fs::Permissions::from_mode(0o644))?;
-    let text = serde_json::to_vec(entry)?;
-    let written = file
-        .write_all(&text)
-        .and_then(|()| fs::rename(&new, path))
-        .and_then(|()| file.metadata());
-    written
-        .map(|found| (found.dev(), found.ino()))
-        .inspect_err(|_| drop(fs::remove_file(&new)))
+    let written = files::replace(path, 0o644, &serde_json::to_vec(entry)?)?;
+    let found = written.metadata()?;
+    Ok((found.dev(), found.ino()))
 }
 
 /// Which file it is.

@@ -1,0 +1,14 @@
+//! VMs that others find by name: `ps` and the commands beside it. Each test sees its own VMs alone
+//! (`harness/runtime.rs`); the guests are a few instructions each (`harness/tiny.rs`).
+
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+#[path = "control/host.rs"]
+mod host;
+#[path = "control/names.rs"]
+mod names;
+#[path = "harness/tiny.rs"]
+mod tiny;

@@ -1,0 +1,200 @@
+//! The place of a VM on its host, by which other programs find it: a directory `vms/NAME` in the first of
+//! [`RecordDirectory::own`] where it can be made. What is in it is the user's alone.
+//!
+//! | file | what it is |
+//! | --- | --- |
+//! | `vms/.NAME.lock` | locked as long as the VM's process lives, whatever ends that ([`RecordLock`]) |
+//! | `vms/NAME/vm.json` | the [`Record`]: what the VM says of itself |
+//! | `vms/NAME/qmp.sock` | its control socket |
+//! | `vms/NAME/console.sock` | its console |
+//! | `vms/NAME/log` | its log |
+//!
+//! A directory whose lock is free is stale: its process was killed. Whoever finds it removes it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use net::{RecordDirectory, RecordError, RecordLock};
+
+use crate::config::VmName;
+use crate::control::exit::chain;
+use crate::nic::registry::Runs;
+
+mod found;
+mod place;
+mod record;
+
+pub use found::{FindError, Found, all, find};
+pub use place::Place;
+pub use record::Record;
+
+/// How long another process may take to write its record, or to remove a stale directory.
+const SETTLING: Duration = Duration::from_secs(5);
+
+/// The most VMs whose names are numbers.
+const MOST: u32 = 100_000;
+
+/// Why a VM has no directory.
+#[derive(Debug, thiserror::Error)]
+pub enum InstanceError {
+    /// Another VM has the name.
+    #[error("the name {0} is in use by the VM of pid {1}, which runs {2}")]
+    InUse(VmName, u32, String),
+    /// Another process has locked the name, and does not say what it is.
+    #[error("the name {0} is in use by a process that is only starting")]
+    Starting(VmName),
+    /// It cannot be made.
+    #[error("cannot make the directory {0:?} for the VM's sockets")]
+    Directory(PathBuf, #[source] io::Error),
+    /// There is no place for one.
+    #[error("there is no directory for a VM's sockets")]
+    Nowhere,
+    /// The name of a socket has 107 bytes at most (unix(7)).
+    #[error("the path of the directory {0:?} is too long for a VM's sockets")]
+    TooLong(PathBuf),
+}
+
+impl InstanceError {
+    /// What to do about it.
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            Self::InUse(..) | Self::Starting(_) => Some("choose another one with --name".into()),
+            Self::Directory(..) | Self::Nowhere => {
+                let user = rustix::process::geteuid().as_raw();
+                Some(format!(
+                    "a user without rights needs XDG_RUNTIME_DIR, or a directory of the user's own \
+                     /run/minivmm/{user}, made by root"
+                ))
+            }
+            Self::TooLong(_) => Some("choose a shorter name, or a shorter XDG_RUNTIME_DIR".into()),
+        }
+    }
+
+    /// Whether another directory might do.
+    fn is_of_directory(&self) -> bool {
+        matches!(self, Self::Directory(..) | Self::TooLong(_))
+    }
+}
+
+/// The directory of this process's VM. Dropping it removes it.
+#[derive(Debug)]
+pub struct Instance {
+    place: Place,
+    /// Given up when the directory is gone.
+    _lock: RecordLock,
+}
+
+impl Instance {
+    /// Takes the name for a VM that `runs` this, or the lowest free of vm1, vm2 and so on.
+    ///
+    /// # Errors
+    ///
+    /// See [`InstanceError`].
+    pub fn claim(name: Option<&VmName>, runs: &Runs) -> Result<Self, InstanceError> {
+        Self::claim_in(RecordDirectory::own(), name, runs)
+    }
+
+    fn claim_in(
+        directories: Vec<PathBuf>,
+        name: Option<&VmName>,
+        runs: &Runs,
+    ) -> Result<Self, InstanceError> {
+        let claim = |directory: &PathBuf| {
+            let vms = place::prepare(directory)?;
+            match name {
+                Some(name) => Self::take(Place::new(&vms, name.clone()), runs),
+                None => Self::take_lowest(&vms, runs),
+            }
+        };
+        let mut claimed = Err(InstanceError::Nowhere);
+        for directory in &directories {
+            claimed = claim(directory);
+            if !claimed.as_ref().is_err_and(InstanceError::is_of_directory) {
+                break;
+            }
+        }
+        claimed
+    }
+
+    fn take_lowest(vms: &Path, runs: &Runs) -> Result<Self, InstanceError> {
+        for number in 1..=MOST {
+            let place = Place::new(vms, VmName::numbered(number));
+            if place.is_in_use() {
+                continue;
+            }
+            match Self::take(place, runs) {
+                Err(InstanceError::InUse(..) | InstanceError::Starting(_)) => {}
+                taken => return taken,
+            }
+        }
+        Err(InstanceError::Nowhere)
+    }
+
+    fn take(place: Place, runs: &Runs) -> Result<Self, InstanceError> {
+        place.check()?;
+        let record = Record::new(&place, runs.clone());
+        let failed = |error| InstanceError::Directory(place.directory(), error);
+        let deadline = Instant::now() + SETTLING;
+        loop {
+            let mut made = Ok(());
+            let taken = place.lock(|| made = place.make(&record));
+            match taken {
+                Ok(lock) => {
+                    made.map_err(failed)?;
+                    log::debug!("this VM is called {}", place.name());
+                    return Ok(Self { place, _lock: lock });
+                }
+                Err(RecordError::Held(_)) => {}
+                Err(RecordError::File(path, error)) => {
+                    return Err(InstanceError::Directory(path, error));
+                }
+                Err(error) => return Err(failed(io::Error::other(error))),
+            }
+            match place.record() {
+                Some(other) => {
+                    let name = place.name().clone();
+                    return Err(InstanceError::InUse(
+                        name,
+                        other.pid,
+                        other.runs.path().into(),
+                    ));
+                }
+                // Its VM has just ended, or another process removes what is stale.
+                None if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+                None => return Err(InstanceError::Starting(place.name().clone())),
+            }
+        }
+    }
+
+    /// Takes the name for the VM of this process. Without a name that the user has chosen the VM runs on when
+    /// there is no directory for it.
+    ///
+    /// # Errors
+    ///
+    /// When the name is in use, or cannot be taken.
+    pub fn of_program(name: Option<&VmName>, runs: &Runs) -> Result<Option<Self>, InstanceError> {
+        match Self::claim(name, runs) {
+            Ok(instance) => Ok(Some(instance)),
+            Err(error) if name.is_some() => Err(error),
+            Err(error) => {
+                let why = chain(&error);
+                let remedy = error.remedy().unwrap_or_default();
+                log::warn!(
+                    "this VM has no name, and `minivmm ps` does not show it: {why} ({remedy})"
+                );
+                Ok(None)
+            }
+        }
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        self.place.remove();
+    }
+}
+
+#[cfg(test)]
+mod tests;

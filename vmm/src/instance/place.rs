@@ -1,0 +1,129 @@
+//! Where the files of a VM are.
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use net::{RecordDirectory, RecordError, RecordKey, RecordLock, RecordState, RecordView};
+
+use super::{InstanceError, Record};
+use crate::config::VmName;
+use crate::files;
+
+/// The most bytes of a socket's path: sun_path of unix(7) without the NUL at its end.
+const LONGEST: usize = 107;
+
+/// The directory of a VM, and its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    vms: PathBuf,
+    name: VmName,
+}
+
+/// Makes the place of all VMs in a directory for records.
+pub(super) fn prepare(directory: &Path) -> Result<PathBuf, InstanceError> {
+    let vms = vms_in(directory);
+    RecordDirectory::make(directory)
+        .and_then(|()| make_own(&vms))
+        .map_err(|error| InstanceError::Directory(vms.clone(), error))?;
+    Ok(vms)
+}
+
+/// The place of all VMs in a directory for records.
+pub(super) fn vms_in(directory: &Path) -> PathBuf {
+    directory.join("vms")
+}
+
+fn make_own(directory: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(directory) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+impl Place {
+    /// Of the VM `name` in `vms`.
+    pub(super) fn new(vms: &Path, name: VmName) -> Self {
+        let vms = vms.to_owned();
+        Self { vms, name }
+    }
+
+    /// The VM's name.
+    pub fn name(&self) -> &VmName {
+        &self.name
+    }
+
+    /// Its control socket.
+    pub fn qmp_path(&self) -> PathBuf {
+        self.directory().join("qmp.sock")
+    }
+
+    /// The socket of its console.
+    pub fn console_path(&self) -> PathBuf {
+        self.directory().join("console.sock")
+    }
+
+    /// Its log.
+    pub fn log_path(&self) -> PathBuf {
+        self.directory().join("log")
+    }
+
+    pub(super) fn directory(&self) -> PathBuf {
+        self.vms.join(self.name.as_str())
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.directory().join("vm.json")
+    }
+
+    /// No name begins with a dot.
+    fn key(&self) -> RecordKey {
+        RecordKey::any(&format!(".{}", self.name))
+    }
+
+    /// Whether its sockets can have their names.
+    pub(super) fn check(&self) -> Result<(), InstanceError> {
+        match self.console_path().as_os_str().len() {
+            ..=LONGEST => Ok(()),
+            _ => Err(InstanceError::TooLong(self.directory())),
+        }
+    }
+
+    /// Locks it; `change` runs while no other process can see whether the lock is taken.
+    pub(super) fn lock(&self, mut change: impl FnMut()) -> Result<RecordLock, RecordError> {
+        RecordLock::take(&self.vms, &self.key(), |_| change())
+    }
+
+    /// Whether a process has it.
+    pub(super) fn is_in_use(&self) -> bool {
+        let view = RecordView::default();
+        RecordDirectory::open(self.vms.clone(), None)
+            .is_ok_and(|vms| view.state(&vms, &self.key()) == RecordState::Held)
+    }
+
+    /// Makes the directory anew, with the lock.
+    pub(super) fn make(&self, record: &Record) -> io::Result<()> {
+        self.remove();
+        make_own(&self.directory())?;
+        let written = record
+            .to_json()
+            .and_then(|json| files::replace(&self.record_path(), 0o600, &json));
+        written.map(drop).inspect_err(|_| self.remove())
+    }
+
+    /// Removes the directory, with the lock.
+    pub(super) fn remove(&self) {
+        match fs::remove_dir_all(self.directory()) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                log::warn!("cannot remove {:?}: {error}", self.directory());
+            }
+            _ => {}
+        }
+    }
+
+    /// What its VM says of itself. Nothing while it is only starting.
+    pub(super) fn record(&self) -> Option<Record> {
+        Record::from_json(&fs::read(self.record_path()).ok()?)
+    }
+}

@@ -1,0 +1,75 @@
+//! What a VM says of itself.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use net::Owner;
+use serde::{Deserialize, Serialize};
+
+use super::Place;
+use crate::config::VmName;
+use crate::nic::registry::Runs;
+
+/// The version of this format. Keys may be added to it.
+const VERSION: u32 = 1;
+
+/// What a VM says of itself, in `vm.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    version: u32,
+    /// Its name.
+    pub name: VmName,
+    /// Its process in its own pid namespace, for people.
+    pub pid: u32,
+    /// Its process, for good: a number alone is given out again. Empty where /proc does not show it.
+    pub owner: String,
+    /// When it started, in seconds since 1970.
+    pub started: u64,
+    /// What it runs.
+    #[serde(flatten)]
+    pub runs: Runs,
+    /// Its control sockets.
+    pub qmp: Vec<PathBuf>,
+    /// The socket of its console.
+    pub console: PathBuf,
+    /// Its log.
+    pub log: PathBuf,
+}
+
+impl Record {
+    /// Of this process.
+    pub(super) fn new(place: &Place, runs: Runs) -> Self {
+        let owner = Owner::this_process().map(|owner| owner.to_string());
+        Self {
+            version: VERSION,
+            name: place.name().clone(),
+            pid: std::process::id(),
+            owner: owner.unwrap_or_default(),
+            started: now(),
+            runs,
+            qmp: vec![place.qmp_path()],
+            console: place.console_path(),
+            log: place.log_path(),
+        }
+    }
+
+    /// How long it has run, in seconds.
+    pub fn uptime(&self) -> u64 {
+        now().saturating_sub(self.started)
+    }
+
+    pub(super) fn to_json(&self) -> io::Result<Vec<u8>> {
+        Ok(serde_json::to_vec(self)?)
+    }
+
+    pub(super) fn from_json(json: &[u8]) -> Option<Self> {
+        serde_json::from_slice(json).ok()
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}

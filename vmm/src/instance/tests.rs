@@ -1,0 +1,168 @@
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Barrier;
+
+use super::found::all_in;
+use super::*;
+
+fn runs() -> Runs {
+    Runs::Kernel("bzImage".into())
+}
+
+fn name(text: &str) -> VmName {
+    text.parse().unwrap()
+}
+
+fn claim(directory: &Path, text: &str) -> Result<Instance, InstanceError> {
+    Instance::claim_in(vec![directory.to_owned()], Some(&name(text)), &runs())
+}
+
+fn claim_any(directory: &Path) -> Instance {
+    Instance::claim_in(vec![directory.to_owned()], None, &runs()).unwrap()
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let all = all_in(directory).into_iter();
+    let mut names: Vec<_> = all.map(|found| found.record.name.to_string()).collect();
+    names.sort();
+    names
+}
+
+/// A child that another test has just forked keeps every lock until it execs.
+fn await_free(place: &Place) {
+    while place.is_in_use() {
+        thread::yield_now();
+    }
+}
+
+/// A process that was killed has dropped nothing, but the kernel has its lock.
+fn kill(instance: Instance) {
+    let instance = std::mem::ManuallyDrop::new(instance);
+    fs::remove_file(instance._lock.path()).unwrap();
+}
+
+#[test]
+fn directory_is_its_users_alone_and_gone_at_the_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = claim(directory.path(), "web").unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let vms = directory.path().join("vms");
+    let own = vms.join("web");
+    assert_eq!(
+        [mode(&vms), mode(&own), mode(&own.join("vm.json"))],
+        [0o700, 0o700, 0o600]
+    );
+    let [found] = &all_in(directory.path())[..] else {
+        panic!("one VM")
+    };
+    assert_eq!(found.record.pid, std::process::id());
+    assert_eq!(found.record.runs, runs());
+    assert_eq!(found.record.qmp, [own.join("qmp.sock")]);
+    drop(vm);
+    assert!(!own.exists() && names(directory.path()).is_empty());
+}
+
+#[test]
+fn name_is_one_vms_and_the_refusal_says_whose() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = claim(directory.path(), "web").unwrap();
+    let error = claim(directory.path(), "web").unwrap_err();
+    let pid = std::process::id();
+    assert_eq!(
+        error.to_string(),
+        format!("the name web is in use by the VM of pid {pid}, which runs bzImage")
+    );
+    let other = claim(directory.path(), "web.2").unwrap();
+    assert_eq!(names(directory.path()), ["web", "web.2"]);
+    drop((vm, other));
+    drop(claim(directory.path(), "web").unwrap());
+}
+
+#[test]
+fn vm_without_a_name_gets_the_lowest_that_is_free() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let [one, two, _three] = [(); 3].map(|()| claim_any(directory));
+    let place = two.place.clone();
+    drop(two);
+    await_free(&place);
+    let again = claim_any(directory);
+    assert_eq!(again.place.name().as_str(), "vm2");
+    kill(one);
+    assert_eq!(claim_any(directory).place.name().as_str(), "vm1");
+}
+
+#[test]
+fn what_a_killed_vm_has_left_is_removed_by_who_finds_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let vms = directory.path().join("vms");
+    kill(claim(directory.path(), "web").unwrap());
+    fs::write(vms.join("web/qmp.sock"), "").unwrap();
+    assert!(names(directory.path()).is_empty() && !vms.join("web").exists());
+    kill(claim(directory.path(), "web").unwrap());
+    fs::write(vms.join("web/qmp.sock"), "").unwrap();
+    let vm = claim(directory.path(), "web").unwrap();
+    assert!(!vm.place.qmp_path().exists());
+}
+
+#[test]
+fn of_many_claims_of_one_name_one_has_it_while_others_look() {
+    for _ in 0..50 {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        kill(claim(directory, "web").unwrap());
+        let (start, end) = (Barrier::new(8), Barrier::new(8));
+        let starter = || {
+            start.wait();
+            let vm = claim(directory, "web");
+            end.wait();
+            vm.is_ok()
+        };
+        let looker = || {
+            start.wait();
+            all_in(directory);
+            end.wait();
+            false
+        };
+        let won = thread::scope(|scope| {
+            let starters = (0..4).map(|_| scope.spawn(starter));
+            let lookers = (0..4).map(|_| scope.spawn(looker));
+            let all: Vec<_> = starters.chain(lookers).collect();
+            let won = all.into_iter().map(|one| one.join().unwrap());
+            won.filter(|won| *won).count()
+        });
+        assert_eq!(won, 1);
+    }
+}
+
+#[test]
+fn vms_that_start_at_once_without_a_name_get_one_each() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let start = Barrier::new(8);
+    let claim = || {
+        start.wait();
+        claim_any(directory)
+    };
+    thread::scope(|scope| {
+        let all: Vec<_> = (0..8).map(|_| scope.spawn(claim)).collect();
+        let all: Vec<_> = all.into_iter().map(|one| one.join().unwrap()).collect();
+        assert_eq!(names(directory).len(), all.len());
+    });
+}
+
+#[test]
+fn directory_that_cannot_be_had_is_passed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let missing = directory.path().join("missing/minivmm");
+    let claim =
+        |directories: Vec<PathBuf>| Instance::claim_in(directories, Some(&name("web")), &runs());
+    let vm = claim(vec![missing.clone(), directory.path().to_owned()]).unwrap();
+    assert!(vm.place.qmp_path().starts_with(directory.path()));
+    let error = claim(vec![missing]).unwrap_err();
+    assert!(matches!(error, InstanceError::Directory(..)), "{error}");
+    let long = directory.path().join("x".repeat(80));
+    let error = claim(vec![long]).unwrap_err();
+    assert!(matches!(error, InstanceError::TooLong(_)), "{error}");
+}
