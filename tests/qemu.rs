@@ -4,12 +4,15 @@
 //! - `native`: the options of the native monitor
 //! - `machines`: machines that QEMU alone can be
 //! - `ends`: ends, refusals and failures
+//! - `control`: QMP, served by minivmm
 //! - `kvm`: with KVM and vhost-net
 //! - `script`: `--dry-run`
 //! - `terminal`: the terminal at each end
 //! - `wrapper`: scripts in QEMU's place
 //! - this file: what they share
 
+#[path = "qemu/control.rs"]
+mod control;
 #[path = "qemu/ends.rs"]
 mod ends;
 mod harness;

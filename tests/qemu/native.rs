@@ -1,5 +1,6 @@
 //! The options of the native monitor.
 
+use super::control::Listener;
 use super::*;
 use crate::harness::initramfs::find;
 
@@ -134,16 +135,35 @@ tcg_test!(two_guests_talk_and_one_has_several_queues, || {
 
 tcg_test!(kernel_guest_ends_as_in_the_native_monitor, || {
     let site = Site::new();
-    for (command, status, words) in [
-        ("reboot -f", 0, "asked for a reboot"),
-        ("echo c >/proc/sysrq-trigger", 4, "panicked"),
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let qmp = dir.path().join("qmp");
+    for (command, status, words, events) in [
+        (
+            "reboot -f",
+            0,
+            "asked for a reboot",
+            &[("SHUTDOWN", "guest-reset")][..],
+        ),
+        (
+            "echo c >/proc/sysrq-trigger",
+            4,
+            "panicked",
+            &[("GUEST_PANICKED", ""), ("SHUTDOWN", "guest-panic")],
+        ),
     ] {
-        let mut vm = site.boot(&["--accel", "tcg"]);
+        let mut vm = site.boot(&["--accel", "tcg", "--qmp", &qmp.display().to_string()]);
+        let listener = Listener::connect(&qmp);
         assert_eq!(vm.run("ls /sys/class/net").trim(), "lo");
         vm.send(&format!("1 {command}\n"));
         let code = vm.wait_exit().code();
         assert_eq!(code, Some(status), "{command}\n{}", vm.transcript());
         assert!(vm.log().contains(words), "{}", vm.log());
+        let found = listener.events();
+        let found = found.iter().map(|(name, why)| {
+            let why = why.as_str().unwrap_or_default();
+            (name.as_str(), why)
+        });
+        assert_eq!(found.collect::<Vec<_>>(), events);
     }
 });
 

@@ -18,7 +18,7 @@ mod terminal;
 mod user;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{ChildStderr, Command, ExitStatus};
@@ -60,6 +60,8 @@ pub struct Program {
     pub no_new_privs: bool,
     /// It finds them as [`FIRST`] and the numbers that follow.
     pub numbered: Vec<OwnedFd>,
+    /// It finds them under the numbers beside them, which are free.
+    pub placed: Vec<(RawFd, OwnedFd)>,
     /// These stay open in it, under any numbers.
     pub others: Vec<OwnedFd>,
     /// Whether it inherits what minivmm has inherited and not taken over.
@@ -76,6 +78,7 @@ impl Program {
             user: None,
             no_new_privs: false,
             numbered: Vec::new(),
+            placed: Vec::new(),
             others: Vec::new(),
             inherits: false,
             rest: Rest::End,
@@ -130,9 +133,10 @@ impl Program {
                 self.command.env_remove(name);
             }
         }
-        let (numbered, others) = (&mut self.numbered, &mut self.others);
+        let numbered = (FIRST..).zip(std::mem::take(&mut self.numbered));
+        let numbered = numbered.chain(std::mem::take(&mut self.placed)).collect();
         let entry = Entry {
-            passed: Passed::new(std::mem::take(numbered), std::mem::take(others))?,
+            passed: Passed::new(numbered, std::mem::take(&mut self.others))?,
             user: self.user.take(),
             no_new_privs: self.no_new_privs,
             guard,
@@ -308,7 +312,8 @@ impl Arrivals {
         }
     }
 
-    fn take(&mut self) -> impl Iterator<Item = i32> + use<> {
+    /// Those that have come since.
+    pub fn take(&mut self) -> impl Iterator<Item = i32> + use<> {
         self.0.pending()
     }
 }

@@ -46,6 +46,13 @@ pub enum Event {
         /// The address.
         address: IpAddr,
     },
+    /// QEMU says so.
+    Other {
+        /// Its name in QMP.
+        name: String,
+        /// Null where it has none.
+        data: Value,
+    },
 }
 
 impl Event {
@@ -79,6 +86,7 @@ impl Event {
                 "X_MINIVMM_ADDRESS",
                 json!({"nic": nic, "mac": mac, "address": address}),
             ),
+            Self::Other { name, data } => (name, data.clone()),
         })
     }
 }
@@ -99,8 +107,14 @@ pub struct EventHub(Mutex<Vec<Arc<Subscription>>>);
 impl EventHub {
     /// Gives an event to all who have subscribed.
     pub fn publish(&self, event: Event) {
-        let time = SystemTime::now();
-        let stamped = Stamped { time, event };
+        self.publish_stamped(Stamped {
+            time: SystemTime::now(),
+            event,
+        });
+    }
+
+    /// Gives one that another monitor has published before.
+    pub fn publish_stamped(&self, stamped: Stamped) {
         for subscription in lock(&self.0).iter() {
             subscription.push(stamped.clone());
         }

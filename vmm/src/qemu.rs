@@ -7,7 +7,9 @@
 //! | `conflict.rs` | what in ARGS would clash with it; pure |
 //! | `binary.rs`, `accel.rs` | which QEMU, and what runs the guest's code |
 //! | `process.rs` | QEMU as a process, from its start to its end |
-//! | `control.rs` | the end of a guest that was asked for by `--kernel`, by QMP |
+//! | `control.rs` | QEMU followed to its end, in one event loop with the clients of the QMP sockets |
+//! | `guest.rs` | the end of a guest of `--kernel` |
+//! | `monitor.rs` | minivmm's end of QEMU's monitor, and clients' commands on their way there |
 //! | `hints.rs` | QEMU's stderr |
 //! | `dry_run.rs`, `script.rs` | `--dry-run`: what would be made, and the script of it |
 //!
@@ -24,20 +26,27 @@ mod binary;
 mod conflict;
 mod control;
 mod dry_run;
+mod guest;
 mod hints;
+mod monitor;
 mod nics;
 mod process;
 mod script;
+#[cfg(test)]
+mod tests;
 
 use std::ffi::OsString;
 use std::fs;
+use std::fs::File;
+use std::io::Write;
 use std::io::{self, IsTerminal};
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 
 use net::{MacAddr, TapInfo};
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
@@ -47,12 +56,15 @@ use crate::instance::{Instance, InstanceError};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
 use crate::nic::registry::Runs;
 use crate::nic::{self, HostNic, Inherited, NicError, host_link};
+use crate::qmp::socket::{Listener, SocketError};
 use crate::tty::may_read;
 
 use accel::Engine;
 use args::{Line, NetDevice};
+use binary::Qemu;
 use conflict::OwnDevice;
 use nics::{Expected, Numbers};
+use process::Attachment;
 
 pub use binary::BinaryError;
 pub use conflict::ConflictError;
@@ -79,6 +91,8 @@ pub enum QemuError {
     Vhost(#[source] io::Error),
     #[error("cannot read the {1} of `{0}`")]
     Link(String, &'static str, #[source] io::Error),
+    #[error(transparent)]
+    Qmp(#[from] SocketError),
     #[error("cannot run {0:?}")]
     Run(PathBuf, #[source] io::Error),
     #[error("cannot {0}")]
@@ -92,7 +106,7 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> QemuError {
 /// What is settled before anything is made.
 #[derive(Debug)]
 struct Plan {
-    qemu: PathBuf,
+    qemu: Qemu,
     engine: Option<Engine>,
     machine: Option<Config>,
     /// Ctrl-A is the monitor's key.
@@ -100,8 +114,6 @@ struct Plan {
     ids: Vec<String>,
     numbers: Vec<Numbers>,
     own_devices: Vec<Option<OwnDevice>>,
-    /// The number of QEMU's end of the control socket.
-    control: Option<RawFd>,
 }
 
 impl Plan {
@@ -118,13 +130,7 @@ impl Plan {
             open_vhost().map_err(QemuError::Vhost)?;
         }
         let numbers = nics::number(&args.macvtap, vhost.is_ok(), child::FIRST, !follow);
-        let mut taken: Vec<RawFd> = numbers
-            .iter()
-            .flat_map(|n| n.fds.iter().chain(&n.vhost).copied())
-            .collect();
-        let control = (follow && has_kernel).then_some(child::FIRST + taken.len() as RawFd);
-        taken.extend(control);
-        conflict::check(&args.args, &all_ids(args, &ids), &taken)?;
+        conflict::check(&args.args, &all_ids(args, &ids), &taken(&numbers))?;
         let nics = ids.iter().zip(&args.macvtap);
         let own_devices = nics
             .map(|(id, nic)| own_device(args, id, nic))
@@ -132,14 +138,13 @@ impl Plan {
         let engine = engine(args, has_kernel)?;
         let qemu = binary::find(args.qemu.as_deref())?;
         Ok(Self {
-            engine: engine.map(|wanted| accel::choose(wanted, &qemu)),
+            engine: engine.map(|wanted| accel::choose(wanted, &qemu.path)),
             qemu,
             machine,
             keys: io::stdin().is_terminal() && may_read(),
             ids,
             numbers,
             own_devices,
-            control,
         })
     }
 
@@ -157,17 +162,29 @@ impl Plan {
         })
     }
 
-    fn line(&self, nics: &[NetDevice], args: &[OsString]) -> Vec<OsString> {
+    /// QEMU's arguments; a script's has no monitor of minivmm's.
+    fn line(
+        &self,
+        nics: &[NetDevice],
+        control: Option<args::Control>,
+        args: &[OsString],
+    ) -> Vec<OsString> {
         let line = Line {
             machine: self.machine.as_ref(),
             keys: self.keys,
             engine: self.engine,
             nics,
-            control: self.control,
+            control,
             args,
         };
         line.build()
     }
+}
+
+/// The numbers of the NICs' descriptors.
+fn taken(numbers: &[Numbers]) -> Vec<RawFd> {
+    let of_nic = |n: &Numbers| [&n.fds[..], &n.vhost].concat();
+    numbers.iter().flat_map(of_nic).collect()
 }
 
 /// The netdevs' ids, and those that the user gives our devices.
@@ -237,9 +254,11 @@ fn engine(args: &QemuArgs, machine: bool) -> Result<Option<Accel>, ConflictError
 /// Says why QEMU was not run. Nothing is left of it then.
 pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     let plan = Plan::new(args, true)?;
+    let qmp = args.qmp.iter().map(|path| Listener::bind(path));
+    let qmp = qmp.collect::<Result<_, _>>()?;
     let runs = match &args.machine.kernel {
         Some(kernel) => Runs::kernel(kernel),
-        None => Runs::program(&plan.qemu),
+        None => Runs::program(&plan.qemu.path),
     };
     // Dropped last.
     let _instance = Instance::of_program(args.name.as_ref(), &runs)?;
@@ -263,25 +282,40 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     }
     let first = claims.first().map(|claim| &claim.nic().tap);
     let host_link = host_link::make(first, &args.host_link)?;
-    let control = plan
-        .control
-        .map(|_| UnixStream::pair())
-        .transpose()
-        .map_err(failed_to("pass the queues on to QEMU"))?;
-    let control = control.map(|(ours, theirs)| {
-        descriptors.push(theirs.into());
-        ours
-    });
-    let mut command = Command::new(&plan.qemu);
-    command.args(plan.line(&nics, &args.args));
+    let control = number_control(descriptors.len(), &args.args);
+    let attached = attach(control).map_err(failed_to("make a monitor for QEMU"))?;
+    let (monitor, placed) = attached;
+    let mut command = Command::new(&plan.qemu.path);
+    command.args(plan.line(&nics, Some(control), &args.args));
     log::debug!("running {command:?}");
     let mut program = Program::new(command);
     program.numbered = descriptors;
+    program.placed = placed;
     let locks = claims.iter().filter_map(|claim| claim.share().transpose());
     program.others = locks
         .collect::<Result<_, _>>()
         .map_err(failed_to("pass the queues on to QEMU"))?;
-    let status = process::supervise(program, control, &plan);
+    let status = process::supervise(program, Attachment { monitor, qmp }, &plan);
     drop((guards, host_link));
     status
+}
+
+/// The numbers of what minivmm's monitor takes, after those of the NICs' `descriptors`.
+fn number_control(descriptors: usize, args: &[OsString]) -> args::Control {
+    let named = conflict::named(args);
+    let socket = nics::free(child::FIRST + descriptors as RawFd, &named);
+    let config = nics::free(socket + 1, &named);
+    args::Control { socket, config }
+}
+
+/// minivmm's end of QEMU's monitor, and what QEMU gets for it by its numbers.
+fn attach(numbers: args::Control) -> io::Result<(UnixStream, Vec<(RawFd, OwnedFd)>)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut config = File::from(memfd_create("minivmm-control", MemfdFlags::CLOEXEC)?);
+    config.write_all(args::MONITOR.as_bytes())?;
+    let args::Control {
+        socket,
+        config: number,
+    } = numbers;
+    Ok((ours, vec![(socket, theirs.into()), (number, config.into())]))
 }

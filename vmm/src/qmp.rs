@@ -24,6 +24,11 @@ mod tests;
 pub trait Executor: fmt::Debug {
     /// Begins a command, and may end it later: its client sends no other before it has `reply`.
     fn execute(&mut self, request: Request, reply: Reply);
+
+    /// The version in the greeting (VersionInfo of QEMU).
+    fn version(&self) -> Value {
+        message::version()
+    }
 }
 
 /// A command.
@@ -91,6 +96,11 @@ impl Reply {
     /// The command has failed.
     pub fn fail(self, error: QmpError) {
         self.send(Err::<(), _>(error));
+    }
+
+    /// Sends the answer that another server has given to the command, without the id there.
+    pub fn pass_on(mut self, answer: Value) {
+        self.push(answer);
     }
 
     fn push(&mut self, mut message: Value) {

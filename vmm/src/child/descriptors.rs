@@ -9,12 +9,13 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 /// The number of the first that is passed by number: the lowest that a shell leaves free.
 pub const FIRST: RawFd = 3;
 
-/// Descriptors for a program: some as [`FIRST`] and the numbers that follow, in order, others under any number.
+/// Descriptors for a program: some under numbers that are wanted, others under any number.
 ///
 /// Close-on-exec stays set on them here: no other child of this process inherits one.
 #[derive(Debug)]
 pub(super) struct Passed {
-    numbered: Vec<OwnedFd>,
+    /// By the numbers that they get.
+    numbered: Vec<(RawFd, OwnedFd)>,
     others: Vec<OwnedFd>,
     /// A descriptor with a wanted number is overwritten during the fork. These keep the pipe away by which
     /// [`std::process::Command`] learns whether exec worked.
@@ -23,11 +24,15 @@ pub(super) struct Passed {
 
 impl Passed {
     /// Moves the descriptors to numbers above those that are wanted, so that none overwrites another.
-    pub fn new(numbered: Vec<OwnedFd>, others: Vec<OwnedFd>) -> io::Result<Self> {
-        let above = FIRST + numbered.len() as RawFd;
-        let move_up = |fd: OwnedFd| Ok(rustix::io::fcntl_dupfd_cloexec(&fd, above)?);
-        let all_up = |fds: Vec<OwnedFd>| fds.into_iter().map(move_up).collect::<io::Result<_>>();
-        let (numbered, others) = (all_up(numbered)?, all_up(others)?);
+    pub fn new(numbered: Vec<(RawFd, OwnedFd)>, others: Vec<OwnedFd>) -> io::Result<Self> {
+        let last = numbered.iter().map(|(wanted, _)| *wanted).max();
+        let above = last.map_or(FIRST, |last| last + 1);
+        let move_up = |fd: OwnedFd| rustix::io::fcntl_dupfd_cloexec(&fd, above);
+        let numbered = numbered.into_iter();
+        let numbered = numbered.map(|(wanted, fd)| Ok((wanted, move_up(fd)?)));
+        let numbered = numbered.collect::<io::Result<_>>()?;
+        let others = others.into_iter().map(|fd| Ok(move_up(fd)?));
+        let others = others.collect::<io::Result<_>>()?;
         let mut occupied = Vec::new();
         loop {
             let filler = OwnedFd::from(File::open("/dev/null")?);
@@ -45,10 +50,10 @@ impl Passed {
 
     /// Gives them to the program that this process becomes. Runs between fork and exec.
     pub fn place(&self) -> io::Result<()> {
-        for (wanted, fd) in (FIRST..).zip(&self.numbered) {
+        for (wanted, fd) in &self.numbered {
             // SAFETY: dup2 takes numbers. Whatever had the new one is closed, which no destructor of
             // this process will notice, since it is about to become another program.
-            if unsafe { libc::dup2(fd.as_raw_fd(), wanted) } < 0 {
+            if unsafe { libc::dup2(fd.as_raw_fd(), *wanted) } < 0 {
                 return Err(io::Error::last_os_error());
             }
         }

@@ -22,6 +22,9 @@ The keys of --disk are those of `minivmm --help`; backing= and burst= say nothin
 the image names.
 The n-th --macvtap is QEMU's netdev macvtapN, counted from 0; its descriptors begin at 3.
 
+With --qmp minivmm stands before a monitor of QEMU's: commands go there, answers and events come from
+it. Those that ARGS have are not changed.
+
 A signal that ends minivmm is passed on to QEMU, or with --kernel presses the guest's power button. In a
 systemd service KillMode=mixed lets it come to minivmm alone, as it has to: QEMU by itself would
 end at once.
@@ -61,6 +64,11 @@ pub struct QemuArgs {
     /// be repeated
     #[arg(long, value_name = "ADDRESS/PREFIX", requires = "macvtap")]
     pub host_link: Vec<InterfaceAddress>,
+
+    /// Socket by which other programs control the guest, in QEMU's language (QMP): several may at once.
+    /// May be repeated
+    #[arg(long, value_name = "PATH", help_heading = "Control")]
+    pub qmp: Vec<PathBuf>,
 
     /// Print a script that does the same, and do nothing
     #[arg(long)]

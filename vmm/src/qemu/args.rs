@@ -27,6 +27,22 @@ pub(super) struct NetDevice {
     pub device: Option<Vec<(String, String)>>,
 }
 
+/// The numbers of what minivmm's monitor takes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Control {
+    /// The socket by which minivmm follows the guest.
+    pub socket: RawFd,
+    /// A file with [`MONITOR`].
+    pub config: RawFd,
+}
+
+/// The monitor, for a machine of ARGS: with -mon QEMU would not make those that it has by default.
+pub(super) const MONITOR: &str = "\
+[mon \"minivmm-control\"]
+  chardev = \"minivmm-control\"
+  mode = \"control\"
+";
+
 /// Everything that QEMU's command line depends on.
 #[derive(Debug)]
 pub(super) struct Line<'a> {
@@ -36,8 +52,8 @@ pub(super) struct Line<'a> {
     pub keys: bool,
     pub engine: Option<Engine>,
     pub nics: &'a [NetDevice],
-    /// The number of the socket by which minivmm follows the guest.
-    pub control: Option<RawFd>,
+    /// minivmm's monitor.
+    pub control: Option<Control>,
     pub args: &'a [OsString],
 }
 
@@ -60,10 +76,12 @@ impl Line<'_> {
         if let Some(engine) = self.engine {
             push(&mut line, &["-accel", engine.name()]);
         }
-        if let Some(fd) = self.control {
-            let socket = format!("socket,id=minivmm-control,fd={fd}");
+        if let Some(Control { socket, config }) = self.control {
+            let socket = format!("socket,id=minivmm-control,fd={socket}");
             push(&mut line, &["-chardev", &socket]);
-            push(&mut line, &["-mon", "chardev=minivmm-control,mode=control"]);
+            push(&mut line, &["-readconfig", &format!("/dev/fd/{config}")]);
+        }
+        if self.control.is_some() && self.machine.is_some() {
             // The guest is paused at its end, until minivmm has seen why.
             push(&mut line, &["-no-shutdown"]);
         }
@@ -181,12 +199,15 @@ fn filename(path: &Path) -> OsString {
     let colon = bytes.iter().position(|&byte| byte == b':');
     let slash = bytes.iter().position(|&byte| byte == b'/');
     let is_protocol = colon.is_some_and(|colon| slash.is_none_or(|slash| colon < slash));
-    let mut name = if is_protocol {
-        b"./".to_vec()
-    } else {
-        Vec::new()
-    };
-    for &byte in bytes {
+    let mut name = OsString::from(if is_protocol { "./" } else { "" });
+    name.push(escaped(path));
+    name
+}
+
+/// A path as a property's value.
+pub(super) fn escaped(path: &Path) -> OsString {
+    let mut name = Vec::new();
+    for &byte in path.as_os_str().as_bytes() {
         name.push(byte);
         if byte == b',' {
             name.push(byte);
@@ -457,7 +478,10 @@ mod tests {
         let args = ["-cpu", "Skylake-Client"].map(OsString::from);
         line.args = &args;
         line.nics = &[];
-        line.control = Some(4);
+        line.control = Some(Control {
+            socket: 4,
+            config: 5,
+        });
         let without = Config {
             rng: false,
             ..machine.clone()
@@ -467,6 +491,7 @@ mod tests {
         assert!(!built.contains(&"max,-vmx,-svm".into()));
         assert!(built.contains(&"-no-shutdown".into()));
         assert!(built.contains(&"socket,id=minivmm-control,fd=4".into()));
+        assert!(built.contains(&"/dev/fd/5".into()));
         assert!(built.ends_with(&args));
     }
 }

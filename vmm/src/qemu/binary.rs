@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use crate::child::Program;
 
 /// The oldest that is known to work.
@@ -31,8 +33,16 @@ pub enum BinaryError {
     Old(PathBuf, u32, u32),
 }
 
+/// A QEMU that can be run.
+#[derive(Debug)]
+pub(super) struct Qemu {
+    pub path: PathBuf,
+    /// As its own greeting in QMP has it (VersionInfo of QEMU).
+    pub version: Value,
+}
+
 /// Finds QEMU and checks its version.
-pub(super) fn find(given: Option<&Path>) -> Result<PathBuf, BinaryError> {
+pub(super) fn find(given: Option<&Path>) -> Result<Qemu, BinaryError> {
     let path = match given {
         Some(path) => path.to_owned(),
         None => {
@@ -44,12 +54,15 @@ pub(super) fn find(given: Option<&Path>) -> Result<PathBuf, BinaryError> {
     let output = Program::new(command)
         .output(b"", LIMIT)
         .map_err(|error| BinaryError::Run(path.clone(), error))?;
-    match version(&String::from_utf8_lossy(&output.stdout)) {
+    match Version::read(&String::from_utf8_lossy(&output.stdout)) {
         None => Err(BinaryError::NotQemu(path)),
-        Some((major, minor)) if (major, minor) < OLDEST => {
+        Some(Version { major, minor, .. }) if (major, minor) < OLDEST => {
             Err(BinaryError::Old(path, major, minor))
         }
-        Some(_) => Ok(path),
+        Some(version) => Ok(Qemu {
+            path,
+            version: version.qmp(),
+        }),
     }
 }
 
@@ -64,11 +77,38 @@ fn in_path(directories: &OsStr) -> Option<PathBuf> {
         .find(is_program)
 }
 
-/// Of "QEMU emulator version 7.2.22 (Debian ...)".
-fn version(text: &str) -> Option<(u32, u32)> {
-    let (_, rest) = text.lines().next()?.split_once("QEMU emulator version ")?;
-    let mut numbers = rest.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+#[derive(Debug, PartialEq, Eq)]
+struct Version<'a> {
+    major: u32,
+    minor: u32,
+    micro: u32,
+    /// The distribution's.
+    package: &'a str,
+}
+
+impl<'a> Version<'a> {
+    /// Of "QEMU emulator version 7.2.22 (Debian ...)".
+    fn read(text: &'a str) -> Option<Self> {
+        let (_, rest) = text.lines().next()?.split_once("QEMU emulator version ")?;
+        let mut numbers = rest.split(|c: char| !c.is_ascii_digit());
+        let mut number = || numbers.next()?.parse().ok();
+        let (major, minor) = (number()?, number()?);
+        let package = rest.split_once(" (").map(|(_, package)| package);
+        Some(Self {
+            major,
+            minor,
+            micro: number().unwrap_or_default(),
+            package: package
+                .and_then(|text| text.strip_suffix(')'))
+                .unwrap_or_default(),
+        })
+    }
+
+    fn qmp(&self) -> Value {
+        let (major, minor, micro) = (self.major, self.minor, self.micro);
+        let qemu = json!({"major": major, "minor": minor, "micro": micro});
+        json!({"qemu": qemu, "package": self.package})
+    }
 }
 
 #[cfg(test)]
@@ -80,14 +120,19 @@ mod tests {
         for (text, expected) in [
             (
                 "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright",
-                Some((7, 2)),
+                Some((7, 2, 22, "Debian 1:7.2+dfsg-7")),
             ),
-            ("QEMU emulator version 4.1.0\n", Some((4, 1))),
-            ("QEMU emulator version 10.0.2 (qemu-10)", Some((10, 0))),
+            ("QEMU emulator version 4.1.0\n", Some((4, 1, 0, ""))),
+            (
+                "QEMU emulator version 10.0.2 (qemu-10)",
+                Some((10, 0, 2, "qemu-10")),
+            ),
+            ("QEMU emulator version 8.1", Some((8, 1, 0, ""))),
             ("busybox v1.35", None),
             ("", None),
         ] {
-            assert_eq!(version(text), expected, "{text}");
+            let found = Version::read(text).map(|v| (v.major, v.minor, v.micro, v.package));
+            assert_eq!(found, expected, "{text}");
         }
     }
 

@@ -103,6 +103,15 @@ pub(super) fn check(args: &[OsString], ids: &[String], fds: &[RawFd]) -> Result<
     Ok(())
 }
 
+/// All descriptors that ARGS name.
+pub(super) fn named(args: &[OsString]) -> Vec<RawFd> {
+    let of_value = |(_, value): (&str, String)| {
+        let properties = properties(&value);
+        descriptors(&properties).collect::<Vec<_>>()
+    };
+    values(args).flat_map(of_value).collect()
+}
+
 /// The ids of the devices in ARGS that use a netdev of ours.
 fn devices_of(args: &[OsString], netdevs: &[String]) -> Vec<String> {
     let id = |(name, text): (&str, String)| {

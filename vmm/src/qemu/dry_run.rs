@@ -1,5 +1,6 @@
 //! What a run would make, for a script.
 
+use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::str::FromStr;
@@ -8,7 +9,7 @@ use net::{MacAddr, MacvtapSpec, Mode, TapInfo, USUAL_MTU};
 
 use super::nics::sysfs_of;
 use super::script::{self, Origin, ScriptNic};
-use super::{Plan, QemuError, failed_to};
+use super::{Plan, QemuError, args, failed_to};
 use crate::cli::QemuArgs;
 use crate::config::{Config, NicSource};
 use crate::nic::{Inherited, NicError};
@@ -47,8 +48,11 @@ pub fn dry_run(args: &QemuArgs, mut inherited: Inherited) -> Result<String, Qemu
             numbers: plan.numbers[n].clone(),
         });
     }
-    let mut command = vec![plan.qemu.clone().into_os_string()];
-    command.extend(plan.line(&nics, &args.args));
+    let mut command = vec![plan.qemu.path.clone().into_os_string()];
+    command.extend(plan.line(&nics, None, &args.args));
+    for path in &args.qmp {
+        command.extend(["-qmp".into(), socket(path)]);
+    }
     let host_link = script::HostLink {
         lower: lower.filter(|_| !args.host_link.is_empty()),
         addresses: &args.host_link,
@@ -60,6 +64,14 @@ pub fn dry_run(args: &QemuArgs, mut inherited: Inherited) -> Result<String, Qemu
         script += &format!("{mib}` in QEMU's monitor does.\n");
     }
     Ok(script)
+}
+
+/// A socket of QEMU's own, in place of minivmm's.
+fn socket(path: &Path) -> OsString {
+    let mut text = OsString::from("unix:");
+    text.push(args::escaped(path));
+    text.push(",server=on,wait=off");
+    text
 }
 
 /// What a macvtap would be: its origin, MAC address and MTU.

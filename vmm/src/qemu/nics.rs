@@ -41,6 +41,20 @@ pub(super) fn number(
         .collect()
 }
 
+/// The number from `first` on for what else QEMU gets: one that it neither inherits nor has named in ARGS.
+pub(super) fn free(first: RawFd, named: &[RawFd]) -> RawFd {
+    let mut free = (first..).filter(|fd| !named.contains(fd) && !is_inherited(*fd));
+    // Few are open.
+    free.next().unwrap_or(first)
+}
+
+/// Whether exec leaves this descriptor open, as none of minivmm's own.
+fn is_inherited(fd: RawFd) -> bool {
+    // SAFETY: it takes a number, and only asks for its flags.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    flags >= 0 && flags & libc::FD_CLOEXEC == 0
+}
+
 /// What is known of the address of a macvtap that is still to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Expected {
@@ -80,6 +94,8 @@ pub(super) fn expected_mac(spec: &MacvtapSpec) -> Expected {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     #[test]
@@ -94,6 +110,16 @@ mod tests {
         );
         assert_eq!((numbers[2].fds[0], numbers[2].vhost[0]), (8, 9));
         assert!(number(&nics, false, 3, false)[0].vhost.is_empty());
+    }
+
+    #[test]
+    fn numbers_that_args_name_or_qemu_inherits_are_not_taken() {
+        let (ours, _) = std::io::pipe().unwrap();
+        let ours = ours.as_raw_fd();
+        assert_eq!(free(ours, &[]), ours);
+        assert!(free(ours, &[ours]) > ours);
+        // The standard descriptors are the test's too.
+        assert!(free(0, &[]) > 2);
     }
 
     #[test]

@@ -1,42 +1,39 @@
 //! QEMU as a process: started with its descriptors, followed to its end, and never outliving minivmm.
 
+use std::cell::RefCell;
 use std::io::{self, IsTerminal};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::rc::Rc;
+use std::sync::Arc;
 
-use signal_hook::consts::SIGCHLD;
-use signal_hook::iterator::Signals;
-
-use super::{Plan, QemuError, control, failed_to, hints};
+use super::control::Control;
+use super::guest::Guest;
+use super::monitor::{Forward, Monitor};
+use super::{Plan, QemuError, failed_to, hints};
 use crate::child::{self, Arrivals, Child, Program};
-use crate::config::{Config, ConsoleTarget};
+use crate::config::ConsoleTarget;
 use crate::control::exit::Exit;
-use crate::signals::{ENDING, not_ignored};
+use crate::events::EventHub;
+use crate::qmp::server::Server;
+use crate::qmp::socket::Listener;
+use crate::signals::ENDING;
 use crate::tty;
 
-/// Follows QEMU to its end.
-type Follow = Box<dyn FnOnce(Child) -> io::Result<(Option<Exit>, ExitStatus)>>;
-
-/// Catches the signals, for a guest that is followed over the control socket or for any program.
-fn prepare(control: Option<UnixStream>, machine: Option<&Config>) -> io::Result<Follow> {
-    if let Some(socket) = control {
-        let signals = Signals::new([not_ignored(&ENDING), vec![SIGCHLD]].concat())?;
-        let memory = machine.and_then(Config::memory_after_balloon);
-        // The control socket is for a machine of ours.
-        let grace = machine.map_or(Duration::ZERO, Config::grace);
-        let follow = move |qemu| control::follow(qemu, socket, signals, memory, grace);
-        return Ok(Box::new(follow));
-    }
-    let signals = Arrivals::new(&ENDING)?;
-    Ok(Box::new(|qemu| Ok((None, qemu.wait(signals, &ENDING)?))))
+/// What minivmm follows QEMU by, and is asked by.
+#[derive(Debug)]
+pub(super) struct Attachment {
+    /// minivmm's end of QEMU's monitor.
+    pub monitor: UnixStream,
+    /// Where clients connect.
+    pub qmp: Vec<Listener>,
 }
 
 /// Starts QEMU and follows it to its end.
 pub(super) fn supervise(
     mut program: Program,
-    control: Option<UnixStream>,
+    attachment: Attachment,
     plan: &Plan,
 ) -> Result<u8, QemuError> {
     let command = &mut program.command;
@@ -50,18 +47,19 @@ pub(super) fn supervise(
             command.stdin(Stdio::null());
         }
     }
-    let follow = prepare(control, plan.machine.as_ref()).map_err(failed_to("catch signals"))?;
+    let signals = Arrivals::new(&ENDING).map_err(failed_to("catch signals"))?;
     let terminal = tty::Saved::save();
     // ARGS may name what the caller has opened.
     program.inherits = true;
     // It holds QEMU's end of the control socket no longer than QEMU does.
     let qemu = program.spawn();
-    let mut qemu = qemu.map_err(|error| QemuError::Run(plan.qemu.clone(), error))?;
+    let mut qemu = qemu.map_err(|error| QemuError::Run(plan.qemu.path.clone(), error))?;
     let stderr = qemu.stderr().map(hints::Relay::start);
     let stderr = stderr
         .transpose()
         .map_err(failed_to("follow QEMU to its end"))?;
-    let (exit, status) = follow(qemu).map_err(failed_to("follow QEMU to its end"))?;
+    let (exit, status) =
+        follow(qemu, attachment, signals, plan).map_err(failed_to("follow QEMU to its end"))?;
     drop(terminal);
     let hint = stderr.and_then(hints::Relay::hint);
     let code = match exit {
@@ -81,4 +79,29 @@ pub(super) fn supervise(
         log::error!("{hint}");
     }
     Ok(code)
+}
+
+/// Follows a QEMU that runs to its end.
+fn follow(
+    qemu: Child,
+    attachment: Attachment,
+    signals: Arrivals,
+    plan: &Plan,
+) -> io::Result<(Option<Exit>, ExitStatus)> {
+    let events = Arc::new(EventHub::default());
+    let monitor = Rc::new(RefCell::new(Monitor::new(attachment.monitor)?));
+    let forward = Box::new(Forward {
+        monitor: Rc::clone(&monitor),
+        version: plan.qemu.version.clone(),
+    });
+    let server = match attachment.qmp {
+        none if none.is_empty() => None,
+        listeners => Some(Server::new(listeners, &events, forward)?),
+    };
+    let guest = plan.machine.as_ref().map(|machine| {
+        let memory = machine.memory_after_balloon();
+        let (monitor, events) = (Rc::clone(&monitor), Arc::clone(&events));
+        Guest::new(monitor, events, machine.grace(), memory)
+    });
+    Control::new(qemu, monitor, signals, guest, events).run(server)
 }

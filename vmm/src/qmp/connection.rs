@@ -31,13 +31,13 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// One that gets the greeting.
-    pub fn new(stream: UnixStream) -> io::Result<Self> {
+    /// One that gets the greeting, with this version.
+    pub fn new(stream: UnixStream, version: &Value) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,
             input: Vec::new(),
-            output: message::line(&message::greeting()),
+            output: message::line(&message::greeting(version)),
             at_end: false,
             negotiated: false,
             is_busy: false,

@@ -16,8 +16,7 @@ pub(super) struct Message {
 }
 
 /// What is said to a client first.
-pub(super) fn greeting() -> Value {
-    let version = version();
+pub(super) fn greeting(version: &Value) -> Value {
     json!({"QMP": {"version": version, "capabilities": []}})
 }
 

@@ -78,7 +78,7 @@ impl Server {
             log::debug!("QMP: a client is turned away: there are {MOST}");
             return;
         }
-        match Connection::new(stream) {
+        match Connection::new(stream, &self.executor.version()) {
             Ok(connection) => self.add(connection, ops),
             Err(error) => log::debug!("QMP: cannot serve a client: {error}"),
         }
@@ -198,8 +198,8 @@ impl Server {
         whose
     }
 
-    /// Gives the events that have come to all clients that are to get them.
-    fn broadcast(&mut self) {
+    /// Gives the events that have come to all clients that are to get them. Returns whether there were any.
+    fn broadcast(&mut self) -> bool {
         let (events, lost) = self.events.take();
         if lost > 0 {
             log::warn!("QMP: {lost} events are lost");
@@ -210,6 +210,7 @@ impl Server {
                 connection.push(&message);
             }
         }
+        !events.is_empty()
     }
 }
 
@@ -243,7 +244,13 @@ impl MutEventSubscriber for Server {
             }
             RESULTS => {
                 let _ = self.outbox.event.read();
-                for token in self.deliver() {
+                // What a command has brought about comes before its result.
+                let have_events = self.broadcast();
+                let mut tokens = self.deliver();
+                if have_events {
+                    tokens = self.connections.keys().copied().collect();
+                }
+                for token in tokens {
                     self.go_on(token, ops);
                 }
             }

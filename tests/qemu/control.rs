@@ -1,0 +1,87 @@
+//! QMP, served by minivmm in front of QEMU's monitor.
+
+use std::io::{BufRead, BufReader};
+
+use serde_json::Value;
+
+use super::*;
+
+/// A client that gets all events.
+pub(super) struct Listener(UnixStream);
+
+impl Listener {
+    pub fn connect(path: &Path) -> Self {
+        let mut stream = UnixStream::connect(path).expect("minivmm serves the socket");
+        let commands = br#"{"execute": "qmp_capabilities"} {"execute": "query-name"}"#;
+        stream.write_all(commands).expect("it reads");
+        stream.set_read_timeout(Some(PATIENCE)).expect("not 0");
+        let lines = BufReader::new(stream.try_clone().expect("a descriptor is free")).lines();
+        // QEMU has answered, and nothing is missed from here on.
+        let answers = lines
+            .map_while(Result::ok)
+            .filter(|line| line.contains("\"return\":{}"));
+        assert_eq!(answers.take(2).count(), 2);
+        Self(stream)
+    }
+
+    /// The names and reasons of the events to the end.
+    pub fn events(self) -> Vec<(String, Value)> {
+        let values = serde_json::Deserializer::from_reader(self.0).into_iter::<Value>();
+        let values = values.map(|value| value.expect("QMP has JSON alone"));
+        let event = |value: Value| {
+            let name = value["event"].as_str()?.to_owned();
+            Some((name, value["data"]["reason"].clone()))
+        };
+        values.filter_map(event).collect()
+    }
+}
+
+tcg_test!(qemu_of_args_is_controlled_besides_its_own_monitors, || {
+    let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (ours, own) = (dir.path().join("ours"), dir.path().join("own"));
+    let qmp = |path: &Path, command: &str| {
+        let output = Command::new(binary())
+            .arg("qmp")
+            .arg(path)
+            .arg(command)
+            .output();
+        let output = output.expect("minivmm starts");
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let mut command = site.qemu(["--qmp".as_ref(), ours.as_os_str()]);
+    command.args([
+        "--macvtap",
+        "wire",
+        "--",
+        "-M",
+        "q35",
+        "-accel",
+        "tcg",
+        "-S",
+    ]);
+    // QEMU's monitor is one of its defaults here, which another monitor takes away.
+    command
+        .args(["-nographic", "-readconfig"])
+        .arg(dir.path().join("config"));
+    let config = format!(
+        "[chardev \"own\"]\n  backend = \"socket\"\n  path = \"{}\"\n  server = \"on\"\n  wait = \"off\"\n\
+         [mon \"own\"]\n  chardev = \"own\"\n  mode = \"control\"\n",
+        own.display()
+    );
+    fs::write(dir.path().join("config"), config).expect("it can be written");
+    let mut vm = Vm::spawn(command);
+    vm.send("\u{1}c");
+    vm.wait_for("(qemu)");
+    let version = qmp(&own, "query-version");
+    assert_eq!(qmp(&ours, "query-version"), version);
+    assert!(qmp(&ours, "query-status").contains("prelaunch"));
+    assert_eq!(qmp(&own, "query-status"), qmp(&ours, "query-status"));
+    let listener = Listener::connect(&ours);
+    qmp(&ours, "quit");
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
+    let end = ("SHUTDOWN".to_owned(), "host-qmp-quit".into());
+    assert_eq!(listener.events(), [end]);
+    assert!(!ours.exists(), "the socket is removed");
+});
