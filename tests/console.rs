@@ -16,6 +16,8 @@ mod tiny;
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,10 +25,14 @@ use std::time::{Duration, Instant};
 use harness::kvm_test;
 use harness::process::Killed;
 use harness::vm::Vm;
-use harness::{AT_ONCE, eventually};
+use harness::{AT_ONCE, PATIENCE, eventually};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use session::{by_shell, minivmm};
-use tiny::{POWER_OFF, Tiny};
+use tempfile::TempDir;
+use tiny::{POWER_OFF, RESET, Tiny};
+use vmm::config::{Config, ConsoleTarget};
+use vmm::{Exit, Guest};
 
 kvm_test!(stdin_and_stdout_that_are_closed_do_no_harm, || {
     for line in [
@@ -201,6 +207,74 @@ kvm_test!(stdout_closed_by_its_reader_does_not_hurt_the_guest, || {
     );
     assert_eq!(child.end_by_signals(), Some(143));
 });
+
+/// A guest whose console has a socket at this path, and goes nowhere else.
+fn guest_with_socket(guest: Tiny) -> (Guest, PathBuf, TempDir) {
+    let directory = TempDir::new().unwrap();
+    let (kernel, path) = (
+        directory.path().join("guest"),
+        directory.path().join("console"),
+    );
+    guest.write(&kernel);
+    let mut config = Config::new(kernel);
+    config.console = ConsoleTarget::File("/dev/null".into());
+    config.console_socket = Some(path.clone());
+    (Guest::start(config).unwrap(), path, directory)
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let socket = UnixStream::connect(path).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+#[track_caller]
+fn expect(client: &mut UnixStream, text: &str) {
+    let mut found = vec![0; text.len()];
+    client.read_exact(&mut found).unwrap();
+    assert_eq!(String::from_utf8_lossy(&found), text);
+}
+
+kvm_test!(clients_of_the_socket_get_all_to_the_last_word, || {
+    for (end, exit) in [(POWER_OFF, Exit::PowerOff), (RESET, Exit::Reboot)] {
+        let (guest, path, _directory) = guest_with_socket(Tiny::Echo);
+        let mut early = connect(&path);
+        expect(&mut early, "ready\n");
+        early.write_all(b"abc").unwrap();
+        expect(&mut early, "abc");
+        let mut late = connect(&path);
+        expect(&mut late, "ready\nabc");
+        late.write_all(format!("last words{end}").as_bytes())
+            .unwrap();
+        assert_eq!(guest.wait().unwrap(), exit);
+        for client in [&mut early, &mut late] {
+            let mut rest = String::new();
+            client.read_to_string(&mut rest).unwrap();
+            assert_eq!(rest, "last words");
+        }
+        assert!(!path.exists());
+    }
+});
+
+kvm_test!(
+    client_that_never_reads_holds_up_neither_guest_nor_end,
+    || {
+        let (guest, path, _directory) = guest_with_socket(Tiny::Flood);
+        let idle = connect(&path);
+        let is_gone = || {
+            let mut watched = [PollFd::new(&idle, PollFlags::IN)];
+            poll(&mut watched, Some(&Timespec::default())).unwrap();
+            watched[0].revents().contains(PollFlags::HUP)
+        };
+        assert!(eventually(is_gone), "it is still a client");
+        let mut other = connect(&path);
+        expect(&mut other, "x");
+        let started = Instant::now();
+        guest.end();
+        assert_eq!(guest.wait().unwrap(), Exit::Quit);
+        assert!(started.elapsed() < AT_ONCE);
+    }
+);
 
 /// A minivmm without our reading its console; killed when dropped.
 struct Guarded(Killed);

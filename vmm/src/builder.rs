@@ -37,10 +37,12 @@ use crate::nic::devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices};
 use crate::qmp::commands::Native;
 use crate::qmp::server::Server;
+use crate::qmp::socket::Listener;
 use crate::resources::{Opened, ResourceError, Resources};
 use crate::tty::RawTerminal;
 use crate::tty::console;
 use crate::tty::output::Output;
+use crate::tty::server::{Server as ConsoleServer, ToSerial};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -118,12 +120,15 @@ pub fn run(
     )?;
     let mut opened = Opened::open(&config)?;
     let qmp = std::mem::take(&mut opened.qmp);
+    let console_socket = opened.console_socket.take();
     let ram = GuestRam::map(config.memory, config.hugepages)?;
     let mut built = build(&config, &plan, inherited, opened, ram.memory())?;
 
     let exit = Arc::clone(&built.buses.exit);
     let signals = CaughtSignals::catch(signals, config.grace());
     let signals = signals.map_err(failed_to("catch signals"))?;
+    let console_server = console_socket.map(|socket| serve_console(socket, &built));
+    let console_server = console_server.transpose()?.flatten();
     let _terminal = connect_stdio(&config.console, built.serial, &exit)?;
     let vcpus = Vcpus::start(built.vm, built.vcpus, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
@@ -149,11 +154,17 @@ pub fn run(
         let server = Server::new(qmp, &hub, native);
         others.push(Box::new(server.map_err(failed_to("serve QMP"))?));
     }
+    if let Some(server) = &console_server {
+        others.push(Box::new(Rc::clone(server)));
+    }
     started(handle);
     Control::run(control, others, settled).map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are
     // the macvtaps deleted.
     drop((built.net_devices.guards, built.host_link));
+    if let Some(server) = console_server.and_then(Rc::into_inner) {
+        server.into_inner().finish();
+    }
     if let Some(console) = built.console {
         console.lost().log();
     }
@@ -252,6 +263,20 @@ fn beside<'scope, T: Send + 'scope>(
 
 fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+/// Serves the console's socket, if the machine has a serial port.
+fn serve_console(
+    socket: Listener,
+    built: &Built,
+) -> Result<Option<Rc<RefCell<ConsoleServer>>>, Error> {
+    let (Some(serial), Some(console)) = (&built.serial, &built.console) else {
+        return Ok(None);
+    };
+    let input = ToSerial::new(Arc::clone(serial)).map_err(failed_to("create an eventfd"))?;
+    let transcript = Arc::clone(console.transcript());
+    let server = ConsoleServer::new(socket, transcript, Box::new(input));
+    Ok(Some(Rc::new(RefCell::new(server))))
 }
 
 /// Connects a serial port whose console is stdio with the terminal there, or whatever it is.

@@ -285,6 +285,7 @@ impl From<GuestArgs> for Config {
             transport: args.transport,
             host_link: args.host_link,
             qmp: args.qmp,
+            console_socket: None,
             ..args.machine.into()
         }
     }

@@ -65,6 +65,9 @@ pub struct Config {
     pub console: ConsoleTarget,
     /// Sockets by which other programs control the guest, in the language of QEMU (QMP).
     pub qmp: Vec<PathBuf>,
+    /// Where a socket is made by which other programs read the console and write to it. One that connects gets the last
+    /// 64 KiB of what was said, and then what follows.
+    pub console_socket: Option<PathBuf>,
     /// How long the guest may take to power off after a first signal, if not as long as usual.
     pub stop_timeout: Option<Duration>,
     /// The disks, in order.
@@ -93,6 +96,7 @@ impl Config {
             balloon: None,
             console: ConsoleTarget::Stdio,
             qmp: Vec::new(),
+            console_socket: None,
             stop_timeout: None,
             disks: Vec::new(),
             nics: Vec::new(),

@@ -45,7 +45,7 @@ pub enum ResourceError {
     #[error(transparent)]
     HostLink(#[from] host_link::HostLinkError),
     #[error(transparent)]
-    Qmp(#[from] SocketError),
+    Socket(#[from] SocketError),
 }
 
 /// What is open already. Nothing has been made for it, or changed, so that a typing error is
@@ -58,6 +58,7 @@ pub struct Opened {
     /// Locked.
     pub disks: Vec<Storage>,
     pub qmp: Vec<Listener>,
+    pub console_socket: Option<Listener>,
     pub outputs: Outputs,
 }
 
@@ -98,6 +99,9 @@ impl Opened {
         let disks = disks.collect::<Result<_, _>>()?;
         let qmp = config.qmp.iter().map(|path| Listener::bind(path));
         let qmp = qmp.collect::<Result<_, _>>()?;
+        let socket = config.console_socket.as_deref();
+        let socket = socket.filter(|_| config.console.has_port());
+        let console_socket = socket.map(Listener::bind).transpose()?;
         let console = match &config.console {
             ConsoleTarget::Stdio => Some(output::stdout_file().map_err(ResourceError::Stdout)?),
             ConsoleTarget::None => None,
@@ -115,6 +119,7 @@ impl Opened {
             hypervisor,
             disks,
             qmp,
+            console_socket,
             outputs: Outputs { console, captures },
         })
     }

@@ -16,7 +16,9 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tc
 
 pub mod console;
 pub mod output;
+pub mod server;
 mod signals;
+pub mod transcript;
 
 /// The terminal's settings before it became raw, and since. Signal handlers read them, so they
 /// stay: a process has one terminal.

@@ -92,7 +92,11 @@ impl Input {
         let Some(escape) = &mut self.escape else {
             return push_all(&self.serial, input);
         };
-        let keys = escape.filter(input, &self.exit);
+        let keys = escape.filter(input, |key| match key {
+            b'x' | b'X' => self.exit.request(Exit::Terminal),
+            b'h' | b'H' | b'?' => log_writer::write(KEYS),
+            _ => {}
+        });
         if push(&self.serial, &keys) < keys.len() && !mem::replace(&mut self.has_lost, true) {
             log::warn!("the guest does not read its console: what is typed now is lost");
         }
@@ -137,7 +141,7 @@ pub(crate) fn wait(fd: impl AsFd, flags: PollFlags) {
 
 /// The terminal's keys that are the monitor's.
 #[derive(Debug, Default)]
-struct Escape {
+pub(crate) struct Escape {
     /// The last key was Ctrl-A.
     armed: bool,
 }
@@ -145,16 +149,14 @@ struct Escape {
 impl Escape {
     const CTRL_A: u8 = 0x01;
 
-    /// Acts on the monitor's keys and returns the guest's.
-    fn filter(&mut self, input: &[u8], exit: &ExitRequest) -> Vec<u8> {
+    /// Returns the guest's keys, and gives each that follows a Ctrl-A to `act`.
+    pub(crate) fn filter(&mut self, input: &[u8], mut act: impl FnMut(u8)) -> Vec<u8> {
         let mut guest = Vec::with_capacity(input.len());
         for &key in input {
             match (std::mem::take(&mut self.armed), key) {
                 (false, Self::CTRL_A) => self.armed = true,
                 (false, _) | (true, Self::CTRL_A) => guest.push(key),
-                (true, b'x' | b'X') => exit.request(Exit::Terminal),
-                (true, b'h' | b'H' | b'?') => log_writer::write(KEYS),
-                (true, _) => {}
+                (true, _) => act(key),
             }
         }
         guest
@@ -165,23 +167,22 @@ impl Escape {
 mod tests {
     use super::*;
 
+    fn filter(escape: &mut Escape, input: &[u8]) -> (Vec<u8>, Vec<u8>) {
+        let mut ours = Vec::new();
+        let guests = escape.filter(input, |key| ours.push(key));
+        (guests, ours)
+    }
+
     #[test]
-    fn escape_x_ends_the_guest_even_when_split() {
-        let exit = ExitRequest::new().unwrap();
+    fn key_after_the_prefix_is_ours_even_when_split() {
         let mut escape = Escape::default();
-        assert_eq!(escape.filter(b"ls\x01", &exit), b"ls");
-        assert_eq!(exit.reason(), None);
-        assert_eq!(escape.filter(b"x", &exit), b"");
-        assert_eq!(exit.reason(), Some(&Exit::Terminal));
+        assert_eq!(filter(&mut escape, b"ls\x01"), (b"ls".into(), vec![]));
+        assert_eq!(filter(&mut escape, b"xy"), (b"y".into(), b"x".into()));
     }
 
     #[test]
     fn escape_twice_sends_one_ctrl_a() {
-        let exit = ExitRequest::new().unwrap();
-        assert_eq!(
-            Escape::default().filter(b"a\x01\x01b\x01zx", &exit),
-            b"a\x01bx"
-        );
-        assert_eq!(exit.reason(), None);
+        let keys = filter(&mut Escape::default(), b"a\x01\x01b\x01zx");
+        assert_eq!(keys, (b"a\x01bx".into(), b"z".into()));
     }
 }

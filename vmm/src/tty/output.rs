@@ -15,6 +15,7 @@ use rustix::stdio::stdout;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::wait;
+use super::transcript::Transcript;
 use crate::control::exit::ExitRequest;
 
 /// The cursor stands behind guest output that has not ended its line.
@@ -31,12 +32,17 @@ pub fn take_mid_line() -> bool {
     MID_LINE.swap(false, Ordering::Relaxed)
 }
 
+/// Guest output has gone to stdout.
+pub fn note_end_of(shown: &[u8]) {
+    MID_LINE.store(shown.last() != Some(&b'\n'), Ordering::Relaxed);
+}
+
 /// A descriptor of its own for stdout.
 pub fn stdout_file() -> io::Result<File> {
     Ok(rustix::io::fcntl_dupfd_cloexec(stdout(), 3)?.into())
 }
 
-/// The serial port's output to a file, pipe or terminal.
+/// The serial port's output to a file, pipe or terminal, and to the readers of its transcript.
 ///
 /// The port says when what it has written is to go out, and the vCPU that has caused it sends it
 /// once it has left the port: a reader that holds it up does not hold up who needs the port. Where
@@ -47,6 +53,7 @@ pub struct Output {
     gathered: Mutex<Gathered>,
     /// Held while a reader is waited for.
     target: Mutex<Target>,
+    transcript: Arc<Transcript>,
     /// The descriptor of the timer, for which the control thread need not wait for the lock.
     timer: RawFd,
     /// There is something to send. Set by those who hold the lock.
@@ -84,6 +91,7 @@ impl Output {
                 given_up: false,
                 room: Vec::with_capacity(MOST),
             }),
+            transcript: Arc::new(Transcript::new()?),
             is_waiting: AtomicBool::new(false),
             is_due: AtomicBool::new(false),
             is_timed: AtomicBool::new(false),
@@ -94,6 +102,11 @@ impl Output {
     /// What the port writes to.
     pub fn port(self: &Arc<Self>) -> Port {
         Port(Arc::clone(self))
+    }
+
+    /// What has gone out, or was to.
+    pub fn transcript(&self) -> &Arc<Transcript> {
+        &self.transcript
     }
 
     /// What could not be written.
@@ -163,6 +176,7 @@ impl Output {
         let room = mem::take(&mut target.room);
         let bytes = mem::replace(&mut gathered.bytes, room);
         drop(gathered);
+        self.transcript.push(&bytes);
         if let Err((left, error)) = target.write(&bytes) {
             self.lost.count(left, &error);
         }
@@ -211,7 +225,7 @@ impl Target {
                 Ok(0) => return Err((bytes.len(), ErrorKind::WriteZero.into())),
                 Ok(written) => {
                     let (done, left) = bytes.split_at(written);
-                    MID_LINE.store(done.last() != Some(&b'\n'), Ordering::Relaxed);
+                    note_end_of(done);
                     bytes = left;
                 }
                 Err(_) if self.exit.reason().is_some() => self.given_up = true,
@@ -340,6 +354,8 @@ mod tests {
         }
         assert_eq!(read(&reader), [b'x'; MOST]);
         assert!(output.lock().bytes.is_empty());
+        let mut said = [0; 2 * MOST];
+        assert_eq!(output.transcript().read(0, &mut said), Some(MOST));
     }
 
     #[test]
