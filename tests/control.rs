@@ -5,10 +5,14 @@
 // tests themselves.
 #![allow(clippy::unwrap_used)]
 
+#[path = "control/console.rs"]
+mod console;
 mod harness;
 #[path = "control/host.rs"]
 mod host;
 #[path = "control/names.rs"]
 mod names;
+#[path = "harness/session.rs"]
+mod session;
 #[path = "harness/tiny.rs"]
 mod tiny;

@@ -347,6 +347,8 @@ pub enum Command {
     Qmp(QmpArgs),
     /// Lists the running VMs
     Ps(PsArgs),
+    /// Attaches to the console of a running VM: shows what it said last and what follows, and types
+    Console(ConsoleArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
     Doctor(DoctorArgs),
 }
@@ -481,6 +483,17 @@ pub struct PsArgs {
     pub json: bool,
 }
 
+/// `minivmm console`.
+#[derive(Clone, Debug, Args)]
+pub struct ConsoleArgs {
+    /// The VM, as `minivmm ps` shows it
+    pub name: VmName,
+
+    /// Only shows what the VM said last, up to 64 KiB
+    #[arg(long)]
+    pub dump: bool,
+}
+
 /// `minivmm doctor`.
 #[derive(Clone, Debug, Args)]
 pub struct DoctorArgs {
@@ -527,6 +540,8 @@ mod tests {
             "minivmm net gc -v",
             "minivmm ps",
             "minivmm ps web vm1 --json",
+            "minivmm console web",
+            "minivmm console web --dump",
             "minivmm --kernel k --name web-1",
             "minivmm qemu --name web -- -M q35",
             "minivmm doctor",
@@ -560,6 +575,7 @@ mod tests {
             "minivmm --kernel k --balloon --hugepages",
             "minivmm --kernel k --name a/b",
             "minivmm ps .",
+            "minivmm console",
             "minivmm --kernel k --rng maybe",
             "minivmm qemu --balloon -- -M q35",
             "minivmm qemu",

@@ -1,5 +1,6 @@
 //! What minivmm does besides running a guest: one module for each subcommand.
 
+mod console;
 mod doctor;
 mod firewall;
 mod host_link;
@@ -17,6 +18,7 @@ use crate::printable::{printable, printable_json};
 use crate::qemu::{self, QemuError};
 use crate::qmp::client::ClientError;
 
+pub use console::ConsoleError;
 pub use host_link::HostLinkCommandError;
 pub use open::OpenError;
 
@@ -37,6 +39,8 @@ pub enum CommandError {
     Qmp(#[from] ClientError),
     #[error(transparent)]
     Find(#[from] FindError),
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
 }
@@ -70,6 +74,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Qemu(args) => Ok(qemu::run(args, inherited)?),
         Command::Qmp(args) => print(&qmp::run(args)?).map(|()| 0),
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),
+        Command::Console(args) => Ok(console::run(args)?),
         Command::Doctor(args) => {
             let (report, healthy) = doctor::run(args);
             print(&report).map(|()| if healthy { 0 } else { 1 })

@@ -29,7 +29,7 @@ impl Guest {
     /// # Errors
     ///
     /// Says why there is no guest. What was taken from the host has been given back.
-    pub fn start(config: Config) -> Result<Self, Error> {
+    pub fn start(mut config: Config) -> Result<Self, Error> {
         let (sender, started) = mpsc::channel();
         let run = move || {
             let started = |handle| {
@@ -38,7 +38,9 @@ impl Guest {
             };
             let name = config.name.as_ref();
             let claim = |name| Instance::claim(Some(name), &Runs::kernel(&config.kernel));
-            let _instance = name.map(claim).transpose()?;
+            let instance = name.map(claim).transpose()?;
+            let socket = instance.as_ref().map(Instance::console_path);
+            config.console_socket = config.console_socket.or(socket);
             // The memory of the program that this is a part of is not ours to give back.
             builder::run(config, Inherited::default(), &[], started, || ())
         };

@@ -87,6 +87,11 @@ pub struct Instance {
 }
 
 impl Instance {
+    /// Where the VM's console is served.
+    pub fn console_path(&self) -> PathBuf {
+        self.place.console_path()
+    }
+
     /// Takes the name for a VM that `runs` this, or the lowest free of vm1, vm2 and so on.
     ///
     /// # Errors

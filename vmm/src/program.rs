@@ -51,9 +51,10 @@ pub unsafe fn main() -> ExitCode {
 }
 
 /// Nothing is left of the guest when this returns.
-fn run_guest(config: Config, inherited: Inherited) -> Result<Exit, Error> {
+fn run_guest(mut config: Config, inherited: Inherited) -> Result<Exit, Error> {
     let runs = Runs::kernel(&config.kernel);
-    let _instance = Instance::of_program(config.name.as_ref(), &runs)?;
+    let instance = Instance::of_program(config.name.as_ref(), &runs)?;
+    config.console_socket = instance.as_ref().map(Instance::console_path);
     // No other thread is to control the guest.
     builder::run(config, inherited, &signals::ENDING, drop, trim::give_back)
 }
