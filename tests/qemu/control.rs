@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::*;
 
@@ -24,13 +24,13 @@ impl Listener {
         Self(stream)
     }
 
-    /// The names and reasons of the events to the end.
+    /// The names and data of the events to the end.
     pub fn events(self) -> Vec<(String, Value)> {
         let values = serde_json::Deserializer::from_reader(self.0).into_iter::<Value>();
         let values = values.map(|value| value.expect("QMP has JSON alone"));
         let event = |value: Value| {
             let name = value["event"].as_str()?.to_owned();
-            Some((name, value["data"]["reason"].clone()))
+            Some((name, value["data"].clone()))
         };
         values.filter_map(event).collect()
     }
@@ -81,7 +81,7 @@ tcg_test!(qemu_of_args_is_controlled_besides_its_own_monitors, || {
     let listener = Listener::connect(&ours);
     qmp(&ours, "quit");
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
-    let end = ("SHUTDOWN".to_owned(), "host-qmp-quit".into());
-    assert_eq!(listener.events(), [end]);
+    let data = json!({"guest": false, "reason": "host-qmp-quit"});
+    assert_eq!(listener.events(), [("SHUTDOWN".to_owned(), data)]);
     assert!(!ours.exists(), "the socket is removed");
 });

@@ -6,8 +6,13 @@ use crate::harness::initramfs::find;
 
 tcg_test!(kernel_guest_has_the_macvtaps_mac_and_powers_off, || {
     let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let qmp = dir.path().join("qmp");
     let args = ["--macvtap", "wire,mac=02:aa:00:00:00:0b", "--accel", "auto"];
-    let mut vm = site.boot(&[&args[..], &["--cpus", "2", "--memory", "400M"]].concat());
+    let more = ["--cpus", "2", "--memory", "400M"];
+    let socket = ["--qmp", qmp.to_str().expect("it is text")];
+    let mut vm = site.boot(&[&args[..], &more, &socket].concat());
+    let listener = Listener::connect(&qmp);
     assert_eq!(
         vm.run("cat /sys/class/net/eth0/address").trim(),
         "02:aa:00:00:00:0b"
@@ -19,8 +24,20 @@ tcg_test!(kernel_guest_has_the_macvtaps_mac_and_powers_off, || {
     address(&mut vm, "eth0", 11);
     assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
     assert!(site.peer.pings("192.168.77.11", 3));
+    let knows = || {
+        let list = site.host.command(binary()).args(["net", "list"]).output();
+        text(&list.expect("minivmm starts").stdout).contains("192.168.77.11")
+    };
+    assert!(eventually(knows), "the guest's address is not listed");
     vm.send("1 poweroff -f\n");
     assert_eq!(vm.wait_exit().code(), Some(0));
+    let events = listener.events();
+    let mut learnt = events
+        .iter()
+        .filter(|(name, _)| name == "X_MINIVMM_ADDRESS");
+    let is_its =
+        learnt.any(|(_, data)| data["address"] == "192.168.77.11" && data["nic"] == "macvtap0");
+    assert!(is_its, "{events:?}");
     assert!(vm.log().contains("powered off"), "{}", vm.log());
     // That it takes long is not left unsaid.
     let warned = vm.log().contains("by emulation (TCG)");
@@ -159,8 +176,8 @@ tcg_test!(kernel_guest_ends_as_in_the_native_monitor, || {
         assert_eq!(code, Some(status), "{command}\n{}", vm.transcript());
         assert!(vm.log().contains(words), "{}", vm.log());
         let found = listener.events();
-        let found = found.iter().map(|(name, why)| {
-            let why = why.as_str().unwrap_or_default();
+        let found = found.iter().map(|(name, data)| {
+            let why = data["reason"].as_str().unwrap_or_default();
             (name.as_str(), why)
         });
         assert_eq!(found.collect::<Vec<_>>(), events);

@@ -195,6 +195,13 @@ impl Instance {
     }
 }
 
+impl Instance {
+    /// Its control socket.
+    pub fn qmp_path(&self) -> PathBuf {
+        self.place.qmp_path()
+    }
+}
+
 impl Drop for Instance {
     fn drop(&mut self) {
         self.place.remove();

@@ -44,8 +44,9 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 
-use net::{MacAddr, TapInfo};
+use net::{FrameListener, LinkGuard, MacAddr, TapInfo};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::child::{self, Program};
@@ -54,7 +55,7 @@ use crate::config::{BalloonError, Config, ConsoleTarget, NicSource, QemuNic};
 use crate::files::{Files, Role, SharedFile};
 use crate::instance::{Instance, InstanceError};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
-use crate::nic::registry::Runs;
+use crate::nic::registry::{Claim, Runs};
 use crate::nic::{self, HostNic, Inherited, NicError, host_link};
 use crate::qmp::socket::{Listener, SocketError};
 use crate::tty::may_read;
@@ -254,50 +255,86 @@ fn engine(args: &QemuArgs, machine: bool) -> Result<Option<Accel>, ConflictError
 /// Says why QEMU was not run. Nothing is left of it then.
 pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     let plan = Plan::new(args, true)?;
-    let qmp = args.qmp.iter().map(|path| Listener::bind(path));
-    let qmp = qmp.collect::<Result<_, _>>()?;
     let runs = match &args.machine.kernel {
         Some(kernel) => Runs::kernel(kernel),
         None => Runs::program(&plan.qemu.path),
     };
     // Dropped last.
-    let _instance = Instance::of_program(args.name.as_ref(), &runs)?;
-    let sources = args.macvtap.iter().map(|nic| &nic.source);
-    let hosts = nic::acquire(sources, inherited, &runs)?;
-    // The claims are given up when QEMU has ended.
-    let (mut nics, mut descriptors, mut claims, mut guards) = (vec![], vec![], vec![], vec![]);
-    for (n, HostNic { claim, macvtap }) in hosts.into_iter().enumerate() {
-        let TapInfo {
-            lower, mac, mtu, ..
-        } = macvtap.info();
-        log::info!("NIC on {lower}: MAC {mac}, MTU {mtu}");
-        nics.push(plan.nic(n, &args.macvtap[n], *mac, *mtu)?);
-        let (queues, guard) = macvtap.into_parts();
-        descriptors.extend(queues);
-        for _ in &plan.numbers[n].vhost {
-            descriptors.push(open_vhost().map_err(QemuError::Vhost)?.into());
-        }
-        claims.push(claim);
-        guards.push(guard);
-    }
-    let first = claims.first().map(|claim| &claim.nic().tap);
+    let instance = Instance::of_program(args.name.as_ref(), &runs)?;
+    let own = instance.as_ref().map(Instance::qmp_path);
+    let qmp = args.qmp.iter().chain(&own).map(|path| Listener::bind(path));
+    let qmp = qmp.collect::<Result<_, _>>()?;
+    let events = Arc::default();
+    let mut taken = Taken::from_host(&plan, args, inherited, &runs)?;
+    let first = taken.nics.first().map(|(claim, _)| &claim.nic().tap);
     let host_link = host_link::make(first, &args.host_link)?;
-    let control = number_control(descriptors.len(), &args.args);
+    let control = number_control(taken.descriptors.len(), &args.args);
     let attached = attach(control).map_err(failed_to("make a monitor for QEMU"))?;
     let (monitor, placed) = attached;
     let mut command = Command::new(&plan.qemu.path);
-    command.args(plan.line(&nics, Some(control), &args.args));
+    command.args(plan.line(&taken.devices, Some(control), &args.args));
     log::debug!("running {command:?}");
     let mut program = Program::new(command);
-    program.numbered = descriptors;
+    program.numbered = std::mem::take(&mut taken.descriptors);
     program.placed = placed;
-    let locks = claims.iter().filter_map(|claim| claim.share().transpose());
-    program.others = locks
-        .collect::<Result<_, _>>()
-        .map_err(failed_to("pass the queues on to QEMU"))?;
-    let status = process::supervise(program, Attachment { monitor, qmp }, &plan);
-    drop((guards, host_link));
+    let locks = taken.nics.iter();
+    let locks = locks.filter_map(|(claim, _)| claim.share().transpose());
+    let locks = locks.collect::<Result<_, _>>();
+    program.others = locks.map_err(failed_to("pass the queues on to QEMU"))?;
+    // They give the claims up when QEMU has ended.
+    let nics = plan.ids.iter().zip(taken.nics);
+    let followers = nics.map(|(id, (claim, listener))| nics::follow(claim, listener, id, &events));
+    let attachment = Attachment {
+        monitor,
+        qmp,
+        followers: followers
+            .collect::<Result<_, _>>()
+            .map_err(failed_to("follow the NICs"))?,
+        events,
+    };
+    let status = process::supervise(program, attachment, &plan);
+    drop((taken.guards, host_link));
     status
+}
+
+/// What is taken from the host for the NICs, in order.
+#[derive(Debug, Default)]
+struct Taken {
+    devices: Vec<NetDevice>,
+    /// What QEMU gets.
+    descriptors: Vec<OwnedFd>,
+    nics: Vec<(Claim, Option<FrameListener>)>,
+    guards: Vec<LinkGuard>,
+}
+
+impl Taken {
+    fn from_host(
+        plan: &Plan,
+        args: &QemuArgs,
+        inherited: Inherited,
+        runs: &Runs,
+    ) -> Result<Self, QemuError> {
+        let sources = args.macvtap.iter().map(|nic| &nic.source);
+        let hosts = nic::acquire(sources, inherited, runs)?;
+        let mut taken = Self::default();
+        for (n, HostNic { claim, macvtap }) in hosts.into_iter().enumerate() {
+            let TapInfo {
+                lower, mac, mtu, ..
+            } = macvtap.info();
+            log::info!("NIC on {lower}: MAC {mac}, MTU {mtu}");
+            let device = plan.nic(n, &args.macvtap[n], *mac, *mtu)?;
+            taken.devices.push(device);
+            taken.nics.push((claim, nic::acquire::listen(&macvtap)));
+            let (queues, guard) = macvtap.into_parts();
+            taken.descriptors.extend(queues);
+            for _ in &plan.numbers[n].vhost {
+                let vhost = open_vhost().map_err(QemuError::Vhost)?;
+                taken.descriptors.push(vhost.into());
+            }
+            taken.guards.push(guard);
+        }
+        Ok(taken)
+    }
 }
 
 /// The numbers of what minivmm's monitor takes, after those of the NICs' `descriptors`.

@@ -187,12 +187,17 @@ fn watch(macvtap: &mut Macvtap) -> Option<LinkWatch> {
     None
 }
 
-/// Where vhost-net may get the frames. A NIC works without, so a failure is no more than a line.
+/// Where vhost-net may get the frames.
 fn listener(macvtap: &Macvtap, options: &NicOptions) -> Option<FrameListener> {
     let may_be_vhost = options.backend != BackendChoice::User && options.needs_frames().is_none();
     if !may_be_vhost || open_vhost().is_err() {
         return None;
     }
+    listen(macvtap)
+}
+
+/// Learns what the guest sends. A NIC works without, so a failure is no more than a line.
+pub fn listen(macvtap: &Macvtap) -> Option<FrameListener> {
     let name = &macvtap.info().name;
     let failed = |error: &io::Error| {
         log::info!("{name}: the guest's addresses will not be learnt from its frames: {error}");

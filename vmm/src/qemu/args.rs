@@ -79,7 +79,10 @@ impl Line<'_> {
         if let Some(Control { socket, config }) = self.control {
             let socket = format!("socket,id=minivmm-control,fd={socket}");
             push(&mut line, &["-chardev", &socket]);
-            push(&mut line, &["-readconfig", &format!("/dev/fd/{config}")]);
+            push(
+                &mut line,
+                &["-readconfig", &format!("/proc/self/fd/{config}")],
+            );
         }
         if self.control.is_some() && self.machine.is_some() {
             // The guest is paused at its end, until minivmm has seen why.
@@ -331,6 +334,26 @@ mod tests {
     }
 
     #[test]
+    fn machine_of_args_ends_by_itself_though_minivmm_has_a_monitor() {
+        let control = Control {
+            socket: 3,
+            config: 4,
+        };
+        let args = ["-M".into(), "q35".into()];
+        let line = Line {
+            machine: None,
+            keys: true,
+            engine: None,
+            nics: &[],
+            control: Some(control),
+            args: &args,
+        };
+        let expected = "-chardev socket,id=minivmm-control,fd=3 -readconfig /proc/self/fd/4 -M q35";
+        let expected: Vec<_> = expected.split(' ').map(OsString::from).collect();
+        assert_eq!(line.build(), expected);
+    }
+
+    #[test]
     fn line_has_the_devices_keys() {
         let properties = [("bus", "pcie.0"), ("addr", "0x4"), ("id", "nic2")];
         let properties = properties.map(|(k, v)| (k.to_owned(), v.to_owned()));
@@ -491,7 +514,7 @@ mod tests {
         assert!(!built.contains(&"max,-vmx,-svm".into()));
         assert!(built.contains(&"-no-shutdown".into()));
         assert!(built.contains(&"socket,id=minivmm-control,fd=4".into()));
-        assert!(built.contains(&"/dev/fd/5".into()));
+        assert!(built.contains(&"/proc/self/fd/5".into()));
         assert!(built.ends_with(&args));
     }
 }

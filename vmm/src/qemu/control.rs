@@ -20,7 +20,6 @@ use super::monitor::Monitor;
 use crate::child::{Arrivals, Child};
 use crate::control::exit::Exit;
 use crate::events::{Event, EventHub, Stamped};
-use crate::qmp::server::Server;
 
 // Event tokens.
 const MONITOR: u32 = 0;
@@ -57,16 +56,19 @@ impl Control {
         }
     }
 
-    /// Follows QEMU to its end, and has clients served meanwhile. Without an [`Exit`] QEMU has ended of itself: its
+    /// Follows QEMU to its end, and lets `others` have their events meanwhile. Without an [`Exit`] QEMU has ended of itself: its
     /// status then counts.
-    pub fn run(self, server: Option<Server>) -> io::Result<(Option<Exit>, ExitStatus)> {
+    pub fn run(
+        self,
+        others: Vec<Box<dyn MutEventSubscriber>>,
+    ) -> io::Result<(Option<Exit>, ExitStatus)> {
         let failed = |error| io::Error::other(format!("{error}"));
         let mut watched = self.monitor.borrow().interest();
         let control = Rc::new(RefCell::new(self));
         let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
         let id = events.add_subscriber(Box::new(Rc::clone(&control)));
-        if let Some(server) = server {
-            events.add_subscriber(Box::new(server));
+        for other in others {
+            events.add_subscriber(other);
         }
         let status = loop {
             let timeout = control.borrow().timeout();

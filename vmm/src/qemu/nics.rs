@@ -1,11 +1,20 @@
 //! The NICs: the numbers of their descriptors in QEMU, and what is known of them before they are made.
 
+use std::io;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use net::{LinkName, MacAddr, MacvtapSpec, Mode};
+use devices::events::EventSink;
+use devices::virtio::net::NetConfig;
+use devices::virtio::net::config::ConfigSpace;
+use devices::virtio::net::observe::Observer;
+use net::{FrameListener, LinkName, MacAddr, MacvtapSpec, Mode, TapInfo};
 
 use crate::config::{NicSource, QemuNic};
+use crate::events::EventHub;
+use crate::nic::follow::Follower;
+use crate::nic::registry::Claim;
 
 /// The numbers that a NIC's descriptors have in QEMU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,6 +48,29 @@ pub(super) fn number(
             },
         })
         .collect()
+}
+
+/// Publishes what the guest's frames say, and announces it by `events`: nothing else here looks at them. The NIC is
+/// called `id` there.
+pub(super) fn follow(
+    claim: Claim,
+    listener: Option<FrameListener>,
+    id: &str,
+    events: &Arc<EventHub>,
+) -> io::Result<Follower> {
+    let TapInfo {
+        lower, mac, mtu, ..
+    } = &claim.nic().tap;
+    let label = format!("{id} on {lower}");
+    let config = NetConfig {
+        mac: mac.octets(),
+        mtu: u16::try_from(*mtu).unwrap_or(u16::MAX),
+    };
+    let guest = Arc::new(ConfigSpace::new(config, 1, EventSink::default()));
+    let observer = Arc::new(Observer::new(label.clone(), Arc::clone(&guest))?);
+    let mut follower = Follower::new(label, guest, observer, claim, None, listener)?;
+    follower.announce_to(id.to_owned(), Arc::clone(events));
+    Ok(follower)
 }
 
 /// The number from `first` on for what else QEMU gets: one that it neither inherits nor has named in ARGS.

@@ -8,6 +8,8 @@ use std::process::{ExitStatus, Stdio};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use event_manager::MutEventSubscriber;
+
 use super::control::Control;
 use super::guest::Guest;
 use super::monitor::{Forward, Monitor};
@@ -16,6 +18,7 @@ use crate::child::{self, Arrivals, Child, Program};
 use crate::config::ConsoleTarget;
 use crate::control::exit::Exit;
 use crate::events::EventHub;
+use crate::nic::follow::Follower;
 use crate::qmp::server::Server;
 use crate::qmp::socket::Listener;
 use crate::signals::ENDING;
@@ -28,6 +31,10 @@ pub(super) struct Attachment {
     pub monitor: UnixStream,
     /// Where clients connect.
     pub qmp: Vec<Listener>,
+    /// What is done for the NICs.
+    pub followers: Vec<Follower>,
+    /// Where the NICs' news is published.
+    pub events: Arc<EventHub>,
 }
 
 /// Starts QEMU and follows it to its end.
@@ -88,20 +95,25 @@ fn follow(
     signals: Arrivals,
     plan: &Plan,
 ) -> io::Result<(Option<Exit>, ExitStatus)> {
-    let events = Arc::new(EventHub::default());
+    let events = attachment.events;
     let monitor = Rc::new(RefCell::new(Monitor::new(attachment.monitor)?));
     let forward = Box::new(Forward {
         monitor: Rc::clone(&monitor),
         version: plan.qemu.version.clone(),
     });
-    let server = match attachment.qmp {
-        none if none.is_empty() => None,
-        listeners => Some(Server::new(listeners, &events, forward)?),
-    };
+    let followers = attachment.followers.into_iter();
+    let mut others: Vec<_> = followers.map(boxed).collect();
+    if !attachment.qmp.is_empty() {
+        others.push(boxed(Server::new(attachment.qmp, &events, forward)?));
+    }
     let guest = plan.machine.as_ref().map(|machine| {
         let memory = machine.memory_after_balloon();
         let (monitor, events) = (Rc::clone(&monitor), Arc::clone(&events));
         Guest::new(monitor, events, machine.grace(), memory)
     });
-    Control::new(qemu, monitor, signals, guest, events).run(server)
+    Control::new(qemu, monitor, signals, guest, events).run(others)
+}
+
+fn boxed(subscriber: impl MutEventSubscriber + 'static) -> Box<dyn MutEventSubscriber> {
+    Box::new(subscriber)
 }

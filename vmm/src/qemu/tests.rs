@@ -95,7 +95,7 @@ impl Site {
                 guest
             });
             let control = Control::new(qemu, monitor, signals, guest, hub);
-            control.run(Some(server)).unwrap()
+            control.run(vec![Box::new(server)]).unwrap()
         });
         Self {
             directory,
