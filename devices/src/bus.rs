@@ -28,6 +28,10 @@ pub trait BusDevice: Send {
     fn pause(&mut self) {}
     /// Goes on.
     fn resume(&mut self) {}
+    /// Becomes the device that it was at power-on, when the machine is reset: guest memory is not
+    /// touched once this has returned. The vCPUs have to stand still before; one that is paused
+    /// stays so.
+    fn reset(&mut self) {}
     /// What another device needs to take the place of this one, which is paused.
     fn save(&self) -> Value {
         Value::Null
@@ -137,6 +141,11 @@ impl Bus {
     /// Has all devices go on.
     pub fn resume(&self) {
         self.devices().for_each(|(_, mut device)| device.resume());
+    }
+
+    /// Resets all devices: see [`BusDevice::reset`].
+    pub fn reset(&self) {
+        self.devices().for_each(|(_, mut device)| device.reset());
     }
 
     /// The states of the devices, which are paused, by their addresses.

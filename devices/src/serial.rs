@@ -105,6 +105,15 @@ impl Serial {
             }
         }
     }
+
+    fn set_registers(&mut self, state: &SerialState) -> Result<(), String> {
+        let irq = self.irq().clone();
+        let none = Uart::new(irq.clone(), Unflushed(Box::new(io::sink())));
+        let output = std::mem::replace(&mut self.uart, none).into_writer();
+        self.uart =
+            Uart::from_state(state, irq, NoEvents, output).map_err(|error| format!("{error:?}"))?;
+        Ok(())
+    }
 }
 
 /// A writer that is not flushed after each byte.
@@ -172,6 +181,16 @@ impl BusDevice for Serial {
         }
     }
 
+    fn reset(&mut self) {
+        self.flush();
+        // Input that the old guest has not read is not for the next one.
+        self.waiting.clear();
+        self.looks = 0;
+        if let Err(error) = self.set_registers(&SerialState::default()) {
+            log::error!("cannot reset the serial port: {error}");
+        }
+    }
+
     fn save(&self) -> Value {
         json!(State {
             uart: self.uart.state(),
@@ -184,11 +203,7 @@ impl BusDevice for Serial {
         if uart.in_buffer.len() > self.fifo || waiting.len() > MOST_WAITING {
             return Err("more input than a serial port holds".into());
         }
-        let irq = self.irq().clone();
-        let none = Uart::new(irq.clone(), Unflushed(Box::new(io::sink())));
-        let output = std::mem::replace(&mut self.uart, none).into_writer();
-        self.uart =
-            Uart::from_state(&uart, irq, NoEvents, output).map_err(|error| format!("{error:?}"))?;
+        self.set_registers(&uart)?;
         self.waiting = waiting;
         self.announce_room();
         Ok(())
@@ -314,6 +329,21 @@ mod tests {
         assert_eq!(read(&mut other, 7), b's');
         assert_eq!(read_all(&mut other), input);
         assert!(other.restore(Value::Null).is_err());
+    }
+
+    #[test]
+    fn port_after_a_reset_is_a_new_one_and_its_output_is_sent() {
+        let (mut serial, flushes) = flushed_serial();
+        serial.write(DATA, b"$");
+        serial.write(7, b"s");
+        serial.write(INTERRUPT_ENABLE, &[1]);
+        assert_eq!(serial.push_input(&[b'x'; 1000]), 1000);
+        serial.reset();
+        assert_eq!(serial.save(), super::tests::serial().save());
+        assert_eq!(flushes.count(), 1);
+        serial.write(DATA, b"new\n");
+        serial.write(DATA, b"\n");
+        assert_eq!(flushes.count(), 2);
     }
 
     #[test]

@@ -149,6 +149,12 @@ impl ConfigSpace {
         }
     }
 
+    /// Takes back what the guest has written: at power-on all bits that it may change are 0, but
+    /// for the place of BAR 0.
+    pub fn reset(&mut self) {
+        self.write(0, &[0; Self::LEN]);
+    }
+
     /// All of it, as the guest reads it.
     pub fn save(&self) -> Value {
         json!(&self.bytes[..])

@@ -131,6 +131,10 @@ impl BusDevice for Ecam {
     }
 
     // Of the functions, only the bridge is on no other bus.
+    fn reset(&mut self) {
+        lock(&self.0.bridge).0.reset();
+    }
+
     fn save(&self) -> Value {
         lock(&self.0.bridge).0.save()
     }
@@ -184,6 +188,10 @@ impl BusDevice for ConfigPorts {
         } else if let (0, Ok(word)) = (offset, data.try_into()) {
             self.address = u32::from_le_bytes(word);
         }
+    }
+
+    fn reset(&mut self) {
+        self.address = 0;
     }
 
     fn save(&self) -> Value {

@@ -39,6 +39,15 @@ pub struct Entry {
 // SAFETY: integers only, and no padding between them: one of 64 bits and two of 32.
 unsafe impl ByteValued for Entry {}
 
+impl Entry {
+    /// A vector is masked until the guest says otherwise.
+    const NEW: Self = Self {
+        address: 0,
+        data: 0,
+        control: MASKED,
+    };
+}
+
 /// The MSI-X state of a function.
 #[derive(Debug)]
 pub struct Msix {
@@ -68,13 +77,8 @@ impl Msix {
         .concat();
         let capability = config.add_capability(CapabilityId::MsiX, &body);
         config.make_writable(capability + CONTROL, &(ENABLE | MASK_ALL).to_le_bytes());
-        // All vectors are masked until the guest says otherwise.
-        let entry = Entry {
-            control: MASKED,
-            ..Entry::default()
-        };
         Self {
-            entries: vec![entry; vectors],
+            entries: vec![Entry::NEW; vectors],
             connected: vec![None; vectors],
             routes,
             capability,
@@ -126,6 +130,12 @@ impl Msix {
             bits |= u64::from(waits) << vector;
         }
         crate::virtio::read_at(&bits.to_le_bytes(), offset, data);
+    }
+
+    /// Masks and disconnects all vectors, after [`ConfigSpace::reset`].
+    pub fn reset(&mut self, config: &ConfigSpace) {
+        self.entries.fill(Entry::NEW);
+        self.update(config);
     }
 
     /// The table.

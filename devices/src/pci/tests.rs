@@ -83,6 +83,24 @@ fn dword(device: &mut dyn BusDevice, offset: u64) -> u32 {
 }
 
 #[test]
+fn bus_after_a_reset_is_a_new_one() {
+    let devices = || {
+        let bus = bus();
+        (Ecam(Arc::clone(&bus)), ConfigPorts::new(bus))
+    };
+    let ((mut ecam, mut ports), (new_ecam, new_ports)) = (devices(), devices());
+    ports.write(0, &0x8000_0800_u32.to_le_bytes());
+    for offset in (0..ConfigSpace::LEN as u64).step_by(4) {
+        ecam.write(offset, &[0xff; 4]);
+    }
+    assert_ne!(ecam.save(), new_ecam.save());
+    ecam.reset();
+    ports.reset();
+    assert_eq!(ecam.save(), new_ecam.save());
+    assert_eq!(ports.save(), new_ports.save());
+}
+
+#[test]
 fn both_mechanisms_show_the_same_functions() {
     let bus = bus();
     let (mut ecam, mut ports) = (Ecam(Arc::clone(&bus)), ConfigPorts::new(bus));

@@ -237,6 +237,11 @@ impl Registers for Pci {
         }
     }
 
+    fn reset(&mut self) {
+        self.config.reset();
+        self.msix.reset(&self.config);
+    }
+
     fn save(&self) -> Value {
         json!(State {
             config: self.config.save(),

@@ -28,6 +28,8 @@ pub trait Registers: Send + fmt::Debug + Sized {
     fn read(transport: &mut Transport<Self>, offset: u64, data: &mut [u8]);
     /// As [`BusDevice::write`].
     fn write(transport: &mut Transport<Self>, offset: u64, data: &[u8]);
+    /// Has them hold what they did at power-on.
+    fn reset(&mut self) {}
     /// What these registers hold that the rest of the transport does not.
     fn save(&self) -> Value {
         Value::Null
@@ -231,7 +233,7 @@ impl<R: Registers> Transport<R> {
                 self.status = status;
                 self.start(None);
             }
-            Step::Reset => self.reset(),
+            Step::Reset => self.reset_device(),
             Step::Refuse => log::debug!("virtio status {:?}: refused {value:#x}", self.status),
         }
     }
@@ -293,7 +295,8 @@ impl<R: Registers> Transport<R> {
         }))
     }
 
-    fn reset(&mut self) {
+    /// The reset of virtio 1.2, 2.4: the driver's, which the bus does not notice.
+    fn reset_device(&mut self) {
         self.device.reset();
         self.queues = fresh_queues(self.device.as_ref());
         self.status = Status::empty();
@@ -327,6 +330,15 @@ impl<R: Registers> BusDevice for Transport<R> {
         let was_active = |positions: &Vec<Option<u16>>| positions.iter().any(Option::is_some);
         if let Some(positions) = self.paused.take().filter(was_active) {
             self.start(Some(positions));
+        }
+    }
+
+    fn reset(&mut self) {
+        // Its vectors first: what the device signals until it stops is then forgotten with the rest.
+        self.registers.reset();
+        self.reset_device();
+        for kick in &self.kicks {
+            let _ = kick.read();
         }
     }
 

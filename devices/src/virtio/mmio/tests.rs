@@ -372,6 +372,21 @@ fn notification_reaches_the_queues_eventfd() {
 }
 
 #[test]
+fn transport_after_a_reset_of_the_machine_is_a_new_one() {
+    let mut guest = Guest::new(false);
+    guest.negotiate(VIRTIO_F_VERSION_1 | 0x21);
+    guest.set_up_queue(1, Driver::config());
+    guest.write(register::VIRTIO_MMIO_STATUS, 15);
+    guest.write(register::VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+    guest.transport.interrupt.call_eventfd(1);
+    guest.transport.interrupt.queue(1);
+    guest.transport.interrupt.needs_reset();
+    BusDevice::reset(&mut guest.transport);
+    assert_eq!(guest.transport.save(), Guest::new(false).transport.save());
+    assert_eq!(guest.calls().last(), Some(&Call::Reset));
+}
+
+#[test]
 fn restored_transport_is_the_saved_one_and_goes_on() {
     let mut guest = Guest::new(false);
     guest.negotiate(VIRTIO_F_VERSION_1 | 0x21);

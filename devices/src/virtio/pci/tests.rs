@@ -308,8 +308,8 @@ fn window_in_configuration_space_reads_and_writes_the_bar() {
     }
 }
 
-#[test]
-fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
+/// A guest whose driver runs. Vectors 0 and 1 are unmasked, 2 is not, and waits.
+fn running() -> Guest {
     const COMMAND: usize = 4;
     let mut guest = Guest::new();
     guest.transport.write_config(COMMAND, &[6, 0]);
@@ -319,7 +319,6 @@ fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
     }
     guest.write(offset::CONFIG_VECTOR, &0u16.to_le_bytes());
     guest.set_status(15);
-    // Vectors 0 and 1 are unmasked, 2 is not, and waits.
     for vector in [0, 1] {
         let entry = MSIX_TABLE as usize + vector * MSIX_ENTRY_LEN;
         guest.write(entry, &(0xfee0_0000 + vector as u64).to_le_bytes());
@@ -329,6 +328,37 @@ fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
     let control = 0x40 + 2;
     guest.transport.write_config(control, &[0, 0x80]);
     guest.transport.interrupt.queue(1);
+    guest
+}
+
+#[test]
+fn function_after_a_reset_of_the_machine_is_a_new_one() {
+    for is_paused in [false, true] {
+        let mut guest = running();
+        // The pci_cfg capability, to its data; and the size of the BAR is asked for.
+        guest.transport.write_config(0x40, &[0xff; 192]);
+        guest.transport.write_config(0x10, &[0xff; 4]);
+        guest.transport.kicks()[0].write(1).unwrap();
+        if is_paused {
+            guest.transport.pause();
+        }
+        BusDevice::reset(&mut guest.transport);
+        let new = Guest::new();
+        assert_eq!(
+            BusDevice::save(&guest.transport),
+            BusDevice::save(&new.transport)
+        );
+        assert!(guest.active.lock().unwrap().is_none());
+        assert!(guest.routes.0.lock().unwrap().is_empty());
+        assert!(guest.transport.kicks()[0].read().is_err());
+        guest.transport.resume();
+        assert!(guest.active.lock().unwrap().is_none());
+    }
+}
+
+#[test]
+fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
+    let mut guest = running();
     guest.transport.pause();
     let state = BusDevice::save(&guest.transport);
     let mut other = Guest::new();
