@@ -1,7 +1,8 @@
 //! From a config to a guest that has ended.
 
+pub mod load;
+
 use std::cell::RefCell;
-use std::fs::File;
 use std::io;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
@@ -9,25 +10,27 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
-use boot::{BootSpec, BootState};
 use devices::events::EventSink;
 use devices::irq::IrqLine;
 use devices::serial::Serial;
 use devices::virtio::balloon::{Balloon, BalloonHandle};
 use devices::virtio::rng::Rng;
 use net::HostLinkGuard;
-use rustix::rand::GetRandomFlags;
 use vm_memory::GuestMemoryMmap;
 
+use self::load::Loader;
 use crate::config::{Config, ConsoleTarget};
 use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
+use crate::control::reset::{ResetRequest, Resets, Restart};
 use crate::disk::{self, Disk};
 use crate::events::EventHub;
 use crate::instance::InstanceError;
+use crate::kvm::barrier::Barrier;
 use crate::kvm::cpuid::CpuModel;
-use crate::kvm::vcpu::{DeviceBuses, NewVcpu, Vcpu};
+use crate::kvm::guest::KvmGuest;
+use crate::kvm::vcpu::{DeviceBuses, NewVcpu};
 use crate::kvm::vcpus::Vcpus;
 use crate::kvm::vm::{Hypervisor, Vm, VmError};
 use crate::machine::{Machine, MachineError};
@@ -122,7 +125,8 @@ pub fn run(
     let qmp = std::mem::take(&mut opened.qmp);
     let console_socket = opened.console_socket.take();
     let ram = GuestRam::map(config.memory, config.hugepages)?;
-    let mut built = build(&config, &plan, inherited, opened, ram.memory())?;
+    let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
+    let mut built = build(&config, &plan, inherited, opened, ram.memory(), &handle)?;
 
     let exit = Arc::clone(&built.buses.exit);
     let signals = CaughtSignals::catch(signals, config.grace());
@@ -130,9 +134,8 @@ pub fn run(
     let console_server = console_socket.map(|socket| serve_console(socket, &built));
     let console_server = console_server.transpose()?.flatten();
     let _terminal = connect_stdio(&config.console, built.serial, &exit)?;
-    let vcpus = Vcpus::start(built.vm, built.vcpus, Arc::clone(&exit))
+    let vcpus = Vcpus::start(built.kvm, built.barrier, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
-    let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
     let hub = Arc::new(EventHub::default());
     let events = Arc::clone(&hub);
     let mut control = Control::new(
@@ -147,6 +150,8 @@ pub fn run(
     control.disks = built.disks;
     control.nics = built.net_devices.handles.clone();
     control.balloon = built.balloon;
+    let resets = |restart| Resets::new(restart, handle.clone());
+    control.resets = built.restart.map(resets);
     let control = Rc::new(RefCell::new(control));
     let mut others = built.net_devices.followers(&hub);
     if !qmp.is_empty() {
@@ -174,8 +179,9 @@ pub fn run(
 /// A guest that is ready to run. It is dropped in this order: with the buses the devices' threads
 /// end, and only then are the macvtaps deleted.
 struct Built {
-    vcpus: Vec<Vcpu>,
-    vm: Vm,
+    kvm: Arc<KvmGuest>,
+    barrier: Arc<Barrier>,
+    restart: Option<Restart>,
     buses: Arc<DeviceBuses>,
     power_button: IrqLine,
     serial: Option<Arc<Mutex<Serial>>>,
@@ -195,11 +201,17 @@ fn build(
     inherited: Inherited,
     opened: Opened,
     memory: &Arc<GuestMemoryMmap>,
+    control: &Handle,
 ) -> Result<Built, Error> {
-    let (hypervisor, kernel, initrd) = (opened.hypervisor, opened.kernel, opened.initrd);
+    let hypervisor = opened.hypervisor;
+    let mut loader = Loader::new(config, plan, opened.kernel, opened.initrd);
+    let cpus = usize::from(config.cpus.get());
+    let barrier = Arc::new(Barrier::new(cpus).map_err(failed_to("create an eventfd"))?);
     thread::scope(|scope| {
         let vm = beside(scope, "kvm", || create_vm(config, hypervisor, memory))?;
-        let boot = beside(scope, "boot", || load(config, plan, kernel, initrd, memory))?;
+        let boot = beside(scope, "boot", move || {
+            loader.load(memory).map(|boot| (boot, loader))
+        })?;
         let host = Resources::make(config, inherited, opened.outputs)?;
         let (vm, vcpus) = join(vm)?;
         let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
@@ -208,7 +220,9 @@ fn build(
             .map(|file| Output::new(file, config.console.place(), Arc::clone(&exit)));
         let console = output.transpose().map_err(failed_to("create a timer"))?;
         let console = console.map(Arc::new);
-        let mut machine = Machine::new(&vm, Arc::clone(memory), exit, console.clone(), plan)?;
+        let reset = ResetRequest::of(config, &barrier, control);
+        let memory = Arc::clone(memory);
+        let mut machine = Machine::new(&vm, memory, exit, reset, console.clone(), plan)?;
         let serial = machine.add_serial()?;
         let power_button = machine.add_power_button()?;
         let disks = disk::add(&mut machine, &config.disks, opened.disks)?;
@@ -218,10 +232,14 @@ fn build(
         }
         let balloon = add_balloon(&mut machine, config)?;
         let buses = Arc::new(machine.finish()?);
-        let boot = join(boot)?;
+        let kvm = Arc::new(KvmGuest::new(vm, vcpus, &buses));
+        let (boot, loader) = join(boot)?;
+        let restart = Restart::of(config, loader, &kvm, &buses)?;
+        kvm.enter_at(&boot)?;
         Ok(Built {
-            vcpus: set_up_vcpus(vcpus, &boot, &buses)?,
-            vm,
+            kvm,
+            barrier,
+            restart,
             buses,
             power_button,
             serial,
@@ -294,44 +312,6 @@ fn connect_stdio(
     Ok(terminal)
 }
 
-fn load(
-    config: &Config,
-    plan: &Plan,
-    mut kernel: File,
-    mut initrd: Option<File>,
-    memory: &GuestMemoryMmap,
-) -> Result<BootState, Error> {
-    let mut spec = BootSpec {
-        kernel: &mut kernel,
-        initrd: initrd.as_mut(),
-        cmdline: &config.whole_cmdline(),
-        random: random().map_err(failed_to("get random numbers"))?,
-        platform: &plan.platform(),
-    };
-    let boot = boot::load(memory, &mut spec).map_err(|error| name_file(config, error))?;
-    log::debug!("kernel {:?}: {}", config.kernel, boot.loaded);
-    Ok(boot)
-}
-
-/// By which the kernel is moved: as good as a guest's own, which it would take from its CPU.
-fn random() -> io::Result<[u64; 2]> {
-    let mut bytes = [[0; 8]; 2];
-    for bytes in &mut bytes {
-        // A system call for so few is never cut short.
-        rustix::rand::getrandom(bytes, GetRandomFlags::empty())?;
-    }
-    Ok(bytes.map(u64::from_ne_bytes))
-}
-
-/// The boot crate knows files, not their paths.
-fn name_file(config: &Config, error: boot::Error) -> Error {
-    match (error, &config.initrd) {
-        (boot::Error::Kernel(source), _) => Error::Kernel(config.kernel.clone(), source),
-        (boot::Error::Initrd(source), Some(path)) => Error::Initrd(path.clone(), source),
-        (error, _) => Error::Boot(error),
-    }
-}
-
 /// The VM with its vCPUs. Of KVM's part, finding out what it supports of CPUID takes the longest.
 fn create_vm(
     config: &Config,
@@ -352,18 +332,4 @@ fn create_vm(
     let vcpus = (0..config.cpus.get()).map(create);
     let vcpus = vcpus.collect::<Result<_, _>>()?;
     Ok((vm, vcpus))
-}
-
-fn set_up_vcpus(
-    new: Vec<NewVcpu>,
-    boot: &BootState,
-    buses: &Arc<DeviceBuses>,
-) -> Result<Vec<Vcpu>, VmError> {
-    let vcpus = new.into_iter();
-    let vcpus = vcpus.map(|new| Vcpu::new(new, boot, Arc::clone(buses)));
-    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
-    if let Some(first) = vcpus.first() {
-        first.set_entry(boot)?;
-    }
-    Ok(vcpus)
 }

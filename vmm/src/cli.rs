@@ -12,8 +12,8 @@ use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 use serde_json::{Map, Value};
 
 use crate::config::{
-    Config, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig, NicSource, VmName,
-    parse_macvtap,
+    Config, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig, NicSource, Reboot,
+    VmName, parse_macvtap,
 };
 use crate::plan::Transport;
 
@@ -261,6 +261,16 @@ pub struct MachineArgs {
     )]
     pub balloon: Option<HeldBack>,
 
+    /// What a reboot of the guest does: it ends the guest, or restarts it in this process, on the same
+    /// macvtaps and disks. A kernel panic or a crash always ends it
+    #[arg(
+        long,
+        value_name = "exit|restart",
+        default_value = "exit",
+        requires = "kernel"
+    )]
+    pub reboot: Reboot,
+
     /// How long the guest may take to power off after a signal that ends it; 10 by default, 90 with a
     /// disk that it writes
     #[arg(long, value_name = "SECONDS", requires = "kernel", value_parser = clap::value_parser!(u32).range(1..))]
@@ -300,6 +310,7 @@ impl From<MachineArgs> for Config {
             nested: args.nested == Switch::On,
             memory: args.memory,
             hugepages: args.hugepages,
+            reboot: args.reboot,
             stop_timeout: args
                 .stop_timeout
                 .map(|seconds| Duration::from_secs(seconds.into())),

@@ -15,6 +15,7 @@ mod keys;
 mod name;
 mod nic;
 mod qemu;
+mod reboot;
 
 pub use balloon::{BalloonError, HeldBack};
 use disk::DISK_KEYS;
@@ -24,6 +25,7 @@ pub use name::VmName;
 pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
 use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 pub use qemu::QemuNic;
+pub use reboot::Reboot;
 
 /// On every command line: after a panic reset at once, with the "warm" flag by which the monitor
 /// distinguishes it from a reboot; and no self-tests of the crypto algorithms, which are two thirds
@@ -68,6 +70,8 @@ pub struct Config {
     /// Where a socket is made by which other programs read the console and write to it. One that connects gets the last
     /// 64 KiB of what was said, and then what follows.
     pub console_socket: Option<PathBuf>,
+    /// What a reboot does.
+    pub reboot: Reboot,
     /// How long the guest may take to power off after a first signal, if not as long as usual.
     pub stop_timeout: Option<Duration>,
     /// The disks, in order.
@@ -97,6 +101,7 @@ impl Config {
             console: ConsoleTarget::Stdio,
             qmp: Vec::new(),
             console_socket: None,
+            reboot: Reboot::default(),
             stop_timeout: None,
             disks: Vec::new(),
             nics: Vec::new(),
@@ -158,6 +163,9 @@ pub enum ConfigError {
     /// The transport.
     #[error("not one of pci and mmio")]
     Transport,
+    /// What a reboot does.
+    #[error("not one of exit and restart")]
+    Reboot,
     /// An empty item between commas.
     #[error("there is an empty item: two commas in a row, or one at the end")]
     Empty,

@@ -1,5 +1,5 @@
 //! The control thread: [`event_loop`] waits for events and holds the run state, [`handle`] takes what other threads want
-//! done, and [`exit`] says how a guest ends.
+//! done, [`reset`] has a guest begin again, and [`exit`] says how it ends.
 
 use std::io;
 
@@ -13,6 +13,7 @@ use crate::kvm::vm::VmError;
 pub mod event_loop;
 pub mod exit;
 pub mod handle;
+pub mod reset;
 
 /// Whether a guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,6 +28,13 @@ pub enum Event {
     Resume,
     /// Its power button was pressed.
     Powerdown,
+    /// It was reset, and begins again.
+    Reset {
+        /// The guest has asked for it.
+        guest: bool,
+        /// Why, in QEMU's words (ShutdownCause).
+        reason: &'static str,
+    },
     /// Its kernel panicked.
     GuestPanicked,
     /// It ends, or asks for it where it is the guest.
@@ -78,6 +85,7 @@ impl Event {
             Self::Stop => ("STOP", Value::Null),
             Self::Resume => ("RESUME", Value::Null),
             Self::Powerdown => ("POWERDOWN", Value::Null),
+            Self::Reset { guest, reason } => ("RESET", json!({"guest": guest, "reason": reason})),
             Self::GuestPanicked => ("GUEST_PANICKED", json!({"action": "shutdown"})),
             Self::Shutdown { guest, reason } => {
                 ("SHUTDOWN", json!({"guest": guest, "reason": reason}))

@@ -80,6 +80,12 @@ impl Guest {
         self.control.ask(|control| control.press_power_button());
     }
 
+    /// Presses its reset button: with [`Reboot::Restart`](crate::config::Reboot) it begins again, and
+    /// else it ends with [`Exit::Reboot`]. One that is paused stays so.
+    pub fn reset(&self) {
+        self.control.ask(|control| control.reset());
+    }
+
     /// Stops its vCPUs, then its devices. Nothing of the guest runs when this returns, and no frame
     /// is lost that has room in the host's queue. A vCPU whose output waits for a reader of the
     /// console stops when that reads.

@@ -1,14 +1,18 @@
 //! KVM: these modules alone use kvm-ioctls.
 //!
-//! [`vm`] is the virtual machine (memory, interrupts, notifications), [`vcpu`] a vCPU, [`vcpus`] are
-//! their threads, and [`state`] is what can be saved of them. [`cpuid`] is what a vCPU says of itself,
-//! [`crash`] why it cannot go on, [`msi`] the routing table of MSI vectors, and [`probe`] finds out
+//! [`vm`] is the virtual machine (memory, interrupts, notifications), [`vcpu`] a vCPU, [`guest`] all of
+//! them, and [`state`] what can be saved of them; [`vcpus`] are their threads, and [`barrier`] is where
+//! those stop. [`cpuid`] is what a vCPU says of itself, [`exits`] counts what it leaves the guest for,
+//! [`crash`] is why it cannot go on, [`msi`] the routing table of MSI vectors, and [`probe`] finds out
 //! what a host's KVM can run.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub mod barrier;
 pub mod cpuid;
 pub mod crash;
+pub mod exits;
+pub mod guest;
 pub mod msi;
 pub mod probe;
 pub mod state;

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use crate::control::exit::{Exit, ExitRequest};
+use crate::control::reset::ResetRequest;
 use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vm::{Vm, VmError};
 use crate::plan::{
@@ -60,6 +61,7 @@ pub struct Machine<'a> {
     vm: &'a Vm,
     memory: Arc<GuestMemoryMmap>,
     exit: Arc<ExitRequest>,
+    reset: Option<ResetRequest>,
     console: Option<Arc<Output>>,
     ports: Bus,
     mmio: Bus,
@@ -70,12 +72,13 @@ pub struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    /// A machine as `plan` has it, that can be powered off and reset, whose serial port
-    /// writes to `console`.
+    /// A machine as `plan` has it, that can be powered off, and reset, which ends it too unless it
+    /// has a `reset`. Its serial port writes to `console`.
     pub fn new(
         vm: &'a Vm,
         memory: Arc<GuestMemoryMmap>,
         exit: Arc<ExitRequest>,
+        reset: Option<ResetRequest>,
         console: Option<Arc<Output>>,
         plan: &Plan,
     ) -> Result<Self, MachineError> {
@@ -83,6 +86,7 @@ impl<'a> Machine<'a> {
             vm,
             memory,
             exit,
+            reset,
             console,
             ports: Bus::default(),
             mmio: Bus::default(),
@@ -212,20 +216,21 @@ impl<'a> Machine<'a> {
             .insert(u64::from(first)..u64::from(first) + count, device)
     }
 
-    /// Ends the guest as it asks, and distinguishes a panic from a reboot.
+    /// Ends or resets the guest as it asks, and distinguishes a panic from a reboot.
     fn power_sink(&self) -> PowerSink {
         let (exit, memory) = (Arc::clone(&self.exit), Arc::clone(&self.memory));
-        let console = self.console.clone();
+        let (reset, console) = (self.reset.clone(), self.console.clone());
         PowerSink::new(move |request| {
             // While a reader that is slow is still waited for.
             if let Some(console) = &console {
                 console.send();
             }
-            exit.request(match request {
-                PowerRequest::PowerOff => Exit::PowerOff,
-                PowerRequest::Reset if warm_reboot(&memory) => Exit::Panic,
-                PowerRequest::Reset => Exit::Reboot,
-            });
+            match (request, &reset) {
+                (PowerRequest::PowerOff, _) => exit.request(Exit::PowerOff),
+                (PowerRequest::Reset, _) if warm_reboot(&memory) => exit.request(Exit::Panic),
+                (PowerRequest::Reset, Some(reset)) => reset.request(),
+                (PowerRequest::Reset, None) => exit.request(Exit::Reboot),
+            }
         })
     }
 }
@@ -243,6 +248,13 @@ impl DeviceBuses {
     pub fn resume(&self) {
         self.ports.resume();
         self.mmio.resume();
+    }
+
+    /// Resets all devices, while the vCPUs stand still: when this has returned, none of their threads,
+    /// nor vhost-net, touches guest memory or an interrupt.
+    pub fn reset(&self) {
+        self.ports.reset();
+        self.mmio.reset();
     }
 
     /// The states of all devices, which are paused.

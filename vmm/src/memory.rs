@@ -13,9 +13,13 @@ use std::sync::Arc;
 
 use boot::layout::ram_regions;
 use rustix::mm::{self, Advice, MapFlags, ProtFlags};
-use vm_memory::{GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, MmapRegion,
+};
 
 use crate::config::MemorySize;
+use crate::control::exit::ExitRequest;
 
 /// A huge page.
 const HUGE: usize = 2 << 20;
@@ -72,6 +76,40 @@ impl GuestRam {
     /// The memory, for everything that the guest shares it with.
     pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
         &self.memory
+    }
+}
+
+/// Makes guest memory, which nothing uses meanwhile, all zeros again. Huge pages that the host has
+/// set aside stay the guest's: others might take those that it gives back. Stops when the guest is to
+/// end.
+pub fn empty(memory: &GuestMemoryMmap, hugepages: bool, exit: &ExitRequest) {
+    for region in memory.iter() {
+        // What is locked (mlockall) cannot be given back.
+        if hugepages || give_back(region).is_err() {
+            overwrite(region, exit);
+        }
+    }
+}
+
+fn give_back(region: &GuestRegionMmap) -> io::Result<()> {
+    let (start, len) = (region.as_ptr().cast(), region.len() as usize);
+    // SAFETY: the mapping is the region's, and private and anonymous: it reads as zeros then. No
+    // reference to it exists.
+    unsafe { mm::madvise(start, len, Advice::LinuxDontNeed) }?;
+    // As for a new mapping: see `Mapping::aligned`.
+    let first = region.write_obj(0_u8, MemoryRegionAddress(0));
+    first.map_err(io::Error::other)
+}
+
+fn overwrite(region: &GuestRegionMmap, exit: &ExitRequest) {
+    let zeros = vec![0; HUGE];
+    for at in (0..region.len()).step_by(HUGE) {
+        if exit.reason().is_some() {
+            return;
+        }
+        let step = zeros.len().min((region.len() - at) as usize);
+        // So much is there.
+        let _ = region.write_slice(&zeros[..step], MemoryRegionAddress(at));
     }
 }
 
@@ -212,7 +250,7 @@ mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt;
 
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::GuestAddress;
 
     use super::*;
 
@@ -259,6 +297,25 @@ mod tests {
                 assert_eq!(is_marked(place), is_shared);
             }
             drop(share);
+        }
+    }
+
+    #[test]
+    fn emptied_memory_reads_as_zeros_from_its_first_to_its_last_byte() {
+        let exit = ExitRequest::new().unwrap();
+        // Overwritten, as huge pages are, or given back.
+        for is_kept in [false, true] {
+            let ram = GuestRam::map("20001K".parse().unwrap(), false).unwrap();
+            let memory = ram.memory();
+            let last = memory.last_addr().0 - 7;
+            let marked = [0, 4096, HUGE as u64 - 4, 5 << 20, last].map(GuestAddress);
+            for address in marked {
+                memory.write_obj(MARK, address).unwrap();
+            }
+            empty(memory, is_kept, &exit);
+            for address in marked {
+                assert_eq!(memory.read_obj::<u64>(address).unwrap(), 0, "{address:?}");
+            }
         }
     }
 

@@ -12,6 +12,7 @@ use devices::virtio::net::NetHandle;
 use net::MacAddr;
 use serde::{Deserialize, Serialize};
 
+pub use crate::kvm::exits::ExitCounts;
 pub use devices::virtio::blk::BlkCounters;
 pub use devices::virtio::net::counters::{CtrlCounters, PairCounters, RxCounters, TxCounters};
 
@@ -21,6 +22,8 @@ pub use devices::virtio::net::counters::{CtrlCounters, PairCounters, RxCounters,
 pub struct Stats {
     /// Microseconds since its vCPUs were started.
     pub uptime_us: u64,
+    /// What each vCPU has left the guest for.
+    pub vcpus: Vec<ExitCounts>,
     /// Its memory.
     pub memory: MemoryStats,
     /// Its balloon, if it has one.

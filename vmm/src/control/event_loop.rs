@@ -19,6 +19,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::exit::{Exit, ExitRequest};
 use super::handle::Requests;
+use super::reset::Resets;
 use super::{GuestError, GuestState, RunState};
 use crate::disk::Disk;
 use crate::events::{Event, EventHub};
@@ -71,18 +72,21 @@ pub type Paused = Box<dyn FnOnce() + Send>;
 
 /// The control thread's state.
 pub struct Control {
-    exit: Arc<ExitRequest>,
+    /// If a reset does not end it. First, since what waits in `requests` is dropped only when no
+    /// thread adds to it.
+    pub resets: Option<Resets>,
+    pub(super) exit: Arc<ExitRequest>,
     power_button: IrqLine,
     signals: CaughtSignals,
     requests: Requests,
     grace: TimerFd,
     /// The signal that has pressed the power button.
-    pressed_by: Option<libc::c_int>,
-    vcpus: Vcpus,
+    pub(super) pressed_by: Option<libc::c_int>,
+    pub(super) vcpus: Vcpus,
     devices: Arc<DeviceBuses>,
     /// In the order of the configuration.
     pub disks: Vec<Disk>,
-    events: Arc<EventHub>,
+    pub(super) events: Arc<EventHub>,
     /// In the order of the configuration.
     pub nics: Vec<Arc<NetHandle>>,
     pub balloon: Option<BalloonHandle>,
@@ -105,6 +109,7 @@ impl Control {
         events: Arc<EventHub>,
     ) -> io::Result<Self> {
         Ok(Self {
+            resets: None,
             exit: Arc::clone(&devices.exit),
             power_button,
             signals,
@@ -167,9 +172,10 @@ impl Control {
         Ok(())
     }
 
-    /// Whether the guest runs.
+    /// Whether the guest runs. A reset that is under way changes nothing of it.
     pub fn state(&self) -> RunState {
-        match (self.exit.reason(), self.is_paused) {
+        let is_paused = self.is_paused && self.vcpus.barrier().is_paused();
+        match (self.exit.reason(), is_paused) {
             (Some(_), _) => RunState::Ended,
             (None, true) => RunState::Paused,
             (None, false) => RunState::Running,
@@ -189,9 +195,12 @@ impl Control {
     }
 
     fn vcpus_have_stopped(&mut self) {
-        let _ = self.vcpus.stopped().read();
-        // Or it was resumed meanwhile.
-        if self.vcpus.have_stopped() {
+        let barrier = self.vcpus.barrier();
+        let _ = barrier.full().read();
+        if barrier.is_resetting() && barrier.is_full() {
+            self.start_reset();
+        } else if barrier.is_full() {
+            // And was not resumed meanwhile.
             if !std::mem::replace(&mut self.is_paused, true) {
                 self.devices.pause();
                 self.events.publish(Event::Stop);
@@ -203,11 +212,18 @@ impl Control {
     /// Lets a guest that was paused, or is about to be, run on.
     pub fn resume(&mut self) {
         self.pausing.clear();
+        // Or when the reset is done whose thread has the devices.
+        if !self.resets.as_ref().is_some_and(Resets::is_under_way) {
+            self.resume_devices();
+        }
+        self.vcpus.resume();
+    }
+
+    pub(super) fn resume_devices(&mut self) {
         if std::mem::take(&mut self.is_paused) {
             self.devices.resume();
             self.events.publish(Event::Resume);
         }
-        self.vcpus.resume();
     }
 
     /// The state of a guest that is paused.
@@ -218,7 +234,7 @@ impl Control {
     pub fn save(&self) -> Result<GuestState, GuestError> {
         self.check_paused()?;
         Ok(GuestState {
-            kvm: self.vcpus.save()?,
+            kvm: self.vcpus.guest().save()?,
             devices: self.devices.save(),
         })
     }
@@ -230,7 +246,7 @@ impl Control {
     /// Fails when it runs, or KVM or a device refuses the state.
     pub fn restore(&self, state: GuestState) -> Result<(), GuestError> {
         self.check_paused()?;
-        self.vcpus.restore(&state.kvm)?;
+        self.vcpus.guest().restore(&state.kvm)?;
         Ok(self.devices.restore(state.devices)?)
     }
 
@@ -239,6 +255,7 @@ impl Control {
         let memory = self.devices.memory.iter().map(GuestMemoryRegion::len);
         Stats {
             uptime_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
+            vcpus: self.vcpus.guest().exits(),
             memory: MemoryStats::of_process(memory.sum()),
             balloon: self.balloon.as_ref().map(BalloonStats::from),
             nics: self.nics.iter().map(|nic| (&**nic).into()).collect(),
@@ -251,7 +268,8 @@ impl Control {
     }
 
     fn check_paused(&self) -> Result<(), GuestError> {
-        self.is_paused.then_some(()).ok_or(GuestError::NotPaused)
+        let is_ours = self.is_paused && !self.vcpus.barrier().is_resetting();
+        is_ours.then_some(()).ok_or(GuestError::NotPaused)
     }
 
     /// Ends the guest at once.
@@ -269,6 +287,11 @@ impl Control {
     fn signalled(&mut self, signal: libc::c_int) {
         if self.pressed_by.is_some() {
             self.exit.request(Exit::Signal(signal));
+            return;
+        }
+        if self.vcpus.barrier().is_resetting() {
+            // It has shut down, and has nothing to lose.
+            self.exit.request(Exit::Reboot);
             return;
         }
         self.pressed_by = Some(signal);
@@ -299,7 +322,7 @@ impl MutEventSubscriber for Control {
         let others = [
             Events::with_data(self.exit.event(), EXIT, EventSet::IN),
             Events::with_data(&self.grace, GRACE_OVER, EventSet::IN),
-            Events::with_data(self.vcpus.stopped(), STOPPED, EventSet::IN),
+            Events::with_data(self.vcpus.barrier().full(), STOPPED, EventSet::IN),
             Events::with_data(self.requests.event(), REQUEST, EventSet::IN),
         ];
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;

@@ -1,6 +1,7 @@
 //! How other threads have the control thread do something.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -18,10 +19,10 @@ pub struct Requests {
 }
 
 /// The other threads' end.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Handle {
     queue: Sender<Request>,
-    event: EventFd,
+    event: Arc<EventFd>,
 }
 
 impl Requests {
@@ -31,7 +32,7 @@ impl Requests {
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let handle = Handle {
             queue: sender,
-            event: event.try_clone()?,
+            event: Arc::new(event.try_clone()?),
         };
         Ok((Self { queue, event }, handle))
     }
@@ -66,10 +67,13 @@ impl Handle {
         work: impl FnOnce(&mut Control, Sender<T>) + Send + 'static,
     ) -> Option<T> {
         let (reply, answer) = mpsc::channel();
-        let request: Request = Box::new(move |control| work(control, reply));
-        // Without a receiver there is no answer either.
-        let _ = self.queue.send(request);
-        let _ = self.event.write(1);
+        self.post(move |control| work(control, reply));
         answer.recv().ok()
+    }
+
+    /// The same for work that is not waited for, and is dropped when the thread has ended.
+    pub fn post(&self, work: impl FnOnce(&mut Control) + Send + 'static) {
+        let _ = self.queue.send(Box::new(work));
+        let _ = self.event.write(1);
     }
 }

@@ -67,6 +67,18 @@ impl VcpuState {
         })
     }
 
+    /// Has the time stamp counter go on when this is written, as many as the vCPUs are: for a 0 KVM
+    /// takes the offset that they all began with, whatever the guest has made of it
+    /// (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c). Other values would leave those apart that are
+    /// written at different times.
+    pub fn let_tsc_count_on(&mut self) {
+        /// IA32_TIME_STAMP_COUNTER.
+        const MSR_TSC: u32 = 0x10;
+        for msr in self.msrs.iter_mut().filter(|msr| msr.index == MSR_TSC) {
+            msr.data = 0;
+        }
+    }
+
     /// Writes it into a vCPU that has the same CPUID.
     pub fn restore(&self, fd: &VcpuFd) -> Result<(), VmError> {
         let failed = call("write a vCPU's registers");

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use boot::BootState;
 use devices::bus::Bus;
 use kvm_bindings::CpuId;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{KvmNestedStateBuffer, VcpuExit, VcpuFd};
 use vm_memory::GuestMemoryMmap;
 
 use super::crash::{Crash, CrashReason};
+use super::exits::Exits;
 use super::state::{VcpuState, set_msrs};
 use super::vm::{Vm, VmError, call};
 use crate::control::exit::{Exit, ExitRequest};
@@ -53,20 +54,31 @@ pub struct Vcpu {
     fd: VcpuFd,
     id: u8,
     buses: Arc<DeviceBuses>,
+    pub(super) exits: Arc<Exits>,
 }
 
 impl Vcpu {
-    /// A vCPU that KVM holds until it gets an INIT and a start-up IPI, unless [`Vcpu::set_entry`]
-    /// makes it the first to run.
-    pub fn new(new: NewVcpu, boot: &BootState, buses: Arc<DeviceBuses>) -> Result<Self, VmError> {
+    /// A vCPU whose accesses to devices go to `buses`.
+    pub fn new(new: NewVcpu, buses: Arc<DeviceBuses>) -> Self {
         let NewVcpu { fd, id } = new;
-        fd.set_fpu(&boot.fpu).map_err(call("set a vCPU's FPU"))?;
-        set_msrs(&fd, &boot.msrs)?;
-        Ok(Self { fd, id, buses })
+        Self {
+            fd,
+            id,
+            buses,
+            exits: Arc::default(),
+        }
+    }
+
+    /// Sets what every vCPU of a machine begins with.
+    pub(super) fn set_up(&self, boot: &BootState) -> Result<(), VmError> {
+        self.fd
+            .set_fpu(&boot.fpu)
+            .map_err(call("set a vCPU's FPU"))?;
+        set_msrs(&self.fd, &boot.msrs)
     }
 
     /// Lets this vCPU begin at the kernel's entry.
-    pub fn set_entry(&self, boot: &BootState) -> Result<(), VmError> {
+    pub(super) fn set_entry(&self, boot: &BootState) -> Result<(), VmError> {
         let mut sregs = self
             .fd
             .get_sregs()
@@ -88,6 +100,20 @@ impl Vcpu {
     /// Writes its state, while its thread waits at the barrier.
     pub(super) fn restore(&self, state: &VcpuState) -> Result<(), VmError> {
         state.restore(&self.fd)
+    }
+
+    /// What KVM holds of a hypervisor that runs in it, apart from what is in guest memory; `None`
+    /// where this KVM has no such state.
+    pub(super) fn nested_state(&self) -> Option<Box<KvmNestedStateBuffer>> {
+        let mut state = Box::new(KvmNestedStateBuffer::empty());
+        self.fd.nested_state(&mut state).ok().map(|_| state)
+    }
+
+    /// Writes that, before all other state: it decides whose registers they are.
+    pub(super) fn set_nested_state(&self, state: &KvmNestedStateBuffer) -> Result<(), VmError> {
+        self.fd
+            .set_nested_state(state)
+            .map_err(call("take a vCPU out of nested virtualization"))
     }
 
     /// Marks the guest's kvmclock, if it uses that, as paused (KVM_KVMCLOCK_CTRL), for its
@@ -121,8 +147,10 @@ impl Vcpu {
 
     fn run_until_kicked(&mut self) {
         while self.buses.exit.reason().is_none() {
+            let exits = &self.exits;
             let reason = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
+                    exits.io_in.add();
                     let (start, len) = (data.as_mut_ptr(), data.len());
                     let width = self.port_width();
                     // SAFETY: it is the slice that KVM_RUN gave, in memory that is mapped as long
@@ -134,6 +162,7 @@ impl Vcpu {
                     continue;
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
+                    exits.io_out.add();
                     let (start, len) = (data.as_ptr(), data.len());
                     let width = self.port_width();
                     // SAFETY: as above.
@@ -143,19 +172,22 @@ impl Vcpu {
                     continue;
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
+                    exits.mmio_read.add();
                     self.buses.mmio.read(address, data);
                     continue;
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
+                    exits.mmio_write.add();
                     self.buses.mmio.write(address, data);
                     continue;
                 }
-                Ok(VcpuExit::Hlt) => continue,
-                // A kick, or another signal.
-                Ok(VcpuExit::Intr) => return self.fd.set_kvm_immediate_exit(0),
-                Err(error) if error.errno() == libc::EINTR => {
-                    return self.fd.set_kvm_immediate_exit(0);
+                Ok(VcpuExit::Hlt) => {
+                    exits.hlt.add();
+                    continue;
                 }
+                // A kick, or another signal.
+                Ok(VcpuExit::Intr) => return self.interrupted(),
+                Err(error) if error.errno() == libc::EINTR => return self.interrupted(),
                 Err(error) if error.errno() == libc::EAGAIN => continue,
                 Ok(VcpuExit::Shutdown) => CrashReason::TripleFault,
                 Ok(VcpuExit::InternalError) => CrashReason::Internal(self.suberror()),
@@ -167,9 +199,15 @@ impl Vcpu {
             if let Some(console) = &self.buses.console {
                 console.send();
             }
+            self.exits.other.add();
             let crash = Crash::of(self.id, reason, &self.fd, &self.buses.memory);
             self.buses.exit.request(Exit::Crash(crash));
         }
+    }
+
+    fn interrupted(&mut self) {
+        self.exits.interrupted.add();
+        self.fd.set_kvm_immediate_exit(0);
     }
 
     /// The width of the port access that KVM has just left with, which a string instruction may

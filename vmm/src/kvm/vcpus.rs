@@ -1,32 +1,30 @@
-//! The threads of a guest's vCPUs, and the barrier at which they stop.
+//! The threads of a guest's vCPUs, which stop at a barrier.
 //!
 //! A thread holds its vCPU's lock while the vCPU runs. [`Vcpus::pause`] closes the barrier and
-//! kicks every thread out of KVM_RUN; those that wait at the barrier hold no lock, so that the
-//! control thread can read and write their vCPUs.
+//! kicks every thread out of KVM_RUN; those that wait at the barrier hold no lock, so that other
+//! threads can read and write their vCPUs.
 
 use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::thread::gettid;
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use super::barrier::Barrier;
+use super::guest::KvmGuest;
 use super::lock;
-use super::state::KvmState;
 use super::vcpu::Vcpu;
-use super::vm::{Vm, VmError};
 use crate::control::exit::{Exit, ExitRequest};
 
-/// A VM's vCPUs, each with a thread. Dropping them ends the guest, and waits for the threads.
+/// A guest's vCPUs, each with a thread. Dropping them ends the guest, and waits for the threads.
 #[derive(Debug)]
 pub struct Vcpus {
-    vm: Vm,
-    vcpus: Vec<Arc<Mutex<Vcpu>>>,
+    guest: Arc<KvmGuest>,
     threads: Vec<JoinHandle<()>>,
     /// Of each thread, once it runs.
     thread_ids: Vec<Arc<OnceLock<i32>>>,
@@ -35,21 +33,22 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU.
-    pub fn start(vm: Vm, vcpus: Vec<Vcpu>, exit: Arc<ExitRequest>) -> io::Result<Self> {
+    /// Starts a thread for each vCPU, which stop at the barrier.
+    pub fn start(
+        guest: Arc<KvmGuest>,
+        barrier: Arc<Barrier>,
+        exit: Arc<ExitRequest>,
+    ) -> io::Result<Self> {
         register_signal_handler(kick_signal(), kicked)?;
         let mut started = Self {
-            vm,
-            barrier: Arc::new(Barrier::new(vcpus.len())?),
-            vcpus: Vec::with_capacity(vcpus.len()),
-            threads: Vec::with_capacity(vcpus.len()),
-            thread_ids: Vec::with_capacity(vcpus.len()),
+            barrier,
+            threads: Vec::with_capacity(guest.vcpus().len()),
+            thread_ids: Vec::with_capacity(guest.vcpus().len()),
+            guest: Arc::clone(&guest),
             exit,
         };
-        for (id, vcpu) in (0..).zip(vcpus) {
-            let vcpu = Arc::new(Mutex::new(vcpu));
-            started.vcpus.push(Arc::clone(&vcpu));
-            let thread = started.start_thread(id, vcpu)?;
+        for (id, vcpu) in guest.vcpus().iter().enumerate() {
+            let thread = started.start_thread(id, Arc::clone(vcpu))?;
             started.threads.push(thread);
         }
         Ok(started)
@@ -77,9 +76,19 @@ impl Vcpus {
         thread::Builder::new().name(format!("vcpu{id}")).spawn(body)
     }
 
-    /// Has every vCPU stop. [`Vcpus::stopped`] says when all of them have.
+    /// What KVM holds of the guest. To be used while all vCPUs have stopped.
+    pub fn guest(&self) -> &Arc<KvmGuest> {
+        &self.guest
+    }
+
+    /// Where they stop.
+    pub fn barrier(&self) -> &Barrier {
+        &self.barrier
+    }
+
+    /// Has every vCPU stop. [`Barrier::full`] says when all of them have.
     pub fn pause(&self) {
-        self.barrier.close();
+        self.barrier.pause();
         self.kick();
     }
 
@@ -90,46 +99,14 @@ impl Vcpus {
         ids.map(|id| *id.wait()).collect()
     }
 
-    /// Readable once all vCPUs have stopped after [`Vcpus::pause`].
-    pub fn stopped(&self) -> &EventFd {
-        &self.barrier.full
-    }
-
-    /// Whether all vCPUs have stopped, and none can run before [`Vcpus::resume`].
-    pub fn have_stopped(&self) -> bool {
-        lock(&self.barrier.state).is_full()
-    }
-
-    /// Lets the vCPUs run again.
+    /// Lets the vCPUs run again that have been paused, or are about to be.
     pub fn resume(&self) {
-        if self.have_stopped() {
-            for vcpu in &self.vcpus {
+        if self.barrier.is_full() && !self.barrier.is_resetting() {
+            for vcpu in self.guest.vcpus() {
                 lock(vcpu).was_paused();
             }
         }
-        self.barrier.open();
-    }
-
-    /// Reads what KVM holds of the guest, while all vCPUs have stopped.
-    pub fn save(&self) -> Result<KvmState, VmError> {
-        let msrs = self.vm.msrs()?;
-        let vcpus = self.vcpus.iter().map(|vcpu| lock(vcpu).save(&msrs));
-        Ok(KvmState {
-            vcpus: vcpus.collect::<Result<_, _>>()?,
-            vm: self.vm.save()?,
-        })
-    }
-
-    /// Writes what [`Vcpus::save`] has read, into the same vCPUs or others like them that have
-    /// stopped.
-    pub fn restore(&self, state: &KvmState) -> Result<(), VmError> {
-        if state.vcpus.len() != self.vcpus.len() {
-            return Err(VmError::OtherCpus(state.vcpus.len()));
-        }
-        for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
-            lock(vcpu).restore(state)?;
-        }
-        self.vm.restore(&state.vm)
+        self.barrier.resume();
     }
 
     /// Has each vCPU leave the guest for an instant, and whatever its thread waits for in the kernel.
@@ -144,7 +121,7 @@ impl Drop for Vcpus {
     fn drop(&mut self) {
         // Where no reason was given before, what has failed is reported elsewhere.
         self.exit.request(Exit::Quit);
-        self.barrier.open();
+        self.barrier.end();
         // All of them in each round: one may wait for a device that another one holds, which a
         // reader that sleeps keeps in its write. Such a write begins again until its thread sees
         // the request, so the kick is repeated.
@@ -156,74 +133,8 @@ impl Drop for Vcpus {
             // A panic has requested the exit.
             let _ = thread.join();
         }
-    }
-}
-
-/// Where the threads wait while the guest is paused.
-#[derive(Debug)]
-struct Barrier {
-    state: Mutex<BarrierState>,
-    opened: Condvar,
-    /// Signalled when the last thread comes to wait.
-    full: EventFd,
-}
-
-#[derive(Debug)]
-struct BarrierState {
-    is_closed: bool,
-    waiting: usize,
-    threads: usize,
-}
-
-impl BarrierState {
-    fn is_full(&self) -> bool {
-        self.is_closed && self.waiting == self.threads
-    }
-}
-
-impl Barrier {
-    fn new(threads: usize) -> io::Result<Self> {
-        Ok(Self {
-            state: Mutex::new(BarrierState {
-                is_closed: false,
-                waiting: 0,
-                threads,
-            }),
-            opened: Condvar::new(),
-            full: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-        })
-    }
-
-    fn close(&self) {
-        let mut state = lock(&self.state);
-        state.is_closed = true;
-        // Those that were still waiting since the last time go on waiting.
-        self.signal_if_full(&state);
-    }
-
-    fn open(&self) {
-        lock(&self.state).is_closed = false;
-        self.opened.notify_all();
-    }
-
-    /// Waits while the barrier is closed.
-    fn pass(&self) {
-        let mut state = lock(&self.state);
-        if state.is_closed {
-            state.waiting += 1;
-            self.signal_if_full(&state);
-            state = self
-                .opened
-                .wait_while(state, |state| state.is_closed)
-                .unwrap_or_else(PoisonError::into_inner);
-            state.waiting -= 1;
-        }
-    }
-
-    fn signal_if_full(&self, state: &BarrierState) {
-        if state.is_full() {
-            // Only a counter at its end could refuse.
-            let _ = self.full.write(1);
+        for (id, exits) in self.guest.exits().into_iter().enumerate() {
+            log::debug!("vcpu{id} left the guest for {exits}");
         }
     }
 }
@@ -240,39 +151,15 @@ thread_local! {
 /// Interrupts what the thread waits for in the kernel. Should it be about to enter the guest, it
 /// comes back at once.
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    leave_guest();
+}
+
+/// Has this thread, if it is a vCPU's, go to the barrier before its guest runs on.
+pub fn leave_guest() {
     let immediate_exit = IMMEDIATE_EXIT.get();
     if !immediate_exit.is_null() {
         // SAFETY: it points into the mapping of this thread's vCPU, which the thread has a share of
         // until it takes the pointer back; this thread alone writes the byte, in one store.
         unsafe { immediate_exit.write_volatile(1) };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn barrier_is_full_once_every_thread_waits_and_again_when_closed_in_time() {
-        let barrier = Barrier::new(2).unwrap();
-        thread::scope(|scope| {
-            barrier.pass();
-            barrier.close();
-            let first = scope.spawn(|| barrier.pass());
-            assert!(barrier.full.read().is_err() && !lock(&barrier.state).is_full());
-            let second = scope.spawn(|| barrier.pass());
-            while barrier.full.read().is_err() {
-                thread::yield_now();
-            }
-            // Whether they have left the barrier meanwhile or not.
-            barrier.open();
-            barrier.close();
-            assert_eq!(lock(&barrier.state).is_full(), barrier.full.read().is_ok());
-            barrier.open();
-            assert!(!lock(&barrier.state).is_full());
-            first.join().unwrap();
-            second.join().unwrap();
-        });
-        assert_eq!(lock(&barrier.state).waiting, 0);
     }
 }

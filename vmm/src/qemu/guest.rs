@@ -3,7 +3,7 @@
 //!
 //! At its end the guest is kept (`-no-shutdown`) until minivmm has looked at physical address 0x472, where a Linux that
 //! panicked writes 0x1234 before its reset (`reboot=panic_warm`; `native_machine_emergency_restart` in
-//! arch/x86/kernel/reboot.c). The first signal presses the power button; a guest that has not powered off in time is
+//! arch/x86/kernel/reboot.c). With `--reboot restart` a guest that has not panicked is then reset and goes on. The first signal presses the power button; a guest that has not powered off in time is
 //! ended by `quit`, which writes the disks' caches. A second signal kills QEMU, and so does the end of its time after
 //! `quit`. QMP is docs/interop/qmp-spec of QEMU.
 
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::monitor::Monitor;
+use crate::config::Reboot;
 use crate::control::exit::Exit;
 use crate::events::{Event, EventHub};
 
@@ -23,6 +24,17 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// How long QEMU may take to quit: it may have a disk's cache to write.
 const QUIT_GRACE: Duration = Duration::from_secs(60);
 
+/// How a guest is to begin and end.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    /// How long it has to power off after a signal.
+    pub grace: Duration,
+    /// What its reboot does.
+    pub reboot: Reboot,
+    /// It is asked to use no more bytes of memory, if this says so.
+    pub memory: Option<u64>,
+}
+
 /// The guest as QMP shows it.
 #[derive(Debug)]
 pub(super) struct Guest {
@@ -30,8 +42,9 @@ pub(super) struct Guest {
     events: Arc<EventHub>,
     end: Option<Exit>,
     signal: Option<i32>,
-    /// How long the guest has to power off after a signal.
-    grace: Duration,
+    terms: Terms,
+    /// The reset that is under way, as clients get to know it.
+    reset: Option<Event>,
     /// When its time, or that of QEMU, is [over](Self::be_late).
     pub deadline: Option<Instant>,
     /// Clients know of the guest's end: what QEMU says of it from then on is minivmm's doing.
@@ -43,18 +56,13 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// One that has `grace` to power off after a signal, and is asked to use no more than `memory` bytes, if that says
-    /// so.
-    pub fn new(
-        monitor: Rc<RefCell<Monitor>>,
-        events: Arc<EventHub>,
-        grace: Duration,
-        memory: Option<u64>,
-    ) -> Self {
+    /// One that QEMU has just started.
+    pub fn new(monitor: Rc<RefCell<Monitor>>, events: Arc<EventHub>, terms: Terms) -> Self {
         let mut guest = Self {
             monitor,
             events,
-            grace,
+            terms,
+            reset: None,
             end: None,
             signal: None,
             deadline: None,
@@ -62,7 +70,7 @@ impl Guest {
             ending: false,
             gone: false,
         };
-        if let Some(bytes) = memory {
+        if let Some(bytes) = terms.memory {
             guest.command("balloon", json!({"value": bytes}), "balloon");
         }
         guest
@@ -91,7 +99,7 @@ impl Guest {
         }
         log::info!("signal {signal}: pressing the guest's power button");
         self.command("system_powerdown", json!({}), "nothing");
-        self.deadline = Some(Instant::now() + self.grace);
+        self.deadline = Some(Instant::now() + self.terms.grace);
     }
 
     /// Its time is over.
@@ -125,6 +133,13 @@ impl Guest {
                 self.is_over = true;
                 return false;
             }
+            ("SHUTDOWN", Some("host-qmp-system-reset")) if self.restarts() => {
+                self.restart(false, "host-qmp-system-reset");
+                return false;
+            }
+            ("RESET", _) if self.reset.is_some() => self.has_been_reset(),
+            // It goes on as if it had never stopped.
+            ("RESUME", _) if was_over && !self.ending => self.is_over = false,
             ("SHUTDOWN", Some("guest-panic")) => self.quit(Exit::Panic),
             ("SHUTDOWN", Some("guest-shutdown")) => self.quit(Exit::PowerOff),
             // QEMU was asked to quit, by minivmm or another client, and does.
@@ -148,14 +163,47 @@ impl Guest {
             }
             Some("reset-flag") => {
                 let flag = answer.as_str().unwrap_or_default();
-                self.publish_end(if flag.contains("0x1234") {
-                    Exit::Panic
-                } else {
-                    Exit::Reboot
-                });
+                match flag.contains("0x1234") {
+                    true => self.publish_end(Exit::Panic),
+                    false if self.restarts() => self.restart(true, "guest-reset"),
+                    false => self.publish_end(Exit::Reboot),
+                }
+            }
+            Some("restart") if message["error"].is_object() => {
+                let why = &message["error"]["desc"];
+                log::warn!("QEMU cannot restart the guest, which ends instead: {why}");
+                self.publish_end(Exit::Reboot);
+            }
+            Some("restart") => {
+                self.command("system_reset", json!({}), "nothing");
+                self.command("set-action", json!({"reboot": "shutdown"}), "nothing");
             }
             _ => {}
         }
+    }
+
+    /// Whether a reset has it begin again: not if it was to power off.
+    fn restarts(&self) -> bool {
+        self.terms.reboot == Reboot::Restart && self.signal.is_none()
+    }
+
+    /// Has QEMU reset the guest, which stands still for that. Until QEMU allows resets (6.0 has the command), it would
+    /// stop the guest again for `system_reset`.
+    fn restart(&mut self, guest: bool, reason: &'static str) {
+        self.is_over = true;
+        self.reset = Some(Event::Reset { guest, reason });
+        self.command("set-action", json!({"reboot": "reset"}), "restart");
+    }
+
+    fn has_been_reset(&mut self) {
+        if self.signal.is_some() {
+            return self.publish_end(Exit::Reboot);
+        }
+        if let Some(event) = self.reset.take() {
+            log::info!("the guest restarts");
+            self.events.publish(event);
+        }
+        self.command("cont", json!({}), "nothing");
     }
 
     /// An end that QEMU has no event for.
@@ -186,14 +234,22 @@ mod tests {
 
     use super::*;
 
-    const GRACE: Duration = Duration::from_secs(10);
+    const TERMS: Terms = Terms {
+        grace: Duration::from_secs(10),
+        reboot: Reboot::Exit,
+        memory: None,
+    };
 
     /// A guest, and QEMU's end of its monitor.
     fn guest() -> (Guest, UnixStream, Arc<EventHub>) {
+        guest_by(TERMS)
+    }
+
+    fn guest_by(terms: Terms) -> (Guest, UnixStream, Arc<EventHub>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let monitor = Rc::new(RefCell::new(Monitor::new(ours).unwrap()));
         let hub = Arc::new(EventHub::default());
-        let guest = Guest::new(monitor, Arc::clone(&hub), GRACE, None);
+        let guest = Guest::new(monitor, Arc::clone(&hub), terms);
         (guest, theirs, hub)
     }
 
@@ -210,7 +266,11 @@ mod tests {
     /// How a guest ends after these messages, the commands that they brought about, and the events that clients get
     /// besides those of QEMU's.
     fn ended(messages: &[Value]) -> (Option<Exit>, Vec<Value>, Vec<Event>) {
-        let (mut guest, theirs, hub) = guest();
+        ended_by(TERMS, messages)
+    }
+
+    fn ended_by(terms: Terms, messages: &[Value]) -> (Option<Exit>, Vec<Value>, Vec<Event>) {
+        let (mut guest, theirs, hub) = guest_by(terms);
         let own = hub.subscribe().unwrap();
         for message in messages {
             guest.message(message);
@@ -234,6 +294,56 @@ mod tests {
             assert_eq!(events, Event::of_exit(&exit));
             assert_eq!(end, Some(exit));
         }
+    }
+
+    const RESTART: Terms = Terms {
+        reboot: Reboot::Restart,
+        ..TERMS
+    };
+
+    #[test]
+    fn guest_that_restarts_is_reset_and_goes_on_unless_it_has_panicked() {
+        let flag = |flag| json!({"return": format!("0472: {flag}"), "id": "reset-flag"});
+        let messages = [
+            shutdown("guest-reset"),
+            json!({"event": "STOP"}),
+            flag("0x0000"),
+            json!({"return": {}, "id": "restart"}),
+            json!({"event": "RESET", "data": {"guest": false, "reason": "host-qmp-system-reset"}}),
+            json!({"event": "RESUME"}),
+        ];
+        let (end, sent, events) = ended_by(RESTART, &messages);
+        assert_eq!(end, None);
+        let names: Vec<_> = sent[3..].iter().map(|c| c["execute"].clone()).collect();
+        assert_eq!(names, ["set-action", "system_reset", "set-action", "cont"]);
+        let reason = "guest-reset";
+        assert_eq!(
+            events,
+            [Event::Reset {
+                guest: true,
+                reason
+            }]
+        );
+        // Of all these a client sees that one alone, and then again all.
+        let (mut guest, _theirs, _) = guest_by(RESTART);
+        assert!(messages.iter().all(|message| !guest.message(message)));
+        assert!(guest.message(&json!({"event": "STOP"})));
+
+        let (end, ..) = ended_by(RESTART, &[shutdown("guest-reset"), flag("0x1234")]);
+        assert_eq!(end, Some(Exit::Panic));
+    }
+
+    #[test]
+    fn guest_that_cannot_restart_ends() {
+        let unknown = json!({"error": {"desc": "no set-action"}, "id": "restart"});
+        let (end, ..) = ended_by(RESTART, &[shutdown("host-qmp-system-reset"), unknown]);
+        assert_eq!(end, Some(Exit::Reboot));
+        // It was to power off.
+        let (mut guest, _theirs, _) = guest_by(RESTART);
+        guest.signal(15);
+        guest.message(&shutdown("guest-reset"));
+        guest.message(&json!({"return": "0472: 0x0000", "id": "reset-flag"}));
+        assert_eq!(guest.exit(), Some(Exit::Reboot));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use event_manager::MutEventSubscriber;
 
 use super::control::Control;
-use super::guest::Guest;
+use super::guest::{Guest, Terms};
 use super::monitor::{Forward, Monitor};
 use super::{Plan, QemuError, failed_to, hints};
 use crate::child::{self, Arrivals, Child, Program};
@@ -107,9 +107,13 @@ fn follow(
         others.push(boxed(Server::new(attachment.qmp, &events, forward)?));
     }
     let guest = plan.machine.as_ref().map(|machine| {
-        let memory = machine.memory_after_balloon();
+        let terms = Terms {
+            grace: machine.grace(),
+            reboot: machine.reboot,
+            memory: machine.memory_after_balloon(),
+        };
         let (monitor, events) = (Rc::clone(&monitor), Arc::clone(&events));
-        Guest::new(monitor, events, machine.grace(), memory)
+        Guest::new(monitor, events, terms)
     });
     Control::new(qemu, monitor, signals, guest, events).run(others)
 }

@@ -15,9 +15,10 @@ use signal_hook::consts::{SIGHUP, SIGPROF};
 use tempfile::TempDir;
 
 use super::control::Control;
-use super::guest::Guest;
+use super::guest::{Guest, Terms};
 use super::monitor::{Forward, Monitor};
 use crate::child::{Arrivals, Program, exit_code};
+use crate::config::Reboot;
 use crate::control::exit::Exit;
 use crate::events::EventHub;
 use crate::qmp::server::Server;
@@ -90,7 +91,12 @@ impl Site {
             let server = Server::new(vec![listener], &hub, forward).unwrap();
             let guest = guest.map(|prepare| {
                 let (monitor, hub) = (Rc::clone(&monitor), Arc::clone(&hub));
-                let mut guest = Guest::new(monitor, hub, LIMIT, None);
+                let terms = Terms {
+                    grace: LIMIT,
+                    reboot: Reboot::Exit,
+                    memory: None,
+                };
+                let mut guest = Guest::new(monitor, hub, terms);
                 prepare(&mut guest);
                 guest
             });

@@ -1,0 +1,391 @@
+//! `--reboot restart`: a guest that is reset begins again in the same process.
+
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+#[path = "harness/tiny.rs"]
+mod tiny;
+
+use std::arch::global_asm;
+use std::fs;
+use std::process::{Command, Stdio};
+use std::ptr;
+use std::thread;
+
+use harness::kvm_test;
+use harness::memory::own_memory;
+use harness::vm::{Vm, binary};
+use harness::{AT_ONCE, eventually};
+use rustix::process::Signal;
+use tempfile::TempDir;
+use vmm::config::{Config, ConsoleTarget, Reboot};
+use vmm::{Exit, Guest, RunState};
+
+// For two CPUs. Writes `new` if nothing is left of an earlier run, else `old`, then leaves its traces
+// everywhere: in memory (also by the second CPU, which never stops doing so), MSRs, debug and control
+// registers, local and I/O APIC, the PCI bus and the serial port. Then it does what it reads: Q powers
+// off, R resets by ACPI, K by the keyboard controller, S by a string instruction, P after the mark of
+// a panic, T by a triple fault; all else it writes back.
+global_asm!(
+    r#"
+    .pushsection .rodata.reset_guest, "a", @progbits
+fresh_begin:
+    movzx ebx, word ptr [0x472]
+    or rbx, [0x6000]
+    or rbx, [0x500000]
+    or rbx, [0x7fffff8]
+    // From here on what was written there by the code below.
+    mov ecx, 0xc0000102
+    rdmsr
+    cmp eax, 1
+    je 1f
+    mov rax, cr8
+    cmp eax, 3
+    je 1f
+    mov rax, dr0
+    cmp rax, -1
+    je 1f
+    mov eax, 0xfee000f0
+    cmp dword ptr [rax], 0x1ff
+    je 1f
+    mov edi, 0xfec00000
+    mov dword ptr [rdi], 0x18
+    cmp dword ptr [rdi + 0x10], 0x41
+    je 1f
+    mov edx, 0xcf8
+    in eax, dx
+    cmp eax, 0x80000800
+    je 1f
+    mov edx, 0x3ff
+    in al, dx
+    cmp al, 0x55
+    je 1f
+    jmp 16f
+1:  inc ebx
+16:
+    lea rsi, [rip + 8f]
+    test rbx, rbx
+    jz 2f
+    lea rsi, [rip + 9f]
+2:  mov edx, 0x3f8
+    mov ecx, 4
+    rep outsb
+
+    mov rax, -1
+    mov [0x500000], rax
+    mov [0x7fffff8], rax
+    mov dr0, rax
+    mov ecx, 0xc0000102
+    mov eax, 1
+    xor edx, edx
+    wrmsr
+    mov eax, 3
+    mov cr8, rax
+    mov edi, 0xfec00000
+    mov dword ptr [rdi], 0x18
+    mov dword ptr [rdi + 0x10], 0x41
+    mov edx, 0xcf8
+    mov eax, 0x80000800
+    out dx, eax
+    mov edx, 0x3ff
+    mov al, 0x55
+    out dx, al
+    // At 0x5000: mov byte [0x6000], 1; jmp back to it.
+    mov rax, 0xf9eb01600006c6
+    mov [0x5000], rax
+    mov edi, 0xfee00300
+    mov dword ptr [rdi - 0x210], 0x1ff
+    mov dword ptr [rdi + 0x10], 0x01000000
+3:  mov dword ptr [rdi], 0x4500
+    mov ecx, 5000
+4:  dec ecx
+    jnz 4b
+    mov dword ptr [rdi], 0x4605
+    mov ecx, 5000
+5:  dec ecx
+    jnz 5b
+    cmp byte ptr [0x6000], 1
+    jne 3b
+
+6:  mov edx, 0x3fd
+    in al, dx
+    test al, 1
+    jz 6b
+    mov edx, 0x3f8
+    in al, dx
+    cmp al, 'Q'
+    je 10f
+    cmp al, 'R'
+    je 11f
+    cmp al, 'K'
+    je 12f
+    cmp al, 'S'
+    je 13f
+    cmp al, 'P'
+    je 14f
+    cmp al, 'T'
+    je 15f
+    out dx, al
+    jmp 6b
+10: mov edx, 0x600
+    mov al, 0x34
+    out dx, al
+    jmp 7f
+14: mov word ptr [0x472], 0x1234
+11: mov edx, 0x602
+    mov al, 1
+    out dx, al
+    jmp 7f
+12: mov edx, 0x64
+    mov al, 0xfe
+    out dx, al
+    jmp 7f
+13: mov edi, 0x700000
+    mov al, 1
+    mov ecx, 100000
+    rep stosb
+    mov edx, 0x602
+    mov esi, 0x700000
+    mov ecx, 100000
+    rep outsb
+    // What follows a reset must not be seen.
+7:  mov edx, 0x3f8
+    mov al, '!'
+    out dx, al
+    jmp 7b
+15: mov rax, 0x7ffffffff000
+    mov al, [rax]
+8:  .ascii "new\n"
+9:  .ascii "old\n"
+fresh_end:
+
+// Writes a line and resets.
+loop_begin:
+    mov edx, 0x3f8
+    mov al, 'r'
+    out dx, al
+    mov al, '\n'
+    out dx, al
+    mov edx, 0x602
+    mov al, 1
+    out dx, al
+2:  jmp 2b
+loop_end:
+    .popsection
+    "#
+);
+
+// SAFETY: the assembler defines these above; only their addresses are taken.
+unsafe extern "C" {
+    static fresh_begin: u8;
+    static fresh_end: u8;
+    static loop_begin: u8;
+    static loop_end: u8;
+}
+
+/// A guest of ours, as a kernel in a directory.
+struct Kernel(TempDir);
+
+impl Kernel {
+    /// Says whether it is new, and does what it reads.
+    fn fresh() -> Self {
+        Self::of(&raw const fresh_begin, &raw const fresh_end)
+    }
+
+    /// Resets all the time.
+    fn looping() -> Self {
+        Self::of(&raw const loop_begin, &raw const loop_end)
+    }
+
+    fn of(begin: *const u8, end: *const u8) -> Self {
+        let size = end.addr() - begin.addr();
+        // SAFETY: the bytes between the labels are one read-only section of this program.
+        let code = unsafe { &*ptr::slice_from_raw_parts(begin, size) };
+        let directory = TempDir::new().unwrap();
+        fs::write(directory.path().join("kernel"), tiny::elf(code, 0)).unwrap();
+        Self(directory)
+    }
+
+    fn start(&self, args: &[&str]) -> Vm {
+        let mut command = Command::new(binary());
+        command.arg("--kernel").arg(self.0.path().join("kernel"));
+        command.args(["--cpus", "2", "--memory", "128M", "--reboot", "restart"]);
+        command.args(args).env_remove("RUST_LOG");
+        command.stdin(Stdio::piped());
+        Vm::spawn(command)
+    }
+
+    /// The same by the library; the console is a file beside the kernel.
+    fn guest(&self, reboot: Reboot) -> Guest {
+        let mut config = Config::new(self.0.path().join("kernel"));
+        config.memory = "128M".parse().unwrap();
+        config.cpus = "2".parse().unwrap();
+        config.console = ConsoleTarget::File(self.0.path().join("console"));
+        config.reboot = reboot;
+        Guest::start(config).unwrap()
+    }
+
+    fn console(&self) -> String {
+        fs::read_to_string(self.0.path().join("console")).unwrap_or_default()
+    }
+}
+
+kvm_test!(
+    guest_begins_anew_as_often_as_it_resets_by_whatever_way,
+    || {
+        for transport in ["pci", "mmio"] {
+            let kernel = Kernel::fresh();
+            let mut vm = kernel.start(&["--transport", transport, "-v"]);
+            for way in ["R", "K", "S", "R", "S", "K"] {
+                vm.wait_for("new\n");
+                vm.send("x");
+                vm.wait_for("x");
+                vm.send(way);
+            }
+            vm.wait_for("new\n");
+            vm.send("Q");
+            assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
+            let console = vm.console();
+            assert!(!console.contains(['!']), "{console}");
+            assert!(!console.contains("old"), "{console}");
+            let log = vm.log();
+            assert!(log.contains("the guest restarts (guest-reset)"), "{log}");
+            assert!(log.contains("vcpu0 left the guest for"), "{log}");
+        }
+    }
+);
+
+kvm_test!(panic_and_crash_end_a_guest_that_reboots_restart, || {
+    for (key, status) in [("P", 4), ("T", 3)] {
+        let kernel = Kernel::fresh();
+        let mut vm = kernel.start(&[]);
+        vm.wait_for("new\n");
+        vm.send("R");
+        vm.wait_for("new\n");
+        vm.send(key);
+        assert_eq!(vm.wait_exit().code(), Some(status), "{}", vm.transcript());
+    }
+});
+
+kvm_test!(signal_ends_a_guest_that_resets_all_the_time, || {
+    let kernel = Kernel::looping();
+    let mut vm = kernel.start(&[]);
+    vm.wait_for("r\nr\nr\n");
+    vm.signal(Signal::TERM);
+    // Its next reset is its end, long before its time to power off is over.
+    let status = vm.wait_exit_within(AT_ONCE);
+    assert_eq!(status.code(), Some(0), "{}", vm.transcript());
+    let lines = vm.log().matches("the guest restarts").count();
+    assert!(lines < 20, "{}", vm.transcript());
+});
+
+kvm_test!(two_hundred_resets_leave_no_trace_in_the_monitor, || {
+    let kernel = Kernel::looping();
+    let mut vm = kernel.start(&["--balloon"]);
+    let mut resets = |count: usize| {
+        for _ in 0..count {
+            vm.wait_for("r\n");
+        }
+        let pid = vm.pid();
+        let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+        (count("fd"), own_memory(pid))
+    };
+    let (fds, memory) = resets(50);
+    let (fds_later, memory_later) = resets(200);
+    assert!(fds_later <= fds + 1, "{fds} descriptors, then {fds_later}");
+    assert!(
+        memory_later <= memory + 4096,
+        "{memory} kB, then {memory_later} kB"
+    );
+    vm.signal(Signal::TERM);
+    vm.wait_exit();
+});
+
+kvm_test!(kernel_that_is_gone_is_a_failure, || {
+    let kernel = Kernel::fresh();
+    let mut vm = kernel.start(&[]);
+    vm.wait_for("new\n");
+    // The file that is open is the same.
+    fs::write(kernel.0.path().join("kernel"), "no kernel").unwrap();
+    vm.send("R");
+    assert_eq!(vm.wait_exit().code(), Some(1), "{}", vm.transcript());
+    let log = vm.log();
+    assert!(
+        log.contains("cannot restart the guest: cannot load the kernel"),
+        "{log}"
+    );
+});
+
+kvm_test!(reset_button_ends_a_guest_or_restarts_it, || {
+    let kernel = Kernel::fresh();
+    let guest = kernel.guest(Reboot::Exit);
+    guest.reset();
+    assert_eq!(guest.wait().unwrap(), Exit::Reboot);
+
+    let guest = kernel.guest(Reboot::Restart);
+    let starts = || kernel.console().matches("new\n").count();
+    for count in 1..5 {
+        assert!(eventually(|| starts() == count), "{}", kernel.console());
+        guest.reset();
+    }
+    assert_eq!(guest.state(), RunState::Running);
+    let exits = guest.stats().unwrap().vcpus;
+    assert!(exits.len() == 2 && exits[0].io_out >= 4, "{exits:?}");
+    guest.end();
+    assert_eq!(guest.wait().unwrap(), Exit::Quit);
+    assert!(!kernel.console().contains("old"), "{}", kernel.console());
+});
+
+kvm_test!(reset_of_a_paused_guest_leaves_it_paused, || {
+    let kernel = Kernel::fresh();
+    let guest = kernel.guest(Reboot::Restart);
+    assert!(eventually(|| kernel.console() == "new\n"));
+    guest.pause().unwrap();
+    for _ in 0..3 {
+        guest.reset();
+        guest.pause().unwrap();
+        assert_eq!(guest.state(), RunState::Paused);
+    }
+    assert_eq!(kernel.console(), "new\n");
+    guest.resume().unwrap();
+    assert!(eventually(|| kernel.console() == "new\nnew\n"));
+    assert_eq!(guest.state(), RunState::Running);
+});
+
+// Whatever the others do meanwhile: it neither hangs nor runs on from where it was.
+kvm_test!(
+    resets_pauses_and_buttons_at_the_same_time_do_no_harm,
+    || {
+        for kernel in [Kernel::looping(), Kernel::fresh()] {
+            let guest = kernel.guest(Reboot::Restart);
+            thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| (0..50).for_each(|_| guest.reset()));
+                    scope.spawn(|| {
+                        for _ in 0..50 {
+                            // Another thread may resume it before it is paused.
+                            let _ = guest.pause();
+                            let _ = guest.save();
+                            guest.resume().unwrap();
+                        }
+                    });
+                    scope.spawn(|| (0..50).for_each(|_| guest.press_power_button()));
+                }
+            });
+            guest.resume().unwrap();
+            let before = kernel.console().len();
+            guest.reset();
+            assert!(eventually(|| kernel.console().len() > before));
+            guest.reset();
+            guest.end();
+            assert_eq!(guest.wait().unwrap(), Exit::Quit);
+            assert!(
+                !kernel.console().contains(['o', '!']),
+                "{}",
+                kernel.console()
+            );
+        }
+    }
+);
