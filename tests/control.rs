@@ -7,6 +7,8 @@
 
 #[path = "control/console.rs"]
 mod console;
+#[path = "control/ends.rs"]
+mod ends;
 mod harness;
 #[path = "control/host.rs"]
 mod host;
@@ -14,5 +16,7 @@ mod host;
 mod names;
 #[path = "harness/session.rs"]
 mod session;
+#[path = "control/shown.rs"]
+mod shown;
 #[path = "harness/tiny.rs"]
 mod tiny;

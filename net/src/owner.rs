@@ -6,10 +6,11 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::str::FromStr;
 
 use rustix::io::Errno;
-use rustix::process::Pid;
+use rustix::process::{Pid, PidfdFlags};
 
 /// The process that a link belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +85,15 @@ impl Owner {
     /// containers, it runs.
     pub fn is_dead(&self) -> bool {
         Self::this_process().is_ok_and(|me| self.is_dead_to(&me))
+    }
+
+    /// A descriptor of the process, by which it cannot be taken for another one (pidfd_open(2)). None when it has ended,
+    /// and when it is out of the calling process's sight.
+    pub fn pidfd(&self) -> Option<OwnedFd> {
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw)?;
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        // Checked while the descriptor keeps the number from being given out again.
+        self.user().map(|_| pidfd)
     }
 
     pub(crate) fn is_dead_to(&self, me: &Self) -> bool {
@@ -285,6 +295,7 @@ mod tests {
             ..me()
         };
         assert_eq!(before.user(), None);
+        assert!(me().pidfd().is_some() && before.pidfd().is_none());
     }
 
     #[test]

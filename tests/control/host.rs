@@ -5,6 +5,7 @@ use std::process::{Output, Stdio};
 
 use serde_json::Value;
 
+use crate::harness::eventually;
 use crate::harness::runtime::Runtime;
 use crate::harness::vm::Vm;
 use crate::tiny::Tiny;
@@ -23,11 +24,16 @@ impl Host {
 
     /// Starts a VM with a guest that echoes, as soon as it does.
     pub fn start(&self, args: &[&str]) -> Vm {
-        let kernel = self.kernel(Tiny::Echo);
+        self.start_with(Tiny::Echo, "ready\n", args)
+    }
+
+    /// Starts a VM with another guest, as soon as it has written `text`.
+    pub fn start_with(&self, guest: Tiny, text: &str, args: &[&str]) -> Vm {
+        let kernel = self.kernel(guest);
         let mut command = self.runtime.minivmm(&["--kernel", &kernel]);
         command.args(args).stdin(Stdio::piped());
         let mut vm = Vm::spawn(command);
-        vm.wait_for("ready\n");
+        vm.wait_for(text);
         vm
     }
 
@@ -66,6 +72,12 @@ impl Host {
     /// What `ps --json` shows of each VM.
     pub fn ps(&self) -> Vec<Value> {
         serde_json::from_str(&self.show(&["ps", "--json"])).unwrap()
+    }
+
+    /// Waits until the only VM is in this state. On a busy machine it may be late to answer.
+    pub fn await_state(&self, state: &str) {
+        let has_state = || self.ps()[0]["state"] == state;
+        assert!(eventually(has_state), "not {state}: {:?}", self.ps());
     }
 
     /// The names that are left in the directory of all VMs.

@@ -1,12 +1,10 @@
 //! Names, and who finds whom by them.
 
-use std::path::Path;
-
 use rustix::process::Signal;
 
 use crate::harness::guest_test;
 use crate::host::Host;
-use crate::tiny::POWER_OFF;
+use crate::tiny::{POWER_OFF, Tiny};
 
 guest_test!(vm_is_found_while_it_runs_and_leaves_nothing, || {
     let host = Host::new();
@@ -19,8 +17,7 @@ guest_test!(vm_is_found_while_it_runs_and_leaves_nothing, || {
     assert_eq!(found[0]["pid"], web.pid());
     assert_eq!(found[1]["name"], "vm1");
     assert!(found[0]["kernel"].as_str().unwrap().ends_with("/Echo"));
-    let qmp = Path::new(found[0]["qmp"][0].as_str().unwrap());
-    assert_eq!(qmp, Path::new("/run/minivmm/vms/web/qmp.sock"));
+    assert_eq!(found[0]["qmp"][0], "/run/minivmm/vms/web/qmp.sock");
 
     let table = host.show(&["ps", "vm1"]);
     let lines: Vec<_> = table.lines().collect();
@@ -44,7 +41,7 @@ guest_test!(vm_is_found_while_it_runs_and_leaves_nothing, || {
 guest_test!(name_in_use_is_refused_with_its_holder, || {
     let host = Host::new();
     let vm = host.start(&["--name", "web"]);
-    let kernel = host.kernel(crate::tiny::Tiny::Greeter);
+    let kernel = host.kernel(Tiny::Greeter);
     let (status, log) = host.fail(&["--kernel", &kernel, "--name", "web"]);
     let holder = format!("the name web is in use by the VM of pid {}", vm.pid());
     assert!(status == 1 && log.contains(&holder), "{log}");
@@ -85,7 +82,7 @@ guest_test!(
         std::fs::write(host.runtime.directory.path().join("vms"), "").unwrap();
         std::fs::create_dir(host.runtime.directory.path().join("0")).unwrap();
         std::fs::write(host.runtime.directory.path().join("0/vms"), "").unwrap();
-        let kernel = host.kernel(crate::tiny::Tiny::Greeter);
+        let kernel = host.kernel(Tiny::Greeter);
         let output = host.run(&["--kernel", &kernel]);
         let log = String::from_utf8(output.stderr).unwrap();
         assert!(

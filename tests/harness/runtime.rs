@@ -27,12 +27,18 @@ impl Runtime {
 
     /// A program that sees it. Its process is the one that is started.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let script = format!(r#"mount --bind "$0" {RUNTIME} && exec "$@""#);
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", &script]);
-        command.arg(self.directory.path()).arg(program);
+        let [unshare, args @ ..] = self.prefix();
+        let mut command = Command::new(unshare);
+        command.args(args).arg(program);
         command.env_remove("XDG_RUNTIME_DIR").env_remove("RUST_LOG");
         command
+    }
+
+    /// What runs the program and its arguments that follow.
+    pub fn prefix(&self) -> [String; 6] {
+        let script = format!(r#"mount --bind "$0" {RUNTIME} && exec "$@""#);
+        let directory = self.directory.path().to_str().expect("UTF-8");
+        ["unshare", "--mount", "sh", "-c", &script, directory].map(str::to_owned)
     }
 
     /// minivmm, with these arguments.

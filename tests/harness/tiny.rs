@@ -28,6 +28,8 @@ pub enum Tiny {
     Strings,
     /// Powers off if there is no COM1, and else resets.
     NoSerial,
+    /// Writes `ready`, and powers off when its power button is pressed (IRQ 5).
+    Button,
     /// Does what no KVM can run for it: `lock cmpxchg16b`, which emulated ones lack, then code in
     /// the memory hole.
     Unrunnable,
@@ -172,6 +174,24 @@ tiny_no_serial:
     je tiny_power_off
     jmp tiny_reset
 
+// It looks for the power button in the PIC's request register (Intel 8259A, OCW3).
+tiny_button:
+    lea rsi, [rip + 9f]
+    mov dx, 0x3f8
+3:  mov al, [rsi]
+    test al, al
+    jz 4f
+    out dx, al
+    inc rsi
+    jmp 3b
+4:  mov al, 0x0a
+    out 0x20, al
+5:  in al, 0x20
+    test al, 0x20
+    jz 5b
+    jmp tiny_power_off
+9:  .asciz "ready\n"
+
 tiny_unrunnable:
     mov edi, 0x300000
     lock cmpxchg16b [rdi]
@@ -193,6 +213,7 @@ unsafe extern "C" {
     static tiny_flood_beside: u8;
     static tiny_strings: u8;
     static tiny_no_serial: u8;
+    static tiny_button: u8;
     static tiny_unrunnable: u8;
     static tiny_end: u8;
 }
@@ -214,6 +235,7 @@ impl Tiny {
             Self::FloodBeside => &raw const tiny_flood_beside,
             Self::Strings => &raw const tiny_strings,
             Self::NoSerial => &raw const tiny_no_serial,
+            Self::Button => &raw const tiny_button,
             Self::Unrunnable => &raw const tiny_unrunnable,
         };
         let size = (&raw const tiny_end).addr() - begin.addr();

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
@@ -12,8 +13,8 @@ use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 use serde_json::{Map, Value};
 
 use crate::config::{
-    Config, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig, NicSource, Reboot,
-    VmName, parse_macvtap,
+    Config, ConfigError, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig,
+    NicSource, Reboot, VmName, parse_macvtap,
 };
 use crate::plan::Transport;
 
@@ -354,10 +355,14 @@ pub enum Command {
     /// Runs a guest in QEMU on macvtaps: for UEFI, graphics, USB, other machines
     #[command(after_help = qemu::HELP)]
     Qemu(Box<QemuArgs>),
-    /// Sends a command to a QMP socket, and prints what it returns
-    Qmp(QmpArgs),
     /// Lists the running VMs
     Ps(PsArgs),
+    /// Presses the power buttons of VMs, and ends those that do not power off in time
+    Stop(StopArgs),
+    /// Ends VMs at once
+    Kill(KillArgs),
+    /// Sends a VM a command of QMP, and prints what it returns
+    Qmp(QmpArgs),
     /// Attaches to the console of a running VM: shows what it said last and what follows, and types
     Console(ConsoleArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
@@ -465,9 +470,9 @@ pub struct ListArgs {
 /// `minivmm qmp`.
 #[derive(Clone, Debug, Args)]
 pub struct QmpArgs {
-    /// The socket
-    #[arg(value_name = "PATH")]
-    pub socket: PathBuf,
+    /// The VM, or the path of a QMP socket: with a slash, as in ./vm.qmp
+    #[arg(value_name = "NAME|PATH")]
+    pub target: Target,
 
     /// The command, as in query-status
     pub command: String,
@@ -475,6 +480,26 @@ pub struct QmpArgs {
     /// Its arguments
     #[arg(value_name = "JSON", default_value = "{}", hide_default_value = true, value_parser = object)]
     pub arguments: Map<String, Value>,
+}
+
+/// Whom `minivmm qmp` speaks to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A VM of this name.
+    Vm(VmName),
+    /// Whoever serves this socket.
+    Socket(PathBuf),
+}
+
+impl FromStr for Target {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text.contains('/') {
+            true => Ok(Self::Socket(text.into())),
+            false => text.parse().map(Self::Vm),
+        }
+    }
 }
 
 /// The arguments of a command of QMP's.
@@ -503,6 +528,26 @@ pub struct ConsoleArgs {
     /// Only shows what the VM said last, up to 64 KiB
     #[arg(long)]
     pub dump: bool,
+}
+
+/// `minivmm stop`.
+#[derive(Clone, Debug, Args)]
+pub struct StopArgs {
+    /// The VMs
+    #[arg(required = true)]
+    pub name: Vec<VmName>,
+
+    /// How long they may take to power off; what their --stop-timeout says by default
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u32>,
+}
+
+/// `minivmm kill`.
+#[derive(Clone, Debug, Args)]
+pub struct KillArgs {
+    /// The VMs
+    #[arg(required = true)]
+    pub name: Vec<VmName>,
 }
 
 /// `minivmm doctor`.
@@ -568,7 +613,10 @@ mod tests {
             "minivmm qemu --kernel k --macvtap eno1 --host-link 10.0.0.1/24 --transport pci",
             "minivmm -q qemu -q --macvtap eno1 -- -M q35",
             "minivmm -v net list",
-            "minivmm qmp mon.qmp query-status",
+            "minivmm qmp ./mon.qmp query-status",
+            "minivmm qmp web query-status",
+            "minivmm stop web vm1 --timeout 0",
+            "minivmm kill web",
             "minivmm --kernel k --qmp a --qmp b",
         ] {
             Cli::read(line.split(' ')).unwrap();
@@ -587,6 +635,8 @@ mod tests {
             "minivmm --kernel k --name a/b",
             "minivmm ps .",
             "minivmm console",
+            "minivmm stop",
+            "minivmm qmp .mon query-status",
             "minivmm --kernel k --rng maybe",
             "minivmm qemu --balloon -- -M q35",
             "minivmm qemu",

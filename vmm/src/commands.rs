@@ -8,6 +8,7 @@ mod list;
 mod open;
 mod ps;
 mod qmp;
+mod stop;
 
 use std::io::{self, ErrorKind, Write};
 
@@ -75,6 +76,8 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Qmp(args) => print(&qmp::run(args)?).map(|()| 0),
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),
         Command::Console(args) => Ok(console::run(args)?),
+        Command::Stop(args) => Ok(stop::stop(args)?),
+        Command::Kill(args) => Ok(stop::kill(args)?),
         Command::Doctor(args) => {
             let (report, healthy) = doctor::run(args);
             print(&report).map(|()| if healthy { 0 } else { 1 })

@@ -37,10 +37,12 @@ impl Guest {
                 let _ = sender.send(handle);
             };
             let name = config.name.as_ref();
-            let claim = |name| Instance::claim(Some(name), &Runs::kernel(&config.kernel));
+            let runs = Runs::kernel(&config.kernel);
+            let claim = |name| Instance::claim(Some(name), &runs, &config.qmp);
             let instance = name.map(claim).transpose()?;
-            let socket = instance.as_ref().map(Instance::console_path);
-            config.console_socket = config.console_socket.or(socket);
+            instance
+                .iter()
+                .for_each(|instance| instance.enter(&mut config));
             // The memory of the program that this is a part of is not ours to give back.
             builder::run(config, Inherited::default(), &[], started, || ())
         };

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use net::{RecordDirectory, RecordError, RecordLock};
 
-use crate::config::VmName;
+use crate::config::{Config, VmName};
 use crate::control::exit::chain;
 use crate::nic::registry::Runs;
 
@@ -60,7 +60,10 @@ impl InstanceError {
     /// What to do about it.
     pub fn remedy(&self) -> Option<String> {
         match self {
-            Self::InUse(..) | Self::Starting(_) => Some("choose another one with --name".into()),
+            Self::InUse(name, ..) => Some(format!(
+                "choose another one with --name, or end that VM by `minivmm stop {name}`"
+            )),
+            Self::Starting(_) => Some("choose another one with --name".into()),
             Self::Directory(..) | Self::Nowhere => {
                 let user = rustix::process::geteuid().as_raw();
                 Some(format!(
@@ -78,6 +81,14 @@ impl InstanceError {
     }
 }
 
+/// What a VM is for others.
+#[derive(Debug)]
+struct Serves<'a> {
+    runs: &'a Runs,
+    /// Sockets elsewhere.
+    qmp: &'a [PathBuf],
+}
+
 /// The directory of this process's VM. Dropping it removes it.
 #[derive(Debug)]
 pub struct Instance {
@@ -87,30 +98,31 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Where the VM's console is served.
-    pub fn console_path(&self) -> PathBuf {
-        self.place.console_path()
-    }
-
-    /// Takes the name for a VM that `runs` this, or the lowest free of vm1, vm2 and so on.
+    /// Takes the name for a VM that `runs` this, or the lowest free of vm1, vm2 and so on. `qmp` are the control sockets that
+    /// the user wants of it.
     ///
     /// # Errors
     ///
     /// See [`InstanceError`].
-    pub fn claim(name: Option<&VmName>, runs: &Runs) -> Result<Self, InstanceError> {
-        Self::claim_in(RecordDirectory::own(), name, runs)
+    pub fn claim(
+        name: Option<&VmName>,
+        runs: &Runs,
+        qmp: &[PathBuf],
+    ) -> Result<Self, InstanceError> {
+        let serves = Serves { runs, qmp };
+        Self::claim_in(RecordDirectory::own(), name, &serves)
     }
 
     fn claim_in(
         directories: Vec<PathBuf>,
         name: Option<&VmName>,
-        runs: &Runs,
+        serves: &Serves,
     ) -> Result<Self, InstanceError> {
         let claim = |directory: &PathBuf| {
             let vms = place::prepare(directory)?;
             match name {
-                Some(name) => Self::take(Place::new(&vms, name.clone()), runs),
-                None => Self::take_lowest(&vms, runs),
+                Some(name) => Self::take(Place::new(&vms, name.clone()), serves),
+                None => Self::take_lowest(&vms, serves),
             }
         };
         let mut claimed = Err(InstanceError::Nowhere);
@@ -123,13 +135,13 @@ impl Instance {
         claimed
     }
 
-    fn take_lowest(vms: &Path, runs: &Runs) -> Result<Self, InstanceError> {
+    fn take_lowest(vms: &Path, serves: &Serves) -> Result<Self, InstanceError> {
         for number in 1..=MOST {
             let place = Place::new(vms, VmName::numbered(number));
             if place.is_in_use() {
                 continue;
             }
-            match Self::take(place, runs) {
+            match Self::take(place, serves) {
                 Err(InstanceError::InUse(..) | InstanceError::Starting(_)) => {}
                 taken => return taken,
             }
@@ -137,9 +149,9 @@ impl Instance {
         Err(InstanceError::Nowhere)
     }
 
-    fn take(place: Place, runs: &Runs) -> Result<Self, InstanceError> {
+    fn take(place: Place, serves: &Serves) -> Result<Self, InstanceError> {
         place.check()?;
-        let record = Record::new(&place, runs.clone());
+        let record = Record::new(&place, serves);
         let failed = |error| InstanceError::Directory(place.directory(), error);
         let deadline = Instant::now() + SETTLING;
         loop {
@@ -179,8 +191,12 @@ impl Instance {
     /// # Errors
     ///
     /// When the name is in use, or cannot be taken.
-    pub fn of_program(name: Option<&VmName>, runs: &Runs) -> Result<Option<Self>, InstanceError> {
-        match Self::claim(name, runs) {
+    pub fn of_program(
+        name: Option<&VmName>,
+        runs: &Runs,
+        qmp: &[PathBuf],
+    ) -> Result<Option<Self>, InstanceError> {
+        match Self::claim(name, runs, qmp) {
             Ok(instance) => Ok(Some(instance)),
             Err(error) if name.is_some() => Err(error),
             Err(error) => {
@@ -199,6 +215,14 @@ impl Instance {
     /// Its control socket.
     pub fn qmp_path(&self) -> PathBuf {
         self.place.qmp_path()
+    }
+
+    /// Has the guest of `config` use it.
+    pub fn enter(&self, config: &mut Config) {
+        config.name = Some(self.place.name().clone());
+        config.qmp.push(self.place.qmp_path());
+        let console = &mut config.console_socket;
+        console.get_or_insert_with(|| self.place.console_path());
     }
 }
 

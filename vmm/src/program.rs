@@ -53,8 +53,10 @@ pub unsafe fn main() -> ExitCode {
 /// Nothing is left of the guest when this returns.
 fn run_guest(mut config: Config, inherited: Inherited) -> Result<Exit, Error> {
     let runs = Runs::kernel(&config.kernel);
-    let instance = Instance::of_program(config.name.as_ref(), &runs)?;
-    config.console_socket = instance.as_ref().map(Instance::console_path);
+    let instance = Instance::of_program(config.name.as_ref(), &runs, &config.qmp)?;
+    instance
+        .iter()
+        .for_each(|instance| instance.enter(&mut config));
     // No other thread is to control the guest.
     builder::run(config, inherited, &signals::ENDING, drop, trim::give_back)
 }

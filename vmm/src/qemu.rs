@@ -260,7 +260,7 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
         None => Runs::program(&plan.qemu.path),
     };
     // Dropped last.
-    let instance = Instance::of_program(args.name.as_ref(), &runs)?;
+    let instance = Instance::of_program(args.name.as_ref(), &runs, &args.qmp)?;
     let own = instance.as_ref().map(Instance::qmp_path);
     let qmp = args.qmp.iter().chain(&own).map(|path| Listener::bind(path));
     let qmp = qmp.collect::<Result<_, _>>()?;

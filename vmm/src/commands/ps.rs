@@ -1,10 +1,22 @@
 //! `minivmm ps`: the VMs that run.
 
+use std::io::ErrorKind;
+use std::thread;
+use std::time::Duration;
+
 use serde::Serialize;
+use serde_json::json;
 
 use super::{json, report, table};
 use crate::cli::PsArgs;
 use crate::instance::{self, FindError, Found, Record};
+use crate::qmp::client::ClientError;
+use crate::qmp::commands::info::{Info, NicInfo, QUERY_INFO};
+
+/// How long a VM may take for each answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// VMs that are asked at once.
+const AT_ONCE: usize = 64;
 
 /// A VM, as JSON shows it.
 #[derive(Debug, Serialize)]
@@ -13,6 +25,9 @@ struct Vm {
     record: Record,
     /// In seconds.
     uptime: u64,
+    /// As QMP has it in query-status; `starting` or `unresponsive` where the VM does not say it.
+    state: String,
+    nics: Vec<NicInfo>,
 }
 
 /// The report.
@@ -21,7 +36,7 @@ pub fn run(args: &PsArgs) -> Result<String, FindError> {
         [] => instance::all(),
         names => names.iter().map(instance::find).collect::<Result<_, _>>()?,
     };
-    let vms: Vec<_> = found.into_iter().map(Vm::new).collect();
+    let vms: Vec<_> = found.chunks(AT_ONCE).flat_map(ask_all).collect();
     Ok(match (args.json, vms.is_empty()) {
         (true, _) => json(&vms),
         (false, true) => report(["no VM runs".to_owned()]),
@@ -29,25 +44,79 @@ pub fn run(args: &PsArgs) -> Result<String, FindError> {
     })
 }
 
+/// Asks them side by side, so that one that does not answer delays no other.
+fn ask_all(found: &[Found]) -> Vec<Vm> {
+    thread::scope(|scope| {
+        let threads: Vec<_> = found.iter().map(|vm| scope.spawn(|| Vm::ask(vm))).collect();
+        let answers = threads.into_iter().filter_map(|thread| thread.join().ok());
+        answers.flatten().collect()
+    })
+}
+
 impl Vm {
-    fn new(Found { record }: Found) -> Self {
-        let uptime = record.uptime();
-        Self { record, uptime }
+    /// None when it has just ended.
+    fn ask(found: &Found) -> Option<Self> {
+        let (state, nics) = match info(found) {
+            Ok(info) => (info.status, info.nics),
+            Err(_) if found.await_end(Duration::ZERO) => return None,
+            Err(ClientError::Connect(_, error)) if error.kind() == ErrorKind::NotFound => {
+                ("starting".to_owned(), Vec::new())
+            }
+            Err(_) => ("unresponsive".to_owned(), Vec::new()),
+        };
+        Some(Self {
+            record: found.record.clone(),
+            uptime: found.record.uptime(),
+            state,
+            nics,
+        })
     }
 }
 
+fn info(found: &Found) -> Result<Info, ClientError> {
+    let mut client = found.connect(PATIENCE)?;
+    let info = client.execute(QUERY_INFO, json!({}))?;
+    serde_json::from_value(info).map_err(|_| ClientError::NoQmp)
+}
+
 fn to_table(vms: &[Vm]) -> Vec<String> {
-    let head = ["NAME", "PID", "UPTIME", "RUNS"].map(str::to_owned);
-    let row = |vm: &Vm| {
-        let Vm { record, uptime } = vm;
+    let head = [
+        "NAME",
+        "PID",
+        "UPTIME",
+        "STATE",
+        "MAC",
+        "ADDRESSES",
+        "QMP",
+        "RUNS",
+    ];
+    let rows = vms.iter().flat_map(rows);
+    table([head.map(str::to_owned)].into_iter().chain(rows))
+}
+
+/// A line for each NIC or control socket, whichever are more.
+fn rows(vm: &Vm) -> Vec<[String; 8]> {
+    let Vm { record, nics, .. } = vm;
+    let lines = nics.len().max(record.qmp.len()).max(1);
+    let row = |line: usize| {
+        let first = |text: String| if line == 0 { text } else { String::new() };
+        let nic = nics.get(line);
+        let mac = nic.and_then(|nic| nic.mac).map(|mac| mac.to_string());
+        let addresses = nic.map(|nic| &nic.addresses[..]).unwrap_or_default();
+        let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+        let qmp = record.qmp.get(line).map(|path| path.display().to_string());
         [
-            record.name.to_string(),
-            record.pid.to_string(),
-            duration(*uptime),
-            record.runs.path().to_owned(),
+            first(record.name.to_string()),
+            first(record.pid.to_string()),
+            first(duration(vm.uptime)),
+            first(vm.state.clone()),
+            mac.unwrap_or_default(),
+            addresses.join(","),
+            qmp.unwrap_or_default(),
+            first(record.runs.path().to_owned()),
         ]
     };
-    table([head].into_iter().chain(vms.iter().map(row)))
+    (0..lines).map(row).collect()
 }
 
 /// The two largest units of a time.

@@ -277,6 +277,11 @@ impl Control {
         self.exit.request(Exit::Quit);
     }
 
+    /// How long the guest has to power off by itself.
+    pub fn grace(&self) -> Duration {
+        self.signals.grace
+    }
+
     /// Presses the guest's power button.
     pub fn press_power_button(&self) {
         self.power_button.raise();

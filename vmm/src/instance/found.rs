@@ -1,17 +1,28 @@
 //! The VMs of this user that run now.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use net::{RecordDirectory, RecordError};
+use net::{Owner, RecordDirectory, RecordError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Signal, pidfd_send_signal};
 
 use super::place::vms_in;
 use super::{Place, Record};
 use crate::config::VmName;
+use crate::qmp::client::{Client, ClientError};
+
+/// How often it is looked whether a VM has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// A VM that runs.
 #[derive(Clone, Debug)]
 pub struct Found {
+    place: Place,
     /// What it says of itself.
     pub record: Record,
 }
@@ -62,10 +73,76 @@ pub(super) fn all_in(directory: &Path) -> Vec<Found> {
     places.filter_map(examine).collect()
 }
 
+impl Found {
+    /// A connection to it, by which each answer may take `patience`.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub fn connect(&self, patience: Duration) -> Result<Client, ClientError> {
+        Client::connect(&self.place.qmp_path(), patience)
+    }
+
+    /// Its process. None when that has ended, and when it is out of sight.
+    pub fn process(&self) -> Option<Process> {
+        let owner: Owner = self.record.owner.parse().ok()?;
+        owner.pidfd().map(Process)
+    }
+
+    /// Waits until it has ended, and says whether it has. What it has left is gone then.
+    pub fn await_end(&self, timeout: Duration) -> bool {
+        let has_ended = match self.process() {
+            Some(process) => process.await_end(timeout),
+            None => self.await_lock(timeout),
+        };
+        if has_ended {
+            // Nothing is left of one that was killed either.
+            examine(self.place.clone());
+        }
+        has_ended
+    }
+
+    /// The same where the process is out of sight, or gone already.
+    fn await_lock(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let is_same = |record: Record| record.owner == self.record.owner;
+        while self.place.is_in_use() && self.place.record().is_some_and(is_same) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            thread::sleep(LOOK_AGAIN);
+        }
+        true
+    }
+}
+
+/// A VM's process, and no other one.
+#[derive(Debug)]
+pub struct Process(OwnedFd);
+
+impl Process {
+    /// Ends it. Says whether this process may.
+    pub fn kill(&self) -> bool {
+        pidfd_send_signal(&self.0, Signal::KILL).is_ok()
+    }
+
+    fn await_end(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut ended = [PollFd::new(&self.0, PollFlags::IN)];
+            match poll(&mut ended, Timespec::try_from(left).ok().as_ref()) {
+                Err(Errno::INTR) => {}
+                result => return result.is_ok_and(|count| count > 0),
+            }
+        }
+    }
+}
+
 fn examine(place: Place) -> Option<Found> {
     if place.is_in_use() {
         let record = place.record()?;
-        return Some(Found { record });
+        return Some(Found { place, record });
     }
     // No other process can take the lock meanwhile, so none in use is removed.
     match place.lock(|| place.remove()) {

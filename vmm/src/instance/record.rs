@@ -1,13 +1,13 @@
 //! What a VM says of itself.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{PathBuf, absolute};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use net::Owner;
 use serde::{Deserialize, Serialize};
 
-use super::Place;
+use super::{Place, Serves};
 use crate::config::VmName;
 use crate::nic::registry::Runs;
 
@@ -39,16 +39,20 @@ pub struct Record {
 
 impl Record {
     /// Of this process.
-    pub(super) fn new(place: &Place, runs: Runs) -> Self {
+    pub(super) fn new(place: &Place, serves: &Serves) -> Self {
         let owner = Owner::this_process().map(|owner| owner.to_string());
+        // Whoever reads it is in another directory.
+        let elsewhere = serves.qmp.iter();
+        let elsewhere = elsewhere.map(|path| absolute(path).unwrap_or_else(|_| path.clone()));
+        let qmp = [place.qmp_path()].into_iter().chain(elsewhere).collect();
         Self {
             version: VERSION,
             name: place.name().clone(),
             pid: std::process::id(),
             owner: owner.unwrap_or_default(),
             started: now(),
-            runs,
-            qmp: vec![place.qmp_path()],
+            runs: serves.runs.clone(),
+            qmp,
             console: place.console_path(),
             log: place.log_path(),
         }

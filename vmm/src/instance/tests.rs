@@ -1,7 +1,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::Barrier;
+use std::sync::{Barrier, LazyLock};
 
 use super::found::all_in;
 use super::*;
@@ -10,16 +10,24 @@ fn runs() -> Runs {
     Runs::Kernel("bzImage".into())
 }
 
+fn serves() -> Serves<'static> {
+    static RUNS: LazyLock<Runs> = LazyLock::new(runs);
+    Serves {
+        runs: &RUNS,
+        qmp: &[],
+    }
+}
+
 fn name(text: &str) -> VmName {
     text.parse().unwrap()
 }
 
 fn claim(directory: &Path, text: &str) -> Result<Instance, InstanceError> {
-    Instance::claim_in(vec![directory.to_owned()], Some(&name(text)), &runs())
+    Instance::claim_in(vec![directory.to_owned()], Some(&name(text)), &serves())
 }
 
 fn claim_any(directory: &Path) -> Instance {
-    Instance::claim_in(vec![directory.to_owned()], None, &runs()).unwrap()
+    Instance::claim_in(vec![directory.to_owned()], None, &serves()).unwrap()
 }
 
 fn names(directory: &Path) -> Vec<String> {
@@ -157,7 +165,7 @@ fn directory_that_cannot_be_had_is_passed_over() {
     let directory = tempfile::tempdir().unwrap();
     let missing = directory.path().join("missing/minivmm");
     let claim =
-        |directories: Vec<PathBuf>| Instance::claim_in(directories, Some(&name("web")), &runs());
+        |directories: Vec<PathBuf>| Instance::claim_in(directories, Some(&name("web")), &serves());
     let vm = claim(vec![missing.clone(), directory.path().to_owned()]).unwrap();
     assert!(vm.place.qmp_path().starts_with(directory.path()));
     let error = claim(vec![missing]).unwrap_err();

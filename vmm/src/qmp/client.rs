@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
 /// The longest message that is waited for.
@@ -54,8 +55,11 @@ impl Client {
     /// See [`ClientError`].
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, ClientError> {
         let failed = |error| ClientError::Connect(path.to_owned(), error);
-        let stream = UnixStream::connect(path).map_err(failed)?;
-        stream.set_write_timeout(Some(patience)).map_err(failed)?;
+        let stream = match connect(path, patience) {
+            // So many wait already that the server takes no notice of.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ClientError::Silent),
+            connected => connected.map_err(failed)?,
+        };
         let mut client = Self {
             stream,
             input: Vec::new(),
@@ -120,6 +124,16 @@ impl Client {
             }
         }
     }
+}
+
+/// A connection to `path`, on which writing waits for `patience` at most, as this does.
+fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let stream = UnixStream::from(socket);
+    stream.set_write_timeout(Some(patience))?;
+    rustix::net::connect(&stream, &SocketAddrUnix::new(path)?)?;
+    Ok(stream)
 }
 
 fn lost(error: io::Error) -> ClientError {

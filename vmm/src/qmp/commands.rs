@@ -13,6 +13,7 @@ use crate::control::event_loop::Control;
 mod arguments;
 mod block;
 mod human;
+pub mod info;
 mod machine;
 mod run;
 mod server;
@@ -24,6 +25,7 @@ use arguments::NoArguments;
 const GROUPS: &[&[Command]] = &[
     block::COMMANDS,
     human::COMMANDS,
+    info::COMMANDS,
     machine::COMMANDS,
     run::COMMANDS,
     server::COMMANDS,
