@@ -42,7 +42,7 @@ use std::sync::{Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use harness::assets::{assets, cache_dir, lock};
+use harness::assets::assets;
 use harness::linux::initrd;
 use harness::netns::{Netns, is_root};
 use harness::site::{Site, address, pings};

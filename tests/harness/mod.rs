@@ -15,6 +15,7 @@
 //! - `patience`: how long to wait for what
 //! - `process`: child processes, and what the kernel shows of any
 //! - `pty`: a pseudo-terminal for a command
+//! - `qmp`: QEMU's own client of QMP
 //! - `runtime`: another `/run/minivmm`
 //! - `signals`: a known signal state for all that a test starts
 //! - `linux`: a minivmm with Debian's kernel in it
@@ -38,6 +39,7 @@ pub mod netns;
 pub mod patience;
 pub mod process;
 pub mod pty;
+pub mod qmp;
 pub mod runtime;
 pub mod signals;
 pub mod site;

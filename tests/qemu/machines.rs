@@ -2,9 +2,6 @@
 
 use super::*;
 
-/// The reference client of QMP, from PyPI.
-const QMP_CLIENT: &str = "qemu.qmp==0.0.3";
-
 /// UEFI's code, and a copy of its variables, which the guest writes. Newer packages have the larger
 /// ones alone.
 fn firmware(dir: &Path) -> (PathBuf, PathBuf) {
@@ -131,24 +128,9 @@ async def main():
         pass # after a quit QEMU may be gone first
 asyncio.run(main())
 ";
-    let library = cache_dir().join("qemu.qmp");
-    {
-        let _lock = lock("qemu.qmp.lock");
-        if !library.exists() {
-            let temp = cache_dir().join("qemu.qmp.new");
-            let mut pip = Command::new("python3");
-            pip.args(["-m", "pip", "install", "-q", "--no-deps"]);
-            pip.args(["--root-user-action=ignore", "--target"]);
-            // Of a download that was cut short.
-            let _ = fs::remove_dir_all(&temp);
-            let status = pip.arg(&temp).arg(QMP_CLIENT).status();
-            assert!(status.expect("python3 is there").success(), "{pip:?}");
-            fs::rename(&temp, &library).expect("the cache can be written");
-        }
-    }
     let mut python = netns.command("python3");
     python
-        .env("PYTHONPATH", &library)
+        .env("PYTHONPATH", harness::qmp::library())
         .args(["-c", CLIENT, socket]);
     let output = python.args(commands).output().expect("python3 starts");
     let answers = text(&output.stdout) + &text(&output.stderr);

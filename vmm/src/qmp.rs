@@ -47,6 +47,10 @@ pub enum ErrorClass {
     GenericError,
     /// There is no such command, or not yet.
     CommandNotFound,
+    /// There is no such device.
+    DeviceNotFound,
+    /// The guest was started without it.
+    DeviceNotActive,
 }
 
 /// Why a command has failed, as its client gets to know it.
@@ -71,6 +75,14 @@ impl QmpError {
         Self {
             class: ErrorClass::CommandNotFound,
             desc: format!("The command {command} has not been found"),
+        }
+    }
+
+    /// There is no such device.
+    pub fn no_device(name: &str) -> Self {
+        Self {
+            class: ErrorClass::DeviceNotFound,
+            desc: format!("Device '{name}' not found"),
         }
     }
 }

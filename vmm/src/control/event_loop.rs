@@ -8,6 +8,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use devices::irq::IrqLine;
@@ -90,6 +91,8 @@ pub struct Control {
     /// In the order of the configuration.
     pub nics: Vec<Arc<NetHandle>>,
     pub balloon: Option<BalloonHandle>,
+    /// The NICs announce themselves by QMP's announce-self until this is dropped.
+    pub announcing: Option<Sender<()>>,
     /// When the vCPUs were started.
     started: Instant,
     is_paused: bool,
@@ -122,6 +125,7 @@ impl Control {
             events,
             nics: Vec::new(),
             balloon: None,
+            announcing: None,
             started: Instant::now(),
             is_paused: false,
             pausing: Vec::new(),
@@ -250,13 +254,18 @@ impl Control {
         Ok(self.devices.restore(state.devices)?)
     }
 
+    /// The guest's memory in bytes.
+    pub fn memory_size(&self) -> u64 {
+        let memory = self.devices.memory.iter();
+        memory.map(GuestMemoryRegion::len).sum()
+    }
+
     /// What is counted of the guest.
     pub fn stats(&self) -> Stats {
-        let memory = self.devices.memory.iter().map(GuestMemoryRegion::len);
         Stats {
             uptime_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
             vcpus: self.vcpus.guest().exits(),
-            memory: MemoryStats::of_process(memory.sum()),
+            memory: MemoryStats::of_process(self.memory_size()),
             balloon: self.balloon.as_ref().map(BalloonStats::from),
             nics: self.nics.iter().map(|nic| (&**nic).into()).collect(),
             disks: self

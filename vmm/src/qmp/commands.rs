@@ -11,10 +11,12 @@ use super::{Executor, QmpError, Reply, Request};
 use crate::control::event_loop::Control;
 
 mod arguments;
+mod balloon;
 mod block;
 mod human;
 pub mod info;
 mod machine;
+mod net;
 mod run;
 mod server;
 mod stats;
@@ -23,10 +25,12 @@ use arguments::NoArguments;
 
 /// All commands.
 const GROUPS: &[&[Command]] = &[
+    balloon::COMMANDS,
     block::COMMANDS,
     human::COMMANDS,
     info::COMMANDS,
     machine::COMMANDS,
+    net::COMMANDS,
     run::COMMANDS,
     server::COMMANDS,
     stats::COMMANDS,

@@ -1,5 +1,6 @@
 //! The few commands of QEMU's human monitor that programs use.
 
+use devices::virtio::net::NetHandle;
 use serde::Deserialize;
 
 use super::{Command, block, run};
@@ -24,11 +25,18 @@ fn answer(control: &Control, line: &str) -> String {
     let words: Vec<_> = line.split_whitespace().collect();
     let paragraphs: Vec<_> = match words[..] {
         ["info", "status"] => vec![format!("VM status: {}\r\n", run::status(control.state()))],
+        ["info", "network"] => vec![control.nics.iter().map(|nic| network(nic)).collect()],
         ["info", "block"] => control.disks.iter().map(disk).collect(),
         [] => Vec::new(),
         _ => vec![format!("unknown command: '{}'\r\n", words.join(" "))],
     };
     paragraphs.join("\r\n")
+}
+
+fn network(nic: &NetHandle) -> String {
+    let mac = nic.config().mac().map(|byte| format!("{byte:02x}"));
+    let (name, mac) = (nic.name(), mac.join(":"));
+    format!("{name}: index=0,type=nic,model=virtio-net,macaddr={mac}\r\n")
 }
 
 fn disk(disk: &Disk) -> String {
