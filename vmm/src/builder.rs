@@ -9,11 +9,11 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope, ScopedJoinHandle};
+use std::time::Instant;
 
-use devices::events::EventSink;
 use devices::irq::IrqLine;
 use devices::serial::Serial;
-use devices::virtio::balloon::{Balloon, BalloonHandle};
+use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::rng::Rng;
 use net::HostLinkGuard;
 use vm_memory::GuestMemoryMmap;
@@ -24,8 +24,10 @@ use crate::control::event_loop::{CaughtSignals, Control};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
 use crate::control::reset::{ResetRequest, Resets, Restart};
-use crate::disk::{self, Disk};
-use crate::events::EventHub;
+use crate::disk::Disk;
+use crate::events::Event;
+use crate::events::start::Start;
+use crate::events::writer::EventWriter;
 use crate::instance::InstanceError;
 use crate::kvm::barrier::Barrier;
 use crate::kvm::cpuid::CpuModel;
@@ -46,6 +48,7 @@ use crate::tty::RawTerminal;
 use crate::tty::console;
 use crate::tty::output::Output;
 use crate::tty::server::{Server as ConsoleServer, ToSerial};
+use crate::{balloon, disk};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -109,8 +112,9 @@ fn failed_to(what: &'static str) -> impl Fn(io::Error) -> Error {
 /// presses the guest's power button, the second ends it. Whatever was taken from the host has been
 /// given back when this returns.
 pub fn run(
+    began: Instant,
     config: Config,
-    inherited: Inherited,
+    mut inherited: Inherited,
     signals: &[libc::c_int],
     started: impl FnOnce(Handle),
     settled: fn(),
@@ -121,12 +125,40 @@ pub fn run(
         config.virtio_devices(),
         config.console.has_port(),
     )?;
-    let mut opened = Opened::open(&config)?;
+    let start = Start::new(began);
+    let mut opened = Opened::open(&config, &mut inherited)?;
+    start.note(|stages| &mut stages.opened);
+    let file = opened.events.take();
+    let writer = file.map(|(file, place)| EventWriter::start(file, place, &start.events));
+    // Waits at the end until the last event is written.
+    let _writer = writer
+        .transpose()
+        .map_err(failed_to("start the events' thread"))?;
+    let planned = (config, plan);
+    let end = run_opened(
+        &start, planned, inherited, opened, signals, started, settled,
+    );
+    start.events.publish(Event::of_end(&end));
+    end
+}
+
+/// The same with its files open.
+fn run_opened(
+    start: &Start,
+    (config, plan): (Config, Plan),
+    inherited: Inherited,
+    mut opened: Opened,
+    signals: &[libc::c_int],
+    started: impl FnOnce(Handle),
+    settled: fn(),
+) -> Result<Exit, Error> {
     let qmp = std::mem::take(&mut opened.qmp);
     let console_socket = opened.console_socket.take();
     let ram = GuestRam::map(config.memory, config.hugepages)?;
+    start.note(|stages| &mut stages.memory);
     let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
-    let mut built = build(&config, &plan, inherited, opened, ram.memory(), &handle)?;
+    let planned = (&config, &plan);
+    let mut built = build(start, planned, inherited, opened, ram.memory(), &handle)?;
 
     let exit = Arc::clone(&built.buses.exit);
     let signals = CaughtSignals::catch(signals, config.grace());
@@ -134,29 +166,37 @@ pub fn run(
     let console_server = console_socket.map(|socket| serve_console(socket, &built));
     let console_server = console_server.transpose()?.flatten();
     let _terminal = connect_stdio(&config.console, built.serial, &exit)?;
+    start.note(|stages| &mut stages.vcpus);
+    // Before the guest causes other events.
+    let nics = std::mem::take(&mut built.net_devices.started);
+    start.publish(config.name.clone(), nics);
     let vcpus = Vcpus::start(built.kvm, built.barrier, Arc::clone(&exit))
         .map_err(failed_to("start the vCPUs' threads"))?;
-    let hub = Arc::new(EventHub::default());
-    let events = Arc::clone(&hub);
+    let events = &start.events;
     let mut control = Control::new(
         vcpus,
         built.buses,
         built.power_button,
         signals,
         requests,
-        events,
+        Arc::clone(events),
     )
     .map_err(failed_to("create a timer"))?;
     control.disks = built.disks;
     control.nics = built.net_devices.handles.clone();
+    let mut others = built.net_devices.followers(events);
+    if let Some(balloon) = &built.balloon {
+        let memory = config.memory.bytes();
+        let follower = balloon::Follower::new(balloon.clone(), memory, Arc::clone(events));
+        others.push(Box::new(follower.map_err(failed_to("create a timer"))?));
+    }
     control.balloon = built.balloon;
     let resets = |restart| Resets::new(restart, handle.clone());
     control.resets = built.restart.map(resets);
     let control = Rc::new(RefCell::new(control));
-    let mut others = built.net_devices.followers(&hub);
     if !qmp.is_empty() {
         let native = Box::new(Native(Rc::clone(&control)));
-        let server = Server::new(qmp, &hub, native);
+        let server = Server::new(qmp, events, native);
         others.push(Box::new(server.map_err(failed_to("serve QMP"))?));
     }
     if let Some(server) = &console_server {
@@ -196,8 +236,8 @@ struct Built {
 /// nothing of each other, so they are made side by side. When several of them fail, the error is
 /// of the first in this order.
 fn build(
-    config: &Config,
-    plan: &Plan,
+    start: &Start,
+    (config, plan): (&Config, &Plan),
     inherited: Inherited,
     opened: Opened,
     memory: &Arc<GuestMemoryMmap>,
@@ -208,11 +248,18 @@ fn build(
     let cpus = usize::from(config.cpus.get());
     let barrier = Arc::new(Barrier::new(cpus).map_err(failed_to("create an eventfd"))?);
     thread::scope(|scope| {
-        let vm = beside(scope, "kvm", || create_vm(config, hypervisor, memory))?;
+        let vm = beside(scope, "kvm", || {
+            let vm = create_vm(config, hypervisor, memory);
+            start.note(|stages| &mut stages.machine);
+            vm
+        })?;
         let boot = beside(scope, "boot", move || {
-            loader.load(memory).map(|boot| (boot, loader))
+            let boot = loader.load(memory);
+            start.note(|stages| &mut stages.kernel);
+            boot.map(|boot| (boot, loader))
         })?;
         let host = Resources::make(config, inherited, opened.outputs)?;
+        start.note(|stages| &mut stages.network);
         let (vm, vcpus) = join(vm)?;
         let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
         let output = host
@@ -221,17 +268,19 @@ fn build(
         let console = output.transpose().map_err(failed_to("create a timer"))?;
         let console = console.map(Arc::new);
         let reset = ResetRequest::of(config, &barrier, control);
-        let memory = Arc::clone(memory);
-        let mut machine = Machine::new(&vm, memory, exit, reset, console.clone(), plan)?;
+        let (memory, events) = (Arc::clone(memory), Arc::clone(&start.events));
+        let mut machine = Machine::new(&vm, memory, exit, reset, console.clone(), events, plan)?;
         let serial = machine.add_serial()?;
         let power_button = machine.add_power_button()?;
         let disks = disk::add(&mut machine, &config.disks, opened.disks)?;
         let net_devices = NetDevices::add(&mut machine, host.nics)?;
         if config.rng {
-            machine.add_new(Rng::new("rng", EventSink::default()))?;
+            machine.add_new(Rng::new("rng", machine.event_sink("rng")))?;
         }
-        let balloon = add_balloon(&mut machine, config)?;
+        let balloon = config.balloon.map(|size| balloon::add(&mut machine, size));
+        let balloon = balloon.transpose()?;
         let buses = Arc::new(machine.finish()?);
+        start.note(|stages| &mut stages.devices);
         let kvm = Arc::new(KvmGuest::new(vm, vcpus, &buses));
         let (boot, loader) = join(boot)?;
         let restart = Restart::of(config, loader, &kvm, &buses)?;
@@ -250,21 +299,6 @@ fn build(
             host_link: host.host_link,
         })
     })
-}
-
-/// Adds the balloon, if the guest is to have one.
-fn add_balloon(
-    machine: &mut Machine,
-    config: &Config,
-) -> Result<Option<BalloonHandle>, MachineError> {
-    let Some(held_back) = config.balloon else {
-        return Ok(None);
-    };
-    let balloon = Balloon::new("balloon", held_back.bytes(), EventSink::default());
-    let balloon = balloon.map_err(MachineError::Device)?;
-    let handle = balloon.handle();
-    machine.add_virtio(balloon)?;
-    Ok(Some(handle))
 }
 
 /// Starts `work` on a thread of its own, whose end the scope waits for whatever else fails.

@@ -13,8 +13,8 @@ use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 use serde_json::{Map, Value};
 
 use crate::config::{
-    Config, ConfigError, ConsoleTarget, Cpus, DiskConfig, HeldBack, MemorySize, NicConfig,
-    NicSource, Reboot, VmName, parse_macvtap,
+    Config, ConfigError, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack, MemorySize,
+    NicConfig, NicSource, Reboot, VmName, parse_macvtap,
 };
 use crate::plan::Transport;
 
@@ -117,7 +117,12 @@ pub struct Cli {
 }
 
 impl Cli {
-    /// The numbers of the descriptors that it names.
+    /// The number of the descriptor that events go to, if one is named.
+    pub fn events_descriptor(&self) -> Option<RawFd> {
+        self.guest.events.as_ref()?.descriptor()
+    }
+
+    /// The numbers of the queues that it names.
     pub fn descriptors(&self) -> Vec<RawFd> {
         let native = self.guest.macvtap.iter().map(|nic| &nic.source);
         let qemu = match &self.command {
@@ -173,6 +178,11 @@ pub struct GuestArgs {
     /// Socket by which other programs control the guest, in QEMU's language (QMP). May be repeated
     #[arg(long, value_name = "PATH", help_heading = "Control")]
     pub qmp: Vec<PathBuf>,
+
+    /// Writes what happens to the guest, a line of JSON for each event, to a file or FIFO, or to a
+    /// descriptor that is open already. docs/events.md has the events
+    #[arg(long, value_name = "PATH|fd:N", help_heading = "Control")]
+    pub events: Option<EventsTarget>,
 
     /// How the guest reaches its virtio devices: pci with an MSI-X vector per queue, or mmio
     #[arg(
@@ -297,6 +307,7 @@ impl From<GuestArgs> for Config {
             host_link: args.host_link,
             qmp: args.qmp,
             console_socket: None,
+            events: args.events,
             ..args.machine.into()
         }
     }
@@ -618,6 +629,7 @@ mod tests {
             "minivmm stop web vm1 --timeout 0",
             "minivmm kill web",
             "minivmm --kernel k --qmp a --qmp b",
+            "minivmm --kernel k --events fd:5",
         ] {
             Cli::read(line.split(' ')).unwrap();
         }
@@ -677,6 +689,7 @@ mod tests {
             ("--disk", "a,queues=0"),
             ("--stop-timeout", "0"),
             ("--stop-timeout", "1m"),
+            ("--events", "fd:1"),
             ("--console", "telnet"),
             ("--console", "file:"),
         ] {

@@ -11,6 +11,7 @@ use crate::plan::Transport;
 
 mod balloon;
 mod disk;
+mod events;
 mod keys;
 mod name;
 mod nic;
@@ -20,6 +21,7 @@ mod reboot;
 pub use balloon::{BalloonError, HeldBack};
 use disk::DISK_KEYS;
 pub use disk::{DiskConfig, DiskLimit, Serial};
+pub use events::EventsTarget;
 use keys::listed;
 pub use name::VmName;
 pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
@@ -72,6 +74,8 @@ pub struct Config {
     pub console_socket: Option<PathBuf>,
     /// What a reboot does.
     pub reboot: Reboot,
+    /// Where what happens to the guest is written for other programs.
+    pub events: Option<EventsTarget>,
     /// How long the guest may take to power off after a first signal, if not as long as usual.
     pub stop_timeout: Option<Duration>,
     /// The disks, in order.
@@ -102,6 +106,7 @@ impl Config {
             qmp: Vec::new(),
             console_socket: None,
             reboot: Reboot::default(),
+            events: None,
             stop_timeout: None,
             disks: Vec::new(),
             nics: Vec::new(),
@@ -160,6 +165,9 @@ pub enum ConfigError {
     /// The console's place.
     #[error("not one of stdio, none and file:PATH")]
     Console,
+    /// Where events go.
+    #[error("not fd:N, with N from 3 on, or the path of a file")]
+    Events,
     /// The transport.
     #[error("not one of pci and mmio")]
     Transport,

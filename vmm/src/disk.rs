@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use devices::disk::Storage;
-use devices::events::EventSink;
 use devices::virtio::blk::{Blk, BlkHandle, BlkOptions};
 
 use crate::config::DiskConfig;
@@ -40,7 +39,7 @@ pub fn add(
             queues: config.queues,
             limit: config.limit.rate(),
             io: config.io,
-            events: EventSink::default(),
+            events: machine.event_sink(&name),
         };
         let device = Blk::new(name.clone(), storage, options).map_err(MachineError::Device)?;
         disks.push(Disk {

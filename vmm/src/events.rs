@@ -1,20 +1,28 @@
 //! What happens to a guest, as it happens: for QMP's clients and other programs.
 //!
 //! Any thread [publishes](EventHub::publish), and never waits; each [`Subscription`] has a bounded
-//! queue of its own, so that a slow reader loses its own events alone.
+//! queue of its own, so that a slow reader loses its own events alone. [`writer`] has the lines of
+//! `--events`.
 
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use devices::events::{DeviceEvent, EventSink, IoError};
 use net::MacAddr;
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::exit::Exit;
+use crate::control::exit::{Exit, chain};
+
+pub mod start;
+pub mod writer;
+
+use start::Started;
 
 /// The most events that wait for one subscriber.
 const MOST: usize = 1024;
@@ -22,6 +30,37 @@ const MOST: usize = 1024;
 /// Something that has happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// Its vCPUs run for the first time.
+    Started(Started),
+    /// A device's driver is ready.
+    DriverReady {
+        /// The device.
+        device: String,
+    },
+    /// A NIC's driver finds a link, or none any more.
+    Link {
+        /// The NIC.
+        nic: String,
+        /// There is one.
+        up: bool,
+    },
+    /// A NIC's driver has changed which frames it takes, or its MAC address.
+    RxFilterChanged {
+        /// The NIC.
+        nic: String,
+    },
+    /// The balloon's driver has made it larger or smaller.
+    BalloonChange {
+        /// The bytes of memory that the guest has besides it.
+        actual: u64,
+    },
+    /// The host has failed a disk's request.
+    BlockIoError {
+        /// The disk.
+        device: String,
+        /// What has failed.
+        error: IoError,
+    },
     /// Nothing of the guest runs.
     Stop,
     /// It runs again.
@@ -35,6 +74,8 @@ pub enum Event {
         /// Why, in QEMU's words (ShutdownCause).
         reason: &'static str,
     },
+    /// It has powered off.
+    PowerOff,
     /// Its kernel panicked.
     GuestPanicked,
     /// It ends, or asks for it where it is the guest.
@@ -60,6 +101,15 @@ pub enum Event {
         /// Null where it has none.
         data: Value,
     },
+    /// It has ended, and what was taken from the host has been given back.
+    Exit {
+        /// The exit status of the program.
+        code: u8,
+        /// Why, for programs.
+        reason: &'static str,
+        /// Why, for people.
+        text: String,
+    },
 }
 
 impl Event {
@@ -74,9 +124,40 @@ impl Event {
             Exit::Signal(_) => (false, "host-signal"),
             Exit::Crash(_) | Exit::InternalError | Exit::Failure(_) => (false, "host-error"),
         };
-        let panicked = (*exit == Exit::Panic).then_some(Self::GuestPanicked);
+        let first = match exit {
+            Exit::Panic => Some(Self::GuestPanicked),
+            Exit::PowerOff => Some(Self::PowerOff),
+            _ => None,
+        };
         let shutdown = Self::Shutdown { guest, reason };
-        panicked.into_iter().chain([shutdown]).collect()
+        first.into_iter().chain([shutdown]).collect()
+    }
+
+    /// The end of a guest, or that it could not be started.
+    pub fn of_end<E: std::error::Error>(end: &Result<Exit, E>) -> Self {
+        let exit = match end {
+            Ok(exit) => exit,
+            Err(error) => &Exit::Failure(chain(error)),
+        };
+        Self::Exit {
+            code: exit.code(),
+            reason: exit.reason(),
+            text: exit.to_string(),
+        }
+    }
+
+    /// What a device of this name has reported.
+    fn of_device(name: &str, event: DeviceEvent) -> Self {
+        let name = name.to_owned();
+        match event {
+            DeviceEvent::DriverReady => Self::DriverReady { device: name },
+            DeviceEvent::Link(up) => Self::Link { nic: name, up },
+            DeviceEvent::RxFilterChanged => Self::RxFilterChanged { nic: name },
+            DeviceEvent::IoError(error) => Self::BlockIoError {
+                device: name,
+                error,
+            },
+        }
     }
 
     /// Its name and data in QMP (docs/interop/qmp-spec and qapi/run-state.json of QEMU).
@@ -95,8 +176,70 @@ impl Event {
                 json!({"nic": nic, "mac": mac, "address": address}),
             ),
             Self::Other { name, data } => (name, data.clone()),
+            Self::RxFilterChanged { nic } => {
+                let data = json!({"name": nic, "path": format!("/machine/{nic}")});
+                ("NIC_RX_FILTER_CHANGED", data)
+            }
+            Self::BalloonChange { actual } => ("BALLOON_CHANGE", json!({"actual": actual})),
+            Self::BlockIoError { device, error } => {
+                let data = json!({
+                    "device": device,
+                    "operation": operation(error),
+                    "action": "report",
+                    "nospace": error.no_space,
+                    "reason": error.reason,
+                });
+                ("BLOCK_IO_ERROR", data)
+            }
+            Self::Started(_)
+            | Self::DriverReady { .. }
+            | Self::Link { .. }
+            | Self::PowerOff
+            | Self::Exit { .. } => return None,
         })
     }
+
+    /// Its name and data in a line of `--events` (docs/events.md).
+    pub fn line(&self) -> Option<(&'static str, Value)> {
+        Some(match self {
+            Self::Started(started) => ("started", json!(started)),
+            Self::DriverReady { device } => ("driver-ready", json!({"device": device})),
+            Self::Link { nic, up } => ("link", json!({"nic": nic, "up": up})),
+            Self::Address { nic, mac, address } => {
+                let data = json!({"nic": nic, "mac": mac, "address": address});
+                ("address", data)
+            }
+            Self::BalloonChange { actual } => ("balloon", json!({"actual": actual})),
+            Self::BlockIoError { device, error } => {
+                let data = json!({
+                    "device": device,
+                    "operation": operation(error),
+                    "no-space": error.no_space,
+                    "reason": error.reason,
+                });
+                ("block-io-error", data)
+            }
+            Self::Stop => ("stop", json!({})),
+            Self::Resume => ("resume", json!({})),
+            Self::Powerdown => ("power-button", json!({})),
+            Self::PowerOff => ("power-off", json!({})),
+            Self::Reset { guest, reason } => ("reset", json!({"guest": guest, "reason": reason})),
+            Self::GuestPanicked => ("panic", json!({})),
+            Self::Exit { code, reason, text } => {
+                let data = json!({"code": code, "reason": reason, "text": text});
+                ("exit", data)
+            }
+            // A program that asks for the filter uses QMP; `exit` says more than QEMU's word.
+            Self::RxFilterChanged { .. } | Self::Shutdown { .. } | Self::Other { .. } => {
+                return None;
+            }
+        })
+    }
+}
+
+/// The operation of a request, as QEMU has it.
+fn operation(error: &IoError) -> &'static str {
+    if error.is_write { "write" } else { "read" }
 }
 
 /// An event and its time.
@@ -126,6 +269,12 @@ impl EventHub {
         for subscription in lock(&self.0).iter() {
             subscription.push(stamped.clone());
         }
+    }
+
+    /// Publishes what the device of this name reports.
+    pub fn sink(self: &Arc<Self>, device: &str) -> EventSink {
+        let (hub, device) = (Arc::clone(self), device.to_owned());
+        EventSink::new(move |event| hub.publish(Event::of_device(&device, event)))
     }
 
     /// Has all further events kept for the caller.
@@ -181,6 +330,13 @@ impl Subscription {
     }
 }
 
+impl AsFd for Subscription {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the eventfd is open as long as this lives, which the result borrows.
+        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -206,8 +362,8 @@ mod tests {
     fn panic_is_published_before_the_shutdown() {
         let names = |exit: Exit| {
             let events = Event::of_exit(&exit);
-            let name = |event: &Event| event.qmp().unwrap().0.to_owned();
-            events.iter().map(name).collect::<Vec<_>>()
+            let name = |event: &Event| Some(event.qmp()?.0.to_owned());
+            events.iter().filter_map(name).collect::<Vec<_>>()
         };
         assert_eq!(names(Exit::Panic), ["GUEST_PANICKED", "SHUTDOWN"]);
         assert_eq!(names(Exit::PowerOff), ["SHUTDOWN"]);

@@ -26,13 +26,18 @@ pub enum Role {
     Console,
     /// What passes a NIC.
     Capture,
+    /// What happens to the guest.
+    Events,
     /// minivmm's own log.
     Log,
 }
 
 impl Role {
     fn is_written(self) -> bool {
-        matches!(self, Self::Console | Self::Capture | Self::Log)
+        matches!(
+            self,
+            Self::Console | Self::Capture | Self::Events | Self::Log
+        )
     }
 }
 
@@ -45,6 +50,7 @@ impl fmt::Display for Role {
             Self::Input => "the console's input",
             Self::Console => "the console",
             Self::Capture => "a NIC's capture",
+            Self::Events => "the events",
             Self::Log => "the log",
         })
     }
@@ -148,6 +154,14 @@ pub fn replace(path: &Path, mode: u32, contents: &[u8]) -> io::Result<File> {
     written
         .map(|()| file)
         .inspect_err(|_| drop(fs::remove_file(&new)))
+}
+
+/// Opens a file of this user's alone, or a FIFO, to write to, and leaves what is in it. Does not wait for
+/// a reader of a FIFO: there is always one then, itself.
+pub fn open_for_events(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(is_fifo(path)).write(true);
+    options.create(true).truncate(false).mode(0o600).open(path)
 }
 
 fn is_fifo(path: &Path) -> bool {

@@ -3,6 +3,7 @@
 use std::panic::resume_unwind;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use crate::builder::{self, Error};
 use crate::config::Config;
@@ -30,6 +31,7 @@ impl Guest {
     ///
     /// Says why there is no guest. What was taken from the host has been given back.
     pub fn start(mut config: Config) -> Result<Self, Error> {
+        let began = Instant::now();
         let (sender, started) = mpsc::channel();
         let run = move || {
             let started = |handle| {
@@ -44,7 +46,7 @@ impl Guest {
                 .iter()
                 .for_each(|instance| instance.enter(&mut config));
             // The memory of the program that this is a part of is not ours to give back.
-            builder::run(config, Inherited::default(), &[], started, || ())
+            builder::run(began, config, Inherited::default(), &[], started, || ())
         };
         let thread = thread::Builder::new().name("control".into()).spawn(run);
         let thread = thread.map_err(|error| Error::Host("start the control thread", error))?;

@@ -43,7 +43,7 @@
 //! | devices | `machine` and the `devices` crate | what stands on the buses |
 //! | event loop | `control` | the control thread |
 //!
-//! `builder::run` is that table as code. `disk` has the disks. `nic` has the NICs, from the macvtap on the host to the
+//! `builder::run` is that table as code. `disk` has the disks, `balloon` the balloon. `nic` has the NICs, from the macvtap on the host to the
 //! device on the bus. `tty` has the terminal and the other end of the guest's serial port, `qmp` the sockets by which
 //! other programs control the guest, `events` what happens to it, for them, and [`stats`] what is counted.
 //! `log_writer` has the log, and `printable` makes text of others fit for a terminal. `program` is the
@@ -62,6 +62,7 @@
 //! capture one (`netN.pcap`), each queue of a disk one (`diskN`, `diskN.1`, …), the entropy device and
 //! the balloon one each (`rng`, `balloon`), the console's input one (`console`), and the log one (`log`).
 
+mod balloon;
 mod builder;
 mod child;
 mod cli;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use boot::layout::{PCI_ECAM, SERIAL_PORT, SLEEP_CONTROL_PORT, VIRTIO_MMIO_SIZE};
 use devices::bus::{Bus, Overlap, RestoreError, SharedDevice};
+use devices::events::EventSink;
 use devices::irq::IrqLine;
 use devices::pci::{CONFIG_PORT, CONFIG_PORTS, ConfigPorts, ECAM_BUS_LEN, Ecam, PciBus};
 use devices::power::{self, AcpiPower, I8042, PowerRequest, PowerSink};
@@ -19,6 +20,7 @@ use vm_memory::{Bytes, GuestMemoryMmap};
 
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::reset::ResetRequest;
+use crate::events::EventHub;
 use crate::kvm::vcpu::DeviceBuses;
 use crate::kvm::vm::{Vm, VmError};
 use crate::plan::{
@@ -63,6 +65,7 @@ pub struct Machine<'a> {
     exit: Arc<ExitRequest>,
     reset: Option<ResetRequest>,
     console: Option<Arc<Output>>,
+    events: Arc<EventHub>,
     ports: Bus,
     mmio: Bus,
     /// Where the next virtio devices go.
@@ -73,13 +76,15 @@ pub struct Machine<'a> {
 
 impl<'a> Machine<'a> {
     /// A machine as `plan` has it, that can be powered off, and reset, which ends it too unless it
-    /// has a `reset`. Its serial port writes to `console`.
+    /// has a `reset`. Its serial port writes to `console`. What happens to its devices is published
+    /// by `events`.
     pub fn new(
         vm: &'a Vm,
         memory: Arc<GuestMemoryMmap>,
         exit: Arc<ExitRequest>,
         reset: Option<ResetRequest>,
         console: Option<Arc<Output>>,
+        events: Arc<EventHub>,
         plan: &Plan,
     ) -> Result<Self, MachineError> {
         let mut machine = Self {
@@ -88,6 +93,7 @@ impl<'a> Machine<'a> {
             exit,
             reset,
             console,
+            events,
             ports: Bus::default(),
             mmio: Bus::default(),
             slots: plan.virtio().iter().copied().collect(),
@@ -107,6 +113,11 @@ impl<'a> Machine<'a> {
     /// The guest's memory.
     pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
         &self.memory
+    }
+
+    /// Takes the events of the device with this name.
+    pub fn event_sink(&self, device: &str) -> EventSink {
+        self.events.sink(device)
     }
 
     /// Adds COM1, if the machine has a console.

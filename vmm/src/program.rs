@@ -1,6 +1,7 @@
 //! The program `minivmm`: command line, log, and the exit status.
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use crate::builder::Error;
 use crate::cli::Cli;
@@ -18,6 +19,7 @@ use crate::{builder, commands, limits, log_writer, signals, trim, tty};
 /// Nothing in this process may own a file descriptor that the command line can name: call it first
 /// in `main`.
 pub unsafe fn main() -> ExitCode {
+    let began = Instant::now();
     trim::hold_little();
     let settled = signals::settle();
     limits::raise();
@@ -27,7 +29,7 @@ pub unsafe fn main() -> ExitCode {
         log::warn!("cannot change what signals do: {error}");
     }
     // SAFETY: as for this function, which has opened nothing that it keeps.
-    let inherited = match unsafe { Inherited::take(&cli.descriptors()) } {
+    let inherited = match unsafe { Inherited::take(&cli.descriptors(), cli.events_descriptor()) } {
         Ok(inherited) => inherited,
         Err(error) => {
             log::error!("{}", chain(&error));
@@ -43,7 +45,7 @@ pub unsafe fn main() -> ExitCode {
     }
     tty::restore_on_panic();
     let config = Config::from(cli.guest);
-    let exit = run_guest(config, inherited)
+    let exit = run_guest(began, config, inherited)
         .unwrap_or_else(|error| Exit::Failure(with_remedy(chain(&error), error.remedy())));
     exit.log();
     // Not `exit`: nothing that the console's thread, blocked in its read, might hold is waited for.
@@ -51,14 +53,21 @@ pub unsafe fn main() -> ExitCode {
 }
 
 /// Nothing is left of the guest when this returns.
-fn run_guest(mut config: Config, inherited: Inherited) -> Result<Exit, Error> {
+fn run_guest(began: Instant, mut config: Config, inherited: Inherited) -> Result<Exit, Error> {
     let runs = Runs::kernel(&config.kernel);
     let instance = Instance::of_program(config.name.as_ref(), &runs, &config.qmp)?;
     instance
         .iter()
         .for_each(|instance| instance.enter(&mut config));
     // No other thread is to control the guest.
-    builder::run(config, inherited, &signals::ENDING, drop, trim::give_back)
+    builder::run(
+        began,
+        config,
+        inherited,
+        &signals::ENDING,
+        drop,
+        trim::give_back,
+    )
 }
 
 fn with_remedy(failure: String, remedy: Option<String>) -> String {

@@ -2,14 +2,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use devices::disk::{self, OpenError, Storage};
 use net::HostLinkGuard;
 
-use crate::config::{BalloonError, Config, ConsoleTarget, MemorySize};
-use crate::files::{Files, Role, SharedFile, open_for_writing};
+use crate::config::{BalloonError, Config, ConsoleTarget, EventsTarget, MemorySize};
+use crate::files::{Files, Role, SharedFile, open_for_events, open_for_writing};
 use crate::kvm::vm::{Hypervisor, VmError};
 use crate::nic::{self, Inherited, Nic, NicError, host_link};
 use crate::qmp::socket::{Listener, SocketError};
@@ -44,6 +45,8 @@ pub enum ResourceError {
     Nic(#[from] NicError),
     #[error(transparent)]
     HostLink(#[from] host_link::HostLinkError),
+    #[error("cannot write events to fd {0}, which this process was not started with")]
+    Closed(RawFd),
     #[error(transparent)]
     Socket(#[from] SocketError),
 }
@@ -59,6 +62,8 @@ pub struct Opened {
     pub disks: Vec<Storage>,
     pub qmp: Vec<Listener>,
     pub console_socket: Option<Listener>,
+    /// Where events go, and what that is called.
+    pub events: Option<(File, String)>,
     pub outputs: Outputs,
 }
 
@@ -76,7 +81,7 @@ impl Opened {
     /// # Errors
     ///
     /// Says what could not be had.
-    pub fn open(config: &Config) -> Result<Self, ResourceError> {
+    pub fn open(config: &Config, inherited: &mut Inherited) -> Result<Self, ResourceError> {
         let kernel = open(Role::Kernel, &config.kernel)?;
         let initrd = config.initrd.as_deref();
         let initrd = initrd.map(|path| open(Role::Initrd, path)).transpose()?;
@@ -113,6 +118,9 @@ impl Opened {
                 .transpose()
         });
         let captures = captures.collect::<Result<_, _>>()?;
+        let events = config.events.as_ref();
+        let events = events.map(|target| open_events(&mut files, target, inherited));
+        let events = events.transpose()?;
         Ok(Self {
             kernel,
             initrd,
@@ -120,6 +128,7 @@ impl Opened {
             disks,
             qmp,
             console_socket,
+            events,
             outputs: Outputs { console, captures },
         })
     }
@@ -196,7 +205,29 @@ fn open_to_write(files: &mut Files, role: Role, path: &Path) -> Result<File, Res
     Ok(file)
 }
 
-/// Empties a console's file that has an end. Pipes and terminals have none.
+/// Opens what events are written to, with nothing in it, and says what it is called.
+fn open_events(
+    files: &mut Files,
+    target: &EventsTarget,
+    inherited: &mut Inherited,
+) -> Result<(File, String), ResourceError> {
+    let file = match target {
+        EventsTarget::Descriptor(number) => {
+            let fd = inherited.events();
+            fd.map(File::from).ok_or(ResourceError::Closed(*number))?
+        }
+        EventsTarget::File(path) => {
+            let failed = |source| ResourceError::Write(Role::Events, path.to_owned(), source);
+            let file = open_for_events(path).map_err(failed)?;
+            add(files, Role::Events, path, &file)?;
+            empty(&file).map_err(failed)?;
+            file
+        }
+    };
+    Ok((file, target.to_string()))
+}
+
+/// Empties a file that has an end. Pipes and terminals have none.
 fn empty(file: &File) -> io::Result<()> {
     if file.metadata()?.is_file() {
         file.set_len(0)

@@ -1,6 +1,7 @@
 //! How a guest ends: the first reason that any thread gives.
 
 use std::error::Error;
+use std::fmt;
 use std::io;
 use std::sync::OnceLock;
 
@@ -44,19 +45,39 @@ impl Exit {
         }
     }
 
+    /// Why, in one word for programs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::PowerOff => "power-off",
+            Self::Reboot => "reboot",
+            Self::Panic => "panic",
+            Self::Quit | Self::Terminal => "quit",
+            Self::Signal(_) => "signal",
+            Self::Crash(_) | Self::InternalError => "crash",
+            Self::Failure(_) => "failure",
+        }
+    }
+
     /// Says in the log how the guest ended.
     pub fn log(&self) {
         match self {
-            Self::PowerOff => log::info!("the guest powered off"),
-            Self::Reboot => log::info!("the guest asked for a reboot"),
-            Self::Panic => log::error!("the guest's kernel panicked"),
-            Self::Quit | Self::Terminal => log::info!("ended on request"),
-            Self::Signal(number) => log::error!("ended by signal {number}"),
-            Self::Crash(what) => log::error!("the guest crashed: {what}"),
-            Self::InternalError => {
-                log::error!("the guest crashed: QEMU calls it an internal error");
-            }
-            Self::Failure(what) => log::error!("{what}"),
+            Self::PowerOff | Self::Reboot | Self::Quit | Self::Terminal => log::info!("{self}"),
+            _ => log::error!("{self}"),
+        }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => write!(f, "the guest powered off"),
+            Self::Reboot => write!(f, "the guest asked for a reboot"),
+            Self::Panic => write!(f, "the guest's kernel panicked"),
+            Self::Quit | Self::Terminal => write!(f, "ended on request"),
+            Self::Signal(number) => write!(f, "ended by signal {number}"),
+            Self::Crash(what) => write!(f, "the guest crashed: {what}"),
+            Self::InternalError => write!(f, "the guest crashed: QEMU calls it an internal error"),
+            Self::Failure(what) => write!(f, "{what}"),
         }
     }
 }

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use devices::events::EventSink;
 use devices::virtio::net::capture::Capture;
 use devices::virtio::net::tap::Tap;
 use devices::virtio::net::vhost::{VhostError, VhostPair};
@@ -16,6 +15,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::config::{BackendChoice, NicOptions};
 use crate::events::EventHub;
+use crate::events::start::StartedNic;
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
 use crate::nic::follow::Follower;
@@ -28,6 +28,8 @@ pub struct NetDevices {
     pub guards: Vec<LinkGuard>,
     /// What others hold of the NICs, in order.
     pub handles: Vec<Arc<NetHandle>>,
+    /// What is said of them when the guest starts.
+    pub started: Vec<StartedNic>,
     followers: Vec<Follower>,
 }
 
@@ -42,7 +44,9 @@ impl NetDevices {
         for (n, nic) in (0..).zip(nics) {
             let name = format!("net{n}");
             // As it was asked for: the macvtap's own name says little.
-            let label = format!("{name} on {}", nic.entry().tap.lower);
+            let tap = &nic.entry().tap;
+            let label = format!("{name} on {}", tap.lower);
+            devices.started.push(StartedNic::new(&name, tap));
             let [rx_limit, tx_limit] = nic.options.limits();
             let capture = nic.pcap.map(|file| start_capture(file, &name)).transpose();
             let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
@@ -54,7 +58,7 @@ impl NetDevices {
                 tx_limit,
                 capture: capture.map_err(MachineError::Capture)?,
                 vhost,
-                events: EventSink::default(),
+                events: machine.event_sink(&name),
             };
             let device =
                 Net::new(name, nic.config, nic.taps, options).map_err(MachineError::Device)?;

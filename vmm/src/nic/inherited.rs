@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::Command;
 
 use net::{ExistingTapError, LinkId, Macvtap, Passed, TapInfo};
+use rustix::io::{FdFlags, fcntl_setfd};
 
-use super::NicError;
 use crate::child;
 
 const FDS: &str = "MINIVMM_NET_FDS";
@@ -19,6 +19,19 @@ const LOWER_ID: &str = "MINIVMM_NET_LOWER_ID";
 const ID: &str = "MINIVMM_NET_ID";
 const WATCH: &str = "MINIVMM_NET_WATCH";
 
+/// A descriptor that the command line names cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum InheritError {
+    /// Of a NIC.
+    #[error(transparent)]
+    Queue(#[from] ExistingTapError),
+    /// Of events.
+    #[error(
+        "cannot write events to fd {0}: it is not open in this process, or a NIC's queue; open it, as by `{0}>events` in a shell"
+    )]
+    Events(RawFd),
+}
+
 /// The descriptors that the command line names, taken over once, in `main`.
 #[derive(Debug, Default)]
 pub struct Inherited {
@@ -26,10 +39,13 @@ pub struct Inherited {
     variables: Option<Variables>,
     /// The socket that comes with the queues.
     watch: Option<OwnedFd>,
+    /// Where events go.
+    events: Option<OwnedFd>,
 }
 
 impl Inherited {
-    /// Takes over the queues with these numbers, and the socket that `net open` has passed beside them.
+    /// Takes over the queues with these numbers, the socket that `net open` has passed beside them, and
+    /// the descriptor that events go to.
     ///
     /// # Errors
     ///
@@ -38,13 +54,26 @@ impl Inherited {
     /// # Safety
     ///
     /// Nothing in this process may own them: call it before anything is opened.
-    pub unsafe fn take(numbers: &[RawFd]) -> Result<Self, NicError> {
+    pub unsafe fn take(numbers: &[RawFd], events: Option<RawFd>) -> Result<Self, InheritError> {
         // SAFETY: as for this function.
         let queues = unsafe { net::inherit(numbers) }?;
+        let take_events = |number| {
+            // SAFETY: as for this function; it is none of `numbers`.
+            let take = |number: RawFd| unsafe { net::inherit(&[number]) }.ok()?.pop();
+            let free = Some(number).filter(|number| !numbers.contains(number));
+            let fd = free.and_then(take).ok_or(InheritError::Events(number))?;
+            // Programs that are started later have no use for it.
+            let _ = fcntl_setfd(&fd, FdFlags::CLOEXEC);
+            Ok::<_, InheritError>(fd)
+        };
+        let taken = events.map(take_events).transpose()?;
         let variables = Variables::of_this_process();
         let watch = variables.as_ref().and_then(|variables| {
             let number = variables.watch_beside(numbers)?;
-            // SAFETY: as for this function; it is none of `numbers`.
+            if Some(number) == events {
+                return None;
+            }
+            // SAFETY: as for this function; it is none of the others.
             unsafe { net::inherit(&[number]) }
                 .inspect_err(|error| log::warn!("cannot watch {}: {error}", variables.info.name))
                 .ok()?
@@ -54,7 +83,13 @@ impl Inherited {
             queues,
             variables,
             watch,
+            events: taken,
         })
+    }
+
+    /// The descriptor that events go to, once.
+    pub fn events(&mut self) -> Option<OwnedFd> {
+        self.events.take()
     }
 
     /// The macvtap whose queues have these numbers.
