@@ -9,6 +9,8 @@
 mod console;
 #[path = "control/ends.rs"]
 mod ends;
+#[path = "control/events.rs"]
+mod events;
 mod harness;
 #[path = "control/host.rs"]
 mod host;
