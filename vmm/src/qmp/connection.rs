@@ -28,6 +28,8 @@ pub(super) struct Connection {
     pub negotiated: bool,
     /// One of its commands has no result yet.
     pub is_busy: bool,
+    /// It may have sent further commands, or there is something for it.
+    pub is_due: bool,
 }
 
 impl Connection {
@@ -41,6 +43,7 @@ impl Connection {
             at_end: false,
             negotiated: false,
             is_busy: false,
+            is_due: false,
         })
     }
 
@@ -70,9 +73,14 @@ impl Connection {
 
     /// The next command, unless the client has to wait for a result or to read first.
     pub fn next(&mut self) -> Option<Result<Message, Rejected>> {
-        if self.is_busy || self.output.len() > BEHIND {
+        if self.is_busy || self.is_behind() {
             return None;
         }
+        let spaces = self
+            .input
+            .iter()
+            .take_while(|byte| byte.is_ascii_whitespace());
+        self.input.drain(..spaces.count());
         let (message, length) = message::next(&self.input)?;
         self.input.drain(..length);
         Some(message)
@@ -81,6 +89,17 @@ impl Connection {
     /// Has a message sent.
     pub fn push(&mut self, message: &Value) {
         self.output.extend(message::line(message));
+        self.is_due = true;
+    }
+
+    /// Whether it has much to read before it gets further results.
+    pub fn is_behind(&self) -> bool {
+        self.output.len() > BEHIND
+    }
+
+    /// Whether something is still to be sent.
+    pub fn has_output(&self) -> bool {
+        !self.output.is_empty()
     }
 
     /// Sends what there is room for.
@@ -98,6 +117,10 @@ impl Connection {
             }
         }
         self.output.drain(..sent);
+        if self.output.is_empty() {
+            // What it once needed for much is not kept.
+            self.output.shrink_to(PIECE);
+        }
         if self.output.len() > 2 * BEHIND {
             return Err(ErrorKind::StorageFull.into());
         }
@@ -106,13 +129,13 @@ impl Connection {
 
     /// Whether all has been said on both sides.
     pub fn is_over(&self) -> bool {
-        self.at_end && !self.is_busy && self.output.is_empty()
+        self.at_end && !self.is_busy && !self.is_due && self.output.is_empty()
     }
 
     /// What the client is waited for.
     pub fn interest(&self) -> EventSet {
         let mut interest = EventSet::empty();
-        if !self.at_end && !self.is_busy && self.output.len() <= BEHIND {
+        if !self.at_end && !self.is_busy && !self.is_due && !self.is_behind() {
             interest |= EventSet::IN;
         }
         if !self.output.is_empty() {

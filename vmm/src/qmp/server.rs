@@ -8,8 +8,10 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -21,6 +23,12 @@ use crate::events::{EventHub, Subscription};
 
 /// The most clients at once.
 const MOST: usize = 64;
+/// The most commands that wait for their results, also those of clients that have gone since.
+const MOST_PENDING: usize = 256;
+/// As many commands of one client are carried out before others have their turn.
+const TURN: u32 = 8;
+/// How long clients may take to read the last events.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 // Event tokens; those of listeners begin at LISTENER, those of connections at CONNECTION.
 const EVENTS: u32 = 0;
@@ -75,8 +83,13 @@ impl Server {
             Err(error) => return self.turn_away(listener, &error),
         };
         if self.connections.len() >= MOST {
-            log::debug!("QMP: a client is turned away: there are {MOST}");
-            return;
+            let clients = self.connections.iter();
+            let mut silent = clients.filter(|(_, client)| !client.negotiated);
+            match silent.next() {
+                // The oldest of those that have not begun to speak QMP.
+                Some((&token, _)) => self.remove(token, &ErrorKind::QuotaExceeded.into(), ops),
+                None => return log::debug!("QMP: a client is turned away: there are {MOST}"),
+            }
         }
         match Connection::new(stream, &self.executor.version()) {
             Ok(connection) => self.add(connection, ops),
@@ -85,8 +98,11 @@ impl Server {
     }
 
     fn add(&mut self, connection: Connection, ops: &mut EventOps) {
+        while self.connections.contains_key(&self.next) {
+            self.next = self.next.checked_add(1).unwrap_or(CONNECTION);
+        }
         let token = self.next;
-        // After 4 billion clients the first are long gone.
+        // An event of one that has just gone must not be another's.
         self.next = self.next.checked_add(1).unwrap_or(CONNECTION);
         let events = Events::with_data(connection.stream(), token, connection.interest());
         match ops.add(events) {
@@ -116,21 +132,45 @@ impl Server {
             false => Ok(()),
         };
         match received {
-            Ok(()) => self.go_on(token, ops),
-            Err(error) => self.remove(token, &error, ops),
+            Ok(()) => self.take_turn(token, ops),
+            Err(error) => return self.remove(token, &error, ops),
+        }
+        self.see_to_others();
+    }
+
+    /// Gives each client that has something to do its turn.
+    fn take_turns(&mut self, ops: &mut EventOps) {
+        let due = self.connections.iter().filter(|(_, client)| client.is_due);
+        for token in due.map(|(&token, _)| token).collect::<Vec<_>>() {
+            self.take_turn(token, ops);
+        }
+        self.see_to_others();
+    }
+
+    /// Has those that have something to do get their turn after all else that waits for this thread.
+    fn see_to_others(&self) {
+        if self.connections.values().any(|client| client.is_due) {
+            let _ = self.outbox.event.write(1);
         }
     }
 
-    /// Carries out what a client has sent, sends what there is for it, and waits for what comes next.
-    fn go_on(&mut self, token: u32, ops: &mut EventOps) {
-        while let Some(message) = self.connections.get_mut(&token).and_then(Connection::next) {
+    /// Carries out some of what a client has sent, sends what there is for it, and waits for what comes next.
+    fn take_turn(&mut self, token: u32, ops: &mut EventOps) {
+        let mut left = TURN;
+        while left > 0
+            && let Some(message) = self.connections.get_mut(&token).and_then(Connection::next)
+        {
             self.execute(token, message);
-            self.deliver();
+            self.collect();
+            left -= 1;
         }
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
-        let sent = match connection.send() {
+        let was_behind = connection.is_behind();
+        let sent = connection.send();
+        connection.is_due = left == 0 || was_behind && !connection.is_behind();
+        let sent = match sent {
             Ok(()) if connection.is_over() => Err(ErrorKind::UnexpectedEof.into()),
             sent => sent,
         };
@@ -180,26 +220,16 @@ impl Server {
                 };
                 reply(id).fail(error);
             }
+            (true, _) if Arc::strong_count(&self.outbox) > MOST_PENDING => {
+                reply(id).fail(QmpError::new("Too many commands wait for their results"));
+            }
             (true, _) => self.executor.execute(request, reply(id)),
         }
     }
 
-    /// Passes on the results that have come, and returns whose they are.
-    fn deliver(&mut self) -> Vec<u32> {
-        let mut whose = Vec::new();
-        for (token, message) in self.outbox.take() {
-            // Or its client has gone meanwhile.
-            if let Some(connection) = self.connections.get_mut(&token) {
-                connection.is_busy = false;
-                connection.push(&message);
-                whose.push(token);
-            }
-        }
-        whose
-    }
-
-    /// Gives the events that have come to all clients that are to get them. Returns whether there were any.
-    fn broadcast(&mut self) -> bool {
+    /// Gives the clients what has come for them: events first, since what a command has brought about comes before its
+    /// result.
+    fn collect(&mut self) {
         let (events, lost) = self.events.take();
         if lost > 0 {
             log::warn!("QMP: {lost} events are lost");
@@ -210,7 +240,13 @@ impl Server {
                 connection.push(&message);
             }
         }
-        !events.is_empty()
+        for (token, message) in self.outbox.take() {
+            // Or its client has gone meanwhile.
+            if let Some(connection) = self.connections.get_mut(&token) {
+                connection.is_busy = false;
+                connection.push(&message);
+            }
+        }
     }
 }
 
@@ -236,23 +272,10 @@ impl MutEventSubscriber for Server {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
-            EVENTS => {
-                self.broadcast();
-                for token in self.connections.keys().copied().collect::<Vec<_>>() {
-                    self.go_on(token, ops);
-                }
-            }
-            RESULTS => {
+            EVENTS | RESULTS => {
                 let _ = self.outbox.event.read();
-                // What a command has brought about comes before its result.
-                let have_events = self.broadcast();
-                let mut tokens = self.deliver();
-                if have_events {
-                    tokens = self.connections.keys().copied().collect();
-                }
-                for token in tokens {
-                    self.go_on(token, ops);
-                }
+                self.collect();
+                self.take_turns(ops);
             }
             token @ LISTENER..CONNECTION => self.accept((token - LISTENER) as usize, ops),
             token => self.serve(token, events.event_set(), ops),
@@ -260,13 +283,24 @@ impl MutEventSubscriber for Server {
     }
 }
 
-/// The last events and results, as far as there is room for them.
+/// The last events and results reach the clients that read.
 impl Drop for Server {
     fn drop(&mut self) {
-        self.broadcast();
-        self.deliver();
-        for connection in self.connections.values_mut() {
-            let _ = connection.send();
+        self.collect();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let connections = &mut self.connections;
+            connections
+                .retain(|_, connection| connection.send().is_ok() && connection.has_output());
+            let left = deadline.saturating_duration_since(Instant::now());
+            if connections.is_empty() || left.is_zero() {
+                break;
+            }
+            let streams = connections.values().map(Connection::stream);
+            let mut ready: Vec<_> = streams
+                .map(|stream| PollFd::new(stream, PollFlags::OUT))
+                .collect();
+            let _ = poll(&mut ready, Timespec::try_from(left).ok().as_ref());
         }
     }
 }
