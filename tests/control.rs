@@ -20,5 +20,7 @@ mod names;
 mod session;
 #[path = "control/shown.rs"]
 mod shown;
+#[path = "control/stats.rs"]
+mod stats;
 #[path = "harness/tiny.rs"]
 mod tiny;

@@ -374,6 +374,8 @@ pub enum Command {
     Kill(KillArgs),
     /// Sends a VM a command of QMP, and prints what it returns
     Qmp(QmpArgs),
+    /// Shows what is counted of a running VM: each queue of its NICs and disks, exits, memory
+    Stats(StatsArgs),
     /// Attaches to the console of a running VM: shows what it said last and what follows, and types
     Console(ConsoleArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
@@ -491,6 +493,29 @@ pub struct QmpArgs {
     /// Its arguments
     #[arg(value_name = "JSON", default_value = "{}", hide_default_value = true, value_parser = object)]
     pub arguments: Map<String, Value>,
+}
+
+/// `minivmm stats`.
+#[derive(Clone, Debug, Args)]
+pub struct StatsArgs {
+    /// The VM, or the path of a QMP socket: with a slash, as in ./vm.qmp
+    #[arg(value_name = "NAME|PATH")]
+    pub target: Target,
+
+    /// Again and again, each time so many seconds later, 1 by default: what came a second, until the
+    /// VM ends
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        default_missing_value = "1",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub watch: Option<u32>,
+
+    /// As JSON, with --watch a line each time: totals, as x-minivmm-stats has them
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Whom `minivmm qmp` speaks to.
@@ -628,6 +653,9 @@ mod tests {
             "minivmm qmp web query-status",
             "minivmm stop web vm1 --timeout 0",
             "minivmm kill web",
+            "minivmm stats web",
+            "minivmm stats web --watch",
+            "minivmm stats ./vm.qmp --watch 5 --json",
             "minivmm --kernel k --qmp a --qmp b",
             "minivmm --kernel k --events fd:5",
         ] {

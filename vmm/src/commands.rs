@@ -8,6 +8,7 @@ mod list;
 mod open;
 mod ps;
 mod qmp;
+mod stats;
 mod stop;
 
 use std::io::{self, ErrorKind, Write};
@@ -22,6 +23,7 @@ use crate::qmp::client::ClientError;
 pub use console::ConsoleError;
 pub use host_link::HostLinkCommandError;
 pub use open::OpenError;
+pub use stats::StatsError;
 
 /// Why a subcommand could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +44,8 @@ pub enum CommandError {
     Find(#[from] FindError),
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    #[error(transparent)]
+    Stats(#[from] StatsError),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
 }
@@ -74,6 +78,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Qemu(args) if args.dry_run => print(&qemu::dry_run(args, inherited)?).map(|()| 0),
         Command::Qemu(args) => Ok(qemu::run(args, inherited)?),
         Command::Qmp(args) => print(&qmp::run(args)?).map(|()| 0),
+        Command::Stats(args) => Ok(stats::run(args).map(|()| 0)?),
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),
         Command::Console(args) => Ok(console::run(args)?),
         Command::Stop(args) => Ok(stop::stop(args)?),

@@ -28,6 +28,8 @@ pub struct Stats {
     pub memory: MemoryStats,
     /// Its balloon, if it has one.
     pub balloon: Option<BalloonStats>,
+    /// Bytes that it has written on its console, if it has one.
+    pub console_bytes: Option<u64>,
     /// Its NICs, in order.
     pub nics: Vec<NicStats>,
     /// Its disks, in order.

@@ -262,11 +262,13 @@ impl Control {
 
     /// What is counted of the guest.
     pub fn stats(&self) -> Stats {
+        let console = self.devices.console.as_ref();
         Stats {
             uptime_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
             vcpus: self.vcpus.guest().exits(),
             memory: MemoryStats::of_process(self.memory_size()),
             balloon: self.balloon.as_ref().map(BalloonStats::from),
+            console_bytes: console.map(|console| console.transcript().end()),
             nics: self.nics.iter().map(|nic| (&**nic).into()).collect(),
             disks: self
                 .disks
