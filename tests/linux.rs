@@ -560,6 +560,34 @@ lab_test!(guest_with_80_mib_boots_and_its_reboot_ends_minivmm, || {
     assert!(vm.log().to_lowercase().contains("reboot"), "{}", vm.log());
 });
 
+lab_test!(
+    guest_that_reboots_has_its_network_back_on_the_same_mac,
+    || {
+        let site = Site::new();
+        let mac = "02:aa:00:00:00:0d";
+        let nic = format!("wire,mac={mac}");
+        let args = ["--macvtap", &nic, "--cpus", "2", "--reboot", "restart"];
+        let mut vm = boot(Some(&site.host), &args);
+        for reboots in 0..3 {
+            assert_eq!(vm.run("nproc").trim(), "2");
+            assert_eq!(vm.run("cat /sys/class/net/eth0/address").trim(), mac);
+            address(&mut vm, "eth0", 13);
+            assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+            assert!(site.peer.pings("fd77::13", 3), "{}", vm.transcript());
+            acpi_is_clean(&mut vm);
+            if reboots < 2 {
+                // As init does it, and as an emergency.
+                let way = ["reboot -f", "echo b >/proc/sysrq-trigger"][reboots];
+                vm.start_command(way);
+                vm.wait_for("GUEST ready\n");
+            }
+        }
+        assert_eq!(vm.log().matches("the guest restarts").count(), 2);
+        vm.send("1 echo c >/proc/sysrq-trigger\n");
+        assert_eq!(vm.wait_exit().code(), Some(4), "{}", vm.transcript());
+    }
+);
+
 lab_test!(guest_uses_memory_above_4_gib_and_its_panic_is_seen, || {
     let mut vm = boot(None, &["--memory", "4608M"]);
     let total = number(

@@ -9,15 +9,21 @@ mod harness;
 mod tiny;
 
 use std::arch::global_asm;
-use std::fs;
+use std::fs::{self, File};
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use harness::kvm_test;
+use harness::elf::elf;
+use harness::guest::{ECHO, Net, addresses};
+use harness::images::{Images, assert_journal};
 use harness::memory::own_memory;
 use harness::vm::{Vm, binary};
 use harness::{AT_ONCE, eventually};
+use harness::{kvm_test, transports_test};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use vmm::config::{Config, ConsoleTarget, Reboot};
@@ -389,3 +395,116 @@ kvm_test!(
         }
     }
 );
+
+/// Starts the freestanding test guest, which begins again after a reset; its console is this file.
+fn freestanding(options: &str, console: &Path, change: impl FnOnce(&mut Config)) -> Guest {
+    let mut config = Config::new(elf());
+    config.memory = "128M".parse().unwrap();
+    config.console = ConsoleTarget::File(console.to_owned());
+    config.reboot = Reboot::Restart;
+    config.cmdline = options.into();
+    change(&mut config);
+    Guest::start(config).unwrap()
+}
+
+/// Waits until a console has shown a text so often.
+fn wait_for(console: &Path, text: &str, times: usize) {
+    let shown = || fs::read_to_string(console).unwrap_or_default();
+    let is_there = || shown().matches(text).count() >= times;
+    assert!(
+        eventually(is_there),
+        "{times} times {text:?} in {}",
+        shown()
+    );
+}
+
+/// Sets a flag when dropped, also by a failed test.
+struct Until<'a>(&'a AtomicBool);
+
+impl Drop for Until<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+transports_test!(
+    nic_works_after_resets_in_full_traffic_on_its_mac,
+    |net: Net| {
+        const MAC: &str = "02:00:00:00:77:05";
+        let directory = TempDir::new().unwrap();
+        let console = directory.path().join("console");
+        let [ip, _] = addresses(2);
+        let transport = net.transport.unwrap().name();
+        let options = format!("guest.mode=echo guest.nic=own guest.ip={ip}/24");
+        let guest = net.host.enter(|| {
+            freestanding(&options, &console, |config| {
+                config.nics = vec![format!("lower,mac={MAC},backend=user").parse().unwrap()];
+                config.transport = transport.parse().unwrap();
+            })
+        });
+        wait_for(&console, "READY echo", 1);
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let flood = || {
+                let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                socket.connect((&*ip, ECHO)).unwrap();
+                while !is_over.load(Ordering::Relaxed) {
+                    // While the guest is away there may be no neighbour.
+                    let _ = socket.send(&[7; 1400]);
+                }
+            };
+            let far = &net.far;
+            scope.spawn(move || far.enter(flood));
+            let _running = Until(&is_over);
+            for resets in 1..=10 {
+                assert_eq!(net.datagram(&ip, b"hello"), b"hello");
+                guest.reset();
+                wait_for(&console, "READY echo", resets + 1);
+            }
+        });
+        assert_eq!(net.datagram(&ip, b"hello"), b"hello");
+        let neighbours = net.far.ip("neigh show dev wire");
+        assert!(neighbours.contains(MAC), "{neighbours}");
+        assert_eq!(net.datagram(&ip, b"quit"), b"quit");
+        assert_eq!(guest.wait().unwrap(), Exit::PowerOff);
+        let shown = fs::read_to_string(&console).unwrap();
+        assert!(shown.contains("END failures=0"), "{shown}");
+    }
+);
+
+kvm_test!(disk_is_whole_after_resets_in_the_middle_of_writes, || {
+    let images = Images::in_memory();
+    let open = |path: &PathBuf| File::open(path).unwrap();
+    for io in ["uring", "threads", "qcow2"] {
+        let is_qcow2 = io == "qcow2";
+        let path = match is_qcow2 {
+            true => images.qcow2("disk.qcow2", None),
+            false => images.raw("disk.img"),
+        };
+        let keys = if is_qcow2 { "" } else { &format!(",io={io}") };
+        let disk = format!("{}{keys}", path.display());
+        let console = images.path("console");
+        let options = "guest.mode=disk-journal guest.count=1000000";
+        let guest = freestanding(options, &console, |config| {
+            config.disks = vec![disk.parse().unwrap()];
+        });
+        for boots in 1..=8 {
+            // It goes on with the next batch meanwhile.
+            wait_for(&console, "FLUSHED 32\n", boots);
+            guest.reset();
+        }
+        let shown = || fs::read_to_string(&console).unwrap();
+        let last = || shown().split("FLUSHED 32\n").nth(9).map(str::to_owned);
+        let goes_on = || last().is_some_and(|shown| shown.contains("FLUSHED 64\n"));
+        assert!(eventually(goes_on), "{}", shown());
+        guest.end();
+        assert_eq!(guest.wait().unwrap(), Exit::Quit);
+        let image = if is_qcow2 {
+            images.unpack_killed(&path)
+        } else {
+            open(&path)
+        };
+        assert_journal(&image, 64);
+        fs::remove_file(console).unwrap();
+    }
+});
