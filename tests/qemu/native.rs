@@ -184,6 +184,38 @@ tcg_test!(kernel_guest_ends_as_in_the_native_monitor, || {
     }
 });
 
+tcg_test!(
+    kernel_guest_that_reboots_restarts_and_its_panic_ends,
+    || {
+        let site = Site::new();
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let qmp = dir.path().join("qmp");
+        let nic = ["--accel", "tcg", "--macvtap", "wire,mac=02:aa:00:00:00:0e"];
+        let more = ["--reboot", "restart", "--qmp", qmp.to_str().expect("text")];
+        let mut vm = site.boot(&[nic, more].concat());
+        let listener = Listener::connect(&qmp);
+        vm.start_command("reboot -f");
+        vm.wait_for("GUEST ready\n");
+        let mac = vm.run("cat /sys/class/net/eth0/address");
+        assert_eq!(mac.trim(), "02:aa:00:00:00:0e");
+        address(&mut vm, "eth0", 14);
+        assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+        vm.send("1 echo c >/proc/sysrq-trigger\n");
+        assert_eq!(vm.wait_exit().code(), Some(4), "{}", vm.transcript());
+        let events = listener.events();
+        let names = ["RESET", "STOP", "RESUME", "SHUTDOWN"];
+        let ends = events.iter().filter(|(name, _)| names.contains(&&**name));
+        let reason =
+            |data: &serde_json::Value| data["reason"].as_str().unwrap_or_default().to_owned();
+        let mut ends: Vec<_> = ends.map(|(name, data)| (&**name, reason(data))).collect();
+        // SeaBIOS, which finds that it has run before, resets once more; QEMU's own events, by which it
+        // was reset, are not seen.
+        ends.dedup();
+        let expected = [("RESET", "guest-reset"), ("SHUTDOWN", "guest-panic")];
+        assert_eq!(ends, expected.map(|(name, why)| (name, why.to_owned())));
+    }
+);
+
 tcg_test!(signals_press_the_power_button_and_a_second_one_ends, || {
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");

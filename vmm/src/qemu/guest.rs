@@ -126,6 +126,8 @@ impl Guest {
     fn event(&mut self, name: &str, data: &Value) -> bool {
         let was_over = self.is_over;
         match (name, data["reason"].as_str()) {
+            // Linux tries several ways, until QEMU has stopped its CPUs.
+            ("SHUTDOWN", Some("guest-reset")) if was_over => {}
             ("SHUTDOWN", Some("guest-reset")) => {
                 // The panic flag of the BIOS data area, in words of two bytes. What it was, clients get to know then.
                 let command = json!({"command-line": "xp /1hx 0x472"});
@@ -134,7 +136,9 @@ impl Guest {
                 return false;
             }
             ("SHUTDOWN", Some("host-qmp-system-reset")) if self.restarts() => {
-                self.restart(false, "host-qmp-system-reset");
+                if !was_over {
+                    self.restart(false, "host-qmp-system-reset");
+                }
                 return false;
             }
             ("RESET", _) if self.reset.is_some() => self.has_been_reset(),
@@ -305,6 +309,7 @@ mod tests {
     fn guest_that_restarts_is_reset_and_goes_on_unless_it_has_panicked() {
         let flag = |flag| json!({"return": format!("0472: {flag}"), "id": "reset-flag"});
         let messages = [
+            shutdown("guest-reset"),
             shutdown("guest-reset"),
             json!({"event": "STOP"}),
             flag("0x0000"),
