@@ -7,6 +7,8 @@
 
 #[path = "control/console.rs"]
 mod console;
+#[path = "control/detached.rs"]
+mod detached;
 #[path = "control/ends.rs"]
 mod ends;
 #[path = "control/events.rs"]

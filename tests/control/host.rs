@@ -22,6 +22,13 @@ impl Host {
         Self { runtime }
     }
 
+    /// Starts a VM with `-d`; returns its name.
+    pub fn detach(&self, guest: Tiny, args: &[&str]) -> String {
+        let kernel = self.kernel(guest);
+        let args = [&["-d", "--memory", "32M", "--kernel", &kernel], args].concat();
+        self.show(&args).trim_end().to_owned()
+    }
+
     /// Starts a VM with a guest that echoes, as soon as it does.
     pub fn start(&self, args: &[&str]) -> Vm {
         self.start_with(Tiny::Echo, "ready\n", args)
@@ -87,5 +94,16 @@ impl Host {
         entries
             .map(|entry| entry.file_name().into_string().unwrap())
             .collect()
+    }
+}
+
+/// Nothing goes on that was detached.
+impl Drop for Host {
+    fn drop(&mut self) {
+        let names = self.left().into_iter();
+        let names: Vec<_> = names.filter(|name| !name.starts_with('.')).collect();
+        for name in names {
+            let _ = self.runtime.minivmm(&["-qqq", "kill", &name]).status();
+        }
     }
 }

@@ -116,7 +116,7 @@ pub fn run(
     config: Config,
     mut inherited: Inherited,
     signals: &[libc::c_int],
-    started: impl FnOnce(Handle),
+    started: impl FnOnce(Handle) -> io::Result<()>,
     settled: fn(),
 ) -> Result<Exit, Error> {
     let plan = Plan::new(
@@ -149,7 +149,7 @@ fn run_opened(
     inherited: Inherited,
     mut opened: Opened,
     signals: &[libc::c_int],
-    started: impl FnOnce(Handle),
+    started: impl FnOnce(Handle) -> io::Result<()>,
     settled: fn(),
 ) -> Result<Exit, Error> {
     let qmp = std::mem::take(&mut opened.qmp);
@@ -202,7 +202,7 @@ fn run_opened(
     if let Some(server) = &console_server {
         others.push(Box::new(Rc::clone(server)));
     }
-    started(handle);
+    started(handle).map_err(failed_to("say that the guest runs"))?;
     Control::run(control, others, settled).map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are
     // the macvtaps deleted.

@@ -41,7 +41,7 @@ use descriptors::Passed;
 use guard::{Guard, must_have_parent};
 use terminal::{NewTerminal, Relay, Terminal};
 
-pub use descriptors::FIRST;
+pub use descriptors::{FIRST, close_but};
 pub use guard::Rest;
 pub use output::MOST;
 pub use user::{User, UserError};

@@ -117,6 +117,11 @@ pub struct Cli {
 }
 
 impl Cli {
+    /// Whether the guest is to outlive the command.
+    pub fn detaches(&self) -> bool {
+        self.guest.detach
+    }
+
     /// The number of the descriptor that events go to, if one is named.
     pub fn events_descriptor(&self) -> Option<RawFd> {
         self.guest.events.as_ref()?.descriptor()
@@ -165,6 +170,11 @@ pub struct GuestArgs {
     /// Name of the VM, for ps and the other commands; the lowest free of vm1, vm2, ... by default
     #[arg(long, value_name = "NAME", help_heading = "Guest")]
     pub name: Option<VmName>,
+
+    /// Return when the guest runs, and print its name. It runs on by itself: `minivmm console NAME`,
+    /// `minivmm logs NAME` and `minivmm stop NAME` go on with it
+    #[arg(short, long, help_heading = "Guest")]
+    pub detach: bool,
 
     /// All but its NICs.
     #[command(flatten)]
@@ -376,6 +386,8 @@ pub enum Command {
     Qmp(QmpArgs),
     /// Shows what is counted of a running VM: each queue of its NICs and disks, exits, memory
     Stats(StatsArgs),
+    /// Shows what a VM has logged, also one of -d that has ended
+    Logs(LogsArgs),
     /// Attaches to the console of a running VM: shows what it said last and what follows, and types
     Console(ConsoleArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
@@ -550,6 +562,10 @@ pub struct PsArgs {
     /// Only these VMs
     pub name: Vec<VmName>,
 
+    /// Those of -d that have ended too: the last 16
+    #[arg(short, long)]
+    pub all: bool,
+
     /// As JSON
     #[arg(long)]
     pub json: bool,
@@ -564,6 +580,13 @@ pub struct ConsoleArgs {
     /// Only shows what the VM said last, up to 64 KiB
     #[arg(long)]
     pub dump: bool,
+}
+
+/// `minivmm logs`.
+#[derive(Clone, Debug, Args)]
+pub struct LogsArgs {
+    /// The VM
+    pub name: VmName,
 }
 
 /// `minivmm stop`.
@@ -656,6 +679,9 @@ mod tests {
             "minivmm stats web",
             "minivmm stats web --watch",
             "minivmm stats ./vm.qmp --watch 5 --json",
+            "minivmm -d --kernel k --name web",
+            "minivmm ps -a",
+            "minivmm logs web",
             "minivmm --kernel k --qmp a --qmp b",
             "minivmm --kernel k --events fd:5",
         ] {
@@ -676,6 +702,8 @@ mod tests {
             "minivmm ps .",
             "minivmm console",
             "minivmm stop",
+            "minivmm -d ps",
+            "minivmm logs",
             "minivmm qmp .mon query-status",
             "minivmm --kernel k --rng maybe",
             "minivmm qemu --balloon -- -M q35",

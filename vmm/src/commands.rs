@@ -5,6 +5,7 @@ mod doctor;
 mod firewall;
 mod host_link;
 mod list;
+mod logs;
 mod open;
 mod ps;
 mod qmp;
@@ -81,6 +82,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Stats(args) => Ok(stats::run(args).map(|()| 0)?),
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),
         Command::Console(args) => Ok(console::run(args)?),
+        Command::Logs(args) => print(&logs::run(args)?).map(|()| 0),
         Command::Stop(args) => Ok(stop::stop(args)?),
         Command::Kill(args) => Ok(stop::kill(args)?),
         Command::Doctor(args) => {

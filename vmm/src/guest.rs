@@ -37,6 +37,7 @@ impl Guest {
             let started = |handle| {
                 // The receiver waits for it.
                 let _ = sender.send(handle);
+                Ok(())
             };
             let name = config.name.as_ref();
             let runs = Runs::kernel(&config.kernel);

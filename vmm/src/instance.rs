@@ -9,7 +9,8 @@
 //! | `vms/NAME/console.sock` | its console |
 //! | `vms/NAME/log` | its log |
 //!
-//! A directory whose lock is free is stale: its process was killed. Whoever finds it removes it.
+//! A directory whose lock is free is stale: its process was killed. Whoever finds it removes it. Only a VM of `-d` leaves its
+//! record, with its end, and its log: until the name is used again, and for the last few of them.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,14 +22,15 @@ use net::{RecordDirectory, RecordError, RecordLock};
 use crate::config::{Config, VmName};
 use crate::control::exit::chain;
 use crate::nic::registry::Runs;
+use crate::{detach, log_writer};
 
 mod found;
 mod place;
 mod record;
 
-pub use found::{FindError, Found, all, find};
+pub use found::{FindError, Found, all, all_also_ended, find, find_also_ended};
 pub use place::Place;
-pub use record::Record;
+pub use record::{Ended, Record};
 
 /// How long another process may take to write its record, or to remove a stale directory.
 const SETTLING: Duration = Duration::from_secs(5);
@@ -89,10 +91,11 @@ struct Serves<'a> {
     qmp: &'a [PathBuf],
 }
 
-/// The directory of this process's VM. Dropping it removes it.
+/// The directory of this process's VM. Dropping it removes it, unless the VM has [ended](Self::end) detached.
 #[derive(Debug)]
 pub struct Instance {
     place: Place,
+    record: Record,
     /// Given up when the directory is gone.
     _lock: RecordLock,
 }
@@ -138,7 +141,7 @@ impl Instance {
     fn take_lowest(vms: &Path, serves: &Serves) -> Result<Self, InstanceError> {
         for number in 1..=MOST {
             let place = Place::new(vms, VmName::numbered(number));
-            if place.is_in_use() {
+            if !place.is_free() {
                 continue;
             }
             match Self::take(place, serves) {
@@ -161,7 +164,11 @@ impl Instance {
                 Ok(lock) => {
                     made.map_err(failed)?;
                     log::debug!("this VM is called {}", place.name());
-                    return Ok(Self { place, _lock: lock });
+                    return Ok(Self {
+                        place,
+                        record,
+                        _lock: lock,
+                    });
                 }
                 Err(RecordError::Held(_)) => {}
                 Err(RecordError::File(path, error)) => {
@@ -170,7 +177,7 @@ impl Instance {
                 Err(error) => return Err(failed(io::Error::other(error))),
             }
             match place.record() {
-                Some(other) => {
+                Some(other) if other.ended.is_none() => {
                     let name = place.name().clone();
                     return Err(InstanceError::InUse(
                         name,
@@ -179,8 +186,8 @@ impl Instance {
                     ));
                 }
                 // Its VM has just ended, or another process removes what is stale.
-                None if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
-                None => return Err(InstanceError::Starting(place.name().clone())),
+                _ if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+                _ => return Err(InstanceError::Starting(place.name().clone())),
             }
         }
     }
@@ -197,8 +204,11 @@ impl Instance {
         qmp: &[PathBuf],
     ) -> Result<Option<Self>, InstanceError> {
         match Self::claim(name, runs, qmp) {
-            Ok(instance) => Ok(Some(instance)),
-            Err(error) if name.is_some() => Err(error),
+            Ok(instance) => {
+                instance.keep_log();
+                Ok(Some(instance))
+            }
+            Err(error) if name.is_some() || detach::is_wanted() => Err(error),
             Err(error) => {
                 let why = chain(&error);
                 let remedy = error.remedy().unwrap_or_default();
@@ -217,6 +227,22 @@ impl Instance {
         self.place.qmp_path()
     }
 
+    fn keep_log(&self) {
+        let path = self.place.log_path();
+        if let Err(error) = log_writer::keep(&path) {
+            log::warn!("the log is not kept for `minivmm logs`: cannot make {path:?}: {error}");
+        }
+    }
+
+    /// The VM has ended so. What is to be known of one that has outlived its command stays.
+    pub fn end(mut self, status: u8, reason: String) {
+        if detach::is_done() {
+            self.record.ended = Some(Ended::now(status, reason));
+            self.place.leave(&self.record);
+            found::prune(self.place.vms());
+        }
+    }
+
     /// Has the guest of `config` use it.
     pub fn enter(&self, config: &mut Config) {
         config.name = Some(self.place.name().clone());
@@ -228,7 +254,9 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        self.place.remove();
+        if self.record.ended.is_none() {
+            self.place.remove();
+        }
     }
 }
 

@@ -49,7 +49,7 @@
 //! `log_writer` has the log, and `printable` makes text of others fit for a terminal. `program` is the
 //! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU
 //! on the same macvtaps; `child` starts other programs. `instance` has the
-//! directory by which other programs find a VM. `signals` and `limits` settle what this
+//! directory by which other programs find a VM, `detach` a process of its own for one. `signals` and `limits` settle what this
 //! process was started with, and give it to those programs; `trim` gives back memory that only the
 //! start has needed.
 //!
@@ -69,6 +69,7 @@ mod cli;
 mod commands;
 pub mod config;
 mod control;
+mod detach;
 mod disk;
 mod events;
 mod files;

@@ -6,6 +6,7 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::mem;
+use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -15,8 +16,14 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use rustix::event::PollFlags;
 use rustix::stdio::stderr;
 
+use crate::detach;
 use crate::printable::printable;
 use crate::tty::{console, output};
+
+mod kept;
+
+use kept::Kept;
+pub use kept::older;
 
 /// How many bytes may wait.
 const ROOM: usize = 1 << 20;
@@ -29,6 +36,9 @@ const STACK: usize = 64 << 10;
 
 /// The lines on their way to stderr.
 static LINES: Lines = Lines::new();
+
+/// Where the lines are kept besides.
+static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
 
 /// Logs to stderr from now on: `verbosity` counts -v, and -q backwards. To be held until the end of `main`.
 ///
@@ -84,12 +94,48 @@ fn start_thread() {
     let share_terminal = io::stdout().is_terminal() && io::stderr().is_terminal();
     let builder = thread::Builder::new().name("log".into()).stack_size(STACK);
     let started = builder.spawn(move || {
-        LINES.write_to(Stderr, || share_terminal && output::take_mid_line());
+        LINES.write_to(
+            Stderr,
+            || share_terminal && output::take_mid_line(),
+            keep_lines,
+        );
     });
     LINES.lock().has_writer = started.is_ok();
     if let Ok(before) = before {
         let _ = before.thread_set_mask();
     }
+}
+
+/// Keeps further lines in this file too.
+///
+/// # Errors
+///
+/// When it cannot be made.
+pub fn keep(path: &Path) -> io::Result<()> {
+    *kept() = Some(Kept::new(path)?);
+    Ok(())
+}
+
+/// Keeps them there alone, once those that wait have been written.
+///
+/// # Errors
+///
+/// When stderr cannot be replaced.
+pub fn leave_stderr() -> io::Result<()> {
+    flush();
+    match &mut *kept() {
+        Some(kept) => kept.replace_stderr(),
+        None => detach::silence_stderr(),
+    }
+}
+
+fn kept() -> MutexGuard<'static, Option<Kept>> {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns whether the lines are to go nowhere else.
+fn keep_lines(lines: &[u8]) -> bool {
+    kept().as_mut().is_some_and(|kept| kept.write(lines))
 }
 
 /// Writes what is no log line, but has to come between them: in one piece, to stderr.
@@ -186,7 +232,9 @@ impl Lines {
         let mut state = self.lock();
         if !state.has_writer {
             drop(state);
-            let _ = write_pieces(&mut Stderr, line, || ());
+            if !keep_lines(line) {
+                let _ = write_pieces(&mut Stderr, line, || ());
+            }
         } else if state.waiting.len() + line.len() > ROOM {
             state.lost += 1;
         } else {
@@ -195,11 +243,18 @@ impl Lines {
         }
     }
 
-    /// Writes all lines, for ever. `is_mid_line` says whether they need a line break before them.
-    fn write_to(&self, mut out: impl Write, is_mid_line: impl Fn() -> bool) {
+    /// Writes all lines, for ever, but those that `keep` takes alone. `is_mid_line` says whether they need a line break
+    /// before them.
+    fn write_to(
+        &self,
+        mut out: impl Write,
+        is_mid_line: impl Fn() -> bool,
+        keep: impl Fn(&[u8]) -> bool,
+    ) {
         let mut batch = Vec::new();
         loop {
             self.take(&mut batch);
+            let is_done = keep(&batch);
             if is_mid_line() {
                 batch.insert(0, b'\n');
             }
@@ -208,7 +263,9 @@ impl Lines {
                 self.changed.notify_all();
             };
             // A stderr that is closed, or full for good, has no log.
-            let _ = write_pieces(&mut out, &batch, progress);
+            if !is_done {
+                let _ = write_pieces(&mut out, &batch, progress);
+            }
             batch.clear();
             self.lock().is_writing = false;
             self.changed.notify_all();
@@ -278,7 +335,7 @@ mod tests {
         let (reader, writer) = io::pipe().unwrap();
         let lines: &'static Lines = Box::leak(Box::new(Lines::new()));
         lines.lock().has_writer = true;
-        thread::spawn(|| lines.write_to(writer, || false));
+        thread::spawn(|| lines.write_to(writer, || false, |_| false));
         (lines, reader)
     }
 

@@ -7,6 +7,7 @@ use crate::builder::Error;
 use crate::cli::Cli;
 use crate::config::Config;
 use crate::control::exit::{Exit, chain};
+use crate::detach::{self, Side};
 use crate::instance::Instance;
 use crate::nic::Inherited;
 use crate::nic::registry::Runs;
@@ -24,11 +25,24 @@ pub unsafe fn main() -> ExitCode {
     let settled = signals::settle();
     limits::raise();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let keep = Inherited::numbers(&cli.descriptors(), cli.events_descriptor());
+    let forked = match cli.detaches() {
+        // SAFETY: this is the first thread, which has opened nothing.
+        true => unsafe { detach::fork(&keep) }.map(Some),
+        false => Ok(None),
+    };
+    if let Ok(Some(Side::Command(starting))) = forked {
+        return starting.finish();
+    }
     let _log = log_writer::start(i16::from(cli.log.verbose) - i16::from(cli.log.quiet));
     if let Err(error) = settled {
         log::warn!("cannot change what signals do: {error}");
     }
-    // SAFETY: as for this function, which has opened nothing that it keeps.
+    if let Err(error) = forked {
+        log::error!("cannot start a process for the VM: {error}");
+        return ExitCode::FAILURE;
+    }
+    // SAFETY: as for this function, which has opened nothing that it keeps, and nothing that has such a number.
     let inherited = match unsafe { Inherited::take(&cli.descriptors(), cli.events_descriptor()) } {
         Ok(inherited) => inherited,
         Err(error) => {
@@ -44,30 +58,38 @@ pub unsafe fn main() -> ExitCode {
         }));
     }
     tty::restore_on_panic();
-    let config = Config::from(cli.guest);
-    let exit = run_guest(began, config, inherited)
-        .unwrap_or_else(|error| Exit::Failure(with_remedy(chain(&error), error.remedy())));
-    exit.log();
+    let exit = run_guest(began, Config::from(cli.guest), inherited);
     // Not `exit`: nothing that the console's thread, blocked in its read, might hold is waited for.
     ExitCode::from(exit.code())
 }
 
-/// Nothing is left of the guest when this returns.
-fn run_guest(began: Instant, mut config: Config, inherited: Inherited) -> Result<Exit, Error> {
+/// Nothing is left of the guest when this returns, but for what is to be known of one that was detached.
+fn run_guest(began: Instant, mut config: Config, inherited: Inherited) -> Exit {
+    let failure = |error: Error| Exit::Failure(with_remedy(chain(&error), error.remedy()));
     let runs = Runs::kernel(&config.kernel);
-    let instance = Instance::of_program(config.name.as_ref(), &runs, &config.qmp)?;
+    let claimed = Instance::of_program(config.name.as_ref(), &runs, &config.qmp);
+    let instance = match claimed {
+        Ok(instance) => instance,
+        Err(error) => {
+            let exit = failure(error.into());
+            exit.log();
+            return exit;
+        }
+    };
     instance
         .iter()
         .for_each(|instance| instance.enter(&mut config));
+    let name = config.name.clone();
     // No other thread is to control the guest.
-    builder::run(
-        began,
-        config,
-        inherited,
-        &signals::ENDING,
-        drop,
-        trim::give_back,
-    )
+    let started = |_| detach::started(name.as_ref());
+    let settled = trim::give_back;
+    let exit = builder::run(began, config, inherited, &signals::ENDING, started, settled);
+    let exit = exit.unwrap_or_else(failure);
+    exit.log();
+    if let Some(instance) = instance {
+        instance.end(exit.code(), exit.to_string());
+    }
+    exit
 }
 
 fn with_remedy(failure: String, remedy: Option<String>) -> String {

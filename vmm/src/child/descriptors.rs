@@ -89,6 +89,24 @@ pub(super) fn close_on_exec() -> io::Result<()> {
     Ok(())
 }
 
+/// Closes every descriptor from [`FIRST`] on but those to `keep`.
+///
+/// # Safety
+///
+/// Nothing in this process may own one of those that are closed.
+pub unsafe fn close_but(keep: &[RawFd]) -> io::Result<()> {
+    let entries = fs::read_dir("/proc/self/fd")?;
+    let number = |entry: io::Result<fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
+    let numbers: Vec<RawFd> = entries.filter_map(number).collect();
+    for number in numbers {
+        if number >= FIRST && !keep.contains(&number) {
+            // SAFETY: as for this function. That of the directory is closed already, and its number given to none.
+            unsafe { libc::close(number) };
+        }
+    }
+    Ok(())
+}
+
 /// Closes every descriptor of a process that needs none. Runs after a fork, and calls what may be called there.
 pub(super) fn close_all() {
     // SAFETY: it takes numbers. This process runs no destructor of what owned them.

@@ -25,7 +25,7 @@ struct Vm {
     record: Record,
     /// In seconds.
     uptime: u64,
-    /// As QMP has it in query-status; `starting` or `unresponsive` where the VM does not say it.
+    /// As QMP has it in query-status; `starting` or `unresponsive` where the VM does not say it, and `ended`.
     state: String,
     nics: Vec<NicInfo>,
 }
@@ -33,7 +33,12 @@ struct Vm {
 /// The report.
 pub fn run(args: &PsArgs) -> Result<String, FindError> {
     let found = match &args.name[..] {
+        [] if args.all => instance::all_also_ended(),
         [] => instance::all(),
+        names if args.all => {
+            let found = names.iter().map(instance::find_also_ended);
+            found.collect::<Result<_, _>>()?
+        }
         names => names.iter().map(instance::find).collect::<Result<_, _>>()?,
     };
     let vms: Vec<_> = found.chunks(AT_ONCE).flat_map(ask_all).collect();
@@ -56,13 +61,15 @@ fn ask_all(found: &[Found]) -> Vec<Vm> {
 impl Vm {
     /// None when it has just ended.
     fn ask(found: &Found) -> Option<Self> {
-        let (state, nics) = match info(found) {
-            Ok(info) => (info.status, info.nics),
-            Err(_) if found.await_end(Duration::ZERO) => return None,
-            Err(ClientError::Connect(_, error)) if error.kind() == ErrorKind::NotFound => {
+        let answer = found.record.ended.is_none().then(|| info(found));
+        let (state, nics) = match answer {
+            None => ("ended".to_owned(), Vec::new()),
+            Some(Ok(info)) => (info.status, info.nics),
+            Some(Err(_)) if found.await_end(Duration::ZERO) => return None,
+            Some(Err(ClientError::Connect(_, error))) if error.kind() == ErrorKind::NotFound => {
                 ("starting".to_owned(), Vec::new())
             }
-            Err(_) => ("unresponsive".to_owned(), Vec::new()),
+            Some(Err(_)) => ("unresponsive".to_owned(), Vec::new()),
         };
         Some(Self {
             record: found.record.clone(),
@@ -70,6 +77,14 @@ impl Vm {
             state,
             nics,
         })
+    }
+
+    /// For people.
+    fn state(&self) -> String {
+        match &self.record.ended {
+            Some(ended) => format!("{}({})", self.state, ended.status),
+            None => self.state.clone(),
+        }
     }
 }
 
@@ -109,7 +124,7 @@ fn rows(vm: &Vm) -> Vec<[String; 8]> {
             first(record.name.to_string()),
             first(record.pid.to_string()),
             first(duration(vm.uptime)),
-            first(vm.state.clone()),
+            first(vm.state()),
             mac.unwrap_or_default(),
             addresses.join(","),
             qmp.unwrap_or_default(),

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::place::vms_in;
+use super::record::Ended;
 use super::{Place, Record};
 use crate::config::VmName;
 use crate::qmp::client::{Client, ClientError};
@@ -19,7 +20,10 @@ use crate::qmp::client::{Client, ClientError};
 /// How often it is looked whether a VM has ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// A VM that runs.
+/// Those that have ended and are still shown.
+const MOST_ENDED: usize = 16;
+
+/// A VM that runs, or one of `-d` that has ended.
 #[derive(Clone, Debug)]
 pub struct Found {
     place: Place,
@@ -44,7 +48,19 @@ pub enum FindError {
 ///
 /// See [`FindError`].
 pub fn find(name: &VmName) -> Result<Found, FindError> {
-    let mut all = all();
+    find_in(all(), name)
+}
+
+/// The VM that is called so, also if it has ended and its directory is still there.
+///
+/// # Errors
+///
+/// See [`FindError`].
+pub fn find_also_ended(name: &VmName) -> Result<Found, FindError> {
+    find_in(all_also_ended(), name)
+}
+
+fn find_in(mut all: Vec<Found>, name: &VmName) -> Result<Found, FindError> {
     if let Some(at) = all.iter().position(|found| found.record.name == *name) {
         return Ok(all.swap_remove(at));
     }
@@ -57,6 +73,13 @@ pub fn find(name: &VmName) -> Result<Found, FindError> {
 
 /// All that run, the oldest first. What killed ones have left is removed on the way.
 pub fn all() -> Vec<Found> {
+    let mut all = all_also_ended();
+    all.retain(|found| found.record.ended.is_none());
+    all
+}
+
+/// The same with those of `-d` that have ended.
+pub fn all_also_ended() -> Vec<Found> {
     let directories = RecordDirectory::own();
     let found = directories.iter().flat_map(|directory| all_in(directory));
     let mut all: Vec<_> = found.collect();
@@ -64,12 +87,17 @@ pub fn all() -> Vec<Found> {
     all
 }
 
-pub(super) fn all_in(directory: &Path) -> Vec<Found> {
-    let vms = vms_in(directory);
+/// Those in a directory for records.
+fn all_in(directory: &Path) -> Vec<Found> {
+    all_of(&vms_in(directory))
+}
+
+/// Those in the place of all VMs.
+pub(super) fn all_of(vms: &Path) -> Vec<Found> {
     // Another user's cannot be read.
-    let entries = fs::read_dir(&vms).into_iter().flatten().flatten();
+    let entries = fs::read_dir(vms).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let places = names.map(|name| Place::new(&vms, name));
+    let places = names.map(|name| Place::new(vms, name));
     places.filter_map(examine).collect()
 }
 
@@ -81,6 +109,11 @@ impl Found {
     /// See [`ClientError`].
     pub fn connect(&self, patience: Duration) -> Result<Client, ClientError> {
         Client::connect(&self.place.qmp_path(), patience)
+    }
+
+    /// Its log.
+    pub fn log_path(&self) -> PathBuf {
+        self.place.log_path()
     }
 
     /// Its process. None when that has ended, and when it is out of sight.
@@ -144,10 +177,47 @@ fn examine(place: Place) -> Option<Found> {
         let record = place.record()?;
         return Some(Found { place, record });
     }
+    match place.record() {
+        Some(record) if record.ended.is_some() => Some(Found { place, record }),
+        _ => settle(place),
+    }
+}
+
+/// Removes what a killed VM has left, or says in its record that it has ended.
+fn settle(place: Place) -> Option<Found> {
+    let mut ended = None;
     // No other process can take the lock meanwhile, so none in use is removed.
-    match place.lock(|| place.remove()) {
+    let lock = place.lock(|| match place.record() {
+        Some(mut record) if record.detached => {
+            if record.ended.is_none() {
+                record.ended = Some(Ended::killed());
+                place.leave(&record);
+            }
+            ended = Some(record);
+        }
+        _ => place.remove(),
+    });
+    match lock {
         Ok(_) | Err(RecordError::Held(_)) => {}
         Err(error) => log::debug!("cannot remove what a killed VM has left: {error}"),
     }
-    None
+    ended.map(|record| Found { place, record })
+}
+
+/// Removes what VMs that ended long ago have left.
+pub(super) fn prune(vms: &Path) {
+    let mut ended = all_of(vms);
+    ended.retain(|found| found.record.ended.is_some());
+    ended.sort_by_key(|found| found.record.ended.as_ref().map(|ended| ended.at));
+    let many = ended.len().saturating_sub(MOST_ENDED);
+    for Found { place, record } in &ended[..many] {
+        // Its name may have been used again.
+        let is_same = |now: Record| now == *record;
+        let lock = place.lock(|| {
+            if place.record().is_some_and(is_same) {
+                place.remove();
+            }
+        });
+        log::debug!("{} ended long ago: {lock:?}", record.name);
+    }
 }

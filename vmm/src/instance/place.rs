@@ -49,6 +49,11 @@ impl Place {
         Self { vms, name }
     }
 
+    /// The place of all VMs.
+    pub(super) fn vms(&self) -> &Path {
+        &self.vms
+    }
+
     /// The VM's name.
     pub fn name(&self) -> &VmName {
         &self.name
@@ -106,10 +111,22 @@ impl Place {
     pub(super) fn make(&self, record: &Record) -> io::Result<()> {
         self.remove();
         make_own(&self.directory())?;
-        let written = record
-            .to_json()
-            .and_then(|json| files::replace(&self.record_path(), 0o600, &json));
-        written.map(drop).inspect_err(|_| self.remove())
+        self.write(record).inspect_err(|_| self.remove())
+    }
+
+    /// Writes the record anew, with the lock.
+    pub(super) fn write(&self, record: &Record) -> io::Result<()> {
+        files::replace(&self.record_path(), 0o600, &record.to_json()?).map(drop)
+    }
+
+    /// Leaves record and log of a VM that has ended, with the lock.
+    pub(super) fn leave(&self, record: &Record) {
+        if let Err(error) = self.write(record) {
+            log::warn!("cannot write how {} has ended: {error}", self.name);
+        }
+        for socket in [self.qmp_path(), self.console_path()] {
+            let _ = fs::remove_file(socket);
+        }
     }
 
     /// Removes the directory, with the lock.
@@ -120,6 +137,12 @@ impl Place {
             }
             _ => {}
         }
+    }
+
+    /// Whether a VM may have the name that is given none: not while another has it, and not while there is what one of -d
+    /// has left.
+    pub(super) fn is_free(&self) -> bool {
+        !self.is_in_use() && !self.record().is_some_and(|record| record.detached)
     }
 
     /// What its VM says of itself. Nothing while it is only starting.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Place, Serves};
 use crate::config::VmName;
+use crate::detach;
 use crate::nic::registry::Runs;
 
 /// The version of this format. Keys may be added to it.
@@ -35,6 +36,35 @@ pub struct Record {
     pub console: PathBuf,
     /// Its log.
     pub log: PathBuf,
+    /// Whether it has outlived the command that has started it (`-d`).
+    pub detached: bool,
+    /// Its end, if it has ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Ended>,
+}
+
+/// How a VM has ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// The exit status of its process, as a shell has it.
+    pub status: u8,
+    /// For people.
+    pub reason: String,
+    /// When it was, in seconds since 1970.
+    pub at: u64,
+}
+
+impl Ended {
+    /// Now.
+    pub(super) fn now(status: u8, reason: String) -> Self {
+        let at = now();
+        Self { status, reason, at }
+    }
+
+    /// One that could say nothing of it.
+    pub(super) fn killed() -> Self {
+        Self::now(137, "its process was killed".into())
+    }
 }
 
 impl Record {
@@ -55,12 +85,15 @@ impl Record {
             qmp,
             console: place.console_path(),
             log: place.log_path(),
+            detached: detach::is_wanted(),
+            ended: None,
         }
     }
 
     /// How long it has run, in seconds.
     pub fn uptime(&self) -> u64 {
-        now().saturating_sub(self.started)
+        let end = self.ended.as_ref().map_or_else(now, |ended| ended.at);
+        end.saturating_sub(self.started)
     }
 
     pub(super) fn to_json(&self) -> io::Result<Vec<u8>> {

@@ -3,7 +3,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::{Barrier, LazyLock};
 
-use super::found::all_in;
+use super::found::all_of;
 use super::*;
 
 fn runs() -> Runs {
@@ -31,7 +31,7 @@ fn claim_any(directory: &Path) -> Instance {
 }
 
 fn names(directory: &Path) -> Vec<String> {
-    let all = all_in(directory).into_iter();
+    let all = all_of(&directory.join("vms")).into_iter();
     let mut names: Vec<_> = all.map(|found| found.record.name.to_string()).collect();
     names.sort();
     names
@@ -61,7 +61,7 @@ fn directory_is_its_users_alone_and_gone_at_the_end() {
         [mode(&vms), mode(&own), mode(&own.join("vm.json"))],
         [0o700, 0o700, 0o600]
     );
-    let [found] = &all_in(directory.path())[..] else {
+    let [found] = &all_of(&directory.path().join("vms"))[..] else {
         panic!("one VM")
     };
     assert_eq!(found.record.pid, std::process::id());
@@ -114,6 +114,63 @@ fn what_a_killed_vm_has_left_is_removed_by_who_finds_it() {
     assert!(!vm.place.qmp_path().exists());
 }
 
+/// A VM of `-d` that has ended at this time.
+fn ended(directory: &Path, text: &str, at: u64) {
+    let mut vm = claim(directory, text).unwrap();
+    let (status, reason) = (3, "the guest crashed".into());
+    vm.record.ended = Some(Ended { status, reason, at });
+    vm.record.detached = true;
+    vm.place.leave(&vm.record);
+}
+
+#[test]
+fn end_of_a_detached_vm_is_known_until_its_name_is_used_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    ended(directory, "vm1", 1);
+    let [found] = &all_of(&directory.join("vms"))[..] else {
+        panic!("one VM")
+    };
+    assert_eq!(found.record.ended.as_ref().unwrap().status, 3);
+    assert_eq!(claim_any(directory).place.name().as_str(), "vm2");
+    let vm = claim(directory, "vm1").unwrap();
+    assert!(vm.record.ended.is_none());
+}
+
+#[test]
+fn end_of_a_detached_vm_that_was_killed_is_known_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let mut vm = claim(directory, "web").unwrap();
+    vm.record.detached = true;
+    vm.place.write(&vm.record).unwrap();
+    fs::write(vm.place.qmp_path(), "").unwrap();
+    let socket = vm.place.qmp_path();
+    kill(vm);
+    let [found] = &all_of(&directory.join("vms"))[..] else {
+        panic!("one VM")
+    };
+    assert_eq!(found.record.ended.as_ref().unwrap().status, 137);
+    assert!(!socket.exists());
+}
+
+#[test]
+fn ends_of_the_last_vms_alone_are_known() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    for n in 0..20 {
+        ended(directory, &format!("x{n}"), 100 - n);
+    }
+    let _runs = claim(directory, "web").unwrap();
+    found::prune(&directory.join("vms"));
+    let left = names(directory);
+    assert_eq!(left.len(), 17);
+    assert!(
+        left.contains(&"x15".into()) && !left.contains(&"x16".into()),
+        "{left:?}"
+    );
+}
+
 #[test]
 fn of_many_claims_of_one_name_one_has_it_while_others_look() {
     for _ in 0..50 {
@@ -129,7 +186,7 @@ fn of_many_claims_of_one_name_one_has_it_while_others_look() {
         };
         let looker = || {
             start.wait();
-            all_in(directory);
+            all_of(&directory.join("vms"));
             end.wait();
             false
         };

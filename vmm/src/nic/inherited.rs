@@ -92,6 +92,13 @@ impl Inherited {
         self.events.take()
     }
 
+    /// The numbers of all that [`Inherited::take`] takes over.
+    pub fn numbers(queues: &[RawFd], events: Option<RawFd>) -> Vec<RawFd> {
+        let variables = Variables::of_this_process();
+        let watch = variables.and_then(|variables| variables.watch_beside(queues));
+        queues.iter().copied().chain(watch).chain(events).collect()
+    }
+
     /// The macvtap whose queues have these numbers.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -60,7 +60,8 @@ impl Listener {
         };
         socket.set_nonblocking(true).map_err(failed)?;
         let file = SocketFile {
-            path: path.to_owned(),
+            // This process may go to another directory meanwhile.
+            path: absolute(path).unwrap_or_else(|_| path.to_owned()),
             id: id(path),
         };
         Ok(Self {
