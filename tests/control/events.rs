@@ -17,7 +17,7 @@ use crate::harness::images;
 use crate::harness::vm::{self, Vm};
 use crate::harness::{guest_test, kvm_test};
 use crate::host::Host;
-use crate::tiny::{CRASH, POWER_OFF, Tiny};
+use crate::tiny::{CRASH, POWER_OFF, RESET, Tiny};
 
 /// A directory, and the file of events in it.
 struct Log {
@@ -155,6 +155,47 @@ guest_test!(end_is_in_the_events_however_it_comes, || {
     host.fail(&["--kernel", kernel.to_str().unwrap(), "--events", &events]);
     assert_eq!(log.names(), ["exit"]);
     assert_eq!(log.events()[0]["reason"], "failure");
+});
+
+guest_test!(guest_that_restarts_goes_on_in_the_same_events, || {
+    let (host, log) = (Host::new(), Log::new());
+    let mut vm = host.start(&["--reboot", "restart", "--events", &log.argument()]);
+    vm.send(RESET);
+    vm.wait_for("ready\n");
+    vm.send(POWER_OFF);
+    assert_eq!(vm.wait_exit().code(), Some(0));
+    assert_eq!(log.names(), ["started", "reset", "power-off", "exit"]);
+    assert_eq!(log.events()[1]["guest"], true);
+});
+
+guest_test!(disk_for_which_the_host_has_no_room_is_reported, || {
+    let log = Log::new();
+    let (small, line) = (TempDir::new().unwrap(), "mode=disk-journal count=100");
+    let image = small.path().join("disk.img");
+    let guest = images::command(Transport::Pci, &[image.display().to_string()], line);
+    let script =
+        r#"mount -t tmpfs -o size=64k tmpfs "$0" && truncate -s 16M "$1" && shift && exec "$@""#;
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]);
+    command
+        .args([small.path(), &image])
+        .arg(guest.get_program());
+    command
+        .args(guest.get_args())
+        .args(["--events", &log.argument()]);
+    let mut vm = Vm::spawn(command);
+    vm.wait_exit();
+    let events = log.events();
+    let error = events
+        .iter()
+        .find(|event| event["event"] == "block-io-error");
+    let error = error.unwrap_or_else(|| panic!("{events:#?}\n{}", vm.transcript()));
+    assert_eq!(
+        (&error["device"], &error["operation"]),
+        (&"disk0".into(), &"write".into())
+    );
+    assert_eq!(error["no-space"], true);
+    assert!(log.names().contains(&"driver-ready".to_owned()));
 });
 
 kvm_test!(events_go_to_a_descriptor_that_is_open_already, || {

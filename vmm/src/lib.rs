@@ -60,7 +60,7 @@
 //! has a thread (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`,
 //! `netN.1`, …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its
 //! capture one (`netN.pcap`), each queue of a disk one (`diskN`, `diskN.1`, …), the entropy device and
-//! the balloon one each (`rng`, `balloon`), the console's input one (`console`), and the log one (`log`).
+//! the balloon one each (`rng`, `balloon`), the console's input one (`console`), events for other programs one (`events`), and the log one (`log`).
 
 mod balloon;
 mod builder;
