@@ -99,6 +99,8 @@ fn serve(net: &Net, tracer: &[&str]) -> Vm {
     let [ip, _] = addresses(2);
     let line = format!("guest.mode=echo guest.ip={ip}/24");
     command.args(["--macvtap", "lower", "--cmdline", &line]);
+    // Looking for a free one costs the more the more VMs run.
+    command.args(["--name", &format!("costs-{}", std::process::id())]);
     // Cargo sets it for tests, and the loader searches every directory there.
     command.env_remove("LD_LIBRARY_PATH");
     let mut vm = Vm::spawn(command);

@@ -213,6 +213,23 @@ kvm_test!(state_of_a_guest_goes_on_in_another_one, || {
     first.finish(from, b'1');
 });
 
+kvm_test!(guest_with_a_name_is_the_only_one_of_that_name, || {
+    if !harness::netns::is_root() {
+        return;
+    }
+    let computing = Computing::new(b'1');
+    let start = || {
+        let mut config = config(computing.path("kernel"), computing.path("console"));
+        config.name = Some(format!("library-{}", std::process::id()).parse().unwrap());
+        Guest::start(config)
+    };
+    let guest = start().unwrap();
+    let error = start().unwrap_err().to_string();
+    assert!(error.contains("is in use by the VM of pid"), "{error}");
+    drop(guest);
+    drop(start().unwrap());
+});
+
 kvm_test!(guest_that_is_paused_can_be_ended, || {
     let computing = Computing::new(b'1');
     for _ in 0..3 {

@@ -1,10 +1,13 @@
 //! `-d`, and what is known of a VM after its end.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::process::Stdio;
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::harness::vm::Vm;
 use crate::harness::{eventually, guest_test};
 use crate::host::Host;
 use crate::tiny::Tiny;
@@ -112,3 +115,27 @@ guest_test!(log_of_an_attached_vm_is_kept_while_it_runs, || {
     let (status, log) = host.fail(&["logs", "web"]);
     assert!(status == 1 && log.contains("no VM is called web"), "{log}");
 });
+
+// It is held up when it opens its console.
+guest_test!(
+    vm_whose_command_is_killed_while_it_starts_does_not_run,
+    || {
+        let host = Host::new();
+        let kernel = host.kernel(Tiny::Prompt);
+        let fifo = host.runtime.directory.path().join("console");
+        mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let console = format!("file:{}", fifo.display());
+        let mut command =
+            Vm::spawn(
+                host.runtime
+                    .minivmm(&["-d", "--kernel", &kernel, "--console", &console]),
+            );
+        command.wait_for_log("waiting for a program to open");
+        command.signal(Signal::KILL);
+        let mut console = File::open(&fifo).unwrap();
+        command.wait_exit();
+        // Its end.
+        console.read_to_end(&mut Vec::new()).unwrap();
+        assert!(eventually(|| host.left().is_empty()), "{:?}", host.left());
+    }
+);

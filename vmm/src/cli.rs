@@ -86,7 +86,10 @@ Examples:
   An installed system, with the kernel and the initrd that are in its image:
       minivmm --kernel vmlinuz --initrd initrd.img --cmdline root=/dev/vda1 --disk disk.qcow2
   In a CI job: console to a file, log of warnings only, ended by SIGTERM (power button):
-      minivmm --kernel bzImage --initrd test.img --console file:console.log -q";
+      minivmm --kernel bzImage --initrd test.img --console file:console.log -q
+  By itself, found by its name:
+      minivmm -d --name web --kernel bzImage --initrd initrd.img --macvtap eno1
+      minivmm ps; minivmm console web; minivmm stop web";
 
 /// Boots a Linux kernel whose NIC is a macvtap on one of the host's interfaces, so that
 /// the guest stands on the host's own Ethernet as a peer.
@@ -377,6 +380,7 @@ pub enum Command {
     #[command(after_help = qemu::HELP)]
     Qemu(Box<QemuArgs>),
     /// Lists the running VMs
+    #[command(after_help = PS_HELP)]
     Ps(PsArgs),
     /// Presses the power buttons of VMs, and ends those that do not power off in time
     Stop(StopArgs),
@@ -556,13 +560,32 @@ fn object(text: &str) -> Result<Map<String, Value>, String> {
         .map_err(|error| format!("not a JSON object, as in {{\"id\": \"disk0\"}}: {error}"))
 }
 
+const PS_HELP: &str = "\
+--json shows a list with an object for each VM. Its keys stay what they are; others may be added:
+  name, pid
+  state      running, paused or another status of QMP's query-status; starting, unresponsive when
+             it does not answer within 2 seconds, and ended
+  started    in seconds since 1970
+  uptime     in seconds
+  kernel     what it runs, or
+  program    what it runs as QEMU without a kernel of minivmm's
+  nics       a list of objects: mac, and addresses, a list of those that the guest has shown
+  qmp        the paths of its control sockets, a list
+  console    the path of the socket of its console
+  log        the path of its log
+  detached   whether it was started with -d
+  ended      with --all: an object with status, the exit status of its process, reason, a text,
+             and at, in seconds since 1970
+  owner      its process, as on the links that it makes
+  version    of all this: 1";
+
 /// `minivmm ps`.
 #[derive(Clone, Debug, Args)]
 pub struct PsArgs {
     /// Only these VMs
     pub name: Vec<VmName>,
 
-    /// Those of -d that have ended too: the last 16
+    /// Those of -d that have ended too, of which the last 16 are known
     #[arg(short, long)]
     pub all: bool,
 
