@@ -223,7 +223,9 @@ tcg_test!(signals_press_the_power_button_and_a_second_one_ends, || {
     let console = format!("file:{}", file.display());
     let read = || fs::read_to_string(&file).unwrap_or_default();
     let (kernel, initrd) = (assets().bzimage(), initrd());
-    let mut command = site.qemu(["--accel", "tcg", "--console", &console, "--kernel"]);
+    let name = format!("qemu-console-{}", std::process::id());
+    let mut command = site.qemu(["--accel", "tcg", "--console", &console]);
+    command.args(["--name", &name, "--kernel"]);
     command.arg(&kernel).arg("--initrd").arg(&initrd);
     command.args(["--cmdline", STEADY]);
     let mut vm = Vm::spawn(command);
@@ -231,6 +233,10 @@ tcg_test!(signals_press_the_power_button_and_a_second_one_ends, || {
         eventually(|| read().contains("GUEST ready")),
         "the guest does not boot"
     );
+    let mut dump = Command::new(binary());
+    dump.args(["console", &name, "--dump"]);
+    let shown = outcome(dump).stdout;
+    assert!(text(&shown).contains("GUEST ready"), "{}", text(&shown));
     vm.signal(Signal::QUIT);
     assert_eq!(vm.wait_exit().code(), Some(0));
     assert!(read().contains("GUEST power button"), "{}", read());
@@ -255,9 +261,9 @@ tcg_test!(open_queue_and_a_device_of_the_users_are_taken, || {
     let (kernel, initrd) = (assets().bzimage(), initrd());
     let mut command = site.host.command(binary());
     command.args(["net", "open", &format!("wire,mac={mac}"), "--"]);
-    command
-        .arg(binary())
-        .args(["qemu", "--accel", "tcg", "--macvtap", "fd=3", "--kernel"]);
+    let name = format!("qemu-attached-{}", std::process::id());
+    command.arg(binary()).args(["qemu", "--name", &name]);
+    command.args(["--accel", "tcg", "--macvtap", "fd=3", "--kernel"]);
     command.arg(kernel).arg("--initrd").arg(initrd);
     command.args(["--cmdline", STEADY]);
     let device = format!("virtio-net-pci,netdev=macvtap0,addr=0x9,mac={mac}");
@@ -269,4 +275,11 @@ tcg_test!(open_queue_and_a_device_of_the_users_are_taken, || {
     assert_eq!(found.trim(), mac);
     address(&mut vm, "eth0", 11);
     assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+    // What another program types comes to the guest too.
+    let mut console = Command::new(binary());
+    console.args(["console", &name]).stdin(Stdio::piped());
+    let mut console = Vm::spawn(console);
+    console.send("1 poweroff -f\n");
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
+    assert_eq!(console.wait_exit().code(), Some(0), "{}", console.log());
 });

@@ -7,7 +7,7 @@ use std::io;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::Instant;
 
@@ -341,7 +341,11 @@ fn connect_stdio(
         return Ok(None);
     };
     let terminal = RawTerminal::enter().map_err(failed_to("set up the terminal"))?;
-    console::spawn_input(serial, Arc::clone(exit), terminal.is_some())
+    let push = move |input: &[u8]| {
+        let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
+        serial.push_input(input)
+    };
+    console::spawn_input(push, Arc::clone(exit), terminal.is_some())
         .map_err(failed_to("start the console's thread"))?;
     Ok(terminal)
 }

@@ -141,6 +141,15 @@ pub fn open_for_writing(path: &Path) -> io::Result<File> {
     }
 }
 
+/// Empties a file that has an end. Pipes and terminals have none.
+pub fn empty(file: &File) -> io::Result<()> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)
+    } else {
+        Ok(())
+    }
+}
+
 /// Writes a file so that a reader sees the old or the new, never a part. No other thread or process may do the same
 /// meanwhile.
 pub fn replace(path: &Path, mode: u32, contents: &[u8]) -> io::Result<File> {

@@ -7,6 +7,7 @@
 //! | `conflict.rs` | what in ARGS would clash with it; pure |
 //! | `binary.rs`, `accel.rs` | which QEMU, and what runs the guest's code |
 //! | `process.rs` | QEMU as a process, from its start to its end |
+//! | `console.rs` | the console of a guest of `--kernel` |
 //! | `control.rs` | QEMU followed to its end, in one event loop with the clients of the QMP sockets |
 //! | `guest.rs` | the end of a guest of `--kernel` |
 //! | `monitor.rs` | minivmm's end of QEMU's monitor, and clients' commands on their way there |
@@ -24,6 +25,7 @@ mod accel;
 mod args;
 mod binary;
 mod conflict;
+mod console;
 mod control;
 mod dry_run;
 mod guest;
@@ -64,6 +66,7 @@ use accel::Engine;
 use args::{Line, NetDevice};
 use binary::Qemu;
 use conflict::OwnDevice;
+use console::Console;
 use nics::{Expected, Numbers};
 use process::Attachment;
 
@@ -94,6 +97,8 @@ pub enum QemuError {
     Link(String, &'static str, #[source] io::Error),
     #[error(transparent)]
     Qmp(#[from] SocketError),
+    #[error("cannot write the console to {0}")]
+    Console(String, #[source] io::Error),
     #[error("cannot run {0:?}")]
     Run(PathBuf, #[source] io::Error),
     #[error("cannot {0}")]
@@ -264,13 +269,16 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     let own = instance.as_ref().map(Instance::qmp_path);
     let qmp = args.qmp.iter().chain(&own).map(|path| Listener::bind(path));
     let qmp = qmp.collect::<Result<_, _>>()?;
+    let console = open_console(&plan, instance.as_ref())?;
     let events = Arc::default();
     let mut taken = Taken::from_host(&plan, args, inherited, &runs)?;
     let first = taken.nics.first().map(|(claim, _)| &claim.nic().tap);
     let host_link = host_link::make(first, &args.host_link)?;
-    let control = number_control(taken.descriptors.len(), &args.args);
+    let control = number_control(taken.descriptors.len(), console.is_some(), &args.args);
     let attached = attach(control).map_err(failed_to("make a monitor for QEMU"))?;
-    let (monitor, placed) = attached;
+    let (monitor, mut placed) = attached;
+    let (console, theirs) = console.unzip();
+    placed.extend(control.console.zip(theirs));
     let mut command = Command::new(&plan.qemu.path);
     command.args(plan.line(&taken.devices, Some(control), &args.args));
     log::debug!("running {command:?}");
@@ -287,6 +295,7 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     let attachment = Attachment {
         monitor,
         qmp,
+        console,
         followers: followers
             .collect::<Result<_, _>>()
             .map_err(failed_to("follow the NICs"))?,
@@ -295,6 +304,19 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     let status = process::supervise(program, attachment, &plan);
     drop((taken.guards, host_link));
     status
+}
+
+/// The console of a guest of `--kernel`, and QEMU's end of it.
+fn open_console(
+    plan: &Plan,
+    instance: Option<&Instance>,
+) -> Result<Option<(Console, OwnedFd)>, QemuError> {
+    let Some(machine) = plan.machine.as_ref().filter(|m| m.console.has_port()) else {
+        return Ok(None);
+    };
+    let listener = instance.map(|instance| Listener::bind(&instance.console_path()));
+    let failed = |error| QemuError::Console(machine.console.place(), error);
+    Console::open(&machine.console, listener.transpose()?).map_err(failed)
 }
 
 /// What is taken from the host for the NICs, in order.
@@ -337,12 +359,16 @@ impl Taken {
     }
 }
 
-/// The numbers of what minivmm's monitor takes, after those of the NICs' `descriptors`.
-fn number_control(descriptors: usize, args: &[OsString]) -> args::Control {
+/// The numbers of what minivmm's monitor takes, and the console, after those of the NICs' `descriptors`.
+fn number_control(descriptors: usize, has_console: bool, args: &[OsString]) -> args::Control {
     let named = conflict::named(args);
     let socket = nics::free(child::FIRST + descriptors as RawFd, &named);
     let config = nics::free(socket + 1, &named);
-    args::Control { socket, config }
+    args::Control {
+        socket,
+        config,
+        console: has_console.then(|| nics::free(config + 1, &named)),
+    }
 }
 
 /// minivmm's end of QEMU's monitor, and what QEMU gets for it by its numbers.
@@ -350,9 +376,9 @@ fn attach(numbers: args::Control) -> io::Result<(UnixStream, Vec<(RawFd, OwnedFd
     let (ours, theirs) = UnixStream::pair()?;
     let mut config = File::from(memfd_create("minivmm-control", MemfdFlags::CLOEXEC)?);
     config.write_all(args::MONITOR.as_bytes())?;
-    let args::Control {
-        socket,
-        config: number,
-    } = numbers;
-    Ok((ours, vec![(socket, theirs.into()), (number, config.into())]))
+    let placed = vec![
+        (numbers.socket, theirs.into()),
+        (numbers.config, config.into()),
+    ];
+    Ok((ours, placed))
 }

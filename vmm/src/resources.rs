@@ -10,7 +10,7 @@ use devices::disk::{self, OpenError, Storage};
 use net::HostLinkGuard;
 
 use crate::config::{BalloonError, Config, ConsoleTarget, EventsTarget, MemorySize};
-use crate::files::{Files, Role, SharedFile, open_for_events, open_for_writing};
+use crate::files::{Files, Role, SharedFile, empty, open_for_events, open_for_writing};
 use crate::kvm::vm::{Hypervisor, VmError};
 use crate::nic::{self, Inherited, Nic, NicError, host_link};
 use crate::qmp::socket::{Listener, SocketError};
@@ -225,15 +225,6 @@ fn open_events(
         }
     };
     Ok((file, target.to_string()))
-}
-
-/// Empties a file that has an end. Pipes and terminals have none.
-fn empty(file: &File) -> io::Result<()> {
-    if file.metadata()?.is_file() {
-        file.set_len(0)
-    } else {
-        Ok(())
-    }
 }
 
 /// Refuses what the host could never back. Memory is promised, not taken, so that guests may

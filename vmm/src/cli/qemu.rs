@@ -22,6 +22,10 @@ The keys of --disk are those of `minivmm --help`; backing= and burst= say nothin
 the image names.
 The n-th --macvtap is QEMU's netdev macvtapN, counted from 0; its descriptors begin at 3.
 
+With --kernel the console and its keys are those of the native monitor: `minivmm console` attaches to it,
+and QEMU's own commands are there by `minivmm qmp NAME human-monitor-command`. With the machine of ARGS
+its consoles are where ARGS have them.
+
 With --qmp minivmm stands before a monitor of QEMU's: commands go there, answers and events come from
 it. Those that ARGS have are not changed.
 

@@ -10,7 +10,7 @@ use devices::virtio::blk::IoChoice;
 use net::{MacAddr, USUAL_MTU};
 
 use super::accel::Engine;
-use crate::config::{Config, ConsoleTarget, DiskConfig};
+use crate::config::{Config, ConsoleTarget, DiskConfig, Reboot};
 
 /// A NIC: a netdev over open queues, and its device.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub(super) struct Control {
     pub socket: RawFd,
     /// A file with [`MONITOR`].
     pub config: RawFd,
+    /// The socket of the console, if that is minivmm's to show.
+    pub console: Option<RawFd>,
 }
 
 /// The monitor, for a machine of ARGS: with -mon QEMU would not make those that it has by default.
@@ -64,7 +66,12 @@ impl Line<'_> {
     pub fn build(&self) -> Vec<OsString> {
         let mut line = Vec::new();
         if let Some(machine) = self.machine {
-            machine_args(&mut line, machine, self.keys);
+            machine_args(&mut line, machine);
+            // The guest that minivmm follows is reset by minivmm, once it has seen that it has not panicked.
+            if self.control.is_some() || machine.reboot == Reboot::Exit {
+                push(&mut line, &["-no-reboot"]);
+            }
+            line.extend(["-serial".into(), self.serial(machine)]);
             if !has_option(self.args, &["cpu"]) {
                 // Hidden is what the host's KVM would run. QEMU's own SVM is emulated like all else, and a CPU of TCG's
                 // that is to do without it does not run Linux (QEMU 7.2: readlink(2) fails in its processes).
@@ -76,7 +83,16 @@ impl Line<'_> {
         if let Some(engine) = self.engine {
             push(&mut line, &["-accel", engine.name()]);
         }
-        if let Some(Control { socket, config }) = self.control {
+        if let Some(Control {
+            socket,
+            config,
+            console,
+        }) = self.control
+        {
+            if let Some(fd) = console {
+                let socket = format!("socket,id=minivmm-console,fd={fd}");
+                push(&mut line, &["-chardev", &socket]);
+            }
             let socket = format!("socket,id=minivmm-control,fd={socket}");
             push(&mut line, &["-chardev", &socket]);
             push(
@@ -99,6 +115,26 @@ impl Line<'_> {
             own_devices(&mut line, machine);
         }
         line
+    }
+
+    /// Where the serial port is. A script has no minivmm that would show it.
+    fn serial(&self, machine: &Config) -> OsString {
+        if self
+            .control
+            .is_some_and(|control| control.console.is_some())
+        {
+            return "chardev:minivmm-console".into();
+        }
+        match &machine.console {
+            ConsoleTarget::Stdio if self.keys => "mon:stdio".into(),
+            ConsoleTarget::Stdio => "stdio".into(),
+            ConsoleTarget::None => "none".into(),
+            ConsoleTarget::File(path) => {
+                let mut file = OsString::from("file:");
+                file.push(path);
+                file
+            }
+        }
     }
 
     fn push_nic(&self, line: &mut Vec<OsString>, nic: &NetDevice) {
@@ -126,9 +162,9 @@ fn push(line: &mut Vec<OsString>, args: &[&str]) {
     line.extend(args.iter().map(OsString::from));
 }
 
-fn machine_args(line: &mut Vec<OsString>, machine: &Config, keys: bool) {
+fn machine_args(line: &mut Vec<OsString>, machine: &Config) {
     push(line, &["-nodefaults", "-no-user-config", "-M", "q35"]);
-    push(line, &["-display", "none", "-no-reboot"]);
+    push(line, &["-display", "none"]);
     push(line, &["-smp", &machine.cpus.get().to_string()]);
     push(line, &["-m", &machine.memory.to_string()]);
     if machine.hugepages {
@@ -147,17 +183,6 @@ fn machine_args(line: &mut Vec<OsString>, machine: &Config, keys: bool) {
     for (n, disk) in machine.disks.iter().enumerate() {
         push_disk(line, n, disk);
     }
-    line.push("-serial".into());
-    line.push(match &machine.console {
-        ConsoleTarget::Stdio if keys => "mon:stdio".into(),
-        ConsoleTarget::Stdio => "stdio".into(),
-        ConsoleTarget::None => "none".into(),
-        ConsoleTarget::File(path) => {
-            let mut file = OsString::from("file:");
-            file.push(path);
-            file
-        }
-    });
 }
 
 /// A disk as the native monitor has it, but for backing=, which QEMU believes the image, and burst=: what may exceed a
@@ -338,6 +363,7 @@ mod tests {
         let control = Control {
             socket: 3,
             config: 4,
+            console: None,
         };
         let args = ["-M".into(), "q35".into()];
         let line = Line {
@@ -434,7 +460,7 @@ mod tests {
             machine.disks.push(disk.parse().unwrap());
         }
         let mut line = Vec::new();
-        machine_args(&mut line, &machine, false);
+        machine_args(&mut line, &machine);
         let at = line.iter().position(|arg| arg == "-drive").unwrap();
         assert_eq!(
             line[at..at + 8],
@@ -473,8 +499,8 @@ mod tests {
             control: None,
             args: &[],
         };
-        let expected = "-nodefaults -no-user-config -M q35 -display none -no-reboot -smp 2 -m 1G -kernel bzImage \
-             -initrd initrd -append console=ttyS0+reboot=panic_warm+panic=-1+cryptomgr.notests+quiet \
+        let expected = "-nodefaults -no-user-config -M q35 -display none -smp 2 -m 1G -kernel bzImage \
+             -initrd initrd -append console=ttyS0+reboot=panic_warm+panic=-1+cryptomgr.notests+quiet -no-reboot \
              -serial mon:stdio -cpu max -accel tcg -netdev tap,id=macvtap0,fd=3 \
              -device virtio-net-pci,netdev=macvtap0,mac=52:54:00:12:34:56,romfile= \
              -device virtio-rng-pci,max-bytes=1048576,period=1000";
@@ -504,6 +530,7 @@ mod tests {
         line.control = Some(Control {
             socket: 4,
             config: 5,
+            console: Some(6),
         });
         let without = Config {
             rng: false,
@@ -515,6 +542,8 @@ mod tests {
         assert!(built.contains(&"-no-shutdown".into()));
         assert!(built.contains(&"socket,id=minivmm-control,fd=4".into()));
         assert!(built.contains(&"/proc/self/fd/5".into()));
+        assert!(built.contains(&"socket,id=minivmm-console,fd=6".into()));
+        assert!(built.contains(&"chardev:minivmm-console".into()));
         assert!(built.ends_with(&args));
     }
 }

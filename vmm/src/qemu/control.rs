@@ -18,12 +18,13 @@ use signal_hook::consts::{SIGCHLD, SIGWINCH};
 use super::guest::Guest;
 use super::monitor::Monitor;
 use crate::child::{Arrivals, Child};
-use crate::control::exit::Exit;
+use crate::control::exit::{Exit, ExitRequest};
 use crate::events::{Event, EventHub, Stamped};
 
 // Event tokens.
 const MONITOR: u32 = 0;
 const SIGNAL: u32 = 1;
+const KEY: u32 = 2;
 /// The most pieces of what QEMU says at once: the signals come between them.
 const PIECES: usize = 16;
 
@@ -35,6 +36,8 @@ pub(super) struct Control {
     signals: Arrivals,
     /// That of `--kernel`.
     guest: Option<Guest>,
+    /// Where a key of the terminal's ends that.
+    keys: Option<Arc<ExitRequest>>,
     events: Arc<EventHub>,
 }
 
@@ -45,6 +48,7 @@ impl Control {
         monitor: Rc<RefCell<Monitor>>,
         signals: Arrivals,
         guest: Option<Guest>,
+        keys: Option<Arc<ExitRequest>>,
         events: Arc<EventHub>,
     ) -> Self {
         Self {
@@ -52,6 +56,7 @@ impl Control {
             monitor,
             signals,
             guest,
+            keys,
             events,
         }
     }
@@ -186,10 +191,13 @@ impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
         let monitor = self.monitor.borrow();
         let interest = monitor.interest().unwrap_or(EventSet::empty());
-        for (fd, token, interest) in [
+        let mut all = vec![
             (monitor.socket().as_raw_fd(), MONITOR, interest),
             (self.signals.as_fd().as_raw_fd(), SIGNAL, EventSet::IN),
-        ] {
+        ];
+        let keys = self.keys.iter();
+        all.extend(keys.map(|exit| (exit.event().as_raw_fd(), KEY, EventSet::IN)));
+        for (fd, token, interest) in all {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token, interest)) {
                 log::warn!("cannot follow QEMU: {error}");
             }
@@ -202,7 +210,15 @@ impl MutEventSubscriber for Control {
                 self.monitor.borrow_mut().send();
                 self.listen();
             }
-            _ => self.take_signals(),
+            SIGNAL => self.take_signals(),
+            _ => {
+                if let Some(keys) = &self.keys {
+                    let _ = keys.event().read();
+                }
+                if let Some(guest) = &mut self.guest {
+                    guest.end_from_terminal();
+                }
+            }
         }
     }
 }

@@ -102,6 +102,12 @@ impl Guest {
         self.deadline = Some(Instant::now() + self.terms.grace);
     }
 
+    /// The terminal's key ends it at once.
+    pub fn end_from_terminal(&mut self) {
+        self.end.get_or_insert(Exit::Terminal);
+        self.end_qemu(ANSWER);
+    }
+
     /// Its time is over.
     pub fn be_late(&mut self) {
         if self.ending {

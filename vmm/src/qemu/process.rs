@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use event_manager::MutEventSubscriber;
 
+use super::console::{Console, Running};
 use super::control::Control;
 use super::guest::{Guest, Terms};
 use super::monitor::{Forward, Monitor};
@@ -31,6 +32,8 @@ pub(super) struct Attachment {
     pub monitor: UnixStream,
     /// Where clients connect.
     pub qmp: Vec<Listener>,
+    /// The guest's console, if that is ours.
+    pub console: Option<Console>,
     /// What is done for the NICs.
     pub followers: Vec<Follower>,
     /// Where the NICs' news is published.
@@ -40,22 +43,21 @@ pub(super) struct Attachment {
 /// Starts QEMU and follows it to its end.
 pub(super) fn supervise(
     mut program: Program,
-    attachment: Attachment,
+    mut attachment: Attachment,
     plan: &Plan,
 ) -> Result<u8, QemuError> {
     let command = &mut program.command;
     command.stderr(Stdio::piped());
-    if let Some(machine) = &plan.machine
-        && (!plan.keys || machine.console != ConsoleTarget::Stdio)
-    {
+    if let Some(machine) = &plan.machine {
         // Ctrl-C of the terminal is for minivmm, which presses the power button.
         command.process_group(0);
-        if io::stdin().is_terminal() {
+        if machine.console == ConsoleTarget::Stdio || io::stdin().is_terminal() {
             command.stdin(Stdio::null());
         }
     }
     let signals = Arrivals::new(&ENDING).map_err(failed_to("catch signals"))?;
-    let terminal = tty::Saved::save();
+    // The console's makes it raw, and restores it.
+    let terminal = attachment.console.is_none().then(tty::Saved::save);
     // ARGS may name what the caller has opened.
     program.inherits = true;
     // It holds QEMU's end of the control socket no longer than QEMU does.
@@ -65,9 +67,14 @@ pub(super) fn supervise(
     let stderr = stderr
         .transpose()
         .map_err(failed_to("follow QEMU to its end"))?;
-    let (exit, status) =
-        follow(qemu, attachment, signals, plan).map_err(failed_to("follow QEMU to its end"))?;
+    let console = attachment.console.take().map(Console::start).transpose();
+    let console = console.map_err(failed_to("pass the console on"))?;
+    let ended = follow(qemu, attachment, console.as_ref(), signals, plan);
+    let (exit, status) = ended.map_err(failed_to("follow QEMU to its end"))?;
     drop(terminal);
+    if let Some(console) = console {
+        console.finish();
+    }
     let hint = stderr.and_then(hints::Relay::hint);
     let code = match exit {
         Some(exit) => {
@@ -92,6 +99,7 @@ pub(super) fn supervise(
 fn follow(
     qemu: Child,
     attachment: Attachment,
+    console: Option<&Running>,
     signals: Arrivals,
     plan: &Plan,
 ) -> io::Result<(Option<Exit>, ExitStatus)> {
@@ -106,6 +114,9 @@ fn follow(
     if !attachment.qmp.is_empty() {
         others.push(boxed(Server::new(attachment.qmp, &events, forward)?));
     }
+    let server = console.and_then(|console| console.server.clone());
+    others.extend(server.map(boxed));
+    let keys = console.map(|console| Arc::clone(&console.exit));
     let guest = plan.machine.as_ref().map(|machine| {
         let terms = Terms {
             grace: machine.grace(),
@@ -115,7 +126,7 @@ fn follow(
         let (monitor, events) = (Rc::clone(&monitor), Arc::clone(&events));
         Guest::new(monitor, events, terms)
     });
-    Control::new(qemu, monitor, signals, guest, events).run(others)
+    Control::new(qemu, monitor, signals, guest, keys, events).run(others)
 }
 
 fn boxed(subscriber: impl MutEventSubscriber + 'static) -> Box<dyn MutEventSubscriber> {

@@ -100,7 +100,7 @@ impl Site {
                 prepare(&mut guest);
                 guest
             });
-            let control = Control::new(qemu, monitor, signals, guest, hub);
+            let control = Control::new(qemu, monitor, signals, guest, None, hub);
             control.run(vec![Box::new(server)]).unwrap()
         });
         Self {

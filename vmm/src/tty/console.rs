@@ -3,11 +3,10 @@
 use std::io;
 use std::mem;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use devices::serial::Serial;
 use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -26,17 +25,18 @@ Ctrl-A x       end the guest at once\n\
 Ctrl-A h       this help\n\
 Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
 
-/// Passes stdin on to `serial`, from a thread of its own: reading blocks, and not all that stdin may
-/// be can be polled. The thread is never joined and holds nothing that needs giving back.
+/// Passes stdin on to the guest by `push`, which takes what there is room for, from a thread of its
+/// own: reading blocks, and not all that stdin may be can be polled. The thread is never joined and
+/// holds nothing that needs giving back.
 ///
 /// `keys` turns Ctrl-A into the monitor's prefix.
 pub fn spawn_input(
-    serial: Arc<Mutex<Serial>>,
+    push: impl FnMut(&[u8]) -> usize + Send + 'static,
     exit: Arc<ExitRequest>,
     keys: bool,
 ) -> io::Result<()> {
     let mut input = Input {
-        serial,
+        push,
         exit,
         escape: keys.then(Escape::default),
         has_lost: false,
@@ -48,8 +48,8 @@ pub fn spawn_input(
 }
 
 /// The way from stdin to the guest.
-struct Input {
-    serial: Arc<Mutex<Serial>>,
+struct Input<P> {
+    push: P,
     exit: Arc<ExitRequest>,
     /// On a terminal.
     escape: Option<Escape>,
@@ -57,7 +57,7 @@ struct Input {
     has_lost: bool,
 }
 
-impl Input {
+impl<P: FnMut(&[u8]) -> usize> Input<P> {
     fn read(&mut self) {
         // Reading as a job in the background fails then; else it would stop all threads.
         let stops: SigSet = [Signal::SIGTTIN, Signal::SIGTTOU].into_iter().collect();
@@ -90,33 +90,28 @@ impl Input {
     /// the guest reads none: the next may be for the monitor.
     fn pass_on(&mut self, input: &[u8]) {
         let Some(escape) = &mut self.escape else {
-            return push_all(&self.serial, input);
+            return self.push_all(input);
         };
         let keys = escape.filter(input, |key| match key {
             b'x' | b'X' => self.exit.request(Exit::Terminal),
             b'h' | b'H' | b'?' => log_writer::write(KEYS),
             _ => {}
         });
-        if push(&self.serial, &keys) < keys.len() && !mem::replace(&mut self.has_lost, true) {
+        if (self.push)(&keys) < keys.len() && !mem::replace(&mut self.has_lost, true) {
             log::warn!("the guest does not read its console: what is typed now is lost");
         }
     }
-}
 
-fn push(serial: &Mutex<Serial>, input: &[u8]) -> usize {
-    let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
-    serial.push_input(input)
-}
-
-/// Passes `input` on as the guest reads it, which for what has room at once takes longer than
-/// [`PAUSE`].
-fn push_all(serial: &Mutex<Serial>, mut input: &[u8]) {
-    loop {
-        input = &input[push(serial, input)..];
-        if input.is_empty() {
-            return;
+    /// Passes `input` on as the guest reads it, which for what has room at once takes longer than
+    /// [`PAUSE`].
+    fn push_all(&mut self, mut input: &[u8]) {
+        loop {
+            input = &input[(self.push)(input)..];
+            if input.is_empty() {
+                return;
+            }
+            thread::sleep(PAUSE);
         }
-        thread::sleep(PAUSE);
     }
 }
 
