@@ -50,8 +50,9 @@ tcg_test!(qemu_of_args_is_controlled_besides_its_own_monitors, || {
         assert!(output.status.success(), "{}", text(&output.stderr));
         text(&output.stdout)
     };
-    let mut command = site.qemu(["--qmp".as_ref(), ours.as_os_str()]);
-    command.args([
+    let name = format!("qemu-of-args-{}", std::process::id());
+    let mut command = site.qemu(["--name", &name, "--qmp"]);
+    command.arg(&ours).args([
         "--macvtap",
         "wire",
         "--",
@@ -78,6 +79,10 @@ tcg_test!(qemu_of_args_is_controlled_besides_its_own_monitors, || {
     assert_eq!(qmp(&ours, "query-version"), version);
     assert!(qmp(&ours, "query-status").contains("prelaunch"));
     assert_eq!(qmp(&own, "query-status"), qmp(&ours, "query-status"));
+    let mut console = Command::new(binary());
+    console.args(["console", &name, "--dump"]);
+    let log = text(&outcome(console).stderr);
+    assert!(log.contains("has no console"), "{log}");
     let listener = Listener::connect(&ours);
     qmp(&ours, "quit");
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());

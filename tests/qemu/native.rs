@@ -1,5 +1,7 @@
 //! The options of the native monitor.
 
+use serde_json::Value;
+
 use super::control::Listener;
 use super::*;
 use crate::harness::initramfs::find;
@@ -275,6 +277,11 @@ tcg_test!(open_queue_and_a_device_of_the_users_are_taken, || {
     assert_eq!(found.trim(), mac);
     address(&mut vm, "eth0", 11);
     assert!(pings(&mut vm, "192.168.77.3"), "{}", vm.transcript());
+    let mut ps = Command::new(binary());
+    ps.args(["ps", &name, "--json"]);
+    let shown: Value = serde_json::from_slice(&outcome(ps).stdout).expect("it is JSON");
+    assert_eq!(shown[0]["state"], "running");
+    assert_eq!(shown[0]["nics"][0]["mac"], mac);
     // What another program types comes to the guest too.
     let mut console = Command::new(binary());
     console.args(["console", &name]).stdin(Stdio::piped());

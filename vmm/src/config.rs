@@ -39,7 +39,7 @@ const CONSOLE: &str = "console=ttyS0 ";
 /// How long a guest has to power off by itself after its power button was pressed.
 const GRACE: Duration = Duration::from_secs(10);
 /// The same with a disk that it writes: as long as systemd gives a service.
-const GRACE_WITH_DISKS: Duration = Duration::from_secs(90);
+pub(crate) const GRACE_WITH_DISKS: Duration = Duration::from_secs(90);
 
 /// A guest, validated.
 #[derive(Clone, Debug)]

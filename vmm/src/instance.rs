@@ -227,6 +227,11 @@ impl Instance {
         self.place.qmp_path()
     }
 
+    /// The socket of its console.
+    pub fn console_path(&self) -> PathBuf {
+        self.place.console_path()
+    }
+
     fn keep_log(&self) {
         let path = self.place.log_path();
         if let Err(error) = log_writer::keep(&path) {
@@ -246,9 +251,9 @@ impl Instance {
     /// Has the guest of `config` use it.
     pub fn enter(&self, config: &mut Config) {
         config.name = Some(self.place.name().clone());
-        config.qmp.push(self.place.qmp_path());
+        config.qmp.push(self.qmp_path());
         let console = &mut config.console_socket;
-        console.get_or_insert_with(|| self.place.console_path());
+        console.get_or_insert_with(|| self.console_path());
     }
 }
 

@@ -291,12 +291,12 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     program.others = locks.map_err(failed_to("pass the queues on to QEMU"))?;
     // They give the claims up when QEMU has ended.
     let nics = plan.ids.iter().zip(taken.nics);
-    let followers = nics.map(|(id, (claim, listener))| nics::follow(claim, listener, id, &events));
+    let nics = nics.map(|(id, (claim, listener))| nics::follow(claim, listener, id, &events));
     let attachment = Attachment {
         monitor,
         qmp,
         console,
-        followers: followers
+        nics: nics
             .collect::<Result<_, _>>()
             .map_err(failed_to("follow the NICs"))?,
         events,

@@ -8,10 +8,15 @@ use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
+use devices::virtio::net::observe::Observer;
 use event_manager::EventSet;
+use net::MacAddr;
 use serde_json::{Value, json};
 
+use crate::qmp::commands::info::{Info, NicInfo, QUERY_INFO};
 use crate::qmp::{Executor, QmpError, Reply, Request};
 
 /// The longest message of QEMU's.
@@ -22,6 +27,8 @@ const MOST: usize = 256;
 const BEHIND: usize = 1 << 20;
 /// As much is read at once.
 const PIECE: usize = 64 << 10;
+/// The id of the question whether the guest runs.
+const STATUS: &str = "run-state";
 
 /// The connection.
 #[derive(Debug)]
@@ -33,6 +40,8 @@ pub(super) struct Monitor {
     pending: BTreeMap<u64, Reply>,
     next: u64,
     is_closed: bool,
+    /// RunState of QEMU, as it last said.
+    status: String,
 }
 
 impl Monitor {
@@ -46,8 +55,10 @@ impl Monitor {
             pending: BTreeMap::new(),
             next: 0,
             is_closed: false,
+            status: "starting".into(),
         };
         monitor.command("qmp_capabilities", json!({}), "nothing");
+        monitor.ask_for_status();
         Ok(monitor)
     }
 
@@ -58,6 +69,10 @@ impl Monitor {
     /// Sends a command of minivmm's own, whose answer has the same `id`.
     pub fn command(&mut self, name: &str, arguments: Value, id: &str) {
         self.push(&json!({"execute": name, "arguments": arguments, "id": id}));
+    }
+
+    fn ask_for_status(&mut self) {
+        self.command("query-status", json!({}), STATUS);
     }
 
     /// Sends a client's command.
@@ -133,6 +148,7 @@ impl Monitor {
 
     fn route(&mut self, mut message: Value) -> Option<Value> {
         let Some(id) = message["id"].as_u64() else {
+            self.follow_status(&message);
             return Some(message);
         };
         if let (Some(reply), Value::Object(members)) = (self.pending.remove(&id), &mut message) {
@@ -140,6 +156,18 @@ impl Monitor {
             reply.pass_on(message);
         }
         None
+    }
+
+    /// QEMU says when the guest stops or goes on, and not always why.
+    fn follow_status(&mut self, message: &Value) {
+        if let Some("STOP" | "RESUME" | "SUSPEND" | "WAKEUP") = message["event"].as_str() {
+            self.ask_for_status();
+        }
+        if let (Some(STATUS), Some(status)) =
+            (message["id"].as_str(), message["return"]["status"].as_str())
+        {
+            status.clone_into(&mut self.status);
+        }
     }
 
     /// No answer comes any more.
@@ -161,16 +189,38 @@ impl Monitor {
     }
 }
 
-/// Has clients' commands carried out by QEMU.
+/// Has clients' commands carried out by QEMU, and says itself what minivmm knows.
 #[derive(Debug)]
 pub(super) struct Forward {
     pub monitor: Rc<RefCell<Monitor>>,
     pub version: Value,
+    /// How long the guest may take to power off.
+    pub grace: Duration,
+    /// The NICs' MAC addresses, and what is learnt of them.
+    pub nics: Vec<(MacAddr, Arc<Observer>)>,
+}
+
+impl Forward {
+    /// Also while QEMU hangs.
+    fn info(&self) -> Info {
+        let nic = |(mac, observer): &(MacAddr, Arc<Observer>)| NicInfo {
+            mac: Some(*mac),
+            addresses: observer.addresses(),
+        };
+        Info {
+            status: self.monitor.borrow().status.clone(),
+            stop_timeout: self.grace.as_secs(),
+            nics: self.nics.iter().map(nic).collect(),
+        }
+    }
 }
 
 impl Executor for Forward {
     fn execute(&mut self, request: Request, reply: Reply) {
-        self.monitor.borrow_mut().forward(request, reply);
+        match request.name.as_str() {
+            QUERY_INFO => reply.send(Ok(self.info())),
+            _ => self.monitor.borrow_mut().forward(request, reply),
+        }
     }
 
     fn version(&self) -> Value {

@@ -50,6 +50,14 @@ pub(super) fn number(
         .collect()
 }
 
+/// A NIC that is followed.
+#[derive(Debug)]
+pub(super) struct Followed {
+    pub follower: Follower,
+    pub mac: MacAddr,
+    pub observer: Arc<Observer>,
+}
+
 /// Publishes what the guest's frames say, and announces it by `events`: nothing else here looks at them. The NIC is
 /// called `id` there.
 pub(super) fn follow(
@@ -57,10 +65,11 @@ pub(super) fn follow(
     listener: Option<FrameListener>,
     id: &str,
     events: &Arc<EventHub>,
-) -> io::Result<Follower> {
+) -> io::Result<Followed> {
     let TapInfo {
         lower, mac, mtu, ..
     } = &claim.nic().tap;
+    let mac = *mac;
     let label = format!("{id} on {lower}");
     let config = NetConfig {
         mac: mac.octets(),
@@ -68,9 +77,14 @@ pub(super) fn follow(
     };
     let guest = Arc::new(ConfigSpace::new(config, 1, EventSink::default()));
     let observer = Arc::new(Observer::new(label.clone(), Arc::clone(&guest))?);
-    let mut follower = Follower::new(label, guest, observer, claim, None, listener)?;
+    let seen = Arc::clone(&observer);
+    let mut follower = Follower::new(label, guest, seen, claim, None, listener)?;
     follower.announce_to(id.to_owned(), Arc::clone(events));
-    Ok(follower)
+    Ok(Followed {
+        follower,
+        mac,
+        observer,
+    })
 }
 
 /// The number from `first` on for what else QEMU gets: one that it neither inherits nor has named in ARGS.

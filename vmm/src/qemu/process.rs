@@ -14,12 +14,12 @@ use super::console::{Console, Running};
 use super::control::Control;
 use super::guest::{Guest, Terms};
 use super::monitor::{Forward, Monitor};
+use super::nics::Followed;
 use super::{Plan, QemuError, failed_to, hints};
 use crate::child::{self, Arrivals, Child, Program};
-use crate::config::ConsoleTarget;
+use crate::config::{Config, ConsoleTarget, GRACE_WITH_DISKS};
 use crate::control::exit::Exit;
 use crate::events::EventHub;
-use crate::nic::follow::Follower;
 use crate::qmp::server::Server;
 use crate::qmp::socket::Listener;
 use crate::signals::ENDING;
@@ -34,8 +34,8 @@ pub(super) struct Attachment {
     pub qmp: Vec<Listener>,
     /// The guest's console, if that is ours.
     pub console: Option<Console>,
-    /// What is done for the NICs.
-    pub followers: Vec<Follower>,
+    /// In order.
+    pub nics: Vec<Followed>,
     /// Where the NICs' news is published.
     pub events: Arc<EventHub>,
 }
@@ -105,11 +105,17 @@ fn follow(
 ) -> io::Result<(Option<Exit>, ExitStatus)> {
     let events = attachment.events;
     let monitor = Rc::new(RefCell::new(Monitor::new(attachment.monitor)?));
+    let nics = attachment.nics.iter();
+    let machine = plan.machine.as_ref();
     let forward = Box::new(Forward {
         monitor: Rc::clone(&monitor),
         version: plan.qemu.version.clone(),
+        grace: machine.map_or(GRACE_WITH_DISKS, Config::grace),
+        nics: nics
+            .map(|nic| (nic.mac, Arc::clone(&nic.observer)))
+            .collect(),
     });
-    let followers = attachment.followers.into_iter();
+    let followers = attachment.nics.into_iter().map(|nic| nic.follower);
     let mut others: Vec<_> = followers.map(boxed).collect();
     if !attachment.qmp.is_empty() {
         others.push(boxed(Server::new(attachment.qmp, &events, forward)?));
@@ -117,7 +123,7 @@ fn follow(
     let server = console.and_then(|console| console.server.clone());
     others.extend(server.map(boxed));
     let keys = console.map(|console| Arc::clone(&console.exit));
-    let guest = plan.machine.as_ref().map(|machine| {
+    let guest = machine.map(|machine| {
         let terms = Terms {
             grace: machine.grace(),
             reboot: machine.reboot,

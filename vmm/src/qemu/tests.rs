@@ -87,6 +87,8 @@ impl Site {
             let forward = Box::new(Forward {
                 monitor: Rc::clone(&monitor),
                 version: json!("of QEMU"),
+                grace: LIMIT,
+                nics: Vec::new(),
             });
             let server = Server::new(vec![listener], &hub, forward).unwrap();
             let guest = guest.map(|prepare| {
@@ -164,6 +166,27 @@ fn client_waits_for_a_qemu_that_hangs_while_others_and_signals_go_on() {
     let answer = waits.next();
     assert_eq!(answer["error"]["class"], "GenericError");
     assert_eq!(answer["id"], "x");
+}
+
+#[test]
+fn info_is_there_while_qemu_hangs_and_has_the_last_state() {
+    let mut site = Site::new(&[], None);
+    let mut client = site.client();
+    let mut status = |id: &str| {
+        client.send(&json!({"execute": "x-minivmm-info", "id": id}));
+        let answer = client.next();
+        assert_eq!(answer["id"], id);
+        assert_eq!(answer["return"]["stop-timeout"], LIMIT.as_secs());
+        answer["return"]["status"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(status("a"), "starting");
+    let question = site.qemu.expect("query-status");
+    let state = json!({"status": "paused", "running": false});
+    site.qemu
+        .send(&json!({"return": state, "id": question["id"]}));
+    while status("b") != "paused" {}
+    site.qemu.send(&json!({"event": "RESUME"}));
+    site.qemu.expect("query-status");
 }
 
 #[test]
