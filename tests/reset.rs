@@ -10,7 +10,9 @@ mod tiny;
 
 use std::arch::global_asm;
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::net::UdpSocket;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::ptr;
@@ -22,7 +24,7 @@ use harness::guest::{ECHO, Net, addresses};
 use harness::images::{Images, assert_journal};
 use harness::memory::own_memory;
 use harness::vm::{Vm, binary};
-use harness::{AT_ONCE, eventually};
+use harness::{AT_ONCE, PATIENCE, eventually};
 use harness::{kvm_test, transports_test};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -343,6 +345,33 @@ kvm_test!(reset_button_ends_a_guest_or_restarts_it, || {
     assert_eq!(guest.wait().unwrap(), Exit::Quit);
     assert!(!kernel.console().contains("old"), "{}", kernel.console());
 });
+
+kvm_test!(
+    system_reset_of_qmp_restarts_a_guest_and_clients_see_it,
+    || {
+        let kernel = Kernel::fresh();
+        let socket = kernel.0.path().join("qmp");
+        let mut vm = kernel.start(&["--qmp", socket.to_str().unwrap()]);
+        vm.wait_for("new\n");
+        let client = UnixStream::connect(&socket).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let commands = r#"{"execute": "qmp_capabilities"} {"execute": "system_reset"}"#;
+        (&client).write_all(commands.as_bytes()).unwrap();
+        vm.wait_for("new\n");
+        vm.send("R");
+        vm.wait_for("new\n");
+        vm.send("Q");
+        assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
+        let mut said = String::new();
+        (&client).read_to_string(&mut said).unwrap();
+        let reasons = said.lines().filter(|line| line.contains(r#""RESET""#));
+        let by_guest: Vec<_> = reasons
+            .map(|line| line.contains(r#""guest-reset""#))
+            .collect();
+        assert_eq!(by_guest, [false, true], "{said}");
+        assert_eq!(said.matches("host-qmp-system-reset").count(), 1, "{said}");
+    }
+);
 
 kvm_test!(reset_of_a_paused_guest_leaves_it_paused, || {
     let kernel = Kernel::fresh();

@@ -38,6 +38,15 @@ pub(super) const COMMANDS: &[Command] = &[
         },
     },
     Command {
+        name: "system_reset",
+        run: |control, arguments, reply| {
+            arguments.answer(reply, |NoArguments {}| {
+                control.reset();
+                Ok(Done {})
+            });
+        },
+    },
+    Command {
         name: "quit",
         run: |control, arguments, reply| {
             arguments.answer(reply, |NoArguments {}| {
