@@ -25,7 +25,12 @@ pub enum StatsError {
     /// It does not answer.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// It is another program, or another version of this one.
+    /// QEMU runs it, or whoever serves the socket.
+    #[error(
+        "the virtual machine has no statistics: the native monitor counts them, and QEMU does not"
+    )]
+    None,
+    /// It is another version of this program.
     #[error("the virtual machine's statistics have another form")]
     Form(#[source] serde_json::Error),
     /// Nothing can be written.
@@ -48,6 +53,9 @@ pub fn run(args: &StatsArgs) -> Result<(), StatsError> {
         let value = match client.execute("x-minivmm-stats", json!({})) {
             // It has been seen to its end.
             Err(ClientError::Closed) if before.is_some() => return Ok(()),
+            Err(ClientError::Refused { class, .. }) if class == "CommandNotFound" => {
+                return Err(StatsError::None);
+            }
             answer => answer?,
         };
         let stats: Stats = serde_json::from_value(value.clone()).map_err(StatsError::Form)?;
@@ -287,6 +295,9 @@ fn bytes(mut value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     fn stats(uptime_us: u64, frames: u64) -> Stats {
@@ -314,6 +325,35 @@ mod tests {
         assert_eq!(words(&totals)[..3], ["net0.0", "5100", "5.0M"]);
         let rates = report(&after, Some(&before));
         assert_eq!(words(&rates)[..3], ["net0.0", "2500", "2.4M"]);
+    }
+
+    #[test]
+    fn server_without_statistics_is_an_error_of_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let error = json!({"class": "CommandNotFound", "desc": "no such command"});
+            let answers = [
+                json!({"QMP": {}}),
+                json!({"return": {}}),
+                json!({"error": error}),
+            ];
+            for answer in answers {
+                stream.write_all(format!("{answer}\n").as_bytes()).unwrap();
+            }
+            // Until the client has gone.
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        let args = StatsArgs {
+            target: Target::Socket(path),
+            watch: None,
+            json: false,
+        };
+        let error = run(&args).unwrap_err();
+        assert!(matches!(error, StatsError::None), "{error}");
+        server.join().unwrap();
     }
 
     #[test]
