@@ -374,7 +374,10 @@ fn help_shows_groups_examples_and_exit_codes_in_100_columns() {
 #[test]
 fn help_ends_with_the_examples() {
     for (arguments, last) in [
-        (&["--help"][..], "--console file:console.log -q\n"),
+        (
+            &["--help"][..],
+            "minivmm ps; minivmm console web; minivmm stop web\n",
+        ),
         (
             &["qemu", "--help"],
             "netdev=macvtap0,mac=52:54:00:12:34:56 ...\n",
