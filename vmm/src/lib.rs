@@ -56,7 +56,8 @@
 //! # Threads
 //!
 //! The thread that builds the guest, the main thread in `minivmm`, then waits for events. Two more
-//! take part in building: one loads the kernel (`boot`), one creates the virtual machine (`kvm`). Each vCPU
+//! take part in building: one loads the kernel (`boot`), one creates the virtual machine (`kvm`). A reset of a guest that
+//! restarts has one while it lasts (`reset`). Each vCPU
 //! has a thread (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`,
 //! `netN.1`, …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its
 //! capture one (`netN.pcap`), each queue of a disk one (`diskN`, `diskN.1`, …), the entropy device and
