@@ -29,6 +29,7 @@ mod step;
 mod tag;
 
 use making::make;
+pub(crate) use making::new_address;
 pub use problem::{HostLinkError, HostLinkProblem};
 use settings::Paused;
 use step::{Journal, Step};

@@ -32,6 +32,7 @@
 //! | `inventory.rs` | who shares a wire |
 //! | `macvtap.rs` | checks, makes, brings up and opens a macvtap; or takes queues that another program has opened |
 //! | `hostlink.rs` | the host's own link among the macvtaps on a lower, and moving addresses onto it |
+//! | `station.rs` | a place of this process's own among the macvtaps on a lower |
 //! | `link_guard.rs` | deletes what was made |
 //! | `stale.rs`, `owner.rs` | deletes what ended processes have made |
 //! | `wifi.rs` | whether frames go over the air |
@@ -73,6 +74,7 @@ mod queue;
 mod record;
 mod spec;
 mod stale;
+mod station;
 mod sysfs;
 mod watch;
 mod wifi;
@@ -102,6 +104,7 @@ pub use record::{
 };
 pub use spec::{MacvtapSpec, Placement};
 pub use stale::{StaleError, StaleLink, delete_stale};
+pub use station::{Station, StationError};
 pub use watch::{LinkChange, LinkEvent, LinkWatch};
 
 /// What to do about an error of this crate, or one that has such a one as a source, where there is something to do.

@@ -239,7 +239,7 @@ fn check_addresses(
     Ok(())
 }
 
-pub(super) fn new_address(address: &InterfaceAddress, index: u32) -> AddressMessage {
+pub(crate) fn new_address(address: &InterfaceAddress, index: u32) -> AddressMessage {
     let ip = address.ip();
     let mut message = AddressMessage::default();
     message.header.index = index;
