@@ -74,6 +74,8 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "net",
             // Users and their groups, which rustix leaves to the C library.
             "nix",
+            // Regular expressions of `minivmm wait`.
+            "regex-lite",
             "serde",
             "serde_json",
             "signal-hook",

@@ -26,3 +26,5 @@ mod shown;
 mod stats;
 #[path = "harness/tiny.rs"]
 mod tiny;
+#[path = "control/wait.rs"]
+mod wait;

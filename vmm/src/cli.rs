@@ -13,14 +13,32 @@ use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
 use serde_json::{Map, Value};
 
 use crate::config::{
-    Config, ConfigError, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack, MemorySize,
-    NicConfig, NicSource, Reboot, VmName, parse_macvtap,
+    Condition, Config, ConfigError, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack,
+    MemorySize, NicConfig, NicSource, Patience, Reboot, VmName, parse_macvtap,
 };
 use crate::plan::Transport;
 
 mod qemu;
 
 pub use qemu::{Accel, QemuArgs};
+
+const WAIT_HELP: &str = "\
+Conditions, by what the guest shows without any agent in it:
+  address        it uses an IPv4 address, or an IPv6 one that is not of its link alone; printed on stdout
+  port=N         it takes a connection on this TCP port. This host's own addresses are tried, which reach
+                 guests by a host link or a router; and beside a guest in bridge mode, with root's rights,
+                 a link of this program's own, which reaches the guest's link-local IPv6 address
+  console=REGEX  a line of its console has this in it, also of the 64 KiB that it said last. The last
+                 line counts before it has ended, but has no end ($) then
+  exit           it has ended
+
+Exit status:
+    0  all conditions were met; of the VM, where one is exit
+    1  the VM ended before, or there is none
+  124  the time is over
+
+Example:
+  minivmm -d --name web --kernel bzImage --macvtap eno1 && minivmm wait web --for port=22";
 
 const EXAMPLES: &str = "\
 At a terminal, Ctrl-A x ends the guest and Ctrl-A h shows the other keys.
@@ -392,6 +410,9 @@ pub enum Command {
     Stats(StatsArgs),
     /// Shows what a VM has logged, also one of -d that has ended
     Logs(LogsArgs),
+    /// Waits until a running VM has an address, an open port, a line on its console, or has ended
+    #[command(after_help = WAIT_HELP)]
+    Wait(WaitArgs),
     /// Attaches to the console of a running VM: shows what it said last and what follows, and types
     Console(ConsoleArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
@@ -632,6 +653,21 @@ pub struct KillArgs {
     pub name: Vec<VmName>,
 }
 
+/// `minivmm wait`.
+#[derive(Clone, Debug, Args)]
+pub struct WaitArgs {
+    /// The VM, as `minivmm ps` shows it
+    pub name: VmName,
+
+    /// What it is to come to; of several all, one after the other
+    #[arg(long = "for", value_name = "CONDITION", required = true)]
+    pub conditions: Vec<Condition>,
+
+    /// How long to wait at most, as in 500ms, 60s or 5m; 0 is for ever
+    #[arg(long, value_name = "TIME", default_value = "60s")]
+    pub timeout: Patience,
+}
+
 /// `minivmm doctor`.
 #[derive(Clone, Debug, Args)]
 pub struct DoctorArgs {
@@ -678,6 +714,8 @@ mod tests {
             "minivmm net gc -v",
             "minivmm ps",
             "minivmm ps web vm1 --json",
+            "minivmm wait web --for address",
+            "minivmm wait web --for port=22 --for console=login: --for exit --timeout 5m",
             "minivmm console web",
             "minivmm console web --dump",
             "minivmm --kernel k --name web-1",
@@ -724,6 +762,11 @@ mod tests {
             "minivmm --kernel k --name a/b",
             "minivmm ps .",
             "minivmm console",
+            "minivmm wait web",
+            "minivmm wait --for address",
+            "minivmm wait web --for port=0",
+            "minivmm wait web --for console=(",
+            "minivmm wait web --for exit --timeout soon",
             "minivmm stop",
             "minivmm -d ps",
             "minivmm logs",

@@ -11,6 +11,7 @@ mod ps;
 mod qmp;
 mod stats;
 mod stop;
+mod wait;
 
 use std::io::{self, ErrorKind, Write};
 
@@ -25,6 +26,7 @@ pub use console::ConsoleError;
 pub use host_link::HostLinkCommandError;
 pub use open::OpenError;
 pub use stats::StatsError;
+pub use wait::WaitError;
 
 /// Why a subcommand could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +49,8 @@ pub enum CommandError {
     Console(#[from] ConsoleError),
     #[error(transparent)]
     Stats(#[from] StatsError),
+    #[error(transparent)]
+    Wait(#[from] WaitError),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
 }
@@ -56,6 +60,7 @@ impl CommandError {
     pub fn code(&self) -> u8 {
         match self {
             Self::Open(error) => error.code(),
+            Self::Wait(error) => error.code(),
             _ => 1,
         }
     }
@@ -81,6 +86,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Qmp(args) => print(&qmp::run(args)?).map(|()| 0),
         Command::Stats(args) => Ok(stats::run(args).map(|()| 0)?),
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),
+        Command::Wait(args) => Ok(wait::run(args)?),
         Command::Console(args) => Ok(console::run(args)?),
         Command::Logs(args) => print(&logs::run(args)?).map(|()| 0),
         Command::Stop(args) => Ok(stop::stop(args)?),

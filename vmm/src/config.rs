@@ -17,6 +17,7 @@ mod name;
 mod nic;
 mod qemu;
 mod reboot;
+mod wait;
 
 pub use balloon::{BalloonError, HeldBack};
 use disk::DISK_KEYS;
@@ -28,6 +29,7 @@ pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
 use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 pub use qemu::QemuNic;
 pub use reboot::Reboot;
+pub use wait::{Condition, Patience};
 
 /// On every command line: after a panic reset at once, with the "warm" flag by which the monitor
 /// distinguishes it from a reboot; and no self-tests of the crypto algorithms, which are two thirds

@@ -85,6 +85,13 @@ pub enum Event {
         /// Why, in QEMU's words (ShutdownCause).
         reason: &'static str,
     },
+    /// The monitor ends with this exit status.
+    Ending {
+        /// The status.
+        status: u8,
+        /// Why, for people.
+        text: String,
+    },
     /// The guest has shown an address of its that was not known, or no longer.
     Address {
         /// The name of the NIC.
@@ -130,7 +137,11 @@ impl Event {
             _ => None,
         };
         let shutdown = Self::Shutdown { guest, reason };
-        first.into_iter().chain([shutdown]).collect()
+        let ending = Self::Ending {
+            status: exit.code(),
+            text: exit.to_string(),
+        };
+        first.into_iter().chain([shutdown, ending]).collect()
     }
 
     /// The end of a guest, or that it could not be started.
@@ -170,6 +181,9 @@ impl Event {
             Self::GuestPanicked => ("GUEST_PANICKED", json!({"action": "shutdown"})),
             Self::Shutdown { guest, reason } => {
                 ("SHUTDOWN", json!({"guest": guest, "reason": reason}))
+            }
+            Self::Ending { status, text } => {
+                ("X_MINIVMM_EXIT", json!({"status": status, "text": text}))
             }
             Self::Address { nic, mac, address } => (
                 "X_MINIVMM_ADDRESS",
@@ -230,9 +244,10 @@ impl Event {
                 ("exit", data)
             }
             // A program that asks for the filter uses QMP; `exit` says more than QEMU's word.
-            Self::RxFilterChanged { .. } | Self::Shutdown { .. } | Self::Other { .. } => {
-                return None;
-            }
+            Self::RxFilterChanged { .. }
+            | Self::Shutdown { .. }
+            | Self::Ending { .. }
+            | Self::Other { .. } => return None,
         })
     }
 }
@@ -365,7 +380,10 @@ mod tests {
             let name = |event: &Event| Some(event.qmp()?.0.to_owned());
             events.iter().filter_map(name).collect::<Vec<_>>()
         };
-        assert_eq!(names(Exit::Panic), ["GUEST_PANICKED", "SHUTDOWN"]);
-        assert_eq!(names(Exit::PowerOff), ["SHUTDOWN"]);
+        assert_eq!(
+            names(Exit::Panic),
+            ["GUEST_PANICKED", "SHUTDOWN", "X_MINIVMM_EXIT"]
+        );
+        assert_eq!(names(Exit::PowerOff), ["SHUTDOWN", "X_MINIVMM_EXIT"]);
     }
 }

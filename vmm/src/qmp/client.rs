@@ -1,6 +1,7 @@
 //! A client of a QMP server, for minivmm's own commands: it blocks, for as long as it is allowed to.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -97,6 +98,31 @@ impl Client {
         }
     }
 
+    /// The name and data of the next event, which may have come already; `None` when there is none until the
+    /// deadline. Those that come while a command is carried out are left out.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`]; [`ClientError::Closed`] is the end of the virtual machine.
+    pub fn next_event(
+        &mut self,
+        deadline: Instant,
+    ) -> Result<Option<(String, Value)>, ClientError> {
+        loop {
+            // Enough to look whether one has come.
+            let soon = Instant::now() + Duration::from_millis(1);
+            match self.message(deadline.max(soon)) {
+                Ok(mut message) => {
+                    if let Some(name) = message["event"].as_str().map(str::to_owned) {
+                        return Ok(Some((name, message["data"].take())));
+                    }
+                }
+                Err(ClientError::Silent) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     fn message(&mut self, deadline: Instant) -> Result<Value, ClientError> {
         loop {
             let end = self.input.iter().position(|&byte| byte == b'\n');
@@ -123,6 +149,13 @@ impl Client {
                 },
             }
         }
+    }
+}
+
+/// Readable when the server says something, or has closed the connection.
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 
