@@ -63,7 +63,7 @@ async def server(client):
     for name in [
         "announce-self", "balloon", "block_resize", "cont", "human-monitor-command",
         "qmp_capabilities", "query-balloon", "query-block", "query-commands", "query-cpus-fast",
-        "query-kvm", "query-rx-filter", "query-status", "query-version", "quit", "set_link",
+        "query-kvm", "query-name", "query-rx-filter", "query-status", "query-version", "quit", "set_link",
         "stop", "system_powerdown",
     ]:
         assert names.count(name) == 1, (name, names)
@@ -73,11 +73,12 @@ async def server(client):
     assert version == client.greeting.QMP.version
 
 
-async def cpus(client, count):
+async def cpus(client, name):
     found = await client.execute("query-cpus-fast")
-    assert [check(CPU, cpu)["cpu-index"] for cpu in found] == list(range(count))
-    assert len({cpu["thread-id"] for cpu in found}) == count
+    assert [check(CPU, cpu)["cpu-index"] for cpu in found] == [0, 1]
+    assert len({cpu["thread-id"] for cpu in found}) == 2
     check({"enabled": bool, "present": bool}, await client.execute("query-kvm"))
+    assert await client.execute("query-name") == {"name": name}
 
 
 async def nics(client):
@@ -137,7 +138,8 @@ async def disks(client):
         raise AssertionError("a disk that is read alone was resized")
 
 
-async def balloon(client, memory):
+async def balloon(client):
+    memory = 128 << 20
     found = await client.execute("query-balloon")
     assert found == {"actual": memory}, found
     await nothing(client, "balloon", value=memory // 2)
@@ -184,7 +186,7 @@ async def expect_events(listener):
 
 
 async def main():
-    path, cpu_count, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    path, name = sys.argv[1:]
     client, other = QMPClient("first"), QMPClient("second")
     await client.connect(path)
     await other.connect(path)
@@ -193,10 +195,10 @@ async def main():
     other.register_listener(listeners[1])
 
     await server(client)
-    await cpus(client, cpu_count)
+    await cpus(client, name)
     await nics(client)
     await disks(client)
-    await balloon(client, memory)
+    await balloon(client)
     await human_monitor(client)
     await running(client)
     await fails(client, "quit", {"x": 1}, "Parameter 'x' is unexpected")

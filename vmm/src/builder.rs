@@ -182,6 +182,7 @@ fn run_opened(
         Arc::clone(events),
     )
     .map_err(failed_to("create a timer"))?;
+    control.name = config.name.clone();
     control.disks = built.disks;
     control.nics = built.net_devices.handles.clone();
     let mut others = built.net_devices.followers(events);

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::config::{
     Condition, Config, ConfigError, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack,
-    MemorySize, NicConfig, NicSource, Patience, Reboot, VmName, parse_macvtap,
+    MemorySize, NicConfig, NicSource, Patience, QmpSocket, Reboot, VmName, parse_macvtap,
 };
 use crate::plan::Transport;
 
@@ -148,6 +148,16 @@ impl Cli {
         self.guest.events.as_ref()?.descriptor()
     }
 
+    /// The numbers of the listening sockets that it names.
+    pub fn listeners(&self) -> Vec<RawFd> {
+        let qemu = match &self.command {
+            Some(Command::Qemu(args)) => &args.qmp[..],
+            _ => &[],
+        };
+        let sockets = self.guest.qmp.iter().chain(qemu);
+        sockets.filter_map(QmpSocket::descriptor).collect()
+    }
+
     /// The numbers of the queues that it names.
     pub fn descriptors(&self) -> Vec<RawFd> {
         let native = self.guest.macvtap.iter().map(|nic| &nic.source);
@@ -206,9 +216,10 @@ pub struct GuestArgs {
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", help_heading = "Network")]
     pub macvtap: Vec<NicConfig>,
 
-    /// Socket by which other programs control the guest, in QEMU's language (QMP). May be repeated
+    /// Socket by which other programs control the guest, in QEMU's language (QMP); or fd=N, one that
+    /// listens already, as systemd passes it. May be repeated
     #[arg(long, value_name = "PATH", help_heading = "Control")]
-    pub qmp: Vec<PathBuf>,
+    pub qmp: Vec<QmpSocket>,
 
     /// Writes what happens to the guest, a line of JSON for each event, to a file or FIFO, or to a
     /// descriptor that is open already. docs/events.md has the events
@@ -743,7 +754,7 @@ mod tests {
             "minivmm -d --kernel k --name web",
             "minivmm ps -a",
             "minivmm logs web",
-            "minivmm --kernel k --qmp a --qmp b",
+            "minivmm --kernel k --qmp a --qmp fd=3",
             "minivmm --kernel k --events fd:5",
         ] {
             Cli::read(line.split(' ')).unwrap();

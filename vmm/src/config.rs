@@ -16,6 +16,7 @@ mod keys;
 mod name;
 mod nic;
 mod qemu;
+mod qmp;
 mod reboot;
 mod wait;
 
@@ -28,6 +29,7 @@ pub use name::VmName;
 pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
 use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 pub use qemu::QemuNic;
+pub use qmp::QmpSocket;
 pub use reboot::Reboot;
 pub use wait::{Condition, Patience};
 
@@ -70,7 +72,7 @@ pub struct Config {
     /// Where the serial console goes.
     pub console: ConsoleTarget,
     /// Sockets by which other programs control the guest, in the language of QEMU (QMP).
-    pub qmp: Vec<PathBuf>,
+    pub qmp: Vec<QmpSocket>,
     /// Where a socket is made by which other programs read the console and write to it. One that connects gets the last
     /// 64 KiB of what was said, and then what follows.
     pub console_socket: Option<PathBuf>,
@@ -170,6 +172,9 @@ pub enum ConfigError {
     /// Where events go.
     #[error("not fd:N, with N from 3 on, or the path of a file")]
     Events,
+    /// A control socket.
+    #[error("not the path of a socket, nor fd=N with N at least 3")]
+    Qmp,
     /// The transport.
     #[error("not one of pci and mmio")]
     Transport,

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use net::{RecordDirectory, RecordError, RecordLock};
 
-use crate::config::{Config, VmName};
+use crate::config::{Config, QmpSocket, VmName};
 use crate::control::exit::chain;
 use crate::nic::registry::Runs;
 use crate::{detach, log_writer};
@@ -88,7 +88,7 @@ impl InstanceError {
 struct Serves<'a> {
     runs: &'a Runs,
     /// Sockets elsewhere.
-    qmp: &'a [PathBuf],
+    qmp: &'a [QmpSocket],
 }
 
 /// The directory of this process's VM. Dropping it removes it, unless the VM has [ended](Self::end) detached.
@@ -110,7 +110,7 @@ impl Instance {
     pub fn claim(
         name: Option<&VmName>,
         runs: &Runs,
-        qmp: &[PathBuf],
+        qmp: &[QmpSocket],
     ) -> Result<Self, InstanceError> {
         let serves = Serves { runs, qmp };
         Self::claim_in(RecordDirectory::own(), name, &serves)
@@ -201,7 +201,7 @@ impl Instance {
     pub fn of_program(
         name: Option<&VmName>,
         runs: &Runs,
-        qmp: &[PathBuf],
+        qmp: &[QmpSocket],
     ) -> Result<Option<Self>, InstanceError> {
         match Self::claim(name, runs, qmp) {
             Ok(instance) => {
@@ -251,7 +251,7 @@ impl Instance {
     /// Has the guest of `config` use it.
     pub fn enter(&self, config: &mut Config) {
         config.name = Some(self.place.name().clone());
-        config.qmp.push(self.qmp_path());
+        config.qmp.push(QmpSocket::Path(self.qmp_path()));
         let console = &mut config.console_socket;
         console.get_or_insert_with(|| self.console_path());
     }

@@ -25,7 +25,8 @@ pub unsafe fn main() -> ExitCode {
     let settled = signals::settle();
     limits::raise();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
-    let keep = Inherited::numbers(&cli.descriptors(), cli.events_descriptor());
+    let (queues, listeners, events) = (cli.descriptors(), cli.listeners(), cli.events_descriptor());
+    let keep = Inherited::numbers(&queues, &listeners, events);
     let forked = match cli.detaches() {
         // SAFETY: this is the first thread, which has opened nothing.
         true => unsafe { detach::fork(&keep) }.map(Some),
@@ -43,7 +44,7 @@ pub unsafe fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     // SAFETY: as for this function, which has opened nothing that it keeps, and nothing that has such a number.
-    let inherited = match unsafe { Inherited::take(&cli.descriptors(), cli.events_descriptor()) } {
+    let inherited = match unsafe { Inherited::take(&queues, &listeners, events) } {
         Ok(inherited) => inherited,
         Err(error) => {
             log::error!("{}", chain(&error));

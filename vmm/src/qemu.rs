@@ -53,7 +53,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
-use crate::config::{BalloonError, Config, ConsoleTarget, NicSource, QemuNic};
+use crate::config::{BalloonError, Config, ConsoleTarget, NicSource, QemuNic, QmpSocket};
 use crate::files::{Files, Role, SharedFile};
 use crate::instance::{Instance, InstanceError};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
@@ -258,7 +258,7 @@ fn engine(args: &QemuArgs, machine: bool) -> Result<Option<Accel>, ConflictError
 /// # Errors
 ///
 /// Says why QEMU was not run. Nothing is left of it then.
-pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
+pub fn run(args: &QemuArgs, mut inherited: Inherited) -> Result<u8, QemuError> {
     let plan = Plan::new(args, true)?;
     let runs = match &args.machine.kernel {
         Some(kernel) => Runs::kernel(kernel),
@@ -267,7 +267,9 @@ pub fn run(args: &QemuArgs, inherited: Inherited) -> Result<u8, QemuError> {
     // Dropped last.
     let instance = Instance::of_program(args.name.as_ref(), &runs, &args.qmp)?;
     let own = instance.as_ref().map(Instance::qmp_path);
-    let qmp = args.qmp.iter().chain(&own).map(|path| Listener::bind(path));
+    let own = own.map(QmpSocket::Path);
+    let qmp = args.qmp.iter().chain(&own);
+    let qmp = qmp.map(|socket| Listener::open(socket, &mut inherited));
     let qmp = qmp.collect::<Result<_, _>>()?;
     let console = open_console(&plan, instance.as_ref())?;
     let events = Arc::default();

@@ -102,7 +102,8 @@ impl Opened {
         }
         let disks = config.disks.iter().map(|disk| disk::open(&disk.image));
         let disks = disks.collect::<Result<_, _>>()?;
-        let qmp = config.qmp.iter().map(|path| Listener::bind(path));
+        let qmp = config.qmp.iter();
+        let qmp = qmp.map(|socket| Listener::open(socket, inherited));
         let qmp = qmp.collect::<Result<_, _>>()?;
         let socket = config.console_socket.as_deref();
         let socket = socket.filter(|_| config.console.has_port());

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use net::InterfaceAddress;
 
 use super::MachineArgs;
-use crate::config::{QemuNic, VmName};
+use crate::config::{QemuNic, QmpSocket, VmName};
 use crate::plan::Transport;
 
 pub(super) const HELP: &str = "\
@@ -69,10 +69,10 @@ pub struct QemuArgs {
     #[arg(long, value_name = "ADDRESS/PREFIX", requires = "macvtap")]
     pub host_link: Vec<InterfaceAddress>,
 
-    /// Socket by which other programs control the guest, in QEMU's language (QMP): several may at once.
-    /// May be repeated
+    /// Socket by which other programs control the guest, in QEMU's language (QMP): several may at once;
+    /// or fd=N, one that listens already. May be repeated
     #[arg(long, value_name = "PATH", help_heading = "Control")]
-    pub qmp: Vec<PathBuf>,
+    pub qmp: Vec<QmpSocket>,
 
     /// Print a script that does the same, and do nothing
     #[arg(long)]

@@ -22,6 +22,7 @@ use super::exit::{Exit, ExitRequest};
 use super::handle::Requests;
 use super::reset::Resets;
 use super::{GuestError, GuestState, RunState};
+use crate::config::VmName;
 use crate::disk::Disk;
 use crate::events::{Event, EventHub};
 use crate::kvm::vcpu::DeviceBuses;
@@ -85,6 +86,8 @@ pub struct Control {
     pub(super) pressed_by: Option<libc::c_int>,
     pub(super) vcpus: Vcpus,
     devices: Arc<DeviceBuses>,
+    /// The VM's, if it has one.
+    pub name: Option<VmName>,
     /// In the order of the configuration.
     pub disks: Vec<Disk>,
     pub(super) events: Arc<EventHub>,
@@ -121,6 +124,7 @@ impl Control {
             pressed_by: None,
             vcpus,
             devices,
+            name: None,
             disks: Vec::new(),
             events,
             nics: Vec::new(),

@@ -8,7 +8,7 @@ use net::Owner;
 use serde::{Deserialize, Serialize};
 
 use super::{Place, Serves};
-use crate::config::VmName;
+use crate::config::{QmpSocket, VmName};
 use crate::detach;
 use crate::nic::registry::Runs;
 
@@ -72,7 +72,7 @@ impl Record {
     pub(super) fn new(place: &Place, serves: &Serves) -> Self {
         let owner = Owner::this_process().map(|owner| owner.to_string());
         // Whoever reads it is in another directory.
-        let elsewhere = serves.qmp.iter();
+        let elsewhere = serves.qmp.iter().filter_map(QmpSocket::path);
         let elsewhere = elsewhere.map(|path| absolute(path).unwrap_or_else(|_| path.clone()));
         let qmp = [place.qmp_path()].into_iter().chain(elsewhere).collect();
         Self {

@@ -25,6 +25,9 @@ pub enum InheritError {
     /// Of a NIC.
     #[error(transparent)]
     Queue(#[from] ExistingTapError),
+    /// Of a control socket.
+    #[error("cannot serve QMP on fd {0}: it is not open in this process, or has another use")]
+    Listener(RawFd),
     /// Of events.
     #[error(
         "cannot write events to fd {0}: it is not open in this process, or a NIC's queue; open it, as by `{0}>events` in a shell"
@@ -39,13 +42,15 @@ pub struct Inherited {
     variables: Option<Variables>,
     /// The socket that comes with the queues.
     watch: Option<OwnedFd>,
+    /// Sockets that listen.
+    listeners: Vec<OwnedFd>,
     /// Where events go.
     events: Option<OwnedFd>,
 }
 
 impl Inherited {
-    /// Takes over the queues with these numbers, the socket that `net open` has passed beside them, and
-    /// the descriptor that events go to.
+    /// Takes over the queues with these numbers, the socket that `net open` has passed beside them, the
+    /// sockets that listen, and the descriptor that events go to.
     ///
     /// # Errors
     ///
@@ -54,23 +59,34 @@ impl Inherited {
     /// # Safety
     ///
     /// Nothing in this process may own them: call it before anything is opened.
-    pub unsafe fn take(numbers: &[RawFd], events: Option<RawFd>) -> Result<Self, InheritError> {
+    pub unsafe fn take(
+        numbers: &[RawFd],
+        listeners: &[RawFd],
+        events: Option<RawFd>,
+    ) -> Result<Self, InheritError> {
         // SAFETY: as for this function.
         let queues = unsafe { net::inherit(numbers) }?;
-        let take_events = |number| {
-            // SAFETY: as for this function; it is none of `numbers`.
-            let take = |number: RawFd| unsafe { net::inherit(&[number]) }.ok()?.pop();
-            let free = Some(number).filter(|number| !numbers.contains(number));
-            let fd = free.and_then(take).ok_or(InheritError::Events(number))?;
+        let mut taken = numbers.to_vec();
+        let mut take = |number: RawFd| {
+            if taken.contains(&number) {
+                return None;
+            }
+            // SAFETY: as for this function; it is none of those that are taken.
+            let fd = unsafe { net::inherit(&[number]) }.ok()?.pop()?;
             // Programs that are started later have no use for it.
             let _ = fcntl_setfd(&fd, FdFlags::CLOEXEC);
-            Ok::<_, InheritError>(fd)
+            taken.push(number);
+            Some(fd)
         };
-        let taken = events.map(take_events).transpose()?;
+        let listeners = listeners.iter();
+        let listeners = listeners.map(|&number| take(number).ok_or(InheritError::Listener(number)));
+        let listeners = listeners.collect::<Result<_, _>>()?;
+        let events = events.map(|number| take(number).ok_or(InheritError::Events(number)));
+        let events = events.transpose()?;
         let variables = Variables::of_this_process();
         let watch = variables.as_ref().and_then(|variables| {
             let number = variables.watch_beside(numbers)?;
-            if Some(number) == events {
+            if taken.contains(&number) {
                 return None;
             }
             // SAFETY: as for this function; it is none of the others.
@@ -83,8 +99,18 @@ impl Inherited {
             queues,
             variables,
             watch,
-            events: taken,
+            listeners,
+            events,
         })
+    }
+
+    /// The socket with this number, once.
+    pub fn listener(&mut self, number: RawFd) -> Option<OwnedFd> {
+        let place = self
+            .listeners
+            .iter()
+            .position(|fd| fd.as_raw_fd() == number)?;
+        Some(self.listeners.swap_remove(place))
     }
 
     /// The descriptor that events go to, once.
@@ -93,10 +119,11 @@ impl Inherited {
     }
 
     /// The numbers of all that [`Inherited::take`] takes over.
-    pub fn numbers(queues: &[RawFd], events: Option<RawFd>) -> Vec<RawFd> {
+    pub fn numbers(queues: &[RawFd], listeners: &[RawFd], events: Option<RawFd>) -> Vec<RawFd> {
         let variables = Variables::of_this_process();
         let watch = variables.and_then(|variables| variables.watch_beside(queues));
-        queues.iter().copied().chain(watch).chain(events).collect()
+        let named = queues.iter().chain(listeners).copied();
+        named.chain(watch).chain(events).collect()
     }
 
     /// The macvtap whose queues have these numbers.

@@ -11,7 +11,7 @@ use super::nics::sysfs_of;
 use super::script::{self, Origin, ScriptNic};
 use super::{Plan, QemuError, args, failed_to};
 use crate::cli::QemuArgs;
-use crate::config::{Config, NicSource};
+use crate::config::{Config, NicSource, QmpSocket};
 use crate::nic::{Inherited, NicError};
 
 /// The script that does what [`run`](super::run) would do.
@@ -50,8 +50,11 @@ pub fn dry_run(args: &QemuArgs, mut inherited: Inherited) -> Result<String, Qemu
     }
     let mut command = vec![plan.qemu.path.clone().into_os_string()];
     command.extend(plan.line(&nics, None, &args.args));
-    for path in &args.qmp {
-        command.extend(["-qmp".into(), socket(path)]);
+    for qmp in &args.qmp {
+        match qmp {
+            QmpSocket::Path(path) => command.extend(["-qmp".into(), socket(path)]),
+            QmpSocket::Descriptor(fd) => log::warn!("the script does not serve QMP on fd {fd}"),
+        }
     }
     let host_link = script::HostLink {
         lower: lower.filter(|_| !args.host_link.is_empty()),

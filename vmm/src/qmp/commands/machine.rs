@@ -6,6 +6,15 @@ use super::{Command, NoArguments};
 
 pub(super) const COMMANDS: &[Command] = &[
     Command {
+        name: "query-name",
+        run: |control, arguments, reply| {
+            arguments.answer(reply, |NoArguments {}| {
+                let name = control.name.as_ref().map(ToString::to_string);
+                Ok(Name { name })
+            });
+        },
+    },
+    Command {
         name: "query-cpus-fast",
         run: |control, arguments, reply| {
             arguments.answer(reply, |NoArguments {}| {
@@ -29,6 +38,13 @@ pub(super) const COMMANDS: &[Command] = &[
         },
     },
 ];
+
+/// NameInfo of QEMU.
+#[derive(Debug, Serialize)]
+struct Name {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+}
 
 /// CpuInfoFast of QEMU.
 #[derive(Debug, Serialize)]
