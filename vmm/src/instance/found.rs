@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::place::vms_in;
+use super::place;
 use super::record::Ended;
 use super::{Place, Record};
 use crate::config::VmName;
@@ -81,20 +81,17 @@ pub fn all() -> Vec<Found> {
 /// The same with those of `-d` that have ended.
 pub fn all_also_ended() -> Vec<Found> {
     let directories = RecordDirectory::own();
-    let found = directories.iter().flat_map(|directory| all_in(directory));
+    let places = directories
+        .iter()
+        .filter_map(|directory| place::find(directory));
+    let found = places.flat_map(|vms| all_of(&vms));
     let mut all: Vec<_> = found.collect();
     all.sort_by_key(|found| (found.record.started, found.record.pid));
     all
 }
 
-/// Those in a directory for records.
-fn all_in(directory: &Path) -> Vec<Found> {
-    all_of(&vms_in(directory))
-}
-
 /// Those in the place of all VMs.
 pub(super) fn all_of(vms: &Path) -> Vec<Found> {
-    // Another user's cannot be read.
     let entries = fs::read_dir(vms).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let places = names.map(|name| Place::new(vms, name));

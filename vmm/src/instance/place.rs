@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use net::{RecordDirectory, RecordError, RecordKey, RecordLock, RecordState, RecordView};
@@ -26,13 +26,28 @@ pub(super) fn prepare(directory: &Path) -> Result<PathBuf, InstanceError> {
     let vms = vms_in(directory);
     RecordDirectory::make(directory)
         .and_then(|()| make_own(&vms))
+        .and_then(|()| match is_own(directory) && is_own(&vms) {
+            true => Ok(()),
+            false => Err(io::Error::other("it belongs to another user")),
+        })
         .map_err(|error| InstanceError::Directory(vms.clone(), error))?;
     Ok(vms)
 }
 
-/// The place of all VMs in a directory for records.
-pub(super) fn vms_in(directory: &Path) -> PathBuf {
+/// The place of all VMs in a directory for records, if there is one that no other user can change.
+pub(super) fn find(directory: &Path) -> Option<PathBuf> {
+    let vms = vms_in(directory);
+    (is_own(directory) && is_own(&vms)).then_some(vms)
+}
+
+fn vms_in(directory: &Path) -> PathBuf {
     directory.join("vms")
+}
+
+/// Whether it is a directory of this user's. XDG_RUNTIME_DIR may be any, such as /tmp for root.
+fn is_own(directory: &Path) -> bool {
+    let user = rustix::process::geteuid().as_raw();
+    fs::symlink_metadata(directory).is_ok_and(|found| found.is_dir() && found.uid() == user)
 }
 
 fn make_own(directory: &Path) -> io::Result<()> {

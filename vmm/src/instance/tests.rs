@@ -231,3 +231,19 @@ fn directory_that_cannot_be_had_is_passed_over() {
     let error = claim(vec![long]).unwrap_err();
     assert!(matches!(error, InstanceError::TooLong(_)), "{error}");
 }
+
+#[test]
+fn directory_of_another_user_is_none_for_a_vm() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    drop(claim(directory, "web").unwrap());
+    assert!(place::find(directory).is_some());
+    let vms = directory.join("vms");
+    // Only root may give it away.
+    if std::os::unix::fs::chown(&vms, Some(4711), None).is_ok() {
+        assert!(claim(directory, "web").is_err() && place::find(directory).is_none());
+    }
+    fs::remove_dir_all(&vms).unwrap();
+    std::os::unix::fs::symlink("/tmp", &vms).unwrap();
+    assert!(claim(directory, "web").is_err() && place::find(directory).is_none());
+}
