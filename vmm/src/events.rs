@@ -137,11 +137,15 @@ impl Event {
             _ => None,
         };
         let shutdown = Self::Shutdown { guest, reason };
-        let ending = Self::Ending {
+        first.into_iter().chain([shutdown]).collect()
+    }
+
+    /// What the monitor that runs the guest natively says of itself then.
+    pub fn ending(exit: &Exit) -> Self {
+        Self::Ending {
             status: exit.code(),
             text: exit.to_string(),
-        };
-        first.into_iter().chain([shutdown, ending]).collect()
+        }
     }
 
     /// The end of a guest, or that it could not be started.
@@ -380,10 +384,7 @@ mod tests {
             let name = |event: &Event| Some(event.qmp()?.0.to_owned());
             events.iter().filter_map(name).collect::<Vec<_>>()
         };
-        assert_eq!(
-            names(Exit::Panic),
-            ["GUEST_PANICKED", "SHUTDOWN", "X_MINIVMM_EXIT"]
-        );
-        assert_eq!(names(Exit::PowerOff), ["SHUTDOWN", "X_MINIVMM_EXIT"]);
+        assert_eq!(names(Exit::Panic), ["GUEST_PANICKED", "SHUTDOWN"]);
+        assert_eq!(names(Exit::PowerOff), ["SHUTDOWN"]);
     }
 }

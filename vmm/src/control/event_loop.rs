@@ -177,6 +177,9 @@ impl Control {
         for event in exit.reason().into_iter().flat_map(Event::of_exit) {
             hub.publish(event);
         }
+        if let Some(reason) = exit.reason() {
+            hub.publish(Event::ending(reason));
+        }
         Ok(())
     }
 

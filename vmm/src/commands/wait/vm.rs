@@ -86,6 +86,7 @@ impl Vm {
     fn note(&mut self, name: &str, data: &Value) {
         let text = |key: &str| data[key].as_str().unwrap_or_default();
         match name {
+            "SHUTDOWN" => self.exit = Some(end(text("reason"))),
             "X_MINIVMM_EXIT" => {
                 let status = data["status"].as_u64();
                 let status = status.and_then(|status| status.try_into().ok());
@@ -129,6 +130,20 @@ impl Vm {
             .flat_map(|nic| nic.addresses.iter().copied());
         all.filter(|address| !is_of_link(address))
     }
+}
+
+/// The exit status that goes with a reason for the end (ShutdownCause of QEMU), and the reason in
+/// words: where QEMU runs the guest, nothing says more.
+fn end(reason: &str) -> (u8, String) {
+    let (status, how) = match reason {
+        "guest-shutdown" => (0, "the guest powered off"),
+        "guest-reset" => (0, "the guest asked for a reboot"),
+        "guest-panic" => (4, "the guest's kernel panicked"),
+        "host-signal" => (128 + 15, "ended by a signal"),
+        "host-error" => (3, "the guest crashed"),
+        _ => (0, "ended on request"),
+    };
+    (status, how.to_owned())
 }
 
 /// Readable when it has said something more than [`Vm::listen`] has taken.
