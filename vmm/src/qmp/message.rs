@@ -123,3 +123,42 @@ pub(super) fn not_negotiated() -> QmpError {
         desc: "Expecting capabilities negotiation with 'qmp_capabilities'".into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Each call takes something, or waits for more: a client cannot keep the server busy.
+        #[test]
+        fn input_of_any_kind_is_taken_or_waits(
+            text in r#"[\[\]{}:,"\\ a1e.-]{0,60}"#,
+            bytes in prop::collection::vec(any::<u8>(), 0..20),
+        ) {
+            let mut input = [text.as_bytes(), &bytes].concat();
+            while let Some((_, length)) = next(&input) {
+                prop_assert!(length > 0 && length <= input.len());
+                input.drain(..length);
+            }
+        }
+
+        #[test]
+        fn command_is_read_whatever_surrounds_it(
+            name in "\\PC{0,20}",
+            id in any::<i64>(),
+            spaces in "[ \n\t]{0,5}",
+        ) {
+            let text = json!({"id": id, "execute": name}).to_string() + &spaces;
+            let (message, length) = next(text.as_bytes()).expect("it is whole");
+            let request = Request { name, arguments: Map::new() };
+            let expected = Message { request, id: Some(id.into()) };
+            prop_assert_eq!(message, Ok(expected));
+            prop_assert!(text[length..].trim().is_empty());
+            for cut in 0..length {
+                prop_assert_eq!(next(&text.as_bytes()[..cut]), None);
+            }
+        }
+    }
+}
