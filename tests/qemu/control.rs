@@ -90,3 +90,39 @@ tcg_test!(qemu_of_args_is_controlled_besides_its_own_monitors, || {
     assert_eq!(listener.events(), [("SHUTDOWN".to_owned(), data)]);
     assert!(!ours.exists(), "the socket is removed");
 });
+
+tcg_test!(detached_qemu_runs_on_and_leaves_its_log_and_events, || {
+    let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let events = dir.path().join("events");
+    let name = format!("qemu-detached-{}", std::process::id());
+    let mut command = site.qemu(["-d", "--name", &name, "--events"]);
+    command.arg(&events).args(["--macvtap", "wire"]);
+    command.args("-- -M q35 -accel tcg -display none -S".split(' '));
+    let output = outcome(command);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), format!("{name}\n"));
+    let ask = |args: &[&str]| {
+        let mut command = Command::new(binary());
+        command.args(args);
+        text(&outcome(command).stdout)
+    };
+    let shown: Value = serde_json::from_str(&ask(&["ps", &name, "--json"])).expect("JSON");
+    assert_eq!(shown[0]["state"], "prelaunch");
+    let pid = shown[0]["pid"].as_i64().expect("a number");
+    let pid = Pid::from_raw(pid as i32).expect("not 0");
+    kill_process(pid, Signal::TERM).expect("it runs");
+    let is_over = || rustix::process::test_kill_process(pid).is_err();
+    assert!(eventually(is_over), "it runs on");
+    let log = ask(&["logs", &name]);
+    assert!(log.contains("terminating on signal 15"), "{log}");
+    let lines = fs::read_to_string(&events).expect("it was written");
+    let lines = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"));
+    let lines: Vec<Value> = lines.collect();
+    assert_eq!(lines[0]["event"], "started");
+    assert_eq!(lines[0]["nics"][0]["nic"], "macvtap0");
+    let last = lines.last().expect("there is one");
+    assert_eq!((&last["event"], &last["code"]), (&"exit".into(), &0.into()));
+});

@@ -12,7 +12,19 @@ use rustix::termios::{LocalModes, tcgetattr};
 use super::harness::assets::assets;
 use super::harness::pty::Pty;
 use super::harness::vm::binary;
-use super::{SECOND, descendants, eventually, tcg_test};
+use super::{descendants, eventually, outcome, tcg_test};
+
+/// The name of the VM.
+fn name() -> String {
+    format!("qemu-terminal-{}", std::process::id())
+}
+
+/// Whether QEMU answers on its monitor.
+fn has_begun() -> bool {
+    let mut command = Command::new(binary());
+    command.args(["qmp", &name(), "query-status"]);
+    outcome(command).status.success()
+}
 
 /// Runs a command on a terminal of its own until it is raw, ends it by `end` (which gets the
 /// command's pid and the user's side of the terminal), and checks that the terminal is as before.
@@ -32,8 +44,8 @@ fn on_a_terminal(mut command: Command, end: impl FnOnce(u32, &mut fs::File)) -> 
     // Ends with the terminal's other side.
     thread::spawn(move || while shown.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
     assert!(eventually(is_raw), "the terminal is not raw");
-    // The mode changes before QEMU reads.
-    thread::sleep(SECOND);
+    // Until then QEMU may still change its mode.
+    assert!(eventually(has_begun), "QEMU does not begin");
     end(child.id(), &mut pty.keyboard);
     let mut status = None;
     assert!(
@@ -54,6 +66,8 @@ tcg_test!(terminal_is_restored_by_ctrl_a_x_and_by_kills, || {
         // Without an initrd the guest panics, and would end by itself.
         command.args([
             "qemu",
+            "--name",
+            &name(),
             "--accel",
             "tcg",
             "--cmdline",
@@ -64,7 +78,8 @@ tcg_test!(terminal_is_restored_by_ctrl_a_x_and_by_kills, || {
     };
     let of_args = || {
         let mut command = Command::new(binary());
-        let args = "qemu -- -M q35 -accel tcg -nodefaults -display none -serial mon:stdio";
+        let args = "-- -M q35 -accel tcg -nodefaults -display none -serial mon:stdio";
+        command.args(["qemu", "--name", &name()]);
         command.args(args.split_whitespace());
         command
     };

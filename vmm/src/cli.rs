@@ -140,12 +140,19 @@ pub struct Cli {
 impl Cli {
     /// Whether the guest is to outlive the command.
     pub fn detaches(&self) -> bool {
-        self.guest.detach
+        match &self.command {
+            Some(Command::Qemu(args)) => args.detach,
+            _ => self.guest.detach,
+        }
     }
 
     /// The number of the descriptor that events go to, if one is named.
     pub fn events_descriptor(&self) -> Option<RawFd> {
-        self.guest.events.as_ref()?.descriptor()
+        let events = match &self.command {
+            Some(Command::Qemu(args)) => &args.events,
+            _ => &self.guest.events,
+        };
+        events.as_ref()?.descriptor()
     }
 
     /// The numbers of the listening sockets that it names.

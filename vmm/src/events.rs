@@ -248,12 +248,35 @@ impl Event {
                 ("exit", data)
             }
             // A program that asks for the filter uses QMP; `exit` says more than QEMU's word.
-            Self::RxFilterChanged { .. }
-            | Self::Shutdown { .. }
-            | Self::Ending { .. }
-            | Self::Other { .. } => return None,
+            Self::Other { name, data } => return line_of_qemu(name, data),
+            Self::RxFilterChanged { .. } | Self::Shutdown { .. } | Self::Ending { .. } => {
+                return None;
+            }
         })
     }
+}
+
+/// The line of an event of QEMU's, where this has the same.
+fn line_of_qemu(name: &str, data: &Value) -> Option<(&'static str, Value)> {
+    Some(match name {
+        "STOP" => ("stop", json!({})),
+        "RESUME" => ("resume", json!({})),
+        "POWERDOWN" => ("power-button", json!({})),
+        "RESET" => ("reset", data.clone()),
+        "GUEST_PANICKED" => ("panic", json!({})),
+        "SHUTDOWN" if data["reason"] == "guest-shutdown" => ("power-off", json!({})),
+        "BALLOON_CHANGE" => ("balloon", data.clone()),
+        "BLOCK_IO_ERROR" => {
+            let data = json!({
+                "device": data["device"],
+                "operation": data["operation"],
+                "no-space": data["nospace"],
+                "reason": data["reason"],
+            });
+            ("block-io-error", data)
+        }
+        _ => return None,
+    })
 }
 
 /// The operation of a request, as QEMU has it.

@@ -222,6 +222,11 @@ impl Instance {
 }
 
 impl Instance {
+    /// The VM's name.
+    pub fn name(&self) -> &VmName {
+        self.place.name()
+    }
+
     /// Its control socket.
     pub fn qmp_path(&self) -> PathBuf {
         self.place.qmp_path()
@@ -250,7 +255,7 @@ impl Instance {
 
     /// Has the guest of `config` use it.
     pub fn enter(&self, config: &mut Config) {
-        config.name = Some(self.place.name().clone());
+        config.name = Some(self.name().clone());
         config.qmp.push(QmpSocket::Path(self.qmp_path()));
         let console = &mut config.console_socket;
         console.get_or_insert_with(|| self.console_path());

@@ -4,14 +4,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::builder::Error;
-use crate::cli::Cli;
+use crate::cli::{Cli, Command};
 use crate::config::Config;
 use crate::control::exit::{Exit, chain};
 use crate::detach::{self, Side};
 use crate::instance::Instance;
 use crate::nic::Inherited;
 use crate::nic::registry::Runs;
-use crate::{builder, commands, limits, log_writer, signals, trim, tty};
+use crate::{builder, commands, limits, log_writer, qemu, signals, trim, tty};
 
 /// Does what the command line says.
 ///
@@ -26,7 +26,10 @@ pub unsafe fn main() -> ExitCode {
     limits::raise();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let (queues, listeners, events) = (cli.descriptors(), cli.listeners(), cli.events_descriptor());
-    let keep = Inherited::numbers(&queues, &listeners, events);
+    let mut keep = Inherited::numbers(&queues, &listeners, events);
+    if let Some(Command::Qemu(args)) = &cli.command {
+        keep.extend(qemu::descriptors_of(&args.args));
+    }
     let forked = match cli.detaches() {
         // SAFETY: this is the first thread, which has opened nothing.
         true => unsafe { detach::fork(&keep) }.map(Some),

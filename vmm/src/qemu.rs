@@ -47,6 +47,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Instant;
 
 use net::{FrameListener, LinkGuard, MacAddr, TapInfo};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -54,12 +55,18 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::child::{self, Program};
 use crate::cli::{Accel, QemuArgs};
 use crate::config::{BalloonError, Config, ConsoleTarget, NicSource, QemuNic, QmpSocket};
+use crate::control::exit::{Exit, chain};
+use crate::detach;
+use crate::events::Event;
+use crate::events::start::{Start, StartedNic};
+use crate::events::writer::EventWriter;
 use crate::files::{Files, Role, SharedFile};
 use crate::instance::{Instance, InstanceError};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
 use crate::nic::registry::{Claim, Runs};
 use crate::nic::{self, HostNic, Inherited, NicError, host_link};
 use crate::qmp::socket::{Listener, SocketError};
+use crate::resources::{ResourceError, open_events};
 use crate::tty::may_read;
 
 use accel::Engine;
@@ -67,6 +74,7 @@ use args::{Line, NetDevice};
 use binary::Qemu;
 use conflict::OwnDevice;
 use console::Console;
+use control::Begun;
 use nics::{Expected, Numbers};
 use process::Attachment;
 
@@ -97,6 +105,8 @@ pub enum QemuError {
     Link(String, &'static str, #[source] io::Error),
     #[error(transparent)]
     Qmp(#[from] SocketError),
+    #[error(transparent)]
+    Events(#[from] Box<ResourceError>),
     #[error("cannot write the console to {0}")]
     Console(String, #[source] io::Error),
     #[error("cannot run {0:?}")]
@@ -259,6 +269,7 @@ fn engine(args: &QemuArgs, machine: bool) -> Result<Option<Accel>, ConflictError
 ///
 /// Says why QEMU was not run. Nothing is left of it then.
 pub fn run(args: &QemuArgs, mut inherited: Inherited) -> Result<u8, QemuError> {
+    let start = Start::new(Instant::now());
     let plan = Plan::new(args, true)?;
     let runs = match &args.machine.kernel {
         Some(kernel) => Runs::kernel(kernel),
@@ -266,14 +277,50 @@ pub fn run(args: &QemuArgs, mut inherited: Inherited) -> Result<u8, QemuError> {
     };
     // Dropped last.
     let instance = Instance::of_program(args.name.as_ref(), &runs, &args.qmp)?;
-    let own = instance.as_ref().map(Instance::qmp_path);
-    let own = own.map(QmpSocket::Path);
+    let target = args.events.as_ref();
+    let file = target.map(|target| open_events(&mut Files::default(), target, &mut inherited));
+    let file = file.transpose().map_err(Box::new)?;
+    let writer = file.map(|(file, place)| EventWriter::start(file, place, &start.events));
+    // Waits at the end until the last event is written.
+    let _writer = writer
+        .transpose()
+        .map_err(failed_to("start the events' thread"))?;
+    let events = Arc::clone(&start.events);
+    let ended = run_planned(start, &plan, args, inherited, &runs, instance.as_ref());
+    let (code, reason, text) = match &ended {
+        Ok((Some(exit), code)) => (*code, exit.reason(), exit.to_string()),
+        Ok((None, 0)) => (0, "quit", "QEMU has ended".to_owned()),
+        Ok((None, code)) => (
+            *code,
+            "failure",
+            format!("QEMU has ended with status {code}"),
+        ),
+        Err(error) => (1, "failure", chain(error)),
+    };
+    if let Some(instance) = instance {
+        instance.end(code, text.clone());
+    }
+    events.publish(Event::Exit { code, reason, text });
+    ended.map(|(_, code)| code)
+}
+
+/// The same with all that can be settled before.
+fn run_planned(
+    start: Start,
+    plan: &Plan,
+    args: &QemuArgs,
+    mut inherited: Inherited,
+    runs: &Runs,
+    instance: Option<&Instance>,
+) -> Result<(Option<Exit>, u8), QemuError> {
+    let own = instance.map(Instance::qmp_path).map(QmpSocket::Path);
     let qmp = args.qmp.iter().chain(&own);
     let qmp = qmp.map(|socket| Listener::open(socket, &mut inherited));
     let qmp = qmp.collect::<Result<_, _>>()?;
-    let console = open_console(&plan, instance.as_ref())?;
-    let events = Arc::default();
-    let mut taken = Taken::from_host(&plan, args, inherited, &runs)?;
+    let console = open_console(plan, instance)?;
+    start.note(|stages| &mut stages.opened);
+    let mut taken = Taken::from_host(plan, args, inherited, runs)?;
+    start.note(|stages| &mut stages.network);
     let first = taken.nics.first().map(|(claim, _)| &claim.nic().tap);
     let host_link = host_link::make(first, &args.host_link)?;
     let control = number_control(taken.descriptors.len(), console.is_some(), &args.args);
@@ -291,21 +338,40 @@ pub fn run(args: &QemuArgs, mut inherited: Inherited) -> Result<u8, QemuError> {
     let locks = locks.filter_map(|(claim, _)| claim.share().transpose());
     let locks = locks.collect::<Result<_, _>>();
     program.others = locks.map_err(failed_to("pass the queues on to QEMU"))?;
+    let named = plan.ids.iter().zip(&taken.nics);
+    let shown = named.map(|(id, (claim, _))| StartedNic::new(id, &claim.nic().tap));
+    let shown = shown.collect();
     // They give the claims up when QEMU has ended.
     let nics = plan.ids.iter().zip(taken.nics);
+    let events = Arc::clone(&start.events);
     let nics = nics.map(|(id, (claim, listener))| nics::follow(claim, listener, id, &events));
+    let nics = nics.collect::<Result<_, _>>();
     let attachment = Attachment {
         monitor,
         qmp,
         console,
-        nics: nics
-            .collect::<Result<_, _>>()
-            .map_err(failed_to("follow the NICs"))?,
+        nics: nics.map_err(failed_to("follow the NICs"))?,
+        started: has_started(start, instance, shown),
         events,
     };
-    let status = process::supervise(program, attachment, &plan);
+    let ended = process::supervise(program, attachment, plan);
     drop((taken.guards, host_link));
-    status
+    ended
+}
+
+/// Publishes that the guest is there; the command of one that is to be detached ends then.
+fn has_started(start: Start, instance: Option<&Instance>, nics: Vec<StartedNic>) -> Begun {
+    let name = instance.map(|instance| instance.name().clone());
+    Box::new(move || {
+        start.note(|stages| &mut stages.vcpus);
+        start.publish(name.clone(), nics);
+        detach::started(name.as_ref())
+    })
+}
+
+/// The descriptors that QEMU's own options name.
+pub fn descriptors_of(args: &[OsString]) -> Vec<RawFd> {
+    conflict::named(args)
 }
 
 /// The console of a guest of `--kernel`, and QEMU's end of it.

@@ -207,7 +207,7 @@ fn open_to_write(files: &mut Files, role: Role, path: &Path) -> Result<File, Res
 }
 
 /// Opens what events are written to, with nothing in it, and says what it is called.
-fn open_events(
+pub fn open_events(
     files: &mut Files,
     target: &EventsTarget,
     inherited: &mut Inherited,

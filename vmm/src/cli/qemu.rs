@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use net::InterfaceAddress;
 
 use super::MachineArgs;
-use crate::config::{QemuNic, QmpSocket, VmName};
+use crate::config::{EventsTarget, QemuNic, QmpSocket, VmName};
 use crate::plan::Transport;
 
 pub(super) const HELP: &str = "\
@@ -59,6 +59,10 @@ pub struct QemuArgs {
     #[arg(long, value_name = "NAME")]
     pub name: Option<VmName>,
 
+    /// Return when the guest runs, and print its name, as in the native monitor
+    #[arg(short, long, conflicts_with = "dry_run")]
+    pub detach: bool,
+
     /// NIC on a new macvtap of the host's interface LINK, or on LINK if that is a
     /// macvtap. May be repeated. The keys are below
     #[arg(long, value_name = "LINK[,KEY=VALUE...]")]
@@ -73,6 +77,10 @@ pub struct QemuArgs {
     /// or fd=N, one that listens already. May be repeated
     #[arg(long, value_name = "PATH", help_heading = "Control")]
     pub qmp: Vec<QmpSocket>,
+
+    /// Writes what happens to the guest, a line of JSON for each event, as in the native monitor
+    #[arg(long, value_name = "PATH|fd:N", help_heading = "Control")]
+    pub events: Option<EventsTarget>,
 
     /// Print a script that does the same, and do nothing
     #[arg(long)]

@@ -38,24 +38,33 @@ pub struct StartedNic {
 }
 
 /// When each stage was over, in microseconds from the beginning of the program. NICs, kernel and
-/// machine are made side by side.
+/// machine are made side by side. Those that QEMU does without saying so are missing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Stages {
     /// The files are open.
     pub opened: u64,
     /// The guest's memory is mapped.
+    #[serde(skip_serializing_if = "is_zero")]
     pub memory: u64,
     /// The macvtaps are made, and all else that the host gives.
     pub network: u64,
     /// KVM has the virtual machine and its vCPUs.
+    #[serde(skip_serializing_if = "is_zero")]
     pub machine: u64,
     /// The kernel lies in memory.
+    #[serde(skip_serializing_if = "is_zero")]
     pub kernel: u64,
     /// The devices stand on their buses.
+    #[serde(skip_serializing_if = "is_zero")]
     pub devices: u64,
     /// The vCPUs run.
     pub vcpus: u64,
+}
+
+// As serde wants it.
+fn is_zero(time: &u64) -> bool {
+    *time == 0
 }
 
 impl StartedNic {

@@ -29,7 +29,6 @@ const KEY: u32 = 2;
 const PIECES: usize = 16;
 
 /// QEMU, as it is followed.
-#[derive(Debug)]
 pub(super) struct Control {
     qemu: Child,
     monitor: Rc<RefCell<Monitor>>,
@@ -39,7 +38,12 @@ pub(super) struct Control {
     /// Where a key of the terminal's ends that.
     keys: Option<Arc<ExitRequest>>,
     events: Arc<EventHub>,
+    /// What is done once QEMU has said what the guest does.
+    started: Option<Begun>,
 }
+
+/// Done once; QEMU is killed if it fails.
+pub(super) type Begun = Box<dyn FnOnce() -> io::Result<()>>;
 
 impl Control {
     /// Of a QEMU that runs. Take `signals` before it is started, so that none is missed.
@@ -58,7 +62,14 @@ impl Control {
             guest,
             keys,
             events,
+            started: None,
         }
+    }
+
+    /// Has `started` done once the guest is there.
+    pub fn when_started(mut self, started: Begun) -> Self {
+        self.started = Some(started);
+        self
     }
 
     /// Follows QEMU to its end, and lets `others` have their events meanwhile. Without an [`Exit`] QEMU has ended of itself: its
@@ -106,6 +117,11 @@ impl Control {
 
     /// Whether QEMU has ended, or has to.
     fn end(&mut self) -> io::Result<Option<ExitStatus>> {
+        if self.monitor.borrow().has_status()
+            && let Some(started) = self.started.take()
+        {
+            started()?;
+        }
         if let Some(guest) = &mut self.guest {
             if guest.deadline.is_some_and(|at| at <= Instant::now()) {
                 guest.be_late();

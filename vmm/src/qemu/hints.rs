@@ -1,10 +1,12 @@
 //! QEMU's stderr: shown as it is, and searched for failures whose remedy is known.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader};
 use std::process::ChildStderr;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
+
+use crate::log_writer;
 
 const NO_QUEUE: &str = "a descriptor in -netdev tap is no tap queue, or its interface is gone; open one as by `9<>/dev/tapN`";
 
@@ -85,7 +87,7 @@ fn hint(line: &str) -> Option<&'static str> {
         .map(|(_, hint)| *hint)
 }
 
-/// Copies QEMU's stderr to ours until its end.
+/// Copies QEMU's stderr to the log until its end.
 #[derive(Debug)]
 pub(super) struct Relay(Receiver<&'static str>);
 
@@ -97,8 +99,9 @@ impl Relay {
             let mut lines = BufReader::new(stderr);
             let mut line = Vec::new();
             while lines.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
-                let _ = io::stderr().write_all(&line);
-                if let Some(hint) = hint(&String::from_utf8_lossy(&line)) {
+                let text = String::from_utf8_lossy(&line);
+                log_writer::write(&text);
+                if let Some(hint) = hint(&text) {
                     let _ = sender.send(hint);
                 }
                 line.clear();

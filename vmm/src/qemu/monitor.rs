@@ -27,6 +27,8 @@ const MOST: usize = 256;
 const BEHIND: usize = 1 << 20;
 /// As much is read at once.
 const PIECE: usize = 64 << 10;
+/// The status until QEMU says one.
+const STARTING: &str = "starting";
 /// The id of the question whether the guest runs.
 const STATUS: &str = "run-state";
 
@@ -55,7 +57,7 @@ impl Monitor {
             pending: BTreeMap::new(),
             next: 0,
             is_closed: false,
-            status: "starting".into(),
+            status: STARTING.into(),
         };
         monitor.command("qmp_capabilities", json!({}), "nothing");
         monitor.ask_for_status();
@@ -73,6 +75,11 @@ impl Monitor {
 
     fn ask_for_status(&mut self) {
         self.command("query-status", json!({}), STATUS);
+    }
+
+    /// Whether QEMU has said what the guest does: it has begun.
+    pub fn has_status(&self) -> bool {
+        self.status != STARTING
     }
 
     /// Sends a client's command.

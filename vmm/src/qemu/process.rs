@@ -11,7 +11,7 @@ use std::sync::Arc;
 use event_manager::MutEventSubscriber;
 
 use super::console::{Console, Running};
-use super::control::Control;
+use super::control::{Begun, Control};
 use super::guest::{Guest, Terms};
 use super::monitor::{Forward, Monitor};
 use super::nics::Followed;
@@ -26,7 +26,6 @@ use crate::signals::ENDING;
 use crate::tty;
 
 /// What minivmm follows QEMU by, and is asked by.
-#[derive(Debug)]
 pub(super) struct Attachment {
     /// minivmm's end of QEMU's monitor.
     pub monitor: UnixStream,
@@ -38,14 +37,16 @@ pub(super) struct Attachment {
     pub nics: Vec<Followed>,
     /// Where the NICs' news is published.
     pub events: Arc<EventHub>,
+    /// What is done once the guest is there.
+    pub started: Begun,
 }
 
-/// Starts QEMU and follows it to its end.
+/// Starts QEMU and follows it to its end: how its guest has ended, if QEMU has not ended of itself, and the exit status.
 pub(super) fn supervise(
     mut program: Program,
     mut attachment: Attachment,
     plan: &Plan,
-) -> Result<u8, QemuError> {
+) -> Result<(Option<Exit>, u8), QemuError> {
     let command = &mut program.command;
     command.stderr(Stdio::piped());
     if let Some(machine) = &plan.machine {
@@ -76,7 +77,7 @@ pub(super) fn supervise(
         console.finish();
     }
     let hint = stderr.and_then(hints::Relay::hint);
-    let code = match exit {
+    let code = match &exit {
         Some(exit) => {
             exit.log();
             exit.code()
@@ -92,7 +93,7 @@ pub(super) fn supervise(
     if let (Some(hint), true) = (hint, code != 0) {
         log::error!("{hint}");
     }
-    Ok(code)
+    Ok((exit, code))
 }
 
 /// Follows a QEMU that runs to its end.
@@ -132,7 +133,8 @@ fn follow(
         let (monitor, events) = (Rc::clone(&monitor), Arc::clone(&events));
         Guest::new(monitor, events, terms)
     });
-    Control::new(qemu, monitor, signals, guest, keys, events).run(others)
+    let control = Control::new(qemu, monitor, signals, guest, keys, events);
+    control.when_started(attachment.started).run(others)
 }
 
 fn boxed(subscriber: impl MutEventSubscriber + 'static) -> Box<dyn MutEventSubscriber> {
