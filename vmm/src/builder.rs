@@ -3,6 +3,7 @@
 pub mod load;
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::io;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
@@ -15,19 +16,20 @@ use devices::irq::IrqLine;
 use devices::serial::Serial;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::rng::Rng;
+use event_manager::MutEventSubscriber;
 use net::HostLinkGuard;
 use vm_memory::GuestMemoryMmap;
 
 use self::load::Loader;
 use crate::config::{Config, ConsoleTarget};
-use crate::control::event_loop::{CaughtSignals, Control};
+use crate::control::event_loop::{CaughtSignals, Control, SharedControl};
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::handle::{Handle, Requests};
 use crate::control::reset::{ResetRequest, Resets, Restart};
 use crate::disk::Disk;
-use crate::events::Event;
 use crate::events::start::Start;
 use crate::events::writer::EventWriter;
+use crate::events::{Event, EventHub};
 use crate::instance::InstanceError;
 use crate::kvm::barrier::Barrier;
 use crate::kvm::cpuid::CpuModel;
@@ -185,21 +187,12 @@ fn run_opened(
     control.name = config.name.clone();
     control.disks = built.disks;
     control.nics = built.net_devices.handles.clone();
-    let mut others = built.net_devices.followers(events);
-    if let Some(balloon) = &built.balloon {
-        let memory = config.memory.bytes();
-        let follower = balloon::Follower::new(balloon.clone(), memory, Arc::clone(events));
-        others.push(Box::new(follower.map_err(failed_to("create a timer"))?));
-    }
     control.balloon = built.balloon;
     let resets = |restart| Resets::new(restart, handle.clone());
     control.resets = built.restart.map(resets);
     let control = Rc::new(RefCell::new(control));
-    if !qmp.is_empty() {
-        let native = Box::new(Native(Rc::clone(&control)));
-        let server = Server::new(qmp, events, native);
-        others.push(Box::new(server.map_err(failed_to("serve QMP"))?));
-    }
+    let mut others = built.net_devices.followers(events);
+    others.extend(followers(&config, &control, qmp, events)?);
     if let Some(server) = &console_server {
         others.push(Box::new(Rc::clone(server)));
     }
@@ -215,6 +208,27 @@ fn run_opened(
         console.lost().log();
     }
     Ok(exit.reason().cloned().unwrap_or(Exit::Quit))
+}
+
+/// What follows the balloon and serves QMP's sockets, if the guest has them.
+fn followers(
+    config: &Config,
+    control: &SharedControl,
+    qmp: Vec<Listener>,
+    events: &Arc<EventHub>,
+) -> Result<Vec<Box<dyn MutEventSubscriber>>, Error> {
+    let mut all: Vec<Box<dyn MutEventSubscriber>> = Vec::new();
+    if let Some(balloon) = &control.borrow().balloon {
+        let memory = config.memory.bytes();
+        let follower = balloon::Follower::new(balloon.clone(), memory, Arc::clone(events));
+        all.push(Box::new(follower.map_err(failed_to("create a timer"))?));
+    }
+    if !qmp.is_empty() {
+        let native = Box::new(Native(Rc::clone(control)));
+        let server = Server::new(qmp, events, native);
+        all.push(Box::new(server.map_err(failed_to("serve QMP"))?));
+    }
+    Ok(all)
 }
 
 /// A guest that is ready to run. It is dropped in this order: with the buses the devices' threads
@@ -263,11 +277,8 @@ fn build(
         start.note(|stages| &mut stages.network);
         let (vm, vcpus) = join(vm)?;
         let exit = Arc::new(ExitRequest::new().map_err(failed_to("create an eventfd"))?);
-        let output = host
-            .console
-            .map(|file| Output::new(file, config.console.place(), Arc::clone(&exit)));
-        let console = output.transpose().map_err(failed_to("create a timer"))?;
-        let console = console.map(Arc::new);
+        let console = host.console.map(|file| output(file, config, &exit));
+        let console = console.transpose()?;
         let reset = ResetRequest::of(config, &barrier, control);
         let (memory, events) = (Arc::clone(memory), Arc::clone(&start.events));
         let mut machine = Machine::new(&vm, memory, exit, reset, console.clone(), events, plan)?;
@@ -300,6 +311,11 @@ fn build(
             host_link: host.host_link,
         })
     })
+}
+
+fn output(file: File, config: &Config, exit: &Arc<ExitRequest>) -> Result<Arc<Output>, Error> {
+    let output = Output::new(file, config.console.place(), Arc::clone(exit));
+    output.map(Arc::new).map_err(failed_to("create a timer"))
 }
 
 /// Starts `work` on a thread of its own, whose end the scope waits for whatever else fails.

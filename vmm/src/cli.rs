@@ -3,42 +3,28 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
+use ::net::{InterfaceAddress, LinkName};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use net::{InterfaceAddress, LinkName, MacvtapSpec, NewLinkName};
-use serde_json::{Map, Value};
 
 use crate::config::{
-    Condition, Config, ConfigError, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack,
-    MemorySize, NicConfig, NicSource, Patience, QmpSocket, Reboot, VmName, parse_macvtap,
+    Config, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack, MemorySize, NicConfig,
+    NicSource, QmpSocket, Reboot, VmName,
 };
 use crate::plan::Transport;
 
+mod net;
 mod qemu;
+mod vms;
 
+pub use self::net::{HostLinkArgs, ListArgs, NetCommand, OpenArgs};
 pub use qemu::{Accel, QemuArgs};
-
-const WAIT_HELP: &str = "\
-Conditions, by what the guest shows without any agent in it:
-  address        it uses an IPv4 address, or an IPv6 one that is not of its link alone; printed on stdout
-  port=N         it takes a connection on this TCP port. This host's own addresses are tried, which reach
-                 guests by a host link or a router; and beside a guest in bridge mode, with root's rights,
-                 a link of this program's own, which reaches the guest's link-local IPv6 address
-  console=REGEX  a line of its console has this in it, also of the 64 KiB that it said last. The last
-                 line counts before it has ended, but has no end ($) then
-  exit           it has ended
-
-Exit status:
-    0  all conditions were met; of the VM, where one is exit
-    1  the VM ended before, or there is none
-  124  the time is over
-
-Example:
-  minivmm -d --name web --kernel bzImage --macvtap eno1 && minivmm wait web --for port=22";
+pub use vms::{
+    ConsoleArgs, KillArgs, LogsArgs, PsArgs, QmpArgs, StatsArgs, StopArgs, Target, WaitArgs,
+};
 
 const EXAMPLES: &str = "\
 At a terminal, Ctrl-A x ends the guest and Ctrl-A h shows the other keys.
@@ -416,7 +402,7 @@ pub enum Command {
     #[command(after_help = qemu::HELP)]
     Qemu(Box<QemuArgs>),
     /// Lists the running VMs
-    #[command(after_help = PS_HELP)]
+    #[command(after_help = vms::PS_HELP)]
     Ps(PsArgs),
     /// Presses the power buttons of VMs, and ends those that do not power off in time
     Stop(StopArgs),
@@ -429,261 +415,12 @@ pub enum Command {
     /// Shows what a VM has logged, also one of -d that has ended
     Logs(LogsArgs),
     /// Waits until a running VM has an address, an open port, a line on its console, or has ended
-    #[command(after_help = WAIT_HELP)]
+    #[command(after_help = vms::WAIT_HELP)]
     Wait(WaitArgs),
     /// Attaches to the console of a running VM: shows what it said last and what follows, and types
     Console(ConsoleArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
     Doctor(DoctorArgs),
-}
-
-/// The subcommands of `minivmm net`.
-#[derive(Clone, Debug, Subcommand)]
-pub enum NetCommand {
-    /// Makes a macvtap and runs a program with its queue as file descriptor 3
-    #[command(after_help = OPEN_HELP)]
-    Open(OpenArgs),
-    /// Makes the macvlan by which the host itself can talk to its guests, or deletes it
-    HostLink(HostLinkArgs),
-    /// Lists the macvtaps and macvlans of each interface, and the addresses of running guests
-    List(ListArgs),
-    /// Deletes stale macvtaps, which killed programs have left
-    Gc,
-}
-
-const OPEN_HELP: &str = "\
-The program finds in its environment:
-  MINIVMM_NET_FDS    the queues' file descriptors, as in 3 or 3:4
-  MINIVMM_NET_MAC    the MAC address that the guest has to use
-  MINIVMM_NET_MTU    the MTU in bytes
-  MINIVMM_NET_MODE   the macvtap's mode
-  MINIVMM_NET_NAME   the macvtap's name
-  MINIVMM_NET_LOWER  its lower interface
-  MINIVMM_NET_LOWER_ID  the inode of that one's network namespace, and its index there, as in
-                     4026531840:2
-  MINIVMM_NET_ID     the same of the macvtap
-  MINIVMM_NET_WATCH  file descriptor of a netlink socket (rtnetlink, group link) in the macvtap's
-                     network namespace, subscribed to its link state
-
-Example, a guest without any right but to /dev/kvm:
-    minivmm net open eno1 --user me -- minivmm --kernel bzImage --macvtap fd=3
-There minivmm takes from the environment what the descriptor does not have, the MTU
-above all, and watches the link by the socket.
-
-With --user, HOME, USER, LOGNAME and XDG_RUNTIME_DIR are that user's. The program has no
-capability, cannot get any (no_new_privs: sudo does not work in it), and inherits no other
-descriptor. Where the terminal is another user's, it gets one of its own.
-The macvtap is gone when the program ends. The exit status is the program's, or 128+N when signal
-N killed it; 127 when there is no such program, 126 when it cannot be run, 1 for all else.";
-
-/// `minivmm net open`.
-#[derive(Clone, Debug, Args)]
-pub struct OpenArgs {
-    /// The interface and the macvtap's keys, as for --macvtap
-    #[arg(value_name = "LINK[,KEY=VALUE...]", value_parser = parse_macvtap)]
-    pub macvtap: MacvtapSpec,
-
-    /// Run the program as this user, with all its groups; who called sudo by default. Names or
-    /// numbers
-    #[arg(long, value_name = "USER[:GROUP]", allow_hyphen_values = true)]
-    pub user: Option<String>,
-
-    /// The program and its arguments
-    #[arg(value_name = "COMMAND", required = true, last = true)]
-    pub command: Vec<OsString>,
-}
-
-/// `minivmm net host-link`.
-#[derive(Clone, Debug, Args)]
-pub struct HostLinkArgs {
-    /// The interface of the guests; with --delete also the macvlan itself, or nothing if there is
-    /// only one
-    #[arg(required_unless_present = "delete")]
-    pub link: Option<LinkName>,
-
-    /// An address of the host on the new macvlan. May be repeated
-    #[arg(
-        long,
-        value_name = "ADDRESS/PREFIX",
-        required_unless_present_any = ["move_address", "delete"]
-    )]
-    pub address: Vec<InterfaceAddress>,
-
-    /// Name of the macvlan; the first free macvlanN by default
-    #[arg(long)]
-    pub name: Option<NewLinkName>,
-
-    /// Move the interface's own addresses and routes onto the macvlan, with neighbour entries, policy
-    /// rules and sysctls. Firewall rules that name the interface stay as they are: a warning shows
-    /// them
-    #[arg(long)]
-    pub move_address: bool,
-
-    /// Delete the macvlan, and give addresses and routes that had been moved back
-    #[arg(long, conflicts_with_all = ["address", "name", "move_address"])]
-    pub delete: bool,
-}
-
-/// `minivmm net list`.
-#[derive(Clone, Debug, Args)]
-pub struct ListArgs {
-    /// Only this interface
-    pub link: Option<LinkName>,
-
-    /// As JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `minivmm qmp`.
-#[derive(Clone, Debug, Args)]
-pub struct QmpArgs {
-    /// The VM, or the path of a QMP socket: with a slash, as in ./vm.qmp
-    #[arg(value_name = "NAME|PATH")]
-    pub target: Target,
-
-    /// The command, as in query-status
-    pub command: String,
-
-    /// Its arguments
-    #[arg(value_name = "JSON", default_value = "{}", hide_default_value = true, value_parser = object)]
-    pub arguments: Map<String, Value>,
-}
-
-/// `minivmm stats`.
-#[derive(Clone, Debug, Args)]
-pub struct StatsArgs {
-    /// The VM, or the path of a QMP socket: with a slash, as in ./vm.qmp
-    #[arg(value_name = "NAME|PATH")]
-    pub target: Target,
-
-    /// Again and again, each time so many seconds later, 1 by default: what came a second, until the
-    /// VM ends
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        num_args = 0..=1,
-        default_missing_value = "1",
-        value_parser = clap::value_parser!(u32).range(1..)
-    )]
-    pub watch: Option<u32>,
-
-    /// As JSON, with --watch a line each time: totals, as x-minivmm-stats has them
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// Whom `minivmm qmp` speaks to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// A VM of this name.
-    Vm(VmName),
-    /// Whoever serves this socket.
-    Socket(PathBuf),
-}
-
-impl FromStr for Target {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        match text.contains('/') {
-            true => Ok(Self::Socket(text.into())),
-            false => text.parse().map(Self::Vm),
-        }
-    }
-}
-
-/// The arguments of a command of QMP's.
-fn object(text: &str) -> Result<Map<String, Value>, String> {
-    serde_json::from_str(text)
-        .map_err(|error| format!("not a JSON object, as in {{\"id\": \"disk0\"}}: {error}"))
-}
-
-const PS_HELP: &str = "\
---json shows a list with an object for each VM. Its keys stay what they are; others may be added:
-  name, pid
-  state      running, paused or another status of QMP's query-status; starting, unresponsive when
-             it does not answer within 2 seconds, and ended
-  started    in seconds since 1970
-  uptime     in seconds
-  kernel     what it runs, or
-  program    what it runs as QEMU without a kernel of minivmm's
-  nics       a list of objects: mac, and addresses, a list of those that the guest has shown
-  qmp        the paths of its control sockets, a list
-  console    the path of the socket of its console
-  log        the path of its log
-  detached   whether it was started with -d
-  ended      with --all: an object with status, the exit status of its process, reason, a text,
-             and at, in seconds since 1970
-  owner      its process, as on the links that it makes
-  version    of all this: 1";
-
-/// `minivmm ps`.
-#[derive(Clone, Debug, Args)]
-pub struct PsArgs {
-    /// Only these VMs
-    pub name: Vec<VmName>,
-
-    /// Those of -d that have ended too, of which the last 16 are known
-    #[arg(short, long)]
-    pub all: bool,
-
-    /// As JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `minivmm console`.
-#[derive(Clone, Debug, Args)]
-pub struct ConsoleArgs {
-    /// The VM, as `minivmm ps` shows it
-    pub name: VmName,
-
-    /// Only shows what the VM said last, up to 64 KiB
-    #[arg(long)]
-    pub dump: bool,
-}
-
-/// `minivmm logs`.
-#[derive(Clone, Debug, Args)]
-pub struct LogsArgs {
-    /// The VM
-    pub name: VmName,
-}
-
-/// `minivmm stop`.
-#[derive(Clone, Debug, Args)]
-pub struct StopArgs {
-    /// The VMs
-    #[arg(required = true)]
-    pub name: Vec<VmName>,
-
-    /// How long they may take to power off; what their --stop-timeout says by default
-    #[arg(long, value_name = "SECONDS")]
-    pub timeout: Option<u32>,
-}
-
-/// `minivmm kill`.
-#[derive(Clone, Debug, Args)]
-pub struct KillArgs {
-    /// The VMs
-    #[arg(required = true)]
-    pub name: Vec<VmName>,
-}
-
-/// `minivmm wait`.
-#[derive(Clone, Debug, Args)]
-pub struct WaitArgs {
-    /// The VM, as `minivmm ps` shows it
-    pub name: VmName,
-
-    /// What it is to come to; of several all, one after the other
-    #[arg(long = "for", value_name = "CONDITION", required = true)]
-    pub conditions: Vec<Condition>,
-
-    /// How long to wait at most, as in 500ms, 60s or 5m; 0 is for ever
-    #[arg(long, value_name = "TIME", default_value = "60s")]
-    pub timeout: Patience,
 }
 
 /// `minivmm doctor`.

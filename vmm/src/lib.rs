@@ -43,25 +43,26 @@
 //! | devices | `machine` and the `devices` crate | what stands on the buses |
 //! | event loop | `control` | the control thread |
 //!
-//! `builder::run` is that table as code. `disk` has the disks, `balloon` the balloon. `nic` has the NICs, from the macvtap on the host to the
-//! device on the bus. `tty` has the terminal and the other end of the guest's serial port, `qmp` the sockets by which
-//! other programs control the guest, `events` what happens to it, for them, and [`stats`] what is counted.
-//! `log_writer` has the log, and `printable` makes text of others fit for a terminal. `program` is the
-//! binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU
-//! on the same macvtaps; `child` starts other programs. `instance` has the
-//! directory by which other programs find a VM, `detach` a process of its own for one. `signals` and `limits` settle what this
-//! process was started with, and give it to those programs; `trim` gives back memory that only the
-//! start has needed.
+//! `builder::run` is that table as code. `disk` has the disks, `balloon` the balloon. `nic` has the NICs, from the macvtap
+//! on the host to the device on the bus. `tty` has the terminal, the console and who reads it.
+//!
+//! For other programs `instance` has the directory by which they find a VM, `qmp` the sockets by which they control it,
+//! `events` what happens to it, and [`stats`] what is counted. `detach` gives a VM a process of its own. `log_writer` has
+//! the log, and `printable` makes text of others fit for a terminal.
+//!
+//! `program` is the binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU on the
+//! same macvtaps; `child` starts other programs. `signals` and `limits` settle what this process was started with, and
+//! give it to those programs; `trim` gives back memory that only the start has needed.
 //!
 //! # Threads
 //!
 //! The thread that builds the guest, the main thread in `minivmm`, then waits for events. Two more
-//! take part in building: one loads the kernel (`boot`), one creates the virtual machine (`kvm`). A reset of a guest that
-//! restarts has one while it lasts (`reset`). Each vCPU
-//! has a thread (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`,
+//! take part in building: one loads the kernel (`boot`), one creates the virtual machine (`kvm`). A
+//! reset of a guest that restarts has one while it lasts (`reset`). Each vCPU has a thread (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`,
 //! `netN.1`, …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its
 //! capture one (`netN.pcap`), each queue of a disk one (`diskN`, `diskN.1`, …), the entropy device and
-//! the balloon one each (`rng`, `balloon`), the console's input one (`console`), events for other programs one (`events`), and the log one (`log`).
+//! the balloon one each (`rng`, `balloon`), the console's input one (`console`), the writer of `--events` one
+//! (`events`), and the log one (`log`).
 
 mod balloon;
 mod builder;
