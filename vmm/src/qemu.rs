@@ -348,6 +348,7 @@ fn run_planned(
     let nics = nics.collect::<Result<_, _>>();
     let attachment = Attachment {
         monitor,
+        first_status: first_status(&args.args),
         qmp,
         console,
         nics: nics.map_err(failed_to("follow the NICs"))?,
@@ -367,6 +368,15 @@ fn has_started(start: Start, instance: Option<&Instance>, nics: Vec<StartedNic>)
         start.publish(name.clone(), nics);
         detach::started(name.as_ref())
     })
+}
+
+/// What a guest does with these options once QEMU has made it (RunState of QEMU).
+fn first_status(args: &[OsString]) -> &'static str {
+    match args::has_option(args, &["S"]) {
+        true => "prelaunch",
+        false if args::has_option(args, &["incoming"]) => "inmigrate",
+        false => "running",
+    }
 }
 
 /// The descriptors that QEMU's own options name.

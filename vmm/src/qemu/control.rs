@@ -117,7 +117,7 @@ impl Control {
 
     /// Whether QEMU has ended, or has to.
     fn end(&mut self) -> io::Result<Option<ExitStatus>> {
-        if self.monitor.borrow().has_status()
+        if self.monitor.borrow().has_begun()
             && let Some(started) = self.started.take()
         {
             started()?;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::monitor::Monitor;
+use super::monitor::{Monitor, STATUS};
 use crate::config::Reboot;
 use crate::control::exit::Exit;
 use crate::events::{Event, EventHub};
@@ -58,7 +58,7 @@ pub(super) struct Guest {
 impl Guest {
     /// One that QEMU has just started.
     pub fn new(monitor: Rc<RefCell<Monitor>>, events: Arc<EventHub>, terms: Terms) -> Self {
-        let mut guest = Self {
+        let guest = Self {
             monitor,
             events,
             terms,
@@ -71,7 +71,9 @@ impl Guest {
             gone: false,
         };
         if let Some(bytes) = terms.memory {
-            guest.command("balloon", json!({"value": bytes}), "balloon");
+            let mut monitor = guest.monitor.borrow_mut();
+            monitor.command_in_turn("balloon", json!({"value": bytes}), "balloon");
+            drop(monitor);
         }
         guest
     }
@@ -154,7 +156,6 @@ impl Guest {
             ("SHUTDOWN", Some("guest-shutdown")) => self.quit(Exit::PowerOff),
             // QEMU was asked to quit, by minivmm or another client, and does.
             ("SHUTDOWN", _) => self.end_qemu(QUIT_GRACE),
-            ("STOP", _) => self.command("query-status", json!({}), "status"),
             _ => {}
         }
         self.is_over |= name == "SHUTDOWN";
@@ -168,7 +169,7 @@ impl Guest {
                 let why = &message["error"]["desc"];
                 log::warn!("QEMU does not ask the guest to hold memory back: {why}");
             }
-            Some("status") if answer["status"] == "internal-error" => {
+            Some(STATUS) if answer["status"] == "internal-error" => {
                 self.publish_end(Exit::InternalError);
             }
             Some("reset-flag") => {
@@ -257,7 +258,7 @@ mod tests {
 
     fn guest_by(terms: Terms) -> (Guest, UnixStream, Arc<EventHub>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let monitor = Rc::new(RefCell::new(Monitor::new(ours).unwrap()));
+        let monitor = Rc::new(RefCell::new(Monitor::new(ours, "running").unwrap()));
         let hub = Arc::new(EventHub::default());
         let guest = Guest::new(monitor, Arc::clone(&hub), terms);
         (guest, theirs, hub)
@@ -326,7 +327,7 @@ mod tests {
         ];
         let (end, sent, events) = ended_by(RESTART, &messages);
         assert_eq!(end, None);
-        let names: Vec<_> = sent[3..].iter().map(|c| c["execute"].clone()).collect();
+        let names: Vec<_> = sent[2..].iter().map(|c| c["execute"].clone()).collect();
         assert_eq!(names, ["set-action", "system_reset", "set-action", "cont"]);
         let reason = "guest-reset";
         assert_eq!(
@@ -362,16 +363,15 @@ mod tests {
     fn power_off_and_internal_error_are_distinguished() {
         let (end, _, events) = ended(&[shutdown("guest-shutdown")]);
         assert_eq!((end, events), (Some(Exit::PowerOff), vec![]));
-        let answer = json!({"return": {"status": "internal-error"}, "id": "status"});
-        let (end, sent, events) = ended(&[json!({"event": "STOP"}), answer]);
+        let answer = json!({"return": {"status": "internal-error"}, "id": STATUS});
+        let (end, _, events) = ended(&[json!({"event": "STOP"}), answer]);
         assert_eq!(end, Some(Exit::InternalError));
-        assert_eq!(sent[1]["execute"], "query-status");
         assert_eq!(events, Event::of_exit(&Exit::InternalError));
     }
 
     #[test]
     fn pause_by_the_user_is_no_end() {
-        let answer = json!({"return": {"status": "paused"}, "id": "status"});
+        let answer = json!({"return": {"status": "paused"}, "id": STATUS});
         assert_eq!(ended(&[json!({"event": "STOP"}), answer]).0, None);
     }
 

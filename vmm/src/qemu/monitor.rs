@@ -4,7 +4,7 @@
 //! may be alike.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
@@ -23,14 +23,15 @@ use crate::qmp::{Executor, QmpError, Reply, Request};
 const LONGEST: usize = 16 << 20;
 /// The most commands of clients without an answer, also of clients that have gone since.
 const MOST: usize = 256;
-/// As many bytes may wait for a QEMU that does not read.
+/// As many bytes of them are kept for a QEMU that does not answer.
 const BEHIND: usize = 1 << 20;
 /// As much is read at once.
 const PIECE: usize = 64 << 10;
 /// The status until QEMU says one.
 const STARTING: &str = "starting";
 /// The id of the question whether the guest runs.
-const STATUS: &str = "run-state";
+pub(super) const STATUS: &str = "run-state";
+const NEGOTIATION: &str = "negotiation";
 
 /// The connection.
 #[derive(Debug)]
@@ -38,29 +39,39 @@ pub(super) struct Monitor {
     socket: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
-    /// Clients' commands without an answer.
-    pending: BTreeMap<u64, Reply>,
+    /// Commands that are sent once QEMU has answered those before them.
+    waiting: VecDeque<Value>,
+    /// The commands that QEMU has yet to answer.
+    unanswered: usize,
+    /// Clients' commands without an answer, and how long they are.
+    pending: BTreeMap<u64, (Reply, usize)>,
+    /// How long these are together.
+    held: usize,
     next: u64,
     is_closed: bool,
-    /// RunState of QEMU, as it last said.
+    /// RunState of QEMU, as it last said, and what it is at first.
     status: String,
+    first_status: &'static str,
 }
 
 impl Monitor {
-    /// Begins with the negotiation, before which QEMU carries nothing out.
-    pub fn new(socket: UnixStream) -> io::Result<Self> {
+    /// Of a guest that is in this RunState once it is there. Begins with the negotiation, before which QEMU carries nothing out.
+    pub fn new(socket: UnixStream, first_status: &'static str) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let mut monitor = Self {
             socket,
             input: Vec::new(),
             output: Vec::new(),
+            waiting: VecDeque::new(),
+            unanswered: 0,
             pending: BTreeMap::new(),
+            held: 0,
             next: 0,
             is_closed: false,
             status: STARTING.into(),
+            first_status,
         };
-        monitor.command("qmp_capabilities", json!({}), "nothing");
-        monitor.ask_for_status();
+        monitor.command("qmp_capabilities", json!({}), NEGOTIATION);
         Ok(monitor)
     }
 
@@ -68,17 +79,32 @@ impl Monitor {
         &self.socket
     }
 
-    /// Sends a command of minivmm's own, whose answer has the same `id`.
+    /// Sends a command of minivmm's own, whose answer has the same `id`, at once: the guest is about to end.
     pub fn command(&mut self, name: &str, arguments: Value, id: &str) {
         self.push(&json!({"execute": name, "arguments": arguments, "id": id}));
     }
 
-    fn ask_for_status(&mut self) {
-        self.command("query-status", json!({}), STATUS);
+    /// The same once QEMU has answered all before it. One that comes earlier may make QEMU 7.2 sleep for ever.
+    pub fn command_in_turn(&mut self, name: &str, arguments: Value, id: &str) {
+        let command = json!({"execute": name, "arguments": arguments, "id": id});
+        self.waiting.push_back(command);
+        self.go_on();
     }
 
-    /// Whether QEMU has said what the guest does: it has begun.
-    pub fn has_status(&self) -> bool {
+    fn go_on(&mut self) {
+        if self.unanswered == 0
+            && let Some(command) = self.waiting.pop_front()
+        {
+            self.push(&command);
+        }
+    }
+
+    fn ask_for_status(&mut self) {
+        self.command_in_turn("query-status", json!({}), STATUS);
+    }
+
+    /// Whether QEMU has answered: the guest is there.
+    pub fn has_begun(&self) -> bool {
         self.status != STARTING
     }
 
@@ -86,19 +112,24 @@ impl Monitor {
     fn forward(&mut self, request: Request, reply: Reply) {
         let refusal = if self.is_closed {
             "QEMU has closed its monitor"
-        } else if self.pending.len() >= MOST || self.output.len() > BEHIND {
+        } else if self.pending.len() >= MOST || self.held > BEHIND {
             "QEMU does not answer on its monitor"
         } else {
             let id = self.next;
             self.next += 1;
-            self.pending.insert(id, reply);
             let Request { name, arguments } = request;
-            return self.push(&json!({"execute": name, "arguments": arguments, "id": id}));
+            let command = json!({"execute": name, "arguments": arguments, "id": id});
+            let length = command.to_string().len();
+            self.held += length;
+            self.pending.insert(id, (reply, length));
+            self.waiting.push_back(command);
+            return self.go_on();
         };
         reply.fail(QmpError::new(refusal));
     }
 
     fn push(&mut self, command: &Value) {
+        self.unanswered += 1;
         self.output
             .extend_from_slice(format!("{command}\n").as_bytes());
         self.send();
@@ -154,33 +185,46 @@ impl Monitor {
     }
 
     fn route(&mut self, mut message: Value) -> Option<Value> {
+        if message.get("return").or(message.get("error")).is_some() {
+            self.unanswered = self.unanswered.saturating_sub(1);
+            self.go_on();
+        }
         let Some(id) = message["id"].as_u64() else {
             self.follow_status(&message);
             return Some(message);
         };
-        if let (Some(reply), Value::Object(members)) = (self.pending.remove(&id), &mut message) {
+        if let (Some((reply, length)), Value::Object(members)) =
+            (self.pending.remove(&id), &mut message)
+        {
+            self.held -= length;
             members.remove("id");
             reply.pass_on(message);
         }
         None
     }
 
-    /// QEMU says when the guest stops or goes on, and not always why.
+    /// QEMU says when the guest stops or goes on, and asks to be asked why it has stopped. It is asked nothing more at
+    /// its start: one that gets several commands then may sleep for ever (QEMU 7.2).
     fn follow_status(&mut self, message: &Value) {
-        if let Some("STOP" | "RESUME" | "SUSPEND" | "WAKEUP") = message["event"].as_str() {
-            self.ask_for_status();
-        }
-        if let (Some(STATUS), Some(status)) =
-            (message["id"].as_str(), message["return"]["status"].as_str())
-        {
-            status.clone_into(&mut self.status);
+        let said = match (message["event"].as_str(), message["id"].as_str()) {
+            (Some("STOP"), _) => return self.ask_for_status(),
+            (Some("RESUME" | "WAKEUP"), _) => Some("running"),
+            (Some("SUSPEND"), _) => Some("suspended"),
+            (_, Some(NEGOTIATION)) if !self.has_begun() => Some(self.first_status),
+            (_, Some(STATUS)) => message["return"]["status"].as_str(),
+            _ => None,
+        };
+        if let Some(said) = said {
+            said.clone_into(&mut self.status);
         }
     }
 
     /// No answer comes any more.
     pub fn close(&mut self) {
         self.is_closed = true;
-        for reply in std::mem::take(&mut self.pending).into_values() {
+        self.waiting.clear();
+        self.held = 0;
+        for (reply, _) in std::mem::take(&mut self.pending).into_values() {
             let error = QmpError::new("QEMU has closed its monitor before it has answered");
             reply.fail(error);
         }

@@ -29,6 +29,8 @@ use crate::tty;
 pub(super) struct Attachment {
     /// minivmm's end of QEMU's monitor.
     pub monitor: UnixStream,
+    /// What the guest does first (RunState of QEMU).
+    pub first_status: &'static str,
     /// Where clients connect.
     pub qmp: Vec<Listener>,
     /// The guest's console, if that is ours.
@@ -105,7 +107,10 @@ fn follow(
     plan: &Plan,
 ) -> io::Result<(Option<Exit>, ExitStatus)> {
     let events = attachment.events;
-    let monitor = Rc::new(RefCell::new(Monitor::new(attachment.monitor)?));
+    let monitor = Rc::new(RefCell::new(Monitor::new(
+        attachment.monitor,
+        attachment.first_status,
+    )?));
     let nics = attachment.nics.iter();
     let machine = plan.machine.as_ref();
     let forward = Box::new(Forward {

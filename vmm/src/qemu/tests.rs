@@ -47,7 +47,7 @@ impl Lines {
         serde_json::from_str(&line).unwrap_or_default()
     }
 
-    /// The next command of this name.
+    /// The next command of this name. Those before it are answered.
     fn expect(&mut self, name: &str) -> Value {
         loop {
             let command = self.next();
@@ -55,6 +55,7 @@ impl Lines {
             if command["execute"] == name {
                 return command;
             }
+            self.send(&json!({"return": {}, "id": command["id"]}));
         }
     }
 }
@@ -83,7 +84,7 @@ impl Site {
             command.stdin(reader);
             let qemu = Program::new(command).spawn().unwrap();
             let hub = Arc::new(EventHub::default());
-            let monitor = Rc::new(RefCell::new(Monitor::new(ours).unwrap()));
+            let monitor = Rc::new(RefCell::new(Monitor::new(ours, "prelaunch").unwrap()));
             let forward = Box::new(Forward {
                 monitor: Rc::clone(&monitor),
                 version: json!("of QEMU"),
@@ -136,14 +137,15 @@ fn clients_with_the_same_ids_get_their_own_answers_and_all_events() {
     first.send(&json!({"execute": "a", "arguments": {"x": [1]}, "id": 7}));
     let a = site.qemu.expect("a");
     assert_eq!(a["arguments"], json!({"x": [1]}));
+    // QEMU gets it in its turn.
     second.send(&json!({"execute": "b", "id": 7}));
-    let b = site.qemu.expect("b");
     let timestamp = json!({"seconds": 5, "microseconds": 6});
     let event = json!({"event": "NEWS", "data": {"y": 2}, "timestamp": timestamp});
     site.qemu.send(&event);
+    site.qemu.send(&json!({"return": {"z": 3}, "id": a["id"]}));
+    let b = site.qemu.expect("b");
     let error = json!({"class": "DeviceNotFound", "desc": "None"});
     site.qemu.send(&json!({"error": error, "id": b["id"]}));
-    site.qemu.send(&json!({"return": {"z": 3}, "id": a["id"]}));
     assert_eq!(first.next(), event);
     assert_eq!(first.next(), json!({"return": {"z": 3}, "id": 7}));
     assert_eq!(second.next(), event);
@@ -174,19 +176,29 @@ fn info_is_there_while_qemu_hangs_and_has_the_last_state() {
     let mut client = site.client();
     let mut status = |id: &str| {
         client.send(&json!({"execute": "x-minivmm-info", "id": id}));
-        let answer = client.next();
-        assert_eq!(answer["id"], id);
+        let answer = loop {
+            let message = client.next();
+            if message["id"] == id {
+                break message;
+            }
+            assert!(message["event"].is_string(), "{message}");
+        };
         assert_eq!(answer["return"]["stop-timeout"], LIMIT.as_secs());
         answer["return"]["status"].as_str().unwrap().to_owned()
     };
     assert_eq!(status("a"), "starting");
+    let negotiation = site.qemu.expect("qmp_capabilities");
+    let id = &negotiation["id"];
+    site.qemu.send(&json!({"return": {}, "id": id}));
+    while status("b") != "prelaunch" {}
+    site.qemu.send(&json!({"event": "RESUME"}));
+    while status("c") != "running" {}
+    site.qemu.send(&json!({"event": "STOP"}));
     let question = site.qemu.expect("query-status");
     let state = json!({"status": "paused", "running": false});
-    site.qemu
-        .send(&json!({"return": state, "id": question["id"]}));
-    while status("b") != "paused" {}
-    site.qemu.send(&json!({"event": "RESUME"}));
-    site.qemu.expect("query-status");
+    let id = &question["id"];
+    site.qemu.send(&json!({"return": state, "id": id}));
+    while status("d") != "paused" {}
 }
 
 #[test]
