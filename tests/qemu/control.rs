@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::harness::runtime::Runtime;
 
 /// A client that gets all events.
 pub(super) struct Listener(UnixStream);
@@ -95,26 +96,25 @@ tcg_test!(detached_qemu_runs_on_and_leaves_its_log_and_events, || {
     let site = Site::new();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let events = dir.path().join("events");
-    let name = format!("qemu-detached-{}", std::process::id());
-    let mut command = site.qemu(["-d", "--name", &name, "--events"]);
-    command.arg(&events).args(["--macvtap", "wire"]);
+    let runtime = Runtime::new();
+    let [program, args @ ..] = runtime.prefix();
+    let mut command = site.host.command(program);
+    command.args(args).arg(binary()).arg("qemu");
+    command.args(["-d", "--name", "web", "--macvtap", "wire", "--events"]);
+    command.arg(&events);
     command.args("-- -M q35 -accel tcg -display none -S".split(' '));
     let output = outcome(command);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_eq!(text(&output.stdout), format!("{name}\n"));
-    let ask = |args: &[&str]| {
-        let mut command = Command::new(binary());
-        command.args(args);
-        text(&outcome(command).stdout)
-    };
-    let shown: Value = serde_json::from_str(&ask(&["ps", &name, "--json"])).expect("JSON");
+    assert_eq!(text(&output.stdout), "web\n");
+    let ask = |args: &[&str]| text(&outcome(runtime.minivmm(args)).stdout);
+    let shown: Value = serde_json::from_str(&ask(&["ps", "web", "--json"])).expect("JSON");
     assert_eq!(shown[0]["state"], "prelaunch");
     let pid = shown[0]["pid"].as_i64().expect("a number");
     let pid = Pid::from_raw(pid as i32).expect("not 0");
     kill_process(pid, Signal::TERM).expect("it runs");
     let is_over = || rustix::process::test_kill_process(pid).is_err();
     assert!(eventually(is_over), "it runs on");
-    let log = ask(&["logs", &name]);
+    let log = ask(&["logs", "web"]);
     assert!(log.contains("terminating on signal 15"), "{log}");
     let lines = fs::read_to_string(&events).expect("it was written");
     let lines = lines
