@@ -87,13 +87,19 @@ impl Range {
     }
 }
 
+/// How often the table is read: to be passed over each time is as unlikely as can be.
+const READINGS: usize = 5;
+
 /// All locks of the machine (proc_locks(5)): the only way to see one on a file that one may not open.
 #[derive(Debug)]
 pub(super) struct Table(io::Result<String>);
 
 impl Table {
+    /// The kernel gives it a page at a time, and a lock that others go before moves over the edge of one and is passed
+    /// over. So it is read several times, and what was seen once counts.
     pub fn read() -> Self {
-        Self(fs::read_to_string("/proc/locks"))
+        let readings = (0..READINGS).map(|_| fs::read_to_string("/proc/locks"));
+        Self(readings.collect())
     }
 
     /// Whether one is on this part of the file.

