@@ -1,7 +1,7 @@
 //! What devices report to the program that runs the guest, as it happens.
 //!
 //! A guest can cause any amount of it. So each kind is bounded where it is reported: by a
-//! [`Throttle`], or by whoever asks to be told again.
+//! [`Throttle`], or once until who has seen it asks for the next.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
