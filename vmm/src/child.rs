@@ -37,12 +37,11 @@ use signal_hook::iterator::exfiltrator::SignalOnly;
 use crate::limits;
 use crate::log_writer;
 use crate::signals::{self, ENDING, not_ignored};
-use descriptors::Passed;
-use guard::{Guard, must_have_parent};
+use guard::Guard;
 use terminal::{NewTerminal, Relay, Terminal};
 
-pub use descriptors::{FIRST, close_but};
-pub use guard::Rest;
+pub use descriptors::{FIRST, Passed, close_but, close_on_exec};
+pub use guard::{Rest, must_have_parent};
 pub use output::MOST;
 pub use user::{User, UserError};
 
@@ -126,7 +125,7 @@ impl Program {
 
     fn prepare(&mut self, guard: Option<Guard>, terminal: Controlling) -> io::Result<()> {
         if !self.inherits {
-            descriptors::close_on_exec()?;
+            close_on_exec();
         }
         if !self.numbered.is_empty() {
             for name in ACTIVATION {

@@ -51,7 +51,7 @@
 //! the log, and `printable` makes text of others fit for a terminal.
 //!
 //! `program` is the binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU on the
-//! same macvtaps; `child` starts other programs. `signals` and `limits` settle what this process was started with, and
+//! same macvtaps; `child` starts other programs, and `service` those that serve a guest's device. `signals` and `limits` settle what this process was started with, and
 //! give it to those programs; `trim` gives back memory that only the start has needed.
 //!
 //! # Threads
@@ -90,6 +90,8 @@ pub mod program;
 mod qemu;
 mod qmp;
 mod resources;
+#[doc(hidden)]
+pub mod service;
 mod signals;
 pub mod stats;
 mod trim;

@@ -13,7 +13,7 @@ pub const FIRST: RawFd = 3;
 ///
 /// Close-on-exec stays set on them here: no other child of this process inherits one.
 #[derive(Debug)]
-pub(super) struct Passed {
+pub struct Passed {
     /// By the numbers that they get.
     numbered: Vec<(RawFd, OwnedFd)>,
     others: Vec<OwnedFd>,
@@ -64,8 +64,9 @@ impl Passed {
     }
 }
 
-/// Has exec close every descriptor from [`FIRST`] on, also those that this process has inherited and knows nothing of.
-pub(super) fn close_on_exec() -> io::Result<()> {
+/// Has exec close every descriptor from [`FIRST`] on, also those that this process has inherited and knows nothing of. May
+/// run after a fork: it makes system calls alone.
+pub fn close_on_exec() {
     // SAFETY: it takes numbers, and changes what exec does alone.
     let done = unsafe {
         libc::syscall(
@@ -76,17 +77,19 @@ pub(super) fn close_on_exec() -> io::Result<()> {
         )
     };
     if done == 0 {
-        return Ok(());
+        return;
     }
     // A kernel before 5.11.
-    for entry in fs::read_dir("/proc/self/fd")? {
-        let number = entry?.file_name().to_str().and_then(|n| n.parse().ok());
-        if let Some(number) = number.filter(|number| *number >= FIRST) {
-            // SAFETY: as above.
-            unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
-        }
+    for number in FIRST..limit() {
+        // SAFETY: as above.
+        unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
-    Ok(())
+}
+
+/// No descriptor has this number or a larger one, in all likelihood.
+fn limit() -> RawFd {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    limit.unwrap_or(u64::MAX).min(1 << 16) as RawFd
 }
 
 /// Closes every descriptor from [`FIRST`] on but those to `keep`.
@@ -114,9 +117,8 @@ pub(super) fn close_all() {
         return;
     }
     // A kernel before 5.9.
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    for number in 0..limit.unwrap_or(u64::MAX).min(1 << 16) {
+    for number in 0..limit() {
         // SAFETY: as above.
-        unsafe { libc::close(number as RawFd) };
+        unsafe { libc::close(number) };
     }
 }

@@ -1,0 +1,332 @@
+//! A program that serves a device of the guest, in a process of its own.
+//!
+//! It ends with minivmm, whichever way that ends, and has a session of its own, so that the keys of a terminal that
+//! end a guest reach minivmm alone. While the guest runs the control thread logs what it says, and its end.
+
+use std::io::{self, PipeReader, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, getpid, pidfd_open, set_parent_process_death_signal, setsid,
+};
+
+use crate::child::{Passed, close_on_exec, must_have_parent};
+use crate::limits;
+use crate::printable::printable;
+use crate::signals;
+
+/// How much is kept of what a program said last.
+const KEPT: usize = 4096;
+/// How much of it is read at a time, so that one that says much holds nothing else up.
+const AT_ONCE: usize = 4096;
+
+// Event tokens.
+const SAID: u32 = 0;
+const ENDED: u32 = 1;
+
+/// Why a program does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// It cannot be started.
+    #[error("cannot start {0}")]
+    Start(String, #[source] io::Error),
+    /// It has ended at its start.
+    #[error("{name} has ended at its start ({status}){}", quoted(.said))]
+    Ended {
+        /// What it is called.
+        name: String,
+        /// Its status.
+        status: ExitStatus,
+        /// What it said last.
+        said: String,
+    },
+    /// It runs, but did not get ready. It is killed when dropped.
+    #[error("{name} was not ready in {} s{}", .limit.as_secs(), quoted(.said))]
+    Slow {
+        /// What it is called.
+        name: String,
+        /// How long it had.
+        limit: Duration,
+        /// What it said last.
+        said: String,
+    },
+}
+
+/// What a program said, as the end of a sentence.
+fn quoted(said: &str) -> String {
+    let lines = said.lines().map(str::trim).filter(|line| !line.is_empty());
+    let lines: Vec<_> = lines.collect();
+    match lines.is_empty() {
+        true => String::new(),
+        false => format!(": {}", printable(&lines.join("; "))),
+    }
+}
+
+/// A program that runs. Dropped, it is killed.
+#[derive(Debug)]
+pub struct Service {
+    name: String,
+    process: Child,
+    /// Readable when it has ended.
+    pidfd: OwnedFd,
+    /// What it writes to stdout and stderr; non-blocking.
+    output: PipeReader,
+    said: Vec<u8>,
+    /// The end of `said` that no line has been logged of.
+    unlogged: usize,
+}
+
+impl Service {
+    /// Starts `command`, which finds the descriptors of `placed` under the numbers beside them, and no others but the
+    /// standard ones.
+    ///
+    /// The kernel kills it when the calling *thread* ends: that is to be the control thread, or the one that becomes it.
+    ///
+    /// # Errors
+    ///
+    /// See [`ServiceError::Start`].
+    pub fn start(
+        name: impl Into<String>,
+        command: Command,
+        placed: Vec<(RawFd, OwnedFd)>,
+    ) -> Result<Self, ServiceError> {
+        let name = name.into();
+        Self::spawn(&name, command, placed).map_err(|error| ServiceError::Start(name, error))
+    }
+
+    fn spawn(name: &str, mut command: Command, placed: Vec<(RawFd, OwnedFd)>) -> io::Result<Self> {
+        let (output, its) = io::pipe()?;
+        rustix::io::ioctl_fionbio(&output, true)?;
+        command.stdin(Stdio::null());
+        command.stdout(its.try_clone()?).stderr(its);
+        let (parent, passed) = (getpid(), Passed::new(placed, Vec::new())?);
+        let enter = move || {
+            setsid()?;
+            close_on_exec();
+            passed.place()?;
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+            must_have_parent(parent)?;
+            limits::restore()?;
+            signals::restore()
+        };
+        // SAFETY: what runs between fork and exec makes system calls alone: it allocates nothing and takes no lock.
+        unsafe { command.pre_exec(enter) };
+        let mut process = command.spawn()?;
+        let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty());
+        let pidfd = pidfd.inspect_err(|_| {
+            let _ = process.kill();
+            let _ = process.wait();
+        });
+        Ok(Self {
+            name: name.to_owned(),
+            pidfd: pidfd?,
+            process,
+            output,
+            said: Vec::new(),
+            unlogged: 0,
+        })
+    }
+
+    /// Waits for bytes in `ready`, a pipe or a socket, which the program has the other end of.
+    ///
+    /// # Errors
+    ///
+    /// The program ends, or takes longer than `limit`.
+    pub fn wait_ready(
+        &mut self,
+        ready: BorrowedFd<'_>,
+        limit: Duration,
+    ) -> Result<(), ServiceError> {
+        let deadline = Instant::now() + limit;
+        let mut is_open = true;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut fds = [
+                PollFd::new(&self.pidfd, PollFlags::IN),
+                PollFd::new(&self.output, PollFlags::IN),
+                PollFd::from_borrowed_fd(ready, PollFlags::IN),
+            ];
+            let watched = if is_open { &mut fds[..] } else { &mut fds[..1] };
+            let timeout = Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            let _ = poll(watched, Some(&timeout));
+            let [ended, _, event] = fds.each_ref().map(PollFd::revents);
+            let has_bytes = |ready| rustix::io::ioctl_fionread(ready).is_ok_and(|len| len > 0);
+            if is_open && !event.is_empty() && has_bytes(ready) {
+                return Ok(());
+            }
+            // Closed without a word: its end follows.
+            is_open &= event.is_empty();
+            let _ = self.read();
+            if !ended.is_empty() {
+                return Err(self.has_ended());
+            }
+            if left.is_zero() {
+                return Err(ServiceError::Slow {
+                    name: self.name.clone(),
+                    limit,
+                    said: self.said(),
+                });
+            }
+        }
+    }
+
+    /// The end of a program that is known to have ended.
+    fn has_ended(&mut self) -> ServiceError {
+        while matches!(self.read(), Ok(1..)) {}
+        let (name, said) = (self.name.clone(), self.said());
+        match self.process.wait() {
+            Ok(status) => ServiceError::Ended { name, status, said },
+            Err(error) => ServiceError::Start(name, error),
+        }
+    }
+
+    /// What it said last, as it was read.
+    pub fn said(&self) -> String {
+        String::from_utf8_lossy(&self.said).into_owned()
+    }
+
+    /// Reads a piece of what it says.
+    fn read(&mut self) -> io::Result<usize> {
+        let mut piece = [0; AT_ONCE];
+        let len = self.output.read(&mut piece)?;
+        self.said.extend_from_slice(&piece[..len]);
+        self.unlogged += len;
+        let surplus = self.said.len().saturating_sub(KEPT);
+        self.said.drain(..surplus);
+        self.unlogged = self.unlogged.min(KEPT);
+        Ok(len)
+    }
+
+    /// Logs the lines that are whole, or with `all` the last one too.
+    fn log(&mut self, all: bool) {
+        let text = &self.said[self.said.len() - self.unlogged..];
+        let newline = text.iter().rposition(|byte| *byte == b'\n');
+        let end = match newline {
+            _ if all || text.len() == KEPT => text.len(),
+            Some(at) => at + 1,
+            None => return,
+        };
+        for line in String::from_utf8_lossy(&text[..end]).lines() {
+            log::debug!("{}: {line}", self.name);
+        }
+        self.unlogged -= end;
+    }
+}
+
+impl MutEventSubscriber for Service {
+    fn init(&mut self, ops: &mut EventOps) {
+        for (fd, token) in [(self.output.as_fd(), SAID), (self.pidfd.as_fd(), ENDED)] {
+            let events = Events::with_data_raw(fd.as_raw_fd(), token, EventSet::IN);
+            if let Err(error) = ops.add(events) {
+                log::warn!("cannot follow {}: {error}", self.name);
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            SAID => match self.read() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Closed, whether it has ended or not.
+                Ok(0) | Err(_) => {
+                    let _ = ops.remove(events);
+                }
+                Ok(_) => self.log(false),
+            },
+            _ => {
+                let _ = ops.remove(events);
+                let end = self.has_ended();
+                self.log(true);
+                log::warn!("{end}");
+            }
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A shell that runs `script`, with a socket as its descriptor 5, and the other end.
+    fn shell(script: &str) -> (Service, UnixStream) {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        let (ours, its) = UnixStream::pair().unwrap();
+        let service = Service::start("a shell", command, vec![(5, its.into())]).unwrap();
+        (service, ours)
+    }
+
+    #[test]
+    fn program_is_ready_when_it_says_so() {
+        // More than a pipe holds before that.
+        let (mut service, ours) = shell("seq 20000; echo >&5; exec sleep 1000");
+        service.wait_ready(ours.as_fd(), LONG).unwrap();
+    }
+
+    #[test]
+    fn program_that_ends_at_its_start_is_quoted() {
+        for ready in ["", "exec 5>&-;"] {
+            let script = format!("{ready} seq 5000; echo 'no such port' >&2; exit 3");
+            let (mut service, ours) = shell(&script);
+            let error = service.wait_ready(ours.as_fd(), LONG).unwrap_err();
+            let text = error.to_string();
+            let begin = "a shell has ended at its start (exit status: 3): ";
+            assert!(text.starts_with(begin), "{text}");
+            assert!(text.ends_with("; 4999; 5000; no such port"), "{text}");
+            assert!(text.len() < 2 * KEPT + 100, "{text}");
+        }
+    }
+
+    #[test]
+    fn program_that_does_not_get_ready_is_killed_when_dropped() {
+        let (mut service, ours) = shell("exec sleep 1000");
+        let limit = Duration::from_millis(50);
+        let error = service.wait_ready(ours.as_fd(), limit).unwrap_err();
+        assert!(matches!(error, ServiceError::Slow { .. }), "{error}");
+        drop(service);
+        // Its end of the socket went with it.
+        assert_eq!((&ours).read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn program_has_a_session_of_its_own_and_the_descriptors_that_are_meant() {
+        let (mut service, mut ours) = shell(
+            "read line <&5; ps -o sid= -p $$ | tr -d ' '; echo $$; ls /proc/$$/fd | tr '\\n' ' '",
+        );
+        ours.write_all(b"go\n").unwrap();
+        let error = service.wait_ready(ours.as_fd(), LONG).unwrap_err();
+        let ServiceError::Ended { said, .. } = error else {
+            panic!("{error}")
+        };
+        let [session, pid, descriptors] = said.lines().collect::<Vec<_>>()[..] else {
+            panic!("{said}")
+        };
+        assert_eq!((session, descriptors.trim()), (pid, "0 1 2 5"));
+    }
+
+    #[test]
+    fn program_that_cannot_be_started_is_named() {
+        let error = Service::start("passt", Command::new("/nonexistent"), Vec::new()).unwrap_err();
+        assert_eq!(error.to_string(), "cannot start passt");
+    }
+}
