@@ -12,6 +12,7 @@ use std::arch::global_asm;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::UdpSocket;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -227,12 +228,16 @@ impl Kernel {
 
     /// The same by the library; the console is a file beside the kernel.
     fn guest(&self, reboot: Reboot) -> Guest {
+        Guest::start(self.config(reboot)).unwrap()
+    }
+
+    fn config(&self, reboot: Reboot) -> Config {
         let mut config = Config::new(self.0.path().join("kernel"));
         config.memory = "128M".parse().unwrap();
         config.cpus = "2".parse().unwrap();
         config.console = ConsoleTarget::File(self.0.path().join("console"));
         config.reboot = reboot;
-        Guest::start(config).unwrap()
+        config
     }
 
     fn console(&self) -> String {
@@ -325,6 +330,44 @@ kvm_test!(kernel_that_is_gone_is_a_failure, || {
         "{log}"
     );
 });
+
+/// The memory of the only guest in this process that shares it.
+fn shared_memory() -> File {
+    let mut descriptors = fs::read_dir("/proc/self/fd").unwrap().map(|fd| fd.unwrap());
+    let is_memory = |fd: &fs::DirEntry| {
+        let place = fs::read_link(fd.path()).unwrap_or_default();
+        place.to_string_lossy().starts_with("/memfd:guest-memory")
+    };
+    let memory = descriptors.find(is_memory).unwrap();
+    File::open(memory.path()).unwrap()
+}
+
+kvm_test!(
+    memory_that_is_shared_is_a_file_and_a_reset_empties_it,
+    || {
+        let kernel = Kernel::fresh();
+        let mut config = kernel.config(Reboot::Restart);
+        config.shared_memory = true;
+        let guest = Guest::start(config).unwrap();
+        let memory = shared_memory();
+        assert_eq!(memory.metadata().unwrap().len(), 128 << 20);
+        let has_run = || {
+            let mut bytes = [0; 8];
+            memory.read_exact_at(&mut bytes, 0x7ff_fff8).unwrap();
+            bytes == [0xff; 8]
+        };
+        for runs in 1..=3 {
+            let begins = || kernel.console().matches("new").count() == runs;
+            assert!(eventually(begins), "{}", kernel.console());
+            assert!(eventually(has_run));
+            guest.reset();
+        }
+        guest.end();
+        guest.wait().unwrap();
+        let console = kernel.console();
+        assert!(!console.contains("old"), "{console}");
+    }
+);
 
 kvm_test!(reset_button_ends_a_guest_or_restarts_it, || {
     let kernel = Kernel::fresh();

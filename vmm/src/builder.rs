@@ -38,7 +38,7 @@ use crate::kvm::vcpu::{DeviceBuses, NewVcpu};
 use crate::kvm::vcpus::Vcpus;
 use crate::kvm::vm::{Hypervisor, Vm, VmError};
 use crate::machine::{Machine, MachineError};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, Sharing};
 use crate::nic::Inherited;
 use crate::nic::devices::NetDevices;
 use crate::plan::{Plan, TooManyDevices};
@@ -156,7 +156,11 @@ fn run_opened(
 ) -> Result<Exit, Error> {
     let qmp = std::mem::take(&mut opened.qmp);
     let console_socket = opened.console_socket.take();
-    let ram = GuestRam::map(config.memory, config.hugepages)?;
+    let sharing = match config.shares_memory() {
+        true => Sharing::Shared,
+        false => Sharing::Private,
+    };
+    let ram = GuestRam::map(config.memory, config.hugepages, sharing)?;
     start.note(|stages| &mut stages.memory);
     let (requests, handle) = Requests::new().map_err(failed_to("create an eventfd"))?;
     let planned = (&config, &plan);

@@ -64,6 +64,9 @@ pub struct Config {
     pub memory: MemorySize,
     /// Takes the guest's memory from the huge pages that the host has set aside.
     pub hugepages: bool,
+    /// Has other processes of its user map guest memory, too, if they like: a memfd `guest-memory`, of fixed size, is among
+    /// this process's open files then. Huge pages are rarer than in memory of its own.
+    pub shared_memory: bool,
     /// Gives the guest the host's random numbers, by virtio-rng.
     pub rng: bool,
     /// Takes memory back that the guest has free, by virtio-balloon, and holds so much back from the
@@ -104,6 +107,7 @@ impl Config {
             nested: false,
             memory: MemorySize(512 << 20),
             hugepages: false,
+            shared_memory: false,
             rng: true,
             balloon: None,
             console: ConsoleTarget::Stdio,
@@ -128,6 +132,11 @@ impl Config {
             false => GRACE,
         };
         self.stop_timeout.unwrap_or(usual)
+    }
+
+    /// Whether guest memory is such that other processes can map it.
+    pub(crate) fn shares_memory(&self) -> bool {
+        self.shared_memory
     }
 
     /// How many virtio devices the guest has.

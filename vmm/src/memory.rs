@@ -3,26 +3,31 @@
 //! Both it and the guest's physical addresses begin at a multiple of 2 MiB, without which KVM maps no huge page for the
 //! guest, and each first touch costs a fault of 4 KiB. The kernel is advised to take huge pages where it can; with
 //! `--hugepages` it has to, from those that the host has set aside. A core dump leaves the guest's memory out.
+//!
+//! Memory that other processes share is a memfd, whose offsets the regions name, as vhost-user needs them. It cannot
+//! shrink, so that touching it never ends the monitor with SIGBUS. There the kernel takes the advice of huge pages only if
+//! the host allows it: /sys/kernel/mm/transparent_hugepage/shmem_enabled is `never` unless someone sets it to `advise`.
 
-use std::ffi::c_void;
-use std::fs;
+mod mapping;
+
+use std::fs::{self, File};
 use std::io;
 use std::mem;
-use std::ptr;
 use std::sync::Arc;
 
 use boot::layout::ram_regions;
-use rustix::mm::{self, Advice, MapFlags, ProtFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
+use rustix::mm::{Advice, madvise};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress, MmapRegion,
 };
 
+use self::mapping::{HUGE, Mapping};
 use crate::config::MemorySize;
 use crate::control::exit::ExitRequest;
 
-/// A huge page.
-const HUGE: usize = 2 << 20;
 /// What the host's kernel says of its huge pages (Documentation/admin-guide/mm/hugetlbpage.rst).
 const HUGETLB: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
@@ -41,6 +46,20 @@ pub enum MemoryError {
         total = .1.total
     )]
     Huge(MemorySize, HugePages, #[source] io::Error),
+    #[error(
+        "cannot create a memfd of {0} for guest memory that other processes share: limits of open files and of a file's \
+         size (`ulimit -n`, `ulimit -f`) count for it"
+    )]
+    Memfd(MemorySize, #[source] io::Error),
+}
+
+/// Whether other processes may map guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// It is this process's own, and anonymous.
+    Private,
+    /// It is a memfd: each region of the guest memory has its file and offset.
+    Shared,
 }
 
 /// Guest memory, mapped as long as this or anything that shares it lives.
@@ -54,14 +73,20 @@ pub struct GuestRam {
 impl GuestRam {
     /// Maps guest memory, which costs the host nothing until the guest touches it, but with
     /// `hugepages` is set aside at once.
-    pub fn map(size: MemorySize, hugepages: bool) -> Result<Self, MemoryError> {
+    pub fn map(size: MemorySize, hugepages: bool, sharing: Sharing) -> Result<Self, MemoryError> {
         let failed = |error: io::Error| match HugePages::read() {
             Some(pages) if hugepages => MemoryError::Huge(size, pages, error),
             _ => MemoryError::Map(size, error),
         };
-        let (mut regions, mut shared) = (Vec::new(), Vec::new());
+        let memfd = (sharing == Sharing::Shared).then(|| memfd(size, hugepages));
+        let memfd = memfd.transpose()?;
+        let (mut regions, mut shared, mut offset) = (Vec::new(), Vec::new(), 0);
         for (start, len) in ram_regions(size.bytes()) {
-            let region = Region::map(len, hugepages).map_err(failed)?;
+            let place = memfd
+                .as_ref()
+                .map(|memfd| FileOffset::from_arc(Arc::clone(memfd), offset));
+            offset += len as u64;
+            let region = Region::map(len, hugepages, place).map_err(failed)?;
             shared.extend(GuestRegionMmap::with_arc(Arc::clone(&region.shared), start));
             regions.push(region);
         }
@@ -79,6 +104,24 @@ impl GuestRam {
     }
 }
 
+/// A file for guest memory, which has none of it yet. Whoever gets it can change neither its size, on which every
+/// mapping of it relies, nor what may be done with it.
+fn memfd(size: MemorySize, hugepages: bool) -> Result<Arc<File>, MemoryError> {
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut len = size.bytes();
+    if hugepages {
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        len = len.next_multiple_of(HUGE as u64);
+    }
+    let create = || {
+        let file = File::from(memfd_create("guest-memory", flags)?);
+        file.set_len(len)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Ok(Arc::new(file))
+    };
+    create().map_err(|error| MemoryError::Memfd(size, error))
+}
+
 /// Makes guest memory, which nothing uses meanwhile, all zeros again. Huge pages that the host has
 /// set aside stay the guest's: others might take those that it gives back. Stops when the guest is to
 /// end.
@@ -92,10 +135,16 @@ pub fn empty(memory: &GuestMemoryMmap, hugepages: bool, exit: &ExitRequest) {
 }
 
 fn give_back(region: &GuestRegionMmap) -> io::Result<()> {
-    let (start, len) = (region.as_ptr().cast(), region.len() as usize);
-    // SAFETY: the mapping is the region's, and private and anonymous: it reads as zeros then. No
-    // reference to it exists.
-    unsafe { mm::madvise(start, len, Advice::LinuxDontNeed) }?;
+    if let Some(place) = region.file_offset() {
+        // What other processes have mapped of it, too.
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(place.file(), hole, place.start(), region.len())?;
+    } else {
+        let (start, len) = (region.as_ptr().cast(), region.len() as usize);
+        // SAFETY: the mapping is the region's, and private and anonymous: it reads as zeros then. No
+        // reference to it exists.
+        unsafe { madvise(start, len, Advice::LinuxDontNeed) }?;
+    }
     // As for a new mapping: see `Mapping::aligned`.
     let first = region.write_obj(0_u8, MemoryRegionAddress(0));
     first.map_err(io::Error::other)
@@ -121,18 +170,27 @@ struct Region {
 }
 
 impl Region {
-    fn map(len: usize, hugepages: bool) -> io::Result<Self> {
+    fn map(len: usize, hugepages: bool, place: Option<FileOffset>) -> io::Result<Self> {
         let mapping = if hugepages {
-            Mapping::huge(len)?
+            Mapping::huge(len, place.as_ref())?
         } else {
-            Mapping::aligned(len)?
+            Mapping::aligned(len, place.as_ref())?
         };
-        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
+        let flags = match place {
+            Some(_) => libc::MAP_SHARED,
+            None => libc::MAP_PRIVATE,
+        };
+        let mut region = MmapRegionBuilder::new(len)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags);
+        if let Some(place) = place {
+            region = region.with_file_offset(place);
+        }
         // SAFETY: the mapping has `len` bytes or more, and `drop` below keeps it as long as
         // there is another share of this region.
-        let region = unsafe { MmapRegion::build_raw(mapping.start.cast(), len, prot, flags) };
+        let region = unsafe { region.with_raw_mmap_pointer(mapping.start().cast()) };
         Ok(Self {
-            shared: Arc::new(region.map_err(io::Error::other)?),
+            shared: Arc::new(region.build().map_err(io::Error::other)?),
             mapping: Some(mapping),
         })
     }
@@ -142,77 +200,6 @@ impl Drop for Region {
     fn drop(&mut self) {
         if Arc::get_mut(&mut self.shared).is_none() {
             mem::forget(self.mapping.take());
-        }
-    }
-}
-
-/// Memory that is unmapped when dropped.
-#[derive(Debug)]
-struct Mapping {
-    start: *mut c_void,
-    len: usize,
-}
-
-impl Mapping {
-    fn new(len: usize, flags: MapFlags) -> io::Result<Self> {
-        let (access, flags) = (
-            ProtFlags::READ | ProtFlags::WRITE,
-            flags | MapFlags::PRIVATE,
-        );
-        // SAFETY: a new mapping of memory where the kernel likes touches nothing else.
-        let start = unsafe { mm::mmap_anonymous(ptr::null_mut(), len, access, flags) }?;
-        Ok(Self { start, len })
-    }
-
-    /// Memory that begins with a huge page, if the kernel has any for us.
-    fn aligned(len: usize) -> io::Result<Self> {
-        // So much more that it has a place for what is wanted, whose rest on both sides goes back.
-        let mut skipped = Self::new(len + HUGE, MapFlags::NORESERVE)?;
-        let mut mapping = skipped.split_off(skipped.start.addr().wrapping_neg() % HUGE);
-        drop(mapping.split_off(len));
-        // The start of a guest takes a few pages at the beginning. With one that is there already the kernel does not
-        // take a huge one for them, which it would have to clear.
-        // SAFETY: the mapping is ours alone, may be written to, and has a byte.
-        unsafe { mapping.start.cast::<u8>().write_volatile(0) };
-        mapping.advise(Advice::LinuxHugepage);
-        mapping.advise(Advice::LinuxDontDump);
-        Ok(mapping)
-    }
-
-    /// Huge pages that the host has set aside, promised to us now: a guest would else die of it
-    /// later. They are whole, also where the guest's memory ends within the last one.
-    fn huge(len: usize) -> io::Result<Self> {
-        let flags = MapFlags::HUGETLB | MapFlags::HUGE_2MB;
-        let mapping = Self::new(len.next_multiple_of(HUGE), flags)?;
-        mapping.advise(Advice::LinuxDontDump);
-        Ok(mapping)
-    }
-
-    /// Divides the mapping at `at`, at most its length, and returns what follows.
-    fn split_off(&mut self, at: usize) -> Self {
-        let rest = Self {
-            start: self.start.wrapping_byte_add(at),
-            len: self.len - at,
-        };
-        self.len = at;
-        rest
-    }
-
-    fn advise(&self, advice: Advice) {
-        // SAFETY: the mapping is ours, and neither advice that is given here changes what it holds.
-        if let Err(error) = unsafe { mm::madvise(self.start, self.len, advice) } {
-            // A kernel that is built without it.
-            log::debug!("the kernel takes no advice {advice:?} on guest memory: {error}");
-        }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // None has nothing to unmap, and munmap would refuse it.
-        if self.len > 0 {
-            // SAFETY: the mapping is ours, and who shares it keeps it from being dropped (`Region`).
-            let _ = unsafe { mm::munmap(self.start, self.len) };
         }
     }
 }
@@ -247,13 +234,13 @@ fn huge_pages(size: MemorySize) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::os::unix::fs::FileExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     use vm_memory::GuestAddress;
 
     use super::*;
 
+    const BOTH: [Sharing; 2] = [Sharing::Private, Sharing::Shared];
     const MARK: u64 = 0x6d69_6e69_766d_6d21;
 
     /// Whether the mark is at this address, where there may be no memory, or that of another test.
@@ -266,13 +253,16 @@ mod tests {
 
     #[test]
     fn regions_begin_with_a_huge_page_whatever_their_size() {
-        for size in ["16M", "17M", "20000K", "3075M", "5G"] {
-            let ram = GuestRam::map(size.parse().unwrap(), false).unwrap();
+        let sizes = ["16M", "17M", "20000K", "3075M", "5G"];
+        for (size, sharing) in sizes.iter().flat_map(|size| BOTH.map(|both| (size, both))) {
+            let ram = GuestRam::map(size.parse().unwrap(), false, sharing).unwrap();
             let mut bytes = 0;
             for region in ram.memory().iter() {
                 let host = region.as_ptr() as u64;
                 assert!(host.is_multiple_of(HUGE as u64), "{size}: {host:#x}");
                 assert!(region.start_addr().0.is_multiple_of(HUGE as u64));
+                let place = region.file_offset().map(FileOffset::start);
+                assert_eq!(place, (sharing == Sharing::Shared).then_some(bytes));
                 bytes += region.len();
             }
             assert_eq!(bytes, size.parse::<MemorySize>().unwrap().bytes());
@@ -282,9 +272,39 @@ mod tests {
     }
 
     #[test]
+    fn shared_memory_is_a_file_whose_size_is_fixed() {
+        let ram = GuestRam::map("5G".parse().unwrap(), false, Sharing::Shared).unwrap();
+        for region in ram.memory().iter() {
+            let (file, offset) = {
+                let place = region.file_offset().unwrap();
+                (place.file(), place.start())
+            };
+            region
+                .write_obj(MARK, MemoryRegionAddress(region.len() - 8))
+                .unwrap();
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, offset + region.len() - 8)
+                .unwrap();
+            assert_eq!(u64::from_le_bytes(bytes), MARK);
+            file.write_all_at(&[7], offset).unwrap();
+            assert_eq!(region.read_obj::<u8>(MemoryRegionAddress(0)).unwrap(), 7);
+            for len in [0, 4096, 6 << 30] {
+                let error = file.set_len(len).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{len}");
+            }
+            assert_eq!(file.metadata().unwrap().len(), 5 << 30);
+            let error = fcntl_add_seals(file, SealFlags::WRITE).unwrap_err();
+            assert_eq!(error.raw_os_error(), libc::EPERM);
+        }
+    }
+
+    #[test]
     fn memory_is_unmapped_with_its_last_share() {
-        for is_shared in [true, false] {
-            let ram = GuestRam::map("5G".parse().unwrap(), false).unwrap();
+        for (is_shared, sharing) in [true, false]
+            .iter()
+            .flat_map(|s| BOTH.map(|both| (*s, both)))
+        {
+            let ram = GuestRam::map("5G".parse().unwrap(), false, sharing).unwrap();
             let mut places = Vec::new();
             for region in ram.memory().iter() {
                 ram.memory().write_obj(MARK, region.start_addr()).unwrap();
@@ -304,8 +324,11 @@ mod tests {
     fn emptied_memory_reads_as_zeros_from_its_first_to_its_last_byte() {
         let exit = ExitRequest::new().unwrap();
         // Overwritten, as huge pages are, or given back.
-        for is_kept in [false, true] {
-            let ram = GuestRam::map("20001K".parse().unwrap(), false).unwrap();
+        for (is_kept, sharing) in [false, true]
+            .iter()
+            .flat_map(|k| BOTH.map(|both| (*k, both)))
+        {
+            let ram = GuestRam::map("20001K".parse().unwrap(), false, sharing).unwrap();
             let memory = ram.memory();
             let last = memory.last_addr().0 - 7;
             let marked = [0, 4096, HUGE as u64 - 4, 5 << 20, last].map(GuestAddress);
@@ -315,6 +338,10 @@ mod tests {
             empty(memory, is_kept, &exit);
             for address in marked {
                 assert_eq!(memory.read_obj::<u64>(address).unwrap(), 0, "{address:?}");
+            }
+            if let (Some(place), false) = (memory.iter().next().unwrap().file_offset(), is_kept) {
+                let held = place.file().metadata().unwrap().blocks() * 512;
+                assert!(held <= 4 * marked.len() as u64 * 4096, "holds {held} bytes");
             }
         }
     }

@@ -42,8 +42,8 @@ pub struct Stats {
 pub struct MemoryStats {
     /// Bytes that the guest has.
     pub size: u64,
-    /// Bytes of anonymous memory that the host holds for the whole process: nearly all of it is what the
-    /// guest has touched and not given back. Huge pages that the host has set aside (`--hugepages`) do
+    /// Bytes of anonymous and shared memory that the host holds for the whole process: nearly all of it is what
+    /// the guest has touched and not given back. Huge pages that the host has set aside (`--hugepages`) do
     /// not count.
     pub resident: u64,
 }
@@ -100,15 +100,14 @@ impl MemoryStats {
     }
 }
 
-/// Bytes of a page of the host.
-const PAGE: u64 = 4096;
-
-/// Of /proc/self/statm: resident pages, less those that a file or shared memory backs.
+/// What /proc/self/status counts of anonymous memory, and of memory that a memfd holds.
 fn resident() -> Option<u64> {
-    let text = fs::read_to_string("/proc/self/statm").ok()?;
-    let mut pages = text.split(' ').skip(1).map(str::parse::<u64>);
-    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
-    Some(resident.saturating_sub(shared) * PAGE)
+    let text = fs::read_to_string("/proc/self/status").ok()?;
+    let kib = |name| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix(" kB")?.parse().ok()
+    };
+    Some((kib("RssAnon:")? + kib("RssShmem:")?) << 10)
 }
 
 impl From<&BalloonHandle> for BalloonStats {
