@@ -8,7 +8,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::ConfigSpace;
-use super::ranges::{Ranges, give_back};
+use super::ranges::{GiveBack, Ranges};
 use super::{PAGE_POISON, QUEUE_SIZES, REPORTING};
 use crate::virtio::iovec::gather;
 use crate::virtio::queue::{Buffers, Chain, Next, Queue};
@@ -59,6 +59,7 @@ pub struct BalloonJob {
     pending: Option<Pending>,
     buffers: Buffers,
     memory: Arc<GuestMemoryMmap>,
+    give_back: GiveBack,
     config: Arc<ConfigSpace>,
     /// Reported pages have to keep what the driver has said.
     poisons: bool,
@@ -108,6 +109,7 @@ impl BalloonJob {
             lines,
             pending: None,
             buffers: Buffers::default(),
+            give_back: GiveBack::of(&memory),
             memory,
             config,
             poisons: features & PAGE_POISON != 0,
@@ -195,7 +197,7 @@ impl BalloonJob {
         // SAFETY: the piece was resolved inside guest memory, which `self.memory` and the queues keep
         // mapped and to which there is no reference; the driver has said that it needs nothing
         // of it, and harms none but itself where that is not true.
-        if let Err(error) = unsafe { give_back(piece) }
+        if let Err(error) = unsafe { self.give_back.release(piece) }
             && self.complaints.may_warn()
         {
             log::warn!("the host does not take memory back that the guest does not use: {error}");

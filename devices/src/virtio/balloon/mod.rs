@@ -52,8 +52,8 @@ pub struct Balloon {
 
 impl Balloon {
     /// A device whose thread has this name, and that holds back so many bytes of the guest's memory
-    /// from the start. Guest memory has to be anonymous, of pages of the usual size. That its driver is
-    /// ready is reported to `events`.
+    /// from the start. Guest memory has to be all anonymous or all of a memfd, of pages of the usual size. That
+    /// its driver is ready is reported to `events`.
     ///
     /// # Errors
     ///

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::virtio::iovec::Iovecs;
 
@@ -89,16 +89,32 @@ impl Ranges {
     }
 }
 
-/// Gives memory back to the host. Whoever touches it again finds zeros.
-///
-/// # Safety
-///
-/// The piece has to be mapped memory of this process that there is no reference to, and whose
-/// content that is not needed.
-pub unsafe fn give_back(piece: &libc::iovec) -> io::Result<()> {
-    // SAFETY: as for this function.
-    match unsafe { libc::madvise(piece.iov_base, piece.iov_len, libc::MADV_DONTNEED) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+/// How guest memory is given back to the host. Whoever touches it again finds zeros.
+#[derive(Clone, Copy, Debug)]
+pub struct GiveBack(libc::c_int);
+
+impl GiveBack {
+    /// How this memory is: what a file holds has to be removed from it, or its pages stay.
+    pub fn of(memory: &GuestMemoryMmap) -> Self {
+        let is_shared = memory.iter().any(|region| region.file_offset().is_some());
+        Self(if is_shared {
+            libc::MADV_REMOVE
+        } else {
+            libc::MADV_DONTNEED
+        })
+    }
+
+    /// Gives this much of it back.
+    ///
+    /// # Safety
+    ///
+    /// The piece has to be mapped memory of this process that there is no reference to, and whose
+    /// content that is not needed.
+    pub unsafe fn release(self, piece: &libc::iovec) -> io::Result<()> {
+        // SAFETY: as for this function.
+        match unsafe { libc::madvise(piece.iov_base, piece.iov_len, self.0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }

@@ -1,8 +1,11 @@
+use std::fs::File;
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ranges::PAGE;
@@ -35,7 +38,10 @@ struct Guest {
 
 impl Guest {
     fn new() -> Self {
-        let memory = Driver::new().memory;
+        Self::with_memory(Driver::new().memory)
+    }
+
+    fn with_memory(memory: Arc<GuestMemoryMmap>) -> Self {
         memory
             .write_slice(&[7; END as usize], GuestAddress(0))
             .unwrap();
@@ -129,6 +135,39 @@ fn pages_in_the_balloon_are_the_hosts_until_they_are_used_again() {
     let first = GuestAddress(u64::from(FIRST) * PAGE as u64);
     guest.memory.write_slice(&[7; PAGE], first).unwrap();
     assert_eq!(guest.gone(), gone[1..]);
+}
+
+#[test]
+fn pages_of_a_memfd_leave_it_with_what_other_processes_have_mapped() {
+    // SAFETY: a name that ends with NUL.
+    let fd = unsafe { libc::memfd_create(c"balloon".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0);
+    // SAFETY: the descriptor is new, and ours.
+    let file = Arc::new(unsafe { File::from_raw_fd(fd) });
+    file.set_len(END).unwrap();
+    // Two regions, as in the memory of the other tests.
+    let half = END as usize / 2;
+    let regions = [0, END / 2].map(|at| {
+        let place = FileOffset::from_arc(Arc::clone(&file), at);
+        (GuestAddress(at), half, Some(place))
+    });
+    let memory = GuestMemoryMmap::from_ranges_with_files(regions).unwrap();
+    let mut guest = Guest::with_memory(Arc::new(memory));
+    let held = || file.metadata().unwrap().blocks() * 512;
+    assert_eq!(held(), END);
+    let numbers = [FIRST + 3, FIRST, 0x7f, 0x80];
+    guest.inflate(&numbers);
+    finish(&mut guest.job());
+    assert_eq!(held(), END - 4 * PAGE as u64);
+    // Through the file, as through any mapping of it: reading it there takes no page.
+    for page in numbers {
+        let mut bytes = [1; PAGE];
+        file.read_exact_at(&mut bytes, u64::from(page) * PAGE as u64)
+            .unwrap();
+        assert_eq!(bytes, [0; PAGE]);
+    }
+    assert_eq!(held(), END - 4 * PAGE as u64);
+    assert_eq!(guest.gone(), [FIRST, FIRST + 3, 0x7f, 0x80]);
 }
 
 #[test]
