@@ -1,4 +1,4 @@
-# Build, test, fuzz and measure. resources/install-tools installs the programs that tests need.
+# Build, test, fuzz and measure. resources/install-tools installs what the build and the tests need.
 
 CARGO ?= cargo
 # The tests' guest is a workspace of its own: it is built without std.
@@ -12,10 +12,12 @@ help: ## Lists these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 build: ## Builds the program, target/release/minivmm
+	@resources/install-tools --build
 	$(CARGO) build --release --bin minivmm
 
 demo: ## Two guests and a third host on one wire, and pings between them (needs root)
 	@echo "Building minivmm and the demo, fetching what they need ..."
+	@resources/install-tools --build
 	@$(MAKE) --no-print-directory -j2 demo-build demo-tools
 	@MINIVMM_BIN=$(TARGET)/debug/minivmm $(TARGET)/debug/examples/demo </dev/null
 

@@ -15,6 +15,7 @@ use crate::config::{
     NicSource, QmpSocket, Reboot, VmName,
 };
 use crate::plan::Transport;
+use crate::share::FileServerArgs;
 
 mod net;
 mod qemu;
@@ -421,6 +422,9 @@ pub enum Command {
     Console(ConsoleArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
     Doctor(DoctorArgs),
+    /// Serves a directory of --share: minivmm itself starts this
+    #[command(hide = true)]
+    FileServer(FileServerArgs),
 }
 
 /// `minivmm doctor`.

@@ -91,6 +91,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Logs(args) => print(&logs::run(args)?).map(|()| 0),
         Command::Stop(args) => Ok(stop::stop(args)?),
         Command::Kill(args) => Ok(stop::kill(args)?),
+        Command::FileServer(_) => unreachable!("main serves before it gets here"),
         Command::Doctor(args) => {
             let (report, healthy) = doctor::run(args);
             print(&report).map(|()| if healthy { 0 } else { 1 })

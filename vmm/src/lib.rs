@@ -51,8 +51,9 @@
 //! the log, and `printable` makes text of others fit for a terminal.
 //!
 //! `program` is the binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU on the
-//! same macvtaps; `child` starts other programs, and `service` those that serve a guest's device. `signals` and `limits` settle what this process was started with, and
-//! give it to those programs; `trim` gives back memory that only the start has needed.
+//! same macvtaps; `child` starts other programs, and `service` those that serve a guest's device, of which `share` has the
+//! file server of a directory. `signals` and `limits` settle what this process was started with, and give it to those
+//! programs; `trim` gives back memory that only the start has needed.
 //!
 //! # Threads
 //!
@@ -92,6 +93,8 @@ mod qmp;
 mod resources;
 #[doc(hidden)]
 pub mod service;
+#[doc(hidden)]
+pub mod share;
 mod signals;
 pub mod stats;
 mod trim;

@@ -11,7 +11,7 @@ use crate::detach::{self, Side};
 use crate::instance::Instance;
 use crate::nic::Inherited;
 use crate::nic::registry::Runs;
-use crate::{builder, commands, limits, log_writer, qemu, signals, trim, tty};
+use crate::{builder, commands, limits, log_writer, qemu, share, signals, trim, tty};
 
 /// Does what the command line says.
 ///
@@ -24,7 +24,12 @@ pub unsafe fn main() -> ExitCode {
     trim::hold_little();
     let settled = signals::settle();
     limits::raise();
+    share::is_minivmm();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    if let Some(Command::FileServer(args)) = &cli.command {
+        // SAFETY: this is the first thread, which has opened nothing.
+        return unsafe { share::serve(args) };
+    }
     let (queues, listeners, events) = (cli.descriptors(), cli.listeners(), cli.events_descriptor());
     let mut keep = Inherited::numbers(&queues, &listeners, events);
     if let Some(Command::Qemu(args)) = &cli.command {

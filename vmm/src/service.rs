@@ -188,6 +188,11 @@ impl Service {
         }
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     /// What it said last, as it was read.
     pub fn said(&self) -> String {
         String::from_utf8_lossy(&self.said).into_owned()

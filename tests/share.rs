@@ -1,0 +1,289 @@
+//! The file server of `--share`, as the monitor starts it, with a client that sends whatever a guest can send (`share/`).
+//!
+//! - `client`: the front end of vhost-user, and its queues
+//! - `fuse`: the requests
+//! - `escapes`: the ways out of the directory
+//! - `ends`: what the server's and its monitor's ends leave
+//! - this file: what a guest sees and can do
+
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
+#![allow(clippy::unwrap_used)]
+
+#[path = "share/client.rs"]
+mod client;
+#[path = "share/ends.rs"]
+mod ends;
+#[path = "share/escapes.rs"]
+mod escapes;
+#[path = "share/fuse.rs"]
+mod fuse;
+mod harness;
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use client::{Guest, HIPRIO, REQUESTS};
+use fuse::*;
+use harness::netns::{self, root_test};
+use harness::vm;
+
+const SIZE: u32 = 1 << 3;
+const UID_GID: u32 = 1 << 1 | 1 << 2;
+
+/// A user who is neither root nor nobody.
+const USER: u32 = 12345;
+
+fn directory() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// A guest that has mounted the directory.
+fn mounted(directory: &TempDir) -> Guest {
+    Guest::new(directory.path(), false).mount()
+}
+
+/// A program that runs minivmm as [`USER`], who has the directory.
+fn as_user(directory: &TempDir) -> PathBuf {
+    chown(directory.path(), Some(USER), Some(USER)).unwrap();
+    let program = directory.path().with_extension("sh");
+    let user = format!("--reuid={USER} --regid={USER} --clear-groups");
+    let script = format!(
+        "#!/bin/sh\nexec setpriv {user} {} \"$@\"\n",
+        vm::binary().display()
+    );
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    program
+}
+
+fn owner(path: &Path) -> (u32, u32) {
+    let metadata = fs::symlink_metadata(path).unwrap();
+    (metadata.uid(), metadata.gid())
+}
+
+root_test!(files_can_be_made_read_changed_and_removed, || {
+    let directory = directory();
+    fs::write(directory.path().join("theirs"), "of the host").unwrap();
+    let mut guest = mounted(&directory);
+    let theirs = guest.lookup(ROOT, "theirs").unwrap();
+    assert_eq!(guest.read_file(theirs.node).unwrap(), "of the host");
+
+    let (ours, handle) = guest.create(GUEST_ROOT, ROOT, "ours").unwrap();
+    assert_eq!(
+        guest.write(ours.node, handle, 0, b"of the guest").unwrap(),
+        12
+    );
+    assert_eq!(guest.read(ours.node, handle, 3, 3).unwrap(), b"the");
+    guest.release(ours.node, handle).unwrap();
+    assert_eq!(
+        fs::read(directory.path().join("ours")).unwrap(),
+        b"of the guest"
+    );
+    guest.setattr(ours.node, SIZE, 2, [0; 3]).unwrap();
+    assert_eq!(guest.getattr(ours.node).unwrap().size, 2);
+
+    let below = guest.mkdir(ROOT, "below").unwrap();
+    guest.rename((ROOT, "ours"), (below.node, "moved")).unwrap();
+    guest.link(theirs.node, below.node, "again").unwrap();
+    guest.symlink(below.node, "there", "../theirs").unwrap();
+    assert_eq!(guest.list(ROOT).unwrap(), ["below", "theirs"]);
+    assert_eq!(guest.list(below.node).unwrap(), ["again", "moved", "there"]);
+    assert_eq!(guest.getattr(theirs.node).unwrap().links, 2);
+    assert_eq!(guest.rmdir(ROOT, "below"), Err(libc::ENOTEMPTY));
+    for name in ["again", "moved", "there"] {
+        guest.unlink(below.node, name).unwrap();
+    }
+    guest.rmdir(ROOT, "below").unwrap();
+    assert_eq!(guest.lookup(ROOT, "below"), Err(libc::ENOENT));
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+});
+
+root_test!(large_reads_and_writes_are_whole, || {
+    let directory = directory();
+    let mut guest = mounted(&directory);
+    let (file, handle) = guest.create(GUEST_ROOT, ROOT, "large").unwrap();
+    let bytes: Vec<u8> = (0..1 << 20).map(|at: u32| (at / 7) as u8).collect();
+    assert_eq!(guest.write(file.node, handle, 5, &bytes).unwrap(), 1 << 20);
+    assert!(guest.read(file.node, handle, 5, 1 << 20).unwrap() == bytes);
+});
+
+root_test!(files_of_root_s_share_keep_their_owners, || {
+    let directory = directory();
+    let path = directory.path().join("theirs");
+    fs::write(&path, "").unwrap();
+    chown(&path, Some(1), Some(2)).unwrap();
+    let mut guest = mounted(&directory);
+    let theirs = guest.lookup(ROOT, "theirs").unwrap();
+    assert_eq!((theirs.uid, theirs.gid), (1, 2));
+    guest.setattr(theirs.node, UID_GID, 0, [0, 3, 4]).unwrap();
+    assert_eq!(owner(&path), (3, 4));
+
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
+    let user = User { uid: 5, gid: 6 };
+    let (ours, _) = guest.create(user, ROOT, "ours").unwrap();
+    assert_eq!((ours.uid, ours.gid), (5, 6));
+    assert_eq!(owner(&directory.path().join("ours")), (5, 6));
+});
+
+root_test!(files_of_a_user_s_share_are_that_user_s, || {
+    let directory = directory();
+    let program = as_user(&directory);
+    let path = directory.path().join("theirs");
+    fs::write(&path, "").unwrap();
+    chown(&path, Some(1), Some(2)).unwrap();
+    let mut guest = Guest::by(directory.path(), false, &program).mount();
+    let theirs = guest.lookup(ROOT, "theirs").unwrap();
+    assert_eq!((theirs.uid, theirs.gid), (65534, 65534));
+    assert_eq!(guest.open(theirs.node, libc::O_RDWR), Err(libc::EACCES));
+    let changed = guest.setattr(theirs.node, UID_GID, 0, [0, 3, 4]);
+    assert_eq!(changed, Err(libc::EPERM));
+
+    // Whoever makes a file in the guest, and whomever it is given to there.
+    for (uid, name) in [(0, "root"), (USER, "same"), (7, "other")] {
+        let (ours, _) = guest.create(User { uid, gid: uid }, ROOT, name).unwrap();
+        guest.setattr(ours.node, UID_GID, 0, [0, 3, 4]).unwrap();
+        let ours = guest.getattr(ours.node).unwrap();
+        assert_eq!((ours.uid, ours.gid), (USER, USER));
+        assert_eq!(owner(&directory.path().join(name)), (USER, USER));
+    }
+});
+
+root_test!(read_only_share_changes_nothing, || {
+    let directory = directory();
+    fs::write(directory.path().join("file"), "text").unwrap();
+    let mut guest = Guest::new(directory.path(), true).mount();
+    let file = guest.lookup(ROOT, "file").unwrap();
+    assert_eq!(guest.read_file(file.node).unwrap(), "text");
+    for flags in [libc::O_RDWR, libc::O_WRONLY, libc::O_RDONLY | libc::O_TRUNC] {
+        assert!(guest.open(file.node, flags).is_err());
+    }
+    let handle = guest.open(file.node, libc::O_RDONLY).unwrap();
+    assert!(guest.write(file.node, handle, 0, b"TEXT").is_err());
+    let refused = Err(libc::EROFS);
+    assert_eq!(guest.create(GUEST_ROOT, ROOT, "new").map(drop), refused);
+    assert_eq!(guest.mkdir(ROOT, "new").map(drop), refused);
+    assert_eq!(
+        guest.mknod(ROOT, "new", libc::S_IFIFO | 0o600, 0).map(drop),
+        refused
+    );
+    assert_eq!(guest.symlink(ROOT, "new", "file").map(drop), refused);
+    assert_eq!(guest.link(file.node, ROOT, "new").map(drop), refused);
+    assert_eq!(guest.rename((ROOT, "file"), (ROOT, "new")), refused);
+    assert_eq!(guest.unlink(ROOT, "file"), refused);
+    assert_eq!(guest.rmdir(ROOT, "file"), refused);
+    assert_eq!(guest.setattr(file.node, SIZE, 0, [0; 3]), refused);
+    assert_eq!(guest.setattr(file.node, UID_GID, 0, [0, 1, 1]), refused);
+    assert_eq!(guest.list(ROOT).unwrap(), ["file"]);
+    assert_eq!(fs::read(directory.path().join("file")).unwrap(), b"text");
+});
+
+root_test!(ten_thousand_files_can_be_open, || {
+    let directory = directory();
+    fs::write(directory.path().join("file"), "text").unwrap();
+    let mut guest = mounted(&directory);
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let open = |guest: &mut Guest| guest.open(file.node, libc::O_RDONLY).unwrap();
+    let handles: Vec<u64> = (0..10_000).map(|_| open(&mut guest)).collect();
+    for handle in [handles[0], handles[9_999]] {
+        assert_eq!(guest.read(file.node, handle, 0, 9).unwrap(), b"text");
+    }
+    for handle in handles {
+        guest.release(file.node, handle).unwrap();
+    }
+});
+
+root_test!(
+    guest_that_opens_too_many_files_is_refused_and_served_on,
+    || {
+        let directory = directory();
+        fs::write(directory.path().join("file"), "text").unwrap();
+        let program = directory.path().with_extension("sh");
+        let script = format!(
+            "#!/bin/sh\nulimit -n 200\nexec {} \"$@\"\n",
+            vm::binary().display()
+        );
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+        let mut guest = Guest::by(directory.path(), false, &program).mount();
+        let file = guest.lookup(ROOT, "file").unwrap();
+        let mut handles = Vec::new();
+        let error = loop {
+            match guest.open(file.node, libc::O_RDONLY) {
+                Ok(handle) => handles.push(handle),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error, libc::ENFILE);
+        assert!((100..200).contains(&handles.len()), "{}", handles.len());
+        guest.release(file.node, handles[0]).unwrap();
+        assert_eq!(guest.read_file(file.node).unwrap(), "text");
+    }
+);
+
+root_test!(reset_of_the_device_forgets_what_the_guest_had_open, || {
+    let directory = directory();
+    fs::write(directory.path().join("file"), "text").unwrap();
+    let mut guest = mounted(&directory);
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let handle = guest.open(file.node, libc::O_RDONLY).unwrap();
+    assert_eq!((guest.stop(HIPRIO), guest.stop(REQUESTS)), (0, 3));
+    guest.reset();
+    guest.start(HIPRIO);
+    guest.start(REQUESTS);
+    let mut guest = guest.mount();
+    assert_eq!(guest.getattr(file.node), Err(libc::EBADF));
+    assert_eq!(guest.read(file.node, handle, 0, 9), Err(libc::EBADF));
+    let file = guest.lookup(ROOT, "file").unwrap();
+    assert_eq!(guest.read_file(file.node).unwrap(), "text");
+    guest.forget(file.node, 1);
+    assert_eq!(guest.getattr(file.node), Err(libc::EBADF));
+});
+
+root_test!(root_directory_of_the_host_can_be_shared, || {
+    let mut guest = Guest::new(Path::new("/"), true).mount();
+    let names = guest.list(ROOT).unwrap();
+    assert!(
+        ["etc", "proc", "usr"]
+            .iter()
+            .all(|name| names.contains(&(*name).to_owned()))
+    );
+    let passwd = guest.walk("etc/passwd").unwrap();
+    assert!(guest.read_file(passwd.node).unwrap().contains("root:"));
+    // What the host has mounted there is not shown.
+    for name in ["proc", "sys"] {
+        let node = guest.lookup(ROOT, name).unwrap().node;
+        assert_eq!(guest.list(node).unwrap(), [""; 0], "{name}");
+    }
+});
+
+#[test]
+fn directory_that_cannot_be_opened_is_named() {
+    let directory = directory();
+    let file = directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    let missing = directory.path().join("missing");
+    for (path, why) in [
+        (missing, "No such file or directory"),
+        (file, "Not a directory"),
+    ] {
+        let error = vmm::share::start(&path, false, None).unwrap_err();
+        let text = format!("cannot open the directory {} to share it", path.display());
+        assert_eq!(error.to_string(), text);
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.starts_with(why), "{source}");
+    }
+}
+
+#[test]
+fn program_without_minivmm_in_path_is_told_apart() {
+    let directory = directory();
+    let program = Some(Path::new("/nonexistent/minivmm"));
+    let error = vmm::share::start(directory.path(), false, program).unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    let name = directory.path().display().to_string();
+    assert_eq!(source, format!("cannot start the file server of {name}"));
+}

@@ -1,0 +1,162 @@
+//! The ends of the server and of its monitor, and what it may do until then.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::Shutdown;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::client::Guest;
+use crate::fuse::*;
+use crate::harness::netns::{self, root_test};
+use crate::harness::{eventually, vm};
+use crate::{as_user, directory, mounted};
+
+/// The directory that [`monitor_that_serves`] is to serve, and the program that serves it.
+const DIRECTORY: &str = "MINIVMM_TEST_SHARE";
+const PROGRAM: &str = "MINIVMM_TEST_PROGRAM";
+
+/// The processes of a program that this process has started, without those that have ended.
+fn descendants(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = children.unwrap_or_default();
+    let children = children.split_whitespace().map(|pid| pid.parse().unwrap());
+    let mut all: Vec<u32> = children.collect();
+    let deeper: Vec<u32> = all.iter().flat_map(|pid| descendants(*pid)).collect();
+    all.extend(deeper);
+    all
+}
+
+fn runs(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit(") ").next().unwrap_or_default();
+    !stat.is_empty() && !state.starts_with(['Z', 'X'])
+}
+
+/// Both processes of a server that a monitor has started.
+fn processes(guest: &Guest) -> [u32; 2] {
+    let outer = guest.server.service.pid();
+    let [inner] = descendants(outer)[..] else {
+        panic!("{:?}", descendants(outer))
+    };
+    [outer, inner]
+}
+
+/// A line of /proc/PID/status.
+fn status(pid: u32, field: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
+    line.unwrap().trim_start_matches(':').trim().to_owned()
+}
+
+#[test]
+#[ignore = "not a test: a monitor for monitor_that_is_killed_leaves_no_process"]
+fn monitor_that_serves() {
+    let directory = std::env::var_os(DIRECTORY).unwrap();
+    let program = std::env::var_os(PROGRAM).unwrap();
+    let guest = Guest::by(Path::new(&directory), false, Path::new(&program));
+    println!("serves {:?}", processes(&guest));
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+fn monitor_that_is_killed_leaves_no_process(directory: &Path, program: &Path) {
+    let mut monitor = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--ignored",
+            "--nocapture",
+            "--exact",
+            "ends::monitor_that_serves",
+        ])
+        .env(DIRECTORY, directory)
+        .env(PROGRAM, program)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(monitor.stdout.take().unwrap()).lines();
+    let serves = lines.find_map(|line| {
+        let line = line.unwrap();
+        let (_, pids) = line.split_once("serves [")?;
+        let pids = pids.trim_end_matches(']').split(", ");
+        Some(pids.map(|pid| pid.parse().unwrap()).collect::<Vec<u32>>())
+    });
+    let serves = serves.unwrap();
+    assert!(
+        serves.len() == 2 && serves.iter().all(|pid| runs(*pid)),
+        "{serves:?}"
+    );
+    monitor.kill().unwrap();
+    monitor.wait().unwrap();
+    assert!(
+        eventually(|| !serves.iter().any(|pid| runs(*pid))),
+        "{serves:?}"
+    );
+}
+
+root_test!(monitor_of_root_that_is_killed_leaves_no_process, || {
+    let directory = directory();
+    monitor_that_is_killed_leaves_no_process(directory.path(), &vm::binary());
+});
+
+root_test!(monitor_of_a_user_that_is_killed_leaves_no_process, || {
+    let directory = directory();
+    let program = as_user(&directory);
+    monitor_that_is_killed_leaves_no_process(directory.path(), &program);
+});
+
+root_test!(server_ends_with_its_connection, || {
+    let directory = directory();
+    let guest = mounted(&directory);
+    let pids = processes(&guest);
+    guest.socket().shutdown(Shutdown::Both).unwrap();
+    assert!(
+        eventually(|| !pids.iter().any(|pid| runs(*pid))),
+        "{pids:?}"
+    );
+});
+
+root_test!(server_whose_inner_process_is_killed_ends, || {
+    let directory = directory();
+    let guest = mounted(&directory);
+    let [outer, inner] = processes(&guest);
+    kill_process(Pid::from_raw(inner as i32).unwrap(), Signal::KILL).unwrap();
+    assert!(eventually(|| !runs(outer)));
+    // The monitor sees it by the connection.
+    assert_eq!(guest.socket().read(&mut [0]).unwrap(), 0);
+});
+
+root_test!(server_has_few_rights, || {
+    let directory = directory();
+    let mut guest = mounted(&directory);
+    let user = User { uid: 5, gid: 6 };
+    guest.create(user, ROOT, "made").unwrap();
+    let [outer, inner] = processes(&guest);
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID and SETUID.
+    for (pid, capabilities) in [(outer, "0000000000000000"), (inner, "00000000000000db")] {
+        for set in ["CapPrm", "CapEff", "CapBnd"] {
+            assert_eq!(status(pid, set), capabilities, "{set} of {pid}");
+        }
+        for set in ["CapInh", "CapAmb"] {
+            assert_eq!(status(pid, set), "0000000000000000", "{set} of {pid}");
+        }
+        assert_eq!(status(pid, "NoNewPrivs"), "1");
+    }
+    assert_eq!(status(inner, "Seccomp"), "2");
+    assert_eq!(status(inner, "Groups"), "");
+    for task in fs::read_dir(format!("/proc/{inner}/task")).unwrap() {
+        let task = task.unwrap().file_name().into_string().unwrap().parse();
+        assert_eq!(status(task.unwrap(), "Seccomp"), "2");
+    }
+    let link = |pid: &str, name: &str| fs::read_link(format!("/proc/{pid}/{name}")).unwrap();
+    for namespace in ["ns/mnt", "ns/net", "ns/pid"] {
+        let its = link(&inner.to_string(), namespace);
+        assert_ne!(its, link("self", namespace), "{namespace}");
+    }
+    let mounts = fs::read_to_string(format!("/proc/{inner}/mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    let root = fs::read_dir(format!("/proc/{inner}/root")).unwrap();
+    let root = root.map(|entry| entry.unwrap().file_name());
+    assert_eq!(root.collect::<Vec<_>>(), ["made"]);
+});

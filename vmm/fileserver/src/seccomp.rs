@@ -1,0 +1,114 @@
+//! The system calls that serving files takes; any other one ends the process.
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter_all_threads};
+
+/// As virtiofsd lists them, without those that only its start or its migration needs: no process and no thread is started
+/// here, and no socket is made.
+const CALLS: &[c_long] = &[
+    libc::SYS_brk,
+    // An effective capability, set again after files were made as another user.
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_copy_file_range,
+    libc::SYS_dup,
+    libc::SYS_eventfd2,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_fallocate,
+    libc::SYS_fchdir,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fgetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_flock,
+    libc::SYS_fremovexattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_futex,
+    libc::SYS_getdents64,
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_gettimeofday,
+    libc::SYS_linkat,
+    libc::SYS_lseek,
+    libc::SYS_madvise,
+    libc::SYS_membarrier,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_newfstatat,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_prctl,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_read,
+    libc::SYS_readlinkat,
+    libc::SYS_readv,
+    libc::SYS_recvmsg,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sendmsg,
+    libc::SYS_setgroups,
+    libc::SYS_setresgid,
+    libc::SYS_setresuid,
+    libc::SYS_sigaltstack,
+    libc::SYS_statx,
+    libc::SYS_symlinkat,
+    libc::SYS_syncfs,
+    libc::SYS_tgkill,
+    libc::SYS_umask,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// Why there is no filter.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be made.
+    #[error("cannot make the filter of system calls")]
+    Make(#[source] seccompiler::BackendError),
+    /// The kernel does not take it.
+    #[error("cannot set the filter of system calls")]
+    Set(#[source] seccompiler::Error),
+}
+
+/// Lets every thread of this process make the calls of the list alone, for good.
+pub(crate) fn restrict() -> Result<(), Error> {
+    let rules: BTreeMap<_, _> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    let kill = SeccompAction::KillProcess;
+    let filter = SeccompFilter::new(rules, kill, SeccompAction::Allow, TargetArch::x86_64);
+    let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(Error::Make)?;
+    apply_filter_all_threads(&program).map_err(Error::Set)
+}
