@@ -3,7 +3,7 @@
 //! A message must name what was tried, on what, why not and, where there is one, the remedy. Each
 //! test runs the program as a user would and looks at all of that.
 //!
-//! - `disk`, `kernel`, `limits`, `kvm`, `macvtap`: what may be wrong with each
+//! - `disk`, `kernel`, `limits`, `kvm`, `macvtap`, `share`: what may be wrong with each
 //! - this file: what they share, the console, and the help
 //!
 //! Not here: Wi-Fi. No machine without such a NIC can provoke it; the net crate tests it with a
@@ -24,6 +24,8 @@ mod kvm;
 mod limits;
 #[path = "cli/macvtap.rs"]
 mod macvtap;
+#[path = "cli/share.rs"]
+mod share;
 #[path = "harness/tiny.rs"]
 mod tiny;
 

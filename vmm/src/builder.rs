@@ -50,7 +50,7 @@ use crate::tty::RawTerminal;
 use crate::tty::console;
 use crate::tty::output::Output;
 use crate::tty::server::{Server as ConsoleServer, ToSerial};
-use crate::{balloon, disk};
+use crate::{balloon, disk, shares};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +96,7 @@ impl Error {
         match self {
             Self::Instance(error) => error.remedy(),
             Self::Resources(ResourceError::Disk(error)) => error.remedy(),
+            Self::Resources(ResourceError::Share(error)) => error.remedy(),
             Self::Resources(ResourceError::Kvm(error)) | Self::Vm(error) => {
                 error.remedy().map(str::to_owned)
             }
@@ -290,6 +291,7 @@ fn build(
         let power_button = machine.add_power_button()?;
         let disks = disk::add(&mut machine, &config.disks, opened.disks)?;
         let net_devices = NetDevices::add(&mut machine, host.nics)?;
+        shares::add(&mut machine, &config.shares, opened.shares)?;
         if config.rng {
             machine.add_new(Rng::new("rng", machine.event_sink("rng")))?;
         }

@@ -12,7 +12,7 @@ use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, 
 
 use crate::config::{
     Config, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack, MemorySize, NicConfig,
-    NicSource, QmpSocket, Reboot, VmName,
+    NicSource, QmpSocket, Reboot, ShareConfig, VmName,
 };
 use crate::plan::Transport;
 use crate::share::FileServerArgs;
@@ -210,6 +210,11 @@ pub struct GuestArgs {
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", help_heading = "Network")]
     pub macvtap: Vec<NicConfig>,
 
+    /// Directory that the guest can mount, as in `mount -t virtiofs TAG /mnt`, from a server that
+    /// listens on a socket, such as virtiofsd (virtio-fs). May be repeated. A comma in a value is doubled
+    #[arg(long, value_name = "socket=PATH,tag=TAG", help_heading = "Guest")]
+    pub share: Vec<ShareConfig>,
+
     /// Socket by which other programs control the guest, in QEMU's language (QMP); or fd=N, one that
     /// listens already, as systemd passes it. May be repeated
     #[arg(long, value_name = "PATH", help_heading = "Control")]
@@ -339,6 +344,7 @@ impl From<GuestArgs> for Config {
         Self {
             name: args.name,
             nics: args.macvtap,
+            shares: args.share,
             transport: args.transport,
             host_link: args.host_link,
             qmp: args.qmp,

@@ -18,6 +18,7 @@ mod nic;
 mod qemu;
 mod qmp;
 mod reboot;
+mod share;
 mod wait;
 
 pub use balloon::{BalloonError, HeldBack};
@@ -31,6 +32,8 @@ use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 pub use qemu::QemuNic;
 pub use qmp::QmpSocket;
 pub use reboot::Reboot;
+use share::SHARE_KEYS;
+pub use share::{ShareConfig, ShareSource, Tag};
 pub use wait::{Condition, Patience};
 
 /// On every command line: after a panic reset at once, with the "warm" flag by which the monitor
@@ -89,6 +92,8 @@ pub struct Config {
     pub disks: Vec<DiskConfig>,
     /// The NICs, in order.
     pub nics: Vec<NicConfig>,
+    /// The directories that the guest can mount, in order.
+    pub shares: Vec<ShareConfig>,
     /// How the guest reaches its virtio devices.
     pub transport: Transport,
     /// The host's addresses among its guests, on the interface of the first NIC.
@@ -118,6 +123,7 @@ impl Config {
             stop_timeout: None,
             disks: Vec::new(),
             nics: Vec::new(),
+            shares: Vec::new(),
             transport: Transport::default(),
             host_link: Vec::new(),
         }
@@ -136,13 +142,13 @@ impl Config {
 
     /// Whether guest memory is such that other processes can map it.
     pub(crate) fn shares_memory(&self) -> bool {
-        self.shared_memory
+        self.shared_memory || !self.shares.is_empty()
     }
 
     /// How many virtio devices the guest has.
     pub(crate) fn virtio_devices(&self) -> usize {
         let others = usize::from(self.rng) + usize::from(self.balloon.is_some());
-        self.disks.len() + self.nics.len() + others
+        self.disks.len() + self.nics.len() + self.shares.len() + others
     }
 
     /// The kernel's command line: what every kernel gets, then the user's.
@@ -209,6 +215,9 @@ pub enum ConfigError {
     /// A disk's option that does not exist.
     #[error("unknown key `{0}`: the keys are {keys}", keys = listed(&DISK_KEYS))]
     UnknownDiskKey(String),
+    /// A share's option that does not exist.
+    #[error("unknown key `{0}`: the keys are {keys}", keys = listed(&SHARE_KEYS))]
+    UnknownShareKey(String),
     /// A macvtap option given twice.
     #[error("the key `{0}` is given twice")]
     Twice(String),

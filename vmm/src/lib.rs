@@ -95,6 +95,7 @@ mod resources;
 pub mod service;
 #[doc(hidden)]
 pub mod share;
+mod shares;
 mod signals;
 pub mod stats;
 mod trim;

@@ -12,12 +12,14 @@ use devices::pci::{CONFIG_PORT, CONFIG_PORTS, ConfigPorts, ECAM_BUS_LEN, Ecam, P
 use devices::power::{self, AcpiPower, I8042, PowerRequest, PowerSink};
 use devices::serial::{self, Serial};
 use devices::virtio::VirtioDevice;
+use devices::virtio::fs::FsError;
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::net::vhost::VhostError;
 use devices::virtio::pci::{BAR_LEN, NOTIFY, NOTIFY_STRIDE, PciTransport};
 use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
+use crate::config::Tag;
 use crate::control::exit::{Exit, ExitRequest};
 use crate::control::reset::ResetRequest;
 use crate::events::EventHub;
@@ -45,6 +47,8 @@ pub enum MachineError {
     Capture(#[source] io::Error),
     #[error("cannot use vhost-net (load vhost_net, or omit backend=vhost)")]
     Vhost(#[from] VhostError),
+    #[error("cannot use the server of the share {0}")]
+    Share(Tag, #[source] FsError),
     #[error(transparent)]
     Vm(#[from] VmError),
 }

@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use devices::disk::{self, OpenError, Storage};
@@ -14,6 +15,7 @@ use crate::files::{Files, Role, SharedFile, empty, open_for_events, open_for_wri
 use crate::kvm::vm::{Hypervisor, VmError};
 use crate::nic::{self, Inherited, Nic, NicError, host_link};
 use crate::qmp::socket::{Listener, SocketError};
+use crate::shares::{self, ShareError};
 use crate::tty::output;
 
 /// What the host did not give.
@@ -38,6 +40,8 @@ pub enum ResourceError {
     #[error(transparent)]
     Disk(#[from] OpenError),
     #[error(transparent)]
+    Share(#[from] ShareError),
+    #[error(transparent)]
     Balloon(#[from] BalloonError),
     #[error(transparent)]
     Kvm(#[from] VmError),
@@ -60,6 +64,8 @@ pub struct Opened {
     pub hypervisor: Hypervisor,
     /// Locked.
     pub disks: Vec<Storage>,
+    /// The server of each share.
+    pub shares: Vec<UnixStream>,
     pub qmp: Vec<Listener>,
     pub console_socket: Option<Listener>,
     /// Where events go, and what that is called.
@@ -102,6 +108,7 @@ impl Opened {
         }
         let disks = config.disks.iter().map(|disk| disk::open(&disk.image));
         let disks = disks.collect::<Result<_, _>>()?;
+        let shares = shares::open(&config.shares)?;
         let qmp = config.qmp.iter();
         let qmp = qmp.map(|socket| Listener::open(socket, inherited));
         let qmp = qmp.collect::<Result<_, _>>()?;
@@ -127,6 +134,7 @@ impl Opened {
             initrd,
             hypervisor,
             disks,
+            shares,
             qmp,
             console_socket,
             events,

@@ -6,6 +6,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod fs;
 pub(crate) mod iovec;
 pub mod mmio;
 pub mod net;
@@ -17,6 +18,7 @@ pub mod status;
 #[cfg(test)]
 mod tests;
 mod transport;
+pub mod vhost_user;
 pub mod worker;
 
 use std::fmt;
@@ -108,6 +110,7 @@ fn kind(device_id: u32) -> String {
         ids::VIRTIO_ID_BLOCK => "disk".into(),
         ids::VIRTIO_ID_RNG => "entropy device".into(),
         ids::VIRTIO_ID_BALLOON => "balloon".into(),
+        ids::VIRTIO_ID_FS => "share".into(),
         id => format!("virtio device {id}"),
     }
 }

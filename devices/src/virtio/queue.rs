@@ -12,10 +12,12 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Error, Queue as Rings, QueueOwnedT, QueueT};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    VolatileSlice,
 };
 
 use super::iovec::Iovecs;
+use crate::bus::BoxError;
 
 /// The most pieces that one readv or writev takes (UIO_MAXIOV); a longer chain is bad.
 pub const MAX_SEGMENTS: usize = 1024;
@@ -142,6 +144,42 @@ impl Queue {
             unflushed: 0,
             signalled: Wrapping(0),
         })
+    }
+
+    /// A queue with the same descriptors and used ring in which the chains with these heads are
+    /// available, whatever the driver's ring says: chains that another process has taken.
+    ///
+    /// # Errors
+    ///
+    /// As [`Queue::new`]; and where there is no memory for a ring.
+    pub fn of_heads(
+        config: &QueueConfig,
+        max_size: u16,
+        memory: &GuestMemoryMmap,
+        heads: &[u16],
+    ) -> Result<Self, BoxError> {
+        // Another region, after the guest's own. The guest can reach it by its descriptors, as if it had
+        // written its own ring.
+        let at = (memory.last_addr().0 | 0xfff).checked_add(1);
+        let at = at.ok_or("guest memory has no end")?;
+        let len = AVAILABLE_HEADER_LEN as usize + 2 * usize::from(config.size) + 2;
+        let region = GuestRegionMmap::from_range(GuestAddress(at), len.max(0x1000), None)?;
+        let memory = Arc::new(memory.insert_region(Arc::new(region))?);
+        memory.write_obj(
+            (heads.len() as u16).to_le(),
+            GuestAddress(at + INDEX_OFFSET),
+        )?;
+        for (head, slot) in heads.iter().zip(0..) {
+            let slot = at + AVAILABLE_HEADER_LEN + slot * AVAILABLE_ELEMENT_LEN;
+            memory.write_obj(head.to_le(), GuestAddress(slot))?;
+        }
+        let config = QueueConfig {
+            available: at,
+            ..*config
+        };
+        let mut queue = Self::new(&config, max_size, false, memory)?;
+        queue.resume(0);
+        Ok(queue)
     }
 
     /// Goes on where a queue with the same rings has stopped: at this index of the available ring,

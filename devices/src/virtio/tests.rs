@@ -61,7 +61,11 @@ impl Driver {
             (GuestAddress(0), REGION as usize),
             (GuestAddress(REGION), REGION as usize),
         ];
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        Self::on(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap()))
+    }
+
+    /// A driver that has offered nothing, with its rings in this memory.
+    pub fn on(memory: Arc<GuestMemoryMmap>) -> Self {
         Self {
             memory,
             available: 0,

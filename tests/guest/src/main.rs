@@ -25,6 +25,7 @@
 //! | `net/` | the modes: info, echo, ping, tcp-source, tcp-sink, interrupts, link |
 //! | `flood/` | the modes that load the NIC and measure: send, receive, ping-pong, reflect |
 //! | `disk/` | the modes that use a disk |
+//! | `share.rs` | the modes that use a share |
 //! | `hostile/` | the mode that does everything wrong |
 #![no_std]
 #![no_main]
@@ -46,6 +47,7 @@ mod power;
 mod region;
 mod report;
 mod serial;
+mod share;
 mod virtio;
 
 use options::{Mode, Options};
@@ -94,6 +96,8 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::DiskLoad => disk::load::run(options),
         Mode::DiskJournal => disk::journal::run(options),
         Mode::DiskGrow => disk::grow::run(options),
+        Mode::Share => share::run(options),
+        Mode::ShareHeld => share::run_held(options),
         Mode::Hello => {}
         Mode::Cpuid => cpuid::run(options),
         Mode::Hostile => hostile::run(options, boot),

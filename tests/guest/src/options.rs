@@ -10,7 +10,7 @@
 //! | `count` | how many pings, rounds, interrupts, batches or processors | 10 |
 //! | `bytes` | how much a source sends | 1 MiB |
 //! | `nic` | `drivers` (the virtio-drivers crate) or `own` (by hand, with offloads) | `drivers` |
-//! | `index` | which NIC or disk of several | 0 |
+//! | `index` | which NIC, disk or share of several | 0 |
 //! | `end` | `off` or `halt`: how to end | `off` |
 //! | `only` | a prefix of the hostile tests to run | all |
 //! | `to` | where a flood or a ping-pong goes | an address that no link has |
@@ -71,6 +71,10 @@ pub enum Mode {
     DiskJournal,
     /// Wait until a disk is larger.
     DiskGrow,
+    /// Read and write files of a share.
+    Share,
+    /// Read a file of a share whose server may never reply.
+    ShareHeld,
     /// Print what each of `count` processors says of itself.
     Cpuid,
     /// Do everything wrong with a NIC.
@@ -323,6 +327,8 @@ fn mode(text: &str) -> Option<Mode> {
         "disk-load" => Mode::DiskLoad,
         "disk-journal" => Mode::DiskJournal,
         "disk-grow" => Mode::DiskGrow,
+        "share" => Mode::Share,
+        "share-held" => Mode::ShareHeld,
         "cpuid" => Mode::Cpuid,
         "hostile" => Mode::Hostile,
         "hostile-disk" => Mode::HostileDisk,

@@ -8,7 +8,7 @@ use devices::disk::{Format, ImageSpec};
 use devices::virtio::blk::IoChoice;
 use devices::virtio::rate::RateLimit;
 
-use super::keys::{DEFAULT_BURST, burst, number, path, scaled, switch, take_keys, wrong};
+use super::keys::{DEFAULT_BURST, burst, number, path, scaled, split, switch, take_keys, wrong};
 use super::{ConfigError, bytes};
 
 /// A disk of the guest.
@@ -210,20 +210,6 @@ impl FromStr for Serial {
         }
         Ok(Self(text.into()))
     }
-}
-
-/// The parts between single commas; two stand for one.
-fn split(text: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut rest = text.chars().peekable();
-    while let Some(c) = rest.next() {
-        if c == ',' && rest.next_if_eq(&',').is_none() {
-            parts.push(String::new());
-        } else if let Some(part) = parts.last_mut() {
-            part.push(c);
-        }
-    }
-    parts
 }
 
 fn format(key: &str, text: &str) -> Result<Format, ConfigError> {

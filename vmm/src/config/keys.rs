@@ -16,6 +16,20 @@ pub(super) fn listed(keys: &[&str]) -> String {
     format!("{} and {last}", first.join(", "))
 }
 
+/// The parts between single commas; two stand for one.
+pub(super) fn split(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        if c == ',' && rest.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(c);
+        }
+    }
+    parts
+}
+
 /// Calls `set` with key and value of those of `parts` that have one of `keys`, and returns the others.
 /// One key may be repeated.
 pub(super) fn take_keys<'a>(

@@ -21,7 +21,7 @@ const BACKLOG: i32 = 64;
 /// Who may connect: this user alone.
 const MODE: u32 = 0o600;
 /// Bytes of a path in a socket's address (unix(7)), without the zero at its end.
-const LONGEST: usize = 107;
+pub const LONGEST: usize = 107;
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]

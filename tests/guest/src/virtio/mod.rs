@@ -4,6 +4,7 @@
 pub mod blk;
 pub mod by_crate;
 pub mod device;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod pci;
@@ -16,4 +17,5 @@ pub enum Kind {
     Block = 2,
     Entropy = 4,
     Balloon = 5,
+    FileSystem = 26,
 }

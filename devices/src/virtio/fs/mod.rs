@@ -1,0 +1,187 @@
+//! The file system device (virtio 1.2, 5.11): a directory of the host's for the guest.
+//!
+//! A server, which is another process, has the queues by vhost-user and understands FUSE. Here is the
+//! configuration space, and what is done when the server is gone: each request gets an error, so that
+//! no task of the guest waits for it for ever.
+
+mod failing;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::Value;
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use self::failing::{FsJob, Server};
+use super::vhost_user::{FrontEnd, Inflight, VhostUserError};
+use super::worker::Worker;
+use super::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice, read_at};
+use crate::bus::BoxError;
+use crate::events::EventSink;
+use crate::lock;
+
+/// Bytes of a tag at most.
+pub const MAX_TAG: usize = 36;
+/// How many queues there are: one for requests that have to overtake others, one for those.
+pub const QUEUES: u16 = 2;
+/// Descriptors in each. Linux makes its requests as large as a queue is, up to 1 MiB.
+pub const QUEUE_SIZE: u16 = 1024;
+/// How long a server has for a reply. It may have a slow disk, and the vCPU waits that asks.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// "Mass storage controller, other".
+const PCI_CLASS: u32 = 0x01_8000;
+/// The tag, and the number of request queues.
+const CONFIG_LEN: usize = MAX_TAG + 4;
+const REQUEST_QUEUES: u32 = QUEUES as u32 - 1;
+
+/// Why there is no device.
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    /// Not by this server.
+    #[error(transparent)]
+    Server(#[from] VhostUserError),
+    /// The process may not have another thread or descriptor.
+    #[error("cannot make what a share needs (threads, epoll instances, eventfds)")]
+    Host(#[from] io::Error),
+}
+
+/// The file system device.
+#[derive(Debug)]
+pub struct Fs {
+    config: [u8; CONFIG_LEN],
+    features: u64,
+    server: Arc<Mutex<Server>>,
+    worker: Worker<FsJob>,
+    events: EventSink,
+    /// While the device is active.
+    memory: Option<Arc<GuestMemoryMmap>>,
+}
+
+impl Fs {
+    /// A device named `name`, by whose `tag` the guest mounts what the server at the other end of
+    /// `socket` serves, which has `limit` for each of its replies. `inflight` is the server's record of
+    /// requests in flight, if it was started with one. That its driver is ready is reported to `events`.
+    ///
+    /// # Errors
+    ///
+    /// See [`FsError`].
+    pub fn new(
+        name: &str,
+        tag: &str,
+        (socket, limit): (UnixStream, Duration),
+        inflight: Option<Inflight>,
+        events: EventSink,
+    ) -> Result<Self, FsError> {
+        let queues = (QUEUES, QUEUE_SIZE);
+        let front_end = FrontEnd::connect(socket, limit, RING_FEATURES, queues, inflight)?;
+        let mut config = [0; CONFIG_LEN];
+        let len = tag.len().min(MAX_TAG);
+        config[..len].copy_from_slice(&tag.as_bytes()[..len]);
+        config[MAX_TAG..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
+        Ok(Self {
+            config,
+            features: front_end.features(),
+            server: Arc::new(Mutex::new(Server::new(name, front_end))),
+            worker: Worker::new(name.to_owned())?,
+            events,
+            memory: None,
+        })
+    }
+
+    /// Stops the queues, whoever has them, and returns where they stand.
+    fn stop(&mut self) -> Vec<Option<u16>> {
+        self.worker.stop();
+        let job = self.worker.join();
+        let mut positions = vec![None; QUEUES.into()];
+        let Some(memory) = self.memory.take() else {
+            return positions;
+        };
+        let stopped = lock(&self.server).stop(&memory);
+        let stopped = stopped.or_else(|| Some(job?.positions()));
+        for (index, position) in stopped.into_iter().flatten() {
+            positions[usize::from(index)] = Some(position);
+        }
+        positions
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn pci_class(&self) -> u32 {
+        PCI_CLASS
+    }
+
+    fn events(&self) -> Option<&EventSink> {
+        Some(&self.events)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; QUEUES as usize]
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        read_at(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), BoxError> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            interrupt,
+            ..
+        } = activation;
+        let numbered = (0..).zip(queues);
+        let queues = numbered.filter_map(|(index, queue)| Some((index, queue?)));
+        let queues: Vec<(u16, ActiveQueue)> = queues.collect();
+        if queues.len() < usize::from(QUEUES) {
+            return Err("the driver has not set up all queues".into());
+        }
+        lock(&self.server).start(&memory, features, &queues, interrupt.as_ref())?;
+        self.memory = Some(Arc::clone(&memory));
+        let server = Arc::clone(&self.server);
+        let job = FsJob::new(server, memory, queues, Arc::clone(&interrupt));
+        let started = job.and_then(|job| self.worker.start(job, interrupt));
+        Ok(started.inspect_err(|_| drop(self.stop()))?)
+    }
+
+    fn interrupt_changed(&mut self, queue: u16, line: &EventFd) {
+        lock(&self.server).change_interrupt(queue, line);
+    }
+
+    fn pause(&mut self) -> Vec<Option<u16>> {
+        self.stop()
+    }
+
+    /// Another server would not know what the guest has open.
+    fn restore(&mut self, _state: Value) -> Result<(), BoxError> {
+        Err("a share cannot be restored: what its server has open is not saved".into())
+    }
+
+    fn reset(&mut self) {
+        if self.memory.is_some() {
+            self.stop();
+            lock(&self.server).reset();
+        }
+    }
+}
+
+impl Drop for Fs {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

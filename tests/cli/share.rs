@@ -1,0 +1,67 @@
+//! Shares whose server cannot be reached, or that the guest could not distinguish.
+
+use std::os::unix::net::UnixListener;
+
+use super::*;
+
+fn share(socket: &Path, tag: &str) -> String {
+    format!("socket={},tag={tag}", socket.display())
+}
+
+kvm_test!(share_without_a_server_is_refused, || {
+    let files = Files::new();
+    let (missing, stale) = (files.path("missing"), files.path("stale"));
+    drop(UnixListener::bind(&stale).unwrap());
+    for (socket, why) in [(&missing, "No such file"), (&stale, "Connection refused")] {
+        let words = format!("nothing listens on the socket {socket:?} of the share src: {why}");
+        let remedy = format!(
+            "virtiofsd --socket-path={} --shared-dir=DIR",
+            socket.display()
+        );
+        assert_refused(
+            files.boot(&["--share", &share(socket, "src")]),
+            FAILED,
+            &[&words, &remedy],
+        );
+    }
+    let long = PathBuf::from(format!("/tmp/{}", "s".repeat(103)));
+    assert_refused(
+        files.boot(&["--share", &share(&long, "src")]),
+        FAILED,
+        &["is too long for a socket: the path may have 107 bytes"],
+    );
+});
+
+kvm_test!(share_whose_server_ends_at_once_is_refused, || {
+    let files = Files::new();
+    let socket = files.path("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let server = thread::spawn(move || drop(listener.accept()));
+    assert_refused(
+        files.boot(&["--share", &share(&socket, "src")]),
+        FAILED,
+        &["cannot use the server of the share src: the vhost-user server does not"],
+    );
+    server.join().unwrap();
+});
+
+kvm_test!(shares_with_one_tag_are_refused, || {
+    let files = Files::new();
+    let value = share(&files.path("socket"), "src");
+    assert_refused(
+        files.boot(&["--share", &value, "--share", &value]),
+        FAILED,
+        &["two shares have the tag src: give each its own"],
+    );
+});
+
+#[test]
+fn share_whose_tag_is_too_long_is_refused() {
+    let files = Files::new();
+    let value = share(&files.path("socket"), &"t".repeat(37));
+    assert_refused(
+        files.boot(&["--share", &value]),
+        USAGE,
+        &["has 37 bytes, and a share's has at most 36"],
+    );
+}

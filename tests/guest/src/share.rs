@@ -1,0 +1,170 @@
+//! The modes that use a share: `share` reads the file `hello` and makes the file `made`; `share-held`
+//! reads `held`, which its server may die over, and then tries the rest again.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use crate::cpu;
+use crate::options::Options;
+use crate::report;
+use crate::serial::println;
+use crate::virtio::Kind;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::fs::{
+    Fs, HIGH_PRIORITY, REQUESTS, ROOT, double, opcode, request_queues, tag, word,
+};
+
+/// What is written into `made`.
+const WRITTEN: &[u8] = b"written by the guest";
+/// The most that is read of a file.
+const READ: u32 = 1024;
+
+/// Uses the share `index`.
+pub fn run(options: &Options) {
+    with_share("share", options, use_files);
+}
+
+/// Waits for a reply that may never come.
+pub fn run_held(options: &Options) {
+    with_share("share-held", options, hold);
+}
+
+fn with_share(
+    name: &str,
+    options: &Options,
+    mode: impl FnOnce(VirtioDevice) -> Result<String, String>,
+) {
+    let share = VirtioDevice::find(Kind::FileSystem, options.index).map_err(String::from);
+    match share.and_then(mode) {
+        Ok(detail) => report::ok(name, detail),
+        Err(why) => report::fail(name, why),
+    }
+}
+
+fn use_files(device: VirtioDevice) -> Result<String, String> {
+    println!("TAG {}", tag(device));
+    if request_queues(device) != 1 {
+        return Err("it has more than one queue for requests".into());
+    }
+    // The second time it is another driver's, whose server knows nothing of the first.
+    for _ in 0..2 {
+        let mut fs = Fs::start(device)?;
+        let (error, minor) = fs.init()?;
+        if error != 0 || minor == 0 {
+            return Err(format!("no FUSE: error={error} minor={minor}"));
+        }
+        let node = lookup(&mut fs, "hello")?;
+        println!("READ {}", String::from_utf8_lossy(&read(&mut fs, node)?));
+        interrupts(&mut fs, node)?;
+        write(&mut fs)?;
+    }
+    Ok(String::new())
+}
+
+/// Has a file forgotten, which the queue for that interrupts after.
+fn interrupts(fs: &mut Fs, node: u64) -> Result<(), String> {
+    let line = fs.device.line();
+    fs.device.enable_interrupts();
+    let before = cpu::interrupts(line);
+    let body = 1_u64.to_le_bytes();
+    fs.offer(HIGH_PRIORITY, opcode::FORGET, node, &body, None);
+    fs.wait(HIGH_PRIORITY)?;
+    let end = cpu::now() + cpu::PATIENCE;
+    while cpu::interrupts(line) == before {
+        if cpu::now() > end {
+            return Err("no interrupt".into());
+        }
+    }
+    fs.device.acknowledge(1);
+    Ok(())
+}
+
+fn hold(device: VirtioDevice) -> Result<String, String> {
+    let mut fs = Fs::start(device)?;
+    fs.init()?;
+    let node = lookup(&mut fs, "held")?;
+    let handle = open(&mut fs, node)?;
+    fs.offer(
+        REQUESTS,
+        opcode::READ,
+        node,
+        &extent(handle, READ),
+        Some(READ),
+    );
+    println!("READY share-held");
+    let (held, data) = fs.wait(REQUESTS)?;
+    let (again, _) = fs.call(opcode::READ, node, &extent(handle, READ), READ)?;
+    fs.offer(
+        HIGH_PRIORITY,
+        opcode::FORGET,
+        node,
+        &1_u64.to_le_bytes(),
+        None,
+    );
+    fs.wait(HIGH_PRIORITY)?;
+    drop(fs);
+    let (anew, _) = Fs::start(device)?.init()?;
+    let data = String::from_utf8_lossy(&data).into_owned();
+    Ok(format!("held={held} again={again} anew={anew} {data}"))
+}
+
+fn expect(what: &str, (error, reply): (i32, Vec<u8>)) -> Result<Vec<u8>, String> {
+    match error {
+        0 => Ok(reply),
+        _ => Err(format!("{what}: error {error}")),
+    }
+}
+
+fn lookup(fs: &mut Fs, name: &str) -> Result<u64, String> {
+    let body = [name.as_bytes(), b"\0"].concat();
+    let reply = fs.call(opcode::LOOKUP, ROOT, &body, 128)?;
+    Ok(double(&expect("lookup", reply)?, 0))
+}
+
+fn open(fs: &mut Fs, node: u64) -> Result<u64, String> {
+    let reply = fs.call(opcode::OPEN, node, &[0; 8], 16)?;
+    Ok(double(&expect("open", reply)?, 0))
+}
+
+/// A handle and so many bytes from a file's beginning on, as a read or a write names them.
+fn extent(handle: u64, length: u32) -> Vec<u8> {
+    let mut body = handle.to_le_bytes().to_vec();
+    body.resize(16, 0);
+    body.extend_from_slice(&length.to_le_bytes());
+    body.resize(40, 0);
+    body
+}
+
+fn read(fs: &mut Fs, node: u64) -> Result<Vec<u8>, String> {
+    let handle = open(fs, node)?;
+    let reply = fs.call(opcode::READ, node, &extent(handle, READ), READ)?;
+    let bytes = expect("read", reply)?;
+    release(fs, node, handle)?;
+    Ok(bytes)
+}
+
+fn release(fs: &mut Fs, node: u64, handle: u64) -> Result<(), String> {
+    let mut body = handle.to_le_bytes().to_vec();
+    body.resize(24, 0);
+    let reply = fs.call(opcode::RELEASE, node, &body, 0)?;
+    expect("release", reply).map(drop)
+}
+
+fn write(fs: &mut Fs) -> Result<(), String> {
+    // To be written, and truncated; 0644.
+    const FLAGS: u32 = 0o1 | 0o1000;
+    let mut body = [FLAGS, 0o100_644, 0, 0].map(u32::to_le_bytes).concat();
+    body.extend_from_slice(b"made\0");
+    let reply = fs.call(opcode::CREATE, ROOT, &body, 144)?;
+    let reply = expect("create", reply)?;
+    // After what a lookup returns.
+    let (node, handle) = (double(&reply, 0), double(&reply, 128));
+    let mut body = extent(handle, WRITTEN.len() as u32);
+    body.extend_from_slice(WRITTEN);
+    let reply = fs.call(opcode::WRITE, node, &body, 8)?;
+    match word(&expect("write", reply)?, 0) {
+        length if length as usize == WRITTEN.len() => release(fs, node, handle),
+        length => Err(format!("{length} bytes were written")),
+    }
+}
