@@ -23,6 +23,7 @@ mod harness;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use tempfile::TempDir;
 
@@ -46,18 +47,26 @@ fn mounted(directory: &TempDir) -> Guest {
     Guest::new(directory.path(), false).mount()
 }
 
+/// A program in the directory, of this line. Another process writes it: of this one, which starts programs meanwhile, one
+/// might have it open for writing when it is run.
+fn script(directory: &TempDir, line: &str) -> PathBuf {
+    let program = directory.path().join("minivmm.sh");
+    let write = "printf '#!/bin/sh\\n%s\\n' \"$1\" >\"$0\" && chmod +x \"$0\"";
+    let written = Command::new("sh")
+        .args(["-c", write])
+        .arg(&program)
+        .arg(line)
+        .status();
+    assert!(written.unwrap().success());
+    program
+}
+
 /// A program that runs minivmm as [`USER`], who has the directory.
 fn as_user(directory: &TempDir) -> PathBuf {
     chown(directory.path(), Some(USER), Some(USER)).unwrap();
-    let program = directory.path().with_extension("sh");
     let user = format!("--reuid={USER} --regid={USER} --clear-groups");
-    let script = format!(
-        "#!/bin/sh\nexec setpriv {user} {} \"$@\"\n",
-        vm::binary().display()
-    );
-    fs::write(&program, script).unwrap();
-    fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
-    program
+    let minivmm = vm::binary().display().to_string();
+    script(directory, &format!("exec setpriv {user} {minivmm} \"$@\""))
 }
 
 fn owner(path: &Path) -> (u32, u32) {
@@ -201,13 +210,8 @@ root_test!(
     || {
         let directory = directory();
         fs::write(directory.path().join("file"), "text").unwrap();
-        let program = directory.path().with_extension("sh");
-        let script = format!(
-            "#!/bin/sh\nulimit -n 200\nexec {} \"$@\"\n",
-            vm::binary().display()
-        );
-        fs::write(&program, script).unwrap();
-        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+        let minivmm = vm::binary().display().to_string();
+        let program = script(&directory, &format!("ulimit -n 200; exec {minivmm} \"$@\""));
         let mut guest = Guest::by(directory.path(), false, &program).mount();
         let file = guest.lookup(ROOT, "file").unwrap();
         let mut handles = Vec::new();
@@ -243,14 +247,12 @@ root_test!(reset_of_the_device_forgets_what_the_guest_had_open, || {
     assert_eq!(guest.getattr(file.node), Err(libc::EBADF));
 });
 
-root_test!(root_directory_of_the_host_can_be_shared, || {
-    let mut guest = Guest::new(Path::new("/"), true).mount();
+/// What is seen of the host by its root directory.
+fn see_the_host(program: &Path) {
+    let mut guest = Guest::by(Path::new("/"), true, program).mount();
     let names = guest.list(ROOT).unwrap();
-    assert!(
-        ["etc", "proc", "usr"]
-            .iter()
-            .all(|name| names.contains(&(*name).to_owned()))
-    );
+    let has = |name: &&str| names.contains(&(*name).to_owned());
+    assert!(["etc", "proc", "usr"].iter().all(has), "{names:?}");
     let passwd = guest.walk("etc/passwd").unwrap();
     assert!(guest.read_file(passwd.node).unwrap().contains("root:"));
     // What the host has mounted there is not shown.
@@ -258,6 +260,15 @@ root_test!(root_directory_of_the_host_can_be_shared, || {
         let node = guest.lookup(ROOT, name).unwrap().node;
         assert_eq!(guest.list(node).unwrap(), [""; 0], "{name}");
     }
+}
+
+root_test!(root_directory_of_the_host_can_be_shared, || {
+    see_the_host(&vm::binary());
+});
+
+root_test!(root_directory_of_the_host_can_be_shared_by_a_user, || {
+    let directory = directory();
+    see_the_host(&as_user(&directory));
 });
 
 #[test]

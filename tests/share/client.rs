@@ -229,8 +229,8 @@ impl Guest {
         self.put(queue, DESC + 16 * u64::from(index), &bytes);
     }
 
-    /// Makes the chain at `head` available and waits until it is used: how long its answer is.
-    pub fn submit(&mut self, index: u32, head: u16) -> u32 {
+    /// Makes the chain at `head` available: the slot of its answer in the used ring.
+    pub fn offer(&mut self, index: u32, head: u16) -> u64 {
         let queue = &mut self.queues[index as usize];
         let slot = u64::from(queue.avail % SIZE);
         queue.avail = queue.avail.wrapping_add(1);
@@ -238,6 +238,13 @@ impl Guest {
         self.put(index, AVAIL + 4 + 2 * slot, &head.to_le_bytes());
         self.put(index, AVAIL + 2, &avail.to_le_bytes());
         self.kick(index);
+        slot
+    }
+
+    /// Makes the chain at `head` available and waits until it is used: how long its answer is.
+    pub fn submit(&mut self, index: u32, head: u16) -> u32 {
+        let slot = self.offer(index, head);
+        let avail = self.queues[index as usize].avail;
         let used = || self.used(index) == avail;
         assert!(self.until(index, used), "{}", self.server.service.said());
         let mut element = [0; 8];
@@ -272,8 +279,8 @@ impl Guest {
         true
     }
 
-    /// Sends a request and room for an answer: how much was answered.
-    pub fn transact(&mut self, queue: u32, request: &[u8], room: u32) -> Vec<u8> {
+    /// Describes a request, with room for an answer, as the chain at 0.
+    pub fn prepare(&self, queue: u32, request: &[u8], room: u32) {
         self.put(queue, REQUEST, request);
         let len = request.len() as u32;
         match room {
@@ -283,6 +290,11 @@ impl Guest {
                 self.describe(queue, 1, (ANSWER, room, WRITE, 0));
             }
         }
+    }
+
+    /// Sends a request and room for an answer: how much was answered.
+    pub fn transact(&mut self, queue: u32, request: &[u8], room: u32) -> Vec<u8> {
+        self.prepare(queue, request, room);
         let len = self.submit(queue, 0);
         let mut answer = vec![0; len as usize];
         self.get(queue, ANSWER, &mut answer);

@@ -1,14 +1,16 @@
 //! The ends of the server and of its monitor, and what it may do until then.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::client::Guest;
+use crate::client::{Guest, REQUESTS};
 use crate::fuse::*;
 use crate::harness::netns::{self, root_test};
 use crate::harness::{eventually, vm};
@@ -17,6 +19,9 @@ use crate::{as_user, directory, mounted};
 /// The directory that [`monitor_that_serves`] is to serve, and the program that serves it.
 const DIRECTORY: &str = "MINIVMM_TEST_SHARE";
 const PROGRAM: &str = "MINIVMM_TEST_PROGRAM";
+
+/// fcntl(2): the signal in place of SIGIO.
+const F_SETSIG: i32 = 10;
 
 /// The processes of a program that this process has started, without those that have ended.
 fn descendants(pid: u32) -> Vec<u32> {
@@ -125,6 +130,48 @@ root_test!(server_whose_inner_process_is_killed_ends, || {
     assert!(eventually(|| !runs(outer)));
     // The monitor sees it by the connection.
     assert_eq!(guest.socket().read(&mut [0]).unwrap(), 0);
+});
+
+/// A queue's part of the record: the last head that was used, the used index, and what is said of the chain at 0.
+fn record(guest: &Guest, queue: u64) -> (u16, u16, u8) {
+    let part = queue * (16 + 16 * u64::from(fileserver::QUEUE_SIZE)).next_multiple_of(64);
+    let mut bytes = [0; 17];
+    guest
+        .server
+        .inflight
+        .read_exact_at(&mut bytes, part)
+        .unwrap();
+    let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    assert_eq!((word(8), word(10)), (1, fileserver::QUEUE_SIZE));
+    (word(12), word(14), bytes[16])
+}
+
+root_test!(record_has_the_request_that_a_killed_server_was_at, || {
+    let directory = directory();
+    let path = directory.path().join("file");
+    fs::write(&path, "text").unwrap();
+    let mut guest = mounted(&directory);
+    let file = guest.lookup(ROOT, "file").unwrap();
+    assert_eq!(record(&guest, 1), (0, 2, 0));
+    // Opening it blocks until this gives up its lease.
+    let held = File::options().read(true).write(true).open(&path).unwrap();
+    // SAFETY: this sets which signal says that the lease is to be given up: one that is ignored by default.
+    unsafe { libc::fcntl(held.as_raw_fd(), F_SETSIG, libc::SIGURG) };
+    // SAFETY: this takes the lease.
+    let taken = unsafe { libc::fcntl(held.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
+    assert_eq!(taken, 0, "{}", std::io::Error::last_os_error());
+    let open = request(OPEN, file.node, GUEST_ROOT, &[0; 8]);
+    guest.prepare(REQUESTS, &open, 0x1000);
+    guest.offer(REQUESTS, 0);
+    assert!(eventually(|| record(&guest, 1) == (0, 2, 1)));
+    let [outer, inner] = processes(&guest);
+    kill_process(Pid::from_raw(inner as i32).unwrap(), Signal::KILL).unwrap();
+    assert!(eventually(|| !runs(outer)));
+    assert_eq!(
+        (record(&guest, 1), record(&guest, 0)),
+        ((0, 2, 1), (0, 0, 0))
+    );
+    assert_eq!(guest.used(REQUESTS), 2);
 });
 
 root_test!(server_has_few_rights, || {

@@ -7,7 +7,8 @@ use std::process::Command;
 use crate::client::{ANSWER, Guest, HIPRIO, REQUEST, REQUESTS};
 use crate::fuse::*;
 use crate::harness::netns::{self, root_test};
-use crate::{directory, mounted};
+use crate::harness::vm;
+use crate::{directory, mounted, script};
 
 root_test!(names_do_not_lead_out, || {
     let outer = directory();
@@ -138,18 +139,15 @@ root_test!(file_systems_that_are_mounted_below_are_not_shown, || {
     let directory = directory();
     let below = directory.path().join("below");
     fs::create_dir(&below).unwrap();
-    let bound = Command::new("mount")
-        .args(["--bind", "/proc"])
-        .arg(&below)
-        .status();
-    assert!(bound.unwrap().success());
-    let mut guest = self::mounted(&directory);
-    let names = guest
-        .lookup(ROOT, "below")
-        .and_then(|below| guest.list(below.node));
-    let unbound = Command::new("umount").arg(&below).status();
-    assert!(unbound.unwrap().success());
-    assert_eq!(names.unwrap(), [""; 0]);
+    let mount = format!("mount --bind /proc {}", below.display());
+    let run = format!("{mount} && exec {} \"$@\"", vm::binary().display());
+    let program = script(
+        &directory,
+        &format!("exec unshare -m sh -c '{run}' sh \"$@\""),
+    );
+    let mut guest = Guest::by(directory.path(), false, &program).mount();
+    let below = guest.lookup(ROOT, "below").unwrap();
+    assert_eq!(guest.list(below.node).unwrap(), [""; 0]);
 });
 
 root_test!(numbers_that_were_not_given_out_are_refused, || {

@@ -7,6 +7,7 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | `sandbox.rs` | namespaces, mounts, capabilities: what it can see and do |
+//! | `cover.rs` | mounts below the directory, which it is not to see either |
 //! | `seccomp.rs` | the system calls that it can make |
 //! | `backend.rs` | vhost-user: the guest's memory and queues |
 //! | `ring.rs` | a queue, and the thread that serves it (`hiprio`, `requests`) |
@@ -14,6 +15,7 @@
 //! | `inflight.rs` | the record of those that are being served |
 
 mod backend;
+mod cover;
 mod inflight;
 mod requests;
 mod ring;

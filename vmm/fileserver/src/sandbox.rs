@@ -20,6 +20,8 @@ use rustix::thread::{
     set_capabilities, set_no_new_privs, unshare_unsafe,
 };
 
+use crate::cover::cover_mounts;
+
 /// What serving files as root takes: those of all owners, and giving them to others. Not making device nodes, which
 /// others on the host could open.
 const KEPT: CapabilitySet = CapabilitySet::CHOWN
@@ -176,23 +178,41 @@ fn own_descriptors() -> Result<File> {
 
 /// Makes the working directory the root, without what is mounted below it.
 fn become_root_directory(read_only: bool) -> Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let process = openat(CWD, "/proc/self", flags, Mode::empty());
+    let process = process.map_err(failed("open /proc/self"))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(failed("keep mounts to this process"))?;
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let root = open_tree(CWD, ".", flags).map_err(failed("mount the directory"))?;
-    restrict(root.as_fd(), read_only)?;
+    let (root, is_alone) = clone_directory().map_err(failed("mount the directory"))?;
+    restrict(root.as_fd(), read_only).map_err(failed("restrict the directory's mount"))?;
     move_mount(&root, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .map_err(failed("mount the directory"))?;
     fchdir(&root).map_err(failed("enter the directory"))?;
     // The old root comes to lie on the new one, and is taken from it.
     pivot_root(".", ".").map_err(failed("make the directory the root"))?;
     unmount(".", UnmountFlags::DETACH).map_err(failed("unmount the old root"))?;
+    if !is_alone {
+        cover_mounts(process).map_err(failed("cover what is mounted below the directory"))?;
+    }
     let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     fchdir(root.map_err(failed("open the root"))?).map_err(failed("enter the root"))
 }
 
+/// The working directory as a mount, and whether it is without those below it.
+fn clone_directory() -> io::Result<(OwnedFd, bool)> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    match open_tree(CWD, ".", flags) {
+        // They must not be left out: see `cover.rs`.
+        Err(Errno::INVAL) => Ok((
+            open_tree(CWD, ".", flags | OpenTreeFlags::AT_RECURSIVE)?,
+            false,
+        )),
+        alone => Ok((alone?, true)),
+    }
+}
+
 /// Device nodes on this mount cannot be opened, and programs not run.
-fn restrict(mount: BorrowedFd, read_only: bool) -> Result<()> {
+pub(crate) fn restrict(mount: BorrowedFd, read_only: bool) -> io::Result<()> {
     let restricted = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
     let attributes = libc::mount_attr {
         attr_set: restricted
@@ -218,10 +238,7 @@ fn restrict(mount: BorrowedFd, read_only: bool) -> Result<()> {
     };
     match done {
         0 => Ok(()),
-        _ => Err(Error(
-            "restrict the directory's mount",
-            io::Error::last_os_error(),
-        )),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
