@@ -84,6 +84,29 @@ pub(crate) unsafe fn scatter(iovecs: &[libc::iovec], at: usize, bytes: &[u8]) {
     }
 }
 
+/// Adds to `to` where the `left` bytes from offset `at` on lie, or as many of them as there are.
+pub(crate) fn part(
+    iovecs: &[libc::iovec],
+    mut at: usize,
+    mut left: usize,
+    to: &mut Vec<libc::iovec>,
+) {
+    for iovec in iovecs {
+        let here = iovec.iov_len.saturating_sub(at).min(left);
+        if here > 0 {
+            to.push(libc::iovec {
+                iov_base: iovec.iov_base.cast::<u8>().wrapping_add(at).cast(),
+                iov_len: here,
+            });
+        }
+        at = at.saturating_sub(iovec.iov_len);
+        left -= here;
+        if left == 0 {
+            break;
+        }
+    }
+}
+
 /// Where the `left` bytes from offset `at` on lie, or as many of them as there are: pieces, none of
 /// them empty.
 ///
@@ -143,6 +166,23 @@ pub(crate) mod tests {
             let mut to = vec![0; len];
             // SAFETY: the iovecs describe parts of `lent`.
             let done = unsafe { gather(&iovecs(&mut lent, piece), at, &mut to) };
+            assert_eq!(&to[..done], expected);
+        }
+
+        #[test]
+        fn part_is_what_gather_finds(
+            bytes in proptest::collection::vec(0..=255u8, 0..60),
+            piece in 1..20usize,
+            at in 0..80usize,
+            len in 0..80usize,
+        ) {
+            let expected: Vec<u8> = bytes.iter().skip(at).take(len).copied().collect();
+            let (mut lent, mut found) = (bytes, Vec::new());
+            part(&iovecs(&mut lent, piece), at, len, &mut found);
+            assert!(found.iter().all(|iovec| iovec.iov_len > 0));
+            let mut to = vec![0; len];
+            // SAFETY: the iovecs describe parts of `lent`.
+            let done = unsafe { gather(&found, 0, &mut to) };
             assert_eq!(&to[..done], expected);
         }
 

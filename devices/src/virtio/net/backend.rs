@@ -1,4 +1,5 @@
-//! Where a network device's frames come from and go to.
+//! Where a network device's frames come from and go to: a tap, of which the kernel may take the data
+//! path over (`vhost`), or a program that forwards them.
 
 use std::fmt;
 use std::io;
@@ -26,11 +27,12 @@ pub trait Backend: AsRawFd + Send + Sync + fmt::Debug + 'static {
     /// Each iovec must describe memory that may be written for as long as the call lasts.
     unsafe fn read_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize>;
 
-    /// Writes the one frame that lies in `iovecs`.
+    /// Writes the one frame that lies in `iovecs`, or takes it, to write it by
+    /// [`Backend::flush`] at the latest.
     ///
     /// # Errors
     ///
-    /// `WouldBlock` when there is no room now, `InvalidInput` for a frame that the kernel does
+    /// `WouldBlock` when there is no room now, `InvalidInput` for a frame that the backend does
     /// not take.
     ///
     /// # Safety
@@ -38,8 +40,22 @@ pub trait Backend: AsRawFd + Send + Sync + fmt::Debug + 'static {
     /// Each iovec must describe memory that may be read for as long as the call lasts.
     unsafe fn write_frame(&self, iovecs: &[libc::iovec]) -> io::Result<usize>;
 
-    /// What the kernel knows to leave to the reader of frames.
+    /// Writes what was taken and not written yet; called when there is no other frame for now.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` when there is no room now; the descriptor then polls writable later.
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// What may be left to the reader of frames.
     fn known_offloads(&self) -> Offloads;
+
+    /// What may be left to the backend, of frames that are written.
+    fn write_offloads(&self) -> Offloads {
+        self.known_offloads()
+    }
 
     /// Says what may be left to the reader of frames.
     ///

@@ -116,7 +116,11 @@ impl<B: Backend> Net<B> {
             options.events.clone(),
         ));
         let new = Self {
-            features: Features::offered(pairs, backends[0].known_offloads()),
+            features: Features::offered(
+                pairs,
+                backends[0].known_offloads(),
+                backends[0].write_offloads(),
+            ),
             backends: backends.into_iter().map(Arc::new).collect(),
             vhost: options.vhost,
             pairs: (0..threads).map(thread).collect::<io::Result<_>>()?,

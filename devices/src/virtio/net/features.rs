@@ -1,4 +1,4 @@
-//! The features of the network device, and what they mean to its tap.
+//! The features of the network device, and what they mean to its backend.
 
 use bitflags::bitflags;
 use serde::{Deserialize, Serialize};
@@ -89,15 +89,21 @@ impl Offloads {
         .union(Self::TSO6)
         .union(Self::TSO_ECN);
 
-    /// The features that take this offload, of the driver's side and of the device's.
-    const FEATURES: [(Self, Features); 3] = [
-        (Self::TSO_ECN, Features::GUEST_ECN.union(Features::HOST_ECN)),
-        (Self::UFO, Features::GUEST_UFO.union(Features::HOST_UFO)),
+    /// The features that take each offload, of the driver's side and of the device's.
+    const FEATURES: [(Self, Features, Features); 6] = [
+        (
+            Self::CSUM,
+            Features::GUEST_CSUM.union(Features::CTRL_GUEST_OFFLOADS),
+            Features::CSUM,
+        ),
+        (Self::TSO4, Features::GUEST_TSO4, Features::HOST_TSO4),
+        (Self::TSO6, Features::GUEST_TSO6, Features::HOST_TSO6),
+        (Self::TSO_ECN, Features::GUEST_ECN, Features::HOST_ECN),
+        (Self::UFO, Features::GUEST_UFO, Features::HOST_UFO),
         (
             Self::USO,
-            Features::GUEST_USO4
-                .union(Features::GUEST_USO6)
-                .union(Features::HOST_USO),
+            Features::GUEST_USO4.union(Features::GUEST_USO6),
+            Features::HOST_USO,
         ),
     ];
 }
@@ -113,13 +119,17 @@ impl Features {
         .union(Self::GUEST_USO4)
         .union(Self::GUEST_USO6);
 
-    /// Everything that a device with so many queue pairs can do over a tap with these offloads.
-    pub fn offered(pairs: usize, offloads: Offloads) -> Self {
+    /// Everything that a device with so many queue pairs can do over a backend that leaves `received`
+    /// to the reader of frames, and to which `sent` may be left.
+    pub fn offered(pairs: usize, received: Offloads, sent: Offloads) -> Self {
         let mut features = Self::all();
         features.set(Self::MQ, pairs > 1);
-        for (offload, needing) in Offloads::FEATURES {
-            if !offloads.contains(offload) {
-                features -= needing;
+        for (offload, drivers, devices) in Offloads::FEATURES {
+            if !received.contains(offload) {
+                features -= drivers;
+            }
+            if !sent.contains(offload) {
+                features -= devices;
             }
         }
         features
@@ -266,15 +276,23 @@ mod tests {
     }
 
     #[test]
-    fn features_that_the_tap_cannot_serve_are_not_offered() {
-        let all = Features::offered(2, Offloads::all());
+    fn features_that_the_backend_cannot_serve_are_not_offered() {
+        let tap = |pairs, offloads| Features::offered(pairs, offloads, offloads);
+        let all = tap(2, Offloads::all());
         assert_eq!(all, Features::all());
-        assert_eq!(all - Features::offered(1, Offloads::all()), Features::MQ);
-        let usual = Features::offered(2, Offloads::USUAL);
+        assert_eq!(all - tap(1, Offloads::all()), Features::MQ);
+        let usual = tap(2, Offloads::USUAL);
         assert!(usual.contains(Features::GUEST_ECN | Features::HOST_TSO6));
         assert!(!usual.intersects(Features::GUEST_UFO | Features::HOST_UFO | Features::HOST_USO));
         assert!(!usual.intersects(Features::GUEST_USO4 | Features::GUEST_USO6));
         // What is offered and taken is never more than what the tap can be set to.
         assert!(Offloads::USUAL.contains(usual.offloads()));
+        // A stream's frames have whole checksums either way.
+        let stream = Features::offered(1, Offloads::CSUM, Offloads::empty());
+        assert_eq!(stream.offloads(), Offloads::CSUM);
+        let needing = Features::CSUM | Features::HOST_TSO4 | Features::HOST_USO;
+        assert!(!stream.intersects(needing | Features::GUEST_TSO4 | Features::MQ));
+        let none = Features::offered(1, Offloads::empty(), Offloads::empty());
+        assert!(!none.intersects(Features::GUEST_OFFLOADS | Features::CTRL_GUEST_OFFLOADS));
     }
 }

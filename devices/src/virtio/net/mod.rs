@@ -1,8 +1,9 @@
-//! The network device (virtio 1.2, 5.1) over a queue of a tap or macvtap interface.
+//! The network device (virtio 1.2, 5.1) over a queue of a tap or macvtap interface, or over a
+//! stream to a program that forwards its frames.
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `features` | feature bits, and which offloads of the tap follow from them |
+//! | `features` | feature bits, and which offloads of the backend follow from them |
 //! | `device` | the virtio device: activation, reset |
 //! | `state` | what a device saves, to go on elsewhere |
 //! | `config` | the configuration space: MAC address, link, MTU |
@@ -19,7 +20,9 @@
 //! | `checksum` | DHCP answers for clients that read raw frames |
 //! | `counters` | what has passed |
 //! | `handle` | the device, once it is on its bus |
-//! | `backend`, `tap` | where frames come from and go to |
+//! | `backend` | where frames come from and go to: what the device needs of it |
+//! | `tap` | a tap or macvtap |
+//! | `stream` | a program at the other end of a socket |
 
 pub mod backend;
 pub mod capture;
@@ -39,6 +42,7 @@ mod pcapng;
 pub mod rx;
 mod rx_filter;
 mod state;
+pub mod stream;
 pub mod tap;
 pub mod tx;
 pub mod vhost;

@@ -1,8 +1,8 @@
 //! The data path over a socketpair instead of a tap.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -18,6 +18,7 @@ use super::filter::{Filter, Rules};
 use super::observe::Observer;
 use super::pair::Stop;
 use super::rx::{RxLayout, RxQueue};
+use super::stream::Stream;
 use super::tx::TxQueue;
 use super::{Net, NetConfig, NetOptions};
 use crate::events::tests::record;
@@ -232,6 +233,35 @@ fn tx_to_a_full_wire_keeps_the_frame_for_later() {
     assert_eq!(tx.send(&wire, 10), (Stop::Idle, true));
     assert_eq!(driver.take_used(), [(0, 0)]);
     assert_eq!(far.recv(&mut [0; 100]).unwrap(), 60);
+}
+
+#[test]
+fn tx_to_a_full_stream_writes_later_what_was_taken() {
+    let (socket, mut far) = UnixStream::pair().unwrap();
+    far.set_nonblocking(true).unwrap();
+    let stream = Stream::new(socket).unwrap();
+    let mut driver = Driver::new();
+    let mut tx = TxQueue::new(driver.queue(false), observer());
+    let mut frames = 0;
+    let full = loop {
+        driver.offer_chain(0, &[(0x4000, 60, 0)]);
+        frames += 1;
+        match tx.send(&stream, 10).0 {
+            Stop::Idle => assert_eq!(driver.take_used(), [(0, 0)]),
+            stop => break stop,
+        }
+    };
+    assert_eq!(full, Stop::Full);
+    let taken = driver.take_used().len();
+    let mut bytes = Vec::new();
+    let mut last = Stop::Full;
+    while last == Stop::Full {
+        let _ = far.read_to_end(&mut bytes);
+        last = tx.send(&stream, 10).0;
+    }
+    assert_eq!((last, taken + driver.take_used().len()), (Stop::Idle, 1));
+    let _ = far.read_to_end(&mut bytes);
+    assert_eq!(bytes.len(), frames * (4 + 60 - HEADER_LEN));
 }
 
 #[test]

@@ -56,6 +56,13 @@ impl TxQueue {
                 stop => break stop,
             }
         };
+        let stop = match backend.flush() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && stop == Stop::Idle => {
+                self.counters.full += 1;
+                Stop::Full
+            }
+            _ => stop,
+        };
         self.queue.flush_used();
         (stop, self.queue.needs_notification())
     }
