@@ -30,7 +30,7 @@ demo-tools:
 
 SUITES ?=
 test: ## Runs all tests, or SUITES="vmm.pci net.watch" (as root, for network namespaces)
-	resources/install-tools debootstrap dmsetup iasl mke2fs nft qemu-system-x86_64 qemu-img pip3 sfdisk strace tshark \
+	resources/install-tools debootstrap dmsetup iasl mke2fs nft passt qemu-system-x86_64 qemu-img pip3 sfdisk strace tshark \
 		/usr/share/OVMF/OVMF_CODE_4M.fd
 	tests/run $(SUITES)
 

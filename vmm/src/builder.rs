@@ -39,8 +39,8 @@ use crate::kvm::vcpus::Vcpus;
 use crate::kvm::vm::{Hypervisor, Vm, VmError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError, Sharing};
-use crate::nic::Inherited;
 use crate::nic::devices::NetDevices;
+use crate::nic::{Inherited, NicError};
 use crate::plan::{Plan, TooManyDevices};
 use crate::qmp::commands::Native;
 use crate::qmp::server::Server;
@@ -100,6 +100,7 @@ impl Error {
             Self::Resources(ResourceError::Kvm(error)) | Self::Vm(error) => {
                 error.remedy().map(str::to_owned)
             }
+            Self::Resources(ResourceError::Nic(NicError::UserNet(error))) => error.remedy(),
             _ => net::remedy(self),
         }
     }

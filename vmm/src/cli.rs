@@ -8,11 +8,13 @@ use std::time::Duration;
 use ::net::{InterfaceAddress, LinkName};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
-use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{
+    ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum,
+};
 
 use crate::config::{
     Config, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack, MemorySize, NicConfig,
-    NicSource, QmpSocket, Reboot, ShareConfig, VmName,
+    NicSource, QmpSocket, Reboot, ShareConfig, VmName, parse_user_net,
 };
 use crate::plan::Transport;
 use crate::share::FileServerArgs;
@@ -54,6 +56,11 @@ Keys of --macvtap:
   pcap=FILE          records what passes, for tshark or Wireshark (pcapng)
   fd=N[:N...]        instead of LINK: queues that are open already, as by N<>/dev/tapM in a shell
 
+Keys of --user-net, besides rx-rate=, tx-rate=, burst= and pcap=, which are as above:
+  hostfwd=tcp|udp:[ADDRESS]:PORT-:GUESTPORT
+                     the host's PORT reaches the guest, as in hostfwd=tcp::2222-:22; may be repeated
+  mac=ADDRESS        the guest's MAC address; a random one by default
+
 Keys of --disk:
   format=raw|qcow2   how the image is read; never found out from what is in it
   readonly=on        the guest cannot write it, and other guests may read it too
@@ -86,6 +93,8 @@ Examples:
       minivmm --kernel bzImage --macvtap eno1 --host-link 192.168.0.5/24
   Without root: a macvtap for an ordinary user
       sudo minivmm net open eno1 -- minivmm --kernel bzImage --macvtap fd=3
+  Without root and without a macvtap: a network by passt, and ssh to the guest at port 2222
+      minivmm --kernel bzImage --initrd initrd.img --user-net hostfwd=tcp:127.0.0.1:2222-:22
   What minivmm leaves out (UEFI, graphics, USB), on the same NIC:
       minivmm qemu --macvtap eno1 -- -M q35 -accel kvm -m 2G disk.qcow2
   An installed system, with the kernel and the initrd that are in its image:
@@ -185,8 +194,24 @@ impl Cli {
                 format!("the argument '{option}' cannot be used with the subcommand '{name}'");
             return Err(command.error(ErrorKind::ArgumentConflict, text));
         }
-        Self::from_arg_matches(&matches)
+        let mut cli = Self::from_arg_matches(&matches)?;
+        cli.guest.nics = in_order(
+            &matches,
+            [
+                ("macvtap", &cli.guest.macvtap),
+                ("user_net", &cli.guest.user_net),
+            ],
+        );
+        Ok(cli)
     }
+}
+
+/// The NICs of several options in the order of the command line.
+fn in_order(matches: &ArgMatches, options: [(&str, &Vec<NicConfig>); 2]) -> Vec<NicConfig> {
+    let of = |(id, nics)| matches.indices_of(id).into_iter().flatten().zip(nics);
+    let mut all: Vec<(usize, &NicConfig)> = options.into_iter().flat_map(of).collect();
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, nic)| nic.clone()).collect()
 }
 
 /// The guest to run.
@@ -214,6 +239,22 @@ pub struct GuestArgs {
     /// listens on a socket, such as virtiofsd (virtio-fs). May be repeated. A comma in a value is doubled
     #[arg(long, value_name = "socket=PATH,tag=TAG", help_heading = "Guest")]
     pub share: Vec<ShareConfig>,
+
+    /// NIC on a network of the guest's own, by passt, without root and without a macvtap: the guest gets the host's own
+    /// address, and the host's ports of hostfwd= reach it. May be repeated. The keys are below
+    #[arg(
+        long,
+        value_name = "KEY=VALUE[,...]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_parser = parse_user_net,
+        help_heading = "Network"
+    )]
+    pub user_net: Vec<NicConfig>,
+
+    /// The NICs of both kinds, as [`Cli::read`] has found them.
+    #[arg(skip)]
+    pub nics: Vec<NicConfig>,
 
     /// Socket by which other programs control the guest, in QEMU's language (QMP); or fd=N, one that
     /// listens already, as systemd passes it. May be repeated
@@ -343,8 +384,8 @@ impl From<GuestArgs> for Config {
     fn from(args: GuestArgs) -> Self {
         Self {
             name: args.name,
-            nics: args.macvtap,
             shares: args.share,
+            nics: args.nics,
             transport: args.transport,
             host_link: args.host_link,
             qmp: args.qmp,
@@ -467,6 +508,22 @@ mod tests {
     }
 
     #[test]
+    fn command_line_has_its_nics_in_order_whatever_they_are() {
+        let line = "minivmm --macvtap a --user-net --kernel k --user-net mac=52:54:00:12:34:56 --macvtap b";
+        let cli = Cli::read(line.split(' ')).unwrap();
+        let name = |nic: &NicConfig| match &nic.source {
+            NicSource::Macvtap(spec) => spec.link.to_string(),
+            NicSource::UserNet(net) => format!("user {:?}", net.mac.map(|mac| mac.to_string())),
+            NicSource::Descriptors(_) => panic!("{nic:?}"),
+        };
+        let names: Vec<_> = Config::from(cli.guest).nics.iter().map(name).collect();
+        assert_eq!(
+            names,
+            ["a", "user None", "user Some(\"52:54:00:12:34:56\")", "b"]
+        );
+    }
+
+    #[test]
     fn command_line_of_each_subcommand_is_understood() {
         for line in [
             "minivmm net open eno1,mode=private,queues=2 --user me -- qemu -netdev x",
@@ -488,6 +545,9 @@ mod tests {
             "minivmm doctor",
             "minivmm doctor eno1 --json",
             "minivmm --kernel k --macvtap fd=3 --host-link 10.0.0.1/24",
+            "minivmm --kernel k --user-net",
+            "minivmm --user-net --kernel k",
+            "minivmm --kernel k --user-net hostfwd=tcp::2222-:22,mac=52:54:00:12:34:56",
             "minivmm --kernel k --rng off --balloon",
             "minivmm --kernel k --balloon 256M --memory 1G",
             "minivmm --balloon --kernel k",
@@ -573,6 +633,8 @@ mod tests {
             ("--macvtap", "eno1,mac=01:00:5e:00:00:01"),
             ("--macvtap", "eno1,mac=52:54:00"),
             ("--macvtap", "eno1,mode=vepa,mode=bridge"),
+            ("--user-net", "eno1"),
+            ("--user-net", "hostfwd=sctp::1-:1"),
             ("--disk", "a,queues=0"),
             ("--stop-timeout", "0"),
             ("--stop-timeout", "1m"),

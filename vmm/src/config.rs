@@ -19,6 +19,7 @@ mod qemu;
 mod qmp;
 mod reboot;
 mod share;
+mod user_net;
 mod wait;
 
 pub use balloon::{BalloonError, HeldBack};
@@ -34,6 +35,8 @@ pub use qmp::QmpSocket;
 pub use reboot::Reboot;
 use share::SHARE_KEYS;
 pub use share::{ShareConfig, ShareSource, Tag};
+pub use user_net::{Forward, Protocol, UserNet, parse_user_net};
+use user_net::{USER_NET_KEYS, nic_keys};
 pub use wait::{Condition, Patience};
 
 /// On every command line: after a panic reset at once, with the "warm" flag by which the monitor
@@ -212,6 +215,9 @@ pub enum ConfigError {
         nic = listed(&NIC_KEYS)
     )]
     UnknownNicKey(String),
+    /// A user network's option that does not exist.
+    #[error("unknown key `{0}`: the keys are {keys}", keys = listed(&[&USER_NET_KEYS[..], &nic_keys()].concat()))]
+    UnknownUserNetKey(String),
     /// A disk's option that does not exist.
     #[error("unknown key `{0}`: the keys are {keys}", keys = listed(&DISK_KEYS))]
     UnknownDiskKey(String),

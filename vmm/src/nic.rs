@@ -1,8 +1,9 @@
-//! The NICs: from a request to a macvtap of the host, and what follows it while the guest runs.
+//! The NICs: from a request to a macvtap of the host or a user network, and what follows it while the guest runs.
 //!
 //! | file | what it is |
 //! | --- | --- |
 //! | `acquire.rs` | queues, claim, watch and guard of each NIC |
+//! | `passt.rs` | the program that forwards what passes a user network |
 //! | `inherited.rs` | the queues that this process was started with, and what `net open` says of them |
 //! | `registry.rs` | what other programs can read of a running guest, and the locks for it |
 //! | `devices.rs` | the NICs on the bus |
@@ -16,6 +17,7 @@ pub mod follow;
 pub mod host_link;
 pub mod inherited;
 mod link;
+pub mod passt;
 pub mod registry;
 
 pub use acquire::{HostNic, Nic, NicError, acquire, acquire_for_guest};

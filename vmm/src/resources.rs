@@ -169,8 +169,7 @@ impl Resources {
         for (nic, capture) in nics.iter_mut().zip(captures) {
             nic.pcap = capture;
         }
-        let host_link =
-            host_link::make(nics.first().map(|nic| &nic.entry().tap), &config.host_link)?;
+        let host_link = host_link::make(nics.iter().find_map(Nic::tap), &config.host_link)?;
         // With all else at hand, so that a failed start leaves an older file as it was.
         if let (Some(file), ConsoleTarget::File(path)) = (&console, &config.console) {
             let failed = |source| ResourceError::Write(Role::Console, path.clone(), source);

@@ -9,6 +9,7 @@ use devices::virtio::rate::RateLimit;
 use net::{MacvtapSpec, Mode, Placement};
 
 use super::ConfigError;
+use super::UserNet;
 use super::keys::{DEFAULT_BURST, burst, number, path, scaled, switch, take_keys, value, wrong};
 
 /// A NIC of the guest.
@@ -27,13 +28,15 @@ pub enum NicSource {
     Macvtap(MacvtapSpec),
     /// File descriptors that another program opened.
     Descriptors(Vec<RawFd>),
+    /// A user network.
+    UserNet(UserNet),
 }
 
 impl NicSource {
     /// The descriptors that it names, if any.
     pub fn descriptors(&self) -> &[RawFd] {
         match self {
-            Self::Macvtap(_) => &[],
+            Self::Macvtap(_) | Self::UserNet(_) => &[],
             Self::Descriptors(numbers) => numbers,
         }
     }
@@ -43,6 +46,7 @@ impl NicSource {
         match self {
             Self::Macvtap(spec) => spec.queues as usize,
             Self::Descriptors(numbers) => numbers.len(),
+            Self::UserNet(_) => 1,
         }
     }
 }
@@ -67,7 +71,7 @@ pub struct NicOptions {
     pub pcap: Option<PathBuf>,
 }
 
-/// Who moves a NIC's frames between the guest and the macvtap.
+/// Who moves a NIC's frames between the guest and the macvtap; of a user network always the monitor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendChoice {
     /// The kernel, where it can and nothing is wanted that needs to see the frames.
@@ -144,7 +148,7 @@ pub(super) fn parse_source(first: &str, keys: &[&str]) -> Result<NicSource, Conf
 }
 
 impl NicOptions {
-    fn set(&mut self, key: &str, text: &str) -> Result<(), ConfigError> {
+    pub(super) fn set(&mut self, key: &str, text: &str) -> Result<(), ConfigError> {
         match key {
             "backend" => {
                 self.backend = match text {
@@ -164,7 +168,7 @@ impl NicOptions {
     }
 
     /// Options that exclude each other.
-    fn check(&self) -> Result<(), ConfigError> {
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
         if self.burst.is_some() && self.rx_rate.is_none() && self.tx_rate.is_none() {
             return Err(ConfigError::Value(
                 "burst= says nothing without rx-rate= or tx-rate=".into(),

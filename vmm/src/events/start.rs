@@ -4,7 +4,7 @@ use std::process;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use net::TapInfo;
+use net::{MacAddr, TapInfo};
 use serde::Serialize;
 
 use super::{Event, EventHub, lock};
@@ -31,10 +31,12 @@ pub struct StartedNic {
     pub nic: String,
     /// Its MAC address.
     pub mac: String,
-    /// The macvtap's name.
-    pub tap: String,
+    /// The macvtap's name; a user network has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
     /// The name of the interface under it.
-    pub lower: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lower: Option<String>,
 }
 
 /// When each stage was over, in microseconds from the beginning of the program. NICs, kernel and
@@ -73,8 +75,18 @@ impl StartedNic {
         Self {
             nic: nic.to_owned(),
             mac: tap.mac.to_string(),
-            tap: tap.name.clone(),
-            lower: tap.lower.clone(),
+            tap: Some(tap.name.clone()),
+            lower: Some(tap.lower.clone()),
+        }
+    }
+
+    /// The NIC of this name and MAC address on a user network.
+    pub fn of_user_net(nic: &str, mac: MacAddr) -> Self {
+        Self {
+            nic: nic.to_owned(),
+            mac: mac.to_string(),
+            tap: None,
+            lower: None,
         }
     }
 }

@@ -10,7 +10,8 @@ use devices::virtio::net::tap::{Tap, TapError};
 use net::{ExistingTapError, FrameListener, LinkGuard, LinkWatch, Macvtap, Mode, TapInfo};
 
 use super::inherited::Inherited;
-use super::registry::{Claim, ClaimError, NicEntry, Runs};
+use super::passt::{Passt, PasstError, Starting};
+use super::registry::{Claim, ClaimError, Runs};
 use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource};
 
 /// Why there is no NIC.
@@ -25,6 +26,9 @@ pub enum NicError {
     /// Another NIC is on the same interface.
     #[error(transparent)]
     Claim(#[from] ClaimError),
+    /// A user network.
+    #[error(transparent)]
+    UserNet(#[from] PasstError),
     /// A queue that cannot be set up.
     #[error("the queue of {name} cannot be used")]
     Tap {
@@ -57,7 +61,7 @@ impl HostNic {
     }
 }
 
-/// Opens a macvtap for each of `sources`, in order, and claims it for what this process `runs`.
+/// Opens a macvtap for each of `sources` that has one, in order, and claims it for what this process `runs`.
 ///
 /// # Errors
 ///
@@ -67,10 +71,11 @@ pub fn acquire<'a>(
     mut inherited: Inherited,
     runs: &Runs,
 ) -> Result<Vec<HostNic>, NicError> {
+    let sources = sources.filter(|source| !matches!(source, NicSource::UserNet(_)));
     // What is wrong with inherited queues is said before anything is made.
     let existing = sources.clone().map(|source| match source {
-        NicSource::Macvtap(_) => Ok(None),
         NicSource::Descriptors(numbers) => inherited.macvtap(numbers).map(Some),
+        _ => Ok(None),
     });
     let existing = existing.collect::<Result<Vec<_>, _>>()?;
     let mut macvtaps = Vec::<Macvtap>::new();
@@ -96,11 +101,9 @@ fn is_same(one: &TapInfo, other: &TapInfo) -> bool {
         && (one.id.is_none() || other.id.is_none() || one.id == other.id)
 }
 
-/// An open queue that is ready to be a NIC.
+/// What the host has of a NIC, ready for a guest.
 #[derive(Debug)]
 pub struct Nic {
-    /// The queues, one for each pair.
-    pub taps: Vec<Tap>,
     /// What the guest finds in its NIC.
     pub config: NetConfig,
     /// How the NIC is to behave.
@@ -109,6 +112,24 @@ pub struct Nic {
     pub permissions: Permissions,
     /// The file for its frames, which is opened before any NIC is made.
     pub pcap: Option<File>,
+    /// Where the frames go.
+    pub end: HostEnd,
+}
+
+/// The host's end of a NIC.
+#[derive(Debug)]
+pub enum HostEnd {
+    /// On one of its interfaces.
+    Macvtap(Box<MacvtapEnd>),
+    /// In a program.
+    UserNet(Passt),
+}
+
+/// A macvtap, open.
+#[derive(Debug)]
+pub struct MacvtapEnd {
+    /// The queues, one for each pair.
+    pub taps: Vec<Tap>,
     /// Keeps others from it.
     pub claim: Claim,
     /// News of the interface, where it can be seen.
@@ -120,7 +141,7 @@ pub struct Nic {
 }
 
 impl Nic {
-    fn new(host: HostNic, options: &NicOptions) -> Result<Self, NicError> {
+    fn on_macvtap(host: HostNic, options: &NicOptions) -> Result<Self, NicError> {
         let HostNic { claim, mut macvtap } = host;
         let tap = claim.nic().tap.clone();
         // An Ethernet interface's MTU is at most 65,535.
@@ -131,7 +152,6 @@ impl Nic {
         let taps = queues.into_iter().map(Tap::new).collect::<Result<_, _>>();
         let name = tap.name;
         Ok(Self {
-            taps: taps.map_err(|source| NicError::Tap { name, source })?,
             config: NetConfig {
                 mac: tap.mac.octets(),
                 mtu,
@@ -143,20 +163,46 @@ impl Nic {
                 allow_promisc: tap.mode == Some(Mode::Passthru),
             },
             pcap: None,
-            claim,
-            watch,
-            listener,
-            guard,
+            end: HostEnd::Macvtap(Box::new(MacvtapEnd {
+                taps: taps.map_err(|source| NicError::Tap { name, source })?,
+                claim,
+                watch,
+                listener,
+                guard,
+            })),
         })
     }
 
-    /// What is published of it.
-    pub fn entry(&self) -> &NicEntry {
-        self.claim.nic()
+    fn on_user_net(passt: Passt, options: &NicOptions) -> Self {
+        let config = passt.config();
+        log::info!(
+            "NIC on a user network: MAC {}, MTU {}",
+            passt.mac,
+            config.mtu
+        );
+        Self {
+            config,
+            options: options.clone(),
+            // Nothing else is on this network.
+            permissions: Permissions {
+                change_mac: true,
+                allow_promisc: true,
+            },
+            pcap: None,
+            end: HostEnd::UserNet(passt),
+        }
+    }
+
+    /// Its macvtap, if it is on one.
+    pub fn tap(&self) -> Option<&TapInfo> {
+        match &self.end {
+            HostEnd::Macvtap(end) => Some(&end.claim.nic().tap),
+            HostEnd::UserNet(_) => None,
+        }
     }
 }
 
-/// The NICs of a guest with this kernel.
+/// The NICs of a guest with this kernel. What the user networks take ends with the calling thread.
 ///
 /// # Errors
 ///
@@ -166,10 +212,22 @@ pub fn acquire_for_guest(
     inherited: Inherited,
     kernel: &Path,
 ) -> Result<Vec<Nic>, NicError> {
+    let start = |nic: &NicConfig| match &nic.source {
+        NicSource::UserNet(net) => Starting::new(net).map(Some),
+        _ => Ok(None),
+    };
+    let starting = nics.iter().map(start).collect::<Result<Vec<_>, _>>()?;
     let sources = nics.iter().map(|nic| &nic.source);
-    let hosts = acquire(sources, inherited, &Runs::kernel(kernel))?;
-    let ready = |(host, nic): (_, &NicConfig)| Nic::new(host, &nic.options);
-    hosts.into_iter().zip(nics).map(ready).collect()
+    let mut hosts = acquire(sources, inherited, &Runs::kernel(kernel))?.into_iter();
+    let mut ready = |(nic, starting): (&NicConfig, Option<Starting>)| match starting {
+        Some(starting) => Ok(Some(Nic::on_user_net(starting.finish()?, &nic.options))),
+        None => hosts
+            .next()
+            .map(|host| Nic::on_macvtap(host, &nic.options))
+            .transpose(),
+    };
+    let nics = nics.iter().zip(starting);
+    nics.filter_map(|nic| ready(nic).transpose()).collect()
 }
 
 /// A NIC works without being watched, so a failure is no more than a warning.

@@ -5,10 +5,14 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use devices::virtio::net::backend::Backend;
 use devices::virtio::net::capture::Capture;
+use devices::virtio::net::config::ConfigSpace;
+use devices::virtio::net::observe::Observer;
+use devices::virtio::net::stream::Stream;
 use devices::virtio::net::tap::Tap;
 use devices::virtio::net::vhost::{VhostError, VhostPair};
-use devices::virtio::net::{Net, NetHandle, NetOptions};
+use devices::virtio::net::{Net, NetConfig, NetHandle, NetOptions};
 use event_manager::MutEventSubscriber;
 use net::LinkGuard;
 use vm_memory::GuestMemoryMmap;
@@ -18,11 +22,13 @@ use crate::events::EventHub;
 use crate::events::start::StartedNic;
 use crate::machine::{Machine, MachineError};
 use crate::nic::Nic;
+use crate::nic::acquire::{HostEnd, MacvtapEnd};
 use crate::nic::follow::Follower;
 use crate::nic::link::Link;
+use crate::nic::passt::{HangUp, Passt};
 
 /// The NICs, once they stand on the bus.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct NetDevices {
     /// What keeps the macvtaps in being.
     pub guards: Vec<LinkGuard>,
@@ -31,6 +37,16 @@ pub struct NetDevices {
     /// What is said of them when the guest starts.
     pub started: Vec<StartedNic>,
     followers: Vec<Follower>,
+    /// What follows the programs of user networks, and ends them when dropped.
+    passts: Vec<Box<dyn MutEventSubscriber>>,
+}
+
+/// A NIC that is put into the machine.
+struct Added {
+    name: String,
+    label: String,
+    config: NetConfig,
+    options: NetOptions,
 }
 
 impl NetDevices {
@@ -44,38 +60,95 @@ impl NetDevices {
         for (n, nic) in (0..).zip(nics) {
             let name = format!("net{n}");
             // As it was asked for: the macvtap's own name says little.
-            let tap = &nic.entry().tap;
-            let label = format!("{name} on {}", tap.lower);
-            devices.started.push(StartedNic::new(&name, tap));
+            let label = match nic.tap() {
+                Some(tap) => format!("{name} on {}", tap.lower),
+                None => format!("{name} on a user network"),
+            };
             let [rx_limit, tx_limit] = nic.options.limits();
             let capture = nic.pcap.map(|file| start_capture(file, &name)).transpose();
-            let vhost = vhost_pairs(&label, &nic.taps, &nic.options, machine.memory())?;
-            let listener = nic.listener.filter(|_| !vhost.is_empty());
             let options = NetOptions {
                 label: label.clone(),
                 permissions: nic.permissions,
                 rx_limit,
                 tx_limit,
                 capture: capture.map_err(MachineError::Capture)?,
-                vhost,
+                vhost: Vec::new(),
                 events: machine.event_sink(&name),
             };
-            let device =
-                Net::new(name, nic.config, nic.taps, options).map_err(MachineError::Device)?;
-            let handle = device.handle();
-            let (guest, observer) = (Arc::clone(handle.config()), Arc::clone(handle.observer()));
-            devices.handles.push(handle);
-            machine.add_virtio(device)?;
-            devices.guards.push(nic.guard);
-            let link = |watch| Link::new(watch, label.clone(), Arc::clone(&guest));
-            let link = nic.watch.map(link).transpose();
-            let follower = link
-                .and_then(|link| Follower::new(label, guest, observer, nic.claim, link, listener));
-            devices
-                .followers
-                .push(follower.map_err(MachineError::EventFd)?);
+            let added = Added {
+                name,
+                label,
+                config: nic.config,
+                options,
+            };
+            match nic.end {
+                HostEnd::Macvtap(end) => devices.add_macvtap(machine, added, *end, &nic.options)?,
+                HostEnd::UserNet(passt) => devices.add_user_net(machine, added, passt)?,
+            }
         }
         Ok(devices)
+    }
+
+    fn add_macvtap(
+        &mut self,
+        machine: &mut Machine,
+        mut added: Added,
+        end: MacvtapEnd,
+        options: &NicOptions,
+    ) -> Result<(), MachineError> {
+        self.started
+            .push(StartedNic::new(&added.name, &end.claim.nic().tap));
+        let label = added.label.clone();
+        added.options.vhost = vhost_pairs(&label, &end.taps, options, machine.memory())?;
+        let listener = end.listener.filter(|_| !added.options.vhost.is_empty());
+        let (guest, observer) = self.add_device(machine, added, end.taps)?;
+        self.guards.push(end.guard);
+        let link = |watch| Link::new(watch, label.clone(), Arc::clone(&guest));
+        let link = end.watch.map(link).transpose()?;
+        let claim = Some(end.claim);
+        let follower = Follower::new(label, guest, observer, claim, link, listener)?;
+        self.followers.push(follower);
+        Ok(())
+    }
+
+    fn add_user_net(
+        &mut self,
+        machine: &mut Machine,
+        added: Added,
+        passt: Passt,
+    ) -> Result<(), MachineError> {
+        self.started
+            .push(StartedNic::of_user_net(&added.name, passt.mac));
+        let label = added.label.clone();
+        let socket = passt.socket.try_clone().and_then(Stream::new);
+        let stream = socket.map_err(MachineError::Device)?;
+        let (guest, observer) = self.add_device(machine, added, vec![stream])?;
+        let hang_up = HangUp {
+            label: label.clone(),
+            guest: Arc::clone(&guest),
+            socket: passt.socket,
+        };
+        self.passts.push(Box::new(hang_up));
+        self.passts.push(Box::new(passt.service));
+        let follower = Follower::new(label, guest, observer, None, None, None)?;
+        self.followers.push(follower);
+        Ok(())
+    }
+
+    /// Puts it on the bus, with its frames passing by `backends`.
+    fn add_device<B: Backend>(
+        &mut self,
+        machine: &mut Machine,
+        added: Added,
+        backends: Vec<B>,
+    ) -> Result<(Arc<ConfigSpace>, Arc<Observer>), MachineError> {
+        let device = Net::new(added.name, added.config, backends, added.options);
+        let device = device.map_err(MachineError::Device)?;
+        let handle = device.handle();
+        let seen = (Arc::clone(handle.config()), Arc::clone(handle.observer()));
+        self.handles.push(handle);
+        machine.add_virtio(device)?;
+        Ok(seen)
     }
 
     /// What the control thread does for them while the guest runs. New addresses are announced by `events`.
@@ -84,7 +157,8 @@ impl NetDevices {
             follower.announce_to(format!("net{n}"), Arc::clone(events));
             Box::new(follower) as Box<dyn MutEventSubscriber>
         };
-        self.followers.drain(..).enumerate().map(boxed).collect()
+        let followers = self.followers.drain(..).enumerate().map(boxed);
+        followers.chain(self.passts.drain(..)).collect()
     }
 }
 

@@ -42,7 +42,8 @@ pub struct Follower {
     /// Has the NIC's MAC address, MTU and link state.
     guest: Arc<ConfigSpace>,
     observer: Arc<Observer>,
-    claim: Claim,
+    /// A macvtap's.
+    claim: Option<Claim>,
     /// The name of the NIC in events.
     id: String,
     events: Arc<EventHub>,
@@ -67,7 +68,7 @@ impl Follower {
         name: String,
         guest: Arc<ConfigSpace>,
         observer: Arc<Observer>,
-        claim: Claim,
+        claim: Option<Claim>,
         link: Option<Link>,
         listener: Option<FrameListener>,
     ) -> io::Result<Self> {
@@ -112,7 +113,8 @@ impl Follower {
     fn publish(&mut self) {
         self.announce();
         self.at_once = 0;
-        self.claim.update(|nic| {
+        let Some(claim) = &mut self.claim else { return };
+        claim.update(|nic| {
             nic.addresses.clone_from(&self.announced);
             nic.wrong_source_frames = self.observer.wrong_source();
             nic.tap.mtu = self.guest.mtu().into();

@@ -1,4 +1,4 @@
-//! The host's own link among its guests, for the time of one of them: on the interface of the first NIC.
+//! The host's own link among its guests, for the time of one of them: on the interface of the first macvtap.
 
 use std::io;
 

@@ -29,6 +29,8 @@ pub fn dry_run(args: &QemuArgs, mut inherited: Inherited) -> Result<String, Qemu
                 lower.get_or_insert_with(|| spec.link.to_string());
                 sketch(spec)?
             }
+            // No --macvtap is one.
+            NicSource::UserNet(_) => continue,
             NicSource::Descriptors(fds) => {
                 let macvtap = inherited.macvtap(fds).map_err(NicError::from)?;
                 let TapInfo {

@@ -78,7 +78,7 @@ pub(super) fn follow(
     let guest = Arc::new(ConfigSpace::new(config, 1, EventSink::default()));
     let observer = Arc::new(Observer::new(label.clone(), Arc::clone(&guest))?);
     let seen = Arc::clone(&observer);
-    let mut follower = Follower::new(label, guest, seen, claim, None, listener)?;
+    let mut follower = Follower::new(label, guest, seen, Some(claim), None, listener)?;
     follower.announce_to(id.to_owned(), Arc::clone(events));
     Ok(Followed {
         follower,
