@@ -16,6 +16,7 @@ use devices::irq::IrqLine;
 use devices::serial::Serial;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::rng::Rng;
+use devices::virtio::vsock::VsockHandle;
 use event_manager::MutEventSubscriber;
 use net::HostLinkGuard;
 use vm_memory::GuestMemoryMmap;
@@ -50,7 +51,7 @@ use crate::tty::RawTerminal;
 use crate::tty::console;
 use crate::tty::output::Output;
 use crate::tty::server::{Server as ConsoleServer, ToSerial};
-use crate::{balloon, disk, shares};
+use crate::{balloon, disk, shares, vsock};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -194,6 +195,7 @@ fn run_opened(
     control.disks = built.disks;
     control.nics = built.net_devices.handles.clone();
     control.balloon = built.balloon;
+    control.vsock = built.vsock.as_ref().map(|(handle, _)| handle.clone());
     let resets = |restart| Resets::new(restart, handle.clone());
     control.resets = built.restart.map(resets);
     let control = Rc::new(RefCell::new(control));
@@ -206,7 +208,7 @@ fn run_opened(
     Control::run(control, others, settled).map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are
     // the macvtaps deleted.
-    drop((built.net_devices.guards, built.host_link));
+    drop((built.net_devices.guards, built.host_link, built.vsock));
     if let Some(server) = console_server.and_then(Rc::into_inner) {
         server.into_inner().finish();
     }
@@ -249,6 +251,8 @@ struct Built {
     console: Option<Arc<Output>>,
     disks: Vec<Disk>,
     balloon: Option<BalloonHandle>,
+    /// Its counters, and the socket whose file is removed at the end.
+    vsock: Option<(VsockHandle, Listener)>,
     net_devices: NetDevices,
     host_link: Option<HostLinkGuard>,
 }
@@ -298,6 +302,8 @@ fn build(
         }
         let balloon = config.balloon.map(|size| balloon::add(&mut machine, size));
         let balloon = balloon.transpose()?;
+        let vsock = opened.vsock.map(|socket| vsock::add(&mut machine, socket));
+        let vsock = vsock.transpose()?;
         let buses = Arc::new(machine.finish()?);
         start.note(|stages| &mut stages.devices);
         let kvm = Arc::new(KvmGuest::new(vm, vcpus, &buses));
@@ -314,6 +320,7 @@ fn build(
             console,
             disks,
             balloon,
+            vsock,
             net_devices,
             host_link: host.host_link,
         })

@@ -14,7 +14,7 @@ use clap::{
 
 use crate::config::{
     Config, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack, MemorySize, NicConfig,
-    NicSource, QmpSocket, Reboot, ShareConfig, VmName, parse_user_net,
+    NicSource, QmpSocket, Reboot, ShareConfig, VmName, VsockConfig, parse_user_net,
 };
 use crate::plan::Transport;
 use crate::share::FileServerArgs;
@@ -275,6 +275,12 @@ pub struct GuestArgs {
     )]
     pub transport: Transport,
 
+    /// Sockets between the guest and the host (virtio-vsock). A program of the host connects to the
+    /// Unix socket PATH and writes "CONNECT PORT"; port N of the host is, for the guest, the Unix
+    /// socket PATH_N. The guest's CID is N, 3 by default; guests may have the same
+    #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Guest")]
+    pub vsock: Option<VsockConfig>,
+
     /// Lets the host talk to its guests for as long as this one runs: a macvlan with this address
     /// on the interface of the first NIC. May be repeated
     #[arg(
@@ -391,6 +397,7 @@ impl From<GuestArgs> for Config {
             qmp: args.qmp,
             console_socket: None,
             events: args.events,
+            vsock: args.vsock,
             ..args.machine.into()
         }
     }
@@ -551,6 +558,7 @@ mod tests {
             "minivmm --kernel k --rng off --balloon",
             "minivmm --kernel k --balloon 256M --memory 1G",
             "minivmm --balloon --kernel k",
+            "minivmm --kernel k --vsock vm.vsock,cid=7",
             "minivmm qemu --kernel k --rng on --balloon 0 -- -M q35",
             "minivmm qemu --macvtap eno1,bus=pcie.0,addr=0x4,id=nic2 --dry-run -- -M q35 -m 1G",
             "minivmm qemu --kernel k --initrd i --cmdline c --cpus 2 --memory 1G --accel auto",
@@ -621,6 +629,7 @@ mod tests {
             ("--memory", "-1G"),
             ("--memory", "99999999999999999999"),
             ("--balloon", "lots"),
+            ("--vsock", "a,cid=2"),
             ("--cpus", "0"),
             ("--cpus", "5000"),
             ("--cpus", "two"),

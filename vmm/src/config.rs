@@ -20,6 +20,7 @@ mod qmp;
 mod reboot;
 mod share;
 mod user_net;
+mod vsock;
 mod wait;
 
 pub use balloon::{BalloonError, HeldBack};
@@ -37,6 +38,7 @@ use share::SHARE_KEYS;
 pub use share::{ShareConfig, ShareSource, Tag};
 pub use user_net::{Forward, Protocol, UserNet, parse_user_net};
 use user_net::{USER_NET_KEYS, nic_keys};
+pub use vsock::VsockConfig;
 pub use wait::{Condition, Patience};
 
 /// On every command line: after a panic reset at once, with the "warm" flag by which the monitor
@@ -78,6 +80,8 @@ pub struct Config {
     /// Takes memory back that the guest has free, by virtio-balloon, and holds so much back from the
     /// start. Not with huge pages: one that was given back may be another's when the guest needs it.
     pub balloon: Option<HeldBack>,
+    /// Sockets between the guest and programs of the host, by virtio-vsock.
+    pub vsock: Option<VsockConfig>,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
     /// Sockets by which other programs control the guest, in the language of QEMU (QMP).
@@ -118,6 +122,7 @@ impl Config {
             shared_memory: false,
             rng: true,
             balloon: None,
+            vsock: None,
             console: ConsoleTarget::Stdio,
             qmp: Vec::new(),
             console_socket: None,
@@ -150,7 +155,8 @@ impl Config {
 
     /// How many virtio devices the guest has.
     pub(crate) fn virtio_devices(&self) -> usize {
-        let others = usize::from(self.rng) + usize::from(self.balloon.is_some());
+        let others = [self.rng, self.balloon.is_some(), self.vsock.is_some()];
+        let others = others.into_iter().filter(|&is_there| is_there).count();
         self.disks.len() + self.nics.len() + self.shares.len() + others
     }
 
@@ -193,6 +199,12 @@ pub enum ConfigError {
     /// A control socket.
     #[error("not the path of a socket, nor fd=N with N at least 3")]
     Qmp,
+    /// Sockets between the guest and the host.
+    #[error("not the path of a socket, after which ,cid=N may follow")]
+    Vsock,
+    /// An option of theirs that does not exist.
+    #[error("unknown key `{0}`: the only key is cid")]
+    UnknownVsockKey(String),
     /// The transport.
     #[error("not one of pci and mmio")]
     Transport,

@@ -43,7 +43,7 @@
 //! | devices | `machine` and the `devices` crate | what stands on the buses |
 //! | event loop | `control` | the control thread |
 //!
-//! `builder::run` is that table as code. `disk` has the disks, `balloon` the balloon. `nic` has the NICs, from the macvtap
+//! `builder::run` is that table as code. `disk` has the disks, `balloon` the balloon, `vsock` the sockets between guest and host. `nic` has the NICs, from the macvtap
 //! on the host to the device on the bus. `tty` has the terminal, the console and who reads it.
 //!
 //! For other programs `instance` has the directory by which they find a VM, `qmp` the sockets by which they control it,
@@ -62,7 +62,7 @@
 //! reset of a guest that restarts has one while it lasts (`reset`). Each vCPU has a thread (`vcpuN`), each queue pair of a NIC that its driver has started too (`netN`,
 //! `netN.1`, …) unless vhost-net moves its frames, the NIC's control queue one (`netN.ctrl`), its
 //! capture one (`netN.pcap`), each queue of a disk one (`diskN`, `diskN.1`, …), the entropy device and
-//! the balloon one each (`rng`, `balloon`), the console's input one (`console`), the writer of `--events` one
+//! the balloon and the sockets one each (`rng`, `balloon`, `vsock`), the console's input one (`console`), the writer of `--events` one
 //! (`events`), and the log one (`log`).
 
 mod balloon;
@@ -100,6 +100,7 @@ mod signals;
 pub mod stats;
 mod trim;
 mod tty;
+mod vsock;
 
 #[cfg(test)]
 #[path = "../../tests/harness/signals.rs"]

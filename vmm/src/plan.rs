@@ -80,8 +80,8 @@ impl Transport {
 /// More devices than the machine has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{wanted} virtio devices are more than the {max} that a guest can have: omit some --disk, --macvtap, --share or --balloon, \
-     or give --rng off"
+    "{wanted} virtio devices are more than the {max} that a guest can have: omit some --disk, --macvtap, --share, \
+     --balloon or --vsock, or give --rng off"
 )]
 pub struct TooManyDevices {
     wanted: usize,

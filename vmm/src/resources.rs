@@ -17,6 +17,7 @@ use crate::nic::{self, Inherited, Nic, NicError, host_link};
 use crate::qmp::socket::{Listener, SocketError};
 use crate::shares::{self, ShareError};
 use crate::tty::output;
+use crate::vsock::{VsockError, VsockSocket};
 
 /// What the host did not give.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,8 @@ pub enum ResourceError {
     Closed(RawFd),
     #[error(transparent)]
     Socket(#[from] SocketError),
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
 }
 
 /// What is open already. Nothing has been made for it, or changed, so that a typing error is
@@ -68,6 +71,7 @@ pub struct Opened {
     pub shares: Vec<UnixStream>,
     pub qmp: Vec<Listener>,
     pub console_socket: Option<Listener>,
+    pub vsock: Option<VsockSocket>,
     /// Where events go, and what that is called.
     pub events: Option<(File, String)>,
     pub outputs: Outputs,
@@ -115,6 +119,7 @@ impl Opened {
         let socket = config.console_socket.as_deref();
         let socket = socket.filter(|_| config.console.has_port());
         let console_socket = socket.map(Listener::bind).transpose()?;
+        let vsock = config.vsock.as_ref().map(VsockSocket::open).transpose()?;
         let console = match &config.console {
             ConsoleTarget::Stdio => Some(output::stdout_file().map_err(ResourceError::Stdout)?),
             ConsoleTarget::None => None,
@@ -137,6 +142,7 @@ impl Opened {
             shares,
             qmp,
             console_socket,
+            vsock,
             events,
             outputs: Outputs { console, captures },
         })

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::kvm::exits::ExitCounts;
 pub use devices::virtio::blk::BlkCounters;
 pub use devices::virtio::net::counters::{CtrlCounters, PairCounters, RxCounters, TxCounters};
+pub use devices::virtio::vsock::VsockCounters;
 
 /// A guest's counters.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +29,8 @@ pub struct Stats {
     pub memory: MemoryStats,
     /// Its balloon, if it has one.
     pub balloon: Option<BalloonStats>,
+    /// Its sockets to the host, if it has them.
+    pub vsock: Option<VsockCounters>,
     /// Bytes that it has written on its console, if it has one.
     pub console_bytes: Option<u64>,
     /// Its NICs, in order.

@@ -136,6 +136,15 @@ unsafe fn pieces<'a>(
     })
 }
 
+/// Leaves no more than the first `len` bytes.
+pub(crate) fn truncate(iovecs: &mut Vec<libc::iovec>, mut len: usize) {
+    iovecs.retain_mut(|iovec| {
+        iovec.iov_len = iovec.iov_len.min(len);
+        len -= iovec.iov_len;
+        iovec.iov_len > 0
+    });
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

@@ -19,6 +19,7 @@ pub mod status;
 mod tests;
 mod transport;
 pub mod vhost_user;
+pub mod vsock;
 pub mod worker;
 
 use std::fmt;
@@ -111,6 +112,7 @@ fn kind(device_id: u32) -> String {
         ids::VIRTIO_ID_RNG => "entropy device".into(),
         ids::VIRTIO_ID_BALLOON => "balloon".into(),
         ids::VIRTIO_ID_FS => "share".into(),
+        ids::VIRTIO_ID_VSOCK => "socket device".into(),
         id => format!("virtio device {id}"),
     }
 }

@@ -26,6 +26,7 @@
 //! | `flood/` | the modes that load the NIC and measure: send, receive, ping-pong, reflect |
 //! | `disk/` | the modes that use a disk |
 //! | `share.rs` | the modes that use a share |
+//! | `vsock/` | the modes that use the socket device |
 //! | `hostile/` | the mode that does everything wrong |
 #![no_std]
 #![no_main]
@@ -49,6 +50,7 @@ mod report;
 mod serial;
 mod share;
 mod virtio;
+mod vsock;
 
 use options::{Mode, Options};
 
@@ -98,6 +100,8 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::DiskGrow => disk::grow::run(options),
         Mode::Share => share::run(options),
         Mode::ShareHeld => share::run_held(options),
+        Mode::Vsock => vsock::serve(options),
+        Mode::VsockConnect => vsock::connect(options),
         Mode::Hello => {}
         Mode::Cpuid => cpuid::run(options),
         Mode::Hostile => hostile::run(options, boot),

@@ -7,7 +7,7 @@
 //! | `peer` | the address of the other side | none |
 //! | `mac` | an address to send from that is not the NIC's | the NIC's |
 //! | `port` | the port of the other side | 9 or 19 |
-//! | `count` | how many pings, rounds, interrupts, batches or processors | 10 |
+//! | `count` | how many pings, rounds, interrupts, batches, processors or connections | 10 |
 //! | `bytes` | how much a source sends | 1 MiB |
 //! | `nic` | `drivers` (the virtio-drivers crate) or `own` (by hand, with offloads) | `drivers` |
 //! | `index` | which NIC, disk or share of several | 0 |
@@ -75,6 +75,10 @@ pub enum Mode {
     Share,
     /// Read a file of a share whose server may never reply.
     ShareHeld,
+    /// Serve by the socket device, see `vsock`.
+    Vsock,
+    /// Connect to the host by it.
+    VsockConnect,
     /// Print what each of `count` processors says of itself.
     Cpuid,
     /// Do everything wrong with a NIC.
@@ -329,6 +333,8 @@ fn mode(text: &str) -> Option<Mode> {
         "disk-grow" => Mode::DiskGrow,
         "share" => Mode::Share,
         "share-held" => Mode::ShareHeld,
+        "vsock" => Mode::Vsock,
+        "vsock-connect" => Mode::VsockConnect,
         "cpuid" => Mode::Cpuid,
         "hostile" => Mode::Hostile,
         "hostile-disk" => Mode::HostileDisk,

@@ -11,7 +11,9 @@ use crate::cli::{StatsArgs, Target};
 use crate::commands::json;
 use crate::instance::{self, FindError};
 use crate::qmp::client::{Client, ClientError};
-use crate::stats::{BlkCounters, DiskStats, ExitCounts, NicStats, PairCounters, Stats};
+use crate::stats::{
+    BlkCounters, DiskStats, ExitCounts, NicStats, PairCounters, Stats, VsockCounters,
+};
 
 /// How long the virtual machine may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -139,6 +141,15 @@ const DISK: &[(&str, Unit)] = &[
     ("wake-ups", Count),
 ];
 
+const VSOCK: &[(&str, Unit)] = &[
+    ("open", Count),
+    ("from host", Count),
+    ("from guest", Count),
+    ("refused", Count),
+    ("rx", Bytes),
+    ("tx", Bytes),
+];
+
 /// The row of a vCPU: how often it has left the guest, and what for.
 fn vcpu_row((index, exits): (usize, &ExitCounts)) -> Row {
     let counters = vec![
@@ -196,6 +207,18 @@ fn disk_rows(disk: &DiskStats) -> Vec<Row> {
     disk.queues.iter().enumerate().map(row).collect()
 }
 
+fn vsock_row(counters: &VsockCounters) -> Row {
+    let columns = vec![
+        counters.open,
+        counters.from_host,
+        counters.from_guest,
+        counters.refused,
+        counters.rx_bytes,
+        counters.tx_bytes,
+    ];
+    ("vsock".into(), columns)
+}
+
 /// For people: totals, or with an earlier state what came a second since then.
 fn report(stats: &Stats, before: Option<&Stats>) -> String {
     let seconds = |stats: &Stats| stats.uptime_us as f64 / 1e6;
@@ -215,11 +238,12 @@ fn report(stats: &Stats, before: Option<&Stats>) -> String {
     text.push('\n');
     let per = before.map(|before| seconds(stats) - seconds(before));
     type Rows = fn(&Stats) -> Vec<Row>;
-    let tables: [(_, Rows); 3] = [
+    let tables: [(_, Rows); 4] = [
         (NIC, |stats| stats.nics.iter().flat_map(nic_rows).collect()),
         (DISK, |stats| {
             stats.disks.iter().flat_map(disk_rows).collect()
         }),
+        (VSOCK, |stats| stats.vsock.iter().map(vsock_row).collect()),
         (VCPU, |stats| {
             stats.vcpus.iter().enumerate().map(vcpu_row).collect()
         }),

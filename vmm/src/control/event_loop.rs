@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use devices::irq::IrqLine;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::net::NetHandle;
+use devices::virtio::vsock::VsockHandle;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::timerfd::TimerFd;
@@ -94,6 +95,7 @@ pub struct Control {
     /// In the order of the configuration.
     pub nics: Vec<Arc<NetHandle>>,
     pub balloon: Option<BalloonHandle>,
+    pub vsock: Option<VsockHandle>,
     /// The NICs announce themselves by QMP's announce-self until this is dropped.
     pub announcing: Option<Sender<()>>,
     /// When the vCPUs were started.
@@ -129,6 +131,7 @@ impl Control {
             events,
             nics: Vec::new(),
             balloon: None,
+            vsock: None,
             announcing: None,
             started: Instant::now(),
             is_paused: false,
@@ -275,6 +278,7 @@ impl Control {
             vcpus: self.vcpus.guest().exits(),
             memory: MemoryStats::of_process(self.memory_size()),
             balloon: self.balloon.as_ref().map(BalloonStats::from),
+            vsock: self.vsock.as_ref().map(VsockHandle::counters),
             console_bytes: console.map(|console| console.transcript().end()),
             nics: self.nics.iter().map(|nic| (&**nic).into()).collect(),
             disks: self

@@ -120,6 +120,15 @@ impl Listener {
         })
     }
 
+    /// Another descriptor of the same socket, without its file.
+    ///
+    /// # Errors
+    ///
+    /// Fails with EMFILE.
+    pub fn try_clone(&self) -> io::Result<UnixListener> {
+        self.socket.try_clone()
+    }
+
     /// The next client; never waits for one.
     ///
     /// # Errors

@@ -17,5 +17,6 @@ pub enum Kind {
     Block = 2,
     Entropy = 4,
     Balloon = 5,
+    Vsock = 19,
     FileSystem = 26,
 }
