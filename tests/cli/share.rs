@@ -45,6 +45,18 @@ kvm_test!(share_whose_server_ends_at_once_is_refused, || {
     server.join().unwrap();
 });
 
+kvm_test!(share_of_what_is_no_directory_is_refused, || {
+    let files = Files::new();
+    for (path, why) in [
+        ("/no/such", "No such file"),
+        (&files.file("file", b""), "Not a directory"),
+    ] {
+        let words = format!("cannot open the directory {path} to share it: {why}");
+        let value = format!("{path}:src");
+        assert_refused(files.boot(&["--share", &value]), FAILED, &[&words]);
+    }
+});
+
 kvm_test!(shares_with_one_tag_are_refused, || {
     let files = Files::new();
     let value = share(&files.path("socket"), "src");

@@ -47,11 +47,12 @@ use crate::qmp::commands::Native;
 use crate::qmp::server::Server;
 use crate::qmp::socket::Listener;
 use crate::resources::{Opened, ResourceError, Resources};
+use crate::shares::{self, Services};
 use crate::tty::RawTerminal;
 use crate::tty::console;
 use crate::tty::output::Output;
 use crate::tty::server::{Server as ConsoleServer, ToSerial};
-use crate::{balloon, disk, shares, vsock};
+use crate::{balloon, disk, vsock};
 
 /// Why a guest could not be started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -201,6 +202,9 @@ fn run_opened(
     let control = Rc::new(RefCell::new(control));
     let mut others = built.net_devices.followers(events);
     others.extend(followers(&config, &control, qmp, events)?);
+    for service in &built.services {
+        others.push(Box::new(Rc::clone(service)));
+    }
     if let Some(server) = &console_server {
         others.push(Box::new(Rc::clone(server)));
     }
@@ -208,7 +212,12 @@ fn run_opened(
     Control::run(control, others, settled).map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are
     // the macvtaps deleted.
-    drop((built.net_devices.guards, built.host_link, built.vsock));
+    drop((
+        built.services,
+        built.net_devices.guards,
+        built.host_link,
+        built.vsock,
+    ));
     if let Some(server) = console_server.and_then(Rc::into_inner) {
         server.into_inner().finish();
     }
@@ -253,6 +262,7 @@ struct Built {
     balloon: Option<BalloonHandle>,
     /// Its counters, and the socket whose file is removed at the end.
     vsock: Option<(VsockHandle, Listener)>,
+    services: Services,
     net_devices: NetDevices,
     host_link: Option<HostLinkGuard>,
 }
@@ -296,7 +306,7 @@ fn build(
         let power_button = machine.add_power_button()?;
         let disks = disk::add(&mut machine, &config.disks, opened.disks)?;
         let net_devices = NetDevices::add(&mut machine, host.nics)?;
-        shares::add(&mut machine, &config.shares, opened.shares)?;
+        let services = shares::add(&mut machine, &config.shares, opened.shares)?;
         if config.rng {
             machine.add_new(Rng::new("rng", machine.event_sink("rng")))?;
         }
@@ -321,6 +331,7 @@ fn build(
             disks,
             balloon,
             vsock,
+            services,
             net_devices,
             host_link: host.host_link,
         })

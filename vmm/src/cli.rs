@@ -235,9 +235,10 @@ pub struct GuestArgs {
     #[arg(long, value_name = "LINK[,KEY=VALUE...]", help_heading = "Network")]
     pub macvtap: Vec<NicConfig>,
 
-    /// Directory that the guest can mount, as in `mount -t virtiofs TAG /mnt`, from a server that
-    /// listens on a socket, such as virtiofsd (virtio-fs). May be repeated. A comma in a value is doubled
-    #[arg(long, value_name = "socket=PATH,tag=TAG", help_heading = "Guest")]
+    /// Directory of the host that the guest can mount, as in `mount -t virtiofs TAG /mnt`, with :ro
+    /// read-only (virtio-fs). Or socket=PATH,tag=TAG: what a server that listens there serves, such as
+    /// virtiofsd. May be repeated
+    #[arg(long, value_name = "DIR:TAG[:ro]", help_heading = "Guest")]
     pub share: Vec<ShareConfig>,
 
     /// NIC on a network of the guest's own, by passt, without root and without a macvtap: the guest gets the host's own

@@ -101,6 +101,9 @@ pub struct Config {
     pub nics: Vec<NicConfig>,
     /// The directories that the guest can mount, in order.
     pub shares: Vec<ShareConfig>,
+    /// The program minivmm, which serves them in processes of their own, where it is neither the running one nor in
+    /// `PATH`.
+    pub file_server: Option<PathBuf>,
     /// How the guest reaches its virtio devices.
     pub transport: Transport,
     /// The host's addresses among its guests, on the interface of the first NIC.
@@ -132,6 +135,7 @@ impl Config {
             disks: Vec::new(),
             nics: Vec::new(),
             shares: Vec::new(),
+            file_server: None,
             transport: Transport::default(),
             host_link: Vec::new(),
         }

@@ -28,6 +28,7 @@ use crate::kvm::vm::{Vm, VmError};
 use crate::plan::{
     Gsi, I8042_PORT, I8042_PORTS, POWER_BUTTON_GSI, Plan, SERIAL_GSI, Transport, VirtioSlot,
 };
+use crate::share::ShareError;
 use crate::tty::output::Output;
 
 /// What went wrong while the machine was put together.
@@ -47,6 +48,8 @@ pub enum MachineError {
     Capture(#[source] io::Error),
     #[error("cannot use vhost-net (load vhost_net, or omit backend=vhost)")]
     Vhost(#[from] VhostError),
+    #[error(transparent)]
+    FileServer(#[from] ShareError),
     #[error("cannot use the server of the share {0}")]
     Share(Tag, #[source] FsError),
     #[error(transparent)]

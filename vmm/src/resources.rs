@@ -4,7 +4,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use devices::disk::{self, OpenError, Storage};
@@ -68,7 +67,7 @@ pub struct Opened {
     /// Locked.
     pub disks: Vec<Storage>,
     /// The server of each share.
-    pub shares: Vec<UnixStream>,
+    pub shares: Vec<shares::Opened>,
     pub qmp: Vec<Listener>,
     pub console_socket: Option<Listener>,
     pub vsock: Option<VsockSocket>,
@@ -112,7 +111,7 @@ impl Opened {
         }
         let disks = config.disks.iter().map(|disk| disk::open(&disk.image));
         let disks = disks.collect::<Result<_, _>>()?;
-        let shares = shares::open(&config.shares)?;
+        let shares = shares::open(config)?;
         let qmp = config.qmp.iter();
         let qmp = qmp.map(|socket| Listener::open(socket, inherited));
         let qmp = qmp.collect::<Result<_, _>>()?;

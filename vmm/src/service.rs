@@ -193,6 +193,11 @@ impl Service {
         self.process.id()
     }
 
+    /// Readable when it has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
     /// What it said last, as it was read.
     pub fn said(&self) -> String {
         String::from_utf8_lossy(&self.said).into_owned()

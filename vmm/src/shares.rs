@@ -1,17 +1,31 @@
-//! The shares of a machine: what serves each is connected before anything is made for the guest.
+//! The shares of a machine. The server of each is started, or connected to, before anything is made for the
+//! guest.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use devices::virtio::fs::{Fs, LIMIT};
+use devices::virtio::fs::{Connection, Fs};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use crate::config::{ShareConfig, ShareSource, Tag};
+use crate::config::{Config, ShareConfig, ShareSource, Tag};
 use crate::machine::{Machine, MachineError};
 use crate::qmp::socket::LONGEST;
+use crate::service::Service;
+use crate::share;
+
+/// The server of a share.
+#[derive(Debug)]
+pub enum Opened {
+    /// A process of this one's, which may not be ready yet.
+    Ours(share::Server),
+    /// Another one, that is connected.
+    Other(UnixStream),
+}
 
 /// Why there is no share.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +33,9 @@ pub enum ShareError {
     /// The guest could not distinguish them.
     #[error("two shares have the tag {0}: give each its own")]
     SameTag(Tag),
+    /// The directory cannot be served.
+    #[error(transparent)]
+    Directory(#[from] share::ShareError),
     /// It does not fit into an address.
     #[error("{0:?} is too long for a socket: the path may have {LONGEST} bytes")]
     TooLong(PathBuf),
@@ -43,17 +60,19 @@ impl ShareError {
                 "start its server first, as in `virtiofsd --socket-path={} --shared-dir=DIR`",
                 path.display()
             )),
+            Self::Directory(error) => error.remedy().map(str::to_owned),
             _ => None,
         }
     }
 }
 
-/// Connects to the server of each share.
+/// Starts the server of each share, or connects to it.
 ///
 /// # Errors
 ///
 /// See [`ShareError`].
-pub fn open(configs: &[ShareConfig]) -> Result<Vec<UnixStream>, ShareError> {
+pub fn open(config: &Config) -> Result<Vec<Opened>, ShareError> {
+    let configs = &config.shares;
     let mut tags = HashSet::new();
     if let Some(share) = configs
         .iter()
@@ -62,7 +81,11 @@ pub fn open(configs: &[ShareConfig]) -> Result<Vec<UnixStream>, ShareError> {
         return Err(ShareError::SameTag(share.tag.clone()));
     }
     let open = |share: &ShareConfig| match &share.source {
-        ShareSource::Socket(path) => connect_to(path, &share.tag),
+        ShareSource::Socket(path) => connect_to(path, &share.tag).map(Opened::Other),
+        ShareSource::Directory { path, read_only } => {
+            let program = config.file_server.as_deref();
+            Ok(Opened::Ours(share::start(path, *read_only, program)?))
+        }
     };
     configs.iter().map(open).collect()
 }
@@ -85,6 +108,9 @@ fn connect_to(path: &Path, tag: &Tag) -> Result<UnixStream, ShareError> {
         })
 }
 
+/// The processes that serve shares, whose ends are logged. They are to be dropped after the devices.
+pub type Services = Vec<Rc<RefCell<Service>>>;
+
 /// Puts each share into the machine: share0, share1 and so on.
 ///
 /// # Errors
@@ -93,14 +119,28 @@ fn connect_to(path: &Path, tag: &Tag) -> Result<UnixStream, ShareError> {
 pub fn add(
     machine: &mut Machine,
     configs: &[ShareConfig],
-    sockets: Vec<UnixStream>,
-) -> Result<(), MachineError> {
-    for (n, (config, socket)) in configs.iter().zip(sockets).enumerate() {
+    opened: Vec<Opened>,
+) -> Result<Services, MachineError> {
+    let mut services = Services::new();
+    for (n, (config, opened)) in configs.iter().zip(opened).enumerate() {
         let name = format!("share{n}");
+        let connection = match opened {
+            Opened::Other(socket) => Connection::to(socket),
+            Opened::Ours(mut server) => {
+                server.wait_ready()?;
+                let process = server.service.pidfd().try_clone_to_owned()?;
+                services.push(Rc::new(RefCell::new(server.service)));
+                Connection {
+                    inflight: Some(server.inflight),
+                    process: Some(process),
+                    ..Connection::to(server.socket)
+                }
+            }
+        };
         let events = machine.event_sink(&name);
-        let device = Fs::new(&name, config.tag.as_str(), (socket, LIMIT), None, events);
+        let device = Fs::new(&name, config.tag.as_str(), connection, events);
         let device = device.map_err(|error| MachineError::Share(config.tag.clone(), error))?;
         machine.add_virtio(device)?;
     }
-    Ok(())
+    Ok(services)
 }

@@ -99,7 +99,7 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::DiskJournal => disk::journal::run(options),
         Mode::DiskGrow => disk::grow::run(options),
         Mode::Share => share::run(options),
-        Mode::ShareHeld => share::run_held(options),
+        Mode::ShareReads => share::run_reads(options),
         Mode::Vsock => vsock::serve(options),
         Mode::VsockConnect => vsock::connect(options),
         Mode::Hello => {}

@@ -73,8 +73,8 @@ pub enum Mode {
     DiskGrow,
     /// Read and write files of a share.
     Share,
-    /// Read a file of a share whose server may never reply.
-    ShareHeld,
+    /// Read a file of a share until that fails.
+    ShareReads,
     /// Serve by the socket device, see `vsock`.
     Vsock,
     /// Connect to the host by it.
@@ -332,7 +332,7 @@ fn mode(text: &str) -> Option<Mode> {
         "disk-journal" => Mode::DiskJournal,
         "disk-grow" => Mode::DiskGrow,
         "share" => Mode::Share,
-        "share-held" => Mode::ShareHeld,
+        "share-reads" => Mode::ShareReads,
         "vsock" => Mode::Vsock,
         "vsock-connect" => Mode::VsockConnect,
         "cpuid" => Mode::Cpuid,

@@ -21,6 +21,13 @@ pub struct ShareConfig {
 /// What serves a share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ShareSource {
+    /// A process of minivmm's own serves this directory.
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// The guest may change nothing in it.
+        read_only: bool,
+    },
     /// A vhost-user server for virtio-fs, such as virtiofsd, that listens on this socket.
     Socket(PathBuf),
 }
@@ -62,8 +69,41 @@ pub(super) const SHARE_KEYS: [&str; 2] = ["socket", "tag"];
 impl FromStr for ShareConfig {
     type Err = ConfigError;
 
-    /// Takes the value of `--share`: `socket=PATH,tag=TAG`. A comma in either is doubled.
+    /// Takes the value of `--share`: `DIR:TAG[:ro]`, or `socket=PATH,tag=TAG`, where a comma in either is
+    /// doubled.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let begins = |key: &&str| {
+            text.strip_prefix(key)
+                .is_some_and(|rest| rest.starts_with('='))
+        };
+        match SHARE_KEYS.iter().any(begins) {
+            true => Self::of_server(text),
+            false => Self::of_directory(text),
+        }
+    }
+}
+
+impl ShareConfig {
+    fn of_directory(text: &str) -> Result<Self, ConfigError> {
+        let read_only = text.strip_suffix(":ro").filter(|rest| rest.contains(':'));
+        let Some((path, tag)) = read_only.unwrap_or(text).rsplit_once(':') else {
+            return Err(ConfigError::Value(
+                "it has no tag, by which the guest mounts it: write DIR:TAG".into(),
+            ));
+        };
+        if path.is_empty() {
+            return Err(ConfigError::Value("the directory is missing".into()));
+        }
+        Ok(Self {
+            source: ShareSource::Directory {
+                path: path.into(),
+                read_only: read_only.is_some(),
+            },
+            tag: tag.parse()?,
+        })
+    }
+
+    fn of_server(text: &str) -> Result<Self, ConfigError> {
         let parts = split(text);
         let (mut socket, mut tag) = (None, None);
         let parts = parts.iter().map(String::as_str);
@@ -117,10 +157,33 @@ mod tests {
     }
 
     #[test]
+    fn shares_directory_and_tag_are_understood() {
+        for (text, path, tag, read_only) in [
+            ("/srv/src:src", "/srv/src", "src", false),
+            ("src:src:ro", "src", "src", true),
+            ("a:b:c", "a:b", "c", false),
+            ("a:ro", "a", "ro", false),
+            ("a=b,c:t", "a=b,c", "t", false),
+        ] {
+            let expected = ShareConfig {
+                source: ShareSource::Directory {
+                    path: path.into(),
+                    read_only,
+                },
+                tag: Tag(tag.into()),
+            };
+            assert_eq!(share(text), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
     fn shares_errors_name_the_part() {
         let long = format!("socket=s,tag={}", "t".repeat(MAX_TAG + 1));
         for (text, needle) in [
-            ("", "empty item"),
+            ("/srv/src", "it has no tag"),
+            ("/srv/src:", "the tag of the share is missing"),
+            (":src", "the directory is missing"),
+            ("socket=s,", "empty item"),
             ("socket=s", "tag=TAG is missing"),
             ("tag=t", "socket=PATH is missing"),
             ("socket=,tag=t", "is not the path of a file"),

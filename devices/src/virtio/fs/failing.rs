@@ -3,9 +3,11 @@
 
 use std::error::Error;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Signal, pidfd_send_signal};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -31,15 +33,17 @@ const WITHOUT_REPLY: [u32; 3] = [2, 36, 42];
 pub(super) struct Server {
     name: String,
     front_end: FrontEnd,
+    process: Option<OwnedFd>,
     /// That it is gone has been logged.
     is_reported: bool,
 }
 
 impl Server {
-    pub fn new(name: &str, front_end: FrontEnd) -> Self {
+    pub fn new(name: &str, front_end: FrontEnd, process: Option<OwnedFd>) -> Self {
         Self {
             name: name.to_owned(),
             front_end,
+            process,
             is_reported: false,
         }
     }
@@ -61,7 +65,7 @@ impl Server {
         }
         let started = self.front_end.start(memory, features, queues, interrupt);
         match started {
-            Err(error) if self.front_end.is_dead() => self.report(&error),
+            Err(error) if self.front_end.is_dead() => self.cut_off(&error),
             Err(error) => {
                 self.stop(memory);
                 return Err(error);
@@ -97,7 +101,20 @@ impl Server {
     /// One that does not do what it has to is of no more use.
     fn cut_off(&mut self, why: &dyn Error) {
         self.front_end.cut_off();
+        self.kill();
         self.report(why);
+    }
+
+    /// Kills its process, which is ours, and waits for that: it touches guest memory no more.
+    fn kill(&mut self) {
+        let Some(process) = self.process.take() else {
+            return;
+        };
+        let _ = pidfd_send_signal(&process, Signal::KILL);
+        let mut ended = [PollFd::new(&process, PollFlags::IN)];
+        let limit = Timespec::try_from(self.front_end.limit()).ok();
+        // One that a file system on the host keeps from ending is left behind.
+        let _ = poll(&mut ended, limit.as_ref());
     }
 
     fn report(&mut self, why: &dyn Error) {

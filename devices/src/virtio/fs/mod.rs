@@ -8,7 +8,9 @@ mod failing;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -52,6 +54,32 @@ pub enum FsError {
     Host(#[from] io::Error),
 }
 
+/// How a server is reached.
+#[derive(Debug)]
+pub struct Connection {
+    /// The socket that it speaks vhost-user on.
+    pub socket: UnixStream,
+    /// How long it has for each of its replies.
+    pub limit: Duration,
+    /// Its record of requests in flight, for queues of [`QUEUE_SIZE`], where it was started with one.
+    pub inflight: Option<File>,
+    /// Its process (pidfd), where that is to be killed before its queues are taken over. It could hang
+    /// and go on later.
+    pub process: Option<OwnedFd>,
+}
+
+impl Connection {
+    /// With a server that listens for everybody.
+    pub fn to(socket: UnixStream) -> Self {
+        Self {
+            socket,
+            limit: LIMIT,
+            inflight: None,
+            process: None,
+        }
+    }
+}
+
 /// The file system device.
 #[derive(Debug)]
 pub struct Fs {
@@ -65,9 +93,8 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// A device named `name`, by whose `tag` the guest mounts what the server at the other end of
-    /// `socket` serves, which has `limit` for each of its replies. `inflight` is the server's record of
-    /// requests in flight, if it was started with one. That its driver is ready is reported to `events`.
+    /// A device named `name`, by whose `tag` the guest mounts what the server serves. That its driver is
+    /// ready is reported to `events`.
     ///
     /// # Errors
     ///
@@ -75,11 +102,17 @@ impl Fs {
     pub fn new(
         name: &str,
         tag: &str,
-        (socket, limit): (UnixStream, Duration),
-        inflight: Option<Inflight>,
+        server: Connection,
         events: EventSink,
     ) -> Result<Self, FsError> {
         let queues = (QUEUES, QUEUE_SIZE);
+        let Connection {
+            socket,
+            limit,
+            inflight,
+            process,
+        } = server;
+        let inflight = inflight.map(|file| Inflight::new(file, QUEUE_SIZE));
         let front_end = FrontEnd::connect(socket, limit, RING_FEATURES, queues, inflight)?;
         let mut config = [0; CONFIG_LEN];
         let len = tag.len().min(MAX_TAG);
@@ -88,7 +121,7 @@ impl Fs {
         Ok(Self {
             config,
             features: front_end.features(),
-            server: Arc::new(Mutex::new(Server::new(name, front_end))),
+            server: Arc::new(Mutex::new(Server::new(name, front_end, process))),
             worker: Worker::new(name.to_owned())?,
             events,
             memory: None,
@@ -177,11 +210,5 @@ impl VirtioDevice for Fs {
             self.stop();
             lock(&self.server).reset();
         }
-    }
-}
-
-impl Drop for Fs {
-    fn drop(&mut self) {
-        self.stop();
     }
 }

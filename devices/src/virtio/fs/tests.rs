@@ -47,7 +47,13 @@ struct Bench {
 impl Bench {
     fn new(fault: Option<(u32, Fault)>, limit: Duration) -> Self {
         let (socket, _) = serve(fault);
-        let fs = Fs::new("share0", "src", (socket, limit), None, EventSink::default()).unwrap();
+        let fs = {
+            let connection = Connection {
+                limit,
+                ..Connection::to(socket)
+            };
+            Fs::new("share0", "src", connection, EventSink::default()).unwrap()
+        };
         let ranges = [(0, REGION), (REGION, REGION)].map(|(at, len)| {
             let file = tempfile::tempfile().unwrap();
             file.set_len(len).unwrap();

@@ -164,6 +164,11 @@ impl FrontEnd {
         self.channel.is_broken()
     }
 
+    /// How long the server has for a reply.
+    pub fn limit(&self) -> Duration {
+        self.channel.limit()
+    }
+
     /// Cuts the server off.
     pub fn cut_off(&mut self) {
         self.channel.close();
