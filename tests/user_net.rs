@@ -291,6 +291,30 @@ guest_test!(frames_are_recorded_and_limited_as_on_a_macvtap, || {
     assert!(fs::metadata(&pcap).expect("it is there").len() > 1_000_000);
 });
 
+guest_test!(port_of_the_host_is_not_taken_for_the_guests, || {
+    let net = routed();
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("qmp");
+    let [ip, _] = addresses(HOST);
+    let _host = net
+        .host
+        .enter(|| TcpListener::bind(format!("{ip}:22")).expect("it is free"));
+    let name = format!("user-net-{}", std::process::id());
+    let mut command = command(&net, &services(), "mode=echo");
+    command.args(["--name", &name, "--qmp"]).arg(&socket);
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("READY echo\n");
+    let mut wait = net.host.command(vm::binary());
+    wait.args(["wait", &name, "--for", "port=22", "--timeout", "60"]);
+    let output = wait.output().expect("it starts");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && text.contains("on a user network"),
+        "{output:?}"
+    );
+    net.quit(HOST, vm);
+});
+
 guest_test!(port_that_is_taken_is_named, || {
     let net = routed();
     let [ip, _] = addresses(HOST);

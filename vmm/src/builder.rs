@@ -195,6 +195,7 @@ fn run_opened(
     control.name = config.name.clone();
     control.disks = built.disks;
     control.nics = built.net_devices.handles.clone();
+    control.user_nets = std::mem::take(&mut built.net_devices.user_nets);
     control.balloon = built.balloon;
     control.vsock = built.vsock.as_ref().map(|(handle, _)| handle.clone());
     let resets = |restart| Resets::new(restart, handle.clone());

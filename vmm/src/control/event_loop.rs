@@ -94,6 +94,8 @@ pub struct Control {
     pub(super) events: Arc<EventHub>,
     /// In the order of the configuration.
     pub nics: Vec<Arc<NetHandle>>,
+    /// The names of those on a user network.
+    pub user_nets: Vec<String>,
     pub balloon: Option<BalloonHandle>,
     pub vsock: Option<VsockHandle>,
     /// The NICs announce themselves by QMP's announce-self until this is dropped.
@@ -130,6 +132,7 @@ impl Control {
             disks: Vec::new(),
             events,
             nics: Vec::new(),
+            user_nets: Vec::new(),
             balloon: None,
             vsock: None,
             announcing: None,

@@ -36,6 +36,8 @@ pub struct NetDevices {
     pub handles: Vec<Arc<NetHandle>>,
     /// What is said of them when the guest starts.
     pub started: Vec<StartedNic>,
+    /// The names of those on a user network.
+    pub user_nets: Vec<String>,
     followers: Vec<Follower>,
     /// What follows the programs of user networks, and ends them when dropped.
     passts: Vec<Box<dyn MutEventSubscriber>>,
@@ -119,6 +121,7 @@ impl NetDevices {
     ) -> Result<(), MachineError> {
         self.started
             .push(StartedNic::of_user_net(&added.name, passt.mac));
+        self.user_nets.push(added.name.clone());
         let label = added.label.clone();
         let socket = passt.socket.try_clone().and_then(Stream::new);
         let stream = socket.map_err(MachineError::Device)?;

@@ -257,6 +257,7 @@ impl Forward {
         let nic = |(mac, observer): &(MacAddr, Arc<Observer>)| NicInfo {
             mac: Some(*mac),
             addresses: observer.addresses(),
+            user_net: false,
         };
         Info {
             status: self.monitor.borrow().status.clone(),

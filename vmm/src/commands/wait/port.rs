@@ -55,8 +55,15 @@ struct Ways {
     results: BTreeMap<Target, String>,
 }
 
+/// Why a guest on user networks alone is not waited for: its port would be one of the host's.
+const USER_NET: &str = "on a user network the guest has the host's own addresses, and passt answers at the ports of \
+                        hostfwd= before the guest does";
+
 /// Waits until a connection is taken.
 pub(super) fn wait(vm: &mut Vm, port: NonZeroU16, deadline: Deadline) -> Result<Met, ClientError> {
+    if !vm.nics.is_empty() && vm.nics.iter().all(|nic| nic.user_net) {
+        return Ok(Met::Not(USER_NET.into()));
+    }
     let mut ways = Ways {
         port,
         stations: vm.nics.iter().map(station).collect(),
@@ -96,7 +103,8 @@ fn station(nic: &Nic) -> Result<Station, String> {
 impl Ways {
     /// Begins a connection to each address.
     fn begin(&mut self, vm: &Vm) {
-        for (n, nic) in vm.nics.iter().enumerate() {
+        let on_wires = vm.nics.iter().enumerate().filter(|(_, nic)| !nic.user_net);
+        for (n, nic) in on_wires {
             for &address in nic.addresses.iter().rev().take(MOST) {
                 let station = is_of_link(&address).then_some(n);
                 let target = Target { station, address };

@@ -39,6 +39,8 @@ pub(super) struct Nic {
     pub addresses: Vec<IpAddr>,
     /// Its macvtap, if there is a record of it.
     pub tap: Option<TapInfo>,
+    /// It is on a user network, and its addresses are the host's own.
+    pub user_net: bool,
 }
 
 impl Vm {
@@ -57,6 +59,7 @@ impl Vm {
                 .find(|tap| Some(tap.mac) == nic.mac)
                 .cloned(),
             addresses: nic.addresses,
+            user_net: nic.user_net,
         };
         Ok(Self {
             client,

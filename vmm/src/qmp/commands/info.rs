@@ -39,6 +39,9 @@ pub struct NicInfo {
     pub mac: Option<MacAddr>,
     /// The addresses that the guest has shown.
     pub addresses: Vec<IpAddr>,
+    /// It is on a user network, where they are the host's own.
+    #[serde(default)]
+    pub user_net: bool,
 }
 
 impl Info {
@@ -46,16 +49,21 @@ impl Info {
         Self {
             status: status(control.state()).to_owned(),
             stop_timeout: control.grace().as_secs(),
-            nics: control.nics.iter().map(|nic| NicInfo::of(nic)).collect(),
+            nics: control
+                .nics
+                .iter()
+                .map(|nic| NicInfo::of(nic, control))
+                .collect(),
         }
     }
 }
 
 impl NicInfo {
-    fn of(nic: &NetHandle) -> Self {
+    fn of(nic: &NetHandle, control: &Control) -> Self {
         Self {
             mac: MacAddr::try_from(nic.config().mac()).ok(),
             addresses: nic.observer().addresses(),
+            user_net: control.user_nets.iter().any(|name| name == nic.name()),
         }
     }
 }
