@@ -35,8 +35,8 @@ pub enum ServiceError {
     /// It cannot be started.
     #[error("cannot start {0}")]
     Start(String, #[source] io::Error),
-    /// It has ended at its start.
-    #[error("{name} has ended at its start ({status}){}", quoted(.said))]
+    /// It has ended.
+    #[error("{name} has ended ({status}){}", quoted(.said))]
     Ended {
         /// What it is called.
         name: String,
@@ -307,7 +307,7 @@ mod tests {
             let (mut service, ours) = shell(&script);
             let error = service.wait_ready(ours.as_fd(), LONG).unwrap_err();
             let text = error.to_string();
-            let begin = "a shell has ended at its start (exit status: 3): ";
+            let begin = "a shell has ended (exit status: 3): ";
             assert!(text.starts_with(begin), "{text}");
             assert!(text.ends_with("; 4999; 5000; no such port"), "{text}");
             assert!(text.len() < 2 * KEPT + 100, "{text}");
