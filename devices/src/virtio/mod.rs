@@ -14,6 +14,7 @@ pub mod pci;
 pub mod queue;
 pub mod rate;
 pub mod rng;
+pub mod served;
 pub mod status;
 #[cfg(test)]
 mod tests;

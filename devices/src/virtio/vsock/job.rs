@@ -32,8 +32,8 @@ const TRANSPORT_RESET: [u8; 4] = [0; 4];
 /// The job of the device's thread.
 #[derive(Debug)]
 pub struct VsockJob {
-    /// By [`RX`], [`TX`] and [`EVENT`].
-    queues: [ActiveQueue; 3],
+    /// By [`RX`], [`TX`] and [`EVENT`], which another monitor may have kept.
+    queues: Vec<ActiveQueue>,
     connections: Connections,
     host: RawFd,
     buffers: Buffers,
@@ -61,7 +61,7 @@ impl VsockJob {
     /// Serves `connections`, whose sockets have events while `host` is readable. With `must_reset` the
     /// driver hears first that those which it knows of are gone.
     pub fn new(
-        queues: [ActiveQueue; 3],
+        queues: Vec<ActiveQueue>,
         connections: Connections,
         host: RawFd,
         interrupt: Arc<dyn Interrupt>,
@@ -167,7 +167,9 @@ impl VsockJob {
 
     /// Says that all connections are gone.
     fn announce(&mut self) -> Stop {
-        let queue = &mut self.queues[EVENT as usize].queue;
+        let Some(ActiveQueue { queue, .. }) = self.queues.get_mut(EVENT as usize) else {
+            return Stop::Idle;
+        };
         for _ in 0..BUDGET {
             self.buffers.clear();
             let chain = match queue.pop(&mut self.buffers) {
