@@ -20,6 +20,7 @@ const MODULES: &[&str] = &[
     "dummy",
     "evdev",
     "failover",
+    "fuse",
     "garp",
     "irqbypass",
     "kvm",
@@ -48,7 +49,11 @@ const MODULES: &[&str] = &[
     "virtio_pci_legacy_dev",
     "virtio_pci_modern_dev",
     "virtio_ring",
+    "virtiofs",
+    "vmw_vsock_virtio_transport",
+    "vmw_vsock_virtio_transport_common",
     "vrf",
+    "vsock",
 ];
 
 /// The kernel's files in the cache.

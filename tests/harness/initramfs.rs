@@ -33,6 +33,15 @@ pub fn guest(modules: &Path, tools: bool) -> Vec<u8> {
     archive.finish()
 }
 
+/// The guest's ramdisk with the drivers of what is served outside its monitor.
+pub fn guest_of_services(modules: &Path) -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.base(include_bytes!("../../resources/guest-init"));
+    let services = ["virtiofs", "vmw_vsock_virtio_transport"];
+    archive.modules(modules, &[GUEST_MODULES, &services].concat());
+    archive.finish()
+}
+
 /// The guest's ramdisk with these programs.
 pub fn guest_with(modules: &Path, programs: &[(&str, &str)]) -> Vec<u8> {
     let mut archive = Archive::new();

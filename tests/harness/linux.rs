@@ -53,6 +53,16 @@ fn guest(tools: bool) -> Vec<u8> {
     initramfs::guest(&assets().modules(), tools)
 }
 
+/// The guest's ramdisk with the drivers of what is served outside its monitor.
+pub fn services_initrd() -> PathBuf {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        let archive = initramfs::guest_of_services(&assets().modules());
+        write("guest-services.cpio", &archive)
+    };
+    PATH.get_or_init(make).clone()
+}
+
 /// The same as [`initrd`] for Debian's kernel for all machines.
 pub fn generic_initrd() -> PathBuf {
     static PATH: OnceLock<PathBuf> = OnceLock::new();

@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::control::Listener;
 use super::*;
 use crate::harness::initramfs::find;
+use crate::harness::linux::services_initrd;
 
 tcg_test!(kernel_guest_has_the_macvtaps_mac_and_powers_off, || {
     let site = Site::new();
@@ -290,3 +291,79 @@ tcg_test!(open_queue_and_a_device_of_the_users_are_taken, || {
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
     assert_eq!(console.wait_exit().code(), Some(0), "{}", console.log());
 });
+
+tcg_test!(what_is_served_outside_qemu_is_there_in_its_guest, || {
+    let site = Site::new();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (shared, socket) = (dir.path().join("a,b"), dir.path().join("vsock"));
+    fs::create_dir(&shared).expect("a directory");
+    fs::write(shared.join("hello"), "of the host").expect("a file in it");
+    let mut command = site.qemu(["--accel", "tcg", "--cmdline", STEADY]);
+    command.arg("--kernel").arg(assets().bzimage());
+    command.arg("--initrd").arg(services_initrd());
+    command.args([
+        "--user-net",
+        "hostfwd=tcp:127.0.0.1:8080-:80,mac=02:aa:00:00:00:0f",
+    ]);
+    command
+        .arg("--share")
+        .arg(format!("{}:src", shared.display()));
+    command
+        .arg("--vsock")
+        .arg(format!("{},cid=9", socket.display()));
+    let mut vm = ready(command);
+
+    let read =
+        vm.run("mkdir -p /mnt && mount -t virtiofs src /mnt && cat /mnt/hello && echo of the guest >/mnt/made");
+    assert_eq!(read.trim(), "of the host");
+    let made = fs::read_to_string(shared.join("made")).expect("the guest's file");
+    assert_eq!(made, "of the guest\n");
+
+    assert_eq!(
+        vm.run("cat /sys/class/net/eth0/address").trim(),
+        "02:aa:00:00:00:0f"
+    );
+    // What passt gives where the host has no route.
+    vm.run("ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0 && ip route add default via 10.0.2.2");
+    vm.run("(echo of the guest | nc -l -p 80) >/dev/null 2>&1 &");
+    let answer = || {
+        let mut text = String::new();
+        let connected = site.host.enter(|| TcpStream::connect("127.0.0.1:8080"));
+        // passt of 2023 has the guest's connection wait until the client says something.
+        let read = connected.and_then(|mut stream| {
+            stream.write_all(b"hello\n")?;
+            stream.read_to_string(&mut text)
+        });
+        read.is_ok() && text == "of the guest\n"
+    };
+    assert!(eventually(answer), "{}", vm.transcript());
+
+    // The guest's kernel refuses the connection: no program of its listens.
+    let mut stream = UnixStream::connect(&socket).expect("the socket is there");
+    stream.write_all(b"CONNECT 22\n").expect("it takes bytes");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    assert_eq!(stream.read(&mut [0]).expect("it is closed"), 0);
+
+    vm.send("9 poweroff -f\n");
+    assert_eq!(vm.wait_exit().code(), Some(0));
+    assert!(!socket.exists(), "the socket is removed");
+});
+
+#[test]
+fn machine_of_args_has_to_share_its_memory_with_a_server() {
+    let args = [
+        "--share",
+        "socket=/nowhere,tag=src",
+        "--",
+        "-M",
+        "q35",
+        "-m",
+        "1G",
+    ];
+    let mut command = Command::new(binary());
+    command.arg("qemu").args(args);
+    let output = outcome(command);
+    assert_eq!(output.status.code(), Some(1));
+    let error = text(&output.stderr);
+    assert!(error.contains("-object memory-backend-memfd"), "{error}");
+}

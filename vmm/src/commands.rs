@@ -18,6 +18,7 @@ use std::io::{self, ErrorKind, Write};
 use crate::cli::{Command, NetCommand};
 use crate::instance::{FindError, InstanceError};
 use crate::nic::Inherited;
+use crate::nic::NicError;
 use crate::printable::{printable, printable_json};
 use crate::qemu::{self, QemuError};
 use crate::qmp::client::ClientError;
@@ -69,6 +70,8 @@ impl CommandError {
     pub fn remedy(&self) -> Option<String> {
         match self {
             Self::Qemu(QemuError::Instance(error)) => InstanceError::remedy(error),
+            Self::Qemu(QemuError::Nic(NicError::UserNet(error))) => error.remedy(),
+            Self::Qemu(QemuError::Share(error)) => error.remedy(),
             _ => net::remedy(self),
         }
     }

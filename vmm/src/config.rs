@@ -31,7 +31,7 @@ use keys::listed;
 pub use name::VmName;
 pub use nic::{BackendChoice, NicConfig, NicOptions, NicSource, parse_macvtap};
 use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
-pub use qemu::QemuNic;
+pub use qemu::{QemuNic, parse_qemu_user_net};
 pub use qmp::QmpSocket;
 pub use reboot::Reboot;
 use share::SHARE_KEYS;

@@ -2,6 +2,7 @@
 //!
 //! | file | what it is |
 //! | --- | --- |
+//! | `extras.rs` | user networks, shares and sockets, which are served outside QEMU |
 //! | `nics.rs` | the numbers of the descriptors, and what is known of a NIC before it is made |
 //! | `args.rs` | QEMU's command line; pure |
 //! | `conflict.rs` | what in ARGS would clash with it; pure |
@@ -28,6 +29,7 @@ mod conflict;
 mod console;
 mod control;
 mod dry_run;
+mod extras;
 mod guest;
 mod hints;
 mod monitor;
@@ -67,7 +69,9 @@ use crate::nic::registry::{Claim, Runs};
 use crate::nic::{self, HostNic, Inherited, NicError, host_link};
 use crate::qmp::socket::{Listener, SocketError};
 use crate::resources::{ResourceError, open_events};
+use crate::shares::ShareError;
 use crate::tty::may_read;
+use crate::vsock::VsockError;
 
 use accel::Engine;
 use args::{Line, NetDevice};
@@ -75,6 +79,7 @@ use binary::Qemu;
 use conflict::OwnDevice;
 use console::Console;
 use control::Begun;
+use extras::Extras;
 use nics::{Expected, Numbers};
 use process::Attachment;
 
@@ -101,6 +106,12 @@ pub enum QemuError {
     File(#[from] SharedFile),
     #[error("cannot open {VHOST_NET} for vhost=on: `modprobe vhost_net`, or omit vhost=on")]
     Vhost(#[source] io::Error),
+    #[error("QEMU {2}.{3} or newer is needed for {0}: this one has no {1}")]
+    Old(&'static str, &'static str, u64, u64),
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     #[error("cannot read the {1} of `{0}`")]
     Link(String, &'static str, #[source] io::Error),
     #[error(transparent)]
@@ -138,7 +149,14 @@ impl Plan {
             .map(|n| format!("macvtap{n}"))
             .collect();
         let has_kernel = args.machine.kernel.is_some();
-        let machine = has_kernel.then(|| Config::from(args.machine.clone()));
+        let shares = !args.share.is_empty() || args.vsock.is_some();
+        let machine = has_kernel.then(|| Config {
+            shared_memory: shares,
+            ..args.machine.clone().into()
+        });
+        if shares && machine.is_none() && !conflict::shares_memory(&args.args) {
+            return Err(ConflictError::PrivateMemory.into());
+        }
         machine.as_ref().map_or(Ok(()), Config::check_balloon)?;
         machine.as_ref().map_or(Ok(()), check_files)?;
         let vhost = open_vhost();
@@ -183,6 +201,7 @@ impl Plan {
         &self,
         nics: &[NetDevice],
         control: Option<args::Control>,
+        extras: &[OsString],
         args: &[OsString],
     ) -> Vec<OsString> {
         let line = Line {
@@ -191,6 +210,7 @@ impl Plan {
             engine: self.engine,
             nics,
             control,
+            extras,
             args,
         };
         line.build()
@@ -324,12 +344,15 @@ fn run_planned(
     let first = taken.nics.first().map(|(claim, _)| &claim.nic().tap);
     let host_link = host_link::make(first, &args.host_link)?;
     let control = number_control(taken.descriptors.len(), console.is_some(), &args.args);
+    let last = control.console.unwrap_or(control.config);
+    let mut extras = Extras::start(plan, args, last + 1)?;
     let attached = attach(control).map_err(failed_to("make a monitor for QEMU"))?;
     let (monitor, mut placed) = attached;
     let (console, theirs) = console.unzip();
     placed.extend(control.console.zip(theirs));
+    placed.append(&mut extras.placed);
     let mut command = Command::new(&plan.qemu.path);
-    command.args(plan.line(&taken.devices, Some(control), &args.args));
+    command.args(plan.line(&taken.devices, Some(control), &extras.args, &args.args));
     log::debug!("running {command:?}");
     let mut program = Program::new(command);
     program.numbered = std::mem::take(&mut taken.descriptors);
@@ -340,7 +363,7 @@ fn run_planned(
     program.others = locks.map_err(failed_to("pass the queues on to QEMU"))?;
     let named = plan.ids.iter().zip(&taken.nics);
     let shown = named.map(|(id, (claim, _))| StartedNic::new(id, &claim.nic().tap));
-    let shown = shown.collect();
+    let shown = shown.chain(extras.nics.drain(..)).collect();
     // They give the claims up when QEMU has ended.
     let nics = plan.ids.iter().zip(taken.nics);
     let events = Arc::clone(&start.events);
@@ -352,11 +375,12 @@ fn run_planned(
         qmp,
         console,
         nics: nics.map_err(failed_to("follow the NICs"))?,
+        followers: std::mem::take(&mut extras.followers),
         started: has_started(start, instance, shown),
         events,
     };
     let ended = process::supervise(program, attachment, plan);
-    drop((taken.guards, host_link));
+    drop((taken.guards, host_link, extras));
     ended
 }
 

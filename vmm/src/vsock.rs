@@ -1,7 +1,9 @@
 //! The socket device of a machine, and its socket on the host.
 
+use std::io;
 use std::path::{PathBuf, absolute};
 
+use devices::events::EventSink;
 use devices::virtio::vsock::{Vsock, VsockHandle};
 
 use crate::config::VsockConfig;
@@ -55,6 +57,21 @@ impl VsockSocket {
     }
 }
 
+/// The device that passes connections between a guest and this socket, which is to be kept as long as it.
+///
+/// # Errors
+///
+/// Fails when the process may not have another thread or descriptor.
+pub fn device(socket: VsockSocket, events: EventSink) -> io::Result<(Vsock, Listener)> {
+    let VsockSocket {
+        listener,
+        path,
+        cid,
+    } = socket;
+    let device = Vsock::new("vsock", cid, listener.try_clone()?, path, events)?;
+    Ok((device, listener))
+}
+
 /// Puts a socket device into the machine. Returns what reads its counters, and the socket, which is to
 /// be kept as long as the machine.
 ///
@@ -65,16 +82,8 @@ pub fn add(
     machine: &mut Machine,
     socket: VsockSocket,
 ) -> Result<(VsockHandle, Listener), MachineError> {
-    let VsockSocket {
-        listener,
-        path,
-        cid,
-    } = socket;
     let events = machine.event_sink("vsock");
-    let device = listener
-        .try_clone()
-        .and_then(|listener| Vsock::new("vsock", cid, listener, path, events));
-    let device = device.map_err(MachineError::Device)?;
+    let (device, listener) = device(socket, events).map_err(MachineError::Device)?;
     let handle = device.handle();
     machine.add_virtio(device)?;
     Ok((handle, listener))

@@ -7,7 +7,10 @@ use clap::{Args, ValueEnum};
 use net::InterfaceAddress;
 
 use super::MachineArgs;
-use crate::config::{EventsTarget, QemuNic, QmpSocket, VmName};
+use crate::config::{
+    EventsTarget, QemuNic, QmpSocket, ShareConfig, UserNet, VmName, VsockConfig,
+    parse_qemu_user_net,
+};
 use crate::plan::Transport;
 
 pub(super) const HELP: &str = "\
@@ -20,6 +23,8 @@ Keys of --macvtap besides those of `minivmm --help`:
   id=, bus=, addr=, and any other key: properties of -device virtio-net-pci
 The keys of --disk are those of `minivmm --help`; backing= and burst= say nothing here: QEMU opens what
 the image names.
+With --share or --vsock guest memory is shared; a machine of ARGS has to do so itself. Should the server of
+a share end, what the guest has open there waits for ever: QEMU answers nothing in its place.
 The n-th --macvtap is QEMU's netdev macvtapN, counted from 0; its descriptors begin at 3.
 
 With --kernel the console and its keys are those of the native monitor: `minivmm console` attaches to it,
@@ -67,6 +72,25 @@ pub struct QemuArgs {
     /// macvtap. May be repeated. The keys are below
     #[arg(long, value_name = "LINK[,KEY=VALUE...]")]
     pub macvtap: Vec<QemuNic>,
+
+    /// NIC on a network of the guest's own, by passt, as in the native monitor. May be repeated; these NICs come
+    /// after those of --macvtap
+    #[arg(
+        long,
+        value_name = "KEY=VALUE[,...]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_parser = parse_qemu_user_net
+    )]
+    pub user_net: Vec<UserNet>,
+
+    /// Directory that the guest can mount, as in the native monitor. May be repeated
+    #[arg(long, value_name = "DIR:TAG[:ro]", help_heading = "Guest")]
+    pub share: Vec<ShareConfig>,
+
+    /// Sockets between the guest and the host, as in the native monitor
+    #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Guest")]
+    pub vsock: Option<VsockConfig>,
 
     /// Lets the host talk to its guests for as long as this one runs, as in the native monitor. May
     /// be repeated

@@ -4,7 +4,8 @@ use std::str::FromStr;
 
 use super::ConfigError;
 use super::keys::wrong;
-use super::nic::{MACVTAP_KEYS, NIC_KEYS, NicSource, parse_source};
+use super::nic::{MACVTAP_KEYS, NIC_KEYS, NicConfig, NicOptions, NicSource, parse_source};
+use super::user_net::{UserNet, parse_user_net};
 
 /// A value of `--macvtap`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +61,24 @@ impl FromStr for QemuNic {
     }
 }
 
+/// The value of `--user-net`, whose rates and captures are the native monitor's.
+///
+/// # Errors
+///
+/// Says which part is wrong.
+pub fn parse_qemu_user_net(text: &str) -> Result<UserNet, ConfigError> {
+    match parse_user_net(text)? {
+        NicConfig {
+            source: NicSource::UserNet(net),
+            options,
+        } if options == NicOptions::default() => Ok(net),
+        _ => Err(ConfigError::Value(
+            "rx-rate=, tx-rate=, burst= and pcap= are for NICs of the native monitor: QEMU has options of its own for this"
+                .into(),
+        )),
+    }
+}
+
 /// Whether the kernel is to move the frames, in QEMU's word for it or in the native monitor's.
 fn in_kernel(key: &str, text: &str) -> Result<Option<bool>, ConfigError> {
     match (key, text) {
@@ -74,6 +93,16 @@ fn in_kernel(key: &str, text: &str) -> Result<Option<bool>, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn user_network_takes_no_option_of_the_native_monitors_nic() {
+        let net = parse_qemu_user_net("hostfwd=tcp::2222-:22").unwrap();
+        assert_eq!(net.forwards.len(), 1);
+        for text in ["rx-rate=1Gbit", "pcap=x"] {
+            let error = parse_qemu_user_net(text).unwrap_err().to_string();
+            assert!(error.contains("native monitor"), "{error}");
+        }
+    }
 
     fn parse_qemu_nic(text: &str) -> Result<QemuNic, ConfigError> {
         text.parse()

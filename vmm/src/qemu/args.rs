@@ -56,6 +56,8 @@ pub(super) struct Line<'a> {
     pub nics: &'a [NetDevice],
     /// minivmm's monitor.
     pub control: Option<Control>,
+    /// Of what is served outside QEMU.
+    pub extras: &'a [OsString],
     pub args: &'a [OsString],
 }
 
@@ -111,6 +113,7 @@ impl Line<'_> {
         line.extend_from_slice(self.args);
         last.into_iter()
             .for_each(|nic| self.push_nic(&mut line, nic));
+        line.extend_from_slice(self.extras);
         if let Some(machine) = self.machine {
             own_devices(&mut line, machine);
         }
@@ -167,9 +170,14 @@ fn machine_args(line: &mut Vec<OsString>, machine: &Config) {
     push(line, &["-display", "none"]);
     push(line, &["-smp", &machine.cpus.get().to_string()]);
     push(line, &["-m", &machine.memory.to_string()]);
-    if machine.hugepages {
-        let size = machine.memory;
-        let backend = format!("memory-backend-memfd,id=ram,size={size},hugetlb=on,hugetlbsize=2M");
+    if machine.hugepages || machine.shares_memory() {
+        let mut backend = format!("memory-backend-memfd,id=ram,size={}", machine.memory);
+        if machine.hugepages {
+            backend += ",hugetlb=on,hugetlbsize=2M";
+        }
+        if machine.shares_memory() {
+            backend += ",share=on";
+        }
         // A node is the one way to name the memory's backend that every QEMU takes.
         push(line, &["-object", &backend, "-numa", "node,memdev=ram"]);
     }
@@ -336,6 +344,7 @@ mod tests {
             engine: None,
             nics,
             control: None,
+            extras: &[],
             args: &args,
         };
         let text = |arg: OsString| arg.into_string().unwrap();
@@ -372,6 +381,7 @@ mod tests {
             engine: None,
             nics: &[],
             control: Some(control),
+            extras: &[],
             args: &args,
         };
         let expected = "-chardev socket,id=minivmm-control,fd=3 -readconfig /proc/self/fd/4 -M q35";
@@ -497,6 +507,7 @@ mod tests {
             engine: Some(Engine::Tcg),
             nics: &[nic()],
             control: None,
+            extras: &[],
             args: &[],
         };
         let expected = "-nodefaults -no-user-config -M q35 -display none -smp 2 -m 1G -kernel bzImage \

@@ -41,6 +41,14 @@ pub(super) struct Qemu {
     pub version: Value,
 }
 
+impl Qemu {
+    /// Whether it is older than this version.
+    pub fn is_before(&self, major: u64, minor: u64) -> bool {
+        let number = |name: &str| self.version["qemu"][name].as_u64().unwrap_or_default();
+        (number("major"), number("minor")) < (major, minor)
+    }
+}
+
 /// Finds QEMU and checks its version.
 pub(super) fn find(given: Option<&Path>) -> Result<Qemu, BinaryError> {
     let path = match given {
@@ -133,6 +141,23 @@ mod tests {
         ] {
             let found = Version::read(text).map(|v| (v.major, v.minor, v.micro, v.package));
             assert_eq!(found, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn versions_are_compared_by_their_numbers() {
+        let version = Version::read("QEMU emulator version 7.2.22 (Debian)").unwrap();
+        let qemu = Qemu {
+            path: PathBuf::new(),
+            version: version.qmp(),
+        };
+        for ((major, minor), is_before) in [
+            ((5, 1), false),
+            ((7, 2), false),
+            ((7, 10), true),
+            ((8, 0), true),
+        ] {
+            assert_eq!(qemu.is_before(major, minor), is_before, "{major}.{minor}");
         }
     }
 

@@ -45,6 +45,11 @@ pub enum ConflictError {
         "ARGS say what runs the guest's code (-accel, -enable-kvm), and --accel does too: choose one"
     )]
     Accel,
+    #[error(
+        "--share and --vsock need guest memory that other processes can map: add, with the size of -m, `-object \
+         memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram` to ARGS"
+    )]
+    PrivateMemory,
 }
 
 /// A `-device` of ARGS for a netdev of ours.
@@ -72,6 +77,15 @@ pub(super) fn chooses_accel(args: &[OsString]) -> bool {
             && get(&properties(&pair[1].to_string_lossy()), "accel").is_some()
     };
     has_option(args, &["accel", "enable-kvm"]) || args.windows(2).any(of_machine)
+}
+
+/// Whether ARGS have guest memory that other processes can map.
+pub(super) fn shares_memory(args: &[OsString]) -> bool {
+    values(args).any(|(name, value)| {
+        let share = get(&properties(&value), "share").map(str::to_owned);
+        name == "object"
+            && share.is_some_and(|share| ["on", "yes", "true", "y"].contains(&share.as_str()))
+    })
 }
 
 /// Checks ARGS against the ids that minivmm gives and the descriptors `fds` (which follow one another).
@@ -226,6 +240,25 @@ mod tests {
 
     fn args(text: &str) -> Vec<OsString> {
         text.split_whitespace().map(OsString::from).collect()
+    }
+
+    #[test]
+    fn memory_of_args_is_shared_where_its_object_says_so() {
+        for (text, is_shared) in [
+            ("-m 1G", false),
+            ("-object memory-backend-memfd,id=ram,size=1G,share=on", true),
+            (
+                "-object memory-backend-file,id=ram,size=1G,share=off",
+                false,
+            ),
+            (
+                r#"-object {"qom-type":"memory-backend-memfd","share":true}"#,
+                true,
+            ),
+            ("-device something,share=on", false),
+        ] {
+            assert_eq!(shares_memory(&args(text)), is_shared, "{text}");
+        }
     }
 
     fn checked(text: &str) -> Result<(), ConflictError> {

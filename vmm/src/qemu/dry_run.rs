@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use net::{MacAddr, MacvtapSpec, Mode, TapInfo, USUAL_MTU};
 
+use super::extras::Extras;
 use super::nics::sysfs_of;
 use super::script::{self, Origin, ScriptNic};
 use super::{Plan, QemuError, args, failed_to};
@@ -51,7 +52,8 @@ pub fn dry_run(args: &QemuArgs, mut inherited: Inherited) -> Result<String, Qemu
         });
     }
     let mut command = vec![plan.qemu.path.clone().into_os_string()];
-    command.extend(plan.line(&nics, None, &args.args));
+    let extras = Extras::of_script(&plan, args)?;
+    command.extend(plan.line(&nics, None, &extras.args, &args.args));
     for qmp in &args.qmp {
         match qmp {
             QmpSocket::Path(path) => command.extend(["-qmp".into(), socket(path)]),

@@ -37,6 +37,8 @@ pub(super) struct Attachment {
     pub console: Option<Console>,
     /// In order.
     pub nics: Vec<Followed>,
+    /// What else is followed.
+    pub followers: Vec<Box<dyn MutEventSubscriber>>,
     /// Where the NICs' news is published.
     pub events: Arc<EventHub>,
     /// What is done once the guest is there.
@@ -123,6 +125,7 @@ fn follow(
     });
     let followers = attachment.nics.into_iter().map(|nic| nic.follower);
     let mut others: Vec<_> = followers.map(boxed).collect();
+    others.extend(attachment.followers);
     if !attachment.qmp.is_empty() {
         others.push(boxed(Server::new(attachment.qmp, &events, forward)?));
     }
