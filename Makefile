@@ -30,8 +30,8 @@ demo-tools:
 
 SUITES ?=
 test: ## Runs all tests, or SUITES="vmm.pci net.watch" (as root, for network namespaces)
-	resources/install-tools debootstrap dmsetup iasl mke2fs nft passt qemu-system-x86_64 qemu-img pip3 sfdisk strace tshark \
-		/usr/share/OVMF/OVMF_CODE_4M.fd
+	resources/install-tools debootstrap dmsetup git iasl mke2fs nft passt pip3 qemu-system-x86_64 qemu-img sfdisk socat \
+		ssh strace tcc tshark /usr/share/OVMF/OVMF_CODE_4M.fd
 	tests/run $(SUITES)
 
 costs: ## Makes what a guest costs now the baseline that tests compare with (tests/costs.json)

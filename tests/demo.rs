@@ -6,6 +6,7 @@ mod harness {
     pub mod assets;
     pub mod debian;
     pub mod elf;
+    pub mod fsx;
     pub mod initramfs;
     pub mod linux;
     pub mod netns;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use harness::assets::assets;
-use harness::disk::{copy_sparse, debugfs, make_ext4, qemu_img, replay_and_check_ext4, run};
+use harness::disk::{Tmpfs, copy_sparse, debugfs, make_ext4, qemu_img, replay_and_check_ext4, run};
 use harness::eventually;
 use harness::initramfs::find;
 use harness::lab_test;
@@ -180,34 +180,10 @@ lab_test!(failing_part_of_a_disk_is_the_guests_io_error, || {
     }
 });
 
-/// A file system in memory with so much room.
-struct Tmpfs(TempDir);
-
-impl Tmpfs {
-    fn new(mib: u64) -> Self {
-        let tmpfs = Self(TempDir::new().unwrap());
-        tmpfs.mount(&format!("size={mib}m"));
-        tmpfs
-    }
-
-    fn mount(&self, options: &str) {
-        run(Command::new("mount")
-            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
-            .arg(self.0.path()));
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        // A failure here must not hide the test's own.
-        let _ = Command::new("umount").arg(self.0.path()).output();
-    }
-}
-
 lab_test!(full_host_is_an_error_until_there_is_room_again, || {
     for format in ["raw", "qcow2"] {
         let tmpfs = Tmpfs::new(8);
-        let disk = tmpfs.0.path().join(format!("disk.{format}"));
+        let disk = tmpfs.path().join(format!("disk.{format}"));
         qemu_img(&["create", "-q", "-f", format], &[&disk, Path::new("64M")]);
         let mut vm = boot_with(&[disk.display().to_string()], &[]);
         vm.run("dd if=/dev/urandom of=/tmp/data bs=1M count=16");

@@ -20,6 +20,7 @@ mod harness {
     pub mod assets;
     pub mod debian;
     pub mod elf;
+    pub mod fsx;
     pub mod initramfs;
     pub mod iperf;
     pub mod linux;

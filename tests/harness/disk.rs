@@ -5,6 +5,8 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::{Command, Output};
 
+use tempfile::TempDir;
+
 use super::initramfs::find;
 
 /// Copies a disk, its holes left out.
@@ -83,4 +85,36 @@ pub fn run(command: &mut Command) -> Output {
         texts.concat()
     );
     output
+}
+
+/// A file system in memory.
+#[derive(Debug)]
+pub struct Tmpfs(TempDir);
+
+impl Tmpfs {
+    /// One with so much room.
+    pub fn new(mib: u64) -> Self {
+        let tmpfs = Self(TempDir::new().expect("a temporary directory can be made"));
+        tmpfs.mount(&format!("size={mib}m"));
+        tmpfs
+    }
+
+    /// Mounts it, or changes it.
+    pub fn mount(&self, options: &str) {
+        run(Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(self.path()));
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // A failure here must not hide the test's own.
+        let _ = Command::new("umount").arg(self.path()).output();
+    }
 }

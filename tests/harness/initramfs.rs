@@ -42,6 +42,16 @@ pub fn guest_of_services(modules: &Path) -> Vec<u8> {
     archive.finish()
 }
 
+/// The guest's ramdisk with shared directories, and what works in them: [`SHARE_TOOLS`] and fsx.
+pub fn guest_with_shares(modules: &Path, fsx: &Path) -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.base(include_bytes!("../../resources/guest-init"));
+    archive.modules(modules, &[GUEST_MODULES, &["virtiofs"]].concat());
+    archive.guest_programs(SHARE_TOOLS);
+    archive.program(fsx, "/usr/bin/fsx");
+    archive.finish()
+}
+
 /// The guest's ramdisk with these programs.
 pub fn guest_with(modules: &Path, programs: &[(&str, &str)]) -> Vec<u8> {
     let mut archive = Archive::new();
@@ -68,6 +78,14 @@ pub const GUEST_TOOLS: &[(&str, &str)] = &[
     ("iperf3", "iperf3"),
     ("ethtool", "ethtool"),
     ("lspci", "pciutils"),
+];
+
+/// Programs that tests run in shared directories, and their packages. TCC is a compiler of 300 KB.
+pub const SHARE_TOOLS: &[(&str, &str)] = &[
+    ("git", "git"),
+    ("make", "make"),
+    ("tcc", "tcc"),
+    ("flock", "util-linux"),
 ];
 
 /// The path of an installed program; panics with the package to install.

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use super::assets::{assets, cache_dir, generic};
+use super::fsx::fsx;
 use super::initramfs;
 use super::netns::Netns;
 use super::vm::{Vm, binary};
@@ -81,6 +82,16 @@ pub fn kexec_initrd() -> PathBuf {
     let (bzimage, small) = (assets.bzimage(), small_initrd());
     let archive = initramfs::guest_with_kexec(&assets.modules(), &bzimage, &small);
     write("guest-kexec.cpio", &archive)
+}
+
+/// The guest's ramdisk with shared directories.
+pub fn share_initrd() -> PathBuf {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        let archive = initramfs::guest_with_shares(&assets().modules(), &fsx());
+        write("guest-shares.cpio", &archive)
+    };
+    PATH.get_or_init(make).clone()
 }
 
 fn write(name: &str, archive: &[u8]) -> PathBuf {

@@ -18,6 +18,7 @@
 //! - `qmp`: QEMU's own client of QMP
 //! - `runtime`: another `/run/minivmm`
 //! - `signals`: a known signal state for all that a test starts
+//! - `fsx`: an exerciser of file systems
 //! - `linux`: a minivmm with Debian's kernel in it
 //! - `debian`: a Debian on a disk
 //! - `disk`: images and the file systems on them
@@ -28,6 +29,7 @@ pub mod capture;
 pub mod debian;
 pub mod disk;
 pub mod elf;
+pub mod fsx;
 pub mod guest;
 pub mod images;
 pub mod initramfs;

@@ -55,6 +55,18 @@ pub fn children(pid: u32) -> Vec<u32> {
     children.filter_map(|pid| pid.parse().ok()).collect()
 }
 
+/// The processes that any of a process's threads has started.
+pub fn all_children(pid: u32) -> Vec<u32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs");
+    let children = threads.filter_map(|entry| {
+        let children = entry.ok()?.path().join("children");
+        fs::read_to_string(children).ok()
+    });
+    let children: Vec<_> = children.collect();
+    let children = children.iter().flat_map(|list| list.split_whitespace());
+    children.filter_map(|pid| pid.parse().ok()).collect()
+}
+
 /// A thread, as the kernel shows it.
 #[derive(Debug)]
 pub struct Task {

@@ -14,7 +14,8 @@ use rustix::thread::CpuSet;
 use crate::harness::assets::{Assets, assets, cache_dir, generic, one_of};
 use crate::harness::debian;
 use crate::harness::elf::elf;
-use crate::harness::initramfs::{Archive, GUEST_TOOLS, find};
+use crate::harness::fsx;
+use crate::harness::initramfs::{Archive, GUEST_TOOLS, SHARE_TOOLS, find};
 use crate::harness::vm;
 
 /// What runs in the lab: a test binary or the demo.
@@ -96,6 +97,11 @@ impl Job<'_> {
         self.wants_debian() || self.is("linux_disks-")
     }
 
+    /// Whether it shares directories with its guests.
+    fn wants_shares(&self) -> bool {
+        self.is("linux_shares-")
+    }
+
     /// Whether fio runs in its guests.
     fn wants_fio(&self) -> bool {
         self.is("bench") && self.args.iter().any(|arg| arg == "disk")
@@ -121,6 +127,14 @@ const DISK_TOOLS: &[(&str, &str)] = &[
     ("e2fsck", "e2fsprogs"),
     ("mke2fs", "e2fsprogs"),
     ("qemu-img", "qemu-utils"),
+];
+
+/// The same for tests that reach an installed system.
+const REACH_TOOLS: &[(&str, &str)] = &[
+    ("git", "git"),
+    ("passt", "passt"),
+    ("socat", "socat"),
+    ("ssh", "openssh-client"),
 ];
 
 /// What QEMU reads for a machine whose kernel is given, where Debian has it.
@@ -237,9 +251,10 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     let mut archive = Archive::new();
     archive.base(include_bytes!("../../resources/lab-init"));
     archive.modules(&assets.modules(), MODULES);
-    // dnsmasq wants to know who it is.
-    archive.bytes("/etc/passwd", b"root:x:0:0::/root:/bin/sh\n", 0o644);
-    archive.bytes("/etc/group", b"root:x:0:\n", 0o644);
+    // dnsmasq and ssh want to know who they are, and passt who it becomes.
+    let users = b"root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n";
+    archive.bytes("/etc/passwd", users, 0o644);
+    archive.bytes("/etc/group", b"root:x:0:\nnogroup:x:65534:\n", 0o644);
     archive.program(&vm::binary(), "/lab/bin/minivmm");
     archive.program(job.program, "/lab/bin/job");
     for (program, package) in LAB_TOOLS.iter().chain(GUEST_TOOLS) {
@@ -247,6 +262,16 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     }
     for (program, package) in DISK_TOOLS.iter().filter(|_| job.wants_disks()) {
         archive.program(&find(program, package), &format!("/lab/bin/{program}"));
+    }
+    for (program, package) in REACH_TOOLS.iter().filter(|_| job.wants_debian()) {
+        archive.program(&find(program, package), &format!("/lab/bin/{program}"));
+    }
+    for (program, package) in SHARE_TOOLS.iter().filter(|_| job.wants_shares()) {
+        archive.program(&find(program, package), &format!("/lab/bin/{program}"));
+    }
+    if job.wants_shares() {
+        let to = format!("/lab/cache/{}/{}", fsx::DIR, fsx::PROGRAM);
+        archive.program(&fsx::fsx(), &to);
     }
     if job.wants_fio() {
         archive.program(&find("fio", "fio"), "/lab/bin/fio");
