@@ -14,7 +14,7 @@ const RECIPE_TEXT: &[u8] = include_bytes!("../../resources/debian-image");
 /// The directory's name in the cache.
 pub const NAME: &str = "debian";
 /// What is in it.
-pub const FILES: [&str; 4] = ["recipe", "vmlinuz", "initrd.img", "disk.raw"];
+pub const FILES: [&str; 5] = ["recipe", "vmlinuz", "initrd.img", "disk.raw", "ssh-key"];
 /// Where the file system of its one partition begins.
 const PARTITION: u64 = 1 << 20;
 
@@ -73,6 +73,11 @@ impl Debian {
     /// The initrd that its initramfs-tools made.
     pub fn initrd(&self) -> PathBuf {
         self.file("initrd.img")
+    }
+
+    /// The private key that root's ssh takes.
+    pub fn ssh_key(&self) -> PathBuf {
+        self.file("ssh-key")
     }
 
     /// The disk, raw. It stays as it is: what a guest may write is a copy, or has it as backing file.
