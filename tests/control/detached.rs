@@ -7,6 +7,7 @@ use std::process::Stdio;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::harness::process::tasks;
 use crate::harness::vm::Vm;
 use crate::harness::{eventually, guest_test};
 use crate::host::Host;
@@ -132,6 +133,9 @@ guest_test!(
             );
         command.wait_for_log("waiting for a program to open");
         command.signal(Signal::KILL);
+        // A signal takes a moment, in which the VM could start.
+        let is_dead = || tasks(command.pid()).iter().all(|task| task.state == 'Z');
+        assert!(eventually(is_dead));
         let mut console = File::open(&fifo).unwrap();
         command.wait_exit();
         // Its end.
