@@ -69,7 +69,7 @@ pub(crate) unsafe fn serve(args: &FileServerArgs) -> ExitCode {
             return ExitCode::from(2);
         }
     }
-    // SAFETY: it is open, and by the contract of this function nobody's.
+    // SAFETY: it is open, and by the contract of this function nothing owns it.
     let take = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
     let share = Share {
         directory: args.directory.clone(),
