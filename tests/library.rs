@@ -213,6 +213,26 @@ kvm_test!(state_of_a_guest_goes_on_in_another_one, || {
     first.finish(from, b'1');
 });
 
+kvm_test!(guest_that_refuses_a_state_stays_as_it_was, || {
+    let (first, second) = (Computing::new(b'1'), Computing::new(b'2'));
+    let (from, to) = (first.start(), second.start());
+    from.pause().unwrap();
+    to.pause().unwrap();
+    let mut state: serde_json::Value = serde_json::from_str(&saved(&from)).unwrap();
+    // The last device of those in memory.
+    let devices = state["devices"]["mmio"].as_object_mut().unwrap();
+    devices.values_mut().last().unwrap()["device_id"] = 1000.into();
+    let before = registers(&saved(&to));
+    let refused = to.restore(serde_json::from_value(state).unwrap());
+    assert!(
+        matches!(refused, Err(GuestError::Devices(_))),
+        "{refused:?}"
+    );
+    assert_eq!(registers(&saved(&to)), before);
+    to.resume().unwrap();
+    second.finish(to, b'2');
+});
+
 kvm_test!(guest_with_a_name_is_the_only_one_of_that_name, || {
     if !harness::netns::is_root() {
         return;

@@ -1,9 +1,11 @@
 //! Routes a guest's port and memory accesses to the device that owns the address.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::lock;
@@ -36,14 +38,28 @@ pub trait BusDevice: Send {
     fn save(&self) -> Value {
         Value::Null
     }
+    /// Finds out whether this device can become the one that was saved. It changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// Says what does not fit.
+    fn check(&self, _state: &Value) -> Result<(), BoxError> {
+        Ok(())
+    }
     /// Makes this device, which has not run or is paused, the one that was saved, paused.
     ///
     /// # Errors
     ///
-    /// Says what does not fit, or what the host refuses.
+    /// As [`BusDevice::check`], with nothing changed; or says what the host refuses.
     fn restore(&mut self, _state: Value) -> Result<(), BoxError> {
         Ok(())
     }
+}
+
+/// What [`BusDevice::check`] of a device does that takes any `T`.
+pub(crate) fn check<T: DeserializeOwned>(state: &Value) -> Result<(), BoxError> {
+    T::deserialize(state)?;
+    Ok(())
 }
 
 /// A device on a bus, with its own lock.
@@ -154,25 +170,37 @@ impl Bus {
         states.collect::<Map<_, _>>().into()
     }
 
-    /// Makes the devices, which have not run or are paused, those that were saved, paused.
+    /// Finds out whether the devices can become those that were saved. It changes nothing.
     ///
     /// # Errors
     ///
     /// Says which device does not take its state.
-    pub fn restore(&self, state: Value) -> Result<(), RestoreError> {
-        let Value::Object(mut states) = state else {
-            return Err(RestoreError::NotABus);
-        };
-        for (name, mut device) in self.devices() {
-            let state = states.remove(&name).unwrap_or_default();
-            device
-                .restore(state)
-                .map_err(|source| RestoreError::Device(name, source))?;
+    pub fn check(&self, state: &Value) -> Result<(), RestoreError> {
+        let states = state.as_object().ok_or(RestoreError::NotABus)?;
+        let mut known = HashSet::new();
+        for (name, device) in self.devices() {
+            let checked = device.check(states.get(&name).unwrap_or(&Value::Null));
+            checked.map_err(|source| RestoreError::Device(name.clone(), source))?;
+            known.insert(name);
         }
-        match states.into_iter().next() {
-            Some((name, _)) => Err(RestoreError::NoDevice(name)),
+        match states.keys().find(|name| !known.contains(*name)) {
+            Some(name) => Err(RestoreError::NoDevice(name.clone())),
             None => Ok(()),
         }
+    }
+
+    /// Makes the devices, which have not run or are paused, those that were saved, paused.
+    ///
+    /// # Errors
+    ///
+    /// As [`Bus::check`], with nothing changed; or says for which device the host refuses something.
+    pub fn restore(&self, mut state: Value) -> Result<(), RestoreError> {
+        self.check(&state)?;
+        for (name, mut device) in self.devices() {
+            let restored = device.restore(state[&name].take());
+            restored.map_err(|source| RestoreError::Device(name, source))?;
+        }
+        Ok(())
     }
 
     /// The devices, each locked, with their addresses.
@@ -283,6 +311,9 @@ mod tests {
             fn save(&self) -> Value {
                 self.0.into()
             }
+            fn check(&self, state: &Value) -> Result<(), BoxError> {
+                check::<u8>(state)
+            }
             fn restore(&mut self, state: Value) -> Result<(), BoxError> {
                 self.0 = serde_json::from_value(state)?;
                 Ok(())
@@ -309,8 +340,11 @@ mod tests {
                 "the saved machine has a device at 0x2 that this one lacks",
             ),
         ] {
-            let refused = bus(windows).restore(saved.save());
+            let other = bus(windows);
+            let refused = other.restore(saved.save());
             assert_eq!(refused.unwrap_err().to_string(), error);
+            // Those before it neither.
+            assert_eq!(read(&other, 1), 0);
         }
         assert!(same.restore(Value::Null).is_err());
     }

@@ -198,11 +198,17 @@ impl BusDevice for Serial {
         })
     }
 
-    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
-        let State { uart, waiting } = serde_json::from_value(state)?;
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        let State { uart, waiting } = State::deserialize(state)?;
         if uart.in_buffer.len() > self.fifo || waiting.len() > MOST_WAITING {
             return Err("more input than a serial port holds".into());
         }
+        Ok(())
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
+        self.check(&state)?;
+        let State { uart, waiting } = serde_json::from_value(state)?;
         self.set_registers(&uart)?;
         self.waiting = waiting;
         self.announce_room();

@@ -137,7 +137,8 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// Fails when the guest is not paused, or KVM or a device refuses the state.
+    /// Fails when the guest is not paused, or a device cannot have this state, with nothing changed; or the
+    /// host refuses something, and the guest can only be ended or restored again.
     pub fn restore(&self, state: GuestState) -> Result<(), GuestError> {
         let restored = self.control.ask(|control| control.restore(state));
         restored.unwrap_or(Err(GuestError::Ended))

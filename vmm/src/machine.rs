@@ -280,6 +280,12 @@ impl DeviceBuses {
         json!({ "ports": self.ports.save(), "mmio": self.mmio.save() })
     }
 
+    /// Finds out whether the devices can become those that were saved. It changes nothing.
+    pub fn check(&self, state: &Value) -> Result<(), RestoreError> {
+        self.ports.check(&state["ports"])?;
+        self.mmio.check(&state["mmio"])
+    }
+
     /// Makes the devices, which have not run or are paused, those that were saved, paused. To be
     /// called once guest memory and KVM's interrupt controllers are as they were.
     pub fn restore(&self, mut state: Value) -> Result<(), RestoreError> {

@@ -3,6 +3,8 @@
 
 use serde_json::{Value, json};
 
+use crate::bus::{BoxError, check};
+
 /// What a function is.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Identity {
@@ -160,11 +162,20 @@ impl ConfigSpace {
         json!(&self.bytes[..])
     }
 
+    /// Finds out whether what was saved is a configuration space.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it is none.
+    pub fn check(state: &Value) -> Result<(), BoxError> {
+        check::<Vec<u8>>(state)
+    }
+
     /// Takes from what was saved what a guest may have changed.
     ///
     /// # Errors
     ///
-    /// Fails when it is no configuration space.
+    /// As [`ConfigSpace::check`].
     pub fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
         let bytes: Vec<u8> = serde_json::from_value(state)?;
         self.write(0, &bytes);

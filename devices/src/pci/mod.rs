@@ -16,7 +16,7 @@ use serde_json::Value;
 pub use config::{CapabilityId, ConfigSpace, Identity};
 pub use msix::{Entry as MsixEntry, MSIX_ENTRY_LEN, Msix, MsixRoutes};
 
-use crate::bus::{BoxError, BusDevice};
+use crate::bus::{BoxError, BusDevice, check};
 use crate::lock;
 
 /// Bytes of configuration space that a function has under ECAM.
@@ -139,6 +139,10 @@ impl BusDevice for Ecam {
         lock(&self.0.bridge).0.save()
     }
 
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        ConfigSpace::check(state)
+    }
+
     fn restore(&mut self, state: Value) -> Result<(), BoxError> {
         Ok(lock(&self.0.bridge).0.restore(state)?)
     }
@@ -196,6 +200,10 @@ impl BusDevice for ConfigPorts {
 
     fn save(&self) -> Value {
         self.address.into()
+    }
+
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        check::<u32>(state)
     }
 
     fn restore(&mut self, state: Value) -> Result<(), BoxError> {

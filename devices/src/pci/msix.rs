@@ -143,16 +143,12 @@ impl Msix {
         &self.entries
     }
 
-    /// Sets up the table as another one was, and connects its vectors. False where that had another
-    /// number of them.
-    #[must_use]
-    pub fn restore(&mut self, config: &ConfigSpace, entries: &[Entry]) -> bool {
-        if entries.len() != self.entries.len() {
-            return false;
+    /// Sets up the table as another one was, which has as many vectors, and connects them.
+    pub fn restore(&mut self, config: &ConfigSpace, entries: &[Entry]) {
+        for (entry, saved) in self.entries.iter_mut().zip(entries) {
+            *entry = *saved;
         }
-        self.entries.copy_from_slice(entries);
         self.update(config);
-        true
     }
 
     /// Connects and disconnects vectors as table and control register say. To be called after a

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::transport::{Registers, Transport, TransportInterrupt, set_high, set_low};
 use super::{Interrupt, VirtioDevice};
+use crate::bus::{BoxError, check};
 use crate::irq::IrqLine;
 
 /// Offset of QueueNotify, where the monitor registers the ioeventfds.
@@ -82,6 +83,10 @@ impl TransportInterrupt for MmioInterrupt {
 
     fn save(&self) -> Value {
         json!(self.status())
+    }
+
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        check::<u32>(state)
     }
 
     fn restore(&self, state: Value) -> serde_json::Result<()> {

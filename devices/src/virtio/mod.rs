@@ -90,12 +90,20 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn save(&self) -> Value {
         Value::Null
     }
+    /// As [`BusDevice::check`](crate::bus::BusDevice::check).
+    ///
+    /// # Errors
+    ///
+    /// Says what does not fit.
+    fn check(&self, _state: &Value) -> Result<(), BoxError> {
+        Ok(())
+    }
     /// Become the device that [`VirtioDevice::save`] was called on, paused. Called on a device that
     /// has not run or is paused.
     ///
     /// # Errors
     ///
-    /// Says what does not fit, or what the host refuses.
+    /// As [`VirtioDevice::check`], or says what the host refuses.
     fn restore(&mut self, _state: Value) -> Result<(), BoxError> {
         Ok(())
     }

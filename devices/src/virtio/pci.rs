@@ -249,13 +249,21 @@ impl Registers for Pci {
         })
     }
 
-    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
-        let state: State = serde_json::from_value(state)?;
-        self.config.restore(state.config)?;
-        match self.msix.restore(&self.config, &state.msix) {
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        let state = State::deserialize(state)?;
+        ConfigSpace::check(&state.config)?;
+        match state.msix.len() == self.msix.entries().len() {
             true => Ok(()),
             false => Err("it has another number of MSI-X vectors".into()),
         }
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
+        self.check(&state)?;
+        let state: State = serde_json::from_value(state)?;
+        self.config.restore(state.config)?;
+        self.msix.restore(&self.config, &state.msix);
+        Ok(())
     }
 }
 

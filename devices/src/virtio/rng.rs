@@ -14,10 +14,10 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Buffers, Next, Queue};
-use super::rate::{Limiter, RateLimit};
+use super::rate::{Levels, Limiter, RateLimit};
 use super::worker::{Job, Turn, Worker};
 use super::{Activation, ActiveQueue, Interrupt, RING_FEATURES, VirtioDevice};
-use crate::bus::BoxError;
+use crate::bus::{BoxError, check};
 use crate::events::EventSink;
 
 /// What a driver gets. Linux asks for 64 bytes at a time, and for few of them; what a guest needs
@@ -101,6 +101,10 @@ impl VirtioDevice for Rng {
 
     fn save(&self) -> Value {
         json!(self.limiter.save())
+    }
+
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        check::<Levels>(state)
     }
 
     fn restore(&mut self, state: Value) -> Result<(), BoxError> {

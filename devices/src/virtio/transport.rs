@@ -34,11 +34,19 @@ pub trait Registers: Send + fmt::Debug + Sized {
     fn save(&self) -> Value {
         Value::Null
     }
+    /// As [`BusDevice::check`].
+    ///
+    /// # Errors
+    ///
+    /// Says what does not fit.
+    fn check(&self, _state: &Value) -> Result<(), BoxError> {
+        Ok(())
+    }
     /// Has them hold again what they held.
     ///
     /// # Errors
     ///
-    /// Fails when it does not fit.
+    /// As [`Registers::check`].
     fn restore(&mut self, _state: Value) -> Result<(), BoxError> {
         Ok(())
     }
@@ -50,11 +58,17 @@ pub trait TransportInterrupt: Interrupt + 'static {
     fn is_broken(&self) -> &AtomicBool;
     /// What is pending.
     fn save(&self) -> Value;
-    /// Has pending again what was.
+    /// As [`BusDevice::check`].
     ///
     /// # Errors
     ///
     /// Fails when the state is another transport's.
+    fn check(&self, state: &Value) -> Result<(), BoxError>;
+    /// Has pending again what was.
+    ///
+    /// # Errors
+    ///
+    /// As [`TransportInterrupt::check`].
     fn restore(&self, state: Value) -> serde_json::Result<()>;
     /// Forgets everything that is pending, for a reset.
     fn clear(&self);
@@ -361,8 +375,8 @@ impl<R: Registers> BusDevice for Transport<R> {
         })
     }
 
-    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
-        let state: State = serde_json::from_value(state)?;
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        let state = State::deserialize(state)?;
         let queues = self.queues.len();
         if state.device_id != self.device.device_id()
             || state.queues.len() != queues
@@ -376,6 +390,14 @@ impl<R: Registers> BusDevice for Transport<R> {
                 format!("its driver has features that are not offered: {lacking:#x}").into(),
             );
         }
+        self.device.check(&state.device)?;
+        self.interrupt.check(&state.interrupt)?;
+        self.registers.check(&state.registers)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
+        self.check(&state)?;
+        let state: State = serde_json::from_value(state)?;
         self.device.restore(state.device)?;
         self.interrupt.restore(state.interrupt)?;
         let is_broken = self.interrupt.is_broken();

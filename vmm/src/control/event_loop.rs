@@ -260,9 +260,11 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// Fails when it runs, or KVM or a device refuses the state.
+    /// Fails when it runs, or a device cannot have this state, with nothing changed; or the host refuses
+    /// something, and the guest can only be ended or restored again.
     pub fn restore(&self, state: GuestState) -> Result<(), GuestError> {
         self.check_paused()?;
+        self.devices.check(&state.devices)?;
         self.vcpus.guest().restore(&state.kvm)?;
         Ok(self.devices.restore(state.devices)?)
     }

@@ -26,7 +26,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use super::worker::Worker;
 use super::{Activation, RING_FEATURES, VirtioDevice};
-use crate::bus::BoxError;
+use crate::bus::{BoxError, check};
 use crate::events::EventSink;
 
 pub use config::{BalloonHandle, ConfigSpace};
@@ -121,6 +121,10 @@ impl VirtioDevice for Balloon {
 
     fn save(&self) -> Value {
         json!(self.config.save())
+    }
+
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        check::<config::Space>(state)
     }
 
     fn restore(&mut self, state: Value) -> Result<(), BoxError> {

@@ -16,7 +16,7 @@ use super::handle::BlkHandle;
 use super::job::BlkJob;
 use super::queue::BlkQueue;
 use super::request::Request;
-use crate::bus::BoxError;
+use crate::bus::{BoxError, check};
 use crate::disk::Storage;
 use crate::events::EventSink;
 use crate::virtio::rate::{Levels, RateLimit};
@@ -242,6 +242,10 @@ impl VirtioDevice for Blk {
             config: self.config.save(),
             limit: self.disk.limiter.save(),
         })
+    }
+
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        check::<State>(state)
     }
 
     fn restore(&mut self, state: Value) -> Result<(), BoxError> {

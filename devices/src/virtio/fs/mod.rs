@@ -201,7 +201,7 @@ impl VirtioDevice for Fs {
     }
 
     /// Another server would not know what the guest has open.
-    fn restore(&mut self, _state: Value) -> Result<(), BoxError> {
+    fn check(&self, _state: &Value) -> Result<(), BoxError> {
         Err("a share cannot be restored: what its server has open is not saved".into())
     }
 

@@ -66,6 +66,12 @@ impl VirtioDevice for Probe {
     fn save(&self) -> Value {
         json!("probe")
     }
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        match state == "probe" {
+            true => Ok(()),
+            false => Err("no probe".into()),
+        }
+    }
     fn restore(&mut self, state: Value) -> Result<(), BoxError> {
         assert_eq!(state, "probe");
         Ok(())
@@ -415,10 +421,14 @@ fn restored_transport_is_the_saved_one_and_goes_on() {
         ("queues", json!([])),
         ("driver_features", json!(u64::MAX)),
         ("status", json!("SOME")),
+        ("device", json!("other")),
+        ("interrupt", json!("many")),
     ] {
         let mut wrong = state.clone();
         wrong[key] = value;
-        assert!(Guest::new(false).transport.restore(wrong).is_err(), "{key}");
+        let mut other = Guest::new(false);
+        assert!(other.transport.restore(wrong).is_err(), "{key}");
+        assert_eq!(other.transport.save(), Guest::new(false).transport.save());
     }
 }
 

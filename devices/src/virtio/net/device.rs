@@ -361,10 +361,15 @@ impl<B: Backend> VirtioDevice for Net<B> {
         self.save_state()
     }
 
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        self.saved_state(state).map(drop)
+    }
+
     fn restore(&mut self, state: Value) -> Result<(), BoxError> {
+        let state = self.saved_state(&state)?;
         // A reset has something to undo.
         self.is_active = true;
-        self.restore_state(state)
+        Ok(self.restore_state(state)?)
     }
 
     fn interrupt_changed(&mut self, queue: u16, line: &EventFd) {

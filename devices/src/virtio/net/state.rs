@@ -1,5 +1,7 @@
 //! What a network device needs to go on elsewhere.
 
+use std::io;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -13,7 +15,7 @@ use crate::bus::BoxError;
 use crate::virtio::rate::Levels;
 
 #[derive(Debug, Serialize, Deserialize)]
-struct State {
+pub(super) struct State {
     config: ConfigState,
     rules: Rules,
     /// Of each pair, the frame that was received and waits for buffers.
@@ -34,12 +36,20 @@ impl<B: Backend> Net<B> {
         })
     }
 
-    pub(super) fn restore_state(&mut self, state: Value) -> Result<(), BoxError> {
-        let state: State = serde_json::from_value(state)?;
+    /// What was saved, if this device can go on with it.
+    pub(super) fn saved_state(&self, state: &Value) -> Result<State, BoxError> {
+        let state = State::deserialize(state)?;
         let fits = |frame: &Vec<u8>| (HEADER_LEN..=LARGEST_FRAME).contains(&frame.len());
         if state.frames.len() != self.frames.len() || !state.frames.iter().flatten().all(fits) {
             return Err("its queue pairs are others".into());
         }
+        Ok(state)
+    }
+
+    /// # Errors
+    ///
+    /// Fails when the host has not the offloads or refuses the MAC address.
+    pub(super) fn restore_state(&mut self, state: State) -> io::Result<()> {
         self.set_offloads(state.rules.offloads)?;
         ctrl::use_pairs(&self.backends, state.rules.pairs.into());
         self.config.restore(&state.config, &*self.backends[0])?;

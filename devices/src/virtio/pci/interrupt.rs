@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::super::Interrupt;
 use super::super::transport::TransportInterrupt;
+use crate::bus::{BoxError, check};
 use crate::irq::IrqLine;
 
 /// No interrupt for this event (virtio 1.2, 4.1.5.1.2).
@@ -147,6 +148,10 @@ impl TransportInterrupt for PciInterrupt {
                 .filter_map(|(n, line)| line.is_raised().then_some(n))
                 .collect(),
         })
+    }
+
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        check::<State>(state)
     }
 
     fn restore(&self, state: Value) -> serde_json::Result<()> {

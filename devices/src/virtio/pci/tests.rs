@@ -382,6 +382,14 @@ fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
         guest.transport.read_config(offset, &mut b);
         assert_eq!(a, b, "{offset:#x}");
     }
+    for (structure, key) in [("registers", "msix"), ("interrupt", "pending")] {
+        let mut wrong = state.clone();
+        wrong[structure][key] = json!([{}]);
+        let mut other = Guest::new();
+        assert!(BusDevice::restore(&mut other.transport, wrong).is_err());
+        let saved = BusDevice::save(&other.transport);
+        assert_eq!(saved, BusDevice::save(&Guest::new().transport));
+    }
     assert_eq!(other.read(u64::from(ISR)), [1]);
     other.transport.resume();
     let active = other.active.lock().unwrap().take().unwrap();
