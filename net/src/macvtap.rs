@@ -192,7 +192,7 @@ impl Macvtap {
         self.link_guard.is_of_new()
     }
 
-    /// Whether who has passed its queues on has said what it is, see [`Passed`](crate::Passed).
+    /// Whether who has passed its queues on has said what it is, see [`Passed`].
     pub fn is_passed(&self) -> bool {
         self.is_passed
     }
