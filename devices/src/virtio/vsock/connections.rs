@@ -124,6 +124,8 @@ impl Connections {
         let was_blocked = connection.is_blocked();
         let done = match packet.op {
             header::RST => {
+                let is_refusal = connection.phase == Phase::Asked;
+                count(&self.counting.refused, is_refusal.into());
                 self.remove(key);
                 return;
             }

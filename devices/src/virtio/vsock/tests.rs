@@ -321,6 +321,7 @@ fn refused_connections_are_reset_and_closed() {
     program.write_all(b"GET / HTTP/1.1\r\n").unwrap();
     assert_eq!(bench.received(), []);
     assert_eq!(program.read(&mut [0; 9]).ok().filter(|n| *n > 0), None);
+    assert_eq!(bench.device.handle().counters().refused, 6);
 }
 
 #[test]
