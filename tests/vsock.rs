@@ -8,26 +8,29 @@
 mod harness;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::process::Command;
 use std::thread;
 
 use harness::elf::elf;
 use harness::guest::Transport::{self, Mmio, Pci};
 use harness::guest::{power_off, stream_bytes, succeed};
 use harness::memory::own_memory;
-use harness::vm::Vm;
+use harness::vm::{Vm, binary};
 use harness::{eventually, images, kvm_test};
 use rustix::process::{Resource, Signal, getrlimit, setrlimit};
 use tempfile::TempDir;
 use vmm::config::{Config, ConsoleTarget};
+use vmm::stats::{Stats, VsockCounters};
 use vmm::{Exit, Guest};
 
 /// The guest's services (`tests/guest/src/vsock/mod.rs`).
 const QUIT: u32 = 1;
+const RESET: u32 = 2;
 const ECHO: u32 = 7;
 const SINK: u32 = 9;
 const SILENT: u32 = 13;
@@ -45,11 +48,15 @@ impl Host {
         self.0.path().join("vm.vsock")
     }
 
-    /// Starts a guest with these options.
-    fn start(&self, transport: Transport, options: &str) -> Vm {
+    /// What starts a guest with these options.
+    fn command(&self, transport: Transport, options: &str) -> Command {
         let mut command = images::command(transport, &[], options);
         command.arg("--vsock").arg(self.path());
-        Vm::spawn(command)
+        command
+    }
+
+    fn start(&self, transport: Transport, options: &str) -> Vm {
+        Vm::spawn(self.command(transport, options))
     }
 
     /// Starts one that serves.
@@ -132,17 +139,17 @@ fn echo(stream: &UnixStream, bytes: usize) {
 }
 
 kvm_test!(streams_pass_in_both_directions_and_each_half_closes, || {
-    const BYTES: usize = 64 << 20;
-    for transport in [Mmio, Pci] {
+    for (transport, bytes) in [(Mmio, 64 << 20), (Pci, 1 << 30)] {
         let host = Host::new();
-        let vm = host.serve(transport, &format!("bytes={BYTES}"));
+        let vm = host.serve(transport, &format!("bytes={bytes}"));
+        // Each side checks every byte that it gets.
         let sink = host.connect(SINK);
-        fill(&sink, BYTES);
+        fill(&sink, bytes);
         let mut answer = String::new();
         (&sink).read_to_string(&mut answer).unwrap();
-        assert_eq!(answer, format!("OK {BYTES}\n"));
-        assert_eq!(drain(&host.connect(SOURCE)), BYTES);
-        echo(&host.connect(ECHO), BYTES / 4);
+        assert_eq!(answer, format!("OK {bytes}\n"));
+        assert_eq!(drain(&host.connect(SOURCE)), bytes);
+        echo(&host.connect(ECHO), bytes / 4);
         assert!(host.is_refused(8));
         let console = host.quit(vm);
         assert!(console.contains("OK vsock served=3 "), "{console}");
@@ -170,6 +177,77 @@ kvm_test!(guest_reaches_the_hosts_ports_and_no_others, || {
         let console = power_off(host.start(transport, "mode=vsock-connect port=5001 count=2"));
         assert!(console.contains("served=0 failed=2"), "{console}");
     }
+});
+
+kvm_test!(
+    reset_of_the_guest_ends_its_connections_and_new_ones_reach_it,
+    || {
+        for transport in [Mmio, Pci] {
+            let host = Host::new();
+            let mut command = host.command(transport, "mode=vsock");
+            command.args(["--reboot", "restart"]);
+            let mut vm = Vm::spawn(command);
+            vm.wait_for("READY vsock cid=3\n");
+            let idle = host.connect(ECHO);
+            let busy = host.connect(SILENT);
+            busy.set_nonblocking(true).unwrap();
+            while (&busy).write(&[0; 1 << 16]).is_ok() {}
+            busy.set_nonblocking(false).unwrap();
+            assert!(host.is_refused(RESET));
+            for mut stream in [idle, busy] {
+                // What the device had not read is lost with it, and the program hears of that.
+                let end = stream.read(&mut [0]).or_else(|error| match error.kind() {
+                    ErrorKind::ConnectionReset => Ok(0),
+                    _ => Err(error),
+                });
+                assert_eq!(end.unwrap(), 0);
+            }
+            let begins = || vm.console().matches("READY vsock").count() == 2;
+            assert!(eventually(begins), "{}", vm.transcript());
+            echo(&host.connect(ECHO), 100_000);
+            let console = host.quit(vm);
+            assert!(console.contains("OK vsock served=1 "), "{console}");
+        }
+    }
+);
+
+kvm_test!(stats_count_connections_and_bytes, || {
+    let host = Host::new();
+    let qmp = host.0.path().join("qmp");
+    let mut command = host.command(Pci, "mode=vsock");
+    command.arg("--qmp").arg(&qmp);
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("READY vsock cid=3\n");
+    let stats = |options: &[&str]| {
+        let mut command = Command::new(binary());
+        command.arg("stats").arg(&qmp).args(options);
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
+    };
+    let _open = host.connect(SILENT);
+    echo(&host.connect(ECHO), 1000);
+    assert!(host.is_refused(8));
+    let expected = VsockCounters {
+        open: 1,
+        from_host: 3,
+        from_guest: 0,
+        refused: 1,
+        rx_bytes: 1000,
+        tx_bytes: 1000,
+    };
+    let counts = || {
+        serde_json::from_str::<Stats>(&stats(&["--json"]))
+            .unwrap()
+            .vsock
+    };
+    assert!(eventually(|| counts() == Some(expected)), "{:?}", counts());
+    let table = stats(&[]);
+    let row = table
+        .lines()
+        .find(|line| line.starts_with("vsock "))
+        .unwrap();
+    let columns: Vec<_> = row.split_whitespace().skip(1).collect();
+    assert_eq!(columns, ["1", "3", "0", "1", "1.0K", "1.0K"], "{table}");
+    vm_ends(vm);
 });
 
 kvm_test!(thousand_connections_are_open_at_once, || {

@@ -1,7 +1,7 @@
 //! The modes that use the socket device.
 //!
-//! `vsock` serves: echo on port 7, sink on 9, source of `bytes` on 19, one that never reads on 13, and a
-//! connection to port 1 ends it. `vsock-connect` opens `count` connections to the host's `port`, sends
+//! `vsock` serves: echo on port 7, sink on 9, source of `bytes` on 19, one that never reads on 13; a
+//! connection to port 1 ends it, and one to port 2 resets the machine. `vsock-connect` opens `count` connections to the host's `port`, sends
 //! `bytes` of the stream on each and closes its half; the same bytes have to come back.
 
 mod rig;
@@ -18,11 +18,15 @@ use rig::{
 
 use crate::net::stream::Position;
 use crate::options::Options;
+use crate::power;
 use crate::report;
 use crate::serial::println;
 
 /// What the guest can take of a connection: as Linux has it by default.
 const ROOM: u32 = 256 << 10;
+/// Connections to these ports end the guest, and reset the machine.
+const QUIT: u32 = 1;
+const RESET: u32 = 2;
 /// The first port of the guest's own.
 const FIRST_PORT: u32 = 10_000;
 
@@ -93,7 +97,7 @@ pub fn serve(options: &Options) {
     };
     println!("READY vsock cid={}", stack.rig.cid);
     while !stack.quit {
-        stack.turn();
+        stack.turn_or_sleep();
     }
     stack.report("vsock");
 }
@@ -112,7 +116,7 @@ pub fn connect(options: &Options) {
         stack.turn();
     }
     while !stack.connections.is_empty() {
-        stack.turn();
+        stack.turn_or_sleep();
     }
     stack.report("vsock-connect");
 }
@@ -181,30 +185,45 @@ impl Stack {
         self.rig.send(packet, data);
     }
 
-    /// Looks once at all that there is to do.
-    fn turn(&mut self) {
+    /// Does what there is to do, or halts until there is something.
+    fn turn_or_sleep(&mut self) {
+        if !self.turn() {
+            self.rig.sleep();
+        }
+    }
+
+    /// Looks once at all that there is to do. Whether there was anything.
+    fn turn(&mut self) -> bool {
         let mut data = Vec::new();
-        if self.rig.is_reset() {
+        let mut is_busy = self.rig.is_reset();
+        if is_busy {
             println!("RESET vsock connections={}", self.connections.len());
             self.connections.clear();
             self.waiting.clear();
         }
         if let Some(packet) = self.rig.receive(&mut data) {
+            is_busy = true;
             let key = (packet.port, packet.host);
             self.handle(key, &packet, &data);
             self.pump(key);
         }
         if let Some(key) = self.waiting.pop_front() {
+            is_busy = true;
             if let Some(connection) = self.connections.get_mut(&key) {
                 connection.is_waiting = false;
             }
             self.pump(key);
         }
+        is_busy
     }
 
     fn handle(&mut self, key: (u32, u32), packet: &Packet, data: &[u8]) {
         if packet.op == REQUEST {
-            self.quit |= key.0 == 1;
+            match key.0 {
+                QUIT => self.quit = true,
+                RESET => power::reset(),
+                _ => {}
+            }
             return match Role::of(key.0) {
                 Some(role) => {
                     self.insert(key, role, packet);

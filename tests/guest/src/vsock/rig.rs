@@ -2,7 +2,9 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::sync::atomic::{Ordering, fence};
 
+use crate::cpu;
 use crate::memory::Shared;
 use crate::options::Options;
 use crate::virtio::Kind;
@@ -95,7 +97,23 @@ impl Rig {
         let address = rig.event_buffer.address();
         rig.event.offer_chain(&[Descriptor::new(address, 8, WRITE)]);
         device.notify(2);
+        device.enable_interrupts();
         Ok(rig)
+    }
+
+    /// Halts until a packet or an event comes, unless there is one.
+    pub fn sleep(&mut self) {
+        let line = self.device.line();
+        let seen = cpu::interrupts(line);
+        let rings = [&mut self.rx, &mut self.event];
+        let is_idle = rings.into_iter().all(|ring| {
+            ring.set_used_event(ring.taken());
+            fence(Ordering::SeqCst);
+            !ring.has_used()
+        });
+        if is_idle {
+            cpu::halt_unless_interrupted(line, seen);
+        }
     }
 
     /// The next packet, whose data go to `data`.
