@@ -50,10 +50,10 @@ BENCH = MINIVMM_BIN=$(TARGET)/release/minivmm MINIVMM_GUEST=$(TARGET)/guest/rele
 	$(TARGET)/release/examples/bench --json $(BENCH_OUT).json --svg $(BENCH_OUT).svg
 
 bench: bench-build ## minivmm beside QEMU and the bare macvtap: tables, JSON, a chart (15 minutes, as root)
-	@$(BENCH) native start density linux $(BENCH_ROUNDS) </dev/null
+	@$(BENCH) native share start density linux $(BENCH_ROUNDS) </dev/null
 
 bench-quick: bench-build ## What needs no Linux guest, and is worth most of it (3 minutes, as root)
-	@$(BENCH) --quick native start density </dev/null
+	@$(BENCH) --quick native share start density </dev/null
 
 bench-build:
 	@resources/install-tools qemu-system-x86_64

@@ -6,6 +6,7 @@
 //! | --- | --- | --- |
 //! | `native` | `native.rs`, `latency.rs`, `counts.rs` | the data path, by the freestanding guest: throughput, round trips, system calls |
 //! | `disk` | `disk.rs` | disks, by the same guest; a part of `native` too |
+//! | `share` | `share.rs` | shared directories, by the same guest |
 //! | `start` | `start.rs` | how soon a guest runs |
 //! | `density` | `density.rs` | many guests on one link |
 //! | `linux [boot\|net\|disk] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
@@ -43,6 +44,7 @@ mod linux;
 mod monitors;
 mod native;
 mod report;
+mod share;
 mod start;
 mod svg;
 mod traffic;
@@ -58,7 +60,7 @@ use native::Effort;
 use report::Table;
 
 const USAGE: &str = "usage: bench [--quick] [--json FILE] [--svg FILE] \
-     (native | disk | start | density | linux [boot|net|disk] ROUNDS)...";
+     (native | disk | share | start | density | linux [boot|net|disk] ROUNDS)...";
 
 /// For a result that shows more than noise, and for a first impression.
 const FULL: Effort = Effort {
@@ -87,6 +89,7 @@ struct Request {
 enum Part {
     Native,
     Disk,
+    Share,
     Start,
     Density,
     /// A part of it, if not all, and how often.
@@ -108,6 +111,7 @@ fn main() -> ExitCode {
                 run.here("disks", disk::run);
             }
             Part::Disk => run.here("disks", disk::run),
+            Part::Share => run.here("shares", share::run),
             Part::Start => run.here("start", start::run),
             Part::Density => run.here("density", density::run),
             Part::Linux(part, rounds) => {
@@ -199,6 +203,7 @@ fn parse(args: impl Iterator<Item = String>) -> Option<Request> {
             "--svg" => request.svg = Some(args.next()?),
             "native" => request.parts.push(Part::Native),
             "disk" => request.parts.push(Part::Disk),
+            "share" => request.parts.push(Part::Share),
             "start" => request.parts.push(Part::Start),
             "density" => request.parts.push(Part::Density),
             "linux" => {

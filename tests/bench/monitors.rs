@@ -60,11 +60,6 @@ pub fn all(quick: bool) -> Vec<Monitor> {
         all.push(minivmm("minivmm vhost", vm::binary(), "pci", true));
     }
     if has_qemu() {
-        let qemu = |name: &str, kind, vhost| Monitor {
-            name: name.to_owned(),
-            kind,
-            vhost,
-        };
         all.push(qemu("QEMU microvm", Kind::Microvm, false));
         if !quick {
             all.push(qemu("QEMU q35", Kind::Q35, false));
@@ -76,28 +71,36 @@ pub fn all(quick: bool) -> Vec<Monitor> {
     all
 }
 
+/// Those of ours whose threads move the frames of a NIC.
+pub fn ours() -> impl Iterator<Item = Monitor> {
+    let all = all(true).into_iter();
+    all.filter(|monitor| monitor.is_ours() && !monitor.vhost)
+}
+
 /// Those that have a disk.
 pub fn with_disks() -> Vec<(Monitor, Aio)> {
-    let mut all: Vec<_> = all(true)
-        .into_iter()
-        .filter(|monitor| monitor.is_ours() && !monitor.vhost)
-        .map(|monitor| (monitor, Aio::IoUring))
-        .collect();
+    let mut all: Vec<_> = ours().map(|monitor| (monitor, Aio::IoUring)).collect();
     if has_qemu() {
         let kinds = [
             ("QEMU io_uring", Aio::IoUring),
             ("QEMU threads", Aio::Threads),
         ];
-        all.extend(kinds.map(|(name, aio)| {
-            let microvm = Monitor {
-                name: name.to_owned(),
-                kind: Kind::Microvm,
-                vhost: false,
-            };
-            (microvm, aio)
-        }));
+        all.extend(kinds.map(|(name, aio)| (qemu(name, Kind::Microvm, false), aio)));
     }
     all
+}
+
+/// QEMU's microvm, where there is a QEMU.
+pub fn microvm() -> Option<Monitor> {
+    has_qemu().then(|| qemu("QEMU microvm", Kind::Microvm, false))
+}
+
+fn qemu(name: &str, kind: Kind, vhost: bool) -> Monitor {
+    Monitor {
+        name: name.to_owned(),
+        kind,
+        vhost,
+    }
 }
 
 fn has_qemu() -> bool {
@@ -123,7 +126,8 @@ impl Monitor {
         self.command_with(tap.map(|tap| self.nic(tap)).unwrap_or_default(), options)
     }
 
-    fn command_with(&self, device: Vec<OsString>, options: &str) -> Command {
+    /// The command that starts the guest with what these arguments of the monitor make.
+    pub fn command_with(&self, device: Vec<OsString>, options: &str) -> Command {
         // It halts at its end: until it is killed, what the monitor has used can be read.
         let words = options.split_whitespace().chain(["end=halt"]);
         let line: String = words.map(|option| format!("guest.{option} ")).collect();
@@ -133,8 +137,8 @@ impl Monitor {
                 command.args(["--transport", transport]);
                 command
             }
-            Kind::Microvm => qemu("microvm,accel=kvm,ioapic2=off,pit=off,pic=off,rtc=off"),
-            Kind::Q35 => qemu("q35,accel=kvm"),
+            Kind::Microvm => qemu_command("microvm,accel=kvm,ioapic2=off,pit=off,pic=off,rtc=off"),
+            Kind::Q35 => qemu_command("q35,accel=kvm"),
         };
         command.args(device);
         let [memory, text, kernel] = match self.kind {
@@ -231,7 +235,7 @@ impl Monitor {
     }
 }
 
-fn qemu(machine: &str) -> Command {
+fn qemu_command(machine: &str) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command.args([
         "-M",

@@ -4,7 +4,7 @@ use std::fs;
 use std::iter::Sum;
 use std::path::Path;
 
-use crate::harness::process::{Task, tasks};
+use crate::harness::process::{Task, all_children, tasks};
 
 /// What threads have used so far.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,6 +22,18 @@ impl Usage {
         let threads = tasks(pid).into_iter();
         let workers = threads.filter(|task| !is_vcpu(task));
         workers.chain(vhost_threads(pid)).map(Self::of).sum()
+    }
+
+    /// Of all threads but vCPUs of these processes and of those that they have started.
+    pub fn of_families(pids: &[u32]) -> Self {
+        let family = |&pid: &u32| {
+            let own = tasks(pid).into_iter().filter(|task| !is_vcpu(task));
+            let own: Self = own.map(Self::of).sum();
+            [own, Self::of_families(&all_children(pid))]
+                .into_iter()
+                .sum()
+        };
+        pids.iter().map(family).sum()
     }
 
     /// Of all threads of a process.

@@ -25,7 +25,7 @@
 //! | `net/` | the modes: info, echo, ping, tcp-source, tcp-sink, interrupts, link |
 //! | `flood/` | the modes that load the NIC and measure: send, receive, ping-pong, reflect |
 //! | `disk/` | the modes that use a disk |
-//! | `share.rs` | the modes that use a share |
+//! | `share.rs`, `share/` | the modes that use a share |
 //! | `vsock/` | the modes that use the socket device |
 //! | `hostile/` | the mode that does everything wrong |
 #![no_std]
@@ -100,6 +100,7 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::DiskGrow => disk::grow::run(options),
         Mode::Share => share::run(options),
         Mode::ShareReads => share::run_reads(options),
+        Mode::ShareLoad => share::run_load(options),
         Mode::Vsock => vsock::serve(options),
         Mode::VsockConnect => vsock::connect(options),
         Mode::Hello => {}

@@ -8,7 +8,7 @@
 //! | `mac` | an address to send from that is not the NIC's | the NIC's |
 //! | `port` | the port of the other side | 9 or 19 |
 //! | `count` | how many pings, rounds, interrupts, batches, processors or connections | 10 |
-//! | `bytes` | how much a source sends | 1 MiB |
+//! | `bytes` | how much a source sends, or a loaded file has | 1 MiB |
 //! | `nic` | `drivers` (the virtio-drivers crate) or `own` (by hand, with offloads) | `drivers` |
 //! | `index` | which NIC, disk or share of several | 0 |
 //! | `end` | `off` or `halt`: how to end | `off` |
@@ -19,7 +19,7 @@
 //! | `pairs` | on how many queue pairs | 1 |
 //! | `gap` | microseconds between two round trips of a ping-pong | 0 |
 //! | `interrupts` | `on`: the first receive queue may interrupt a flood | `off` |
-//! | `op` | `read` or `write`: what a load of a disk does | `read` |
+//! | `op` | what a load of a disk or share does, see [`Operation`] | `read` |
 //! | `block` | the bytes of each of its requests | 4096 |
 //! | `depth` | how many are on their way at a time | 1 |
 //! | `order` | `random` or `sequential`: which blocks | `random` |
@@ -75,6 +75,8 @@ pub enum Mode {
     Share,
     /// Read a file of a share until that fails.
     ShareReads,
+    /// Use the file `load` of a share as fast as possible.
+    ShareLoad,
     /// Serve by the socket device, see `vsock`.
     Vsock,
     /// Connect to the host by it.
@@ -106,13 +108,17 @@ pub enum Driver {
     Own,
 }
 
-/// What a load of a disk does.
+/// What a load of a disk or a share does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// It reads.
     Read,
     /// It writes.
     Write,
+    /// It looks a name up; of a share alone.
+    Lookup,
+    /// It asks for a file's attributes; of a share alone.
+    Attributes,
 }
 
 /// Which blocks it takes.
@@ -163,7 +169,7 @@ pub struct Options {
     pub gap: u64,
     /// Whether a flood may interrupt.
     pub interrupts: bool,
-    /// What a load of a disk does.
+    /// What a load of a disk or a share does.
     pub operation: Operation,
     /// The bytes of each of its requests.
     pub block: usize,
@@ -288,6 +294,8 @@ fn operation(text: &str) -> Option<Operation> {
     match text {
         "read" => Some(Operation::Read),
         "write" => Some(Operation::Write),
+        "lookup" => Some(Operation::Lookup),
+        "getattr" => Some(Operation::Attributes),
         _ => None,
     }
 }
@@ -333,6 +341,7 @@ fn mode(text: &str) -> Option<Mode> {
         "disk-grow" => Mode::DiskGrow,
         "share" => Mode::Share,
         "share-reads" => Mode::ShareReads,
+        "share-load" => Mode::ShareLoad,
         "vsock" => Mode::Vsock,
         "vsock-connect" => Mode::VsockConnect,
         "cpuid" => Mode::Cpuid,

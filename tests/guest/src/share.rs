@@ -1,5 +1,8 @@
 //! The modes that use a share: `share` reads the file `hello` and makes the file `made`; `share-reads`
-//! reads `hello` until that fails, as when its server dies, and then tries the rest again.
+//! reads `hello` until that fails, as when its server dies, and then tries the rest again; `share-load`
+//! uses the file `load` as fast as it can, and measures.
+
+mod load;
 
 use alloc::format;
 use alloc::string::String;
@@ -19,6 +22,9 @@ const WRITTEN: &[u8] = b"written by the guest";
 const READ: u32 = 1024;
 /// After how many reads it says so.
 const REPORTED: u32 = 50;
+/// O_RDONLY and O_RDWR of Linux.
+const READ_ONLY: u32 = 0;
+const READ_WRITE: u32 = 2;
 
 /// Uses the share `index`.
 pub fn run(options: &Options) {
@@ -28,6 +34,11 @@ pub fn run(options: &Options) {
 /// Reads for as long as that goes well.
 pub fn run_reads(options: &Options) {
     with_share("share-reads", options, read_on);
+}
+
+/// Loads the server.
+pub fn run_load(options: &Options) {
+    with_share("share-load", options, |device| load::run(device, options));
 }
 
 fn with_share(
@@ -84,7 +95,7 @@ fn read_on(device: VirtioDevice) -> Result<String, String> {
     let mut fs = Fs::start(device)?;
     fs.init()?;
     let node = lookup(&mut fs, "hello")?;
-    let handle = open(&mut fs, node)?;
+    let handle = open(&mut fs, node, READ_ONLY)?;
     let body = extent(handle, READ);
     let mut reads = 0;
     let during = loop {
@@ -118,8 +129,9 @@ fn lookup(fs: &mut Fs, name: &str) -> Result<u64, String> {
     Ok(double(&expect("lookup", reply)?, 0))
 }
 
-fn open(fs: &mut Fs, node: u64) -> Result<u64, String> {
-    let reply = fs.call(opcode::OPEN, node, &[0; 8], 16)?;
+fn open(fs: &mut Fs, node: u64, flags: u32) -> Result<u64, String> {
+    let body = [flags, 0].map(u32::to_le_bytes).concat();
+    let reply = fs.call(opcode::OPEN, node, &body, 16)?;
     Ok(double(&expect("open", reply)?, 0))
 }
 
@@ -133,7 +145,7 @@ fn extent(handle: u64, length: u32) -> Vec<u8> {
 }
 
 fn read(fs: &mut Fs, node: u64) -> Result<Vec<u8>, String> {
-    let handle = open(fs, node)?;
+    let handle = open(fs, node, READ_ONLY)?;
     let reply = fs.call(opcode::READ, node, &extent(handle, READ), READ)?;
     let bytes = expect("read", reply)?;
     release(fs, node, handle)?;

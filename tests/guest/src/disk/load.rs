@@ -29,19 +29,20 @@ fn load(disk: VirtioDevice, options: &Options) -> Result<String, String> {
     let kind = match options.operation {
         Operation::Read => request::IN,
         Operation::Write => request::OUT,
+        Operation::Lookup | Operation::Attributes => return Err("a disk has no files".into()),
     };
     for place in 0..options.depth {
         (0..options.block)
             .step_by(SECTOR)
             .for_each(|at| queue.put(place, at, &super::pattern(3, place.into())));
     }
-    let blocks = capacity(disk) / (options.block / SECTOR) as u64;
-    let mut blocks = Blocks::new(options.order, blocks, (options.block / SECTOR) as u64);
+    let sectors = (options.block / SECTOR) as u64;
+    let mut blocks = Blocks::new(options.order, capacity(disk) / sectors);
     println!("READY disk-load");
     let start = cpu::ticks();
     let end = start + cpu::ticks_in(options.nanoseconds());
     for place in 0..options.depth {
-        queue.offer(place, kind, blocks.next(), options.block);
+        queue.offer(place, kind, blocks.next() * sectors, options.block);
     }
     queue.kick();
     let (mut requests, mut waiting) = (0_u64, options.depth);
@@ -61,7 +62,7 @@ fn load(disk: VirtioDevice, options: &Options) -> Result<String, String> {
             if is_over {
                 waiting -= 1;
             } else {
-                queue.offer(place, kind, blocks.next(), options.block);
+                queue.offer(place, kind, blocks.next() * sectors, options.block);
             }
         }
         queue.kick();
@@ -75,39 +76,34 @@ fn load(disk: VirtioDevice, options: &Options) -> Result<String, String> {
 }
 
 /// Which block comes next.
-struct Blocks {
+pub struct Blocks {
     order: Order,
     count: u64,
-    sectors: u64,
     state: u64,
 }
 
 impl Blocks {
-    fn new(order: Order, count: u64, sectors: u64) -> Self {
+    /// Of so many.
+    pub fn new(order: Order, count: u64) -> Self {
         Self {
             order,
             count,
-            sectors,
             // Any number but 0.
             state: 0x2545_f491_4f6c_dd1d,
         }
     }
 
-    /// Its first sector.
-    fn next(&mut self) -> u64 {
-        let block = match self.order {
-            Order::Sequential => {
-                self.state += 1;
-                self.state % self.count
-            }
+    /// Its number.
+    pub fn next(&mut self) -> u64 {
+        match self.order {
+            Order::Sequential => self.state += 1,
             // Marsaglia's xorshift, in 64 bits.
             Order::Random => {
                 self.state ^= self.state << 13;
                 self.state ^= self.state >> 7;
                 self.state ^= self.state << 17;
-                self.state % self.count
             }
-        };
-        block * self.sectors
+        }
+        self.state % self.count
     }
 }

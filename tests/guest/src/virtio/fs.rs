@@ -18,6 +18,7 @@ pub const REQUESTS: usize = 1;
 pub mod opcode {
     pub const LOOKUP: u32 = 1;
     pub const FORGET: u32 = 2;
+    pub const GETATTR: u32 = 3;
     pub const OPEN: u32 = 14;
     pub const READ: u32 = 15;
     pub const WRITE: u32 = 16;
@@ -30,14 +31,21 @@ pub mod opcode {
 pub const ROOT: u64 = 1;
 /// The version of FUSE: 7.31, which every server knows.
 const VERSION: [u32; 2] = [7, 31];
+/// FUSE_MAX_PAGES: a request may have more than 128 KiB.
+const MAX_PAGES: u32 = 1 << 22;
 
 const VERSION_1: u64 = 1 << 32;
+/// VIRTIO_F_EVENT_IDX.
+pub const EVENT_IDX: u64 = 1 << 29;
+/// So far ahead an event index asks for no interrupt.
+pub const NEVER: u16 = 0x8000;
 const TAG_LEN: u64 = 36;
 const QUEUES: u16 = 2;
 /// Descriptors of a queue that are used here.
 const SIZE: u16 = 8;
-const IN_HEADER: usize = 40;
-const OUT_HEADER: usize = 16;
+/// Bytes of the headers of a request and of a reply.
+pub const IN_HEADER: usize = 40;
+pub const OUT_HEADER: usize = 16;
 /// Where the reply of a request begins in its memory.
 const REPLY: usize = PAGE;
 
@@ -48,10 +56,22 @@ pub type Reply = (i32, Vec<u8>);
 #[derive(Debug)]
 pub struct Fs {
     pub device: VirtioDevice,
-    rings: Vec<Ring>,
+    /// Its queues.
+    pub rings: Vec<Ring>,
+    has_event_idx: bool,
     /// For each queue a request and its reply.
     memory: Vec<Shared>,
     unique: u64,
+}
+
+/// The header of a request of so many bytes, of user, group and process 0.
+pub fn header(length: usize, opcode: u32, unique: u64, node: u64) -> [u8; IN_HEADER] {
+    let mut header = [0; IN_HEADER];
+    header[..4].copy_from_slice(&(length as u32).to_le_bytes());
+    header[4..8].copy_from_slice(&opcode.to_le_bytes());
+    header[8..16].copy_from_slice(&unique.to_le_bytes());
+    header[16..24].copy_from_slice(&node.to_le_bytes());
+    header
 }
 
 /// The tag that it is mounted by.
@@ -69,9 +89,25 @@ pub fn request_queues(device: VirtioDevice) -> u32 {
 impl Fs {
     /// Brings a device up.
     pub fn start(device: VirtioDevice) -> Result<Self, &'static str> {
-        negotiate(device, VERSION_1)?;
+        Self::start_with(device, 0, SIZE)
+    }
+
+    /// The same with those of these features that it offers besides, and room for so many descriptors in a
+    /// queue.
+    pub fn start_with(
+        device: VirtioDevice,
+        features: u64,
+        descriptors: u16,
+    ) -> Result<Self, &'static str> {
+        let features = negotiate(device, VERSION_1 | features)?;
+        let size = descriptors.next_power_of_two().max(SIZE);
         let rings = (0..QUEUES).map(|number| {
-            let ring = Ring::new(number, queue_size(device, number, SIZE)?);
+            let mut ring = Ring::new(number, queue_size(device, number, size)?);
+            if ring.size < descriptors {
+                return Err("the queue is too small");
+            }
+            // It polls. Without event indexes the device does not look.
+            ring.set_used_event(NEVER);
             ring.enable(device);
             Ok(ring)
         });
@@ -80,22 +116,22 @@ impl Fs {
         Ok(Self {
             device,
             rings,
+            has_event_idx: features & EVENT_IDX != 0,
             memory: (0..QUEUES).map(|_| Shared::new(2 * PAGE)).collect(),
             unique: 0,
         })
+    }
+
+    /// Whether the device wants to be notified of the last `offered` requests.
+    pub fn wants_notification(&self, queue: usize, offered: u16) -> bool {
+        !self.has_event_idx || self.rings[queue].wants_notification(offered)
     }
 
     /// Makes a request by a queue which has none on its way, with room for so many bytes after the
     /// reply's header; nothing at all for one that has no reply.
     pub fn offer(&mut self, queue: usize, opcode: u32, node: u64, body: &[u8], room: Option<u32>) {
         self.unique += 1;
-        let mut header = Vec::new();
-        header.extend_from_slice(&((IN_HEADER + body.len()) as u32).to_le_bytes());
-        header.extend_from_slice(&opcode.to_le_bytes());
-        header.extend_from_slice(&self.unique.to_le_bytes());
-        header.extend_from_slice(&node.to_le_bytes());
-        // User, group and process 0.
-        header.resize(IN_HEADER, 0);
+        let header = header(IN_HEADER + body.len(), opcode, self.unique, node);
         let memory = &mut self.memory[queue];
         memory.put(0, &header);
         memory.put(IN_HEADER, body);
@@ -156,9 +192,9 @@ impl Fs {
 
     /// The first request of all. Returns the server's version.
     pub fn init(&mut self) -> Result<(i32, u32), &'static str> {
-        // No read-ahead, no flags.
+        // No read-ahead.
         let [major, minor] = VERSION;
-        let body = [major, minor, 0, 0].map(u32::to_le_bytes).concat();
+        let body = [major, minor, 0, MAX_PAGES].map(u32::to_le_bytes).concat();
         let (error, reply) = self.call(opcode::INIT, 0, &body, 64)?;
         Ok((error, word(&reply, 4)))
     }
