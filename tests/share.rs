@@ -3,6 +3,7 @@
 //! - `client`: the front end of vhost-user, and its queues
 //! - `fuse`: the requests
 //! - `escapes`: the ways out of the directory
+//! - `many`: more files than the server may have descriptors
 //! - `ends`: what the server's and its monitor's ends leave
 //! - this file: what a guest sees and can do
 
@@ -19,6 +20,8 @@ mod escapes;
 #[path = "share/fuse.rs"]
 mod fuse;
 mod harness;
+#[path = "share/many.rs"]
+mod many;
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -63,10 +66,23 @@ fn script(directory: &TempDir, line: &str) -> PathBuf {
 
 /// A program that runs minivmm as [`USER`], who has the directory.
 fn as_user(directory: &TempDir) -> PathBuf {
-    chown(directory.path(), Some(USER), Some(USER)).unwrap();
-    let user = format!("--reuid={USER} --regid={USER} --clear-groups");
     let minivmm = vm::binary().display().to_string();
+    let user = be_user(directory);
     script(directory, &format!("exec setpriv {user} {minivmm} \"$@\""))
+}
+
+/// Gives the directory to [`USER`]: the options of setpriv that make a process theirs.
+fn be_user(directory: &TempDir) -> String {
+    chown(directory.path(), Some(USER), Some(USER)).unwrap();
+    format!("--reuid={USER} --regid={USER} --clear-groups")
+}
+
+/// A program that runs minivmm with so many descriptors, which root cannot raise either.
+fn limited(directory: &TempDir, descriptors: u32, options: &str) -> PathBuf {
+    let minivmm = vm::binary().display().to_string();
+    let options = format!("--bounding-set=-sys_resource --inh-caps=-sys_resource {options}");
+    let line = format!("ulimit -n {descriptors}; exec setpriv {options} {minivmm} \"$@\"");
+    script(directory, &line)
 }
 
 fn owner(path: &Path) -> (u32, u32) {
@@ -210,8 +226,7 @@ root_test!(
     || {
         let directory = directory();
         fs::write(directory.path().join("file"), "text").unwrap();
-        let minivmm = vm::binary().display().to_string();
-        let program = script(&directory, &format!("ulimit -n 200; exec {minivmm} \"$@\""));
+        let program = limited(&directory, 200, "");
         let mut guest = Guest::by(directory.path(), false, &program).mount();
         let file = guest.lookup(ROOT, "file").unwrap();
         let mut handles = Vec::new();

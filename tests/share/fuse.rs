@@ -25,6 +25,7 @@ pub const INIT: u32 = 26;
 pub const OPENDIR: u32 = 27;
 pub const READDIR: u32 = 28;
 pub const CREATE: u32 = 35;
+const RENAME2: u32 = 45;
 
 /// An answer's header.
 const HEADER: usize = 16;
@@ -243,6 +244,13 @@ impl Guest {
         let names = format!("{}\0{}\0", from.1, to.1);
         let body = [longs(&[to.0]), names.into()].concat();
         self.call(RENAME, from.0, &body).map(drop)
+    }
+
+    pub fn exchange(&mut self, one: (u64, &str), two: (u64, &str)) -> Answer<()> {
+        let names = format!("{}\0{}\0", one.1, two.1);
+        let flags = words(&[libc::RENAME_EXCHANGE, 0]);
+        let body = [longs(&[two.0]), flags, names.into()].concat();
+        self.call(RENAME2, one.0, &body).map(drop)
     }
 
     pub fn unlink(&mut self, parent: u64, name: &str) -> Answer<()> {

@@ -12,11 +12,15 @@
 //! | `backend.rs` | vhost-user: the guest's memory and queues |
 //! | `ring.rs` | a queue, and the thread that serves it (`hiprio`, `requests`) |
 //! | `requests.rs` | a FUSE request |
+//! | `files.rs` | the file system: virtiofsd's, with a bound to its descriptors |
+//! | `nodes.rs` | the files that the guest remembers |
 //! | `inflight.rs` | the record of those that are being served |
 
 mod backend;
 mod cover;
+mod files;
 mod inflight;
+mod nodes;
 mod requests;
 mod ring;
 mod sandbox;
@@ -32,7 +36,6 @@ use std::time::Duration;
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostUserError};
-use virtiofsd::filesystem::FileSystem;
 use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{self, PassthroughFs};
@@ -40,6 +43,7 @@ use virtiofsd::server::Server;
 use virtiofsd::soft_idmap::cmdline::IdMap;
 
 use backend::Backend;
+use files::{Files, Numbered};
 use inflight::Inflight;
 use ring::Ring;
 use sandbox::Owners;
@@ -123,25 +127,32 @@ pub unsafe fn serve(share: Share) -> Result<(), Error> {
         Owners::All => (None, None),
         Owners::One { uid, gid } => (Some(squash(uid)), Some(squash(gid))),
     };
+    let budget = limit.saturating_sub(RESERVED_DESCRIPTORS);
     let config = passthrough::Config {
         entry_timeout: FRESH,
         attr_timeout: FRESH,
         proc_sfd_rawfd: Some(inside.descriptors),
-        guest_fd_limit: limit.saturating_sub(RESERVED_DESCRIPTORS),
+        guest_fd_limit: budget,
         uid_map,
         gid_map,
         ..Default::default()
     };
     let failed = |error| Error::Make("the file system", error);
     match share.read_only {
-        true => serve_files(PassthroughFsRo::new(config).map_err(failed)?, share),
-        false => serve_files(PassthroughFs::new(config).map_err(failed)?, share),
+        true => {
+            let files = PassthroughFsRo::new(config).map_err(failed)?;
+            serve_files(Files::new(files, budget), share)
+        }
+        false => {
+            let files = PassthroughFs::new(config).map_err(failed)?;
+            serve_files(Files::new(files, budget), share)
+        }
     }
 }
 
-fn serve_files<F>(files: F, share: Share) -> Result<(), Error>
+fn serve_files<F>(files: Files<F>, share: Share) -> Result<(), Error>
 where
-    F: FileSystem + Send + Sync + 'static,
+    F: Numbered + Send + Sync + 'static,
 {
     let failed = |error| Error::Make("its queues", error);
     let server = Arc::new(Server::new(files));
