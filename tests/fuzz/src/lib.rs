@@ -2,9 +2,12 @@
 //! fuzzer's too, and a NIC between the two.
 
 pub mod image;
+pub mod vhost_user;
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
@@ -18,27 +21,70 @@ use devices::virtio::net::filter::Filter;
 use devices::virtio::net::observe::Observer;
 use devices::virtio::net::{Net, NetConfig, NetOptions};
 use devices::virtio::{ActiveQueue, Interrupt, QueueConfig};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Two regions that touch, and nothing after them.
 const REGION: usize = 0x8000;
 
+/// Where the regions are.
+const PLACES: [u64; 2] = [0, REGION as u64];
+
+/// `bytes` over and over, `len` in all.
+fn repeated(bytes: &[u8], len: usize) -> Vec<u8> {
+    let mut filled = match bytes.len() {
+        0 => vec![0; len],
+        count => bytes.repeat(len.div_ceil(count)),
+    };
+    filled.truncate(len);
+    filled
+}
+
 /// Guest memory that begins with `bytes`, over and over.
 pub fn memory(bytes: &[u8]) -> Arc<GuestMemoryMmap> {
-    let ranges = [
-        (GuestAddress(0), REGION),
-        (GuestAddress(REGION as u64), REGION),
-    ];
+    let ranges = PLACES.map(|at| (GuestAddress(at), REGION));
     let memory = GuestMemoryMmap::from_ranges(&ranges).expect("64 KiB can be mapped");
     // At once: a call for each few bytes would take most of a run's time.
     if !bytes.is_empty() {
-        let filled = bytes.repeat((2 * REGION).div_ceil(bytes.len()));
         memory
-            .write_slice(&filled[..2 * REGION], GuestAddress(0))
+            .write_slice(&repeated(bytes, 2 * REGION), GuestAddress(0))
             .expect("it is inside");
     }
     Arc::new(memory)
+}
+
+/// The same that other processes can map.
+pub fn memory_of_files(bytes: &[u8]) -> Arc<GuestMemoryMmap> {
+    let file = Arc::new(memfd(2 * REGION));
+    fill(&file, bytes, 2 * REGION);
+    let ranges = PLACES.map(|at| {
+        let place = FileOffset::from_arc(Arc::clone(&file), at);
+        (GuestAddress(at), REGION, Some(place))
+    });
+    let memory = GuestMemoryMmap::from_ranges_with_files(&ranges);
+    Arc::new(memory.expect("64 KiB can be mapped"))
+}
+
+/// A file in memory.
+pub fn memfd(len: usize) -> File {
+    // SAFETY: the name is a string that ends with a zero.
+    let fd = unsafe { libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "a file can be had");
+    // SAFETY: the kernel has just made this descriptor, and nothing else has it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len as u64).expect("it can have a length");
+    file
+}
+
+/// Fills the first `len` bytes of a file with `bytes`, over and over.
+pub fn fill(file: &File, bytes: &[u8], len: usize) {
+    let filled = repeated(bytes, len);
+    file.write_all_at(&filled, 0).expect("it can be written");
+}
+
+/// A file that is none.
+pub fn null() -> File {
+    File::open("/dev/null").expect("it can be opened")
 }
 
 /// A queue of the fuzzer's making.
@@ -73,7 +119,7 @@ impl Queue {
     pub fn active(&self, memory: &Arc<GuestMemoryMmap>) -> Option<ActiveQueue> {
         Some(ActiveQueue {
             queue: self.get(memory)?,
-            config: QueueConfig::default(),
+            config: self.config(),
             kick: Arc::new(EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd can be had")),
         })
     }

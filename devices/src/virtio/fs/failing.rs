@@ -136,7 +136,7 @@ struct HungUp;
 
 /// What the device's thread does.
 #[derive(Debug)]
-pub(super) struct FsJob {
+pub struct FsJob {
     server: Arc<Mutex<Server>>,
     /// Readable when the server has hung up.
     socket: RawFd,
@@ -169,7 +169,7 @@ impl FsJob {
     /// # Errors
     ///
     /// Fails with EMFILE.
-    pub fn new(
+    pub(super) fn new(
         server: Arc<Mutex<Server>>,
         memory: Arc<GuestMemoryMmap>,
         queues: Vec<(u16, ActiveQueue)>,
@@ -190,7 +190,7 @@ impl FsJob {
 
     /// Where the queues stand of a server that is gone. What it had taken is found out when they are
     /// taken over.
-    pub fn positions(&self) -> Vec<(u16, u16)> {
+    pub(super) fn positions(&self) -> Vec<(u16, u16)> {
         let position = |(index, active): &(u16, ActiveQueue)| (*index, active.queue.next_avail());
         self.queues.iter().map(position).collect()
     }

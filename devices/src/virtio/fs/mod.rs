@@ -20,7 +20,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::failing::{FsJob, Server};
+pub use self::failing::FsJob;
+use self::failing::Server;
 use super::vhost_user::{FrontEnd, Inflight, VhostUserError};
 use super::worker::Worker;
 use super::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice, read_at};
@@ -128,6 +129,31 @@ impl Fs {
         })
     }
 
+    /// Gives the server the queues, and returns the thread's job without the thread.
+    ///
+    /// # Errors
+    ///
+    /// The driver has not set up all queues, or the server does not take them.
+    pub fn job(&mut self, activation: Activation) -> Result<FsJob, BoxError> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            interrupt,
+            ..
+        } = activation;
+        let numbered = (0..).zip(queues);
+        let queues = numbered.filter_map(|(index, queue)| Some((index, queue?)));
+        let queues: Vec<(u16, ActiveQueue)> = queues.collect();
+        if queues.len() < usize::from(QUEUES) {
+            return Err("the driver has not set up all queues".into());
+        }
+        lock(&self.server).start(&memory, features, &queues, interrupt.as_ref())?;
+        self.memory = Some(Arc::clone(&memory));
+        let job = FsJob::new(Arc::clone(&self.server), memory, queues, interrupt);
+        Ok(job.inspect_err(|_| drop(self.stop()))?)
+    }
+
     /// Stops the queues, whoever has them, and returns where they stand.
     fn stop(&mut self) -> Vec<Option<u16>> {
         self.worker.stop();
@@ -171,24 +197,9 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), BoxError> {
-        let Activation {
-            memory,
-            features,
-            queues,
-            interrupt,
-            ..
-        } = activation;
-        let numbered = (0..).zip(queues);
-        let queues = numbered.filter_map(|(index, queue)| Some((index, queue?)));
-        let queues: Vec<(u16, ActiveQueue)> = queues.collect();
-        if queues.len() < usize::from(QUEUES) {
-            return Err("the driver has not set up all queues".into());
-        }
-        lock(&self.server).start(&memory, features, &queues, interrupt.as_ref())?;
-        self.memory = Some(Arc::clone(&memory));
-        let server = Arc::clone(&self.server);
-        let job = FsJob::new(server, memory, queues, Arc::clone(&interrupt));
-        let started = job.and_then(|job| self.worker.start(job, interrupt));
+        let interrupt = Arc::clone(&activation.interrupt);
+        let job = self.job(activation)?;
+        let started = self.worker.start(job, interrupt);
         Ok(started.inspect_err(|_| drop(self.stop()))?)
     }
 
