@@ -21,8 +21,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// How much the streams carry.
 const BULK: usize = 4 << 20;
-/// The number of the host and of its guest, which has the same addresses.
+/// The number of the host, by whose addresses the guest is reached.
 const HOST: u8 = 2;
+/// The guest's addresses. It has no router, and passt answers for every address.
+const GUEST: &str = "guest.ip=10.0.2.15/0 guest.ip6=fd00:10:0:2::15/64";
 
 /// A host with addresses and default routes by its `lower`, whose other end is far.
 fn routed() -> Net {
@@ -48,12 +50,11 @@ fn services() -> String {
 
 /// The command that starts the guest with this value of `--user-net`.
 fn command(net: &Net, user_net: &str, options: &str) -> Command {
-    let [ip, ip6] = addresses(HOST);
     let options: Vec<_> = options
         .split_whitespace()
         .map(|option| format!("guest.{option}"))
         .collect();
-    let line = format!("{} guest.ip={ip}/24 guest.ip6={ip6}/64", options.join(" "));
+    let line = format!("{} {GUEST}", options.join(" "));
     let mut command = net.command();
     command.args(["--user-net", user_net, "--cmdline", &line]);
     command
@@ -157,7 +158,10 @@ guest_test!(
         let net = routed();
         let directory = tempfile::tempdir().expect("a directory");
         let events = directory.path().join("events");
-        let mut command = command(&net, &services(), &format!("mode=link peer={}", PEER[0]));
+        // Of the macvtap an address of its own.
+        let [ip, _] = addresses(HOST);
+        let options = format!("mode=link peer={} ip={ip}/24", PEER[0]);
+        let mut command = command(&net, &services(), &options);
         command
             .args(["--macvtap", "lower", "--events"])
             .arg(&events);
@@ -263,7 +267,7 @@ guest_test!(
         command.args(["--cmdline", "guest.mode=echo guest.ip=10.0.2.15/24"]);
         let mut vm = Vm::spawn(command);
         vm.wait_for("READY echo\n");
-        vm.wait_for_log("the host has no default route: the guest gets the address 10.0.2.15/24");
+        vm.wait_for_log("the host has no default route");
         // From the host itself.
         let local = Net {
             far: net.host,
@@ -346,8 +350,24 @@ guest_test!(port_that_is_taken_is_named, || {
     }
     // Those of one guest's networks are each other's too.
     let mut command = command(&net, "hostfwd=tcp::80-:80", "mode=info");
-    command.args(["--user-net", "hostfwd=tcp::80-:8080"]);
+    command.args(["--user-net", "net=10.0.3.0/24,hostfwd=tcp::80-:8080"]);
     assert!(refused(command).contains("cannot forward tcp port 80 to the guest"));
+});
+
+guest_test!(two_user_networks_of_one_guest_have_addresses_each, || {
+    let net = routed();
+    let mut one = command(&net, "", "mode=info");
+    one.args(["--user-net", "hostfwd=tcp::80-:80"]);
+    let log = refused(one);
+    assert!(
+        log.contains("two user networks of the guest have the addresses of 10.0.2.0/24"),
+        "{log}"
+    );
+    assert!(log.contains("net=10.0.3.0/24"), "{log}");
+    let mut two = command(&net, "", "mode=info");
+    two.args(["--user-net", "net=10.0.3.0/24"]);
+    let console = succeed(Vm::spawn(two));
+    assert!(console.contains("NIC 1 "), "{console}");
 });
 
 guest_test!(passt_that_is_missing_too_old_or_fails_is_named, || {

@@ -59,6 +59,7 @@ Keys of --macvtap:
 Keys of --user-net, besides rx-rate=, tx-rate=, burst= and pcap=, which are as above:
   hostfwd=tcp|udp:[ADDRESS]:PORT-:GUESTPORT
                      the host's PORT reaches the guest, as in hostfwd=tcp::2222-:22; may be repeated
+  net=A.B.C.0/24     where the addresses are: 10.0.2.0/24 by default, with the guest at 10.0.2.15
   mac=ADDRESS        the guest's MAC address; a random one by default
 
 Keys of --disk:
@@ -241,8 +242,8 @@ pub struct GuestArgs {
     #[arg(long, value_name = "DIR:TAG[:ro]", help_heading = "Guest")]
     pub share: Vec<ShareConfig>,
 
-    /// NIC on a network of the guest's own, by passt, without root and without a macvtap: the guest gets the host's own
-    /// address, and the host's ports of hostfwd= reach it. May be repeated. The keys are below
+    /// NIC on a network of the guest's own, by passt, without root and without a macvtap: the guest gets
+    /// 10.0.2.15, and the host's ports of hostfwd= reach it. May be repeated. The keys are below
     #[arg(
         long,
         value_name = "KEY=VALUE[,...]",

@@ -36,7 +36,7 @@ pub use qmp::QmpSocket;
 pub use reboot::Reboot;
 use share::SHARE_KEYS;
 pub use share::{ShareConfig, ShareSource, Tag};
-pub use user_net::{Forward, Protocol, UserNet, parse_user_net};
+pub use user_net::{Forward, Network, Protocol, UserNet, parse_user_net};
 use user_net::{USER_NET_KEYS, nic_keys};
 pub use vsock::VsockConfig;
 pub use wait::{Condition, Patience};

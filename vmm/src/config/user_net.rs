@@ -1,7 +1,8 @@
 //! User networks on the command line.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
 
 use net::MacAddr;
 
@@ -15,8 +16,86 @@ use super::nic::{NIC_KEYS, NicConfig, NicOptions, NicSource};
 pub struct UserNet {
     /// The guest's MAC address, if not a random one.
     pub mac: Option<MacAddr>,
+    /// Where its addresses are.
+    pub network: Network,
     /// The host's ports that reach the guest.
     pub forwards: Vec<Forward>,
+}
+
+/// The addresses of a user network: a /24 of IPv4, laid out as QEMU lays out its own, and a /64 of IPv6 (RFC 4193)
+/// whose groups show the same digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network([u8; 3]);
+
+/// QEMU's, 10.0.2.0/24.
+impl Default for Network {
+    fn default() -> Self {
+        Self([10, 0, 2])
+    }
+}
+
+impl Network {
+    /// The length of its IPv4 prefix.
+    pub const PREFIX: u8 = 24;
+
+    /// The guest's address, by DHCP.
+    pub fn guest(self) -> Ipv4Addr {
+        self.host(15)
+    }
+
+    /// The guest's IPv6 address, by DHCPv6; its prefix is announced too.
+    pub fn guest_v6(self) -> Ipv6Addr {
+        let digits =
+            |n: u8| u16::from(n / 100) << 8 | u16::from(n / 10 % 10) << 4 | u16::from(n % 10);
+        let [a, b, c] = self.0.map(digits);
+        Ipv6Addr::new(0xfd00, a, b, c, 0, 0, 0, digits(15))
+    }
+
+    /// The router.
+    pub fn gateway(self) -> Ipv4Addr {
+        self.host(2)
+    }
+
+    /// The router's MAC address, which QEMU's has too.
+    pub fn gateway_mac(self) -> String {
+        let [a, b, c] = self.0;
+        format!("52:55:{a:02x}:{b:02x}:{c:02x}:02")
+    }
+
+    /// Where passt asks the host's name server for the guest.
+    pub fn name_server(self) -> Ipv4Addr {
+        self.host(3)
+    }
+
+    fn host(self, number: u8) -> Ipv4Addr {
+        let [a, b, c] = self.0;
+        Ipv4Addr::new(a, b, c, number)
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.host(0), Self::PREFIX)
+    }
+}
+
+/// As it is displayed.
+impl FromStr for Network {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let address = text.split_once('/').filter(|(_, length)| *length == "24");
+        let address = address.and_then(|(address, _)| address.parse::<Ipv4Addr>().ok());
+        match address.map(|address| address.octets()) {
+            // Neither the loopback's nor a group's.
+            Some([a @ 1..224, b, c, 0]) if a != 127 => Ok(Self([a, b, c])),
+            _ => Err(super::keys::wrong(
+                NET,
+                text,
+                "is not a network such as 10.0.3.0/24",
+            )),
+        }
+    }
 }
 
 /// A port of the host that reaches one of the guest.
@@ -41,10 +120,12 @@ pub enum Protocol {
     Udp,
 }
 
+/// The network's addresses.
+const NET: &str = "net";
 /// May be repeated.
 const HOSTFWD: &str = "hostfwd";
 /// The keys of a user network.
-pub(super) const USER_NET_KEYS: [&str; 2] = [HOSTFWD, "mac"];
+pub(super) const USER_NET_KEYS: [&str; 3] = [HOSTFWD, "mac", NET];
 /// Those of the guest's NIC that are for macvtaps alone.
 const MACVTAP_ONLY: [&str; 2] = ["backend", "trust-mac"];
 
@@ -98,6 +179,7 @@ impl UserNet {
                 }
                 self.forwards.push(new);
             }
+            NET => self.network = text.parse()?,
             _ => self.mac = Some(value(text)?),
         }
         Ok(())
@@ -233,8 +315,22 @@ mod tests {
         assert_eq!(net.mac, Some("52:54:00:12:34:56".parse().unwrap()));
         assert_eq!(options.needs_frames(), Some("rx-rate"));
         assert_eq!(options.pcap, Some("x".into()));
+        assert_eq!(net.network, Network::default());
         // One port of two protocols is two.
         assert!(parse("hostfwd=tcp::53-:53,hostfwd=udp::53-:53").is_ok());
+    }
+
+    #[test]
+    fn user_networks_addresses_follow_from_its_net() {
+        let (net, _) = parse("net=172.20.105.0/24").unwrap();
+        let network = net.network;
+        assert_eq!(network.to_string(), "172.20.105.0/24");
+        assert_eq!(network.guest().to_string(), "172.20.105.15");
+        assert_eq!(network.guest_v6().to_string(), "fd00:172:20:105::15");
+        assert_eq!(network.gateway().to_string(), "172.20.105.2");
+        assert_eq!(network.gateway_mac(), "52:55:ac:14:69:02");
+        assert_eq!(network.name_server().to_string(), "172.20.105.3");
+        assert_eq!(Network::default().to_string(), "10.0.2.0/24");
     }
 
     #[test]
@@ -269,6 +365,16 @@ mod tests {
                 "hostfwd=tcp::1-:2,hostfwd=tcp:127.0.0.1:1-:3",
                 "another hostfwd=",
             ),
+            (
+                "net=10.0.3.0",
+                "net=10.0.3.0 is not a network such as 10.0.3.0/24",
+            ),
+            ("net=10.0.3.0/16", "is not a network"),
+            ("net=10.0.3.1/24", "is not a network"),
+            ("net=127.0.0.0/24", "is not a network"),
+            ("net=224.0.0.0/24", "is not a network"),
+            ("net=0.0.0.0/24", "is not a network"),
+            ("net=fd00::/64", "is not a network"),
             ("mac=01:00:5e:00:00:01", "01:00:5e:00:00:01"),
             ("mac=52:54:00:12:34:56,mac=52:54:00:12:34:57", "given twice"),
             ("eno1", "`eno1` is not KEY=VALUE"),
@@ -276,7 +382,7 @@ mod tests {
             ("burst=5ms", "without rx-rate"),
             (
                 "backend=vhost",
-                "unknown key `backend`: the keys are hostfwd, mac, rx-rate",
+                "unknown key `backend`: the keys are hostfwd, mac, net, rx-rate",
             ),
             ("queues=2", "unknown key `queues`"),
         ] {

@@ -10,9 +10,9 @@ use devices::virtio::net::tap::{Tap, TapError};
 use net::{ExistingTapError, FrameListener, LinkGuard, LinkWatch, Macvtap, Mode, TapInfo};
 
 use super::inherited::Inherited;
-use super::passt::{Passt, PasstError, Starting};
+use super::passt::{Passt, PasstError, Starting, must_differ};
 use super::registry::{Claim, ClaimError, Runs};
-use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource};
+use crate::config::{BackendChoice, NicConfig, NicOptions, NicSource, UserNet};
 
 /// Why there is no NIC.
 #[derive(Debug, thiserror::Error)]
@@ -212,10 +212,14 @@ pub fn acquire_for_guest(
     inherited: Inherited,
     kernel: &Path,
 ) -> Result<Vec<Nic>, NicError> {
-    let start = |nic: &NicConfig| match &nic.source {
-        NicSource::UserNet(net) => Starting::new(net).map(Some),
-        _ => Ok(None),
-    };
+    fn user_net(nic: &NicConfig) -> Option<&UserNet> {
+        match &nic.source {
+            NicSource::UserNet(net) => Some(net),
+            _ => None,
+        }
+    }
+    must_differ(nics.iter().filter_map(user_net))?;
+    let start = |nic| user_net(nic).map(Starting::new).transpose();
     let starting = nics.iter().map(start).collect::<Result<Vec<_>, _>>()?;
     let sources = nics.iter().map(|nic| &nic.source);
     let mut hosts = acquire(sources, inherited, &Runs::kernel(kernel))?.into_iter();

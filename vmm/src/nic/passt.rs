@@ -21,7 +21,7 @@ mod arguments;
 mod errors;
 
 use arguments::command;
-pub use errors::PasstError;
+pub use errors::{PasstError, must_differ};
 use errors::{ended, must_be_free};
 
 /// The largest IP packet that passt takes and announces.

@@ -18,7 +18,7 @@ use crate::cli::QemuArgs;
 use crate::config::{Config, Forward, ShareConfig, ShareSource, UserNet};
 use crate::events::start::StartedNic;
 use crate::nic::NicError;
-use crate::nic::passt::Starting;
+use crate::nic::passt::{Starting, must_differ};
 use crate::qmp::socket::Listener;
 use crate::shares::{self, Opened, ShareError};
 use crate::vsock::{self, VsockSocket};
@@ -48,6 +48,7 @@ impl Extras {
     /// Starts it all; descriptors have free numbers from `first` on. The programs end with the calling thread.
     pub fn start(plan: &Plan, args: &QemuArgs, first: RawFd) -> Result<Self, QemuError> {
         check(&plan.qemu, args)?;
+        must_differ(&args.user_net).map_err(NicError::from)?;
         let named = conflict::named(&args.args);
         let mut extras = Self::default();
         let mut next = first;
@@ -102,12 +103,13 @@ impl Extras {
 
     /// What QEMU does by itself, for a script: its own user network, and shares whose server is there.
     pub fn of_script(plan: &Plan, args: &QemuArgs) -> Result<Self, QemuError> {
+        must_differ(&args.user_net).map_err(NicError::from)?;
         let mut extras = Self::default();
         for (n, net) in args.user_net.iter().enumerate() {
             let id = format!("user{n}");
             let mac = net.mac.map_or_else(MacAddr::random, Ok);
             let mac = mac.map_err(failed_to("choose a MAC address"))?;
-            let backend = format!("user,id=minivmm-{id}{}", forwards(net));
+            let backend = format!("user,id=minivmm-{id},net={}{}", net.network, forwards(net));
             extras.push(nic(&id, &backend, mac, USUAL_MTU as u16, plan));
         }
         for (n, share) in args.share.iter().enumerate() {

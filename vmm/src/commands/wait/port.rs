@@ -55,9 +55,9 @@ struct Ways {
     results: BTreeMap<Target, String>,
 }
 
-/// Why a guest on user networks alone is not waited for: its port would be one of the host's.
-const USER_NET: &str = "on a user network the guest has the host's own addresses, and passt answers at the ports of \
-                        hostfwd= before the guest does";
+/// Why a guest on user networks alone is not waited for: a connection that is taken would be no sign of it.
+const USER_NET: &str = "on a user network the host does not reach the guest's addresses, and passt takes connections to \
+                        the ports of hostfwd= whether the guest does or not";
 
 /// Waits until a connection is taken.
 pub(super) fn wait(vm: &mut Vm, port: NonZeroU16, deadline: Deadline) -> Result<Met, ClientError> {

@@ -39,7 +39,7 @@ pub(super) struct Nic {
     pub addresses: Vec<IpAddr>,
     /// Its macvtap, if there is a record of it.
     pub tap: Option<TapInfo>,
-    /// It is on a user network, and its addresses are the host's own.
+    /// It is on a user network, whose addresses the host does not reach.
     pub user_net: bool,
 }
 

@@ -5,21 +5,7 @@ use std::net::IpAddr;
 use std::process::Command;
 
 use super::{MTU, READY, SOCKET};
-use crate::config::{Protocol, UserNet};
-
-/// What it gives the guest where the host has no route for it to go by; the addresses of QEMU's user network.
-const ISOLATED: [&str; 10] = [
-    "-a",
-    "10.0.2.15",
-    "-n",
-    "24",
-    "-g",
-    "10.0.2.2",
-    "-i",
-    "lo",
-    "-M",
-    "52:55:0a:00:02:02",
-];
+use crate::config::{Network, Protocol, UserNet};
 
 /// Where systemd's resolver says which ones it asks itself.
 const UPSTREAM: &str = "/run/systemd/resolve/resolv.conf";
@@ -31,15 +17,35 @@ pub(super) fn command(net: &UserNet) -> Command {
     command.args(["--mtu", &MTU.to_string()]);
     // By the gateway's address the guest would reach what listens on the host's loopback alone.
     command.arg("--no-map-gw");
+    let network = net.network;
+    command.args(["--address", &network.guest().to_string()]);
+    command.args(["--netmask", &Network::PREFIX.to_string()]);
+    command.args(["--gateway", &network.gateway().to_string()]);
+    command.args(["--mac-addr", &network.gateway_mac()]);
+    // Of use where the host has a route for IPv6.
+    command.args(["--address", &network.guest_v6().to_string()]);
     if !has_default_route() {
         log::warn!(
-            "the host has no default route: the guest gets the address 10.0.2.15/24 and can be reached by the ports of \
+            "the host has no default route: the guest does not reach beyond it, and can be reached by the ports of \
              hostfwd= alone"
         );
-        command.args(ISOLATED);
+        command.args(["--interface", "lo"]);
     }
-    for server in name_servers() {
-        command.args(["--dns", &server.to_string()]);
+    match name_servers() {
+        NameServers::Hosts => {}
+        NameServers::Upstream(servers) => {
+            for server in servers {
+                command.args(["--dns", &server.to_string()]);
+            }
+        }
+        NameServers::Loopback(server) => {
+            let forwarded = network.name_server();
+            log::warn!(
+                "the host's name server is on its loopback ({server}): the guest reaches it at {forwarded}, which passt \
+                 of Debian 12 does not announce"
+            );
+            command.args(["--dns-forward", &forwarded.to_string()]);
+        }
     }
     for forward in &net.forwards {
         let option = match forward.protocol {
@@ -80,23 +86,34 @@ fn is_default_in_ipv6(table: &str) -> bool {
     })
 }
 
-/// The name servers for the guest, if passt is not to take those of the host's resolv.conf: a guest reaches none on the
-/// host's loopback.
-fn name_servers() -> Vec<IpAddr> {
+/// Where the guest's name servers are.
+#[derive(Debug, PartialEq, Eq)]
+enum NameServers {
+    /// In the host's resolv.conf, if anywhere, which passt reads itself.
+    Hosts,
+    /// Where the host's own resolver asks.
+    Upstream(Vec<IpAddr>),
+    /// On the host's loopback alone, where a guest reaches none.
+    Loopback(IpAddr),
+}
+
+fn name_servers() -> NameServers {
     let servers = |path| fs::read_to_string(path).map_or(Vec::new(), |text| servers_of(&text));
+    choose(&servers("/etc/resolv.conf"), || servers(UPSTREAM))
+}
+
+fn choose(hosts: &[IpAddr], upstream: impl FnOnce() -> Vec<IpAddr>) -> NameServers {
     let is_reached = |server: &IpAddr| !server.is_loopback();
-    let hosts = servers("/etc/resolv.conf");
-    if hosts.is_empty() || hosts.iter().any(is_reached) {
-        return Vec::new();
+    match hosts.first() {
+        Some(first) if !hosts.iter().any(is_reached) => {
+            let upstream: Vec<_> = upstream().into_iter().filter(is_reached).collect();
+            match upstream.is_empty() {
+                true => NameServers::Loopback(*first),
+                false => NameServers::Upstream(upstream),
+            }
+        }
+        _ => NameServers::Hosts,
     }
-    let upstream: Vec<_> = servers(UPSTREAM).into_iter().filter(is_reached).collect();
-    if upstream.is_empty() {
-        log::warn!(
-            "the host's name server is on its loopback ({}), where the guest does not reach it: it gets none",
-            hosts[0]
-        );
-    }
-    upstream
 }
 
 fn servers_of(resolv_conf: &str) -> Vec<IpAddr> {
@@ -134,5 +151,43 @@ mod tests {
         let servers = servers_of(text);
         let expected: [IpAddr; 2] = ["127.0.0.53", "fd00::1"].map(|text| text.parse().unwrap());
         assert_eq!(servers, expected);
+    }
+
+    #[test]
+    fn guest_gets_name_servers_that_it_reaches() {
+        let [stub, far, other] =
+            ["127.0.0.53", "192.0.2.1", "::1"].map(|text| text.parse::<IpAddr>().unwrap());
+        let unread = || unreachable!("the host's are enough");
+        assert_eq!(choose(&[], unread), NameServers::Hosts);
+        assert_eq!(choose(&[stub, far], unread), NameServers::Hosts);
+        assert_eq!(
+            choose(&[stub], || vec![other, far]),
+            NameServers::Upstream(vec![far])
+        );
+        assert_eq!(
+            choose(&[stub, other], || vec![other]),
+            NameServers::Loopback(stub)
+        );
+    }
+
+    #[test]
+    fn guest_has_the_addresses_of_its_network() {
+        let net = UserNet {
+            network: "10.0.7.0/24".parse().unwrap(),
+            ..UserNet::default()
+        };
+        let command = command(&net);
+        let args: Vec<_> = command.get_args().filter_map(|arg| arg.to_str()).collect();
+        let expected = [
+            ["--address", "10.0.7.15"],
+            ["--netmask", "24"],
+            ["--gateway", "10.0.7.2"],
+            ["--mac-addr", "52:55:0a:00:07:02"],
+            ["--address", "fd00:10:0:7::15"],
+        ];
+        assert!(
+            args.windows(10).any(|args| args == expected.concat()),
+            "{args:?}"
+        );
     }
 }

@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::process::ExitStatus;
 
-use crate::config::{Forward, Protocol};
+use crate::config::{Forward, Network, Protocol, UserNet};
 use crate::service::ServiceError;
 
 /// Why there is no user network.
@@ -32,6 +32,9 @@ pub enum PasstError {
     /// It does not start, or does not get ready.
     #[error(transparent)]
     Service(ServiceError),
+    /// A guest with two NICs on one network reaches it by one of them.
+    #[error("two user networks of the guest have the addresses of {0}")]
+    SameNetwork(Network),
     /// Another program has the port, or this user may not have it.
     #[error("cannot forward {0} to the guest")]
     Port(Forward, #[source] io::Error),
@@ -46,6 +49,7 @@ impl PasstError {
         let remedy = match self {
             Self::Missing => "install the package passt",
             Self::TooOld { .. } => "update the package passt (2022_11_16 or later)",
+            Self::SameNetwork(_) => "give one of them others, as with net=10.0.3.0/24",
             Self::Port(_, error) if error.kind() == ErrorKind::AddrInUse => {
                 "choose another port with hostfwd="
             }
@@ -78,6 +82,22 @@ pub(super) fn ended(status: ExitStatus, said: &str) -> PasstError {
                 .to_owned(),
         },
     }
+}
+
+/// Refuses two networks of one guest that have the same addresses.
+///
+/// # Errors
+///
+/// [`PasstError::SameNetwork`].
+pub fn must_differ<'a>(nets: impl IntoIterator<Item = &'a UserNet>) -> Result<(), PasstError> {
+    let mut seen = Vec::new();
+    for network in nets.into_iter().map(|net| net.network) {
+        if seen.contains(&network) {
+            return Err(PasstError::SameNetwork(network));
+        }
+        seen.push(network);
+    }
+    Ok(())
 }
 
 /// Refuses a port that another program has. passt binds what it can, of IPv4 and IPv6.

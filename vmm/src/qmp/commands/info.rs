@@ -39,7 +39,7 @@ pub struct NicInfo {
     pub mac: Option<MacAddr>,
     /// The addresses that the guest has shown.
     pub addresses: Vec<IpAddr>,
-    /// It is on a user network, where they are the host's own.
+    /// It is on a user network, where the host does not reach them.
     #[serde(default)]
     pub user_net: bool,
 }
