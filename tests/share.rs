@@ -23,7 +23,8 @@ mod harness;
 #[path = "share/many.rs"]
 mod many;
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -83,6 +84,20 @@ fn limited(directory: &TempDir, descriptors: u32, options: &str) -> PathBuf {
     let options = format!("--bounding-set=-sys_resource --inh-caps=-sys_resource {options}");
     let line = format!("ulimit -n {descriptors}; exec setpriv {options} {minivmm} \"$@\"");
     script(directory, &line)
+}
+
+/// fcntl(2): the signal in place of SIGIO.
+const F_SETSIG: i32 = 10;
+
+/// Whoever else opens this file waits until it is closed here.
+fn lease(path: &Path) -> File {
+    let held = File::options().read(true).write(true).open(path).unwrap();
+    // SAFETY: this sets which signal says that the lease is to be given up: one that is ignored by default.
+    unsafe { libc::fcntl(held.as_raw_fd(), F_SETSIG, libc::SIGURG) };
+    // SAFETY: this takes the lease.
+    let taken = unsafe { libc::fcntl(held.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
+    assert_eq!(taken, 0, "{}", std::io::Error::last_os_error());
+    held
 }
 
 fn owner(path: &Path) -> (u32, u32) {
@@ -206,6 +221,35 @@ root_test!(read_only_share_changes_nothing, || {
     assert_eq!(fs::read(directory.path().join("file")).unwrap(), b"text");
 });
 
+root_test!(request_that_waits_for_the_host_holds_up_no_other, || {
+    // Where a second request and its answer lie.
+    const OTHER: (u64, u64) = (0x4000, 0x5000);
+    let directory = directory();
+    let path = directory.path().join("file");
+    fs::write(&path, "text").unwrap();
+    let mut guest = mounted(&directory);
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let held = lease(&path);
+    guest.prepare(REQUESTS, &request(OPEN, file.node, GUEST_ROOT, &[0; 8]), 32);
+    let slot = guest.offer(REQUESTS, 0);
+    let getattr = request(GETATTR, file.node, GUEST_ROOT, &[0; 16]);
+    guest.put(REQUESTS, OTHER.0, &getattr);
+    guest.describe(REQUESTS, 2, (OTHER.0, getattr.len() as u32, 1, 3));
+    guest.describe(REQUESTS, 3, (OTHER.1, 120, 2, 0));
+    for n in 0..10 {
+        guest.offer(REQUESTS, 2);
+        guest.wait_used(REQUESTS, slot as u16 + 1 + n);
+        let mut answer = [0; 8];
+        guest.get(REQUESTS, OTHER.1, &mut answer);
+        assert_eq!(answer, words(&[120, 0])[..]);
+    }
+    drop(held);
+    guest.wait_used(REQUESTS, slot as u16 + 11);
+    let mut answer = [0; 8];
+    guest.get(REQUESTS, client::ANSWER, &mut answer);
+    assert_eq!(answer, words(&[32, 0])[..]);
+});
+
 root_test!(ten_thousand_files_can_be_open, || {
     let directory = directory();
     fs::write(directory.path().join("file"), "text").unwrap();
@@ -304,12 +348,50 @@ fn directory_that_cannot_be_opened_is_named() {
     }
 }
 
+root_test!(directory_that_the_user_cannot_read_is_named, || {
+    let directory = directory();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o700)).unwrap();
+    let path = directory.path().to_owned();
+    let start = move || {
+        let user = rustix::process::Uid::from_raw(USER);
+        // Of this thread alone.
+        rustix::thread::set_thread_res_uid(user, user, user).unwrap();
+        vmm::share::start(&path, false, None).unwrap_err()
+    };
+    let error = std::thread::spawn(start).join().unwrap();
+    let name = directory.path().display();
+    let text = format!("cannot open the directory {name} to share it");
+    assert_eq!(error.to_string(), text);
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(source.starts_with("Permission denied"), "{source}");
+});
+
 #[test]
-fn program_without_minivmm_in_path_is_told_apart() {
+fn program_that_cannot_be_started_is_named() {
     let directory = directory();
     let program = Some(Path::new("/nonexistent/minivmm"));
     let error = vmm::share::start(directory.path(), false, program).unwrap_err();
     let source = std::error::Error::source(&error).unwrap().to_string();
     let name = directory.path().display().to_string();
     assert_eq!(source, format!("cannot start the file server of {name}"));
+}
+
+#[test]
+#[ignore = "not a test: a program for library_needs_minivmm_in_path"]
+fn program_that_shares() {
+    let error = vmm::share::start(Path::new("/"), false, None).unwrap_err();
+    println!("{error}: {}", error.remedy().unwrap());
+}
+
+#[test]
+fn library_needs_minivmm_in_path() {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--nocapture", "--exact", "program_that_shares"])
+        .env("PATH", "/nonexistent")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let error = "cannot share /: the file server is the program minivmm, which is not in PATH: \
+                 put minivmm into a directory of PATH, or name it in the config\n";
+    assert!(output.status.success() && said.contains(error), "{said}");
 }

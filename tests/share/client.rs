@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{Ordering, fence};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -37,6 +38,7 @@ const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
 
 // virtio's and vhost-user's features, and protocol features.
+const EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 const PROTOCOL: u64 = 1 << 30;
 const MQ_REPLY_ACK_RESET: u64 = 1 | 1 << 3 | 1 << 13;
@@ -112,7 +114,8 @@ impl Guest {
         self.ask(GET_PROTOCOL_FEATURES);
         let features = MQ_REPLY_ACK_RESET.to_le_bytes();
         self.send(SET_PROTOCOL_FEATURES, &features, &[]);
-        self.set(SET_FEATURES, &(VERSION_1 | PROTOCOL).to_le_bytes(), &[]);
+        let features = VERSION_1 | EVENT_IDX | PROTOCOL;
+        self.set(SET_FEATURES, &features.to_le_bytes(), &[]);
         let mut table = [1u32, 0].map(u32::to_le_bytes).concat();
         table.extend([0, MEMORY, USER, 0].map(u64::to_le_bytes).concat());
         let memory = self.memory.try_clone().unwrap();
@@ -237,8 +240,20 @@ impl Guest {
         let avail = queue.avail;
         self.put(index, AVAIL + 4 + 2 * slot, &head.to_le_bytes());
         self.put(index, AVAIL + 2, &avail.to_le_bytes());
-        self.kick(index);
+        fence(Ordering::SeqCst);
+        let mut event = [0; 2];
+        self.get(index, USED + 4 + 8 * u64::from(SIZE), &mut event);
+        // Where it has asked to be kicked.
+        if u16::from_le_bytes(event) == avail.wrapping_sub(1) {
+            self.kick(index);
+        }
         slot
+    }
+
+    /// Waits until so many requests are answered.
+    pub fn wait_used(&self, index: u32, used: u16) {
+        let is_used = || self.used(index) == used;
+        assert!(self.until(index, is_used), "{}", self.server.service.said());
     }
 
     /// Makes the chain at `head` available and waits until it is used: how long its answer is.
@@ -265,7 +280,17 @@ impl Guest {
             tv_sec: PATIENCE.as_secs() as i64,
             tv_nsec: 0,
         };
-        while !holds() {
+        // It is to call for the next one that it answers (virtio 1.2, 2.7.7).
+        let ask = || {
+            let used = self.used(index).to_le_bytes();
+            self.put(index, AVAIL + 4 + 2 * u64::from(SIZE), &used);
+            fence(Ordering::SeqCst);
+        };
+        loop {
+            ask();
+            if holds() {
+                return true;
+            }
             let call = &self.queues[index as usize].call;
             let mut fds = [
                 PollFd::new(call, PollFlags::IN),
@@ -276,7 +301,6 @@ impl Guest {
             }
             rustix::io::read(call, &mut [0; 8]).unwrap();
         }
-        true
     }
 
     /// Describes a request, with room for an answer, as the chain at 0.

@@ -1,9 +1,8 @@
 //! The ends of the server and of its monitor, and what it may do until then.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -14,14 +13,11 @@ use crate::client::{Guest, REQUESTS};
 use crate::fuse::*;
 use crate::harness::netns::{self, root_test};
 use crate::harness::{eventually, vm};
-use crate::{as_user, directory, mounted};
+use crate::{as_user, directory, lease, mounted};
 
 /// The directory that [`monitor_that_serves`] is to serve, and the program that serves it.
 const DIRECTORY: &str = "MINIVMM_TEST_SHARE";
 const PROGRAM: &str = "MINIVMM_TEST_PROGRAM";
-
-/// fcntl(2): the signal in place of SIGIO.
-const F_SETSIG: i32 = 10;
 
 /// The processes of a program that this process has started, without those that have ended.
 fn descendants(pid: u32) -> Vec<u32> {
@@ -153,13 +149,7 @@ root_test!(record_has_the_request_that_a_killed_server_was_at, || {
     let mut guest = mounted(&directory);
     let file = guest.lookup(ROOT, "file").unwrap();
     assert_eq!(record(&guest, 1), (0, 2, 0));
-    // Opening it blocks until this gives up its lease.
-    let held = File::options().read(true).write(true).open(&path).unwrap();
-    // SAFETY: this sets which signal says that the lease is to be given up: one that is ignored by default.
-    unsafe { libc::fcntl(held.as_raw_fd(), F_SETSIG, libc::SIGURG) };
-    // SAFETY: this takes the lease.
-    let taken = unsafe { libc::fcntl(held.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
-    assert_eq!(taken, 0, "{}", std::io::Error::last_os_error());
+    let _held = lease(&path);
     let open = request(OPEN, file.node, GUEST_ROOT, &[0; 8]);
     guest.prepare(REQUESTS, &open, 0x1000);
     guest.offer(REQUESTS, 0);

@@ -10,7 +10,7 @@
 //! | `cover.rs` | mounts below the directory, which it is not to see either |
 //! | `seccomp.rs` | the system calls that it can make |
 //! | `backend.rs` | vhost-user: the guest's memory and queues |
-//! | `ring.rs` | a queue, and the thread that serves it (`hiprio`, `requests`) |
+//! | `ring.rs` | a queue, and the threads that serve it (`hiprio`, `requests`) |
 //! | `requests.rs` | a FUSE request |
 //! | `files.rs` | the file system: virtiofsd's, with a bound to its descriptors |
 //! | `nodes.rs` | the files that the guest remembers |
@@ -54,6 +54,8 @@ pub use seccomp::Error as SeccompError;
 
 /// Descriptors that the guest cannot have open, for what this process opens for a moment.
 const RESERVED_DESCRIPTORS: u64 = 64;
+/// The queues, by the names of their threads, and how many each has: of the requests so many can wait for the host at once.
+const QUEUES: [(&str, usize); inflight::QUEUES] = [("hiprio", 1), ("requests", 4)];
 /// How long a guest may rely on what it has read of a name and of attributes, which others may change on the host.
 const FRESH: Duration = Duration::from_secs(1);
 
@@ -157,22 +159,28 @@ where
     let failed = |error| Error::Make("its queues", error);
     let server = Arc::new(Server::new(files));
     let record = Inflight::map(share.inflight).map_err(failed)?;
-    let rings = record.into_iter().map(|part| Ring::new(part).map(Arc::new));
+    let rings = record.into_iter().zip(QUEUES);
+    let rings = rings.map(|(part, (_, threads))| Ring::new(part, threads).map(Arc::new));
     let rings = rings.collect::<io::Result<Vec<_>>>().map_err(failed)?;
-    let started = Arc::new(Barrier::new(rings.len() + 1));
-    for (ring, name) in rings.iter().zip(["hiprio", "requests"]) {
-        let (ring, server, started) = (ring.clone(), server.clone(), started.clone());
-        let run = move || {
-            // SAFETY: the working directory and the umask become this thread's own, which files are made with.
-            let unshared = unsafe { unshare_unsafe(UnshareFlags::FS) };
-            started.wait();
-            match unshared {
-                Ok(()) => ring.run(|memory, chain| requests::serve(&server, memory, chain)),
-                Err(error) => panic!("cannot have a working directory of its own: {error}"),
-            }
-        };
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
-        thread.map_err(|error| Error::Make("a thread", error))?;
+    let threads: usize = QUEUES.iter().map(|(_, threads)| threads).sum();
+    let started = Arc::new(Barrier::new(threads + 1));
+    for (ring, (name, threads)) in rings.iter().zip(QUEUES) {
+        for thread in 0..threads {
+            let (ring, server, started) = (ring.clone(), server.clone(), started.clone());
+            let run = move || {
+                // SAFETY: the working directory and the umask become this thread's own, which files are made with.
+                let unshared = unsafe { unshare_unsafe(UnshareFlags::FS) };
+                started.wait();
+                match unshared {
+                    Ok(()) => ring.run(thread, |memory, chain| {
+                        requests::serve(&server, memory, chain)
+                    }),
+                    Err(error) => panic!("cannot have a working directory of its own: {error}"),
+                }
+            };
+            let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
+            thread.map_err(|error| Error::Make("a thread", error))?;
+        }
     }
     started.wait();
     seccomp::restrict()?;

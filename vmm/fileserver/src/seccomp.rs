@@ -16,6 +16,8 @@ const CALLS: &[c_long] = &[
     libc::SYS_close,
     libc::SYS_copy_file_range,
     libc::SYS_dup,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
     libc::SYS_eventfd2,
     libc::SYS_exit,
     libc::SYS_exit_group,
