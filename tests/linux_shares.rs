@@ -19,7 +19,8 @@ use harness::lab_test;
 use harness::linux::{boot, share_initrd};
 use harness::process::all_children;
 use harness::vm::Vm;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, setrlimit};
+use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 use tempfile::TempDir;
 
 /// Boots a guest that has each of these directories, `DIR:TAG` or `DIR:TAG:ro`, mounted at `/TAG`.
@@ -155,13 +156,34 @@ const FSX: &str = "[weights]\nclose_open = 2\ninvalidate = 2\nmapread = 10\nmapw
     read = 10\nwrite = 10\ntruncate = 5\nfsync = 1\nfdatasync = 1\nposix_fallocate = 2\n\
     punch_hole = 2\nsendfile = 2\nposix_fadvise = 2\ncopy_file_range = 5\n";
 
+/// How many descriptors a file server may have, and how many files a guest then reads.
+const DESCRIPTORS: u64 = 400;
+const MANY: usize = 800;
+
+/// What this test starts has few descriptors: root could have more of them.
+fn limit_descriptors() {
+    remove_capability_from_bounding_set(CapabilitySet::SYS_RESOURCE).unwrap();
+    let limit = Some(DESCRIPTORS);
+    let limit = Rlimit {
+        current: limit,
+        maximum: limit,
+    };
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
 lab_test!(share_is_a_file_system_as_any_for_a_stock_kernel, || {
     let dir = TempDir::new().unwrap();
     let full = Tmpfs::new(1);
     let read_only = TempDir::new().unwrap();
     fs::write(read_only.path().join("file"), "as it was\n").unwrap();
     fs::write(dir.path().join("fsx.toml"), FSX).unwrap();
+    let many = Tmpfs::new(16);
+    for n in 0..MANY {
+        fs::write(many.path().join(format!("file-{n}")), "").unwrap();
+    }
+    limit_descriptors();
     let shares = [
+        share(many.path(), "many"),
         share(dir.path(), "work"),
         share(full.path(), "full"),
         share(read_only.path(), "kept") + ":ro",
@@ -169,6 +191,9 @@ lab_test!(share_is_a_file_system_as_any_for_a_stock_kernel, || {
     let mut vm = boot_with(&shares, &["--reboot", "restart"]);
 
     vm.run("fsx -q -N 1500 -S 14 -P /tmp -f /work/fsx.toml /work/fsx");
+    let members = vm.run("cd / && tar -cf - many | tar -tf - | wc -l");
+    // And the directory.
+    assert_eq!(members.trim(), (MANY + 1).to_string());
     opened_files_stay(&mut vm, dir.path());
     appends_go_to_the_end(&mut vm, dir.path());
     inodes_are_the_hosts(&mut vm, dir.path());
