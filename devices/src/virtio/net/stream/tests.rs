@@ -162,6 +162,24 @@ fn lengths_that_no_frame_has_end_the_connection() {
 }
 
 #[test]
+fn frame_that_never_ends_is_not_delivered() {
+    for len in [60, 40_000] {
+        let bytes = with_length(&frame(len, 0));
+        for cut in [1, PREFIX_LEN, PREFIX_LEN + 1, bytes.len() - 1] {
+            let (stream, mut far) = pair();
+            far.write_all(&with_length(&frame(14, 1))).unwrap();
+            far.write_all(&bytes[..cut]).unwrap();
+            drop(far);
+            assert!(read(&stream, LARGEST_FRAME, 5000).unwrap() == frame(14, 1));
+            for _ in 0..2 {
+                assert!(would_block(read(&stream, LARGEST_FRAME, 5000)));
+            }
+            assert!(is_hung_up(&stream));
+        }
+    }
+}
+
+#[test]
 fn other_end_that_is_gone_leaves_a_socket_that_is_hung_up() {
     let (stream, far) = pair();
     far.shutdown(Shutdown::Write).unwrap();
