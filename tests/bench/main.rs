@@ -7,6 +7,7 @@
 //! | `native` | `native.rs`, `latency.rs`, `counts.rs` | the data path, by the freestanding guest: throughput, round trips, system calls |
 //! | `disk` | `disk.rs` | disks, by the same guest; a part of `native` too |
 //! | `share` | `share.rs` | shared directories, by the same guest |
+//! | `user-net`, `vsock` | `user_net.rs`, `vsock.rs`, `streams.rs` | streams between host and guest |
 //! | `start` | `start.rs` | how soon a guest runs |
 //! | `density` | `density.rs` | many guests on one link |
 //! | `linux [boot\|net\|disk] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
@@ -46,9 +47,12 @@ mod native;
 mod report;
 mod share;
 mod start;
+mod streams;
 mod svg;
 mod traffic;
 mod usage;
+mod user_net;
+mod vsock;
 mod wire;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -60,7 +64,7 @@ use native::Effort;
 use report::Table;
 
 const USAGE: &str = "usage: bench [--quick] [--json FILE] [--svg FILE] \
-     (native | disk | share | start | density | linux [boot|net|disk] ROUNDS)...";
+     (native | disk | share | user-net | vsock | start | density | linux [boot|net|disk] ROUNDS)...";
 
 /// For a result that shows more than noise, and for a first impression.
 const FULL: Effort = Effort {
@@ -90,6 +94,8 @@ enum Part {
     Native,
     Disk,
     Share,
+    UserNet,
+    Vsock,
     Start,
     Density,
     /// A part of it, if not all, and how often.
@@ -112,6 +118,8 @@ fn main() -> ExitCode {
             }
             Part::Disk => run.here("disks", disk::run),
             Part::Share => run.here("shares", share::run),
+            Part::UserNet => run.here("user networks", user_net::run),
+            Part::Vsock => run.here("vsock", vsock::run),
             Part::Start => run.here("start", start::run),
             Part::Density => run.here("density", density::run),
             Part::Linux(part, rounds) => {
@@ -204,6 +212,8 @@ fn parse(args: impl Iterator<Item = String>) -> Option<Request> {
             "native" => request.parts.push(Part::Native),
             "disk" => request.parts.push(Part::Disk),
             "share" => request.parts.push(Part::Share),
+            "user-net" => request.parts.push(Part::UserNet),
+            "vsock" => request.parts.push(Part::Vsock),
             "start" => request.parts.push(Part::Start),
             "density" => request.parts.push(Part::Density),
             "linux" => {

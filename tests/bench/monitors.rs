@@ -95,6 +95,23 @@ pub fn microvm() -> Option<Monitor> {
     has_qemu().then(|| qemu("QEMU microvm", Kind::Microvm, false))
 }
 
+/// QEMU's q35, where there is a QEMU.
+pub fn q35() -> Option<Monitor> {
+    has_qemu().then(|| qemu("QEMU q35", Kind::Q35, false))
+}
+
+/// QEMU's arguments for memory that other processes share.
+pub fn shared_memory() -> Vec<OsString> {
+    [
+        "-object",
+        "memory-backend-memfd,id=memory,size=128M,share=on",
+        "-machine",
+        "memory-backend=memory",
+    ]
+    .map(OsString::from)
+    .into()
+}
+
 fn qemu(name: &str, kind: Kind, vhost: bool) -> Monitor {
     Monitor {
         name: name.to_owned(),
@@ -147,6 +164,23 @@ impl Monitor {
         };
         command.args([memory, "128M", text, &line]);
         command.arg(kernel).arg(elf()).stdin(Stdio::null());
+        command
+    }
+
+    /// The command that has `minivmm qemu` start QEMU with what these options of its own make.
+    pub fn command_by_minivmm(&self, own: &[OsString], options: &str) -> Command {
+        let qemu = self.command_with(shared_memory(), options);
+        let mut command = Command::new(vm::binary());
+        command
+            .arg("qemu")
+            .args(own)
+            .arg("--")
+            .args(qemu.get_args());
+        // The guest knows modern devices alone, and needs no ROM.
+        for property in ["disable-legacy=on", "romfile="] {
+            command.args(["-global", &format!("virtio-net-pci.{property}")]);
+        }
+        command.stdin(Stdio::null());
         command
     }
 

@@ -283,17 +283,15 @@ impl Setup {
         let server = serve(program, path, &socket);
         let args = match self.monitor.is_ours() {
             true => ["--share".into(), joined("socket=", &socket, ",tag=bench")].into(),
-            false => [
-                "-object".into(),
-                "memory-backend-memfd,id=memory,size=128M,share=on".into(),
-                "-machine".into(),
-                "memory-backend=memory".into(),
-                "-chardev".into(),
-                joined("socket,id=share,path=", &socket, ""),
-                "-device".into(),
-                "vhost-user-fs-device,chardev=share,tag=bench".into(),
-            ]
-            .into(),
+            false => {
+                let device = [
+                    "-chardev".into(),
+                    joined("socket,id=share,path=", &socket, ""),
+                    "-device".into(),
+                    "vhost-user-fs-device,chardev=share,tag=bench".into(),
+                ];
+                [monitors::shared_memory(), device.into()].concat()
+            }
         };
         let vm = Vm::spawn(self.monitor.command_with(args, options));
         (vm, Some(Server(server, place)))
