@@ -40,6 +40,9 @@ fuzz_target!(|input: ([Queue; 3], Vec<u8>, Vec<u8>)| {
     let _ = program.write_all(b"CONNECT 1\n");
     let _ = program.write_all(&said);
     for _ in 0..4 {
+        for (_, token, events) in job.wakeups() {
+            job.wake(token, events);
+        }
         job.turn();
     }
 });

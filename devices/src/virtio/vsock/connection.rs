@@ -51,6 +51,8 @@ pub struct Connection {
     pub is_queued: bool,
     /// The socket may have something to read, as far as is known.
     readable: bool,
+    /// The last read has filled the room that it had: there may be as much again.
+    pub is_streaming: bool,
     /// The socket is closed in both directions.
     hung_up: bool,
     /// The flags of SHUTDOWN that the guest has sent.
@@ -86,6 +88,7 @@ impl Connection {
             deadline: None,
             is_queued: false,
             readable: false,
+            is_streaming: false,
             hung_up: false,
             guest_shut: 0,
             passed_shut: 0,
@@ -263,8 +266,10 @@ impl Connection {
         let Some(fd) = self.fd() else {
             return 0;
         };
+        let room: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
         // SAFETY: the caller vouches for the memory; pointer and count are those of one slice.
         let n = unsafe { libc::syscall(libc::SYS_readv, fd, iovecs.as_ptr(), iovecs.len()) };
+        self.is_streaming = usize::try_from(n) == Ok(room);
         match usize::try_from(n) {
             Ok(0) => self.no_more_from_host(),
             Ok(n) => {

@@ -17,7 +17,6 @@ use super::counters::{Counting, count};
 use super::header::{self, Header};
 use super::host::{Client, Host, LISTENER};
 use crate::virtio::Complaints;
-use crate::virtio::iovec::truncate;
 
 /// Connections of a guest, with programs that have not said yet which port they want.
 pub const MAX_CONNECTIONS: usize = 1024;
@@ -60,6 +59,38 @@ pub struct Connections {
     is_starved: bool,
     /// When those are looked at that may take so long and no longer.
     pub tick: Option<Instant>,
+}
+
+/// What is next for the guest.
+#[derive(Debug)]
+pub enum Outgoing {
+    /// A packet without data.
+    Packet(Header),
+    /// Data, which are in a socket yet.
+    Data(Data),
+}
+
+/// Data of a connection.
+#[derive(Debug)]
+pub struct Data {
+    key: u64,
+    /// So many bytes the guest can take.
+    pub most: usize,
+    /// There may well be more than fits one buffer.
+    pub is_streaming: bool,
+}
+
+/// The header of a packet of a connection to the guest with this CID.
+fn header(cid: u64, key: u64, op: u16) -> Header {
+    Header {
+        src_cid: header::HOST_CID,
+        dst_cid: cid,
+        src_port: (key >> 32) as u32,
+        dst_port: key as u32,
+        kind: header::STREAM,
+        op,
+        ..Header::default()
+    }
 }
 
 fn key(host_port: u32, guest_port: u32) -> u64 {
@@ -259,52 +290,54 @@ impl Connections {
         }
     }
 
-    /// The next packet for the guest, with its data in `room`, if there is one.
-    ///
-    /// # Safety
-    ///
-    /// Each iovec must describe memory that may be written, together at least one byte.
-    pub unsafe fn next(&mut self, room: &mut Vec<libc::iovec>) -> Option<Header> {
+    /// What is next for the guest.
+    pub fn next(&mut self) -> Option<Outgoing> {
         if let Some(reset) = self.resets.pop_front() {
-            return Some(reset);
+            return Some(Outgoing::Packet(reset));
         }
         while let Some(key) = self.ready.pop_front() {
             let Some(connection) = self.table.get_mut(&key) else {
                 continue;
             };
             connection.is_queued = false;
-            let (op, flags, len) = match (connection.take_op(), connection.sendable()) {
-                (Some((op, flags)), _) => (op, flags, 0),
-                (None, Some(most)) => {
-                    truncate(room, most as usize);
-                    // SAFETY: the caller vouches for the memory.
-                    let len = unsafe { connection.read(room) };
-                    (header::RW, 0, len as u32)
-                }
-                (None, None) => (header::RW, 0, 0),
-            };
-            let is_packet = op != header::RW || len > 0;
-            let mut packet = Header {
-                src_cid: header::HOST_CID,
-                dst_cid: self.cid,
-                src_port: (key >> 32) as u32,
-                dst_port: key as u32,
-                len,
-                kind: header::STREAM,
-                op,
-                flags,
-                ..Header::default()
-            };
-            if is_packet {
+            if let Some((op, flags)) = connection.take_op() {
+                let mut packet = header(self.cid, key, op);
+                packet.flags = flags;
                 connection.stamp(&mut packet);
+                self.schedule(key);
+                return Some(Outgoing::Packet(packet));
             }
-            count(&self.counting.rx_bytes, len.into());
+            if let Some(most) = connection.sendable() {
+                return Some(Outgoing::Data(Data {
+                    key,
+                    most: most as usize,
+                    is_streaming: connection.is_streaming,
+                }));
+            }
             self.schedule(key);
-            if is_packet {
-                return Some(packet);
-            }
         }
         None
+    }
+
+    /// Reads data into the guest's memory. Returns how much, and the header of its packets, whose
+    /// length is still to be set.
+    ///
+    /// # Safety
+    ///
+    /// Each iovec must describe memory that may be written, together [`Data::most`] bytes at the most.
+    pub unsafe fn read(&mut self, data: &Data, room: &[libc::iovec]) -> (usize, Header) {
+        let mut packet = header(self.cid, data.key, header::RW);
+        let Some(connection) = self.table.get_mut(&data.key) else {
+            return (0, packet);
+        };
+        // SAFETY: the caller vouches for the memory.
+        let len = unsafe { connection.read(room) };
+        if len > 0 {
+            connection.stamp(&mut packet);
+        }
+        count(&self.counting.rx_bytes, len as u64);
+        self.schedule(data.key);
+        (len, packet)
     }
 
     /// Looks at what has happened to the host's sockets.
@@ -349,15 +382,7 @@ impl Connections {
     fn give_up(&mut self, key: u64) {
         let given_up = self.remove(key);
         if given_up.is_some_and(|connection| connection.phase == Phase::Asked) {
-            self.resets.push_back(Header {
-                src_cid: header::HOST_CID,
-                dst_cid: self.cid,
-                src_port: (key >> 32) as u32,
-                dst_port: key as u32,
-                kind: header::STREAM,
-                op: header::RST,
-                ..Header::default()
-            });
+            self.resets.push_back(header(self.cid, key, header::RST));
         }
     }
 

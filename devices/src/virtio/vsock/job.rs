@@ -7,12 +7,12 @@ use std::time::Instant;
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::connections::Connections;
+use super::connections::{Connections, Data, Outgoing};
 use super::header::{self, Header};
 
 use crate::disk::advance;
-use crate::virtio::iovec::{Iovecs, gather, scatter, truncate};
-use crate::virtio::queue::{Buffers, Next};
+use crate::virtio::iovec::{Iovecs, gather, part, scatter, truncate};
+use crate::virtio::queue::{Buffers, Chain, MAX_SEGMENTS, Next, Queue};
 use crate::virtio::worker::{Job, Turn};
 use crate::virtio::{ActiveQueue, Interrupt};
 
@@ -37,8 +37,9 @@ pub struct VsockJob {
     connections: Connections,
     host: RawFd,
     buffers: Buffers,
-    /// Where the header of the packet goes that is made.
-    head: Iovecs,
+    room: Room,
+    /// The host's sockets may have events.
+    has_events: bool,
     interrupt: Arc<dyn Interrupt>,
     /// The driver is to hear that all connections are gone.
     must_reset: bool,
@@ -57,6 +58,66 @@ enum Stop {
     Broken,
 }
 
+/// The next chain, alone in `buffers`, or why there is none.
+fn next(queue: &mut Queue, buffers: &mut Buffers) -> Result<Chain, Stop> {
+    for _ in 0..BUDGET {
+        buffers.clear();
+        match queue.pop(buffers) {
+            Next::Chain(chain) => return Ok(chain),
+            Next::Bad => {}
+            Next::Empty if queue.enable_notification() => {}
+            Next::Empty => return Err(Stop::Idle),
+            Next::Broken => return Err(Stop::Broken),
+        }
+    }
+    Err(Stop::Budget)
+}
+
+/// Buffers of the guest's, each for one packet.
+#[derive(Debug, Default)]
+struct Room {
+    /// Their chains, and how much data fits each.
+    heads: Vec<u16>,
+    lens: Vec<usize>,
+    /// Where their headers go, and where their data, one after the other.
+    headers: Iovecs,
+    data: Iovecs,
+}
+
+impl Room {
+    fn clear(&mut self) {
+        self.heads.clear();
+        self.lens.clear();
+        self.headers.clear();
+        self.data.clear();
+    }
+
+    /// Adds the buffer of a chain that was popped. False where no data fit it.
+    fn add(&mut self, chain: &Chain, iovecs: &[libc::iovec]) -> bool {
+        let len = chain.writable.len.saturating_sub(header::LEN);
+        if len > 0 {
+            self.heads.push(chain.head);
+            self.lens.push(len);
+            part(iovecs, 0, header::LEN, &mut self.headers);
+            part(iovecs, header::LEN, len, &mut self.data);
+        }
+        len > 0
+    }
+
+    /// Whether another buffer is of use for so much data.
+    fn has_place(&self, most: usize) -> bool {
+        self.lens.iter().sum::<usize>() < most && self.data.len() < MAX_SEGMENTS
+    }
+
+    /// Gives the driver buffer `index`, whose data are there, with their header.
+    fn put(&self, index: usize, packet: Header, queue: &mut Queue) {
+        // SAFETY: the iovecs are those of chains that `Queue::pop` resolved inside guest memory, which
+        // the queue keeps mapped.
+        unsafe { scatter(&self.headers, index * header::LEN, &packet.to_bytes()) };
+        queue.push_used(self.heads[index], header::LEN as u32 + packet.len);
+    }
+}
+
 impl VsockJob {
     /// Serves `connections`, whose sockets have events while `host` is readable. With `must_reset` the
     /// driver hears first that those which it knows of are gone.
@@ -72,7 +133,8 @@ impl VsockJob {
             connections,
             host,
             buffers: Buffers::default(),
-            head: Iovecs::default(),
+            room: Room::default(),
+            has_events: true,
             interrupt,
             must_reset,
             is_broken: false,
@@ -101,13 +163,9 @@ impl VsockJob {
             if self.connections.is_clogged() {
                 return Stop::Idle;
             }
-            self.buffers.clear();
-            let chain = match queue.pop(&mut self.buffers) {
-                Next::Chain(chain) => chain,
-                Next::Bad => continue,
-                Next::Empty if queue.enable_notification() => continue,
-                Next::Empty => return Stop::Idle,
-                Next::Broken => return Stop::Broken,
+            let chain = match next(queue, &mut self.buffers) {
+                Ok(chain) => chain,
+                Err(stop) => return stop,
             };
             let data = &mut *self.buffers.readable;
             let mut bytes = [0; header::LEN];
@@ -131,38 +189,66 @@ impl VsockJob {
 
     /// Sends packets to the guest.
     fn send(&mut self) -> Stop {
-        let queue = &mut self.queues[RX as usize].queue;
-        for _ in 0..BUDGET {
+        let mut sent = 0;
+        while sent < BUDGET {
             if !self.connections.has_packets() {
                 return Stop::Idle;
             }
-            self.buffers.clear();
-            let chain = match queue.pop(&mut self.buffers) {
-                Next::Chain(chain) => chain,
-                Next::Bad => continue,
-                Next::Empty if queue.enable_notification() => continue,
-                Next::Empty => return Stop::Idle,
-                Next::Broken => return Stop::Broken,
+            let queue = &mut self.queues[RX as usize].queue;
+            let chain = match next(queue, &mut self.buffers) {
+                Ok(chain) => chain,
+                Err(stop) => return stop,
             };
-            let room = &mut *self.buffers.writable;
-            if chain.writable.len <= header::LEN {
+            sent += 1;
+            self.room.clear();
+            if !self.room.add(&chain, &self.buffers.writable) {
                 queue.push_used(chain.head, 0);
                 continue;
             }
-            self.head.clear();
-            self.head.extend_from_slice(room);
-            advance(room, header::LEN);
-            // SAFETY: the iovecs are those of a chain that `Queue::pop` resolved inside guest memory,
-            // which the queue keeps mapped.
-            let Some(packet) = (unsafe { self.connections.next(room) }) else {
-                queue.undo_pop();
-                return Stop::Idle;
-            };
-            // SAFETY: as above.
-            unsafe { scatter(&self.head, 0, &packet.to_bytes()) };
-            queue.push_used(chain.head, header::LEN as u32 + packet.len);
+            match self.connections.next() {
+                Some(Outgoing::Packet(packet)) => self.room.put(0, packet, queue),
+                Some(Outgoing::Data(data)) => sent += self.send_data(&data).saturating_sub(1),
+                None => {
+                    queue.undo_pop();
+                    return Stop::Idle;
+                }
+            }
         }
         Stop::Budget
+    }
+
+    /// Reads data into the buffer that there is, and further ones if it may need them: one packet in
+    /// each. Returns how many packets.
+    fn send_data(&mut self, data: &Data) -> usize {
+        let (queue, room) = (&mut self.queues[RX as usize].queue, &mut self.room);
+        while data.is_streaming && room.has_place(data.most) {
+            self.buffers.clear();
+            let Next::Chain(chain) = queue.pop(&mut self.buffers) else {
+                break;
+            };
+            if !room.add(&chain, &self.buffers.writable) {
+                queue.push_used(chain.head, 0);
+                break;
+            }
+        }
+        truncate(&mut room.data, data.most);
+        room.data.truncate(MAX_SEGMENTS);
+        // SAFETY: the iovecs are those of chains that `Queue::pop` resolved inside guest memory, which
+        // the queue keeps mapped.
+        let (mut left, header) = unsafe { self.connections.read(data, &room.data) };
+        let mut packets = 0;
+        while left > 0 {
+            let len = left.min(room.lens[packets]);
+            let packet = Header {
+                len: len as u32,
+                ..header
+            };
+            room.put(packets, packet, queue);
+            left -= len;
+            packets += 1;
+        }
+        queue.put_back(&room.heads[packets..]);
+        packets
     }
 
     /// Says that all connections are gone.
@@ -171,13 +257,9 @@ impl VsockJob {
             return Stop::Idle;
         };
         for _ in 0..BUDGET {
-            self.buffers.clear();
-            let chain = match queue.pop(&mut self.buffers) {
-                Next::Chain(chain) => chain,
-                Next::Bad => continue,
-                Next::Empty if queue.enable_notification() => continue,
-                Next::Empty => return Stop::Idle,
-                Next::Broken => return Stop::Broken,
+            let chain = match next(queue, &mut self.buffers) {
+                Ok(chain) => chain,
+                Err(stop) => return stop,
             };
             let fits = chain.writable.len >= TRANSPORT_RESET.len();
             let len = if fits { TRANSPORT_RESET.len() } else { 0 };
@@ -195,7 +277,8 @@ impl VsockJob {
 
     /// One turn of everything. Whether there is more to do.
     fn serve(&mut self) -> bool {
-        if let Err(error) = self.connections.look()
+        if std::mem::take(&mut self.has_events)
+            && let Err(error) = self.connections.look()
             && error.kind() != io::ErrorKind::Interrupted
         {
             log::error!("cannot look at the connections of vsock: {error}");
@@ -244,8 +327,9 @@ impl Job for VsockJob {
     }
 
     fn wake(&mut self, token: u32, _events: EventSet) {
-        if let Some(queue) = self.queues.get(token as usize) {
-            let _ = queue.kick.read();
+        match self.queues.get(token as usize) {
+            Some(queue) => drop(queue.kick.read()),
+            None => self.has_events = true,
         }
     }
 
