@@ -1,10 +1,17 @@
 //! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to disks, to the
-//! entropy device and the balloon, and to our own data path of NICs, on this machine's KVM, and to vhost-net where Linux guests can run,
+//! entropy device, the balloon and the socket device, and to our own data path of NICs, on this machine's KVM, and to vhost-net where Linux guests can run,
 //! since that is where vhost-net is known to be.
+
+// A helper that panics fails the test, as it should; clippy spares only the functions that are
+// tests themselves.
+#![allow(clippy::unwrap_used)]
 
 mod harness;
 mod lab;
 
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::thread;
 use std::time::Instant;
 
 use harness::PATIENCE;
@@ -13,6 +20,7 @@ use harness::images::{self, Images};
 use harness::memory::own_memory;
 use harness::vm::Vm;
 use harness::{kvm_test, lab_test, transports_test};
+use tempfile::TempDir;
 
 transports_test!(user_threads_harm_neither_monitor_nic_nor_neighbour, |net| {
     harms_nothing(&net, "user", 1000);
@@ -74,6 +82,50 @@ fn memory_attack(transport: Transport, options: &str) -> Vm {
     let mut command = images::command(transport, &[], &options);
     command.arg("--balloon");
     Vm::spawn(command)
+}
+
+kvm_test!(drivers_of_sockets_harm_no_monitor, || {
+    let program = Program::new();
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let console = succeed(program.attack(transport, "count=50"));
+        let attacks = console.lines().filter(|line| line.starts_with("OK "));
+        assert!(attacks.count() > 200, "{console}");
+    }
+});
+
+kvm_test!(drivers_of_sockets_do_not_make_the_monitor_grow, || {
+    let program = Program::new();
+    grows_not([20, 200], |rounds| {
+        let options = format!("count={rounds} only=vsock-life end=halt");
+        program.attack(Transport::Pci, &options)
+    });
+});
+
+/// A program of the host's that echoes what guests send to its port.
+struct Program(TempDir);
+
+impl Program {
+    fn new() -> Self {
+        let directory = TempDir::new().unwrap();
+        let listener = UnixListener::bind(directory.path().join("vm.vsock_7")).unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut copy = stream.try_clone().unwrap();
+                // The device ends it at any time.
+                thread::spawn(move || io::copy(&mut stream, &mut copy));
+            }
+        });
+        Self(directory)
+    }
+
+    /// Starts the guest that attacks the socket device, by connections to the program.
+    fn attack(&self, transport: Transport, options: &str) -> Vm {
+        let options = format!("mode=hostile-vsock port=7 {options}");
+        let mut command = images::command(transport, &[], &options);
+        command.arg("--vsock").arg(self.0.path().join("vm.vsock"));
+        Vm::spawn(command)
+    }
 }
 
 transports_test!(user_threads_serve_as_many_queue_pairs_as_there_are, |net| {

@@ -108,6 +108,7 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::Hostile => hostile::run(options, boot),
         Mode::HostileDisk => hostile::disk::run(options, boot),
         Mode::HostileMemory => hostile::memory::run(options, boot),
+        Mode::HostileVsock => hostile::vsock::run(options, boot),
         Mode::Reset => power::reset(),
         Mode::TripleFault => power::triple_fault(),
         Mode::Hlt => {

@@ -89,6 +89,8 @@ pub enum Mode {
     HostileDisk,
     /// The same with the entropy device and the balloon.
     HostileMemory,
+    /// The same with the socket device; a program that echoes listens on `port` of the host's.
+    HostileVsock,
     /// Reset the machine.
     Reset,
     /// End in a triple fault.
@@ -348,6 +350,7 @@ fn mode(text: &str) -> Option<Mode> {
         "hostile" => Mode::Hostile,
         "hostile-disk" => Mode::HostileDisk,
         "hostile-memory" => Mode::HostileMemory,
+        "hostile-vsock" => Mode::HostileVsock,
         "reset" => Mode::Reset,
         "triple-fault" => Mode::TripleFault,
         "hlt" => Mode::Hlt,

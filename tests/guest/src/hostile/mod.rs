@@ -12,6 +12,7 @@
 //! | `life.rs` | status bits, features, notifications, resets |
 //! | `disk.rs` | a disk, whatever way |
 //! | `memory.rs` | the entropy device and the balloon |
+//! | `vsock.rs` | the socket device |
 //! | `frames.rs` | headers and lengths of frames to send |
 
 mod chains;
@@ -24,6 +25,7 @@ mod pci;
 mod queues;
 mod registers;
 mod rig;
+pub mod vsock;
 
 use alloc::format;
 use alloc::string::String;

@@ -4,7 +4,7 @@
 //! connection to port 1 ends it, and one to port 2 resets the machine. `vsock-connect` opens `count` connections to the host's `port`, sends
 //! `bytes` of the stream on each and closes its half; the same bytes have to come back.
 
-mod rig;
+pub mod rig;
 
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::format;

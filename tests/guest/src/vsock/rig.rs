@@ -25,11 +25,11 @@ pub const NO_SEND: u32 = 2;
 pub const CLOSED: u32 = 3;
 
 /// The host's CID, and the type of a stream.
-const HOST: u64 = 2;
-const STREAM: u16 = 1;
+pub const HOST: u64 = 2;
+pub const STREAM: u16 = 1;
 
 /// Bytes of a header.
-const HEADER: usize = 44;
+pub const HEADER: usize = 44;
 /// Buffers to receive and to send, and their bytes: as Linux has them.
 const RX_BUFFERS: u16 = 128;
 const RX_ROOM: usize = 4096;
