@@ -50,7 +50,8 @@ impl Host {
 
     /// What starts a guest with these options.
     fn command(&self, transport: Transport, options: &str) -> Command {
-        let mut command = images::command(transport, &[], options);
+        let options = format!("{options} interrupts=on");
+        let mut command = images::command(transport, &[], &options);
         command.arg("--vsock").arg(self.path());
         command
     }

@@ -18,7 +18,7 @@
 //! | `ms` | how long it takes at most | 1000 |
 //! | `pairs` | on how many queue pairs | 1 |
 //! | `gap` | microseconds between two round trips of a ping-pong | 0 |
-//! | `interrupts` | `on`: the first receive queue may interrupt a flood | `off` |
+//! | `interrupts` | `on`: a flood's first receive queue may interrupt, and the socket device | `off` |
 //! | `op` | what a load of a disk or share does, see [`Operation`] | `read` |
 //! | `block` | the bytes of each of its requests | 4096 |
 //! | `depth` | how many are on their way at a time | 1 |

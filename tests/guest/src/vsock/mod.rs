@@ -185,7 +185,7 @@ impl Stack {
         self.rig.send(packet, data);
     }
 
-    /// Does what there is to do, or halts until there is something.
+    /// Does what there is to do; with interrupts, halts until there is something.
     fn turn_or_sleep(&mut self) {
         if !self.turn() {
             self.rig.sleep();

@@ -63,6 +63,8 @@ pub struct Rig {
     tx_free: Vec<u16>,
     event: Ring,
     event_buffer: Shared,
+    /// The line by which it interrupts, if it may.
+    line: Option<u32>,
 }
 
 impl Rig {
@@ -85,6 +87,7 @@ impl Rig {
             tx_free: (0..TX_BUFFERS).collect(),
             event: ring(2, 1)?,
             event_buffer: Shared::new(8),
+            line: None,
         };
         go(device);
         for index in 0..rig.rx.size {
@@ -97,13 +100,16 @@ impl Rig {
         let address = rig.event_buffer.address();
         rig.event.offer_chain(&[Descriptor::new(address, 8, WRITE)]);
         device.notify(2);
-        device.enable_interrupts();
+        if options.interrupts {
+            device.enable_interrupts();
+            rig.line = Some(device.line());
+        }
         Ok(rig)
     }
 
-    /// Halts until a packet or an event comes, unless there is one.
+    /// With interrupts: halts until a packet or an event comes, unless there is one.
     pub fn sleep(&mut self) {
-        let line = self.device.line();
+        let Some(line) = self.line else { return };
         let seen = cpu::interrupts(line);
         let rings = [&mut self.rx, &mut self.event];
         let is_idle = rings.into_iter().all(|ring| {
