@@ -201,6 +201,10 @@ impl Ring {
         }
         self.inflight.complete(head);
         if queue.add_used(memory, head, len).is_err() {
+            // No descriptor of this queue, or its used ring is nowhere. It counts as not taken: the front end waits until
+            // all that is taken is used.
+            queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+            self.inflight.end(head, queue.next_used());
             return false;
         }
         self.inflight.end(head, queue.next_used());
