@@ -1,6 +1,6 @@
-//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to disks, to the
-//! entropy device, the balloon and the socket device, and to our own data path of NICs, on this machine's KVM, and to vhost-net where Linux guests can run,
-//! since that is where vhost-net is known to be.
+//! The freestanding test guest does all that a driver must not do (`guest/src/hostile/`): to disks, to shares, to the entropy
+//! device, the balloon and the socket device, and to our own data path of NICs, on this machine's KVM, and to vhost-net where
+//! Linux guests can run, since that is where vhost-net is known to be.
 
 // A helper that panics fails the test, as it should; clippy spares only the functions that are
 // tests themselves.
@@ -9,6 +9,7 @@
 mod harness;
 mod lab;
 
+use std::fs;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::thread;
@@ -18,6 +19,7 @@ use harness::PATIENCE;
 use harness::guest::{Net, PEER, Transport, addresses, succeed};
 use harness::images::{self, Images};
 use harness::memory::own_memory;
+use harness::process::children;
 use harness::vm::Vm;
 use harness::{kvm_test, lab_test, transports_test};
 use tempfile::TempDir;
@@ -81,6 +83,48 @@ fn memory_attack(transport: Transport, options: &str) -> Vm {
     let options = format!("mode=hostile-memory {options}");
     let mut command = images::command(transport, &[], &options);
     command.arg("--balloon");
+    Vm::spawn(command)
+}
+
+kvm_test!(drivers_of_shares_harm_neither_monitor_nor_server, || {
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let directory = shared();
+        let mut vm = share_attack(transport, &directory, "count=50");
+        vm.wait_for("READY hostile-share\n");
+        let servers = children(vm.pid());
+        assert_eq!(servers.len(), 1, "{servers:?}");
+        let console = succeed(vm);
+        let attacks = console.lines().filter(|line| line.starts_with("OK "));
+        assert!(attacks.count() > 500, "{console}");
+        let hello = fs::read_to_string(directory.path().join("hello"));
+        assert_eq!(hello.expect("it is there"), "of the host");
+    }
+});
+
+kvm_test!(
+    drivers_of_shares_make_neither_monitor_nor_server_grow,
+    || {
+        let directory = shared();
+        grows_not([20, 200], |rounds| {
+            let options = format!("count={rounds} only=share-life end=halt");
+            share_attack(Transport::Pci, &directory, &options)
+        });
+    }
+);
+
+/// A directory with the file by which a guest knows that its share works.
+fn shared() -> TempDir {
+    let directory = tempfile::tempdir().expect("a directory can be made");
+    fs::write(directory.path().join("hello"), "of the host").expect("there is room");
+    directory
+}
+
+/// Starts the guest that attacks its share.
+fn share_attack(transport: Transport, directory: &TempDir, options: &str) -> Vm {
+    let options = format!("mode=hostile-share {options}");
+    let mut command = images::command(transport, &[], &options);
+    let share = format!("{}:src", directory.path().display());
+    command.args(["--share", &share]);
     Vm::spawn(command)
 }
 

@@ -109,6 +109,7 @@ fn run(options: &Options, boot: &boot::Boot) {
         Mode::HostileDisk => hostile::disk::run(options, boot),
         Mode::HostileMemory => hostile::memory::run(options, boot),
         Mode::HostileVsock => hostile::vsock::run(options, boot),
+        Mode::HostileShare => hostile::share::run(options, boot),
         Mode::Reset => power::reset(),
         Mode::TripleFault => power::triple_fault(),
         Mode::Hlt => {

@@ -91,6 +91,8 @@ pub enum Mode {
     HostileMemory,
     /// The same with the socket device; a program that echoes listens on `port` of the host's.
     HostileVsock,
+    /// Does to a share all that a driver must not.
+    HostileShare,
     /// Reset the machine.
     Reset,
     /// End in a triple fault.
@@ -351,6 +353,7 @@ fn mode(text: &str) -> Option<Mode> {
         "hostile-disk" => Mode::HostileDisk,
         "hostile-memory" => Mode::HostileMemory,
         "hostile-vsock" => Mode::HostileVsock,
+        "hostile-share" => Mode::HostileShare,
         "reset" => Mode::Reset,
         "triple-fault" => Mode::TripleFault,
         "hlt" => Mode::Hlt,

@@ -123,7 +123,8 @@ fn expect(what: &str, (error, reply): (i32, Vec<u8>)) -> Result<Vec<u8>, String>
     }
 }
 
-fn lookup(fs: &mut Fs, name: &str) -> Result<u64, String> {
+/// Finds a file in the share's directory.
+pub fn lookup(fs: &mut Fs, name: &str) -> Result<u64, String> {
     let body = [name.as_bytes(), b"\0"].concat();
     let reply = fs.call(opcode::LOOKUP, ROOT, &body, 128)?;
     Ok(double(&expect("lookup", reply)?, 0))
@@ -144,7 +145,8 @@ fn extent(handle: u64, length: u32) -> Vec<u8> {
     body
 }
 
-fn read(fs: &mut Fs, node: u64) -> Result<Vec<u8>, String> {
+/// Opens a file and reads its beginning.
+pub fn read(fs: &mut Fs, node: u64) -> Result<Vec<u8>, String> {
     let handle = open(fs, node, READ_ONLY)?;
     let reply = fs.call(opcode::READ, node, &extent(handle, READ), READ)?;
     let bytes = expect("read", reply)?;

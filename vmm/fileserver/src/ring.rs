@@ -192,6 +192,7 @@ impl Ring {
         let State {
             queue,
             call,
+            enabled,
             serving,
             ..
         } = &mut *state;
@@ -202,8 +203,9 @@ impl Ring {
         self.inflight.complete(head);
         if queue.add_used(memory, head, len).is_err() {
             // No descriptor of this queue, or its used ring is nowhere. It counts as not taken: the front end waits until
-            // all that is taken is used.
+            // all that is taken is used. The guest may only start the queue again.
             queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+            *enabled = false;
             self.inflight.end(head, queue.next_used());
             return false;
         }

@@ -13,6 +13,7 @@
 //! | `disk.rs` | a disk, whatever way |
 //! | `memory.rs` | the entropy device and the balloon |
 //! | `vsock.rs` | the socket device |
+//! | `share.rs` | a share, whatever way |
 //! | `frames.rs` | headers and lengths of frames to send |
 
 mod chains;
@@ -25,6 +26,7 @@ mod pci;
 mod queues;
 mod registers;
 mod rig;
+pub mod share;
 pub mod vsock;
 
 use alloc::format;
