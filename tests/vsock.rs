@@ -387,7 +387,7 @@ kvm_test!(
         let console = host.0.path().join("console");
         let mut config = Config::new(elf());
         config.memory = "64M".parse().unwrap();
-        config.cmdline = "guest.mode=vsock".into();
+        config.cmdline = "guest.mode=vsock guest.interrupts=on".into();
         config.console = ConsoleTarget::File(console.clone());
         config.vsock = Some(host.path().to_str().unwrap().parse().unwrap());
         let guest = Guest::start(config).unwrap();

@@ -261,6 +261,15 @@ impl VirtioDevice {
             }
         }
     }
+
+    /// Has a queue beyond the second interrupt as well, after [`Self::enable_interrupts`].
+    pub fn enable_queue_interrupts(&self, queue: u16) {
+        match self {
+            // All queues have the device's line.
+            Self::Mmio(_) => {}
+            Self::Pci(function) => function.share_vector(queue),
+        }
+    }
 }
 
 /// Resets the device and takes it up to FEATURES_OK with those of the `wanted` features that it

@@ -129,10 +129,19 @@ impl PciDevice {
         }
         self.msix.control(Msix::ENABLE);
         self.common.write(common::CONFIG_VECTOR, 0_u16);
-        for (queue, vector) in [(0_u16, 1_u16), (1, NO_VECTOR)] {
-            self.common.write(common::QUEUE_SELECT, queue);
-            self.common.write(common::QUEUE_VECTOR, vector);
+        for (queue, vector) in [(0, 1), (1, NO_VECTOR)] {
+            self.set_queue_vector(queue, vector);
         }
+    }
+
+    /// Has the first queue's vector signal this one, too.
+    pub fn share_vector(&self, queue: u16) {
+        self.set_queue_vector(queue, 1);
+    }
+
+    fn set_queue_vector(&self, queue: u16, vector: u16) {
+        self.common.write(common::QUEUE_SELECT, queue);
+        self.common.write(common::QUEUE_VECTOR, vector);
     }
 }
 

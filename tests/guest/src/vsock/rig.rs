@@ -102,6 +102,7 @@ impl Rig {
         device.notify(2);
         if options.interrupts {
             device.enable_interrupts();
+            device.enable_queue_interrupts(2);
             rig.line = Some(device.line());
         }
         Ok(rig)
