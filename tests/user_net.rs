@@ -26,22 +26,6 @@ const HOST: u8 = 2;
 /// The guest's addresses. It has no router, and passt answers for every address.
 const GUEST: &str = "guest.ip=10.0.2.15/0 guest.ip6=fd00:10:0:2::15/64";
 
-/// A host with addresses and default routes by its `lower`, whose other end is far.
-fn routed() -> Net {
-    let net = Net::new();
-    for (address, peer) in addresses(HOST).iter().zip(PEER) {
-        let (family, prefix) = if peer.contains(':') {
-            ("-6", 64)
-        } else {
-            ("-4", 24)
-        };
-        net.host.address("lower", &format!("{address}/{prefix}"));
-        net.host
-            .ip(&format!("{family} route add default via {peer}"));
-    }
-    net
-}
-
 /// Forwards the ports of what the guest serves.
 fn services() -> String {
     let tcp = [ECHO, SINK, SOURCE].map(|port| format!("hostfwd=tcp::{port}-:{port}"));
@@ -114,7 +98,7 @@ fn refused(command: Command) -> String {
 }
 
 guest_test!(guest_is_reached_by_forwarded_ports, || {
-    let net = routed();
+    let net = Net::routed(HOST);
     let vm = serve(&net, &services(), &format!("bytes={BULK}"));
     let passt = passt_of(&vm);
     let [ip, _] = addresses(HOST);
@@ -128,7 +112,7 @@ guest_test!(guest_is_reached_by_forwarded_ports, || {
 });
 
 guest_test!(guest_connects_to_the_outside, || {
-    let net = routed();
+    let net = Net::routed(HOST);
     let (far, [near, _]) = (PEER[0], addresses(HOST));
     let listener = net
         .far
@@ -155,7 +139,7 @@ guest_test!(guest_connects_to_the_outside, || {
 guest_test!(
     passt_that_dies_takes_the_link_down_and_the_guest_lives_on,
     || {
-        let net = routed();
+        let net = Net::routed(HOST);
         let directory = tempfile::tempdir().expect("a directory");
         let events = directory.path().join("events");
         // Of the macvtap an address of its own.
@@ -183,7 +167,7 @@ guest_test!(
 guest_test!(
     streams_stay_whole_while_the_guest_and_passt_are_stopped_again_and_again,
     || {
-        let net = routed();
+        let net = Net::routed(HOST);
         let directory = tempfile::tempdir().expect("a directory");
         let socket = directory.path().join("qmp");
         let mut command = command(&net, &services(), &format!("mode=echo bytes={BULK}"));
@@ -224,7 +208,7 @@ guest_test!(
 guest_test!(
     nics_stand_on_the_bus_in_the_order_of_the_command_line,
     || {
-        let net = routed();
+        let net = Net::routed(HOST);
         let (user, macvtap) = ("mac=02:00:00:00:77:01", "lower,mac=02:00:00:00:77:02");
         let user_first = ["--user-net", user, "--macvtap", macvtap];
         let macvtap_first = ["--macvtap", macvtap, "--user-net", user];
@@ -281,7 +265,7 @@ guest_test!(
 );
 
 guest_test!(frames_are_recorded_and_limited_as_on_a_macvtap, || {
-    let net = routed();
+    let net = Net::routed(HOST);
     let directory = tempfile::tempdir().expect("a directory");
     let pcap = directory.path().join("pcap");
     let options = format!("{},tx-rate=8Mbit,pcap={}", services(), pcap.display());
@@ -296,7 +280,7 @@ guest_test!(frames_are_recorded_and_limited_as_on_a_macvtap, || {
 });
 
 guest_test!(port_of_the_host_is_not_taken_for_the_guests, || {
-    let net = routed();
+    let net = Net::routed(HOST);
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("qmp");
     let [ip, _] = addresses(HOST);
@@ -320,7 +304,7 @@ guest_test!(port_of_the_host_is_not_taken_for_the_guests, || {
 });
 
 guest_test!(port_that_is_taken_is_named, || {
-    let net = routed();
+    let net = Net::routed(HOST);
     let [ip, _] = addresses(HOST);
     let (_tcp, _udp) = net.host.enter(|| {
         let tcp = TcpListener::bind("0.0.0.0:2222").expect("it is free");
@@ -355,7 +339,7 @@ guest_test!(port_that_is_taken_is_named, || {
 });
 
 guest_test!(two_user_networks_of_one_guest_have_addresses_each, || {
-    let net = routed();
+    let net = Net::routed(HOST);
     let mut one = command(&net, "", "mode=info");
     one.args(["--user-net", "hostfwd=tcp::80-:80"]);
     let log = refused(one);
@@ -371,7 +355,7 @@ guest_test!(two_user_networks_of_one_guest_have_addresses_each, || {
 });
 
 guest_test!(passt_that_is_missing_too_old_or_fails_is_named, || {
-    let net = routed();
+    let net = Net::routed(HOST);
     let directory = tempfile::tempdir().expect("a directory");
     let with_path = |path: &str| {
         let mut command = net.host.command("/usr/bin/env");

@@ -74,6 +74,22 @@ impl Net {
         }
     }
 
+    /// Both, the host with the addresses of this `number` and default routes to the far side.
+    pub fn routed(number: u8) -> Self {
+        let net = Self::new();
+        for (address, peer) in addresses(number).iter().zip(PEER) {
+            let (family, prefix) = if peer.contains(':') {
+                ("-6", 64)
+            } else {
+                ("-4", 24)
+            };
+            net.host.address("lower", &format!("{address}/{prefix}"));
+            net.host
+                .ip(&format!("{family} route add default via {peer}"));
+        }
+        net
+    }
+
     /// Turns IPv6 off, whose hosts speak without being asked.
     pub fn silence(&self) {
         for namespace in [&self.host, &self.far] {

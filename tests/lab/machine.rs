@@ -118,6 +118,7 @@ const LAB_TOOLS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("dnsmasq", "dnsmasq-base"),
     ("kexec", "kexec-tools"),
+    ("passt", "passt"),
 ];
 
 /// The same for tests that examine disks.
@@ -132,7 +133,6 @@ const DISK_TOOLS: &[(&str, &str)] = &[
 /// The same for tests that reach an installed system.
 const REACH_TOOLS: &[(&str, &str)] = &[
     ("git", "git"),
-    ("passt", "passt"),
     ("socat", "socat"),
     ("ssh", "openssh-client"),
 ];
