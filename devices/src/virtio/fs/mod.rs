@@ -91,6 +91,8 @@ pub struct Fs {
     events: EventSink,
     /// While the device is active.
     memory: Option<Arc<GuestMemoryMmap>>,
+    /// The server may know something of the guest: a reset has something to undo.
+    is_used: bool,
 }
 
 impl Fs {
@@ -126,6 +128,7 @@ impl Fs {
             worker: Worker::new(name.to_owned())?,
             events,
             memory: None,
+            is_used: false,
         })
     }
 
@@ -148,6 +151,7 @@ impl Fs {
         if queues.len() < usize::from(QUEUES) {
             return Err("the driver has not set up all queues".into());
         }
+        self.is_used = true;
         lock(&self.server).start(&memory, features, &queues, interrupt.as_ref())?;
         self.memory = Some(Arc::clone(&memory));
         let job = FsJob::new(Arc::clone(&self.server), memory, queues, interrupt);
@@ -217,7 +221,7 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        if self.memory.is_some() {
+        if std::mem::take(&mut self.is_used) {
             self.stop();
             lock(&self.server).reset();
         }

@@ -225,6 +225,16 @@ fn queue_that_the_server_refuses_needs_a_reset_and_the_server_lives() {
 }
 
 #[test]
+fn reset_of_a_paused_device_is_one_of_the_server_too() {
+    let mut bench = Bench::new(None, LONG);
+    bench.activate(None).unwrap();
+    bench.fs.pause();
+    assert!(bench.fs.is_used);
+    bench.fs.reset();
+    assert!(!bench.fs.is_used);
+}
+
+#[test]
 fn rings_that_make_no_sense_need_a_reset() {
     let mut bench = Bench::new(Some((GET_VRING_BASE, Fault::Ends)), LONG);
     bench.activate(None).unwrap();
