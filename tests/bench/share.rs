@@ -213,7 +213,7 @@ impl Case {
         let (mut vm, server) = setup.start(directory, &options);
         let pids: Vec<u32> = server
             .iter()
-            .map(|server| server.0.id())
+            .map(|server| server.process.id())
             .chain([vm.pid()])
             .collect();
         wait_for_line(&mut vm, "READY ");
@@ -294,12 +294,19 @@ impl Setup {
             }
         };
         let vm = Vm::spawn(self.monitor.command_with(args, options));
-        (vm, Some(Server(server, place)))
+        let server = Server {
+            process: server,
+            _place: place,
+        };
+        (vm, Some(server))
     }
 }
 
 /// A virtiofsd that runs, and where its socket is.
-struct Server(Killed, #[allow(dead_code)] TempDir);
+struct Server {
+    process: Killed,
+    _place: TempDir,
+}
 
 /// The host's virtiofsd.
 fn virtiofsd() -> Option<PathBuf> {

@@ -46,7 +46,7 @@ pub fn message(code: u32, flags: u32, body: &[u8]) -> Vec<u8> {
     [&header.concat(), body].concat()
 }
 
-/// Sends bytes with descriptors. Where the other end has closed its socket, nobody reads them.
+/// Sends bytes with descriptors. Where the other end has closed its socket, they are lost.
 pub fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) {
     if !bytes.is_empty() {
         let _ = socket.send_with_fds(&[bytes], fds);
