@@ -1,5 +1,5 @@
-//! Which crate may use which, checked against cargo's metadata; and that links between the
-//! documents lead to files.
+//! Which crate may use which, checked against cargo's metadata; that links between the documents
+//! lead to files; and that the demo installs what it takes.
 //!
 //! The leaves know neither each other nor the monitor, and only the monitor knows KVM. A new
 //! dependency of a crate is a decision: it is added here in the same change.
@@ -329,6 +329,35 @@ fn links_in_the_documentation_lead_to_files() {
             let file = link.split('#').next().unwrap_or_default();
             let target = page.parent().expect("a folder").join(file);
             assert!(target.exists(), "{}: {link}", page.display());
+        }
+    }
+}
+
+/// The part of a file of the project between two markers.
+fn between(file: &str, start: &str, end: &str) -> String {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
+    let text = fs::read_to_string(file).expect("a file can be read");
+    let (_, rest) = text.split_once(start).expect("the start");
+    rest.split_once(end).expect("the end").0.to_owned()
+}
+
+#[test]
+fn the_demo_installs_what_every_lab_has() {
+    let installed = between("resources/install-tools", "wanted+=(", ")");
+    let installed: BTreeSet<_> = installed.split_whitespace().collect();
+    let (lab, guest) = ("tests/lab/machine.rs", "tests/harness/initramfs.rs");
+    for (file, list) in [(lab, "const LAB_TOOLS"), (guest, "const GUEST_TOOLS")] {
+        let list = between(file, list, "];");
+        let programs: Vec<_> = list
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("(\"")?.split('"').next())
+            .collect();
+        assert!(!programs.is_empty(), "{file}");
+        for program in programs {
+            assert!(
+                installed.contains(program),
+                "{program}: on a new machine the demo lacks what {file} takes"
+            );
         }
     }
 }

@@ -102,6 +102,11 @@ impl Job<'_> {
         self.is("linux_shares-")
     }
 
+    /// Whether its guests have user networks.
+    fn wants_user_net(&self) -> bool {
+        self.wants_debian() || self.is("linux-")
+    }
+
     /// Whether fio runs in its guests.
     fn wants_fio(&self) -> bool {
         self.is("bench") && self.args.iter().any(|arg| arg == "disk")
@@ -113,15 +118,14 @@ impl Job<'_> {
     }
 }
 
-/// Programs that tests run in the lab, and their packages.
+/// Programs that every lab has, the demo's too, and their packages.
 const LAB_TOOLS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("dnsmasq", "dnsmasq-base"),
     ("kexec", "kexec-tools"),
-    ("passt", "passt"),
 ];
 
-/// The same for tests that examine disks.
+/// The same, of labs that examine disks.
 const DISK_TOOLS: &[(&str, &str)] = &[
     ("debugfs", "e2fsprogs"),
     ("dmsetup", "dmsetup"),
@@ -130,7 +134,7 @@ const DISK_TOOLS: &[(&str, &str)] = &[
     ("qemu-img", "qemu-utils"),
 ];
 
-/// The same for tests that reach an installed system.
+/// The same, of labs that reach an installed system.
 const REACH_TOOLS: &[(&str, &str)] = &[
     ("git", "git"),
     ("socat", "socat"),
@@ -272,6 +276,9 @@ fn initramfs(job: &Job, assets: &Assets) -> Vec<u8> {
     if job.wants_shares() {
         let to = format!("/lab/cache/{}/{}", fsx::DIR, fsx::PROGRAM);
         archive.program(&fsx::fsx(), &to);
+    }
+    if job.wants_user_net() {
+        archive.program(&find("passt", "passt"), "/lab/bin/passt");
     }
     if job.wants_fio() {
         archive.program(&find("fio", "fio"), "/lab/bin/fio");
