@@ -7,8 +7,8 @@
 mod harness;
 
 use std::fs;
-use std::io;
-use std::os::unix::net::UnixListener;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
 
@@ -17,9 +17,10 @@ use harness::guest::Transport::{self, Mmio, Pci};
 use harness::guest::{power_off, succeed};
 use harness::process::children;
 use harness::vm::{Vm, binary};
-use harness::{eventually, images, kvm_test};
+use harness::{PATIENCE, eventually, images, kvm_test};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use tempfile::TempDir;
 use vmm::Guest;
 use vmm::config::{Config, ConsoleTarget};
@@ -79,15 +80,50 @@ kvm_test!(files_of_a_read_only_share_are_only_read, || {
 
 kvm_test!(guest_whose_file_server_is_killed_gets_errors, || {
     for transport in [Mmio, Pci] {
-        let directory = directory();
-        let mut vm = start(transport, &share(&directory, ""), "mode=share-reads");
+        let (directory, place) = (directory(), tempfile::tempdir().unwrap());
+        let [events, socket] = ["events", "qmp"].map(|name| place.path().join(name));
+        let mut command = images::command(transport, &[], "mode=share-reads");
+        command.args(["--share", &share(&directory, "")]);
+        command
+            .arg("--events")
+            .arg(&events)
+            .arg("--qmp")
+            .arg(&socket);
+        let mut vm = Vm::spawn(command);
         vm.wait_for("READS 50\n");
+        let mut qmp = BufReader::new(UnixStream::connect(&socket).unwrap());
+        qmp.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+        let capabilities = br#"{"execute": "qmp_capabilities"}"#;
+        qmp.get_ref().write_all(capabilities).unwrap();
+        // The greeting and the reply: it gets events now.
+        for _ in 0..2 {
+            qmp.read_line(&mut String::new()).unwrap();
+        }
         let [server] = children(vm.pid())[..] else {
             panic!("{:?}", children(vm.pid()));
         };
         kill(server);
         vm.wait_for_log("share0: the guest gets errors (EIO) from now on");
+        let mut messages = String::new();
+        qmp.read_to_string(&mut messages).unwrap();
         assert_errors(vm);
+        let lines = fs::read_to_string(events).unwrap();
+        for (text, name) in [
+            (lines, "share-failed"),
+            (messages, "X_MINIVMM_SHARE_FAILED"),
+        ] {
+            let mut events = text.lines().filter_map(|line| {
+                let event: Value = serde_json::from_str(line).unwrap();
+                (event["event"] == name).then_some(event)
+            });
+            let event = events.next().unwrap_or_else(|| panic!("{text}"));
+            // QMP has the keys in an object of their own.
+            let data = event.get("data").unwrap_or(&event);
+            assert_eq!(data["device"], "share0");
+            assert_eq!(data["tag"], "src");
+            assert_eq!(data["reason"], "the file server is gone");
+            assert_eq!(events.next(), None);
+        }
     }
 });
 

@@ -21,6 +21,13 @@ pub enum DeviceEvent {
     RxFilterChanged,
     /// The host has failed a request of a disk's.
     IoError(IoError),
+    /// A share's server is gone, and the guest gets errors from now on. Once.
+    ShareFailed {
+        /// The share's tag.
+        tag: String,
+        /// Why, for people.
+        reason: String,
+    },
 }
 
 /// A disk's request that the host has failed.

@@ -61,6 +61,15 @@ pub enum Event {
         /// What has failed.
         error: IoError,
     },
+    /// A share's server is gone, and the guest gets errors.
+    ShareFailed {
+        /// The device.
+        device: String,
+        /// What the guest mounts it by.
+        tag: String,
+        /// Why, for people.
+        reason: String,
+    },
     /// Nothing of the guest runs.
     Stop,
     /// It runs again.
@@ -172,6 +181,11 @@ impl Event {
                 device: name,
                 error,
             },
+            DeviceEvent::ShareFailed { tag, reason } => Self::ShareFailed {
+                device: name,
+                tag,
+                reason,
+            },
         }
     }
 
@@ -209,6 +223,14 @@ impl Event {
                 });
                 ("BLOCK_IO_ERROR", data)
             }
+            Self::ShareFailed {
+                device,
+                tag,
+                reason,
+            } => (
+                "X_MINIVMM_SHARE_FAILED",
+                json!({"device": device, "tag": tag, "reason": reason}),
+            ),
             Self::Started(_)
             | Self::DriverReady { .. }
             | Self::Link { .. }
@@ -236,6 +258,14 @@ impl Event {
                     "reason": error.reason,
                 });
                 ("block-io-error", data)
+            }
+            Self::ShareFailed {
+                device,
+                tag,
+                reason,
+            } => {
+                let data = json!({"device": device, "tag": tag, "reason": reason});
+                ("share-failed", data)
             }
             Self::Stop => ("stop", json!({})),
             Self::Resume => ("resume", json!({})),

@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::QUEUE_SIZE;
+use crate::events::{DeviceEvent, EventSink};
 use crate::lock;
 use crate::virtio::iovec::{gather, scatter};
 use crate::virtio::queue::{Buffers, Next, Queue};
@@ -32,16 +33,26 @@ const WITHOUT_REPLY: [u32; 3] = [2, 36, 42];
 #[derive(Debug)]
 pub(super) struct Server {
     name: String,
+    tag: String,
+    events: EventSink,
     front_end: FrontEnd,
     process: Option<OwnedFd>,
-    /// That it is gone has been logged.
+    /// That it is gone has been logged and reported.
     is_reported: bool,
 }
 
 impl Server {
-    pub fn new(name: &str, front_end: FrontEnd, process: Option<OwnedFd>) -> Self {
+    pub fn new(
+        name: &str,
+        tag: &str,
+        events: EventSink,
+        front_end: FrontEnd,
+        process: Option<OwnedFd>,
+    ) -> Self {
         Self {
             name: name.to_owned(),
+            tag: tag.to_owned(),
+            events,
             front_end,
             process,
             is_reported: false,
@@ -120,11 +131,13 @@ impl Server {
     fn report(&mut self, why: &dyn Error) {
         if !std::mem::replace(&mut self.is_reported, true) {
             let cause = why.source().map(|cause| format!(": {cause}"));
-            let cause = cause.unwrap_or_default();
+            let reason = format!("{why}{}", cause.unwrap_or_default());
             log::warn!(
-                "{}: the guest gets errors (EIO) from now on: {why}{cause}",
+                "{}: the guest gets errors (EIO) from now on: {reason}",
                 self.name
             );
+            let tag = self.tag.clone();
+            self.events.report(DeviceEvent::ShareFailed { tag, reason });
         }
     }
 }

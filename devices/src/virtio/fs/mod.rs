@@ -97,7 +97,7 @@ pub struct Fs {
 
 impl Fs {
     /// A device named `name`, by whose `tag` the guest mounts what the server serves. That its driver is
-    /// ready is reported to `events`.
+    /// ready, and that the server is gone, is reported to `events`.
     ///
     /// # Errors
     ///
@@ -121,10 +121,12 @@ impl Fs {
         let len = tag.len().min(MAX_TAG);
         config[..len].copy_from_slice(&tag.as_bytes()[..len]);
         config[MAX_TAG..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
+        let features = front_end.features();
+        let server = Server::new(name, tag, events.clone(), front_end, process);
         Ok(Self {
             config,
-            features: front_end.features(),
-            server: Arc::new(Mutex::new(Server::new(name, front_end, process))),
+            features,
+            server: Arc::new(Mutex::new(server)),
             worker: Worker::new(name.to_owned())?,
             events,
             memory: None,
