@@ -65,12 +65,15 @@ extern "C" fn guest_main(parameters: u64, is_pvh: bool) -> ! {
     memory::start_heap(&boot);
     let options = Options::parse(&boot.command_line);
     // How soon it comes is measured: before the clock is.
-    if matches!(&options, Ok(options) if options.mode == Mode::Hello) {
+    if matches!(&options, Ok(options) if options.modes == [Mode::Hello]) {
         report::ok("hello", "");
     }
     cpu::start_clock();
     match &options {
-        Ok(options) => run(options, &boot),
+        Ok(options) => options
+            .modes
+            .iter()
+            .for_each(|mode| run(*mode, options, &boot)),
         Err(why) => report::fail("options", why),
     }
     report::end();
@@ -81,8 +84,8 @@ extern "C" fn guest_main(parameters: u64, is_pvh: bool) -> ! {
     }
 }
 
-fn run(options: &Options, boot: &boot::Boot) {
-    match options.mode {
+fn run(mode: Mode, options: &Options, boot: &boot::Boot) {
+    match mode {
         Mode::Info => net::info::run(boot),
         Mode::Echo => net::echo::run(options),
         Mode::Ping => net::ping::run(options),

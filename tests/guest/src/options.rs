@@ -2,7 +2,7 @@
 //!
 //! | key | meaning | default |
 //! | --- | --- | --- |
-//! | `mode` | what to do, see [`Mode`] | `info` |
+//! | `mode` | what to do, see [`Mode`]; with commas between them, several one after the other | `info` |
 //! | `ip`, `ip6` | own addresses with prefix length; `ip` may be given twice | none |
 //! | `peer` | the address of the other side | none |
 //! | `mac` | an address to send from that is not the NIC's | the NIC's |
@@ -27,6 +27,7 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::vec;
 use alloc::vec::Vec;
 use core::str::FromStr;
 
@@ -137,8 +138,8 @@ pub enum Order {
 /// The command line, read.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// What to do.
-    pub mode: Mode,
+    /// What to do, one after the other.
+    pub modes: Vec<Mode>,
     /// Own addresses.
     pub addresses: Vec<IpCidr>,
     /// The other side.
@@ -190,7 +191,7 @@ impl Options {
     /// Reads the words that begin with `guest.`; an unknown one is an error, in words.
     pub fn parse(line: &CommandLine) -> Result<Self, String> {
         let mut options = Self {
-            mode: Mode::Info,
+            modes: vec![Mode::Info],
             addresses: Vec::new(),
             peer: None,
             mac: None,
@@ -238,7 +239,7 @@ impl Options {
 
     fn set(&mut self, key: &str, value: &str) -> Option<()> {
         match key {
-            "mode" => self.mode = mode(value)?,
+            "mode" => self.modes = value.split(',').map(mode).collect::<Option<_>>()?,
             "ip" | "ip6" => self.addresses.push(number(value)?),
             "peer" => self.peer = Some(number(value)?),
             "mac" => self.mac = Some(number(value)?),
