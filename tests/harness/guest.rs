@@ -165,9 +165,14 @@ impl Net {
         power_off(vm)
     }
 
-    /// Sends a datagram from the far side to a guest, until it comes back.
+    /// Sends a datagram from the far side to a guest's echo, until it comes back.
     pub fn datagram(&self, ip: &str, data: &[u8]) -> Vec<u8> {
-        let to = SocketAddr::new(ip.parse().expect("an address"), ECHO);
+        self.datagram_by(ip, ECHO, data)
+    }
+
+    /// The same by another port, which is forwarded there.
+    pub fn datagram_by(&self, ip: &str, port: u16, data: &[u8]) -> Vec<u8> {
+        let to = SocketAddr::new(ip.parse().expect("an address"), port);
         self.far.enter(|| {
             let any = if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };
             let socket = UdpSocket::bind(any).expect("a socket");
