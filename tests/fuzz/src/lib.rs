@@ -2,6 +2,7 @@
 //! fuzzer's too, and a NIC between the two.
 
 pub mod image;
+pub mod jail;
 pub mod vhost_user;
 
 use std::fs::File;

@@ -16,8 +16,8 @@ use virtiofsd::fuse::{Attr, InHeader, SetattrIn};
 
 use crate::nodes::Nodes;
 
-/// What of virtiofsd's is served: files and handles have numbers.
-pub(crate) trait Numbered: FileSystem<Inode = u64, Handle = u64> {}
+/// A file system of virtiofsd's that can be served: its files and handles have numbers.
+pub trait Numbered: FileSystem<Inode = u64, Handle = u64> {}
 
 impl<F: FileSystem<Inode = u64, Handle = u64>> Numbered for F {}
 

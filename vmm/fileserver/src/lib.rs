@@ -10,6 +10,7 @@
 //! | `cover.rs` | mounts below the directory, which it is not to see either |
 //! | `seccomp.rs` | the system calls that it can make |
 //! | `backend.rs` | vhost-user: the guest's memory and queues |
+//! | `device.rs` | the queues with what serves them |
 //! | `ring.rs` | a queue, and the threads that serve it (`hiprio`, `requests`) |
 //! | `requests.rs` | a FUSE request |
 //! | `files.rs` | the file system: virtiofsd's, with a bound to its descriptors |
@@ -18,6 +19,7 @@
 
 mod backend;
 mod cover;
+mod device;
 mod files;
 mod inflight;
 mod nodes;
@@ -30,24 +32,21 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use vhost::vhost_user::{BackendReqHandler, Error as VhostUserError};
+use vhost::vhost_user::Error as VhostUserError;
 use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{self, PassthroughFs};
-use virtiofsd::server::Server;
 use virtiofsd::soft_idmap::cmdline::IdMap;
 
-use backend::Backend;
-use files::{Files, Numbered};
-use inflight::Inflight;
-use ring::Ring;
 use sandbox::Owners;
 
+pub use device::Device;
+pub use files::Numbered;
 pub use inflight::{QUEUE_SIZE, RECORD};
 pub use sandbox::Error as SandboxError;
 pub use seccomp::Error as SeccompError;
@@ -143,38 +142,32 @@ pub unsafe fn serve(share: Share) -> Result<(), Error> {
     match share.read_only {
         true => {
             let files = PassthroughFsRo::new(config).map_err(failed)?;
-            serve_files(Files::new(files, budget), share)
+            serve_files(files, budget, share)
         }
         false => {
             let files = PassthroughFs::new(config).map_err(failed)?;
-            serve_files(Files::new(files, budget), share)
+            serve_files(files, budget, share)
         }
     }
 }
 
-fn serve_files<F>(files: Files<F>, share: Share) -> Result<(), Error>
+fn serve_files<F>(files: F, budget: u64, share: Share) -> Result<(), Error>
 where
     F: Numbered + Send + Sync + 'static,
 {
-    let failed = |error| Error::Make("its queues", error);
-    let server = Arc::new(Server::new(files));
-    let record = Inflight::map(share.inflight).map_err(failed)?;
-    let rings = record.into_iter().zip(QUEUES);
-    let rings = rings.map(|(part, (_, threads))| Ring::new(part, threads).map(Arc::new));
-    let rings = rings.collect::<io::Result<Vec<_>>>().map_err(failed)?;
-    let threads: usize = QUEUES.iter().map(|(_, threads)| threads).sum();
-    let started = Arc::new(Barrier::new(threads + 1));
-    for (ring, (name, threads)) in rings.iter().zip(QUEUES) {
+    let threads = QUEUES.map(|(_, threads)| threads);
+    let device = Device::new(files, budget, threads, share.inflight);
+    let device = Arc::new(device.map_err(|error| Error::Make("its queues", error))?);
+    let started = Arc::new(Barrier::new(threads.iter().sum::<usize>() + 1));
+    for (queue, (name, threads)) in QUEUES.into_iter().enumerate() {
         for thread in 0..threads {
-            let (ring, server, started) = (ring.clone(), server.clone(), started.clone());
+            let (device, started) = (device.clone(), started.clone());
             let run = move || {
                 // SAFETY: the working directory and the umask become this thread's own, which files are made with.
                 let unshared = unsafe { unshare_unsafe(UnshareFlags::FS) };
                 started.wait();
                 match unshared {
-                    Ok(()) => ring.run(thread, |memory, chain| {
-                        requests::serve(&server, memory, chain)
-                    }),
+                    Ok(()) => device.run(queue, thread),
                     Err(error) => panic!("cannot have a working directory of its own: {error}"),
                 }
             };
@@ -184,15 +177,11 @@ where
     }
     started.wait();
     seccomp::restrict()?;
-    let forget = Box::new(move || {
-        server.destroy();
-    });
-    let backend = Arc::new(Mutex::new(Backend::new(rings, forget)));
-    let mut requests = BackendReqHandler::from_stream(share.socket, backend);
+    let mut handle = device.messages(share.socket);
     let _ = rustix::io::write(&share.ready, b"\n");
     drop(share.ready);
     loop {
-        match requests.handle_request() {
+        match handle() {
             Ok(()) => {}
             Err(VhostUserError::Disconnected | VhostUserError::PartialMessage) => return Ok(()),
             Err(error) => return Err(Error::Protocol(error)),

@@ -150,7 +150,7 @@ impl Ring {
     }
 
     /// Serves one request; `false` when there is none.
-    fn serve_one(&self, serve: impl Fn(&Memory, Chain) -> u32) -> bool {
+    pub fn serve_one(&self, serve: impl Fn(&Memory, Chain) -> u32) -> bool {
         let mut state = self.lock();
         let State {
             queue,
