@@ -18,6 +18,7 @@ use harness::process::{children, is_running};
 use harness::vm::{self, Vm};
 use harness::{elf::elf, eventually, guest_test};
 use rustix::process::{Pid, Signal, kill_process};
+use vmm::stats::Stats;
 
 /// How much the streams carry.
 const BULK: usize = 4 << 20;
@@ -277,6 +278,39 @@ guest_test!(frames_are_recorded_and_limited_as_on_a_macvtap, || {
     assert!(vm.wait_exit().success(), "{}", vm.transcript());
     assert!(vm.log().contains("times rate-limited"), "{}", vm.log());
     assert!(fs::metadata(&pcap).expect("it is there").len() > 1_000_000);
+});
+
+guest_test!(guest_does_not_reach_the_hosts_loopback, || {
+    let net = Net::routed(HOST);
+    let directory = tempfile::tempdir().expect("a directory");
+    let qmp = directory.path().join("qmp");
+    let loopback = net.host.enter(|| UdpSocket::bind("127.0.0.1:9"));
+    let loopback = loopback.expect("it is free");
+    loopback.set_nonblocking(true).expect("a socket can");
+    // It sends a datagram there every few milliseconds.
+    let mut command = command(&net, &services(), "mode=link peer=127.0.0.1");
+    command.arg("--qmp").arg(&qmp);
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("READY link\n");
+    let refused = || {
+        let mut stats = Command::new(vm::binary());
+        stats.arg("stats").arg(&qmp).arg("--json");
+        let json = stats.output().expect("it starts").stdout;
+        let stats: Stats = serde_json::from_slice(&json).expect("of the VM");
+        stats.nics[0].queues[0].tx.refused
+    };
+    let reached = || loopback.recv(&mut [0; 100]).is_ok();
+    assert!(
+        eventually(|| reached() || refused() > 0),
+        "{}",
+        vm.transcript()
+    );
+    // What comes back left after what was sent before.
+    let [ip, _] = addresses(HOST);
+    assert_eq!(net.datagram(&ip, b"after"), b"after");
+    assert!(!reached());
+    assert_eq!(net.datagram(&ip, b"quit"), b"quit");
+    assert!(vm.wait_exit().success(), "{}", vm.transcript());
 });
 
 guest_test!(port_of_the_host_is_not_taken_for_the_guests, || {

@@ -44,7 +44,8 @@ pub struct TxCounters {
     pub bytes: u64,
     /// Chains that were no frame to begin with.
     pub bad_chains: u64,
-    /// Frames that the kernel refused (a header that lies, fewer than 14 bytes).
+    /// Frames that the backend refused: a header that lies, fewer than 14 bytes, on a user network a destination on the
+    /// host's loopback.
     pub refused: u64,
     /// Times that the backend had no room.
     pub full: u64,

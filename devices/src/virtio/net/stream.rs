@@ -2,6 +2,8 @@
 //! whatever else speaks as QEMU's `-netdev stream` does. Before each frame goes its length, 4 bytes,
 //! big-endian; there is no virtio-net header, and checksums are whole.
 
+mod loopback;
+
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -16,6 +18,7 @@ use super::device::LARGEST_FRAME;
 use super::features::Offloads;
 use crate::lock;
 use crate::virtio::iovec::{self, Iovecs};
+use loopback::{JUDGED, is_to_loopback};
 
 /// Bytes of a length.
 const PREFIX_LEN: usize = 4;
@@ -196,8 +199,8 @@ impl Received {
 }
 
 impl Sent {
-    /// What was taken up to `begin`, a frame's length behind that and the frame have been written, or
-    /// a part of them. Returns how much of the frame was.
+    /// What was taken up to `begin`, a frame's length and beginning behind that and the rest of the frame
+    /// have been written, or a part of them. Returns how much of the rest was.
     ///
     /// # Errors
     ///
@@ -209,15 +212,15 @@ impl Sent {
             // Of what is lost nothing must be written later.
             Err(error) => (begin, error),
         };
-        let frame = self.bytes.len();
+        let held = self.bytes.len();
         self.is_full = error.kind() == io::ErrorKind::WouldBlock;
         if n <= begin {
             self.bytes.truncate(begin);
             self.bytes.drain(..n);
             return Err(error);
         }
-        self.bytes.drain(..n.min(frame));
-        Ok(n.saturating_sub(frame))
+        self.bytes.drain(..n.min(held));
+        Ok(n.saturating_sub(held))
     }
 }
 
@@ -315,20 +318,29 @@ impl Backend for Stream {
         }
         let begin = sent.bytes.len();
         sent.bytes.extend((len as u32).to_be_bytes());
-        let mut done = 0;
+        // What is judged is what is written, whatever the guest changes meanwhile.
+        let mut done = if is_copied { len } else { JUDGED };
+        let frame = sent.bytes.len();
+        sent.bytes.resize(frame + done, 0);
+        // SAFETY: the caller vouches for the iovecs.
+        unsafe { iovec::gather(iovecs, HEADER_LEN, &mut sent.bytes[frame..]) };
+        if is_to_loopback(&sent.bytes[frame..]) {
+            sent.bytes.truncate(begin);
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         if !is_copied {
             sent.iovecs.clear();
             sent.iovecs.push(to_iovec(&sent.bytes));
-            iovec::part(iovecs, HEADER_LEN, len, &mut sent.iovecs);
+            iovec::part(iovecs, HEADER_LEN + done, len - done, &mut sent.iovecs);
             // SAFETY: the caller vouches for the iovecs; the first one describes `bytes`, which is only
             // read.
             let written = unsafe { self.write(&mut sent.iovecs) };
-            done = sent.written(begin, written)?;
+            done += sent.written(begin, written)?;
+            let rest = sent.bytes.len();
+            sent.bytes.resize(rest + len - done, 0);
+            // SAFETY: as above.
+            unsafe { iovec::gather(iovecs, HEADER_LEN + done, &mut sent.bytes[rest..]) };
         }
-        let rest = sent.bytes.len();
-        sent.bytes.resize(rest + len - done, 0);
-        // SAFETY: the caller vouches for the iovecs.
-        unsafe { iovec::gather(iovecs, HEADER_LEN + done, &mut sent.bytes[rest..]) };
         sent.is_full &= !sent.bytes.is_empty();
         Ok(whole)
     }

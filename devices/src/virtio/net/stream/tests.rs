@@ -1,10 +1,13 @@
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::thread;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::loopback::tests::frame_to;
 use super::*;
 use crate::virtio::iovec::tests::iovecs;
 
@@ -191,5 +194,68 @@ fn other_end_that_is_gone_leaves_a_socket_that_is_hung_up() {
     for len in [60, 40_000] {
         let written = write(&stream, &frame(len, 0), 5000).and_then(|_| stream.flush());
         assert_eq!(written.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+}
+
+#[test]
+fn frames_to_the_loopback_are_refused_and_those_around_them_written() {
+    for (len, piece) in [
+        (60, 5000),
+        (60, 7),
+        (2000, 100),
+        (40_000, 70_000),
+        (40_000, 1500),
+    ] {
+        let (stream, mut far) = pair();
+        let around = [frame_to("10.0.2.2", len), frame_to("fe80::1", len)];
+        write(&stream, &around[0], piece).unwrap();
+        for to in ["127.0.0.1", "0.0.0.0", "::1", "::ffff:127.0.0.1"] {
+            let error = write(&stream, &frame_to(to, len), piece).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{to}");
+        }
+        write(&stream, &around[1], piece).unwrap();
+        stream.flush().unwrap();
+        let mut seen = vec![0; 2 * (PREFIX_LEN + len)];
+        far.read_exact(&mut seen).unwrap();
+        assert!(seen == around.map(|frame| with_length(&frame)).concat());
+        assert!(would_block(far.read(&mut [0])));
+    }
+}
+
+/// The guest's other processors may write a frame's destination at any time.
+#[test]
+fn destination_that_changes_meanwhile_is_never_the_loopback() {
+    const FRAMES: usize = 2000;
+    for len in [60, 3000] {
+        let (stream, mut far) = pair();
+        far.set_nonblocking(false).unwrap();
+        let mut bytes = [&[0; HEADER_LEN], &frame_to("10.0.2.2", len)[..]].concat();
+        let pieces = iovecs(&mut bytes, 5000);
+        let at = bytes.as_mut_ptr().wrapping_add(HEADER_LEN + 30);
+        // SAFETY: it is within `bytes`, which is used by this and the device's volatile reads alone until the threads end.
+        let first = unsafe { AtomicU8::from_ptr(at) };
+        let is_done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_done.load(Ordering::Relaxed) {
+                    first.store(127, Ordering::Relaxed);
+                    first.store(10, Ordering::Relaxed);
+                }
+            });
+            let reader = scope.spawn(|| {
+                let mut frame = vec![0; PREFIX_LEN + len];
+                while far.read_exact(&mut frame).is_ok() {
+                    assert_eq!(frame[PREFIX_LEN + 30], 10);
+                }
+            });
+            for _ in 0..FRAMES {
+                // SAFETY: the iovecs describe parts of `bytes`.
+                while would_block(unsafe { stream.write_frame(&pieces) }) {}
+            }
+            while would_block(stream.flush()) {}
+            is_done.store(true, Ordering::Relaxed);
+            stream.hang_up();
+            reader.join().unwrap();
+        });
     }
 }
