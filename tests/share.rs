@@ -192,6 +192,24 @@ root_test!(files_of_a_user_s_share_are_that_user_s, || {
     }
 });
 
+// As in a container without root's rights.
+root_test!(root_of_a_user_namespace_shares_as_one_user, || {
+    let directory = directory();
+    let minivmm = vm::binary().display().to_string();
+    let line = format!("exec unshare --user --map-root-user {minivmm} \"$@\"");
+    let program = script(&directory, &line);
+    let path = directory.path().join("theirs");
+    fs::write(&path, "").unwrap();
+    chown(&path, Some(1), Some(2)).unwrap();
+    let mut guest = Guest::by(directory.path(), false, &program).mount();
+    let theirs = guest.lookup(ROOT, "theirs").unwrap();
+    assert_eq!((theirs.uid, theirs.gid), (65534, 65534));
+    let user = User { uid: 7, gid: 7 };
+    let (ours, _) = guest.create(user, ROOT, "ours").unwrap();
+    assert_eq!((ours.uid, ours.gid), (0, 0));
+    assert_eq!(owner(&directory.path().join("ours")), (0, 0));
+});
+
 root_test!(read_only_share_changes_nothing, || {
     let directory = directory();
     fs::write(directory.path().join("file"), "text").unwrap();
@@ -306,28 +324,44 @@ root_test!(reset_of_the_device_forgets_what_the_guest_had_open, || {
     assert_eq!(guest.getattr(file.node), Err(libc::EBADF));
 });
 
-/// What is seen of the host by its root directory.
-fn see_the_host(program: &Path) {
+/// What is seen of the host by its root directory, where a file of root's has this owner.
+fn see_the_host(program: &Path, root: u32) {
     let mut guest = Guest::by(Path::new("/"), true, program).mount();
     let names = guest.list(ROOT).unwrap();
     let has = |name: &&str| names.contains(&(*name).to_owned());
     assert!(["etc", "proc", "usr"].iter().all(has), "{names:?}");
     let passwd = guest.walk("etc/passwd").unwrap();
     assert!(guest.read_file(passwd.node).unwrap().contains("root:"));
+    assert_eq!((passwd.uid, passwd.gid), (root, root));
     // What the host has mounted there is not shown.
     for name in ["proc", "sys"] {
         let node = guest.lookup(ROOT, name).unwrap().node;
         assert_eq!(guest.list(node).unwrap(), [""; 0], "{name}");
     }
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let is_mount = |path: &str| {
+        mounts
+            .lines()
+            .any(|line| line.split(' ').nth(1) == Some(path))
+    };
+    let in_memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let run = netns::Netns::new();
+    for (mount, path) in [("/dev", in_memory.path()), ("/run", &run.path())] {
+        assert!(path.exists());
+        if is_mount(mount) {
+            let path = path.strip_prefix("/").unwrap().to_str().unwrap();
+            assert_eq!(guest.walk(path).map(drop), Err(libc::ENOENT), "{path}");
+        }
+    }
 }
 
 root_test!(root_directory_of_the_host_can_be_shared, || {
-    see_the_host(&vm::binary());
+    see_the_host(&vm::binary(), 0);
 });
 
 root_test!(root_directory_of_the_host_can_be_shared_by_a_user, || {
     let directory = directory();
-    see_the_host(&as_user(&directory));
+    see_the_host(&as_user(&directory), 65534);
 });
 
 #[test]

@@ -90,16 +90,6 @@ pub(crate) unsafe fn enter(read_only: bool) -> Result<Inside> {
         child => wait_for(Pid::from_raw(child)),
     }
     drop(parent);
-    if owners == Owners::All {
-        // SAFETY: no groups are read from the null pointer.
-        let done = unsafe { libc::setgroups(0, std::ptr::null()) };
-        if done != 0 {
-            return Err(Error(
-                "leave this user's groups",
-                io::Error::last_os_error(),
-            ));
-        }
-    }
     let descriptors = own_descriptors()?;
     become_root_directory(read_only)?;
     keep_capabilities(KEPT)?;
@@ -116,7 +106,7 @@ fn leave_namespaces() -> Result<Owners> {
     let (uid, gid) = (geteuid(), getegid());
     let has = capabilities(None).map_err(failed("read this process's capabilities"))?;
     let flags = UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWNET;
-    if uid.is_root() && has.effective.contains(CapabilitySet::SYS_ADMIN) {
+    if uid.is_root() && has.effective.contains(CapabilitySet::SYS_ADMIN) && leave_groups() {
         // SAFETY: memory and descriptors stay shared with no one else: there is one thread.
         unsafe { unshare_unsafe(flags) }.map_err(failed("make namespaces"))?;
         return Ok(Owners::All);
@@ -137,6 +127,12 @@ fn leave_namespaces() -> Result<Owners> {
         written.map_err(failed("map this user into the user namespace"))?;
     }
     Ok(Owners::One { uid, gid })
+}
+
+/// Leaves root's groups. `false` where that is not permitted: in a user namespace of one user, whose root is that user.
+fn leave_groups() -> bool {
+    // SAFETY: no groups are read from the null pointer.
+    unsafe { libc::setgroups(0, std::ptr::null()) == 0 }
 }
 
 /// The kernel kills this process when its parent ends.
