@@ -15,7 +15,7 @@ use std::process::Command;
 use harness::elf::elf;
 use harness::guest::Transport::{self, Mmio, Pci};
 use harness::guest::{power_off, succeed};
-use harness::process::children;
+use harness::process::{children, is_running};
 use harness::vm::{Vm, binary};
 use harness::{PATIENCE, eventually, images, kvm_test};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -125,6 +125,21 @@ kvm_test!(guest_whose_file_server_is_killed_gets_errors, || {
             assert_eq!(events.next(), None);
         }
     }
+});
+
+kvm_test!(monitor_that_is_killed_leaves_no_file_server, || {
+    let directory = directory();
+    let mut vm = start(Pci, &share(&directory, ""), "mode=share-reads");
+    vm.wait_for("READS 50\n");
+    let [outer] = children(vm.pid())[..] else {
+        panic!("{:?}", children(vm.pid()));
+    };
+    let [inner] = children(outer)[..] else {
+        panic!("{:?}", children(outer));
+    };
+    vm.signal(Signal::KILL);
+    vm.wait_exit();
+    assert!(eventually(|| !is_running(outer) && !is_running(inner)));
 });
 
 /// A server that minivmm has not started, and that keeps no record of requests for it.

@@ -77,3 +77,13 @@ fn share_whose_tag_is_too_long_is_refused() {
         &["has 37 bytes, and a share's has at most 36"],
     );
 }
+
+#[test]
+fn file_server_is_hidden_and_not_for_people() {
+    let help = run(minivmm(["--help"]));
+    assert!(!help.stdout.contains("file-server"), "{}", help.stdout);
+    let typed = run(minivmm(["file-server", "/"]));
+    assert_eq!(typed.status, Some(USAGE));
+    let words = "minivmm itself starts the file server of a share: see --share\n";
+    assert_eq!(typed.stderr, words);
+}

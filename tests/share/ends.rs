@@ -13,7 +13,7 @@ use crate::client::{Guest, REQUESTS};
 use crate::fuse::*;
 use crate::harness::netns::{self, root_test};
 use crate::harness::{eventually, vm};
-use crate::{as_user, directory, lease, mounted};
+use crate::{USER, as_user, directory, lease, mounted};
 
 /// The directory that [`monitor_that_serves`] is to serve, and the program that serves it.
 const DIRECTORY: &str = "MINIVMM_TEST_SHARE";
@@ -164,12 +164,9 @@ root_test!(record_has_the_request_that_a_killed_server_was_at, || {
     assert_eq!(guest.used(REQUESTS), 2);
 });
 
-root_test!(server_has_few_rights, || {
-    let directory = directory();
-    let mut guest = mounted(&directory);
-    let user = User { uid: 5, gid: 6 };
-    guest.create(user, ROOT, "made").unwrap();
-    let [outer, inner] = processes(&guest);
+/// What the process of a server that serves may do, and the other one may not.
+fn assert_few_rights(guest: &Guest, namespaces: &[&str]) {
+    let [outer, inner] = processes(guest);
     // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID and SETUID.
     for (pid, capabilities) in [(outer, "0000000000000000"), (inner, "00000000000000db")] {
         for set in ["CapPrm", "CapEff", "CapBnd"] {
@@ -180,20 +177,47 @@ root_test!(server_has_few_rights, || {
         }
         assert_eq!(status(pid, "NoNewPrivs"), "1");
     }
-    assert_eq!(status(inner, "Seccomp"), "2");
     assert_eq!(status(inner, "Groups"), "");
-    for task in fs::read_dir(format!("/proc/{inner}/task")).unwrap() {
-        let task = task.unwrap().file_name().into_string().unwrap().parse();
-        assert_eq!(status(task.unwrap(), "Seccomp"), "2");
-    }
-    let link = |pid: &str, name: &str| fs::read_link(format!("/proc/{pid}/{name}")).unwrap();
-    for namespace in ["ns/mnt", "ns/net", "ns/pid"] {
-        let its = link(&inner.to_string(), namespace);
-        assert_ne!(its, link("self", namespace), "{namespace}");
+    let tasks = fs::read_dir(format!("/proc/{inner}/task")).unwrap();
+    let tasks = tasks.map(|task| task.unwrap().file_name().into_string().unwrap());
+    let filters = tasks.map(|task| status(task.parse().unwrap(), "Seccomp"));
+    let filters: Vec<_> = filters.collect();
+    assert!(
+        filters.len() > 1 && filters.iter().all(|filter| filter == "2"),
+        "{filters:?}"
+    );
+    let link = |pid: &str, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
+    for namespace in ["mnt", "net", "pid", "user"] {
+        let is_own = link(&inner.to_string(), namespace) != link("self", namespace);
+        assert_eq!(is_own, namespaces.contains(&namespace), "{namespace}");
     }
     let mounts = fs::read_to_string(format!("/proc/{inner}/mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
     let root = fs::read_dir(format!("/proc/{inner}/root")).unwrap();
     let root = root.map(|entry| entry.unwrap().file_name());
-    assert_eq!(root.collect::<Vec<_>>(), ["made"]);
+    assert!(root.into_iter().any(|name| name == "made"));
+}
+
+root_test!(server_of_root_has_few_rights, || {
+    let directory = directory();
+    let mut guest = mounted(&directory);
+    let user = User { uid: 5, gid: 6 };
+    guest.create(user, ROOT, "made").unwrap();
+    assert_few_rights(&guest, &["mnt", "net", "pid"]);
+});
+
+// Its capabilities are those of a user namespace, in which there is that user alone.
+root_test!(server_of_a_user_has_few_rights, || {
+    let directory = directory();
+    let program = as_user(&directory);
+    let mut guest = Guest::by(directory.path(), false, &program).mount();
+    guest.create(GUEST_ROOT, ROOT, "made").unwrap();
+    assert_few_rights(&guest, &["mnt", "net", "pid", "user"]);
+    let [_, inner] = processes(&guest);
+    for map in ["uid_map", "gid_map"] {
+        let map = fs::read_to_string(format!("/proc/{inner}/{map}")).unwrap();
+        let numbers: Vec<_> = map.split_whitespace().collect();
+        let user = USER.to_string();
+        assert_eq!(numbers, [&user, &user, "1"]);
+    }
 });

@@ -1,7 +1,7 @@
 //! Ways out of the directory.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::process::Command;
 
 use crate::client::{ANSWER, Guest, HIPRIO, REQUEST, REQUESTS};
@@ -110,6 +110,40 @@ root_test!(symbolic_links_are_not_followed, || {
     assert_eq!(fs::read(outer.path().join("secret")).unwrap(), b"secret");
 });
 
+root_test!(hard_links_do_not_lead_out, || {
+    let outer = directory();
+    let inner = outer.path().join("share");
+    fs::create_dir(&inner).unwrap();
+    let secret = outer.path().join("secret");
+    fs::write(&secret, "secret").unwrap();
+    fs::write(inner.join("file"), "text").unwrap();
+    let mut guest = Guest::new(&inner, false).mount();
+    // A link to a symbolic link is one to that, not to what it names.
+    for target in ["../secret", "/proc/self/fd/3", "/proc/self/exe"] {
+        guest.symlink(ROOT, "soft", target).unwrap();
+        let soft = guest.lookup(ROOT, "soft").unwrap().node;
+        let hard = guest.link(soft, ROOT, "hard").unwrap();
+        assert_eq!(hard.node, soft);
+        assert_eq!(guest.call(READLINK, soft, &[]).unwrap(), target.as_bytes());
+        for name in ["soft", "hard"] {
+            guest.unlink(ROOT, name).unwrap();
+        }
+    }
+    // Nor is a new name made elsewhere, or of a directory, or of what has none.
+    let file = guest.lookup(ROOT, "file").unwrap().node;
+    for name in ["../new", "/new", "../secret", ".."] {
+        let _ = guest.link(file, ROOT, name);
+        let _ = guest.unlink(ROOT, name);
+    }
+    assert!(guest.link(ROOT, ROOT, "new").is_err());
+    for node in [0, file + 1, u64::MAX] {
+        assert_eq!(guest.link(node, ROOT, "new").map(drop), Err(libc::EBADF));
+    }
+    assert_eq!(fs::metadata(&secret).unwrap().nlink(), 1);
+    assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(&inner).unwrap().count(), 1);
+});
+
 root_test!(device_nodes_are_neither_made_nor_opened, || {
     let directory = directory();
     let null = directory.path().join("null");
@@ -128,11 +162,11 @@ root_test!(device_nodes_are_neither_made_nor_opened, || {
             Err(libc::EPERM)
         );
     }
-    // These are of no device.
-    guest.mknod(ROOT, "fifo", libc::S_IFIFO | 0o600, 0).unwrap();
-    guest
-        .mknod(ROOT, "socket", libc::S_IFSOCK | 0o600, 0)
-        .unwrap();
+    // These are of no device. Opened, a FIFO would wait for its other end.
+    for (name, kind) in [("fifo", libc::S_IFIFO), ("socket", libc::S_IFSOCK)] {
+        let made = guest.mknod(ROOT, name, kind | 0o600, 0).unwrap();
+        assert_eq!(guest.open(made.node, libc::O_RDONLY), Err(libc::EBADF));
+    }
 });
 
 root_test!(file_systems_that_are_mounted_below_are_not_shown, || {

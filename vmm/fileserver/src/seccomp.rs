@@ -116,3 +116,72 @@ pub(crate) fn restrict() -> Result<(), Error> {
     let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(Error::Make)?;
     apply_filter_all_threads(&program).map_err(Error::Set)
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Pid, Resource, Rlimit, WaitOptions, WaitStatus, setrlimit, waitpid};
+
+    use super::*;
+
+    /// How a process ends that makes this call under the filter, and then no other.
+    fn end_of(call: c_long) -> WaitStatus {
+        // SAFETY: the child allocates, which the C library permits after a fork, and ends without running anything of the
+        // parent's.
+        match unsafe { libc::fork() } {
+            0 => {
+                let none = Some(0);
+                let no_core = Rlimit {
+                    current: none,
+                    maximum: none,
+                };
+                let _ = setrlimit(Resource::Core, no_core);
+                let status = restrict().map_or(1, |()| {
+                    // SAFETY: with these arguments none of the calls here does anything to this process but fail.
+                    unsafe { libc::syscall(call, -1_i64, 0, 0, 0, 0, 0) };
+                    0
+                });
+                // SAFETY: it takes a number.
+                unsafe { libc::_exit(status) }
+            }
+            child => {
+                let child = Pid::from_raw(child).unwrap();
+                waitpid(Some(child), WaitOptions::empty())
+                    .unwrap()
+                    .unwrap()
+                    .1
+            }
+        }
+    }
+
+    #[test]
+    fn call_that_is_not_listed_ends_the_process() {
+        for call in [libc::SYS_read, libc::SYS_openat, libc::SYS_linkat] {
+            assert_eq!(end_of(call).exit_status(), Some(0), "call {call}");
+        }
+        for call in [
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_clone3,
+            libc::SYS_fork,
+            libc::SYS_kill,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_writev,
+            libc::SYS_mount,
+            libc::SYS_move_mount,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_chroot,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_io_uring_setup,
+            libc::SYS_bpf,
+            libc::SYS_keyctl,
+            // As a program of x32 numbers its calls.
+            libc::SYS_openat | 0x4000_0000,
+        ] {
+            let signal = end_of(call).terminating_signal();
+            assert_eq!(signal, Some(libc::SIGSYS), "call {call}");
+        }
+    }
+}
