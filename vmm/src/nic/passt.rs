@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use devices::virtio::net::NetConfig;
 use devices::virtio::net::config::ConfigSpace;
+use devices::virtio::net::stream::introduction;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use net::MacAddr;
 use rustix::net::sockopt;
@@ -28,9 +29,6 @@ use errors::{ended, must_be_free};
 const MTU: u16 = 65520;
 /// What a burst of frames may need: one that finds no room in the socket is lost.
 const SOCKET_BUFFER: usize = 8 << 20;
-/// A protocol that is no one's (IEEE 802a).
-const LOCAL_EXPERIMENT: u16 = 0x88b5;
-const SHORTEST_FRAME: usize = 60;
 /// How long it may take to start on a host that is busy.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -73,7 +71,9 @@ impl Starting {
         let (socket, its) = UnixStream::pair().map_err(failed_to("make a socket"))?;
         enlarge(&socket);
         enlarge(&its);
-        introduce(mac, &socket).map_err(failed_to("write to a socket"))?;
+        (&socket)
+            .write_all(&introduction(mac.octets()))
+            .map_err(failed_to("write to a socket"))?;
         let (ready, its_ready) = io::pipe().map_err(failed_to("make a pipe"))?;
         // It opens it by its path, as another user where root starts it.
         fs::set_permissions(path_of(&its_ready), Permissions::from_mode(0o622))
@@ -129,21 +129,6 @@ impl Passt {
 fn enlarge(socket: &UnixStream) {
     let _ = sockopt::set_socket_send_buffer_size_force(socket, SOCKET_BUFFER)
         .or_else(|_| sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER));
-}
-
-/// Has passt know the guest's MAC address by a frame that means nothing. It takes it from what the guest sends, and a guest
-/// that waits for connections may send nothing before the first one.
-fn introduce(mac: MacAddr, mut socket: &UnixStream) -> io::Result<()> {
-    let header = [
-        &[0xff; 6][..],
-        &mac.octets(),
-        &LOCAL_EXPERIMENT.to_be_bytes(),
-    ]
-    .concat();
-    let mut frame = vec![0; 4 + SHORTEST_FRAME];
-    frame[..4].copy_from_slice(&(SHORTEST_FRAME as u32).to_be_bytes());
-    frame[4..][..header.len()].copy_from_slice(&header);
-    socket.write_all(&frame)
 }
 
 fn path_of(fd: &impl AsRawFd) -> String {

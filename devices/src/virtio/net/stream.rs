@@ -27,6 +27,11 @@ const LARGEST: usize = LARGEST_FRAME - HEADER_LEN;
 /// The least: the two addresses and the protocol.
 const SHORTEST: usize = 14;
 
+/// A protocol that is no one's (IEEE 802a).
+const LOCAL_EXPERIMENT: u16 = 0x88b5;
+/// The length of a frame that need not be padded.
+const WHOLE: usize = 60;
+
 /// A frame up to this length is copied, so that many take one system call.
 const SHORT: usize = 2048;
 /// How much is read beyond a frame, so that the next ones are there already, and how much is written at
@@ -43,6 +48,21 @@ const HEADER: [u8; HEADER_LEN] = {
     header[0] = virtio_net::VIRTIO_NET_HDR_F_DATA_VALID as u8;
     header
 };
+
+/// A frame that means nothing, with its length, by which the other end learns the guest's MAC address. passt takes it from
+/// what the guest sends, and a guest that waits for connections may send nothing before the first one.
+pub fn introduction(mac: [u8; 6]) -> [u8; PREFIX_LEN + WHOLE] {
+    let mut bytes = [0; PREFIX_LEN + WHOLE];
+    let parts = [
+        &(WHOLE as u32).to_be_bytes()[..],
+        &[0xff; 6],
+        &mac,
+        &LOCAL_EXPERIMENT.to_be_bytes(),
+    ];
+    let begin = parts.concat();
+    bytes[..begin.len()].copy_from_slice(&begin);
+    bytes
+}
 
 /// Our end of the socket.
 #[derive(Debug)]
@@ -366,7 +386,11 @@ impl Backend for Stream {
         Ok(())
     }
 
-    fn set_mac(&self, _: [u8; 6]) -> io::Result<()> {
+    fn set_mac(&self, mac: [u8; 6]) -> io::Result<()> {
+        let mut sent = lock(&self.sent);
+        sent.bytes.extend(introduction(mac));
+        // What finds no room is written later, and another end that is gone need not know.
+        let _ = self.write_taken(&mut sent);
         Ok(())
     }
 }

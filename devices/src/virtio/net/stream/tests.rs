@@ -259,3 +259,40 @@ fn destination_that_changes_meanwhile_is_never_the_loopback() {
         });
     }
 }
+
+#[test]
+fn other_end_learns_another_address_between_two_frames() {
+    let (stream, mut far) = pair();
+    // As much as finds room: the last frame is written in part.
+    let long = frame(60_000, 1);
+    let mut whole = 0;
+    while write(&stream, &long, 60_000 + HEADER_LEN).is_ok() {
+        whole += 1;
+    }
+    let mac = [2, 0, 0, 0, 0x77, 1];
+    stream.set_mac(mac).unwrap();
+    let mut read = Vec::new();
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        while let Ok(n @ 1..) = far.read(&mut piece) {
+            read.extend_from_slice(&piece[..n]);
+        }
+        if !would_block(stream.flush()) {
+            break;
+        }
+    }
+    while let Ok(n @ 1..) = far.read(&mut piece) {
+        read.extend_from_slice(&piece[..n]);
+    }
+    let mut expected = with_length(&long).repeat(whole);
+    expected.extend(introduction(mac));
+    assert!(
+        read == expected,
+        "{} of {} bytes",
+        read.len(),
+        expected.len()
+    );
+    // Nor does one that is gone keep it from changing.
+    drop(far);
+    stream.set_mac(mac).unwrap();
+}
