@@ -32,6 +32,20 @@ transports_test!(user_threads_do_not_make_the_monitor_grow, |net| {
     makes_nothing_grow(&net, "user", [100, 3000]);
 });
 
+transports_test!(
+    drivers_on_user_networks_harm_neither_monitor_nor_nic,
+    |net| {
+        let options = "mode=hostile backend=user count=50 ip=10.0.2.15/24 peer=10.0.2.2";
+        let options = options.split(' ').map(|option| format!("guest.{option} "));
+        let mut command = net.command();
+        command.args(["--user-net", "--cmdline", &options.collect::<String>()]);
+        let console = succeed(Vm::spawn(command));
+        // After each of them passt, which is the router, has answered.
+        let attacks = console.lines().filter(|line| line.starts_with("OK "));
+        assert!(attacks.count() > 200, "{console}");
+    }
+);
+
 kvm_test!(drivers_of_disks_harm_no_monitor, || {
     let images = Images::in_memory();
     for (transport, io) in [

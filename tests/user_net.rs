@@ -18,7 +18,10 @@ use harness::process::{children, is_running};
 use harness::vm::{self, Vm};
 use harness::{elf::elf, eventually, guest_test};
 use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use vmm::config::{Config, ConsoleTarget, parse_user_net};
 use vmm::stats::Stats;
+use vmm::{Exit, Guest};
 
 /// How much the streams carry.
 const BULK: usize = 4 << 20;
@@ -79,6 +82,42 @@ fn drain(net: &Net, ip: &str, bytes: usize) -> u64 {
 fn signal(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     kill_process(pid.expect("a process"), signal).expect("it runs");
+}
+
+/// Has the guest's QMP run a command.
+fn qmp(socket: &Path, words: &[&str]) {
+    let mut command = Command::new(vm::binary());
+    let output = command.arg("qmp").arg(socket).args(words).output();
+    let output = output.expect("it starts");
+    assert!(output.status.success(), "{output:?}");
+}
+
+fn set_link(socket: &Path, up: bool) {
+    let arguments = format!(r#"{{"name": "net0", "up": {up}}}"#);
+    qmp(socket, &["set_link", &arguments]);
+}
+
+/// A guest of this program that serves, with the directory of its console.
+fn serve_here(net: &Net) -> (Guest, TempDir) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let console = directory.path().join("console");
+    let mut config = Config::new(elf());
+    config.memory = "128M".parse().expect("a size");
+    config.console = ConsoleTarget::File(console.clone());
+    config.cmdline = format!("guest.mode=echo guest.bytes={BULK} {GUEST}");
+    config.nics = vec![parse_user_net(&services()).expect("keys")];
+    let guest = net.host.enter(|| Guest::start(config).expect("it starts"));
+    let is_ready = || fs::read_to_string(&console).is_ok_and(|text| text.contains("READY echo\n"));
+    assert!(eventually(is_ready), "{:?}", fs::read_to_string(&console));
+    (guest, directory)
+}
+
+/// Has a guest of this program end itself.
+fn quit_here(net: &Net, guest: Guest) {
+    let [ip, _] = addresses(HOST);
+    assert_eq!(net.datagram(&ip, b"quit"), b"quit");
+    let exit = guest.wait().expect("it has run");
+    assert_eq!(exit, Exit::PowerOff);
 }
 
 /// A directory with a program `passt` in it, and the value of PATH that finds it.
@@ -142,14 +181,19 @@ guest_test!(
     || {
         let net = Net::routed(HOST);
         let directory = tempfile::tempdir().expect("a directory");
-        let events = directory.path().join("events");
+        let (events, socket) = (
+            directory.path().join("events"),
+            directory.path().join("qmp"),
+        );
         // Of the macvtap an address of its own.
         let [ip, _] = addresses(HOST);
         let options = format!("mode=link peer={} ip={ip}/24", PEER[0]);
         let mut command = command(&net, &services(), &options);
         command
             .args(["--macvtap", "lower", "--events"])
-            .arg(&events);
+            .arg(&events)
+            .arg("--qmp")
+            .arg(&socket);
         let mut vm = Vm::spawn(command);
         vm.wait_for("LINK 0 status=1");
         vm.wait_for("READY link\n");
@@ -159,9 +203,17 @@ guest_test!(
         let link = |line: &str| line.contains(r#""event":"link","nic":"net0","up":false"#);
         let written = || fs::read_to_string(&events).is_ok_and(|events| events.lines().any(link));
         assert!(eventually(written), "{}", vm.transcript());
+        // An operator cannot bring it up again.
+        set_link(&socket, false);
+        set_link(&socket, true);
         // By the other NIC.
         net.host.ip("address flush dev lower");
-        net.quit(HOST, vm);
+        let console = net.quit(HOST, vm);
+        let last = console.lines().rfind(|line| line.starts_with("LINK 0 "));
+        assert!(
+            last.is_some_and(|line| line.contains("status=0")),
+            "{console}"
+        );
     }
 );
 
@@ -176,16 +228,6 @@ guest_test!(
         let mut vm = Vm::spawn(command);
         vm.wait_for("READY echo\n");
         let passt = passt_of(&vm);
-        let qmp = |name: &str| {
-            let mut command = Command::new(vm::binary());
-            let output = command
-                .arg("qmp")
-                .arg(&socket)
-                .arg(name)
-                .output()
-                .expect("it starts");
-            assert!(output.status.success(), "{output:?}");
-        };
         let [ip, _] = addresses(HOST);
         thread::scope(|scope| {
             let streams = scope.spawn(|| {
@@ -195,8 +237,8 @@ guest_test!(
                 }
             });
             while !streams.is_finished() {
-                qmp("stop");
-                qmp("cont");
+                qmp(&socket, &["stop"]);
+                qmp(&socket, &["cont"]);
                 signal(passt, Signal::STOP);
                 thread::yield_now();
                 signal(passt, Signal::CONT);
@@ -205,6 +247,55 @@ guest_test!(
         net.quit(HOST, vm);
     }
 );
+
+guest_test!(operator_takes_the_link_down_and_up, || {
+    let net = Net::routed(HOST);
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("qmp");
+    let options = format!("mode=link peer={}", PEER[0]);
+    let mut command = command(&net, &services(), &options);
+    command.arg("--qmp").arg(&socket);
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("READY link\n");
+    for (up, status) in [(false, 0), (true, 1)] {
+        set_link(&socket, up);
+        vm.wait_for(&format!("LINK 0 status={status}"));
+    }
+    net.quit(HOST, vm);
+});
+
+guest_test!(
+    streams_stay_whole_while_the_guest_is_saved_and_restored,
+    || {
+        let net = Net::routed(HOST);
+        let (guest, _directory) = serve_here(&net);
+        let [ip, _] = addresses(HOST);
+        thread::scope(|scope| {
+            let streams = scope.spawn(|| {
+                for _ in 0..3 {
+                    net.fill_sink(&ip, BULK);
+                    drain(&net, &ip, BULK);
+                }
+            });
+            while !streams.is_finished() {
+                guest.pause().expect("it runs");
+                let state = guest.save().expect("it is paused");
+                guest.restore(state).expect("it is its own");
+                guest.resume().expect("it is paused");
+            }
+        });
+        quit_here(&net, guest);
+    }
+);
+
+guest_test!(monitor_that_is_killed_leaves_no_passt, || {
+    let net = Net::routed(HOST);
+    let mut vm = serve(&net, &services(), "");
+    let passt = passt_of(&vm);
+    vm.signal(Signal::KILL);
+    vm.wait_exit();
+    assert!(eventually(|| !is_running(passt)));
+});
 
 guest_test!(
     nics_stand_on_the_bus_in_the_order_of_the_command_line,

@@ -128,3 +128,19 @@ guest_test!(memory_of_huge_pages_is_that_and_in_no_core_dump, || {
         }
     }
 });
+
+guest_test!(memory_of_huge_pages_can_be_shared, || {
+    let _allowance = Allowance::more(70);
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("hello"), "of the host").unwrap();
+    let share = format!("{}:src", directory.path().display());
+    // The file ends with a whole page, the guest's memory where it was asked to.
+    for memory in ["128M", "129M"] {
+        let mut command = Command::new(binary());
+        command.arg("--kernel").arg(elf()).stdin(Stdio::null());
+        command.args(["--hugepages", "--memory", memory, "--share", &share]);
+        command.args(["--cmdline", "guest.mode=share"]);
+        let console = guest::succeed(Vm::spawn(command));
+        assert!(console.contains("READ of the host\n"), "{console}");
+    }
+});

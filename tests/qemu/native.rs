@@ -367,3 +367,56 @@ fn machine_of_args_has_to_share_its_memory_with_a_server() {
     let error = text(&output.stderr);
     assert!(error.contains("-object memory-backend-memfd"), "{error}");
 }
+
+#[test]
+fn what_cannot_be_served_is_refused_before_qemu_starts() {
+    let long = format!("/tmp/{}", "s".repeat(110));
+    let share = format!("socket={long},tag=src");
+    let tag = format!("/etc:{}", "t".repeat(37));
+    for (args, status, words) in [
+        (
+            &["--share", "/no/such:src"][..],
+            1,
+            "cannot open the directory /no/such to share it",
+        ),
+        (&["--share", &share], 1, "is too long for a socket"),
+        (
+            &["--share", "socket=/no/such,tag=src"],
+            1,
+            "nothing listens on the socket",
+        ),
+        (
+            &["--share", &tag],
+            2,
+            "has 37 bytes, and a share's has at most 36",
+        ),
+        (
+            &["--share", "/etc:src", "--share", "/usr:src"],
+            1,
+            "two shares have the tag src",
+        ),
+        (&["--vsock", &long], 1, "it may have 96 bytes"),
+        (&["--vsock", "/etc/passwd"], 1, "is no socket"),
+        (&["--vsock", "vsock,cid=2"], 2, "cid=2 is the host"),
+        (
+            &["--user-net", "hostfwd=sctp::1-:1"],
+            2,
+            "there are tcp and udp",
+        ),
+        (
+            &["--user-net", "rx-rate=1Mbit"],
+            2,
+            "for NICs of the native monitor",
+        ),
+        (&["--user-net", "--user-net"], 1, "give one of them others"),
+    ] {
+        let mut command = Command::new(binary());
+        command
+            .args(["-q", "qemu", "--accel", "tcg", "--kernel", "/dev/null"])
+            .args(args);
+        let output = outcome(command);
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {error}");
+        assert!(error.contains(words), "{args:?}: {error}");
+    }
+}
