@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::ConfigError;
-use super::keys::{number, take_keys, wrong};
+use super::keys::{number, split, take_keys, wrong};
 
 /// The lowest CID that a guest can have. Below are any, the host itself and hosts (VMADDR_CID_HOST).
 const FIRST_CID: u32 = 3;
@@ -25,7 +25,9 @@ impl FromStr for VsockConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let mut parts = text.split(',');
+        // A comma in the path is doubled.
+        let parts = split(text);
+        let mut parts = parts.iter().map(String::as_str);
         let path = parts.next().unwrap_or_default();
         if path.is_empty() {
             return Err(ConfigError::Vsock);
@@ -75,6 +77,7 @@ mod tests {
             ("vm.vsock", "vm.vsock", 3),
             ("/run/vm.vsock,cid=3", "/run/vm.vsock", 3),
             ("a,cid=4294967294", "a", u32::MAX - 1),
+            ("a,,b,cid=4", "a,b", 4),
         ] {
             let expected = VsockConfig {
                 path: path.into(),
