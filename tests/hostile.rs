@@ -100,28 +100,32 @@ fn memory_attack(transport: Transport, options: &str) -> Vm {
     Vm::spawn(command)
 }
 
-kvm_test!(drivers_of_shares_harm_neither_monitor_nor_server, || {
+kvm_test!(drivers_of_shares_harm_neither_monitor_nor_servers, || {
     for transport in [Transport::Mmio, Transport::Pci] {
-        let directory = shared();
-        let mut vm = share_attack(transport, &directory, "count=50");
+        let shared = [shared(), shared()];
+        let mut vm = share_attack(transport, &shared, "count=50 end=halt");
         vm.wait_for("READY hostile-share\n");
         let servers = children(vm.pid());
-        assert_eq!(servers.len(), 1, "{servers:?}");
-        let console = succeed(vm);
+        assert_eq!(servers.len(), 2, "{servers:?}");
+        vm.wait_for("END failures=0\n");
+        assert_eq!(children(vm.pid()), servers);
+        let console = vm.console();
         let attacks = console.lines().filter(|line| line.starts_with("OK "));
         assert!(attacks.count() > 500, "{console}");
-        let hello = fs::read_to_string(directory.path().join("hello"));
-        assert_eq!(hello.expect("it is there"), "of the host");
+        for directory in &shared {
+            let hello = fs::read_to_string(directory.path().join("hello"));
+            assert_eq!(hello.expect("it is there"), "of the host");
+        }
     }
 });
 
 kvm_test!(
     drivers_of_shares_make_neither_monitor_nor_server_grow,
     || {
-        let directory = shared();
+        let shared = [shared(), shared()];
         grows_not([20, 200], |rounds| {
             let options = format!("count={rounds} only=share-life end=halt");
-            share_attack(Transport::Pci, &directory, &options)
+            share_attack(Transport::Pci, &shared, &options)
         });
     }
 );
@@ -133,12 +137,14 @@ fn shared() -> TempDir {
     directory
 }
 
-/// Starts the guest that attacks its share.
-fn share_attack(transport: Transport, directory: &TempDir, options: &str) -> Vm {
+/// Starts the guest that attacks the first of its shares, and uses the second one as it should.
+fn share_attack(transport: Transport, shared: &[TempDir; 2], options: &str) -> Vm {
     let options = format!("mode=hostile-share {options}");
     let mut command = images::command(transport, &[], &options);
-    let share = format!("{}:src", directory.path().display());
-    command.args(["--share", &share]);
+    for (directory, tag) in shared.iter().zip(["attacked", "neighbour"]) {
+        let share = format!("{}:{tag}", directory.path().display());
+        command.args(["--share", &share]);
+    }
     Vm::spawn(command)
 }
 

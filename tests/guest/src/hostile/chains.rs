@@ -8,7 +8,7 @@ use super::rig::{RING, Rig};
 use super::{Failure, Runner, settle};
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
-use crate::virtio::device::status;
+use crate::virtio::device::{VirtioDevice, status};
 use crate::virtio::net::{RX, TX, feature};
 use crate::virtio::ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE};
 
@@ -17,19 +17,38 @@ const TABLE: u32 = 64;
 
 /// What an attack may use.
 pub struct Place {
-    /// Memory that may be read and written.
-    pub good: u64,
+    /// The device under attack.
+    device: VirtioDevice,
     /// The first address after RAM.
-    pub ram_end: u64,
-    /// Where the registers of the device itself are.
-    pub registers: u64,
+    ram_end: u64,
+    /// Memory that may be read and written.
+    good: u64,
     /// The flag that descriptors of this queue should have.
-    pub own: u16,
+    own: u16,
     /// Room for an indirect table.
-    pub table: Shared,
+    table: Shared,
 }
 
 impl Place {
+    /// What is used to attack a queue of this device whose descriptors should have the flag `own`. It has to
+    /// outlive the reset of the device.
+    pub fn new(device: VirtioDevice, ram_end: u64, good: u64, own: u16) -> Self {
+        Self {
+            device,
+            ram_end,
+            good,
+            own,
+            table: Shared::new(PAGE),
+        }
+    }
+
+    /// Spoils a ring, and has the device use it.
+    pub fn spoil(&mut self, ring: &mut Ring, poison: Poison) {
+        poison(ring, self);
+        self.device.notify(ring.queue);
+        settle();
+    }
+
     fn buffer(&self, address: u64, length: u32) -> Descriptor {
         Descriptor::new(address, length, self.own)
     }
@@ -111,7 +130,7 @@ const BUFFERS: &[(&str, Poison)] = &[
         single(ring, place.buffer(u64::MAX - 100, 4096))
     }),
     ("address-own-registers", |ring, place| {
-        single(ring, place.buffer(place.registers, 512))
+        single(ring, place.buffer(place.device.base(), 512))
     }),
     ("address-own-rings", |ring, place| {
         let areas = ring.areas();
@@ -304,28 +323,20 @@ fn bad_chain_is_reported(mut rig: Rig<'_>, queue: u16) -> Result<(), Failure> {
 
 /// Spoils one queue and makes the device use it.
 fn spoil(mut rig: Rig<'_>, queue: u16, poison: Poison) -> Result<(), Failure> {
-    let nic = rig.bench.nic;
-    let mut place = Place {
-        good: rig.scratch(),
-        ram_end: rig.bench.ram_end,
-        registers: nic.base(),
-        own: if queue == RX { WRITE } else { 0 },
-        table: Shared::new(PAGE),
+    let (nic, good) = (rig.bench.nic, rig.scratch());
+    let (ring, own) = match queue {
+        RX => (&mut rig.rx, WRITE),
+        _ => (&mut rig.tx, 0),
     };
-    let ring = if queue == RX {
-        &mut rig.rx
-    } else {
-        &mut rig.tx
-    };
-    poison(ring, &mut place);
-    nic.notify(queue);
+    let mut place = Place::new(nic, rig.bench.ram_end, good, own);
+    place.spoil(ring, poison);
     if queue == RX {
         // Two frames: one for the bad chain, and one that finds out what it left.
-        rig.prompt();
-        settle();
-        rig.prompt();
+        for _ in 0..2 {
+            rig.prompt();
+            settle();
+        }
     }
-    settle();
     // Explicitly before the tables, which the device may still read, are freed.
     drop(rig);
     Ok(())

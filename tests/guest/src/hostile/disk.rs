@@ -8,16 +8,14 @@ use alloc::vec::Vec;
 use smoltcp::time::Duration;
 
 use super::chains::{Place, poisons};
-use super::queues::{SETUPS, Setup};
+use super::queues::{SETUPS, set_up};
 use super::registers::{VALUES, touch};
-use super::{Failure, Runner, Subject, settle};
+use super::{Failure, Runner, Subject, run_on, settle};
 use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
 use crate::options::Options;
 use crate::region::Region;
-use crate::report;
-use crate::serial::println;
 use crate::virtio::Kind;
 use crate::virtio::blk::{HEADER, SECTOR, capacity, feature, header, outcome, range, request};
 use crate::virtio::device::{VirtioDevice, go, negotiate, queue_size};
@@ -71,27 +69,12 @@ impl Subject for DiskBench {
 
 /// Runs every attack whose name begins with `guest.only`.
 pub fn run(options: &Options, boot: &Boot) {
-    let bench = match VirtioDevice::find(Kind::Block, options.index) {
-        Ok(disk) => DiskBench {
-            disk,
-            ram_end: boot.ram.end,
-        },
-        Err(why) => return report::fail("hostile-disk", why),
-    };
-    println!("READY hostile-disk");
-    let mut runner = Runner {
-        bench: &bench,
-        only: &options.only,
-        rounds: options.count,
-        done: 0,
-    };
-    runner.attack("none", |_| Ok(()));
-    chains(&mut runner);
-    requests(&mut runner);
-    queues(&mut runner);
-    configuration(&mut runner);
-    life(&mut runner);
-    report::ok("hostile-disk", format_args!("attacks={}", runner.done));
+    let bench = VirtioDevice::find(Kind::Block, options.index).map(|disk| DiskBench {
+        disk,
+        ram_end: boot.ram.end,
+    });
+    let attacks = [chains, requests, queues, configuration, life];
+    run_on("hostile-disk", options, bench, &attacks);
 }
 
 /// The disk brought up with one queue. It is reset when dropped, before its memory is freed.
@@ -175,16 +158,8 @@ fn chains(runner: &mut Runner<'_, DiskBench>) {
         for (variant, own) in [("read", 0), ("write", WRITE)] {
             runner.attack(&format!("disk-chain-{name}-{variant}"), |bench| {
                 let mut rig = Rig::start(bench, RING)?;
-                let mut place = Place {
-                    good: rig.data(),
-                    ram_end: bench.ram_end,
-                    registers: bench.disk.base(),
-                    own,
-                    table: Shared::new(PAGE),
-                };
-                poison(&mut rig.ring, &mut place);
-                bench.disk.notify(0);
-                settle();
+                let mut place = Place::new(bench.disk, bench.ram_end, rig.data(), own);
+                place.spoil(&mut rig.ring, *poison);
                 // Explicitly before the table is freed.
                 drop(rig);
                 Ok(())
@@ -437,18 +412,7 @@ fn header_changes(bench: &DiskBench) -> Result<(), Failure> {
 fn queues(runner: &mut Runner<'_, DiskBench>) {
     for (name, spoil) in SETUPS {
         runner.attack(&format!("disk-queue-{name}"), |bench| {
-            negotiate(bench.disk, FEATURES)?;
-            let mut ring = Ring::new(0, RING);
-            let mut setup: Setup = (u32::from(RING), ring.areas());
-            spoil(bench.ram_end, bench.disk.base(), &mut setup);
-            configure(bench.disk, 0, setup.0, setup.1);
-            bench.disk.set_queue_ready(1);
-            ring.offer(0);
-            go(bench.disk);
-            bench.disk.notify(0);
-            settle();
-            bench.disk.reset();
-            Ok(())
+            set_up(bench.disk, bench.ram_end, FEATURES, 1, (0, *spoil))
         });
     }
 }

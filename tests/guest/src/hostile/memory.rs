@@ -94,12 +94,7 @@ pub fn run(options: &Options, boot: &Boot) {
             },
             Err(why) => return report::fail(name, why),
         };
-        let mut runner = Runner {
-            bench: &bench,
-            only: &options.only,
-            rounds: options.count,
-            done: 0,
-        };
+        let mut runner = Runner::new(&bench, options);
         runner.attack(&format!("{name}-none"), |_| Ok(()));
         chains(&mut runner, name);
         match kind {
@@ -166,16 +161,13 @@ fn chains(runner: &mut Runner<'_, Bench>, device: &str) {
         for (n, &queue) in runner.bench.queues().iter().enumerate() {
             runner.attack(&format!("{device}-chain-{name}-{queue}"), |bench| {
                 let mut rig = Rig::start(bench)?;
-                let mut place = Place {
-                    good: rig.scratch.address(),
-                    ram_end: bench.ram_end,
-                    registers: bench.device.base(),
-                    own: bench.own(queue),
-                    table: Shared::new(PAGE),
-                };
-                poison(&mut rig.rings[n], &mut place);
-                bench.device.notify(queue);
-                settle();
+                let mut place = Place::new(
+                    bench.device,
+                    bench.ram_end,
+                    rig.scratch.address(),
+                    bench.own(queue),
+                );
+                place.spoil(&mut rig.rings[n], *poison);
                 // Explicitly before the table is freed.
                 drop(rig);
                 Ok(())

@@ -31,6 +31,7 @@ pub mod vsock;
 
 use alloc::format;
 use alloc::string::String;
+use core::fmt::Display;
 
 use crate::boot::Boot;
 use crate::cpu;
@@ -45,25 +46,33 @@ type Failure = String;
 
 /// Runs every attack whose name begins with `guest.only`.
 pub fn run(options: &Options, boot: &Boot) {
-    let bench = match Bench::new(options, boot) {
+    let attacks = [
+        chains::run,
+        queues::run,
+        pairs::run,
+        registers::run,
+        life::run,
+        frames::run,
+    ];
+    run_on("hostile", options, Bench::new(options, boot), &attacks);
+}
+
+/// Runs attacks on what there is, and sums up by the mode's name.
+fn run_on<S: Subject>(
+    mode: &str,
+    options: &Options,
+    bench: Result<S, impl Display>,
+    attacks: &[fn(&mut Runner<'_, S>)],
+) {
+    let bench = match bench {
         Ok(bench) => bench,
-        Err(why) => return report::fail("hostile", why),
+        Err(why) => return report::fail(mode, why),
     };
-    println!("READY hostile");
-    let mut runner = Runner {
-        bench: &bench,
-        only: &options.only,
-        rounds: options.count,
-        done: 0,
-    };
+    println!("READY {mode}");
+    let mut runner = Runner::new(&bench, options);
     runner.attack("none", |_| Ok(()));
-    chains::run(&mut runner);
-    queues::run(&mut runner);
-    pairs::run(&mut runner);
-    registers::run(&mut runner);
-    life::run(&mut runner);
-    frames::run(&mut runner);
-    report::ok("hostile", format_args!("attacks={}", runner.done));
+    attacks.iter().for_each(|attack| attack(&mut runner));
+    report::ok(mode, format_args!("attacks={}", runner.done));
 }
 
 /// Gives the device time to notice what was done to it.
@@ -87,7 +96,17 @@ struct Runner<'a, S = Bench> {
     done: u32,
 }
 
-impl<S: Subject> Runner<'_, S> {
+impl<'a, S: Subject> Runner<'a, S> {
+    /// Runs those whose name begins with `guest.only`.
+    fn new(bench: &'a S, options: &'a Options) -> Self {
+        Self {
+            bench,
+            only: &options.only,
+            rounds: options.count,
+            done: 0,
+        }
+    }
+
     /// Runs one attack, and reports one line.
     fn attack(&mut self, name: &str, attack: impl FnOnce(&S) -> Result<(), Failure>) {
         if !name.starts_with(self.only) {

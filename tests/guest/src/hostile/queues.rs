@@ -1,18 +1,18 @@
 //! Queues of wrong sizes at wrong places (virtio 1.2, 4.2.3.2).
 
 use alloc::format;
+use alloc::vec::Vec;
 
 use super::rig::{Bench, RING};
 use super::{Failure, Runner, settle};
-use crate::cpu;
-use crate::virtio::net::{RX, TX, feature, go, negotiate};
+use crate::virtio::device::{VirtioDevice, go, negotiate};
+use crate::virtio::net::{RX, TX, feature};
 use crate::virtio::ring::{Ring, configure};
-use smoltcp::time::Duration;
 
 /// The size and the areas of a queue, to be spoilt.
-pub type Setup = (u32, [u64; 3]);
+type Setup = (u32, [u64; 3]);
 /// Spoils it, given the first address after RAM and that of the device's registers.
-type Spoil = fn(u64, u64, &mut Setup);
+pub type Spoil = fn(u64, u64, &mut Setup);
 
 /// All of them, by name.
 pub const SETUPS: &[(&str, Spoil)] = &[
@@ -46,14 +46,14 @@ pub fn run(runner: &mut Runner<'_>) {
     for (name, spoil) in SETUPS {
         for (variant, queue) in [("tx", TX), ("rx", RX)] {
             runner.attack(&format!("queue-{name}-{variant}"), |bench| {
-                with_queue(bench, queue, *spoil)
+                set_up(bench.nic, bench.ram_end, feature::PLAIN, 2, (queue, *spoil))
             });
         }
     }
     runner.attack("queue-ready-unconfigured", |bench| {
         negotiate(bench.nic, feature::PLAIN)?;
         (0..3).for_each(|queue| ready(bench, queue, 1));
-        finish(bench)
+        finish(bench.nic, 2)
     });
     runner.attack("queue-unknown", |bench| {
         negotiate(bench.nic, feature::PLAIN)?;
@@ -62,7 +62,7 @@ pub fn run(runner: &mut Runner<'_>) {
             bench.nic.set_queue_size(16);
             let _ = bench.nic.queue_size() + bench.nic.queue_ready();
         }
-        finish(bench)
+        finish(bench.nic, 2)
     });
     runner.attack("queue-changed-while-ready", |bench| {
         let rig = super::rig::Rig::start(bench, feature::PLAIN)?;
@@ -73,7 +73,7 @@ pub fn run(runner: &mut Runner<'_>) {
         }
         settle();
         drop(rig);
-        finish(bench)
+        finish(bench.nic, 2)
     });
     runner.attack("queue-enabled-twice", |bench| {
         negotiate(bench.nic, feature::PLAIN)?;
@@ -86,7 +86,7 @@ pub fn run(runner: &mut Runner<'_>) {
                 .into_iter()
                 .for_each(|value| ready(bench, ring.queue.into(), value));
         }
-        finish(bench)
+        finish(bench.nic, 2)
     });
     runner.attack("queue-taken-away-while-running", |bench| {
         let mut rig = super::rig::Rig::start(bench, feature::PLAIN)?;
@@ -107,20 +107,30 @@ pub fn run(runner: &mut Runner<'_>) {
     });
 }
 
-fn with_queue(bench: &Bench, bad: u16, spoil: Spoil) -> Result<(), Failure> {
-    negotiate(bench.nic, feature::PLAIN)?;
-    let mut rings = [Ring::new(RX, RING), Ring::new(TX, RING)];
-    for ring in &mut rings {
+/// Sets up the queues of a device, the one of number `bad` spoilt and the others in order, and has the device use
+/// them.
+pub fn set_up(
+    device: VirtioDevice,
+    ram_end: u64,
+    features: u64,
+    queues: u16,
+    (bad, spoil): (u16, Spoil),
+) -> Result<(), Failure> {
+    negotiate(device, features)?;
+    let rings = (0..queues).map(|queue| {
+        let mut ring = Ring::new(queue, RING);
         let mut setup = (u32::from(RING), ring.areas());
-        if ring.queue == bad {
-            spoil(bench.ram_end, bench.nic.base(), &mut setup);
+        if queue == bad {
+            spoil(ram_end, device.base(), &mut setup);
         }
-        configure(bench.nic, ring.queue, setup.0, setup.1);
-        ready(bench, ring.queue.into(), 1);
+        configure(device, queue, setup.0, setup.1);
+        device.set_queue_ready(1);
         ring.offer(0);
-    }
-    // The rings outlive the reset in there.
-    finish(bench)
+        ring
+    });
+    // They outlive the reset.
+    let rings: Vec<_> = rings.collect();
+    finish(device, rings.len() as u16)
 }
 
 fn ready(bench: &Bench, queue: u32, value: u32) {
@@ -128,13 +138,11 @@ fn ready(bench: &Bench, queue: u32, value: u32) {
     bench.nic.set_queue_ready(value);
 }
 
-/// Starts the device with what it has been given, has it use that, and resets it.
-fn finish(bench: &Bench) -> Result<(), Failure> {
-    go(bench.nic);
-    bench.nic.notify(RX);
-    bench.nic.notify(TX);
-    let end = cpu::now() + Duration::from_millis(3);
-    while cpu::now() < end {}
-    bench.nic.reset();
+/// Starts a device with what it has been given, has it use its first queues, and resets it.
+fn finish(device: VirtioDevice, queues: u16) -> Result<(), Failure> {
+    go(device);
+    (0..queues).for_each(|queue| device.notify(queue));
+    settle();
+    device.reset();
     Ok(())
 }

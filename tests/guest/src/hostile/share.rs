@@ -5,21 +5,20 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 
 use super::chains::{Place, poisons};
-use super::queues::{SETUPS, Setup};
-use super::{Failure, Runner, Subject, settle};
+use super::queues::{SETUPS, set_up};
+use super::{Failure, Runner, Subject, run_on, settle};
 use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
 use crate::options::Options;
-use crate::report;
-use crate::serial::println;
 use crate::share;
 use crate::virtio::Kind;
-use crate::virtio::device::{VirtioDevice, go, negotiate};
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::{Fs, HIGH_PRIORITY, IN_HEADER, OUT_HEADER, REQUESTS, ROOT, header, opcode};
-use crate::virtio::ring::{Descriptor, Ring, WRITE, configure};
+use crate::virtio::ring::{Descriptor, WRITE};
 
 /// How many descriptors an attacked queue has.
 const RING: u16 = 16;
@@ -34,51 +33,55 @@ const BATCH_FORGET: u32 = 42;
 /// The longest name of Linux, and more.
 const LONG_NAME: usize = 4096;
 
-/// The share under attack.
+/// The share under attack, and another one.
 pub struct ShareBench {
     share: VirtioDevice,
     ram_end: u64,
+    /// It has been brought up once and is in use all the time: whatever happens to the first, it goes on.
+    neighbour: RefCell<Fs>,
 }
 
-impl Subject for ShareBench {
-    /// Brings the share up and reads a file.
-    fn prove(&self) -> Result<(), Failure> {
-        let mut fs = Fs::start(self.share)?;
-        match fs.init()? {
-            (0, _) => {}
-            (error, _) => return Err(format!("init: error {error}")),
-        }
-        let node = share::lookup(&mut fs, "hello")?;
-        match share::read(&mut fs, node)? {
-            bytes if bytes == HELLO => Ok(()),
-            bytes => Err(format!("it reads {bytes:?}")),
-        }
+impl ShareBench {
+    fn new(options: &Options, boot: &Boot) -> Result<Self, Failure> {
+        let neighbour = VirtioDevice::find(Kind::FileSystem, options.index + 1)?;
+        Ok(Self {
+            share: VirtioDevice::find(Kind::FileSystem, options.index)?,
+            ram_end: boot.ram.end,
+            neighbour: RefCell::new(begin(Fs::start(neighbour)?)?),
+        })
     }
 }
 
-/// Runs every attack whose name begins with `guest.only`.
+impl Subject for ShareBench {
+    /// Brings the share up and reads a file; reads the neighbour's too.
+    fn prove(&self) -> Result<(), Failure> {
+        reads_hello(&mut begin(Fs::start(self.share)?)?)?;
+        let neighbour = &mut self.neighbour.borrow_mut();
+        reads_hello(neighbour).map_err(|why| format!("the neighbour: {why}"))
+    }
+}
+
+/// Makes FUSE's first request.
+fn begin(mut fs: Fs) -> Result<Fs, Failure> {
+    match fs.init()? {
+        (0, _) => Ok(fs),
+        (error, _) => Err(format!("init: error {error}")),
+    }
+}
+
+fn reads_hello(fs: &mut Fs) -> Result<(), Failure> {
+    let node = share::lookup(fs, "hello")?;
+    match share::read(fs, node)? {
+        bytes if bytes == HELLO => Ok(()),
+        bytes => Err(format!("it reads {bytes:?}")),
+    }
+}
+
+/// Runs every attack whose name begins with `guest.only`, on the share of this index; the next one is its neighbour.
 pub fn run(options: &Options, boot: &Boot) {
-    let bench = match VirtioDevice::find(Kind::FileSystem, options.index) {
-        Ok(share) => ShareBench {
-            share,
-            ram_end: boot.ram.end,
-        },
-        Err(why) => return report::fail("hostile-share", why),
-    };
-    println!("READY hostile-share");
-    let mut runner = Runner {
-        bench: &bench,
-        only: &options.only,
-        rounds: options.count,
-        done: 0,
-    };
-    runner.attack("none", |_| Ok(()));
-    chains(&mut runner);
-    queues(&mut runner);
-    requests(&mut runner);
-    names(&mut runner);
-    life(&mut runner);
-    report::ok("hostile-share", format_args!("attacks={}", runner.done));
+    let attacks = [chains, queues, requests, names, life];
+    let bench = ShareBench::new(options, boot);
+    run_on("hostile-share", options, bench, &attacks);
 }
 
 /// The share brought up. It is reset when dropped, before its memory is freed.
@@ -89,18 +92,18 @@ struct Rig {
 
 impl Rig {
     fn start(bench: &ShareBench) -> Result<Self, &'static str> {
-        Ok(Self {
-            fs: Fs::start_with(bench.share, FEATURES, RING)?,
-            scratch: Shared::new(REPLY + ROOM),
-        })
+        Ok(Self::of(Fs::start_with(bench.share, FEATURES, RING)?))
     }
 
     /// The same after FUSE's first request.
     fn begun(bench: &ShareBench) -> Result<Self, Failure> {
-        let mut rig = Self::start(bench)?;
-        match rig.fs.init()? {
-            (0, _) => Ok(rig),
-            (error, _) => Err(format!("init: error {error}")),
+        begin(Fs::start_with(bench.share, FEATURES, RING)?).map(Self::of)
+    }
+
+    fn of(fs: Fs) -> Self {
+        Self {
+            fs,
+            scratch: Shared::new(REPLY + ROOM),
         }
     }
 
@@ -148,16 +151,8 @@ fn chains(runner: &mut Runner<'_, ShareBench>) {
         ] {
             runner.attack(&format!("share-chain-{name}-{variant}"), |bench| {
                 let mut rig = Rig::begun(bench)?;
-                let mut place = Place {
-                    good: rig.scratch.address(),
-                    ram_end: bench.ram_end,
-                    registers: bench.share.base(),
-                    own,
-                    table: Shared::new(PAGE),
-                };
-                poison(&mut rig.fs.rings[queue], &mut place);
-                bench.share.notify(queue as u16);
-                settle();
+                let mut place = Place::new(bench.share, bench.ram_end, rig.scratch.address(), own);
+                place.spoil(&mut rig.fs.rings[queue], *poison);
                 // Explicitly before the table is freed.
                 drop(rig);
                 Ok(())
@@ -169,24 +164,9 @@ fn chains(runner: &mut Runner<'_, ShareBench>) {
 /// Queues of any size and anywhere, the other one in order.
 fn queues(runner: &mut Runner<'_, ShareBench>) {
     for (name, spoil) in SETUPS {
-        for queue in [HIGH_PRIORITY, REQUESTS] {
+        for queue in 0..2 {
             runner.attack(&format!("share-queue-{name}-{queue}"), |bench| {
-                negotiate(bench.share, FEATURES)?;
-                let mut rings = [0, 1].map(|number| Ring::new(number, RING));
-                for (number, ring) in rings.iter().enumerate() {
-                    let mut setup: Setup = (u32::from(RING), ring.areas());
-                    if number == queue {
-                        spoil(bench.ram_end, bench.share.base(), &mut setup);
-                    }
-                    configure(bench.share, number as u16, setup.0, setup.1);
-                    bench.share.set_queue_ready(1);
-                }
-                rings[queue].offer(0);
-                go(bench.share);
-                bench.share.notify(queue as u16);
-                settle();
-                bench.share.reset();
-                Ok(())
+                set_up(bench.share, bench.ram_end, FEATURES, 2, (queue, *spoil))
             });
         }
     }

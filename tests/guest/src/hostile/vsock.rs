@@ -8,14 +8,12 @@ use alloc::vec::Vec;
 use smoltcp::time::Duration;
 
 use super::chains::{Place, poisons};
-use super::queues::{SETUPS, Setup};
-use super::{Failure, Runner, Subject, settle};
+use super::queues::{SETUPS, set_up};
+use super::{Failure, Runner, Subject, run_on, settle};
 use crate::boot::Boot;
 use crate::cpu;
 use crate::memory::{PAGE, Shared};
 use crate::options::Options;
-use crate::report;
-use crate::serial::println;
 use crate::virtio::Kind;
 use crate::virtio::device::{VirtioDevice, go, negotiate, queue_size};
 use crate::virtio::ring::{Descriptor, Ring, WRITE, configure};
@@ -26,11 +24,12 @@ use crate::vsock::rig::{
 
 /// How many descriptors an attacked queue has.
 const RING: u16 = 16;
-const VERSION_1: u64 = 1 << 32;
-const INDIRECT_DESC: u64 = 1 << 28;
-/// The queues: to receive and to send.
+/// VIRTIO_F_VERSION_1 and VIRTIO_F_INDIRECT_DESC.
+const FEATURES: u64 = 1 << 32 | 1 << 28;
+/// The queues: to receive, to send, and for events.
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENT: usize = 2;
 /// Where a packet to send lies in the scratch memory, after the buffers to receive, and its data.
 const PACKET: usize = RING as usize * PAGE;
 const MAX_DATA: usize = 64 << 10;
@@ -61,27 +60,13 @@ impl Subject for SocketBench {
 
 /// Runs every attack whose name begins with `guest.only`.
 pub fn run(options: &Options, boot: &Boot) {
-    let bench = match VirtioDevice::find(Kind::Vsock, options.index) {
-        Ok(device) => SocketBench {
-            device,
-            ram_end: boot.ram.end,
-            port: options.port.unwrap_or(7).into(),
-        },
-        Err(why) => return report::fail("hostile-vsock", why),
-    };
-    println!("READY hostile-vsock");
-    let mut runner = Runner {
-        bench: &bench,
-        only: &options.only,
-        rounds: options.count,
-        done: 0,
-    };
-    runner.attack("none", |_| Ok(()));
-    chains(&mut runner);
-    queues(&mut runner);
-    packets(&mut runner);
-    life(&mut runner);
-    report::ok("hostile-vsock", format_args!("attacks={}", runner.done));
+    let bench = VirtioDevice::find(Kind::Vsock, options.index).map(|device| SocketBench {
+        device,
+        ram_end: boot.ram.end,
+        port: options.port.unwrap_or(7).into(),
+    });
+    let attacks = [chains, queues, packets, life];
+    run_on("hostile-vsock", options, bench, &attacks);
 }
 
 /// A packet's header, each field of which may lie.
@@ -131,7 +116,7 @@ struct Rig<'a> {
 impl<'a> Rig<'a> {
     /// Without a buffer in any queue.
     fn bare(bench: &'a SocketBench) -> Result<Self, &'static str> {
-        negotiate(bench.device, VERSION_1 | INDIRECT_DESC)?;
+        negotiate(bench.device, FEATURES)?;
         let sizes = [0, 1, 2].map(|queue| queue_size(bench.device, queue, RING));
         let [rx, tx, event] = sizes;
         let rings = [Ring::new(0, rx?), Ring::new(1, tx?), Ring::new(2, event?)];
@@ -270,19 +255,12 @@ impl Drop for Rig<'_> {
 /// The chains that are wrong for every device, in each queue.
 fn chains(runner: &mut Runner<'_, SocketBench>) {
     for (name, poison) in poisons() {
-        for (queue, own) in [(0, WRITE), (1, 0), (2, WRITE)] {
+        for (queue, own) in [(RX, WRITE), (TX, 0), (EVENT, WRITE)] {
             runner.attack(&format!("vsock-chain-{name}-{queue}"), |bench| {
                 let mut rig = Rig::bare(bench)?;
-                let mut place = Place {
-                    good: rig.scratch.address(),
-                    ram_end: bench.ram_end,
-                    registers: bench.device.base(),
-                    own,
-                    table: Shared::new(PAGE),
-                };
-                poison(&mut rig.rings[usize::from(queue)], &mut place);
-                bench.device.notify(queue);
-                if usize::from(queue) != TX {
+                let mut place = Place::new(bench.device, bench.ram_end, rig.scratch.address(), own);
+                place.spoil(&mut rig.rings[queue], *poison);
+                if queue != TX {
                     // So that the device has something for the guest.
                     rig.offer(&rig.packet(VICTIM, RW), HEADER as u32);
                 }
@@ -300,23 +278,7 @@ fn queues(runner: &mut Runner<'_, SocketBench>) {
     for (name, spoil) in SETUPS {
         for queue in 0..3 {
             runner.attack(&format!("vsock-queue-{name}-{queue}"), |bench| {
-                let device = bench.device;
-                negotiate(device, VERSION_1 | INDIRECT_DESC)?;
-                let mut rings = [0, 1, 2].map(|queue| Ring::new(queue, RING));
-                for ring in &mut rings {
-                    let mut setup: Setup = (u32::from(RING), ring.areas());
-                    if ring.queue == queue {
-                        spoil(bench.ram_end, device.base(), &mut setup);
-                    }
-                    configure(device, ring.queue, setup.0, setup.1);
-                    device.set_queue_ready(1);
-                    ring.offer(0);
-                }
-                go(device);
-                (0..3).for_each(|queue| device.notify(queue));
-                settle();
-                device.reset();
-                Ok(())
+                set_up(bench.device, bench.ram_end, FEATURES, 3, (queue, *spoil))
             });
         }
     }
