@@ -65,7 +65,10 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
         "fileserver",
         // virtiofsd, and what it is built on: for types in its interface.
         &[
+            // The form of what is saved, as in virtiofsd.
+            "postcard",
             "seccompiler",
+            "serde",
             "vhost",
             "vhost-user-backend",
             "virtio-queue",

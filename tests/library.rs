@@ -6,6 +6,8 @@
 
 mod harness;
 mod lab;
+#[path = "library/shares.rs"]
+mod shares;
 #[path = "harness/tiny.rs"]
 mod tiny;
 

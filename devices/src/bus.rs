@@ -35,8 +35,12 @@ pub trait BusDevice: Send {
     /// stays so.
     fn reset(&mut self) {}
     /// What another device needs to take the place of this one, which is paused.
-    fn save(&self) -> Value {
-        Value::Null
+    ///
+    /// # Errors
+    ///
+    /// Says why there is no such state.
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(Value::Null)
     }
     /// Finds out whether this device can become the one that was saved. It changes nothing.
     ///
@@ -72,6 +76,11 @@ pub struct Overlap {
     new: Range<u64>,
     existing: Range<u64>,
 }
+
+/// A device has no state that could be saved.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot save the device at {0}")]
+pub struct SaveError(String, #[source] BoxError);
 
 /// A state that the devices of a bus do not take.
 #[derive(Debug, thiserror::Error)]
@@ -165,9 +174,16 @@ impl Bus {
     }
 
     /// The states of the devices, which are paused, by their addresses.
-    pub fn save(&self) -> Value {
-        let states = self.devices().map(|(name, device)| (name, device.save()));
-        states.collect::<Map<_, _>>().into()
+    ///
+    /// # Errors
+    ///
+    /// Says which device cannot be saved.
+    pub fn save(&self) -> Result<Value, SaveError> {
+        let states = self.devices().map(|(name, device)| match device.save() {
+            Ok(state) => Ok((name, state)),
+            Err(source) => Err(SaveError(name, source)),
+        });
+        Ok(states.collect::<Result<Map<_, _>, _>>()?.into())
     }
 
     /// Finds out whether the devices can become those that were saved. It changes nothing.
@@ -308,8 +324,8 @@ mod tests {
             fn write(&mut self, _offset: u64, data: &[u8]) {
                 self.0 = data[0];
             }
-            fn save(&self) -> Value {
-                self.0.into()
+            fn save(&self) -> Result<Value, BoxError> {
+                Ok(self.0.into())
             }
             fn check(&self, state: &Value) -> Result<(), BoxError> {
                 check::<u8>(state)
@@ -331,7 +347,7 @@ mod tests {
         saved.write(1, &[10]);
         saved.write(2, &[20]);
         let same = bus(&[1, 2]);
-        same.restore(saved.save()).unwrap();
+        same.restore(saved.save().unwrap()).unwrap();
         assert_eq!((read(&same, 1), read(&same, 2)), (10, 20));
         for (windows, error) in [
             (&[1, 2, 3][..], "cannot restore the device at 0x3"),
@@ -341,7 +357,7 @@ mod tests {
             ),
         ] {
             let other = bus(windows);
-            let refused = other.restore(saved.save());
+            let refused = other.restore(saved.save().unwrap());
             assert_eq!(refused.unwrap_err().to_string(), error);
             // Those before it neither.
             assert_eq!(read(&other, 1), 0);

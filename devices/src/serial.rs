@@ -191,11 +191,11 @@ impl BusDevice for Serial {
         }
     }
 
-    fn save(&self) -> Value {
-        json!(State {
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(json!(State {
             uart: self.uart.state(),
             waiting: self.waiting.clone(),
-        })
+        }))
     }
 
     fn check(&self, state: &Value) -> Result<(), BoxError> {
@@ -330,8 +330,8 @@ mod tests {
         let input: Vec<u8> = (0..1000).map(|n| (n % 251) as u8).collect();
         assert_eq!(saved.push_input(&input), 1000);
         let mut other = serial();
-        other.restore(saved.save()).unwrap();
-        assert_eq!(other.save(), saved.save());
+        other.restore(saved.save().unwrap()).unwrap();
+        assert_eq!(other.save().unwrap(), saved.save().unwrap());
         assert_eq!(read(&mut other, 7), b's');
         assert_eq!(read_all(&mut other), input);
         assert!(other.restore(Value::Null).is_err());
@@ -345,7 +345,10 @@ mod tests {
         serial.write(INTERRUPT_ENABLE, &[1]);
         assert_eq!(serial.push_input(&[b'x'; 1000]), 1000);
         serial.reset();
-        assert_eq!(serial.save(), super::tests::serial().save());
+        assert_eq!(
+            serial.save().unwrap(),
+            super::tests::serial().save().unwrap()
+        );
         assert_eq!(flushes.count(), 1);
         serial.write(DATA, b"new\n");
         serial.write(DATA, b"\n");

@@ -2,7 +2,7 @@
 //! do, and more.
 
 use std::fs::File;
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, Read, Seek};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -32,6 +32,7 @@ const GET_PROTOCOL_FEATURES: u32 = 15;
 const SET_PROTOCOL_FEATURES: u32 = 16;
 const SET_VRING_ENABLE: u32 = 18;
 pub const RESET_DEVICE: u32 = 34;
+const SET_DEVICE_STATE_FD: u32 = 42;
 
 /// Version 1.
 const VERSION: u32 = 1;
@@ -41,7 +42,7 @@ const NEED_REPLY: u32 = 1 << 3;
 const EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 const PROTOCOL: u64 = 1 << 30;
-const MQ_REPLY_ACK_RESET: u64 = 1 | 1 << 3 | 1 << 13;
+const MQ_REPLY_ACK_RESET_STATE: u64 = 1 | 1 << 3 | 1 << 13 | 1 << 19;
 
 const MEMORY: u64 = 8 << 20;
 /// Where the front end has the guest's memory.
@@ -112,7 +113,7 @@ impl Guest {
         self.send(SET_OWNER, &[], &[]);
         assert_ne!(self.ask(GET_FEATURES) & VERSION_1, 0);
         self.ask(GET_PROTOCOL_FEATURES);
-        let features = MQ_REPLY_ACK_RESET.to_le_bytes();
+        let features = MQ_REPLY_ACK_RESET_STATE.to_le_bytes();
         self.send(SET_PROTOCOL_FEATURES, &features, &[]);
         let features = VERSION_1 | EVENT_IDX | PROTOCOL;
         self.set(SET_FEATURES, &features.to_le_bytes(), &[]);
@@ -197,6 +198,35 @@ impl Guest {
     /// The guest's driver resets the device: both queues stop.
     pub fn reset(&self) {
         self.set(RESET_DEVICE, &[], &[]);
+    }
+
+    /// Stops both queues, and has a server write down what the guest has open.
+    pub fn save(&self) -> File {
+        for index in [HIPRIO, REQUESTS] {
+            self.stop(index);
+        }
+        let mut state = File::from(memfd_create(c"state", MemfdFlags::CLOEXEC).unwrap());
+        self.transfer(0, &state);
+        state.rewind().unwrap();
+        state
+    }
+
+    /// Has another server, to which the guest has been connected, go on with that.
+    pub fn restore(&mut self, state: &File) {
+        for index in [HIPRIO, REQUESTS] {
+            self.stop(index);
+        }
+        self.transfer(1, state);
+        for index in [HIPRIO, REQUESTS] {
+            self.start(index);
+        }
+    }
+
+    /// Passes a file for the state, in the phase "stopped": the server has none to pass.
+    fn transfer(&self, direction: u32, state: &File) {
+        let body = [direction, 0].map(u32::to_le_bytes).concat();
+        self.send(SET_DEVICE_STATE_FD, &body, &[state.as_fd()]);
+        assert_eq!(self.reply(), (SET_DEVICE_STATE_FD, 1 << 8));
     }
 
     fn reply(&self) -> (u32, u64) {

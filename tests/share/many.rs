@@ -214,3 +214,38 @@ root_test!(file_is_found_again_in_a_forgotten_directory, || {
     assert_eq!(guest.read_file(file).unwrap(), "text");
     assert_eq!(guest.walk("a/b").unwrap().node, b);
 });
+
+root_test!(closed_and_open_files_go_on_with_another_server, || {
+    let directory = directory();
+    let mut guest = crowded(&directory);
+    fs::create_dir(directory.path().join("below")).unwrap();
+    for name in ["closed", "open", "replaced"] {
+        fs::write(directory.path().join("below").join(name), name).unwrap();
+    }
+    let mut node = |name: &str| guest.walk(&format!("below/{name}")).unwrap().node;
+    let (closed, open, replaced) = (node("closed"), node("open"), node("replaced"));
+    let handle = guest.open(open, libc::O_RDONLY).unwrap();
+    crowd(&mut guest);
+    let state = guest.save();
+    // The first one has only written that down.
+    guest.start(client::HIPRIO);
+    guest.start(client::REQUESTS);
+    assert_eq!(guest.read_file(closed).unwrap(), "closed");
+    let program = limited(&directory, 200, "");
+    let mut guest = Guest::by(directory.path(), false, &program);
+    fs::write(directory.path().join("other"), "other").unwrap();
+    fs::rename(
+        directory.path().join("other"),
+        directory.path().join("below/replaced"),
+    )
+    .unwrap();
+    guest.restore(&state);
+    assert_eq!(guest.read(open, handle, 0, 9).unwrap(), b"open");
+    assert_eq!(guest.read_file(closed).unwrap(), "closed");
+    assert_eq!(guest.read_file(replaced), Err(libc::ESTALE));
+    assert_eq!(guest.walk("below/closed").unwrap().node, closed);
+    guest.release(open, handle).unwrap();
+    assert_eq!(guest.read(open, handle, 0, 9), Err(libc::EBADF));
+    crowd(&mut guest);
+    assert_eq!(guest.read_file(open).unwrap(), "open");
+});

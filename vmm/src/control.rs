@@ -3,7 +3,7 @@
 
 use std::io;
 
-use devices::bus::RestoreError;
+use devices::bus::{RestoreError, SaveError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -51,6 +51,9 @@ pub enum GuestError {
     /// KVM refuses something.
     #[error(transparent)]
     Kvm(#[from] VmError),
+    /// A device cannot be saved.
+    #[error(transparent)]
+    Save(#[from] SaveError),
     /// A device does not take its state.
     #[error(transparent)]
     Devices(#[from] RestoreError),

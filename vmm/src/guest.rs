@@ -125,7 +125,8 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// Fails when the guest is not paused, or KVM refuses something.
+    /// Fails when the guest is not paused, a device cannot be saved (a share of a server that keeps its state
+    /// to itself, or has ended), or KVM refuses something.
     pub fn save(&self) -> Result<GuestState, GuestError> {
         let saved = self.control.ask(|control| control.save());
         saved.unwrap_or(Err(GuestError::Ended))

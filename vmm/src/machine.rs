@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use boot::layout::{PCI_ECAM, SERIAL_PORT, SLEEP_CONTROL_PORT, VIRTIO_MMIO_SIZE};
-use devices::bus::{Bus, Overlap, RestoreError, SharedDevice};
+use devices::bus::{Bus, Overlap, RestoreError, SaveError, SharedDevice};
 use devices::events::EventSink;
 use devices::irq::IrqLine;
 use devices::pci::{CONFIG_PORT, CONFIG_PORTS, ConfigPorts, ECAM_BUS_LEN, Ecam, PciBus};
@@ -276,8 +276,8 @@ impl DeviceBuses {
     }
 
     /// The states of all devices, which are paused.
-    pub fn save(&self) -> Value {
-        json!({ "ports": self.ports.save(), "mmio": self.mmio.save() })
+    pub fn save(&self) -> Result<Value, SaveError> {
+        Ok(json!({ "ports": self.ports.save()?, "mmio": self.mmio.save()? }))
     }
 
     /// Finds out whether the devices can become those that were saved. It changes nothing.

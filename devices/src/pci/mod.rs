@@ -135,8 +135,8 @@ impl BusDevice for Ecam {
         lock(&self.0.bridge).0.reset();
     }
 
-    fn save(&self) -> Value {
-        lock(&self.0.bridge).0.save()
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(lock(&self.0.bridge).0.save())
     }
 
     fn check(&self, state: &Value) -> Result<(), BoxError> {
@@ -198,8 +198,8 @@ impl BusDevice for ConfigPorts {
         self.address = 0;
     }
 
-    fn save(&self) -> Value {
-        self.address.into()
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(self.address.into())
     }
 
     fn check(&self, state: &Value) -> Result<(), BoxError> {

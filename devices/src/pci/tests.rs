@@ -93,11 +93,11 @@ fn bus_after_a_reset_is_a_new_one() {
     for offset in (0..ConfigSpace::LEN as u64).step_by(4) {
         ecam.write(offset, &[0xff; 4]);
     }
-    assert_ne!(ecam.save(), new_ecam.save());
+    assert_ne!(ecam.save().unwrap(), new_ecam.save().unwrap());
     ecam.reset();
     ports.reset();
-    assert_eq!(ecam.save(), new_ecam.save());
-    assert_eq!(ports.save(), new_ports.save());
+    assert_eq!(ecam.save().unwrap(), new_ecam.save().unwrap());
+    assert_eq!(ports.save().unwrap(), new_ports.save().unwrap());
 }
 
 #[test]

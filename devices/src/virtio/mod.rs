@@ -87,8 +87,12 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn pause(&mut self) -> Vec<Option<u16>>;
     /// What another device needs to take the place of this one, which is paused, besides what the
     /// transport keeps.
-    fn save(&self) -> Value {
-        Value::Null
+    ///
+    /// # Errors
+    ///
+    /// Says why there is no such state.
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(Value::Null)
     }
     /// As [`BusDevice::check`](crate::bus::BusDevice::check).
     ///

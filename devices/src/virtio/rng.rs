@@ -99,8 +99,8 @@ impl VirtioDevice for Rng {
         vec![self.worker.join().map(|job| job.queue.next_avail())]
     }
 
-    fn save(&self) -> Value {
-        json!(self.limiter.save())
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(json!(self.limiter.save()))
     }
 
     fn check(&self, state: &Value) -> Result<(), BoxError> {

@@ -356,10 +356,10 @@ impl<R: Registers> BusDevice for Transport<R> {
         }
     }
 
-    fn save(&self) -> Value {
-        json!(State {
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(json!(State {
             device_id: self.device.device_id(),
-            device: self.device.save(),
+            device: self.device.save()?,
             registers: self.registers.save(),
             interrupt: self.interrupt.save(),
             is_broken: self.interrupt.is_broken().load(Ordering::SeqCst),
@@ -372,7 +372,7 @@ impl<R: Registers> BusDevice for Transport<R> {
                 self.driver_features_sel,
                 self.queue_sel,
             ],
-        })
+        }))
     }
 
     fn check(&self, state: &Value) -> Result<(), BoxError> {

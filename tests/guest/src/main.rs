@@ -104,6 +104,7 @@ fn run(mode: Mode, options: &Options, boot: &boot::Boot) {
         Mode::Share => share::run(options),
         Mode::ShareReads => share::run_reads(options),
         Mode::ShareLoad => share::run_load(options),
+        Mode::ShareWrites => share::run_writes(options),
         Mode::Vsock => vsock::serve(options),
         Mode::VsockConnect => vsock::connect(options),
         Mode::Hello => {}

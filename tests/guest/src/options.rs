@@ -78,6 +78,8 @@ pub enum Mode {
     ShareReads,
     /// Use the file `load` of a share as fast as possible.
     ShareLoad,
+    /// Write and read a file of a share until that fails.
+    ShareWrites,
     /// Serve by the socket device, see `vsock`.
     Vsock,
     /// Connect to the host by it.
@@ -347,6 +349,7 @@ fn mode(text: &str) -> Option<Mode> {
         "share" => Mode::Share,
         "share-reads" => Mode::ShareReads,
         "share-load" => Mode::ShareLoad,
+        "share-writes" => Mode::ShareWrites,
         "vsock" => Mode::Vsock,
         "vsock-connect" => Mode::VsockConnect,
         "cpuid" => Mode::Cpuid,

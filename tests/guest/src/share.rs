@@ -1,6 +1,7 @@
 //! The modes that use a share: `share` reads the file `hello` and makes the file `made`; `share-reads`
 //! reads `hello` until that fails, as when its server dies, and then tries the rest again; `share-load`
-//! uses the file `load` as fast as it can, and measures.
+//! uses the file `load` as fast as it can, and measures; `share-writes` writes one number after the
+//! other into `made`, and reads it, until that fails.
 
 mod load;
 
@@ -39,6 +40,11 @@ pub fn run_reads(options: &Options) {
 /// Loads the server.
 pub fn run_load(options: &Options) {
     with_share("share-load", options, |device| load::run(device, options));
+}
+
+/// Writes and reads for as long as that goes well.
+pub fn run_writes(options: &Options) {
+    with_share("share-writes", options, write_on);
 }
 
 fn with_share(
@@ -116,6 +122,28 @@ fn read_on(device: VirtioDevice) -> Result<String, String> {
     Ok(format!("during={during} after={after} anew={anew}"))
 }
 
+fn write_on(device: VirtioDevice) -> Result<String, String> {
+    let mut fs = Fs::start(device)?;
+    fs.init()?;
+    let (node, handle) = create(&mut fs)?;
+    let extent = extent(handle, 8);
+    let mut number = 0_u64;
+    loop {
+        number += 1;
+        let body = [&extent[..], &number.to_le_bytes()].concat();
+        if let (error @ ..0, _) = fs.call(opcode::WRITE, node, &body, 8)? {
+            return Ok(format!("end={error}"));
+        }
+        let found = expect("read", fs.call(opcode::READ, node, &extent, 8)?)?;
+        if found != number.to_le_bytes() {
+            return Err(format!("{found:?} is not {number}"));
+        }
+        if number.is_multiple_of(u64::from(REPORTED)) {
+            println!("WRITES {number}");
+        }
+    }
+}
+
 fn expect(what: &str, (error, reply): (i32, Vec<u8>)) -> Result<Vec<u8>, String> {
     match error {
         0 => Ok(reply),
@@ -161,15 +189,20 @@ fn release(fs: &mut Fs, node: u64, handle: u64) -> Result<(), String> {
     expect("release", reply).map(drop)
 }
 
-fn write(fs: &mut Fs) -> Result<(), String> {
-    // To be written, and truncated; 0644.
-    const FLAGS: u32 = 0o1 | 0o1000;
+/// Makes the file `made`, and returns its node and a handle.
+fn create(fs: &mut Fs) -> Result<(u64, u64), String> {
+    // To be read and written, and truncated; 0644.
+    const FLAGS: u32 = 0o2 | 0o1000;
     let mut body = [FLAGS, 0o100_644, 0, 0].map(u32::to_le_bytes).concat();
     body.extend_from_slice(b"made\0");
     let reply = fs.call(opcode::CREATE, ROOT, &body, 144)?;
     let reply = expect("create", reply)?;
     // After what a lookup returns.
-    let (node, handle) = (double(&reply, 0), double(&reply, 128));
+    Ok((double(&reply, 0), double(&reply, 128)))
+}
+
+fn write(fs: &mut Fs) -> Result<(), String> {
+    let (node, handle) = create(fs)?;
     let mut body = extent(handle, WRITTEN.len() as u32);
     body.extend_from_slice(WRITTEN);
     let reply = fs.call(opcode::WRITE, node, &body, 8)?;

@@ -18,6 +18,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use crate::inflight::QUEUE_SIZE;
 use crate::ring::{Memory, Ring, State};
+use crate::state::Session;
 
 const VIRTIO_RING_F_INDIRECT_DESC: u64 = 1 << 28;
 const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
@@ -37,16 +38,15 @@ struct Mapping {
 pub(crate) struct Backend {
     rings: Vec<Arc<Ring>>,
     mappings: Vec<Mapping>,
-    /// Forgets what the guest has open.
-    forget: Box<dyn Fn() + Send>,
+    session: Arc<dyn Session>,
 }
 
 impl Backend {
-    pub fn new(rings: Vec<Arc<Ring>>, forget: Box<dyn Fn() + Send>) -> Self {
+    pub fn new(rings: Vec<Arc<Ring>>, session: Arc<dyn Session>) -> Self {
         Self {
             rings,
             mappings: Vec::new(),
-            forget,
+            session,
         }
     }
 
@@ -95,7 +95,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
                 state.enabled = false;
             });
         }
-        (self.forget)();
+        self.session.forget();
         Ok(())
     }
 
@@ -207,7 +207,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::RESET_DEVICE)
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::DEVICE_STATE)
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
@@ -260,15 +262,27 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_device_state_fd(
         &mut self,
-        _: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _: VhostTransferStatePhase,
-        _: File,
+        file: File,
     ) -> Result<Option<File>> {
-        not_offered()
+        let is_served = |ring: &Arc<Ring>| ring.change(|state, _| state.kick.is_some());
+        if self.rings.iter().any(is_served) {
+            return Err(Error::InvalidOperation("the queues have not been stopped"));
+        }
+        let done = match direction {
+            VhostTransferStateDirection::SAVE => self.session.save(file),
+            VhostTransferStateDirection::LOAD => self.session.restore(file),
+        };
+        // The front end hears of no reason.
+        done.inspect_err(|error| log::error!("cannot transfer what the guest has open: {error}"))
+            .map(|()| None)
+            .map_err(failed)
     }
 
+    /// The transfer was over when the request for it had its reply.
     fn check_device_state(&mut self) -> Result<()> {
-        not_offered()
+        Ok(())
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

@@ -44,11 +44,7 @@ impl<F: Numbered + Send + Sync + 'static> Device<F> {
 
     /// Handles one message of the monitor's from `socket`, each time it is called.
     pub fn messages(&self, socket: UnixStream) -> impl FnMut() -> Result<()> + use<F> {
-        let server = Arc::clone(&self.server);
-        let forget = Box::new(move || {
-            server.destroy();
-        });
-        let backend = Backend::new(self.rings.clone(), forget);
+        let backend = Backend::new(self.rings.clone(), self.server.clone());
         let mut handler = BackendReqHandler::from_stream(socket, Arc::new(Mutex::new(backend)));
         move || handler.handle_request()
     }

@@ -4,22 +4,24 @@
 //! guest's numbers are of [`Nodes`], which has virtiofsd forget files and look them up again, as the guest could.
 
 use std::ffi::CStr;
-use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
-    SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+    SerializableFileSystem, SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
 };
 use virtiofsd::fuse::{Attr, InHeader, SetattrIn};
 
 use crate::nodes::Nodes;
 
-/// A file system of virtiofsd's that can be served: its files and handles have numbers.
-pub trait Numbered: FileSystem<Inode = u64, Handle = u64> {}
+/// A file system of virtiofsd's that can be served: its files and handles have numbers, and another one can go on with them.
+pub trait Numbered: FileSystem<Inode = u64, Handle = u64> + SerializableFileSystem {}
 
-impl<F: FileSystem<Inode = u64, Handle = u64>> Numbered for F {}
+impl<F: FileSystem<Inode = u64, Handle = u64> + SerializableFileSystem> Numbered for F {}
 
 /// A file system, and what the guest remembers of it.
 pub(crate) struct Files<F: Numbered> {
@@ -181,6 +183,35 @@ impl<F: Numbered> Files<F> {
         let inode = self.nodes().inode_of_handle(file, handle)?;
         release(inode)?;
         self.change(|nodes| nodes.remove_handle(handle));
+        Ok(())
+    }
+}
+
+/// The number of bytes that [`Nodes`] take, these, and the served file system's.
+impl<F: Numbered> SerializableFileSystem for Files<F> {
+    fn prepare_serialization(&self, cancel: Arc<AtomicBool>) {
+        // What is closed is only taken for the same where it is: a path may lead to another file by then.
+        self.change(Nodes::close_idle);
+        self.served.prepare_serialization(cancel);
+    }
+
+    fn serialize(&self, mut state: File) -> io::Result<()> {
+        let nodes = self.nodes().save()?;
+        state.write_all(&(nodes.len() as u64).to_le_bytes())?;
+        state.write_all(&nodes)?;
+        // It has the same numbers and handles where it is restored.
+        self.served.serialize(state)
+    }
+
+    fn deserialize_and_apply(&self, mut state: File) -> io::Result<()> {
+        let mut len = [0; 8];
+        state.read_exact(&mut len)?;
+        let mut nodes = Vec::new();
+        let mut part = (&state).take(u64::from_le_bytes(len));
+        part.read_to_end(&mut nodes)?;
+        let restored = self.nodes().restored(&nodes)?;
+        self.served.deserialize_and_apply(state)?;
+        *self.nodes() = restored;
         Ok(())
     }
 }

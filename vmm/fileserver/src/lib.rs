@@ -14,7 +14,8 @@
 //! | `ring.rs` | a queue, and the threads that serve it (`hiprio`, `requests`) |
 //! | `requests.rs` | a FUSE request |
 //! | `files.rs` | the file system: virtiofsd's, with a bound to its descriptors |
-//! | `nodes.rs` | the files that the guest remembers |
+//! | `nodes` | the files that the guest remembers |
+//! | `state.rs` | what the guest has open |
 //! | `inflight.rs` | the record of those that are being served |
 
 mod backend;
@@ -27,6 +28,7 @@ mod requests;
 mod ring;
 mod sandbox;
 mod seccomp;
+mod state;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -40,7 +42,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use vhost::vhost_user::Error as VhostUserError;
 use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
-use virtiofsd::passthrough::{self, PassthroughFs};
+use virtiofsd::passthrough::{self, MigrationOnError, PassthroughFs};
 use virtiofsd::soft_idmap::cmdline::IdMap;
 
 use sandbox::Owners;
@@ -136,6 +138,8 @@ pub unsafe fn serve(share: Share) -> Result<(), Error> {
         guest_fd_limit: budget,
         uid_map,
         gid_map,
+        // A file that has gone is no reason not to restore the others.
+        migration_on_error: MigrationOnError::GuestError,
         ..Default::default()
     };
     let failed = |error| Error::Make("the file system", error);

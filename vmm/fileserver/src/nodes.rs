@@ -3,12 +3,15 @@
 //! An open one costs a descriptor. One that nothing uses can be closed: it is found again where it was seen last, by its
 //! directory and its name there, if it has the same inode number.
 
+mod saved;
+
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 use std::io;
 use std::mem::take;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtiofsd::filesystem::ROOT_ID;
 use virtiofsd::fuse::Attr;
 
@@ -18,51 +21,59 @@ const MOST: usize = 1 << 20;
 const SPARE: usize = 32;
 
 /// Where a file was seen last.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Place {
     pub directory: u64,
     pub name: Arc<CStr>,
 }
 
 /// What the served file system has of a file.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Opened {
     inode: u64,
     /// How often it was looked up there: as often it is to be forgotten.
     lookups: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Node {
     /// The inode number and the type, which it is known by.
     identity: (u64, u32),
     /// `None` for the root, and for a file that has lost the name it was seen by.
     place: Option<Place>,
     /// Those that were seen in this directory: it stays while they may be looked for.
+    #[serde(skip)]
     children: BTreeMap<Arc<CStr>, u64>,
     /// How often the guest has looked it up.
     lookups: u64,
     opened: Option<Opened>,
     /// Requests that use it and its handles: it stays open.
+    #[serde(skip)]
     uses: u64,
     /// Its key in `Nodes::idle`.
+    #[serde(skip)]
     idle: Option<u64>,
 }
 
 /// All of them.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Nodes {
     /// How many descriptors there are for files and handles.
+    #[serde(skip)]
     budget: usize,
     nodes: HashMap<u64, Node>,
     /// Those that are open, by their inode numbers in the served file system.
+    #[serde(skip)]
     opened: HashMap<u64, u64>,
     /// Those that are closed, by their inode numbers: another name may lead to one of these.
+    #[serde(skip)]
     closed: HashMap<u64, u64>,
     /// Those that can be closed, in the order in which they were used.
+    #[serde(skip)]
     idle: BTreeMap<u64, u64>,
     handles: HashMap<u64, u64>,
     /// What the served file system is to forget: inodes, and how many lookups of each.
+    #[serde(skip)]
     forgotten: Vec<(u64, u64)>,
     /// Numbers are given once.
     next: u64,
@@ -286,6 +297,13 @@ impl Nodes {
         match self.nodes.len() < MOST {
             true => Ok(()),
             false => Err(error(libc::ENFILE)),
+        }
+    }
+
+    /// Closes all that can be closed.
+    pub fn close_idle(&mut self) {
+        while let Some((_, id)) = self.idle.pop_first() {
+            self.close(id);
         }
     }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use libc::c_long;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter_all_threads};
 
-/// As virtiofsd lists them, without those that only its start or its migration needs: no process and no thread is started
-/// here, and no socket is made.
+/// As virtiofsd lists them, without those that only its start or a migration by file handles needs: no process and no thread
+/// is started here, and no socket is made.
 const CALLS: &[c_long] = &[
     libc::SYS_brk,
     // An effective capability, set again after files were made as another user.
@@ -55,6 +55,8 @@ const CALLS: &[c_long] = &[
     libc::SYS_mprotect,
     libc::SYS_mremap,
     libc::SYS_munmap,
+    // By which a file is known again when the guest is saved. Opening one by its handle is not on the list.
+    libc::SYS_name_to_handle_at,
     libc::SYS_newfstatat,
     libc::SYS_open,
     libc::SYS_openat,

@@ -247,12 +247,12 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// Fails when it runs, or KVM refuses something.
+    /// Fails when it runs, a device cannot be saved, or KVM refuses something.
     pub fn save(&self) -> Result<GuestState, GuestError> {
         self.check_paused()?;
         Ok(GuestState {
             kvm: self.vcpus.guest().save()?,
-            devices: self.devices.save(),
+            devices: self.devices.save()?,
         })
     }
 

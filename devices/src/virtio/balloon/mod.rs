@@ -119,8 +119,8 @@ impl VirtioDevice for Balloon {
         positions
     }
 
-    fn save(&self) -> Value {
-        json!(self.config.save())
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(json!(self.config.save()))
     }
 
     fn check(&self, state: &Value) -> Result<(), BoxError> {

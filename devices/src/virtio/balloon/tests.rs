@@ -386,8 +386,8 @@ fn driver_is_notified_of_another_target_also_after_a_pause_elsewhere() {
     balloon.handle().set_target(3 << 20);
     assert_eq!((changes(&guest), guest.gone()), (1, vec![FIRST]));
     let mut other = Balloon::new("balloon", 0, EventSink::default()).unwrap();
-    other.restore(balloon.save()).unwrap();
-    assert_eq!(other.save(), balloon.save());
+    other.restore(balloon.save().unwrap()).unwrap();
+    assert_eq!(other.save().unwrap(), balloon.save().unwrap());
     assert_eq!(read(&other), [3 << 8, 1, 0, 0]);
     other.activate(guest.activation(Some(&positions))).unwrap();
     assert_eq!(changes(&guest), 2);

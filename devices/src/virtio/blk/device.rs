@@ -237,11 +237,11 @@ impl VirtioDevice for Blk {
         self.stop()
     }
 
-    fn save(&self) -> Value {
-        json!(State {
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(json!(State {
             config: self.config.save(),
             limit: self.disk.limiter.save(),
-        })
+        }))
     }
 
     fn check(&self, state: &Value) -> Result<(), BoxError> {

@@ -95,6 +95,44 @@ impl Server {
         stopped.inspect_err(|error| self.cut_off(error)).ok()
     }
 
+    /// Whether [`Server::save`] and [`Server::restore`] can be tried.
+    ///
+    /// # Errors
+    ///
+    /// Says why not.
+    pub fn check_state(&self) -> Result<(), VhostUserError> {
+        self.front_end.check_state()
+    }
+
+    /// What it knows of the guest. Its queues have been stopped.
+    ///
+    /// # Errors
+    ///
+    /// Says what it did not do.
+    pub fn save(&mut self) -> Result<Vec<u8>, VhostUserError> {
+        let state = self.front_end.save_state();
+        self.notice(state)
+    }
+
+    /// Has it know what another one knew.
+    ///
+    /// # Errors
+    ///
+    /// Says what it did not do.
+    pub fn restore(&mut self, state: &[u8]) -> Result<(), VhostUserError> {
+        let restored = self.front_end.restore_state(state);
+        self.notice(restored)
+    }
+
+    /// A request may have shown that it is gone.
+    fn notice<T>(&mut self, result: Result<T, VhostUserError>) -> Result<T, VhostUserError> {
+        result.inspect_err(|error| {
+            if self.front_end.is_dead() {
+                self.cut_off(error);
+            }
+        })
+    }
+
     pub fn reset(&mut self) {
         if !self.front_end.is_dead()
             && let Err(error) = self.front_end.reset()

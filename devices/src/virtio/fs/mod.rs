@@ -15,7 +15,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -55,6 +56,20 @@ pub enum FsError {
     Host(#[from] io::Error),
 }
 
+/// Why a share is neither saved nor restored.
+#[derive(Debug, thiserror::Error)]
+#[error("the share {0} cannot go on in another guest")]
+struct StateError(String, #[source] VhostUserError);
+
+/// What is saved of a device.
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    tag: String,
+    /// What its server knows of the guest, as only servers understand it: a character for each byte.
+    /// A list of numbers would take a whole [`Value`] for each.
+    server: String,
+}
+
 /// How a server is reached.
 #[derive(Debug)]
 pub struct Connection {
@@ -84,6 +99,7 @@ impl Connection {
 /// The file system device.
 #[derive(Debug)]
 pub struct Fs {
+    tag: String,
     config: [u8; CONFIG_LEN],
     features: u64,
     server: Arc<Mutex<Server>>,
@@ -124,6 +140,7 @@ impl Fs {
         let features = front_end.features();
         let server = Server::new(name, tag, events.clone(), front_end, process);
         Ok(Self {
+            tag: tag.to_owned(),
             config,
             features,
             server: Arc::new(Mutex::new(server)),
@@ -158,6 +175,10 @@ impl Fs {
         self.memory = Some(Arc::clone(&memory));
         let job = FsJob::new(Arc::clone(&self.server), memory, queues, interrupt);
         Ok(job.inspect_err(|_| drop(self.stop()))?)
+    }
+
+    fn failed(&self) -> impl FnOnce(VhostUserError) -> StateError {
+        |error| StateError(self.tag.clone(), error)
     }
 
     /// Stops the queues, whoever has them, and returns where they stand.
@@ -217,9 +238,32 @@ impl VirtioDevice for Fs {
         self.stop()
     }
 
-    /// Another server would not know what the guest has open.
-    fn check(&self, _state: &Value) -> Result<(), BoxError> {
-        Err("a share cannot be restored: what its server has open is not saved".into())
+    fn save(&self) -> Result<Value, BoxError> {
+        let server = lock(&self.server).save().map_err(self.failed())?;
+        let server = server.into_iter().map(char::from).collect();
+        let tag = self.tag.clone();
+        Ok(json!(State { tag, server }))
+    }
+
+    fn check(&self, state: &Value) -> Result<(), BoxError> {
+        let state = State::deserialize(state)?;
+        if state.tag != self.tag {
+            return Err(format!("it was the share {}, and is {} here", state.tag, self.tag).into());
+        }
+        let checked = lock(&self.server).check_state();
+        Ok(checked.map_err(self.failed())?)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), BoxError> {
+        self.check(&state)?;
+        let State { server, .. } = serde_json::from_value(state)?;
+        let server = server
+            .chars()
+            .map(u8::try_from)
+            .collect::<Result<Vec<_>, _>>()?;
+        self.is_used = true;
+        let restored = lock(&self.server).restore(&server);
+        Ok(restored.map_err(self.failed())?)
     }
 
     fn reset(&mut self) {

@@ -6,7 +6,10 @@ use vm_memory::{FileOffset, GuestAddress};
 
 use super::super::queue::Queue;
 use super::super::tests::{Driver, END, REGION, Recorder, SIZE, WRITE};
-use super::super::vhost_user::tests::{Fault, GET_VRING_BASE, SET_VRING_NUM, serve};
+use super::super::vhost_user::tests::{
+    CHECK_DEVICE_STATE, Fault, GET_PROTOCOL_FEATURES, GET_VRING_BASE, REQUIRED,
+    SET_DEVICE_STATE_FD, SET_VRING_NUM, serve,
+};
 use super::super::{Interrupt, QueueConfig, VIRTIO_F_VERSION_1};
 use super::*;
 
@@ -222,6 +225,75 @@ fn queue_that_the_server_refuses_needs_a_reset_and_the_server_lives() {
     let text = "the vhost-user server does not take the size of a queue";
     assert_eq!(error.to_string(), text);
     assert!(lock(&bench.fs.server).stop(&bench.driver.memory).is_some());
+}
+
+#[test]
+fn share_is_saved_and_restored_paused() {
+    let mut bench = Bench::new(None, LONG);
+    bench.activate(None).unwrap();
+    let positions = bench.fs.pause();
+    let state = bench.fs.save().unwrap();
+    assert_eq!(state, json!({"tag": "src", "server": ""}));
+    let mut other = Bench::new(None, LONG);
+    other.fs.restore(state).unwrap();
+    other.activate(Some(&positions)).unwrap();
+}
+
+#[test]
+fn state_that_the_server_keeps_or_refuses_or_another_shares_is_an_error() {
+    let own = json!({"tag": "src", "server": "\u{1}\u{80}\u{ff}"});
+    for (request, reply, cause) in [
+        (
+            GET_PROTOCOL_FEATURES,
+            REQUIRED.bits(),
+            "the vhost-user server does not pass on what the guest has open (DEVICE_STATE)",
+        ),
+        (SET_DEVICE_STATE_FD, 0x101, "it refuses that (0x101)"),
+        // Descriptors of its own it does not get rid of.
+        (SET_DEVICE_STATE_FD, 0, "it refuses that (0x0)"),
+        (CHECK_DEVICE_STATE, 1, "it has failed (1)"),
+    ] {
+        let mut bench = Bench::new(Some((request, Fault::Says(reply))), LONG);
+        let restored = bench.fs.restore(own.clone()).unwrap_err();
+        for error in [bench.fs.save().unwrap_err(), restored] {
+            assert_eq!(
+                error.to_string(),
+                "the share src cannot go on in another guest"
+            );
+            let mut error: &dyn std::error::Error = error.as_ref();
+            while let Some(source) = error.source() {
+                error = source;
+            }
+            assert_eq!(error.to_string(), cause);
+        }
+        // It serves on.
+        bench.activate(None).unwrap();
+        assert!(bench.fs.pause().iter().all(Option::is_some));
+    }
+    let bench = Bench::new(None, LONG);
+    let error = bench.fs.check(&json!({"tag": "other", "server": ""}));
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "it was the share other, and is src here"
+    );
+    assert!(bench.fs.check(&Value::Null).is_err());
+}
+
+#[test]
+fn server_that_ends_while_it_is_saved_is_gone() {
+    let mut bench = Bench::new(Some((SET_DEVICE_STATE_FD, Fault::Ends)), LONG);
+    bench.activate(None).unwrap();
+    let positions = bench.fs.pause();
+    bench.fs.save().unwrap_err();
+    assert!(
+        bench
+            .fs
+            .check(&json!({"tag": "src", "server": ""}))
+            .is_err()
+    );
+    bench.activate(Some(&positions)).unwrap();
+    bench.offer(0, READ, 1);
+    assert_eq!(bench.wait_used(1), [(0, 16)]);
 }
 
 #[test]

@@ -63,8 +63,8 @@ impl VirtioDevice for Probe {
     fn pause(&mut self) -> Vec<Option<u16>> {
         vec![None, Some(5)]
     }
-    fn save(&self) -> Value {
-        json!("probe")
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(json!("probe"))
     }
     fn check(&self, state: &Value) -> Result<(), BoxError> {
         match state == "probe" {
@@ -388,7 +388,10 @@ fn transport_after_a_reset_of_the_machine_is_a_new_one() {
     guest.transport.interrupt.queue(1);
     guest.transport.interrupt.needs_reset();
     BusDevice::reset(&mut guest.transport);
-    assert_eq!(guest.transport.save(), Guest::new(false).transport.save());
+    assert_eq!(
+        guest.transport.save().unwrap(),
+        Guest::new(false).transport.save().unwrap()
+    );
     assert_eq!(guest.calls().last(), Some(&Call::Reset));
 }
 
@@ -403,10 +406,10 @@ fn restored_transport_is_the_saved_one_and_goes_on() {
     guest.transport.interrupt.needs_reset();
     guest.transport.pause();
     guest.transport.pause();
-    let state = guest.transport.save();
+    let state = guest.transport.save().unwrap();
     let mut other = Guest::new(false);
     other.transport.restore(state.clone()).unwrap();
-    assert_eq!(other.transport.save(), state);
+    assert_eq!(other.transport.save().unwrap(), state);
     for register in (0..0x100).step_by(4) {
         assert_eq!(other.read(register), guest.read(register), "{register:#x}");
     }
@@ -428,7 +431,10 @@ fn restored_transport_is_the_saved_one_and_goes_on() {
         wrong[key] = value;
         let mut other = Guest::new(false);
         assert!(other.transport.restore(wrong).is_err(), "{key}");
-        assert_eq!(other.transport.save(), Guest::new(false).transport.save());
+        assert_eq!(
+            other.transport.save().unwrap(),
+            Guest::new(false).transport.save().unwrap()
+        );
     }
 }
 

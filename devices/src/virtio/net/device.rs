@@ -357,8 +357,8 @@ impl<B: Backend> VirtioDevice for Net<B> {
         self.stop()
     }
 
-    fn save(&self) -> Value {
-        self.save_state()
+    fn save(&self) -> Result<Value, BoxError> {
+        Ok(self.save_state())
     }
 
     fn check(&self, state: &Value) -> Result<(), BoxError> {

@@ -345,8 +345,8 @@ fn function_after_a_reset_of_the_machine_is_a_new_one() {
         BusDevice::reset(&mut guest.transport);
         let new = Guest::new();
         assert_eq!(
-            BusDevice::save(&guest.transport),
-            BusDevice::save(&new.transport)
+            BusDevice::save(&guest.transport).unwrap(),
+            BusDevice::save(&new.transport).unwrap()
         );
         assert!(guest.active.lock().unwrap().is_none());
         assert!(guest.routes.0.lock().unwrap().is_empty());
@@ -360,10 +360,10 @@ fn function_after_a_reset_of_the_machine_is_a_new_one() {
 fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
     let mut guest = running();
     guest.transport.pause();
-    let state = BusDevice::save(&guest.transport);
+    let state = BusDevice::save(&guest.transport).unwrap();
     let mut other = Guest::new();
     BusDevice::restore(&mut other.transport, state.clone()).unwrap();
-    assert_eq!(BusDevice::save(&other.transport), state);
+    assert_eq!(BusDevice::save(&other.transport).unwrap(), state);
     let routes = |guest: &Guest| guest.routes.0.lock().unwrap().clone();
     assert_eq!(
         routes(&other),
@@ -387,8 +387,8 @@ fn restored_function_is_the_saved_one_with_its_routes_and_goes_on() {
         wrong[structure][key] = json!([{}]);
         let mut other = Guest::new();
         assert!(BusDevice::restore(&mut other.transport, wrong).is_err());
-        let saved = BusDevice::save(&other.transport);
-        assert_eq!(saved, BusDevice::save(&Guest::new().transport));
+        let saved = BusDevice::save(&other.transport).unwrap();
+        assert_eq!(saved, BusDevice::save(&Guest::new().transport).unwrap());
     }
     assert_eq!(other.read(u64::from(ISR)), [1]);
     other.transport.resume();

@@ -185,7 +185,7 @@ fn requests_of_a_paused_guest_are_answered_after_it_here_or_elsewhere() {
         driver.offer_chain(head, &[(AT, 64, WRITE)]);
         assert_eq!(driver.take_used(), []);
         let mut other = Rng::new("rng", EventSink::default()).unwrap();
-        other.restore(device.save()).unwrap();
+        other.restore(device.save().unwrap()).unwrap();
         device = other;
         activate(&mut device, &driver, position[0]);
         eventually_used(&mut driver, head);
@@ -208,7 +208,7 @@ fn driver_gets_no_new_share_by_a_reset() {
         device.reset();
         assert_eq!(driver.take_used(), []);
     }
-    let saved = device.save();
+    let saved = device.save().unwrap();
     let mut other = Rng::new("rng", EventSink::default()).unwrap();
     other.limiter = Arc::new(Limiter::new(ONE_REQUEST));
     other.restore(saved).unwrap();

@@ -71,17 +71,18 @@ impl Channel {
         request: FrontendReq,
         body: &[u8],
     ) -> io::Result<T> {
-        Ok(self.ask_file(request, body)?.0)
+        Ok(self.ask_file(request, body, &[])?.0)
     }
 
-    /// The same where a file may come with the reply.
+    /// The same with descriptors, where a file may come with the reply.
     pub fn ask_file<T: ByteValued + Default>(
         &mut self,
         request: FrontendReq,
         body: &[u8],
+        fds: &[RawFd],
     ) -> io::Result<(T, Option<File>)> {
         self.guarded(|channel| {
-            channel.send(request, VERSION, body, &[])?;
+            channel.send(request, VERSION, body, fds)?;
             channel.receive(request)
         })
     }

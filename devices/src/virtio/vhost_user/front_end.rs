@@ -30,6 +30,9 @@ pub enum VhostUserError {
     /// It cannot be used for this device.
     #[error("the vhost-user server cannot be used: it has no {0}")]
     Lacks(&'static str),
+    /// It keeps to itself what the guest has open.
+    #[error("the vhost-user server does not pass on what the guest has open (DEVICE_STATE)")]
+    NoState,
     /// Guest memory is private to this process.
     #[error("guest memory is not such that a vhost-user server can map it")]
     Memory,
@@ -44,17 +47,17 @@ pub enum VhostUserError {
     },
 }
 
-fn failed_to(what: &'static str) -> impl Fn(io::Error) -> VhostUserError {
+pub(super) fn failed_to(what: &'static str) -> impl Fn(io::Error) -> VhostUserError {
     move |source| VhostUserError::Request { what, source }
 }
 
 /// A server that has been agreed with, and its rings.
 #[derive(Debug)]
 pub struct FrontEnd {
-    channel: Channel,
+    pub(super) channel: Channel,
     /// The virtio features that it offers, of those that were asked for.
     features: u64,
-    protocol: Protocol,
+    pub(super) protocol: Protocol,
     queues: u16,
     inflight: Option<Inflight>,
     /// What the server gets its record of chains in flight back with, where it has made that itself: the
@@ -97,6 +100,7 @@ impl FrontEnd {
             .ask(FrontendReq::GET_PROTOCOL_FEATURES, &[])
             .map_err(failed_to("give its protocol features"))?;
         let mut wanted = Protocol::REPLY_ACK | Protocol::MQ | Protocol::RESET_DEVICE;
+        wanted |= Protocol::DEVICE_STATE;
         if inflight.is_none() {
             wanted |= Protocol::INFLIGHT_SHMFD;
         }
@@ -146,7 +150,7 @@ impl FrontEnd {
         let failed = failed_to("give a record of what is in flight");
         let (reply, file) = self
             .channel
-            .ask_file::<VhostUserInflight>(FrontendReq::GET_INFLIGHT_FD, wanted.as_slice())
+            .ask_file::<VhostUserInflight>(FrontendReq::GET_INFLIGHT_FD, wanted.as_slice(), &[])
             .map_err(&failed)?;
         let file = file.ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))?;
         self.inflight = Some(Inflight::at(file, reply.mmap_offset, queue_size));

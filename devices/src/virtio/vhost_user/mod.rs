@@ -9,6 +9,7 @@
 mod channel;
 mod front_end;
 mod outstanding;
+mod state;
 
 pub use front_end::{FrontEnd, VhostUserError};
 pub use outstanding::{Inflight, Outstanding};

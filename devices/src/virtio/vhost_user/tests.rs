@@ -16,11 +16,14 @@ const SHORT: Duration = Duration::from_millis(50);
 
 pub const GET_FEATURES: u32 = 1;
 pub const GET_VRING_BASE: u32 = 11;
-const GET_PROTOCOL_FEATURES: u32 = 15;
+pub const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 pub const SET_VRING_NUM: u32 = 8;
 const SET_PROTOCOL_FEATURES: u32 = 16;
+pub const SET_DEVICE_STATE_FD: u32 = 42;
+pub const CHECK_DEVICE_STATE: u32 = 43;
 
+pub const REQUIRED: Protocol = Protocol::REPLY_ACK.union(Protocol::MQ);
 const FEATURES: u64 = VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// What a server does with one kind of requests in place of the usual.
@@ -54,7 +57,10 @@ pub fn serve(fault: Option<(u32, Fault)>) -> (UnixStream, Receiver<u32>) {
             let _ = sender.send(code);
             let usual = match code {
                 GET_FEATURES => Some(FEATURES),
-                GET_PROTOCOL_FEATURES => Some((Protocol::REPLY_ACK | Protocol::MQ).bits()),
+                GET_PROTOCOL_FEATURES => Some((REQUIRED | Protocol::DEVICE_STATE).bits()),
+                // It needs no file of its own.
+                SET_DEVICE_STATE_FD => Some(0x100),
+                CHECK_DEVICE_STATE => Some(0),
                 GET_QUEUE_NUM => Some(2),
                 // The index of the queue, and 0.
                 GET_VRING_BASE => Some(u64::from_ne_bytes(body.try_into().unwrap())),

@@ -249,10 +249,10 @@ fn device_that_was_saved_goes_on_elsewhere() {
     guest.offer(0, 5);
     guest.wait(0);
     let positions = guest.device.pause();
-    let state = guest.device.save();
+    let state = guest.device.save().unwrap();
     let mut new = Guest::new(Storage::Image(fake.clone()), options(1)).unwrap();
     new.device.restore(state.clone()).unwrap();
-    assert_eq!(new.device.save(), state);
+    assert_eq!(new.device.save().unwrap(), state);
     new.drivers = std::mem::take(&mut guest.drivers);
     fake.calls();
     new.start(Some(&positions));

@@ -55,10 +55,10 @@ impl Guest {
 
     /// The same guest on a fresh device, paused as this one is.
     fn moved(self, options: NetOptions) -> Self {
-        let state = self.device.save();
+        let state = self.device.save().unwrap();
         let mut new = Self::new(self.features, options);
         new.device.restore(state.clone()).unwrap();
-        assert_eq!(new.device.save(), state);
+        assert_eq!(new.device.save().unwrap(), state);
         new.drivers = self.drivers;
         new
     }
@@ -164,7 +164,7 @@ fn device_restored_in_full_traffic_goes_on_where_the_saved_one_stopped() {
     guest.start();
     traffic(guest, |mut guest| {
         let positions = guest.device.pause();
-        let state = guest.device.save();
+        let state = guest.device.save().unwrap();
         // The wire stays: another one would lose what is in it.
         let wire = guest.device.backends.remove(0);
         let wire = Arc::try_unwrap(wire).unwrap_or_else(|wire| {
@@ -315,7 +315,10 @@ fn device_without_a_driver_pauses_and_moves_too() {
 
 #[test]
 fn state_that_does_not_fit_is_refused() {
-    let state = Guest::new(Features::empty(), options()).device.save();
+    let state = Guest::new(Features::empty(), options())
+        .device
+        .save()
+        .unwrap();
     let mut two = device(vec![Wire::new().0, Wire::new().0], 1500, options());
     assert!(two.restore(state.clone()).is_err());
     let mut one = Guest::new(Features::empty(), options()).device;
