@@ -473,9 +473,10 @@ impl Connections {
         count(&self.counting.refused, late);
         let is_late = |connection: &Connection| connection.deadline.is_some_and(|at| at <= now);
         let late = self.table.iter().filter(|(_, one)| is_late(one));
-        let late: Vec<u64> = late.map(|(key, _)| *key).collect();
-        for key in late {
-            count(&self.counting.refused, 1);
+        let late = late.map(|(key, one)| (*key, one.phase != Phase::Orphan));
+        let late: Vec<(u64, bool)> = late.collect();
+        for (key, is_refusal) in late {
+            count(&self.counting.refused, is_refusal.into());
             self.give_up(key);
         }
         self.is_starved = false;

@@ -647,12 +647,37 @@ fn sides_that_do_not_answer_are_given_up() {
     }
     // The clock stands still again.
     assert_eq!(bench.job.turn().wake_at, None);
+    assert_eq!(bench.device.handle().counters().refused, 2);
     // One that goes before the guest has answered.
     let mut going = bench.program();
     going.write_all(b"CONNECT 9\n").unwrap();
     let (ports, ..) = bench.one();
     drop(going);
     assert_eq!(bench.one(), (ports, RST, 0));
+}
+
+#[test]
+fn program_that_leaves_what_a_guest_has_sent_loses_it_and_is_not_refused() {
+    let mut bench = Bench::new();
+    let mut program = bench.guest_connects(PORTS);
+    let block = [7; 4096];
+    // More than the socket takes, and no more than the credit.
+    for _ in 0..BUFFER / 4096 {
+        bench.send(packet(1000, 80, RW, 0), &block);
+    }
+    bench.received();
+    bench.send(packet(1000, 80, RW, 0), &block);
+    bench.op(PORTS, SHUTDOWN, CLOSED);
+    assert_eq!(bench.one(), (PORTS, RST, 0));
+    let counters = |bench: &Bench| bench.device.handle().counters();
+    assert_eq!(counters(&bench).open, 1);
+    bench.job.expire(Duration::from_secs(3600));
+    bench.turn();
+    let mut all = Vec::new();
+    program.read_to_end(&mut all).unwrap();
+    assert!(all.len() > 4096 && all.iter().all(|byte| *byte == 7));
+    assert_eq!((counters(&bench).open, counters(&bench).refused), (0, 0));
+    assert_eq!(bench.job.turn().wake_at, None);
 }
 
 #[test]
