@@ -288,6 +288,26 @@ guest_test!(
     }
 );
 
+guest_test!(guest_that_restarts_in_a_stream_is_reached_again, || {
+    let net = Net::routed(HOST);
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("qmp");
+    let mut command = command(&net, &services(), &format!("mode=echo bytes={BULK}"));
+    command.args(["--reboot", "restart", "--qmp"]).arg(&socket);
+    let mut vm = Vm::spawn(command);
+    vm.wait_for("READY echo\n");
+    let [ip, _] = addresses(HOST);
+    net.connect(&ip, SOURCE, |mut stream| {
+        stream.write_all(b"\n").expect("the connection is up");
+        stream.read_exact(&mut [0]).expect("the guest sends");
+        qmp(&socket, &["system_reset"]);
+    });
+    vm.wait_for("READY echo\n");
+    net.fill_sink(&ip, BULK);
+    drain(&net, &ip, BULK);
+    net.quit(HOST, vm);
+});
+
 guest_test!(monitor_that_is_killed_leaves_no_passt, || {
     let net = Net::routed(HOST);
     let mut vm = serve(&net, &services(), "");
