@@ -1,13 +1,16 @@
 //! A user network as a stock kernel and its DHCP client find it.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Stdio;
 use std::thread;
 
 use crate::harness::eventually;
 use crate::harness::guest::{Net, PEER, addresses};
 use crate::harness::lab_test;
-use crate::harness::linux::{boot, small_initrd};
+use crate::harness::linux::{boot_command, command, small_initrd};
+use crate::harness::netns::Netns;
 use crate::harness::vm::Vm;
 
 /// The number of the host.
@@ -16,8 +19,27 @@ const HOST: u8 = 2;
 const LEASE: &str = concat!(
     r#"printf '%s\n' '#!/bin/sh' '[ "$1" = bound ] || exit 0' "#,
     r#"'ip address add "$ip/$mask" dev "$interface"' 'ip route add default via "$router"' "#,
+    r#"'echo "$dns" >/tmp/dns' "#,
     ">/bin/lease && chmod +x /bin/lease",
 );
+
+/// The name server of a host that has one, at which nothing answers.
+const NAME_SERVER: &str = "192.0.2.53";
+
+/// Boots a guest on a host that asks [`NAME_SERVER`].
+fn boot_on(host: &Netns, args: &[&str]) -> Vm {
+    let directory = tempfile::tempdir().expect("a directory");
+    let resolv_conf = directory.path().join("resolv.conf");
+    fs::write(&resolv_conf, format!("nameserver {NAME_SERVER}\n")).expect("it is ours");
+    // In the mount namespace that `ip netns exec` makes.
+    let script = r#"mount --bind "$0" /etc/resolv.conf && exec "$@""#;
+    let mut on_host = host.command("sh");
+    on_host.args(["-c", script]).arg(&resolv_conf);
+    let guest = command(None, args);
+    on_host.arg(guest.get_program()).args(guest.get_args());
+    on_host.stdin(Stdio::piped());
+    boot_command(on_host)
+}
 
 /// A program of the guest's connects to `address`; returns what arrives there.
 fn said_to(net: &Net, vm: &mut Vm, address: &str) -> String {
@@ -62,7 +84,7 @@ lab_test!(guest_on_a_user_network_is_configured_and_connected, || {
         "--user-net",
         forward,
     ];
-    let mut vm = boot(Some(&net.host), &args);
+    let mut vm = boot_on(&net.host, &args);
     vm.run("ip link set eth0 up");
     vm.run(LEASE);
     vm.run("udhcpc -n -q -i eth0 -s /bin/lease");
@@ -73,6 +95,7 @@ lab_test!(guest_on_a_user_network_is_configured_and_connected, || {
     );
     let routes = vm.run("ip -4 route");
     assert!(routes.contains("default via 10.0.2.2 dev eth0"), "{routes}");
+    assert_eq!(vm.run("cat /tmp/dns").trim(), NAME_SERVER);
 
     // By a router advertisement; DHCPv6 is not asked.
     let mut found = String::new();
