@@ -22,7 +22,7 @@
 //! | `handle` | the device, once it is on its bus |
 //! | `backend` | where frames come from and go to: what the device needs of it |
 //! | `tap` | a tap or macvtap |
-//! | `stream` | a program at the other end of a socket |
+//! | `stream` | a program at the other end of a socket, and which frames it does not get |
 
 pub mod backend;
 pub mod capture;
