@@ -85,7 +85,8 @@ impl Service {
     /// Starts `command`, which finds the descriptors of `placed` under the numbers beside them, and no others but the
     /// standard ones.
     ///
-    /// The kernel kills it when the calling *thread* ends: that is to be the control thread, or the one that becomes it.
+    /// The kernel kills it when the calling *thread* ends: that is to be the control thread, or the one that becomes it. One
+    /// that becomes another user loses that (prctl(2), PR_SET_PDEATHSIG), as root's passt does: it ends with its socket.
     ///
     /// # Errors
     ///
