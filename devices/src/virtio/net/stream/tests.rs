@@ -296,3 +296,15 @@ fn other_end_learns_another_address_between_two_frames() {
     drop(far);
     stream.set_mac(mac).unwrap();
 }
+
+#[test]
+fn addresses_that_change_take_no_memory_where_the_other_end_does_not_read() {
+    let (stream, _far) = pair();
+    let long = frame(60_000, 1);
+    while write(&stream, &long, 60_000 + HEADER_LEN).is_ok() {}
+    for number in 0..100_000_u32 {
+        let [a, b, c, d] = number.to_be_bytes();
+        stream.set_mac([2, 0, a, b, c, d]).unwrap();
+    }
+    assert!(lock(&stream.sent).bytes.len() <= LARGEST + BATCH + 2 * introduction([0; 6]).len());
+}
