@@ -47,7 +47,8 @@ use crate::qmp::commands::Native;
 use crate::qmp::server::Server;
 use crate::qmp::socket::Listener;
 use crate::resources::{Opened, ResourceError, Resources};
-use crate::shares::{self, Services};
+use crate::service::Services;
+use crate::shares;
 use crate::tty::RawTerminal;
 use crate::tty::console;
 use crate::tty::output::Output;
@@ -203,7 +204,7 @@ fn run_opened(
     let control = Rc::new(RefCell::new(control));
     let mut others = built.net_devices.followers(events);
     others.extend(followers(&config, &control, qmp, events)?);
-    for service in &built.services {
+    for service in built.services.iter().chain(&built.net_devices.passts) {
         others.push(Box::new(Rc::clone(service)));
     }
     if let Some(server) = &console_server {
@@ -212,9 +213,10 @@ fn run_opened(
     started(handle).map_err(failed_to("say that the guest runs"))?;
     Control::run(control, others, settled).map_err(failed_to("wait for events"))?;
     // With the control thread's share of the buses the devices' threads have ended; only then are
-    // the macvtaps deleted.
+    // the macvtaps deleted, and the programs ended that have the guest's last frames.
     drop((
         built.services,
+        built.net_devices.passts,
         built.net_devices.guards,
         built.host_link,
         built.vsock,

@@ -3,14 +3,17 @@
 //! It ends with minivmm, whichever way that ends, and has a session of its own, so that the keys of a terminal that
 //! end a guest reach minivmm alone. While the guest runs the control thread logs what it says, and its end.
 
+use std::cell::RefCell;
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{
     Pid, PidfdFlags, Signal, getpid, pidfd_open, set_parent_process_death_signal, setsid,
 };
@@ -67,6 +70,9 @@ fn quoted(said: &str) -> String {
     }
 }
 
+/// Those that are to be dropped after the devices, for which they serve; the control thread follows them too.
+pub type Services = Vec<Rc<RefCell<Service>>>;
+
 /// A program that runs. Dropped, it is killed.
 #[derive(Debug)]
 pub struct Service {
@@ -79,6 +85,8 @@ pub struct Service {
     said: Vec<u8>,
     /// The end of `said` that no line has been logged of.
     unlogged: usize,
+    /// How long it may take to end by itself.
+    grace: Duration,
 }
 
 impl Service {
@@ -130,7 +138,14 @@ impl Service {
             output,
             said: Vec::new(),
             unlogged: 0,
+            grace: Duration::ZERO,
         })
+    }
+
+    /// Dropped, it is killed only if it has not ended by itself for so long: it ends with its connection, and may have something
+    /// left to do that came by it.
+    pub fn set_grace(&mut self, grace: Duration) {
+        self.grace = grace;
     }
 
     /// Waits for bytes in `ready`, a pipe or a socket, which the program has the other end of.
@@ -151,11 +166,7 @@ impl Service {
             let mut fds = vec![PollFd::new(&self.pidfd, PollFlags::IN)];
             fds.extend(speaks.then(|| PollFd::new(&self.output, PollFlags::IN)));
             fds.extend(waits.then(|| PollFd::from_borrowed_fd(ready, PollFlags::IN)));
-            let timeout = Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            let _ = poll(&mut fds, Some(&timeout));
+            let _ = poll(&mut fds, Some(&timespec(left)));
             let has_event = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| !fd.revents().is_empty());
             let (has_ended, is_ready) = (has_event(fds.first()), waits && has_event(fds.last()));
             if is_ready && rustix::io::ioctl_fionread(ready).is_ok_and(|len| len > 0) {
@@ -260,8 +271,17 @@ impl MutEventSubscriber for Service {
     }
 }
 
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: duration.as_secs() as i64,
+        tv_nsec: duration.subsec_nanos().into(),
+    }
+}
+
 impl Drop for Service {
     fn drop(&mut self) {
+        let mut ended = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let _ = retry_on_intr(|| poll(&mut ended, Some(&timespec(self.grace))));
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
@@ -323,6 +343,27 @@ mod tests {
         drop(service);
         // Its end of the socket went with it.
         assert_eq!((&ours).read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn program_with_a_grace_ends_by_itself() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        // It ends with its connection, some time later.
+        let script = format!(
+            "echo >&5; read end <&5; sleep 0.2; echo done > {:?}",
+            file.path()
+        );
+        let (mut service, ours) = shell(&script);
+        service.wait_ready(ours.as_fd(), LONG).unwrap();
+        service.set_grace(LONG);
+        drop(ours);
+        drop(service);
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "done\n");
+        let (mut service, _ours) = shell("exec sleep 1000");
+        service.set_grace(Duration::from_millis(50));
+        drop(service);
     }
 
     #[test]

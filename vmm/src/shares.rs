@@ -15,7 +15,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use crate::config::{Config, ShareConfig, ShareSource, Tag};
 use crate::machine::{Machine, MachineError};
 use crate::qmp::socket::LONGEST;
-use crate::service::Service;
+use crate::service::Services;
 use crate::share;
 
 /// The server of a share.
@@ -107,9 +107,6 @@ fn connect_to(path: &Path, tag: &Tag) -> Result<UnixStream, ShareError> {
             error => ShareError::Connect(path, tag, error.into()),
         })
 }
-
-/// The processes that serve shares, whose ends are logged. They are to be dropped after the devices.
-pub type Services = Vec<Rc<RefCell<Service>>>;
 
 /// Puts each share into the machine: share0, share1 and so on.
 ///

@@ -1,8 +1,10 @@
 //! The NICs of a machine, and what the control thread does for them.
 
+use std::cell::RefCell;
 use std::error::Error;
 use std::fs::File;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use devices::virtio::net::backend::Backend;
@@ -26,6 +28,7 @@ use crate::nic::acquire::{HostEnd, MacvtapEnd};
 use crate::nic::follow::Follower;
 use crate::nic::link::Link;
 use crate::nic::passt::{HangUp, Passt};
+use crate::service::Services;
 
 /// The NICs, once they stand on the bus.
 #[derive(Default)]
@@ -38,9 +41,10 @@ pub struct NetDevices {
     pub started: Vec<StartedNic>,
     /// The names of those on a user network.
     pub user_nets: Vec<String>,
+    /// The programs of user networks, which the guest's last frames are left to.
+    pub passts: Services,
     followers: Vec<Follower>,
-    /// What follows the programs of user networks, and ends them when dropped.
-    passts: Vec<Box<dyn MutEventSubscriber>>,
+    hang_ups: Vec<HangUp>,
 }
 
 /// A NIC that is put into the machine.
@@ -126,13 +130,12 @@ impl NetDevices {
         let socket = passt.socket.try_clone().and_then(Stream::new);
         let stream = socket.map_err(MachineError::Device)?;
         let (guest, observer) = self.add_device(machine, added, vec![stream])?;
-        let hang_up = HangUp {
+        self.hang_ups.push(HangUp {
             label: label.clone(),
             guest: Arc::clone(&guest),
             socket: passt.socket,
-        };
-        self.passts.push(Box::new(hang_up));
-        self.passts.push(Box::new(passt.service));
+        });
+        self.passts.push(Rc::new(RefCell::new(passt.service)));
         let follower = Follower::new(label, guest, observer, None, None, None)?;
         self.followers.push(follower);
         Ok(())
@@ -161,7 +164,9 @@ impl NetDevices {
             Box::new(follower) as Box<dyn MutEventSubscriber>
         };
         let followers = self.followers.drain(..).enumerate().map(boxed);
-        followers.chain(self.passts.drain(..)).collect()
+        let hang_ups = self.hang_ups.drain(..);
+        let hang_ups = hang_ups.map(|hang_up| Box::new(hang_up) as Box<dyn MutEventSubscriber>);
+        followers.chain(hang_ups).collect()
     }
 }
 

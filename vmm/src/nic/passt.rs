@@ -32,6 +32,8 @@ const SOCKET_BUFFER: usize = 8 << 20;
 /// How long it may take to start on a host that is busy.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long it may take to send the guest's last frames when the guest has ended.
+const GRACE: Duration = Duration::from_secs(5);
 /// Its number of the socket.
 const SOCKET: RawFd = 3;
 /// Its number of the pipe that it writes its process id to when it is ready: later versions close all other
@@ -104,7 +106,10 @@ impl Starting {
     pub fn finish(mut self) -> Result<Passt, PasstError> {
         let ready = self.ready.as_fd();
         match self.passt.service.wait_ready(ready, PATIENCE) {
-            Ok(()) => Ok(self.passt),
+            Ok(()) => {
+                self.passt.service.set_grace(GRACE);
+                Ok(self.passt)
+            }
             Err(ServiceError::Ended { status, said, .. }) => {
                 // Another program may have been quicker.
                 self.forwards.iter().try_for_each(must_be_free)?;
