@@ -54,6 +54,14 @@ fn serve(net: &Net, user_net: &str, options: &str) -> Vm {
     vm
 }
 
+/// Fills the guest's sink and drains its source, again and again.
+fn streams(net: &Net, ip: &str) {
+    for _ in 0..3 {
+        net.fill_sink(ip, BULK);
+        drain(net, ip, BULK);
+    }
+}
+
 /// The process of the guest's passt.
 fn passt_of(vm: &Vm) -> u32 {
     let [passt] = children(vm.pid())[..] else {
@@ -230,12 +238,7 @@ guest_test!(
         let passt = passt_of(&vm);
         let [ip, _] = addresses(HOST);
         thread::scope(|scope| {
-            let streams = scope.spawn(|| {
-                for _ in 0..3 {
-                    net.fill_sink(&ip, BULK);
-                    drain(&net, &ip, BULK);
-                }
-            });
+            let streams = scope.spawn(|| streams(&net, &ip));
             while !streams.is_finished() {
                 qmp(&socket, &["stop"]);
                 qmp(&socket, &["cont"]);
@@ -271,12 +274,7 @@ guest_test!(
         let (guest, _directory) = serve_here(&net);
         let [ip, _] = addresses(HOST);
         thread::scope(|scope| {
-            let streams = scope.spawn(|| {
-                for _ in 0..3 {
-                    net.fill_sink(&ip, BULK);
-                    drain(&net, &ip, BULK);
-                }
-            });
+            let streams = scope.spawn(|| streams(&net, &ip));
             while !streams.is_finished() {
                 guest.pause().expect("it runs");
                 let state = guest.save().expect("it is paused");
