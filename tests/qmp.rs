@@ -29,7 +29,7 @@ use std::thread;
 
 use harness::guest::{Net, addresses};
 use harness::images::Images;
-use harness::memory::own_memory;
+use harness::memory::held_memory;
 use harness::vm::{Vm, binary};
 use harness::{PATIENCE, eventually, guest_test, kvm_test, qmp};
 use rustix::io::{FdFlags, fcntl_setfd};

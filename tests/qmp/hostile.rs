@@ -34,7 +34,7 @@ kvm_test!(thousands_of_connections_leave_nothing_behind, || {
     // What the first ones make it keep is no growth.
     (0..1000).for_each(|_| drop(connect()));
     assert_served(&mut vm, &mut client);
-    let (open, memory) = (descriptors(&vm).len(), own_memory(vm.pid()));
+    let (open, memory) = (descriptors(&vm).len(), held_memory(vm.pid()));
     (0..10_000).for_each(|_| drop(connect()));
     // All at once, as far as this process may have so many.
     for _ in 0..20 {
@@ -45,7 +45,7 @@ kvm_test!(thousands_of_connections_leave_nothing_behind, || {
     }
     assert_served(&mut vm, &mut client);
     assert!(eventually(|| descriptors(&vm).len() <= open), "{open}");
-    let now = own_memory(vm.pid());
+    let now = held_memory(vm.pid());
     assert!(now < memory + 4096, "{memory} kB, and now {now}");
     client.execute("quit");
     assert_eq!(client.event("SHUTDOWN")["data"]["reason"], "host-qmp-quit");
