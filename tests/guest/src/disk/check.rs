@@ -259,16 +259,14 @@ fn unknown(disk: &mut Disk) -> Result<(), String> {
 /// A request that is done shows in the interrupt status.
 fn interrupt(disk: &mut Disk) -> Result<(), String> {
     disk.device.acknowledge(disk.device.interrupt_status());
-    disk.queues[0].interrupt_next();
-    disk.expect(outcome::OK, request::IN, 0, SECTOR)?;
-    let end = crate::cpu::now() + crate::cpu::PATIENCE;
-    while disk.device.interrupt_status() & 1 == 0 {
-        if crate::cpu::now() > end {
-            return Err("no interrupt".into());
-        }
-    }
+    let queue = &mut disk.queues[0];
+    queue.interrupt_next();
+    queue.offer(0, request::IN, 0, SECTOR);
+    queue.kick();
+    // Taking it asks for no further interrupt, and the device may read that before it has decided on this one.
+    disk.device.wait_interrupt(1)?;
     disk.device.acknowledge(1);
-    Ok(())
+    is(outcome::OK, disk.queues[0].wait()?, "the request")
 }
 
 fn discard(disk: &mut Disk) -> Result<(), String> {

@@ -4,7 +4,6 @@ use alloc::format;
 use alloc::string::String;
 
 use super::{pattern, with_disk};
-use crate::cpu;
 use crate::options::Options;
 use crate::serial::println;
 use crate::virtio::blk::{SECTOR, Shape, bring_up, capacity, feature, outcome, request};
@@ -32,13 +31,7 @@ fn grow(disk: VirtioDevice) -> Result<String, String> {
         status => return Err(format!("beyond the end: {status}")),
     }
     println!("READY disk-grow");
-    let end = cpu::now() + cpu::PATIENCE;
-    // Reading clears it on PCI.
-    while disk.interrupt_status() & CONFIG_CHANGED == 0 {
-        if cpu::now() > end {
-            return Err("the disk does not change".into());
-        }
-    }
+    disk.wait_interrupt(CONFIG_CHANGED)?;
     disk.acknowledge(CONFIG_CHANGED);
     let now = capacity(disk);
     if now <= before {

@@ -211,6 +211,17 @@ impl VirtioDevice {
         }
     }
 
+    /// Waits until the interrupt status has this bit. What is used may show before that.
+    pub fn wait_interrupt(&self, bit: u32) -> Result<(), &'static str> {
+        let end = cpu::now() + cpu::PATIENCE;
+        while self.interrupt_status() & bit == 0 {
+            if cpu::now() > end {
+                return Err("the interrupt status shows nothing");
+            }
+        }
+        Ok(())
+    }
+
     /// Says that it has been seen, where that needs saying.
     pub fn acknowledge(&self, bits: u32) {
         match self {
