@@ -162,21 +162,24 @@ pub fn out32_string(port: u16, words: &[u32]) {
 pub fn start_clock() {
     write_register(TIMER_DIVIDE, DIVIDE_BY_1);
     write_register(TIMER_INITIAL, u32::MAX);
-    // The host may take the processor away between two looks: the median of several tries counts.
-    let mut rates = [(); 5].map(|()| ticks_per_ms(400_000));
-    rates.sort_unstable();
-    TICKS_PER_MS.store(rates[2].max(1), Ordering::Relaxed);
+    let (start, first) = both_clocks();
+    while start.wrapping_sub(read_register(TIMER_CURRENT)) < 2_000_000 {}
+    let (end, last) = both_clocks();
+    let rate = (last - first) * 1_000_000 / u64::from(start.wrapping_sub(end));
+    TICKS_PER_MS.store(rate.max(1), Ordering::Relaxed);
     write_register(TIMER_INITIAL, 0);
 }
 
-/// Counts the time stamp counter for `ns` of the timer's nanoseconds.
-fn ticks_per_ms(ns: u32) -> u64 {
-    let (start, ticks) = (read_register(TIMER_CURRENT), ticks());
-    let mut passed = 0;
-    while passed < ns {
-        passed = start.wrapping_sub(read_register(TIMER_CURRENT));
-    }
-    (self::ticks() - ticks) * 1_000_000 / u64::from(passed)
+/// The timer, which runs down, and the time stamp counter at nearly the same moment. The host may take the processor
+/// away between two looks: of several the quickest counts.
+fn both_clocks() -> (u32, u64) {
+    let looks = [(); 16].map(|()| {
+        let before = ticks();
+        let timer = read_register(TIMER_CURRENT);
+        (ticks() - before, timer, before)
+    });
+    let (took, timer, before) = looks.into_iter().min().unwrap_or_default();
+    (timer, before + took / 2)
 }
 
 /// When a guest gives up, so that a forgotten one ends. Its test waits two minutes at most.
