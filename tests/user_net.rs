@@ -54,12 +54,34 @@ fn serve(net: &Net, user_net: &str, options: &str) -> Vm {
     vm
 }
 
-/// Fills the guest's sink and drains its source, again and again.
-fn streams(net: &Net, ip: &str) {
-    for _ in 0..3 {
-        net.fill_sink(ip, BULK);
-        drain(net, ip, BULK);
-    }
+/// Fills the guest's sink and drains its source, again and again. Meanwhile `disturb` runs after every few
+/// frames that `stats` counts: a guest that is stopped whether it has moved on or not may never come to
+/// the end, since passt sends all that is not acknowledged anew for each frame that comes twice.
+fn streams_disturbed(net: &Net, stats: impl Fn() -> Stats, disturb: impl Fn()) {
+    const FEW: u64 = 16;
+    let passed = || {
+        let pair = stats().nics[0].queues[0];
+        pair.rx.frames + pair.tx.frames
+    };
+    let [ip, _] = addresses(HOST);
+    thread::scope(|scope| {
+        let streams = scope.spawn(|| {
+            for _ in 0..3 {
+                net.fill_sink(&ip, BULK);
+                drain(net, &ip, BULK);
+            }
+        });
+        let mut next = 0;
+        while !streams.is_finished() {
+            let now = passed();
+            if now < next {
+                thread::yield_now();
+                continue;
+            }
+            disturb();
+            next = now + FEW;
+        }
+    });
 }
 
 /// The process of the guest's passt.
@@ -98,6 +120,13 @@ fn qmp(socket: &Path, words: &[&str]) {
     let output = command.arg("qmp").arg(socket).args(words).output();
     let output = output.expect("it starts");
     assert!(output.status.success(), "{output:?}");
+}
+
+fn stats_of(socket: &Path) -> Stats {
+    let mut stats = Command::new(vm::binary());
+    stats.arg("stats").arg(socket).arg("--json");
+    let json = stats.output().expect("it starts").stdout;
+    serde_json::from_slice(&json).expect("of the VM")
 }
 
 fn set_link(socket: &Path, up: bool) {
@@ -236,17 +265,14 @@ guest_test!(
         let mut vm = Vm::spawn(command);
         vm.wait_for("READY echo\n");
         let passt = passt_of(&vm);
-        let [ip, _] = addresses(HOST);
-        thread::scope(|scope| {
-            let streams = scope.spawn(|| streams(&net, &ip));
-            while !streams.is_finished() {
-                qmp(&socket, &["stop"]);
-                qmp(&socket, &["cont"]);
-                signal(passt, Signal::STOP);
-                thread::yield_now();
-                signal(passt, Signal::CONT);
-            }
-        });
+        let disturb = || {
+            qmp(&socket, &["stop"]);
+            qmp(&socket, &["cont"]);
+            signal(passt, Signal::STOP);
+            thread::yield_now();
+            signal(passt, Signal::CONT);
+        };
+        streams_disturbed(&net, || stats_of(&socket), disturb);
         net.quit(HOST, vm);
     }
 );
@@ -272,16 +298,13 @@ guest_test!(
     || {
         let net = Net::routed(HOST);
         let (guest, _directory) = serve_here(&net);
-        let [ip, _] = addresses(HOST);
-        thread::scope(|scope| {
-            let streams = scope.spawn(|| streams(&net, &ip));
-            while !streams.is_finished() {
-                guest.pause().expect("it runs");
-                let state = guest.save().expect("it is paused");
-                guest.restore(state).expect("it is its own");
-                guest.resume().expect("it is paused");
-            }
-        });
+        let disturb = || {
+            guest.pause().expect("it runs");
+            let state = guest.save().expect("it is paused");
+            guest.restore(state).expect("it is its own");
+            guest.resume().expect("it is paused");
+        };
+        streams_disturbed(&net, || guest.stats().expect("it runs"), disturb);
         quit_here(&net, guest);
     }
 );
@@ -401,13 +424,7 @@ guest_test!(guest_does_not_reach_the_hosts_loopback, || {
     command.arg("--qmp").arg(&qmp);
     let mut vm = Vm::spawn(command);
     vm.wait_for("READY link\n");
-    let refused = || {
-        let mut stats = Command::new(vm::binary());
-        stats.arg("stats").arg(&qmp).arg("--json");
-        let json = stats.output().expect("it starts").stdout;
-        let stats: Stats = serde_json::from_slice(&json).expect("of the VM");
-        stats.nics[0].queues[0].tx.refused
-    };
+    let refused = || stats_of(&qmp).nics[0].queues[0].tx.refused;
     let reached = || loopback.recv(&mut [0; 100]).is_ok();
     assert!(
         eventually(|| reached() || refused() > 0),
