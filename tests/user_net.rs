@@ -333,6 +333,8 @@ guest_test!(monitor_that_is_killed_leaves_no_passt, || {
     let net = Net::routed(HOST);
     let mut vm = serve(&net, &services(), "");
     let passt = passt_of(&vm);
+    // One that does not look whether its socket is closed.
+    signal(passt, Signal::STOP);
     vm.signal(Signal::KILL);
     vm.wait_exit();
     assert!(eventually(|| !is_running(passt)));

@@ -6,6 +6,7 @@
 //! | `descriptors.rs` | what it inherits |
 //! | `terminal.rs` | a terminal of its own, where root's must not be its |
 //! | `guard.rs` | the process that ends it and what it has started |
+//! | `leash.rs` | what ends one that starts no other |
 //! | `output.rs` | one that only says something |
 //!
 //! minivmm becomes the program ([`Program::exec`]), or starts it and stays ([`Program::spawn`]). Then a guard stands
@@ -13,6 +14,7 @@
 
 mod descriptors;
 mod guard;
+mod leash;
 mod output;
 mod terminal;
 mod user;
@@ -41,7 +43,9 @@ use guard::Guard;
 use terminal::{NewTerminal, Relay, Terminal};
 
 pub use descriptors::{FIRST, Passed, close_but, close_on_exec};
-pub use guard::{Rest, must_have_parent};
+pub use guard::Rest;
+use guard::must_have_parent;
+pub use leash::Leash;
 pub use output::MOST;
 pub use user::{User, UserError};
 

@@ -9,16 +9,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
-use rustix::process::{
-    Pid, PidfdFlags, Signal, getpid, pidfd_open, set_parent_process_death_signal, setsid,
-};
+use rustix::process::{Pid, PidfdFlags, pidfd_open, setsid};
 
-use crate::child::{Passed, close_on_exec, must_have_parent};
+use crate::child::{Leash, Passed, close_on_exec};
 use crate::limits;
 use crate::printable::printable;
 use crate::signals;
@@ -87,14 +86,15 @@ pub struct Service {
     unlogged: usize,
     /// How long it may take to end by itself.
     grace: Duration,
+    /// The kernel kills it with minivmm.
+    _leash: Arc<Leash>,
 }
 
 impl Service {
     /// Starts `command`, which finds the descriptors of `placed` under the numbers beside them, and no others but the
     /// standard ones.
     ///
-    /// The kernel kills it when the calling *thread* ends: that is to be the control thread, or the one that becomes it. One
-    /// that becomes another user loses that (prctl(2), PR_SET_PDEATHSIG), as root's passt does: it ends with its socket.
+    /// The kernel kills it when minivmm ends, whoever it has become and whatever it does then.
     ///
     /// # Errors
     ///
@@ -113,13 +113,13 @@ impl Service {
         rustix::io::ioctl_fionbio(&output, true)?;
         command.stdin(Stdio::null());
         command.stdout(its.try_clone()?).stderr(its);
-        let (parent, passed) = (getpid(), Passed::new(placed, Vec::new())?);
+        let (leash, passed) = (Arc::new(Leash::new()?), Passed::new(placed, Vec::new())?);
+        let its_leash = Arc::clone(&leash);
         let enter = move || {
             setsid()?;
             close_on_exec();
+            its_leash.take()?;
             passed.place()?;
-            set_parent_process_death_signal(Some(Signal::KILL))?;
-            must_have_parent(parent)?;
             limits::restore()?;
             signals::restore()
         };
@@ -139,6 +139,7 @@ impl Service {
             said: Vec::new(),
             unlogged: 0,
             grace: Duration::ZERO,
+            _leash: leash,
         })
     }
 

@@ -132,7 +132,7 @@ impl Guard {
 }
 
 /// Fails when the parent has ended already: its death signal would never come.
-pub fn must_have_parent(parent: Pid) -> io::Result<()> {
+pub(super) fn must_have_parent(parent: Pid) -> io::Result<()> {
     if getppid() == Some(parent) {
         Ok(())
     } else {

@@ -60,7 +60,7 @@ pub struct Starting {
 }
 
 impl Starting {
-    /// Starts it for `net`, in the calling thread's network namespace. It is ended with this thread.
+    /// Starts it for `net`, in the calling thread's network namespace.
     ///
     /// # Errors
     ///

@@ -45,7 +45,7 @@ pub(super) struct Extras {
 }
 
 impl Extras {
-    /// Starts it all; descriptors have free numbers from `first` on. The programs end with the calling thread.
+    /// Starts it all; descriptors have free numbers from `first` on. The programs end with minivmm.
     pub fn start(plan: &Plan, args: &QemuArgs, first: RawFd) -> Result<Self, QemuError> {
         check(&plan.qemu, args)?;
         must_differ(&args.user_net).map_err(NicError::from)?;
