@@ -1,0 +1,7 @@
+//! The program `minivmm-agent`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(agent::main())
+}
