@@ -1,0 +1,263 @@
+//! Processes that the agent starts, and as init those that it inherits.
+//!
+//! One thread reaps all of them, and passes on how those ended that were started here. It learns the process of one that has ended, and
+//! takes the lock before it reaps it: so a process that [`Children::spawn`] is about to register cannot be gone, and a number that
+//! [`Child::signal_group`] is about to use is still that of the same process.
+
+use std::collections::HashMap;
+use std::io;
+use std::mem;
+use std::process::Command;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// The stack of the thread that reaps.
+const STACK: usize = 64 << 10;
+
+/// How a process has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// With this status.
+    Exited(i32),
+    /// By a signal.
+    Killed {
+        /// Its number.
+        signal: i32,
+        /// Whether it left a core file.
+        core: bool,
+    },
+}
+
+/// All child processes.
+#[derive(Debug)]
+pub struct Children {
+    state: Mutex<State>,
+    /// When a process starts, and when the last one is reaped.
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Those that were started here.
+    running: HashMap<u32, Sender<Ended>>,
+    /// Whether there is any child.
+    any: bool,
+    /// The most memory that one that has ended had resident, in bytes.
+    largest: u64,
+}
+
+/// A process that was started here.
+#[derive(Debug)]
+pub struct Child {
+    pid: u32,
+    ended: Receiver<Ended>,
+    children: Arc<Children>,
+}
+
+#[allow(dead_code)] // Until commands run.
+impl Children {
+    /// Starts the thread that reaps. The process has one, and later calls return the same.
+    ///
+    /// # Errors
+    ///
+    /// Those of pthread_create(3).
+    pub fn start() -> io::Result<Arc<Self>> {
+        static CHILDREN: Mutex<Option<Arc<Children>>> = Mutex::new(None);
+        let mut known = CHILDREN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(children) = &*known {
+            return Ok(children.clone());
+        }
+        let children = Arc::new(Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let reaper = children.clone();
+        thread::Builder::new()
+            .stack_size(STACK)
+            .spawn(move || reaper.reap())?;
+        Ok(known.insert(children).clone())
+    }
+
+    /// Starts a process.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Command::spawn`].
+    pub fn spawn(self: &Arc<Self>, command: &mut Command) -> io::Result<Child> {
+        let mut state = self.lock();
+        // The thread that reaps finds it also when its program cannot be executed, and the standard library has
+        // waited for it itself.
+        state.any = true;
+        self.changed.notify_all();
+        let pid = command.spawn()?.id();
+        let (sender, ended) = mpsc::channel();
+        state.running.insert(pid, sender);
+        Ok(Child {
+            pid,
+            ended,
+            children: self.clone(),
+        })
+    }
+
+    /// Waits until there is no child, for at most this long. Returns whether there is none.
+    pub fn wait_for_none(&self, patience: Duration) -> bool {
+        let state = self.lock();
+        let waited = self
+            .changed
+            .wait_timeout_while(state, patience, |state| state.any);
+        !waited.unwrap_or_else(PoisonError::into_inner).0.any
+    }
+
+    /// The most memory that a child that has ended, or one of which it has waited for, had resident, in bytes.
+    pub fn largest(&self) -> u64 {
+        self.lock().largest
+    }
+
+    fn reap(&self) {
+        loop {
+            let Some(pid) = peek() else {
+                let mut state = self.lock();
+                // A process may have been started, or inherited, since.
+                if is_any() {
+                    continue;
+                }
+                state.any = false;
+                self.changed.notify_all();
+                let started = self.changed.wait_while(state, |state| !state.any);
+                drop(started);
+                continue;
+            };
+            let mut state = self.lock();
+            // Otherwise the standard library has reaped it.
+            if let Some((ended, resident)) = reap(pid) {
+                state.largest = state.largest.max(resident);
+                if let Some(sender) = state.running.remove(&pid) {
+                    // Whoever does not wait has no use for it.
+                    let _ = sender.send(ended);
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[allow(dead_code)] // Until commands run.
+impl Child {
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Sends a signal to its process group, whose first process it is; without effect when it has ended.
+    ///
+    /// # Errors
+    ///
+    /// Those of kill(2).
+    pub fn signal_group(&self, signal: i32) -> io::Result<()> {
+        let state = self.children.lock();
+        if !state.running.contains_key(&self.pid) {
+            return Ok(());
+        }
+        // SAFETY: kill takes no memory.
+        let sent = unsafe { libc::kill(-(self.pid as i32), signal) };
+        drop(state);
+        check(sent).map(drop)
+    }
+
+    /// Waits for its end.
+    pub fn wait(self) -> Ended {
+        self.ended
+            .recv()
+            .expect("its sender is dropped when it has sent")
+    }
+}
+
+/// Waits until a child has ended, and leaves it as it is. None when there is no child.
+fn peek() -> Option<u32> {
+    loop {
+        match waitid(libc::WEXITED | libc::WNOWAIT) {
+            Ok(pid) => return Some(pid),
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// Whether there is a child.
+fn is_any() -> bool {
+    waitid(libc::WEXITED | libc::WNOWAIT | libc::WNOHANG).is_ok()
+}
+
+fn waitid(options: i32) -> io::Result<u32> {
+    // SAFETY: a siginfo_t is numbers, which may all be 0.
+    let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
+    // SAFETY: the kernel writes into `info`, which lasts for the call.
+    check(unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, options) })?;
+    // SAFETY: the kernel has written the fields of SIGCHLD, or left 0 where none has ended.
+    Ok(unsafe { info.si_pid() } as u32)
+}
+
+/// Reaps a child that has ended. Returns its end, and the most memory that it had resident, in bytes.
+fn reap(pid: u32) -> Option<(Ended, u64)> {
+    let mut status = 0;
+    // SAFETY: a rusage is numbers, which may all be 0.
+    let mut usage: libc::rusage = unsafe { mem::zeroed() };
+    // SAFETY: the kernel writes into both, which last for the call.
+    let reaped = unsafe { libc::wait4(pid as i32, &raw mut status, libc::WNOHANG, &raw mut usage) };
+    let ended = match libc::WIFEXITED(status) {
+        true => Ended::Exited(libc::WEXITSTATUS(status)),
+        false => Ended::Killed {
+            signal: libc::WTERMSIG(status),
+            core: libc::WCOREDUMP(status),
+        },
+    };
+    // ru_maxrss is in KiB.
+    (reaped == pid as i32).then_some((ended, usage.ru_maxrss as u64 * 1024))
+}
+
+fn check(result: i32) -> io::Result<i32> {
+    match result {
+        -1 => Err(io::Error::last_os_error()),
+        result => Ok(result),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The thread that reaps takes all children of the process: so one test does all that is to be shown.
+    #[test]
+    fn children_are_reaped_and_their_ends_are_told_apart() {
+        let children = Children::start().unwrap();
+        let sh = |script: &str| children.spawn(Command::new("sh").args(["-c", script]));
+        let ends = ["exit 37", "kill -9 $$", "exit 0"].map(|script| sh(script).unwrap());
+        let ends = ends.map(Child::wait);
+        let killed = Ended::Killed {
+            signal: 9,
+            core: false,
+        };
+        assert_eq!(ends, [Ended::Exited(37), killed, Ended::Exited(0)]);
+        assert!(children.largest() > 100 << 10);
+
+        let missing = children.spawn(&mut Command::new("/no/such/program"));
+        assert_eq!(missing.unwrap_err().kind(), io::ErrorKind::NotFound);
+
+        use std::os::unix::process::CommandExt;
+        let sleeps = children
+            .spawn(Command::new("sleep").arg("1000").process_group(0))
+            .unwrap();
+        assert!(!children.wait_for_none(Duration::ZERO));
+        sleeps.signal_group(libc::SIGTERM).unwrap();
+        let killed = Ended::Killed {
+            signal: libc::SIGTERM,
+            core: false,
+        };
+        assert_eq!(sleeps.wait(), killed);
+    }
+}
