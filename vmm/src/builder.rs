@@ -53,6 +53,7 @@ use crate::tty::RawTerminal;
 use crate::tty::console;
 use crate::tty::output::Output;
 use crate::tty::server::{Server as ConsoleServer, ToSerial};
+use crate::vsock::VsockError;
 use crate::{balloon, disk, vsock};
 
 /// Why a guest could not be started or kept running.
@@ -67,6 +68,9 @@ pub enum Error {
     /// The host does not give something.
     #[error(transparent)]
     Resources(#[from] ResourceError),
+    /// The guest cannot have its sockets.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The kernel cannot be loaded.
     #[error("cannot load the kernel {0:?}")]
     Kernel(PathBuf, #[source] boot::kernel::Error),

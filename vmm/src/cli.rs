@@ -14,7 +14,7 @@ use clap::{
 
 use crate::config::{
     Config, ConsoleTarget, Cpus, DiskConfig, EventsTarget, HeldBack, MemorySize, NicConfig,
-    NicSource, QmpSocket, Reboot, ShareConfig, VmName, VsockConfig, parse_user_net,
+    NicSource, QmpSocket, Reboot, RunnerFds, ShareConfig, VmName, VsockConfig, parse_user_net,
 };
 use crate::plan::Transport;
 use crate::share::FileServerArgs;
@@ -152,14 +152,20 @@ impl Cli {
         events.as_ref()?.descriptor()
     }
 
-    /// The numbers of the listening sockets that it names.
+    /// The numbers of the sockets that it names, and of what `minivmm run` passes.
     pub fn listeners(&self) -> Vec<RawFd> {
         let qemu = match &self.command {
             Some(Command::Qemu(args)) => &args.qmp[..],
             _ => &[],
         };
         let sockets = self.guest.qmp.iter().chain(qemu);
-        sockets.filter_map(QmpSocket::descriptor).collect()
+        let runner = match &self.command {
+            Some(Command::Qemu(args)) => args.runner,
+            _ => self.guest.runner,
+        };
+        let of_runner = runner.into_iter().flat_map(|fds| [fds.leash, fds.boot]);
+        let sockets = sockets.filter_map(QmpSocket::descriptor);
+        sockets.chain(of_runner).collect()
     }
 
     /// The numbers of the queues that it names.
@@ -283,6 +289,10 @@ pub struct GuestArgs {
     #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Guest")]
     pub vsock: Option<VsockConfig>,
 
+    /// What `minivmm run` passes to its VM's process: the socket device is in the VM's directory then
+    #[arg(long, hide = true, conflicts_with = "vsock")]
+    pub runner: Option<RunnerFds>,
+
     /// Lets the host talk to its guests for as long as this one runs: a macvlan with this address
     /// on the interface of the first NIC. May be repeated
     #[arg(
@@ -400,6 +410,7 @@ impl From<GuestArgs> for Config {
             console_socket: None,
             events: args.events,
             vsock: args.vsock,
+            runner: args.runner,
             ..args.machine.into()
         }
     }

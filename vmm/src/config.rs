@@ -18,6 +18,7 @@ mod nic;
 mod qemu;
 mod qmp;
 mod reboot;
+mod runner;
 mod share;
 mod user_net;
 mod vsock;
@@ -34,6 +35,7 @@ use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 pub use qemu::{QemuNic, parse_qemu_user_net};
 pub use qmp::QmpSocket;
 pub use reboot::Reboot;
+pub(crate) use runner::RunnerFds;
 use share::SHARE_KEYS;
 pub use share::{ShareConfig, ShareSource, Tag};
 pub use user_net::{Forward, Network, Protocol, UserNet, parse_user_net};
@@ -82,6 +84,8 @@ pub struct Config {
     pub balloon: Option<HeldBack>,
     /// Sockets between the guest and programs of the host, by virtio-vsock.
     pub vsock: Option<VsockConfig>,
+    /// Of the `minivmm run` that has started this process.
+    pub(crate) runner: Option<RunnerFds>,
     /// Where the serial console goes.
     pub console: ConsoleTarget,
     /// Sockets by which other programs control the guest, in the language of QEMU (QMP).
@@ -126,6 +130,7 @@ impl Config {
             rng: true,
             balloon: None,
             vsock: None,
+            runner: None,
             console: ConsoleTarget::Stdio,
             qmp: Vec::new(),
             console_socket: None,

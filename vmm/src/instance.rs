@@ -19,9 +19,12 @@ use std::time::{Duration, Instant};
 
 use net::{RecordDirectory, RecordError, RecordLock};
 
-use crate::config::{Config, QmpSocket, VmName};
+use crate::config::{Config, QmpSocket, RunnerFds, VmName, VsockConfig};
 use crate::control::exit::chain;
+use crate::nic::Inherited;
 use crate::nic::registry::Runs;
+use crate::qmp::socket::SocketError;
+use crate::run::tie::Tie;
 use crate::{detach, log_writer};
 
 mod found;
@@ -193,7 +196,7 @@ impl Instance {
     }
 
     /// Takes the name for the VM of this process. Without a name that the user has chosen the VM runs on when
-    /// there is no directory for it.
+    /// there is no directory for it, unless one is `required`.
     ///
     /// # Errors
     ///
@@ -202,13 +205,14 @@ impl Instance {
         name: Option<&VmName>,
         runs: &Runs,
         qmp: &[QmpSocket],
+        required: bool,
     ) -> Result<Option<Self>, InstanceError> {
         match Self::claim(name, runs, qmp) {
             Ok(instance) => {
                 instance.keep_log();
                 Ok(Some(instance))
             }
-            Err(error) if name.is_some() || detach::is_wanted() => Err(error),
+            Err(error) if name.is_some() || required || detach::is_wanted() => Err(error),
             Err(error) => {
                 let why = chain(&error);
                 let remedy = error.remedy().unwrap_or_default();
@@ -235,6 +239,21 @@ impl Instance {
     /// The socket of its console.
     pub fn console_path(&self) -> PathBuf {
         self.place.console_path()
+    }
+
+    /// The socket of its socket device, and what ties it to the `minivmm run` that has started this process.
+    ///
+    /// # Errors
+    ///
+    /// See [`SocketError`].
+    pub fn tie(
+        &self,
+        runner: RunnerFds,
+        inherited: &mut Inherited,
+    ) -> Result<(VsockConfig, Tie), SocketError> {
+        let vsock = VsockConfig::at(self.place.vsock_path());
+        let tie = Tie::new(runner, inherited, &vsock.path)?;
+        Ok((vsock, tie))
     }
 
     fn keep_log(&self) {

@@ -91,6 +91,7 @@ pub mod program;
 mod qemu;
 mod qmp;
 mod resources;
+mod run;
 #[doc(hidden)]
 pub mod service;
 #[doc(hidden)]

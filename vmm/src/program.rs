@@ -11,6 +11,8 @@ use crate::detach::{self, Side};
 use crate::instance::Instance;
 use crate::nic::Inherited;
 use crate::nic::registry::Runs;
+use crate::run::tie::Tie;
+use crate::vsock::VsockError;
 use crate::{builder, commands, limits, log_writer, qemu, share, signals, trim, tty};
 
 /// Does what the command line says.
@@ -73,24 +75,35 @@ pub unsafe fn main() -> ExitCode {
 }
 
 /// Nothing is left of the guest when this returns, but for what is to be known of one that was detached.
-fn run_guest(began: Instant, mut config: Config, inherited: Inherited) -> Exit {
+fn run_guest(began: Instant, mut config: Config, mut inherited: Inherited) -> Exit {
     let failure = |error: Error| Exit::Failure(with_remedy(chain(&error), error.remedy()));
     let runs = Runs::kernel(&config.kernel);
-    let claimed = Instance::of_program(config.name.as_ref(), &runs, &config.qmp);
-    let instance = match claimed {
-        Ok(instance) => instance,
+    let runner = config.runner;
+    let claimed = Instance::of_program(config.name.as_ref(), &runs, &config.qmp, runner.is_some());
+    let entered = claimed.map_err(Error::from).and_then(|instance| {
+        let Some(instance) = instance else {
+            return Ok((None, None));
+        };
+        instance.enter(&mut config);
+        let tied = runner.map(|fds| instance.tie(fds, &mut inherited));
+        let (vsock, tie) = tied.transpose().map_err(VsockError::from)?.unzip();
+        config.vsock = vsock.or(config.vsock.take());
+        Ok((Some(instance), tie))
+    });
+    let (instance, tie) = match entered {
+        Ok(entered) => entered,
         Err(error) => {
-            let exit = failure(error.into());
+            let exit = failure(error);
             exit.log();
             return exit;
         }
     };
-    instance
-        .iter()
-        .for_each(|instance| instance.enter(&mut config));
     let name = config.name.clone();
     // No other thread is to control the guest.
-    let started = |_| detach::started(name.as_ref());
+    let started = |_| {
+        tie.map_or(Ok(()), Tie::hold)?;
+        detach::started(name.as_ref())
+    };
     let settled = trim::give_back;
     let exit = builder::run(began, config, inherited, &signals::ENDING, started, settled);
     let exit = exit.unwrap_or_else(failure);

@@ -69,6 +69,7 @@ use crate::nic::registry::{Claim, Runs};
 use crate::nic::{self, HostNic, Inherited, NicError, host_link};
 use crate::qmp::socket::{Listener, SocketError};
 use crate::resources::{ResourceError, open_events};
+use crate::run::tie::Tie;
 use crate::shares::ShareError;
 use crate::tty::may_read;
 use crate::vsock::VsockError;
@@ -149,7 +150,8 @@ impl Plan {
             .map(|n| format!("macvtap{n}"))
             .collect();
         let has_kernel = args.machine.kernel.is_some();
-        let shares = !args.share.is_empty() || args.vsock.is_some();
+        let has_sockets = args.vsock.is_some() || args.runner.is_some();
+        let shares = !args.share.is_empty() || has_sockets;
         let machine = has_kernel.then(|| Config {
             shared_memory: shares,
             ..args.machine.clone().into()
@@ -296,7 +298,16 @@ pub fn run(args: &QemuArgs, mut inherited: Inherited) -> Result<u8, QemuError> {
         None => Runs::program(&plan.qemu.path),
     };
     // Dropped last.
-    let instance = Instance::of_program(args.name.as_ref(), &runs, &args.qmp)?;
+    let required = args.runner.is_some();
+    let instance = Instance::of_program(args.name.as_ref(), &runs, &args.qmp, required)?;
+    let tied = args.runner.zip(instance.as_ref());
+    let tied = tied.map(|(fds, instance)| instance.tie(fds, &mut inherited));
+    let (vsock, tie) = tied.transpose()?.unzip();
+    let vsock = vsock.or_else(|| args.vsock.clone());
+    let args = &QemuArgs {
+        vsock,
+        ..args.clone()
+    };
     let target = args.events.as_ref();
     let file = target.map(|target| open_events(&mut Files::default(), target, &mut inherited));
     let file = file.transpose().map_err(Box::new)?;
@@ -306,7 +317,8 @@ pub fn run(args: &QemuArgs, mut inherited: Inherited) -> Result<u8, QemuError> {
         .transpose()
         .map_err(failed_to("start the events' thread"))?;
     let events = Arc::clone(&start.events);
-    let ended = run_planned(start, &plan, args, inherited, &runs, instance.as_ref());
+    let place = (instance.as_ref(), tie);
+    let ended = run_planned(start, &plan, args, inherited, &runs, place);
     let (code, reason, text) = match &ended {
         Ok((Some(exit), code)) => (*code, exit.reason(), exit.to_string()),
         Ok((None, 0)) => (0, "quit", "QEMU has ended".to_owned()),
@@ -331,7 +343,7 @@ fn run_planned(
     args: &QemuArgs,
     mut inherited: Inherited,
     runs: &Runs,
-    instance: Option<&Instance>,
+    (instance, tie): (Option<&Instance>, Option<Tie>),
 ) -> Result<(Option<Exit>, u8), QemuError> {
     let own = instance.map(Instance::qmp_path).map(QmpSocket::Path);
     let qmp = args.qmp.iter().chain(&own);
@@ -376,7 +388,7 @@ fn run_planned(
         console,
         nics: nics.map_err(failed_to("follow the NICs"))?,
         followers: std::mem::take(&mut extras.followers),
-        started: has_started(start, instance, shown),
+        started: has_started(start, instance, tie, shown),
         events,
     };
     let ended = process::supervise(program, attachment, plan);
@@ -385,9 +397,15 @@ fn run_planned(
 }
 
 /// Publishes that the guest is there; the command of one that is to be detached ends then.
-fn has_started(start: Start, instance: Option<&Instance>, nics: Vec<StartedNic>) -> Begun {
+fn has_started(
+    start: Start,
+    instance: Option<&Instance>,
+    tie: Option<Tie>,
+    nics: Vec<StartedNic>,
+) -> Begun {
     let name = instance.map(|instance| instance.name().clone());
     Box::new(move || {
+        tie.map_or(Ok(()), Tie::hold)?;
         start.note(|stages| &mut stages.vcpus);
         start.publish(name.clone(), nics);
         detach::started(name.as_ref())

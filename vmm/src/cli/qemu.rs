@@ -8,7 +8,7 @@ use net::InterfaceAddress;
 
 use super::MachineArgs;
 use crate::config::{
-    EventsTarget, QemuNic, QmpSocket, ShareConfig, UserNet, VmName, VsockConfig,
+    EventsTarget, QemuNic, QmpSocket, RunnerFds, ShareConfig, UserNet, VmName, VsockConfig,
     parse_qemu_user_net,
 };
 use crate::plan::Transport;
@@ -91,6 +91,10 @@ pub struct QemuArgs {
     /// Sockets between the guest and the host, as in the native monitor
     #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Guest")]
     pub vsock: Option<VsockConfig>,
+
+    /// As in the native monitor
+    #[arg(long, hide = true, requires = "kernel", conflicts_with = "vsock")]
+    pub runner: Option<RunnerFds>,
 
     /// Lets the host talk to its guests for as long as this one runs, as in the native monitor. May
     /// be repeated

@@ -21,6 +21,14 @@ pub struct VsockConfig {
     pub cid: u32,
 }
 
+impl VsockConfig {
+    /// A device with the usual CID, whose socket is `path`.
+    pub(crate) fn at(path: PathBuf) -> Self {
+        let cid = FIRST_CID;
+        Self { path, cid }
+    }
+}
+
 impl FromStr for VsockConfig {
     type Err = ConfigError;
 
@@ -32,10 +40,7 @@ impl FromStr for VsockConfig {
         if path.is_empty() {
             return Err(ConfigError::Vsock);
         }
-        let mut config = Self {
-            path: path.into(),
-            cid: FIRST_CID,
-        };
+        let mut config = Self::at(path.into());
         let others = take_keys(&["cid"], "", parts, |key, text| {
             config.cid = cid(key, text)?;
             Ok(())

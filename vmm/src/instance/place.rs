@@ -5,11 +5,13 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use agent_protocol::BOOT_PORT;
 use net::{RecordDirectory, RecordError, RecordKey, RecordLock, RecordState, RecordView};
 
 use super::{InstanceError, Record};
 use crate::config::VmName;
 use crate::files;
+use crate::run::tie::port_path;
 
 /// The most bytes of a socket's path: sun_path of unix(7) without the NUL at its end.
 const LONGEST: usize = 107;
@@ -84,6 +86,11 @@ impl Place {
         self.directory().join("console.sock")
     }
 
+    /// The socket of its socket device, if `minivmm run` has started it.
+    pub fn vsock_path(&self) -> PathBuf {
+        self.directory().join("vsock")
+    }
+
     /// Its log.
     pub fn log_path(&self) -> PathBuf {
         self.directory().join("log")
@@ -139,7 +146,8 @@ impl Place {
         if let Err(error) = self.write(record) {
             log::warn!("cannot write how {} has ended: {error}", self.name);
         }
-        for socket in [self.qmp_path(), self.console_path()] {
+        let boot = port_path(&self.vsock_path(), BOOT_PORT);
+        for socket in [self.qmp_path(), self.console_path(), boot] {
             let _ = fs::remove_file(socket);
         }
     }
