@@ -19,11 +19,13 @@ use crate::config::{
 use crate::plan::Transport;
 use crate::share::FileServerArgs;
 
+mod agent;
 mod net;
 mod qemu;
 mod vms;
 
 pub use self::net::{HostLinkArgs, ListArgs, NetCommand, OpenArgs};
+pub use agent::ExecArgs;
 pub use qemu::{Accel, QemuArgs};
 pub use vms::{
     ConsoleArgs, KillArgs, LogsArgs, PsArgs, QmpArgs, StatsArgs, StopArgs, Target, WaitArgs,
@@ -485,6 +487,9 @@ pub enum Command {
     /// Waits until a running VM has an address, an open port, a line on its console, or has ended
     #[command(after_help = vms::WAIT_HELP)]
     Wait(WaitArgs),
+    /// Runs a command in a VM whose guest has minivmm's agent, with the streams of this one
+    #[command(after_help = agent::EXEC_HELP)]
+    Exec(ExecArgs),
     /// Attaches to the console of a running VM: shows what it said last and what follows, and types
     Console(ConsoleArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
@@ -558,6 +563,8 @@ mod tests {
             "minivmm ps web vm1 --json",
             "minivmm wait web --for address",
             "minivmm wait web --for port=22 --for console=login: --for exit --timeout 5m",
+            "minivmm exec web -- ls -l",
+            "minivmm exec -t --user me:users --workdir /tmp --env A=b=c --env HOME ./vm.vsock sh",
             "minivmm console web",
             "minivmm console web --dump",
             "minivmm --kernel k --name web-1",
@@ -608,6 +615,10 @@ mod tests {
             "minivmm --kernel k --name a/b",
             "minivmm ps .",
             "minivmm console",
+            "minivmm exec web",
+            "minivmm exec -- ls",
+            "minivmm exec web --env =x -- ls",
+            "minivmm exec web --workdir tmp -- ls",
             "minivmm wait web",
             "minivmm wait --for address",
             "minivmm wait web --for port=0",

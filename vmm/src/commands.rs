@@ -2,6 +2,7 @@
 
 mod console;
 mod doctor;
+mod exec;
 mod firewall;
 mod host_link;
 mod list;
@@ -24,6 +25,7 @@ use crate::qemu::{self, QemuError};
 use crate::qmp::client::ClientError;
 
 pub use console::ConsoleError;
+pub use exec::ExecError;
 pub use host_link::HostLinkCommandError;
 pub use open::OpenError;
 pub use stats::StatsError;
@@ -49,6 +51,8 @@ pub enum CommandError {
     #[error(transparent)]
     Console(#[from] ConsoleError),
     #[error(transparent)]
+    Exec(#[from] ExecError),
+    #[error(transparent)]
     Stats(#[from] StatsError),
     #[error(transparent)]
     Wait(#[from] WaitError),
@@ -62,6 +66,7 @@ impl CommandError {
         match self {
             Self::Open(error) => error.code(),
             Self::Wait(error) => error.code(),
+            Self::Exec(error) => error.code(),
             _ => 1,
         }
     }
@@ -72,6 +77,7 @@ impl CommandError {
             Self::Qemu(QemuError::Instance(error)) => InstanceError::remedy(error),
             Self::Qemu(QemuError::Nic(NicError::UserNet(error))) => error.remedy(),
             Self::Qemu(QemuError::Share(error)) => error.remedy(),
+            Self::Exec(error) => error.remedy(),
             _ => net::remedy(self),
         }
     }
@@ -90,6 +96,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Stats(args) => Ok(stats::run(args).map(|()| 0)?),
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),
         Command::Wait(args) => Ok(wait::run(args)?),
+        Command::Exec(args) => Ok(exec::run(args)?),
         Command::Console(args) => Ok(console::run(args)?),
         Command::Logs(args) => print(&logs::run(args)?).map(|()| 0),
         Command::Stop(args) => Ok(stop::stop(args)?),

@@ -10,7 +10,7 @@ use crate::config::Config;
 use crate::control::exit::Exit;
 use crate::control::handle::Handle;
 use crate::control::{GuestError, GuestState, RunState};
-use crate::instance::Instance;
+use crate::instance::{Instance, Serves};
 use crate::nic::Inherited;
 use crate::nic::registry::Runs;
 use crate::stats::Stats;
@@ -41,7 +41,13 @@ impl Guest {
             };
             let name = config.name.as_ref();
             let runs = Runs::kernel(&config.kernel);
-            let claim = |name| Instance::claim(Some(name), &runs, &config.qmp);
+            let serves = Serves {
+                runs: &runs,
+                qmp: &config.qmp,
+                vsock: config.vsock.as_ref(),
+                has_runner: false,
+            };
+            let claim = |name| Instance::claim(Some(name), &serves);
             let instance = name.map(claim).transpose()?;
             instance
                 .iter()

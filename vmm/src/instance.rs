@@ -87,11 +87,16 @@ impl InstanceError {
 }
 
 /// What a VM is for others.
-#[derive(Debug)]
-struct Serves<'a> {
-    runs: &'a Runs,
-    /// Sockets elsewhere.
-    qmp: &'a [QmpSocket],
+#[derive(Clone, Copy, Debug)]
+pub struct Serves<'a> {
+    /// What it runs.
+    pub runs: &'a Runs,
+    /// The control sockets that the user wants of it, besides its own.
+    pub qmp: &'a [QmpSocket],
+    /// The sockets between the guest and the host.
+    pub vsock: Option<&'a VsockConfig>,
+    /// Whether `minivmm run` has started it: these sockets are in its directory then, which it cannot do without.
+    pub has_runner: bool,
 }
 
 /// The directory of this process's VM. Dropping it removes it, unless the VM has [ended](Self::end) detached.
@@ -104,19 +109,13 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Takes the name for a VM that `runs` this, or the lowest free of vm1, vm2 and so on. `qmp` are the control sockets that
-    /// the user wants of it.
+    /// Takes the name for a VM, or the lowest free of vm1, vm2 and so on.
     ///
     /// # Errors
     ///
     /// See [`InstanceError`].
-    pub fn claim(
-        name: Option<&VmName>,
-        runs: &Runs,
-        qmp: &[QmpSocket],
-    ) -> Result<Self, InstanceError> {
-        let serves = Serves { runs, qmp };
-        Self::claim_in(RecordDirectory::own(), name, &serves)
+    pub fn claim(name: Option<&VmName>, serves: &Serves) -> Result<Self, InstanceError> {
+        Self::claim_in(RecordDirectory::own(), name, serves)
     }
 
     fn claim_in(
@@ -196,23 +195,21 @@ impl Instance {
     }
 
     /// Takes the name for the VM of this process. Without a name that the user has chosen the VM runs on when
-    /// there is no directory for it, unless one is `required`.
+    /// there is no directory for it, unless it has a runner.
     ///
     /// # Errors
     ///
     /// When the name is in use, or cannot be taken.
     pub fn of_program(
         name: Option<&VmName>,
-        runs: &Runs,
-        qmp: &[QmpSocket],
-        required: bool,
+        serves: &Serves,
     ) -> Result<Option<Self>, InstanceError> {
-        match Self::claim(name, runs, qmp) {
+        match Self::claim(name, serves) {
             Ok(instance) => {
                 instance.keep_log();
                 Ok(Some(instance))
             }
-            Err(error) if name.is_some() || required || detach::is_wanted() => Err(error),
+            Err(error) if name.is_some() || serves.has_runner || detach::is_wanted() => Err(error),
             Err(error) => {
                 let why = chain(&error);
                 let remedy = error.remedy().unwrap_or_default();

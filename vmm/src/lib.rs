@@ -51,7 +51,7 @@
 //! the log, and `printable` makes text of others fit for a terminal.
 //!
 //! `program` is the binary's `main`, `commands` has the subcommands that run no guest, and `qemu` runs one in QEMU on the
-//! same macvtaps; `child` starts other programs, and `service` those that serve a guest's device, of which `share` has the
+//! same macvtaps; `agent` speaks to the agent in a guest; `child` starts other programs, and `service` those that serve a guest's device, of which `share` has the
 //! file server of a directory. `signals` and `limits` settle what this process was started with, and give it to those
 //! programs; `trim` gives back memory that only the start has needed.
 //!
@@ -65,6 +65,7 @@
 //! the balloon and the sockets one each (`rng`, `balloon`, `vsock`), the console's input one (`console`), the writer of `--events` one
 //! (`events`), and the log one (`log`).
 
+mod agent;
 mod balloon;
 mod builder;
 mod child;

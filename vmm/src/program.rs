@@ -8,7 +8,7 @@ use crate::cli::{Cli, Command};
 use crate::config::Config;
 use crate::control::exit::{Exit, chain};
 use crate::detach::{self, Side};
-use crate::instance::Instance;
+use crate::instance::{Instance, Serves};
 use crate::nic::Inherited;
 use crate::nic::registry::Runs;
 use crate::run::tie::Tie;
@@ -79,7 +79,13 @@ fn run_guest(began: Instant, mut config: Config, mut inherited: Inherited) -> Ex
     let failure = |error: Error| Exit::Failure(with_remedy(chain(&error), error.remedy()));
     let runs = Runs::kernel(&config.kernel);
     let runner = config.runner;
-    let claimed = Instance::of_program(config.name.as_ref(), &runs, &config.qmp, runner.is_some());
+    let serves = Serves {
+        runs: &runs,
+        qmp: &config.qmp,
+        vsock: config.vsock.as_ref(),
+        has_runner: runner.is_some(),
+    };
+    let claimed = Instance::of_program(config.name.as_ref(), &serves);
     let entered = claimed.map_err(Error::from).and_then(|instance| {
         let Some(instance) = instance else {
             return Ok((None, None));

@@ -63,7 +63,7 @@ use crate::events::Event;
 use crate::events::start::{Start, StartedNic};
 use crate::events::writer::EventWriter;
 use crate::files::{Files, Role, SharedFile};
-use crate::instance::{Instance, InstanceError};
+use crate::instance::{Instance, InstanceError, Serves};
 use crate::nic::acquire::{VHOST_NET, open_vhost};
 use crate::nic::registry::{Claim, Runs};
 use crate::nic::{self, HostNic, Inherited, NicError, host_link};
@@ -298,8 +298,13 @@ pub fn run(args: &QemuArgs, mut inherited: Inherited) -> Result<u8, QemuError> {
         None => Runs::program(&plan.qemu.path),
     };
     // Dropped last.
-    let required = args.runner.is_some();
-    let instance = Instance::of_program(args.name.as_ref(), &runs, &args.qmp, required)?;
+    let serves = Serves {
+        runs: &runs,
+        qmp: &args.qmp,
+        vsock: args.vsock.as_ref(),
+        has_runner: args.runner.is_some(),
+    };
+    let instance = Instance::of_program(args.name.as_ref(), &serves)?;
     let tied = args.runner.zip(instance.as_ref());
     let tied = tied.map(|(fds, instance)| instance.tie(fds, &mut inherited));
     let (vsock, tie) = tied.transpose()?.unzip();

@@ -101,6 +101,7 @@ pub(super) const PS_HELP: &str = "\
   program    what it runs as QEMU without a kernel of minivmm's
   nics       a list of objects: mac, and addresses, a list of those that the guest has shown
   qmp        the paths of its control sockets, a list
+  vsock      with --vsock: the path of that socket
   console    the path of the socket of its console
   log        the path of its log
   detached   whether it was started with -d

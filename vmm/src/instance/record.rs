@@ -32,6 +32,9 @@ pub struct Record {
     pub runs: Runs,
     /// Its control sockets.
     pub qmp: Vec<PathBuf>,
+    /// The socket that leads to the guest's own (`--vsock`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<PathBuf>,
     /// The socket of its console.
     pub console: PathBuf,
     /// Its log.
@@ -72,8 +75,12 @@ impl Record {
     pub(super) fn new(place: &Place, serves: &Serves) -> Self {
         let owner = Owner::this_process().map(|owner| owner.to_string());
         // Whoever reads it is in another directory.
-        let elsewhere = serves.qmp.iter().filter_map(QmpSocket::path);
-        let elsewhere = elsewhere.map(|path| absolute(path).unwrap_or_else(|_| path.clone()));
+        let elsewhere = |path: &PathBuf| absolute(path).unwrap_or_else(|_| path.clone());
+        let vsock = match serves.has_runner {
+            true => Some(place.vsock_path()),
+            false => serves.vsock.map(|vsock| elsewhere(&vsock.path)),
+        };
+        let elsewhere = serves.qmp.iter().filter_map(QmpSocket::path).map(elsewhere);
         let qmp = [place.qmp_path()].into_iter().chain(elsewhere).collect();
         Self {
             version: VERSION,
@@ -83,6 +90,7 @@ impl Record {
             started: now(),
             runs: serves.runs.clone(),
             qmp,
+            vsock,
             console: place.console_path(),
             log: place.log_path(),
             detached: detach::is_wanted(),

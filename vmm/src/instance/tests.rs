@@ -15,6 +15,8 @@ fn serves() -> Serves<'static> {
     Serves {
         runs: &RUNS,
         qmp: &[],
+        vsock: None,
+        has_runner: false,
     }
 }
 

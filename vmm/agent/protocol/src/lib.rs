@@ -18,7 +18,7 @@ pub mod boot;
 mod message;
 pub mod session;
 
-pub use message::{LONGEST, MessageError, read, write};
+pub use message::{Inbox, LONGEST, MessageError, read, write};
 
 /// Both ends must be of the same version, and each says its own first.
 pub const VERSION: u32 = 1;

@@ -69,6 +69,44 @@ pub fn read<T: DeserializeOwned>(mut from: impl Read) -> Result<T, MessageError>
     postcard::from_bytes(&bytes).map_err(MessageError::Form)
 }
 
+/// What has come of messages on a stream that does not block.
+#[derive(Debug, Default)]
+pub struct Inbox(Vec<u8>);
+
+impl Inbox {
+    /// Adds what has come.
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+    }
+
+    /// The next message, if all of it has come.
+    ///
+    /// # Errors
+    ///
+    /// [`MessageError::TooLong`] and [`MessageError::Form`].
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, MessageError> {
+        let Some((length, rest)) = self.0.split_first_chunk() else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*length) as usize;
+        if length > LONGEST {
+            return Err(MessageError::TooLong(length));
+        }
+        let Some(bytes) = rest.get(..length) else {
+            return Ok(None);
+        };
+        let message = postcard::from_bytes(bytes).map_err(MessageError::Form)?;
+        self.0.drain(..length + 4);
+        Ok(Some(message))
+    }
+
+    /// What has come after the messages that were taken.
+    #[must_use]
+    pub fn into_rest(self) -> Vec<u8> {
+        self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -107,6 +145,33 @@ mod tests {
                 "{length}: {read:?}"
             );
         }
+    }
+
+    #[test]
+    fn inbox_has_messages_once_all_of_them_has_come_and_keeps_the_rest() {
+        let mut stream = Vec::new();
+        write(&mut stream, &FromCommand::Exited(37)).unwrap();
+        write(&mut stream, &FromCommand::Exited(38)).unwrap();
+        let mut inbox = Inbox::default();
+        let mut taken = Vec::new();
+        for byte in stream.iter().chain(b"rest") {
+            inbox.add(&[*byte]);
+            taken.extend(inbox.take::<FromCommand>().unwrap());
+            if taken.len() == 2 {
+                break;
+            }
+        }
+        assert_eq!(taken, [FromCommand::Exited(37), FromCommand::Exited(38)]);
+        inbox.add(b"rest");
+        assert_eq!(inbox.into_rest(), b"rest");
+    }
+
+    #[test]
+    fn inbox_refuses_a_length_beyond_the_limit_unread() {
+        let mut inbox = Inbox::default();
+        inbox.add(&[0xff; 4]);
+        let taken = inbox.take::<Request>();
+        assert!(matches!(taken, Err(MessageError::TooLong(0xffff_ffff))));
     }
 
     #[test]
