@@ -33,6 +33,40 @@ pub fn guest(modules: &Path, tools: bool) -> Vec<u8> {
     archive.finish()
 }
 
+/// What the agent's guests load at once, and what they load when they need it, as minivmm's own initramfs has them.
+const AGENT_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport"];
+const LATER_MODULES: &[&str] = &["virtiofs", "overlay", "ext4"];
+
+/// The ramdisk whose init is the agent.
+pub fn of_agent(agent: &Path, modules: &Path) -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.file(agent, "/init");
+    let (mut all, mut list) = (BTreeSet::new(), String::new());
+    for name in [AGENT_MODULES, LATER_MODULES].concat() {
+        let mut order = Vec::new();
+        // Which ext4 asks for by the name of an algorithm.
+        if name == "ext4" {
+            resolve(modules, "crc32c_generic", &mut order);
+        }
+        resolve(modules, name, &mut order);
+        // The kernel has some built in.
+        if let Some((last, needs)) = order.split_last().filter(|(last, _)| *last == name) {
+            list += &format!("{last} {}\n", needs.join(" "));
+        }
+        all.extend(order);
+    }
+    for name in &all {
+        archive.file(
+            &modules.join(format!("{name}.ko")),
+            &format!("/modules/{name}.ko"),
+        );
+    }
+    let load = AGENT_MODULES.join("\n");
+    archive.bytes("/modules/list", list.as_bytes(), 0o644);
+    archive.bytes("/modules/load", load.as_bytes(), 0o644);
+    archive.finish()
+}
+
 /// The guest's ramdisk with the drivers of what is served outside its monitor.
 pub fn guest_of_services(modules: &Path) -> Vec<u8> {
     let mut archive = Archive::new();

@@ -28,6 +28,12 @@ pub enum FromInit {
         /// When it was done.
         at: Uptime,
     },
+    /// [`Root::Archive`] is to be unpacked now, by a session of [`Request::Unpack`](crate::session::Request::Unpack). The host then says
+    /// [`ToInit::Unpacked`].
+    Unpack {
+        /// The directory.
+        path: Vec<u8>,
+    },
     /// Something that the user should know, and that the command can do without.
     Warning(String),
     /// The guest is as it should be, and the agent listens on [`AGENT_PORT`](crate::AGENT_PORT).
@@ -37,14 +43,14 @@ pub enum FromInit {
         /// When it was.
         at: Uptime,
     },
-    /// The guest cannot become what it should be. The host ends it.
+    /// The guest cannot become what it should be. The host then ends it, by [`ToInit::PowerOff`] or by closing the connection.
     Failed {
         /// Which part.
         part: Part,
         /// What was tried on what, and why that failed.
         text: String,
     },
-    /// All is written, and the machine is about to power off.
+    /// All is written. The machine powers off as soon as the host has closed the connection.
     Ended(Usage),
 }
 
@@ -69,7 +75,8 @@ pub enum Part {
 /// What a guest has used until its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
-    /// The most memory that was in use at one time, in bytes, or 0 if that is not known.
+    /// The most memory that was in use at one time, in bytes. It is looked at five times a second, and is at least what the
+    /// largest process had.
     pub peak_memory: u64,
     /// Processes that the kernel has killed since memory had run out.
     pub oom_kills: u64,
@@ -80,6 +87,8 @@ pub struct Usage {
 pub enum ToInit {
     /// What the guest is to be.
     Boot(Box<Boot>),
+    /// The archive is unpacked.
+    Unpacked,
     /// The end.
     PowerOff,
 }
@@ -111,7 +120,7 @@ pub enum Root {
     },
     /// On the first disk: in its first partition that has a root file system, or on all of it.
     Disk,
-    /// In a tar archive, which the host sends by a session of [`Request::Unpack`](crate::session::Request::Unpack).
+    /// In a tar archive: see [`FromInit::Unpack`]. It may always be written.
     Archive,
 }
 

@@ -1,55 +1,204 @@
 //! The guest's first process.
 //!
-//! `console` says what the host cannot be told in another way.
+//! What the kernel has started in an initramfs becomes what the host asks for, by these steps:
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | `mounts` | /proc, /sys and /dev, and later all else that every guest has |
+//! | `modules` | loads modules of the kernel's |
+//! | `host` | the boot connection |
+//! | `root`, `disk` | finds the root file system, and makes it the root of all processes |
+//! | `shares` | mounts directories of the host's |
+//! | `usage` | looks how much memory is in use |
+//! | `end` | ends processes, file systems and machine |
+//! | `console` | says what the host cannot be told in another way |
+//!
+//! The kernel protects its first process: no signal ends it that it does not handle, and neither does a lack of memory. A panic ends the
+//! guest, with a text on the console.
 
 mod console;
+mod disk;
+mod end;
+mod host;
+mod modules;
+mod mounts;
+mod root;
+mod shares;
+mod usage;
 
 use std::io;
+use std::panic;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
 
-use agent_protocol::boot::{FromInit, Part, Uptime};
-use agent_protocol::{BOOT_PORT, MessageError, VERSION};
-use rustix::system::RebootCommand;
-use rustix::time::{ClockId, clock_gettime};
+use agent_protocol::boot::{Access, Boot, FromInit, Part, Root, Uptime};
+use agent_protocol::{BOOT_PORT, MessageError};
 
-use crate::vsock;
+use host::{Host, uptime};
+use modules::{ModuleError, Modules};
+use mounts::MountError;
+use root::RootError;
+use usage::Meter;
 
-/// Why there is no guest, and the host does not know.
+use crate::children::Children;
+use crate::listener::Listener;
+
+/// Where the initramfs has modules.
+const MODULES: &str = "/modules";
+
+/// Why there is no guest, and the host is not told.
 #[derive(Debug, thiserror::Error)]
 enum InitError {
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    #[error("cannot connect to port {BOOT_PORT} of the host by vsock, since a module is missing")]
+    Module(#[from] ModuleError),
     #[error("cannot connect to port {BOOT_PORT} of the host by vsock")]
     Connect(#[source] io::Error),
-    #[error("cannot talk to the host")]
-    Talk(#[from] MessageError),
+}
+
+/// Why the guest is not what it should be.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Module(#[from] ModuleError),
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    #[error("cannot mount the root")]
+    Root(#[from] RootError),
+    #[error("cannot mount the share {tag}")]
+    Share {
+        tag: String,
+        #[source]
+        source: MountError,
+    },
+    #[error("cannot name the guest")]
+    Name(#[source] io::Error),
+    #[error("cannot listen on vsock")]
+    Listen(#[source] io::Error),
+    #[error("the host says something else than how to boot")]
+    Host(#[from] MessageError),
+}
+
+impl Failure {
+    fn part(&self) -> Part {
+        match self {
+            Self::Module(_)
+            | Self::Root(RootError::Module(_) | RootError::Mount(MountError::Unknown(_)))
+            | Self::Share {
+                source: MountError::Unknown(_),
+                ..
+            } => Part::Module,
+            Self::Root(_) => Part::Root,
+            Self::Share { .. } => Part::Share,
+            Self::Mount(_) | Self::Name(_) | Self::Listen(_) | Self::Host(_) => Part::Other,
+        }
+    }
 }
 
 /// Boots the guest, and ends it.
 pub fn run() -> ! {
-    if let Err(error) = boot() {
-        console::say(&error);
+    let started = uptime();
+    panic::set_hook(Box::new(|panic| {
+        console::say_text(&format!("the guest's init has failed: {panic}"));
+        end::power_off();
+    }));
+    if let Err(error) = live(started) {
+        console::say_text(&console::chain(&error));
     }
-    let failed = rustix::system::reboot(RebootCommand::PowerOff);
-    // The kernel ends the guest with a panic since its first process ends.
-    panic!("cannot power off: {failed:?}");
+    end::power_off()
 }
 
-fn boot() -> Result<(), InitError> {
-    let host = vsock::connect(BOOT_PORT).map_err(InitError::Connect)?;
-    let kernel = rustix::system::uname();
-    let hello = FromInit::Hello {
-        version: VERSION,
-        kernel: kernel.release().to_string_lossy().into_owned(),
-        at: uptime(),
+/// From the first mount to the last message.
+fn live(started: Uptime) -> Result<(), InitError> {
+    mounts::mount_first()?;
+    let loaded = Modules::read(Path::new(MODULES)).and_then(|mut modules| {
+        modules.load_all()?;
+        Ok(modules)
+    });
+    let loaded_at = uptime();
+    let children = Children::start().map_err(InitError::Thread)?;
+    let host = match (Host::connect(), &loaded) {
+        (Ok(host), _) => host,
+        (Err(_), Err(_)) => return loaded.map(drop).map_err(InitError::from),
+        (Err(error), Ok(_)) => return Err(InitError::Connect(error)),
     };
-    agent_protocol::write(&host, &hello)?;
-    let failed = FromInit::Failed {
-        part: Part::Other,
-        text: "this init makes no guest".into(),
-    };
-    agent_protocol::write(&host, &failed)?;
+    host.stage("init", started);
+    host.stage("modules", loaded_at);
+    let mut meter = Meter::new();
+    let booted = loaded
+        .map_err(Failure::from)
+        .and_then(|modules| boot(&host, modules, &children));
+    if let Err(failure) = &booted {
+        host.say(&FromInit::Failed {
+            part: failure.part(),
+            text: console::chain(failure),
+        });
+    }
+    host.wait_for_end(&mut meter);
+    end::end_processes(&children);
+    end::end_file_systems();
+    host.end(meter.usage(children.largest()));
     Ok(())
 }
 
-fn uptime() -> Uptime {
-    let time = clock_gettime(ClockId::Boottime);
-    time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
+/// Makes the guest what the host asks for.
+fn boot(host: &Host, mut modules: Modules, children: &Arc<Children>) -> Result<(), Failure> {
+    let boot = host.boot()?;
+    if !boot.shares.is_empty() {
+        modules.load("virtiofs")?;
+    }
+    root::mount_root(&boot.root, boot.access, &mut modules)?;
+    let from_archive = boot.root == Root::Archive;
+    if from_archive {
+        listen(children)?;
+        host.unpack(root::ROOT)?;
+    }
+    root::switch_root()?;
+    // What the host or an image has in /tmp is not this machine's, unless all that is done there is kept.
+    let fresh = boot.access != Access::ReadWrite && !from_archive;
+    mounts::mount_second(fresh)?;
+    host.stage("root", uptime());
+    mount_shares(host, &boot)?;
+    rustix::system::sethostname(boot.hostname.as_bytes())
+        .map_err(|error| Failure::Name(error.into()))?;
+    if !from_archive {
+        listen(children)?;
+    }
+    host.say(&FromInit::Ready {
+        nics: Vec::new(),
+        at: uptime(),
+    });
+    Ok(())
+}
+
+fn mount_shares(host: &Host, boot: &Boot) -> Result<(), Failure> {
+    for share in &boot.shares {
+        let missing = shares::mount_share(share).map_err(|source| Failure::Share {
+            tag: share.tag.clone(),
+            source,
+        })?;
+        if let Some(error) = missing {
+            host.say(&FromInit::Warning(console::chain(&error)));
+        }
+    }
+    if !boot.shares.is_empty() {
+        host.stage("shares", uptime());
+    }
+    Ok(())
+}
+
+/// Serves sessions from now on.
+fn listen(children: &Arc<Children>) -> Result<(), Failure> {
+    let listener = Listener::vsock().map_err(Failure::Listen)?;
+    let children = children.clone();
+    let serve = move || match listener.serve(&children) {
+        Ok(never) => match never {},
+        Err(error) => console::say_text(&format!("cannot serve the host: {error}")),
+    };
+    let thread = thread::Builder::new().stack_size(64 << 10).spawn(serve);
+    thread.map(drop).map_err(Failure::Listen)
 }
