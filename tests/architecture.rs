@@ -101,10 +101,16 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "agent-protocol",
             "boot",
             "clap",
+            // The archive that a guest's kernel unpacks.
+            "cpio",
             "devices",
             "env_logger",
             "event-manager",
             "fileserver",
+            // Compressed modules of kernels.
+            "flate2",
+            "lzma-rust2",
+            "ruzstd",
             "kvm-bindings",
             "kvm-ioctls",
             "net",

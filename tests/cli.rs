@@ -3,7 +3,7 @@
 //! A message must name what was tried, on what, why not and, where there is one, the remedy. Each
 //! test runs the program as a user would and looks at all of that.
 //!
-//! - `disk`, `kernel`, `limits`, `kvm`, `macvtap`, `share`: what may be wrong with each
+//! - `disk`, `initramfs`, `kernel`, `limits`, `kvm`, `macvtap`, `share`: what may be wrong with each
 //! - this file: what they share, the console, and the help
 //!
 //! Not here: Wi-Fi. No machine without such a NIC can provoke it; the net crate tests it with a
@@ -16,6 +16,8 @@
 #[path = "cli/disk.rs"]
 mod disk;
 mod harness;
+#[path = "cli/initramfs.rs"]
+mod initramfs;
 #[path = "cli/kernel.rs"]
 mod kernel;
 #[path = "cli/kvm.rs"]

@@ -20,12 +20,14 @@ use crate::plan::Transport;
 use crate::share::FileServerArgs;
 
 mod agent;
+mod initramfs;
 mod net;
 mod qemu;
 mod vms;
 
 pub use self::net::{HostLinkArgs, ListArgs, NetCommand, OpenArgs};
 pub use agent::ExecArgs;
+pub use initramfs::InitramfsArgs;
 pub use qemu::{Accel, QemuArgs};
 pub use vms::{
     ConsoleArgs, KillArgs, LogsArgs, PsArgs, QmpArgs, StatsArgs, StopArgs, Target, WaitArgs,
@@ -492,6 +494,9 @@ pub enum Command {
     Exec(ExecArgs),
     /// Attaches to the console of a running VM: shows what it said last and what follows, and types
     Console(ConsoleArgs),
+    /// Makes the initramfs of a guest of minivmm's own init
+    #[command(after_help = initramfs::HELP)]
+    Initramfs(InitramfsArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
     Doctor(DoctorArgs),
     /// Serves a directory of --share: minivmm itself starts this
@@ -571,6 +576,7 @@ mod tests {
             "minivmm qemu --name web -- -M q35",
             "minivmm doctor",
             "minivmm doctor eno1 --json",
+            "minivmm initramfs -o initramfs.img --kernel 6.12 --modules none --for nics,shares",
             "minivmm --kernel k --macvtap fd=3 --host-link 10.0.0.1/24",
             "minivmm --kernel k --user-net",
             "minivmm --user-net --kernel k",

@@ -5,6 +5,7 @@ mod doctor;
 mod exec;
 mod firewall;
 mod host_link;
+mod initramfs;
 mod list;
 mod logs;
 mod open;
@@ -27,6 +28,7 @@ use crate::qmp::client::ClientError;
 pub use console::ConsoleError;
 pub use exec::ExecError;
 pub use host_link::HostLinkCommandError;
+pub use initramfs::InitramfsCommandError;
 pub use open::OpenError;
 pub use stats::StatsError;
 pub use wait::WaitError;
@@ -56,6 +58,8 @@ pub enum CommandError {
     Stats(#[from] StatsError),
     #[error(transparent)]
     Wait(#[from] WaitError),
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsCommandError),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
 }
@@ -78,6 +82,7 @@ impl CommandError {
             Self::Qemu(QemuError::Nic(NicError::UserNet(error))) => error.remedy(),
             Self::Qemu(QemuError::Share(error)) => error.remedy(),
             Self::Exec(error) => error.remedy(),
+            Self::Initramfs(error) => error.remedy(),
             _ => net::remedy(self),
         }
     }
@@ -101,6 +106,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Logs(args) => print(&logs::run(args)?).map(|()| 0),
         Command::Stop(args) => Ok(stop::stop(args)?),
         Command::Kill(args) => Ok(stop::kill(args)?),
+        Command::Initramfs(args) => Ok(initramfs::run(args).map(|()| 0)?),
         Command::FileServer(_) => unreachable!("main serves before it gets here"),
         Command::Doctor(args) => {
             let (report, healthy) = doctor::run(args);

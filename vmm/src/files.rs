@@ -4,11 +4,12 @@
 use std::fmt;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, fcntl_setfl};
+use rustix::io::Errno;
 use rustix::stdio::{stderr, stdin, stdout};
 
 /// What a file is for.
@@ -165,6 +166,43 @@ pub fn replace(path: &Path, mode: u32, contents: &[u8]) -> io::Result<File> {
         .inspect_err(|_| drop(fs::remove_file(&new)))
 }
 
+/// Writes a file that a user has named: at its path are the old one or the new one whole, also when this process is killed.
+/// A FIFO or a device is written to as it is.
+pub fn write_whole(path: &Path, contents: &[u8]) -> io::Result<()> {
+    match fs::metadata(path) {
+        Ok(found) if !found.is_file() => {
+            return open_for_writing(path)?.write_all(contents);
+        }
+        _ => {}
+    }
+    // What a link leads to is replaced, not the link.
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = directory.join(format!(".{name}.{}", std::process::id()));
+    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    let unnamed = rustix::fs::open(directory, flags, Mode::from_raw_mode(0o666));
+    let written = match unnamed {
+        Ok(file) => {
+            let mut file = File::from(file);
+            file.write_all(contents)?;
+            let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+            rustix::fs::linkat(CWD, open, CWD, &new, AtFlags::SYMLINK_FOLLOW).map_err(Into::into)
+        }
+        // Not every file system has files without names.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
+            File::create_new(&new).and_then(|mut file| file.write_all(contents))
+        }
+        Err(error) => return Err(error.into()),
+    };
+    written
+        .and_then(|()| fs::rename(&new, &path))
+        .inspect_err(|_| drop(fs::remove_file(&new)))
+}
+
 /// Opens a file of this user's alone, or a FIFO, to write to, and leaves what is in it. Does not wait for
 /// a reader of a FIFO: there is always one then, itself.
 pub fn open_for_events(path: &Path) -> io::Result<File> {
@@ -180,6 +218,24 @@ fn is_fifo(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn file_that_is_written_whole_replaces_another_or_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for contents in ["first, and longer", "second"] {
+            write_whole(&path("a"), contents.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(path("a")).unwrap(), contents);
+        }
+        std::os::unix::fs::symlink("a", path("link")).unwrap();
+        write_whole(&path("link"), b"third").unwrap();
+        assert_eq!(fs::read(path("a")).unwrap(), b"third");
+        write_whole(Path::new("/dev/null"), b"x").unwrap();
+        assert!(write_whole(&path("missing/a"), b"x").is_err());
+        let full = write_whole(Path::new("/dev/full"), b"x").unwrap_err();
+        assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
 
     #[test]
     fn file_with_two_uses_is_refused_when_one_of_them_writes() {
