@@ -23,7 +23,14 @@ const COMMON: &[&str] = &["bitflags", "libc", "log", "rustix", "thiserror"];
 const CRATES: &[(&str, &[&str], &[&str])] = &[
     (
         "agent",
-        &["agent-protocol"],
+        &[
+            "agent-protocol",
+            // Addresses and routes of the guest's NICs.
+            "netlink-packet-core",
+            "netlink-packet-route",
+            // A DHCP client.
+            "smoltcp",
+        ],
         &["boot", "net", "devices", "vmm", "tokio", "vm-memory"],
     ),
     (

@@ -6,7 +6,7 @@
 //! the program minivmm: `vmm/build.rs` builds it.
 //!
 //! `init` boots and ends a guest. `listener` accepts the host's connections, and `session` does what each of them is for; `children` starts
-//! processes and reaps them. `vsock` has the sockets to the host.
+//! processes and reaps them. [`network`] brings up the guest's NICs. `vsock` has the sockets to the host.
 
 use std::env;
 use std::ffi::OsString;
@@ -19,6 +19,7 @@ use listener::Listener;
 mod children;
 mod init;
 mod listener;
+pub mod network;
 mod session;
 mod vsock;
 
