@@ -23,6 +23,8 @@ pub mod transcript;
 /// The terminal's settings before it became raw, and since. Signal handlers read them, so they
 /// stay: a process has one terminal.
 static SETTINGS: OnceLock<Settings> = OnceLock::new();
+/// What is written to the terminal is to be raw too.
+static OUTPUT_TOO: AtomicBool = AtomicBool::new(false);
 /// The terminal is to be raw.
 static WANTED: AtomicBool = AtomicBool::new(false);
 
@@ -47,6 +49,21 @@ impl RawTerminal {
     ///
     /// Fails when the terminal's settings cannot be read or set, or signals cannot be caught.
     pub fn enter() -> io::Result<Option<Self>> {
+        Self::enter_also_output(false)
+    }
+
+    /// The same for what comes from another terminal, which has made its line ends already. The log's lines do not begin at
+    /// the left margin then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::enter`].
+    pub(crate) fn enter_between() -> io::Result<Option<Self>> {
+        Self::enter_also_output(true)
+    }
+
+    fn enter_also_output(output_too: bool) -> io::Result<Option<Self>> {
+        OUTPUT_TOO.store(output_too, Ordering::SeqCst);
         if !isatty(stdin()) {
             return Ok(None);
         }
@@ -118,8 +135,10 @@ impl Settings {
     fn of(cooked: Termios) -> Self {
         let mut raw = cooked.clone();
         raw.make_raw();
-        // Output stays as it was: the log's lines have to begin at the left margin.
-        raw.output_modes = cooked.output_modes;
+        if !OUTPUT_TOO.load(Ordering::SeqCst) {
+            // Output stays as it was: the log's lines have to begin at the left margin.
+            raw.output_modes = cooked.output_modes;
+        }
         Self { cooked, raw }
     }
 }

@@ -5,10 +5,10 @@
 //! [`Child::signal_group`] is about to use is still that of the same process.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::mem;
 use std::process::Command;
-use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -41,18 +41,34 @@ pub struct Children {
 #[derive(Debug, Default)]
 struct State {
     /// Those that were started here.
-    running: HashMap<u32, Sender<Ended>>,
+    running: HashMap<u32, Started>,
     /// Whether there is any child.
     any: bool,
     /// The most memory that one that has ended had resident, in bytes.
     largest: u64,
 }
 
+/// What is to be done when a process ends.
+struct Started {
+    ended: Box<dyn FnOnce(Ended) + Send>,
+    /// The rest of its group gets SIGKILL.
+    ends_group: bool,
+}
+
+impl fmt::Debug for Started {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ends_group = &self.ends_group;
+        formatter
+            .debug_struct("Started")
+            .field("ends_group", ends_group)
+            .finish_non_exhaustive()
+    }
+}
+
 /// A process that was started here.
 #[derive(Debug)]
 pub struct Child {
     pid: u32,
-    ended: Receiver<Ended>,
     children: Arc<Children>,
 }
 
@@ -80,23 +96,29 @@ impl Children {
         Ok(known.insert(children).clone())
     }
 
-    /// Starts a process.
+    /// Starts a process. The thread that reaps calls `ended` when it has ended, which must not start or signal another one.
     ///
     /// # Errors
     ///
     /// Those of [`Command::spawn`].
-    pub fn spawn(self: &Arc<Self>, command: &mut Command) -> io::Result<Child> {
+    pub fn spawn(
+        self: &Arc<Self>,
+        command: &mut Command,
+        ended: impl FnOnce(Ended) + Send + 'static,
+    ) -> io::Result<Child> {
         let mut state = self.lock();
         // The thread that reaps finds it also when its program cannot be executed, and the standard library has
         // waited for it itself.
         state.any = true;
         self.changed.notify_all();
         let pid = command.spawn()?.id();
-        let (sender, ended) = mpsc::channel();
-        state.running.insert(pid, sender);
+        let started = Started {
+            ended: Box::new(ended),
+            ends_group: false,
+        };
+        state.running.insert(pid, started);
         Ok(Child {
             pid,
-            ended,
             children: self.clone(),
         })
     }
@@ -130,12 +152,15 @@ impl Children {
                 continue;
             };
             let mut state = self.lock();
+            if state.running.get(&pid).is_some_and(|it| it.ends_group) {
+                // Its number stays that of the group until it is reaped.
+                let _ = signal_group(pid, libc::SIGKILL);
+            }
             // Otherwise the standard library has reaped it.
             if let Some((ended, resident)) = reap(pid) {
                 state.largest = state.largest.max(resident);
-                if let Some(sender) = state.running.remove(&pid) {
-                    // Whoever does not wait has no use for it.
-                    let _ = sender.send(ended);
+                if let Some(started) = state.running.remove(&pid) {
+                    (started.ended)(ended);
                 }
             }
         }
@@ -146,7 +171,6 @@ impl Children {
     }
 }
 
-#[allow(dead_code)] // Until commands run.
 impl Child {
     /// Its number.
     pub fn pid(&self) -> u32 {
@@ -163,18 +187,21 @@ impl Child {
         if !state.running.contains_key(&self.pid) {
             return Ok(());
         }
-        // SAFETY: kill takes no memory.
-        let sent = unsafe { libc::kill(-(self.pid as i32), signal) };
-        drop(state);
-        check(sent).map(drop)
+        signal_group(self.pid, signal)
     }
 
-    /// Waits for its end.
-    pub fn wait(self) -> Ended {
-        self.ended
-            .recv()
-            .expect("its sender is dropped when it has sent")
+    /// Has the rest of its process group end with it.
+    pub fn end_group_with_it(&self) {
+        let mut state = self.children.lock();
+        if let Some(started) = state.running.get_mut(&self.pid) {
+            started.ends_group = true;
+        }
     }
+}
+
+fn signal_group(pid: u32, signal: i32) -> io::Result<()> {
+    // SAFETY: kill takes no memory.
+    check(unsafe { libc::kill(-(pid as i32), signal) }).map(drop)
 }
 
 /// Waits until a child has ended, and leaves it as it is. None when there is no child.
@@ -229,35 +256,53 @@ fn check(result: i32) -> io::Result<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::sync::mpsc;
+
     use super::*;
 
     /// The thread that reaps takes all children of the process: so one test does all that is to be shown.
     #[test]
     fn children_are_reaped_and_their_ends_are_told_apart() {
+        use std::os::unix::process::CommandExt;
+
         let children = Children::start().unwrap();
-        let sh = |script: &str| children.spawn(Command::new("sh").args(["-c", script]));
-        let ends = ["exit 37", "kill -9 $$", "exit 0"].map(|script| sh(script).unwrap());
-        let ends = ends.map(Child::wait);
-        let killed = Ended::Killed {
-            signal: 9,
+        let spawn = |command: &mut Command| {
+            let (sender, ended) = mpsc::channel();
+            let child = children.spawn(command, move |how| sender.send(how).unwrap());
+            child.map(|child| (child, ended))
+        };
+        let sh = |script: &str| spawn(Command::new("sh").args(["-c", script]).process_group(0));
+        let killed = |signal| Ended::Killed {
+            signal,
             core: false,
         };
-        assert_eq!(ends, [Ended::Exited(37), killed, Ended::Exited(0)]);
+        let ends = ["exit 37", "kill -9 $$", "exit 0"].map(|script| sh(script).unwrap().1);
+        let ends = ends.map(|ended| ended.recv().unwrap());
+        assert_eq!(ends, [Ended::Exited(37), killed(9), Ended::Exited(0)]);
         assert!(children.largest() > 100 << 10);
 
-        let missing = children.spawn(&mut Command::new("/no/such/program"));
+        let missing = spawn(&mut Command::new("/no/such/program"));
         assert_eq!(missing.unwrap_err().kind(), io::ErrorKind::NotFound);
 
-        use std::os::unix::process::CommandExt;
-        let sleeps = children
-            .spawn(Command::new("sleep").arg("1000").process_group(0))
-            .unwrap();
+        let (sleeps, ended) = sh("sleep 1000").unwrap();
         assert!(!children.wait_for_none(Duration::ZERO));
         sleeps.signal_group(libc::SIGTERM).unwrap();
-        let killed = Ended::Killed {
-            signal: libc::SIGTERM,
-            core: false,
-        };
-        assert_eq!(sleeps.wait(), killed);
+        assert_eq!(ended.recv(), Ok(killed(libc::SIGTERM)));
+
+        let (mut output, input) = io::pipe().unwrap();
+        let script = "sleep 1000 & exit 3";
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", &format!("read x; {script}")])
+            .process_group(0);
+        let (from, mut to) = io::pipe().unwrap();
+        let (child, ended) = spawn(command.stdin(from).stdout(input)).unwrap();
+        drop(command);
+        child.end_group_with_it();
+        to.write_all(b"\n").unwrap();
+        assert_eq!(ended.recv(), Ok(Ended::Exited(3)));
+        // The process in the background had the other end of the pipe.
+        assert_eq!(output.read(&mut [0]).unwrap(), 0);
     }
 }

@@ -45,7 +45,7 @@ pub fn main() -> u8 {
             return 2;
         }
     };
-    let served = listener.and_then(|listener| listener.serve(&Children::start()?));
+    let served = listener.and_then(|listener| session::serve(&listener, &Children::start()?));
     match served {
         Ok(never) => match never {},
         Err(error) => {

@@ -1,27 +1,15 @@
 //! Accepts the host's connections.
 
-use std::convert::Infallible;
-use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
 use agent_protocol::AGENT_PORT;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
-use crate::children::Children;
-use crate::{session, vsock};
-
-/// The stack of a thread that serves a connection.
-const STACK: usize = 128 << 10;
-/// How long to wait for descriptors or memory before the next connection is accepted.
-const PAUSE: Duration = Duration::from_millis(20);
-/// How long a program may take to name the port.
-const LINE_PATIENCE: Duration = Duration::from_secs(30);
+use crate::vsock;
 
 /// A socket that the host connects to.
 #[derive(Debug)]
@@ -51,63 +39,46 @@ impl Listener {
         UnixListener::bind(path).map(Self::Unix)
     }
 
-    /// Serves each connection in a thread of its own.
+    /// Whether the line comes first.
+    pub fn has_line(&self) -> bool {
+        matches!(self, Self::Unix(_))
+    }
+
+    /// Has [`Self::accept`] wait for no connection.
     ///
     /// # Errors
     ///
-    /// Those of accept(2) that do not end by themselves.
-    pub fn serve(&self, children: &Arc<Children>) -> io::Result<Infallible> {
-        loop {
-            let Some(stream) = self.accept()? else {
-                continue;
-            };
-            let named = matches!(self, Self::Vsock(_));
-            let children = children.clone();
-            let serve = move || {
-                if named || read_port(&stream).is_ok_and(|port| port == AGENT_PORT) {
-                    session::serve(stream, &children);
-                }
-            };
-            // Without memory or processes for a thread the connection is closed, which the host sees.
-            let _ = thread::Builder::new().stack_size(STACK).spawn(serve);
-        }
+    /// Those of ioctl(2).
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        Ok(rustix::io::ioctl_fionbio(self, true)?)
     }
 
-    fn accept(&self) -> io::Result<Option<UnixStream>> {
-        let accepted = match self {
-            Self::Vsock(socket) => rustix::net::accept_with(socket, SocketFlags::CLOEXEC),
-            Self::Unix(socket) => rustix::net::accept_with(socket, SocketFlags::CLOEXEC),
-        };
-        match accepted {
-            Ok(stream) => Ok(Some(stream.into())),
-            Err(Errno::INTR | Errno::CONNABORTED) => Ok(None),
-            Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                thread::sleep(PAUSE);
-                Ok(None)
+    /// The next connection of the host's, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// Those of accept(2), but for what is over at once.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        loop {
+            let stream = match rustix::net::accept_with(self, SocketFlags::CLOEXEC) {
+                Ok(stream) => stream,
+                Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            // Programs of the guest could run commands as root otherwise.
+            if self.has_line() || vsock::is_of_host(&stream) {
+                return Ok(Some(stream.into()));
             }
-            Err(error) => Err(error.into()),
         }
     }
 }
 
-/// Reads the line `CONNECT PORT` and answers `OK PORT`.
-fn read_port(mut stream: &UnixStream) -> io::Result<u32> {
-    stream.set_read_timeout(Some(LINE_PATIENCE))?;
-    let mut line = Vec::new();
-    while line.last() != Some(&b'\n') {
-        // One by one: what follows the line is the session's.
-        let mut byte = [0];
-        stream.read_exact(&mut byte)?;
-        line.push(byte[0]);
-        if line.len() > "CONNECT 4294967295\n".len() {
-            return Err(io::ErrorKind::InvalidData.into());
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Vsock(socket) => socket.as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
         }
     }
-    let port = str::from_utf8(&line)
-        .ok()
-        .and_then(|line| line.trim_end().strip_prefix("CONNECT ")?.parse().ok())
-        .ok_or(io::ErrorKind::InvalidData)?;
-    stream.set_read_timeout(None)?;
-    stream.write_all(format!("OK {port}\n").as_bytes())?;
-    Ok(port)
 }

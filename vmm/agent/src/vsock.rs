@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 /// How long the host may take to accept a connection. The kernel's own 2 s pass on a host that is busy.
@@ -61,6 +61,21 @@ pub fn listen(port: u32) -> io::Result<OwnedFd> {
     })?;
     rustix::net::listen(&socket, 128)?;
     Ok(socket)
+}
+
+/// Whether it is the host that has connected, and no program of the guest's.
+pub fn is_of_host(stream: impl AsFd) -> bool {
+    let mut address = address(0, 0);
+    let mut size = size_of::<libc::sockaddr_vm>() as u32;
+    // SAFETY: the kernel writes a sockaddr_vm at most, whose size it is told, and both last for the call.
+    let named = unsafe {
+        libc::getpeername(
+            stream.as_fd().as_raw_fd(),
+            (&raw mut address).cast(),
+            &raw mut size,
+        )
+    };
+    named == 0 && address.svm_cid == libc::VMADDR_CID_HOST
 }
 
 /// From linux/vm_sockets.h; libc has no name for it.

@@ -140,7 +140,7 @@ impl Session {
         };
         let streams: Vec<_> = streams.into_iter().map(Arc::new).collect();
         let raw = match has_terminal {
-            true => RawTerminal::enter().map_err(SessionError::Terminal)?,
+            true => RawTerminal::enter_between().map_err(SessionError::Terminal)?,
             false => None,
         };
         control.set_nonblocking(true).map_err(SessionError::Host)?;

@@ -43,6 +43,7 @@ use usage::Meter;
 
 use crate::children::Children;
 use crate::listener::Listener;
+use crate::session;
 
 /// Where the initramfs has modules.
 const MODULES: &str = "/modules";
@@ -191,14 +192,19 @@ fn mount_shares(host: &Host, boot: &Boot) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The stack of the thread of sessions, which starts their commands.
+const SESSIONS_STACK: usize = 256 << 10;
+
 /// Serves sessions from now on.
 fn listen(children: &Arc<Children>) -> Result<(), Failure> {
     let listener = Listener::vsock().map_err(Failure::Listen)?;
     let children = children.clone();
-    let serve = move || match listener.serve(&children) {
+    let serve = move || match session::serve(&listener, &children) {
         Ok(never) => match never {},
         Err(error) => console::say_text(&format!("cannot serve the host: {error}")),
     };
-    let thread = thread::Builder::new().stack_size(64 << 10).spawn(serve);
+    let thread = thread::Builder::new()
+        .stack_size(SESSIONS_STACK)
+        .spawn(serve);
     thread.map(drop).map_err(Failure::Listen)
 }
