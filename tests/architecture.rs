@@ -128,6 +128,8 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "serde",
             "serde_json",
             "signal-hook",
+            // The Debian package of the agent.
+            "tar",
             "vm-memory",
             "vmm-sys-util",
         ],

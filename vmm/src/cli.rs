@@ -22,12 +22,14 @@ use crate::share::FileServerArgs;
 mod agent;
 mod initramfs;
 mod net;
+mod package;
 mod qemu;
 mod vms;
 
 pub use self::net::{HostLinkArgs, ListArgs, NetCommand, OpenArgs};
 pub use agent::ExecArgs;
 pub use initramfs::InitramfsArgs;
+pub use package::AgentArgs;
 pub use qemu::{Accel, QemuArgs};
 pub use vms::{
     ConsoleArgs, KillArgs, LogsArgs, PsArgs, QmpArgs, StatsArgs, StopArgs, Target, WaitArgs,
@@ -497,6 +499,9 @@ pub enum Command {
     /// Makes the initramfs of a guest of minivmm's own init
     #[command(after_help = initramfs::HELP)]
     Initramfs(InitramfsArgs),
+    /// Writes the agent for a guest that has an init of its own: the program, or a Debian package
+    #[command(after_help = package::HELP)]
+    Agent(AgentArgs),
     /// Checks whether this host can run guests, and says what to do where it cannot
     Doctor(DoctorArgs),
     /// Serves a directory of --share: minivmm itself starts this
@@ -577,6 +582,7 @@ mod tests {
             "minivmm doctor",
             "minivmm doctor eno1 --json",
             "minivmm initramfs -o initramfs.img --kernel 6.12 --modules none --for nics,shares",
+            "minivmm agent --deb -o minivmm-agent.deb",
             "minivmm --kernel k --macvtap fd=3 --host-link 10.0.0.1/24",
             "minivmm --kernel k --user-net",
             "minivmm --user-net --kernel k",

@@ -9,6 +9,7 @@ mod initramfs;
 mod list;
 mod logs;
 mod open;
+mod package;
 mod ps;
 mod qmp;
 mod stats;
@@ -30,6 +31,7 @@ pub use exec::ExecError;
 pub use host_link::HostLinkCommandError;
 pub use initramfs::InitramfsCommandError;
 pub use open::OpenError;
+pub use package::PackageError;
 pub use stats::StatsError;
 pub use wait::WaitError;
 
@@ -60,6 +62,8 @@ pub enum CommandError {
     Wait(#[from] WaitError),
     #[error(transparent)]
     Initramfs(#[from] InitramfsCommandError),
+    #[error(transparent)]
+    Package(#[from] PackageError),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
 }
@@ -107,6 +111,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Stop(args) => Ok(stop::stop(args)?),
         Command::Kill(args) => Ok(stop::kill(args)?),
         Command::Initramfs(args) => Ok(initramfs::run(args).map(|()| 0)?),
+        Command::Agent(args) => Ok(package::run(args).map(|()| 0)?),
         Command::FileServer(_) => unreachable!("main serves before it gets here"),
         Command::Doctor(args) => {
             let (report, healthy) = doctor::run(args);
