@@ -177,7 +177,7 @@ fn guest_on_the_hosts_root_boots_and_powers_off() {
             .collect();
         assert_eq!(
             stages.iter().map(|stage| stage.0).collect::<Vec<_>>(),
-            ["init", "modules", "root", "shares"]
+            ["init", "modules", "root", "shares", "network"]
         );
         assert!(stages.is_sorted_by_key(|stage| stage.1));
         assert!(stages.iter().all(|stage| (1..=at).contains(&stage.1)));

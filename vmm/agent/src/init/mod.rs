@@ -11,7 +11,7 @@
 //! | `shares` | mounts directories of the host's |
 //! | `usage` | looks how much memory is in use |
 //! | `end` | ends processes, file systems and machine |
-//! | `console` | says what the host cannot be told in another way |
+//! | `console` | texts on the kernel's console, for what the host cannot hear of |
 //!
 //! The kernel protects its first process: no signal ends it that it does not handle, and neither does a lack of memory. A panic ends the
 //! guest, with a text on the console.
@@ -31,6 +31,7 @@ use std::panic;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use agent_protocol::boot::{Access, Boot, FromInit, Part, Root, Uptime};
 use agent_protocol::{BOOT_PORT, MessageError};
@@ -43,12 +44,13 @@ use usage::Meter;
 
 use crate::children::Children;
 use crate::listener::Listener;
+use crate::network::{self, Network};
 use crate::session;
 
 /// Where the initramfs has modules.
 const MODULES: &str = "/modules";
 
-/// Why there is no guest, and the host is not told.
+/// Why there is no guest, where the host cannot hear of it.
 #[derive(Debug, thiserror::Error)]
 enum InitError {
     #[error(transparent)]
@@ -76,8 +78,8 @@ enum Failure {
         #[source]
         source: MountError,
     },
-    #[error("cannot name the guest")]
-    Name(#[source] io::Error),
+    #[error(transparent)]
+    Network(#[from] network::Failure),
     #[error("cannot listen on vsock")]
     Listen(#[source] io::Error),
     #[error("the host says something else than how to boot")]
@@ -95,7 +97,8 @@ impl Failure {
             } => Part::Module,
             Self::Root(_) => Part::Root,
             Self::Share { .. } => Part::Share,
-            Self::Mount(_) | Self::Name(_) | Self::Listen(_) | Self::Host(_) => Part::Other,
+            Self::Network(_) => Part::Network,
+            Self::Mount(_) | Self::Listen(_) | Self::Host(_) => Part::Other,
         }
     }
 }
@@ -107,14 +110,14 @@ pub fn run() -> ! {
         console::say_text(&format!("the guest's init has failed: {panic}"));
         end::power_off();
     }));
-    if let Err(error) = live(started) {
+    if let Err(error) = boot_to_end(started) {
         console::say_text(&console::chain(&error));
     }
     end::power_off()
 }
 
 /// From the first mount to the last message.
-fn live(started: Uptime) -> Result<(), InitError> {
+fn boot_to_end(started: Uptime) -> Result<(), InitError> {
     mounts::mount_first()?;
     let loaded = Modules::read(Path::new(MODULES)).and_then(|mut modules| {
         modules.load_all()?;
@@ -141,13 +144,16 @@ fn live(started: Uptime) -> Result<(), InitError> {
     }
     host.wait_for_end(&mut meter);
     end::end_processes(&children);
+    if let Ok(network) = booted {
+        network.release();
+    }
     end::end_file_systems();
     host.end(meter.usage(children.largest()));
     Ok(())
 }
 
 /// Makes the guest what the host asks for.
-fn boot(host: &Host, mut modules: Modules, children: &Arc<Children>) -> Result<(), Failure> {
+fn boot(host: &Host, mut modules: Modules, children: &Arc<Children>) -> Result<Network, Failure> {
     let boot = host.boot()?;
     if !boot.shares.is_empty() {
         modules.load("virtiofs")?;
@@ -164,16 +170,17 @@ fn boot(host: &Host, mut modules: Modules, children: &Arc<Children>) -> Result<(
     mounts::mount_second(fresh)?;
     host.stage("root", uptime());
     mount_shares(host, &boot)?;
-    rustix::system::sethostname(boot.hostname.as_bytes())
-        .map_err(|error| Failure::Name(error.into()))?;
+    let patience = Duration::from_millis(boot.network_patience);
+    let network = network::configure(&boot.hostname, &boot.nics, patience)?;
+    host.stage("network", uptime());
     if !from_archive {
         listen(children)?;
     }
     host.say(&FromInit::Ready {
-        nics: Vec::new(),
+        nics: network.nics.clone(),
         at: uptime(),
     });
-    Ok(())
+    Ok(network)
 }
 
 fn mount_shares(host: &Host, boot: &Boot) -> Result<(), Failure> {

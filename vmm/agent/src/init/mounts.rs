@@ -82,11 +82,10 @@ const SECOND: [Entry; 3] = [
 ];
 
 /// What a guest has if its kernel can: for tests of kernels and of what uses cgroups.
-const OPTIONAL: [Entry; 5] = [
+const OPTIONAL: [Entry; 4] = [
     ("cgroup2", "/sys/fs/cgroup", SAFE, "nsdelegate"),
     ("debugfs", "/sys/kernel/debug", SAFE, ""),
     ("tracefs", "/sys/kernel/tracing", SAFE, ""),
-    ("bpf", "/sys/fs/bpf", SAFE, "mode=700"),
     ("mqueue", "/dev/mqueue", SAFE, ""),
 ];
 
