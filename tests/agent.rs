@@ -1,4 +1,5 @@
-//! The agent as init of a guest, in QEMU by translation, with no more on the host than what listens for its boot connection.
+//! The agent as init of a guest, in QEMU by translation, with no more on the host than what listens for its boot connection,
+//! and `minivmm exec`.
 
 // A helper that panics fails the test, as it should; clippy spares only the functions that are
 // tests themselves.
@@ -84,6 +85,17 @@ impl Guest {
         host
     }
 
+    /// What a shell's command in the guest writes, and its exit status.
+    fn sh(&self, script: &str) -> (String, i32) {
+        let mut command = Command::new(binary());
+        command.arg("exec").arg(self.dir.path().join("vsock"));
+        command.args(["--", "sh", "-c", script]);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        (text, output.status.code().unwrap())
+    }
+
     /// Waits for the end of a guest that powers off.
     fn ended(mut self) -> String {
         let status = self.vm.wait_exit();
@@ -151,7 +163,7 @@ fn by_translation(body: impl FnOnce()) {
 }
 
 #[test]
-fn guest_on_the_hosts_root_boots_and_powers_off() {
+fn guest_on_the_hosts_root_boots_works_and_powers_off() {
     by_translation(|| {
         let shared = TempDir::new().unwrap();
         let work = format!("{}:work", shared.path().display());
@@ -168,34 +180,80 @@ fn guest_on_the_hosts_root_boots_and_powers_off() {
             panic!("{ready:?}\n{}", guest.vm.transcript());
         };
         assert_eq!(nics, []);
-        let stages: Vec<_> = before
-            .iter()
-            .filter_map(|message| match message {
-                FromInit::Stage { name, at } => Some((name.as_str(), *at)),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(
-            stages.iter().map(|stage| stage.0).collect::<Vec<_>>(),
-            ["init", "modules", "root", "shares", "network"]
-        );
-        assert!(stages.is_sorted_by_key(|stage| stage.1));
-        assert!(stages.iter().all(|stage| (1..=at).contains(&stage.1)));
-        let warned = before.iter().any(|message| {
-            matches!(message, FromInit::Warning(text) if text.starts_with("cannot make the directory \"/proc/not/possible\""))
-        });
-        assert!(warned, "{before:?}");
+        check_stages(&before, at);
+        check_files(&guest, shared.path());
+        check_processes(&guest);
 
         let usage = host.power_off();
+        // The process that needed more than all has got most of it.
         assert!(
-            (1 << 20..256 << 20).contains(&usage.peak_memory),
+            (128 << 20..256 << 20).contains(&usage.peak_memory),
             "{usage:?}"
         );
-        assert_eq!(usage.oom_kills, 0);
+        assert_eq!(usage.oom_kills, 1);
         let console = guest.ended();
         assert!(!console.contains("minivmm-agent"), "{console}");
-        assert!(!Path::new("/tmp/new/work").exists());
     });
+}
+
+/// The init says how far it is, and what the guest does without.
+fn check_stages(before: &[FromInit], ready: u64) {
+    let stages: Vec<_> = before
+        .iter()
+        .filter_map(|message| match message {
+            FromInit::Stage { name, at } => Some((name.as_str(), *at)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        stages.iter().map(|stage| stage.0).collect::<Vec<_>>(),
+        ["init", "modules", "root", "shares", "network"]
+    );
+    assert!(stages.is_sorted_by_key(|stage| stage.1));
+    assert!(stages.iter().all(|stage| (1..=ready).contains(&stage.1)));
+    let start = "cannot make the directory \"/proc/not/possible\": ";
+    let warned = before
+        .iter()
+        .any(|message| matches!(message, FromInit::Warning(text) if text.starts_with(start)));
+    assert!(warned, "{before:?}");
+}
+
+/// The guest has the host's files, may write all of them, and the host sees what is written to a share alone.
+fn check_files(guest: &Guest, shared: &Path) {
+    let written = "echo guest >/etc/of-the-guest && cat /etc/of-the-guest && hostname";
+    assert_eq!(guest.sh(written), ("guest\nguest\n".into(), 0));
+    assert!(!Path::new("/etc/of-the-guest").exists());
+
+    // rename(2) copies no directory of the host's, and says EXDEV where it would have to.
+    let renamed =
+        r#"perl -e 'rename("/usr/share", "/usr/moved") or die "$!\n"' && ls /usr/moved | wc -l"#;
+    let count = fs::read_dir("/usr/share").unwrap().count();
+    assert_eq!(guest.sh(renamed), (format!("{count}\n"), 0));
+
+    assert_eq!(guest.sh("ls -A /tmp"), ("new\n".into(), 0));
+    let shares = "echo guest >/tmp/new/work/file && chmod 600 /dev/shm/. && mount | grep -c ' /lower \\| /memory '";
+    assert_eq!(guest.sh(shares), ("0\n".into(), 1));
+    assert_eq!(fs::read_to_string(shared.join("file")).unwrap(), "guest\n");
+    assert!(!Path::new("/tmp/new").exists());
+}
+
+/// The init lives on whatever a command does, and has all of it end.
+fn check_processes(guest: &Guest) {
+    // It spares the shell itself, as kill(2) says.
+    assert_eq!(
+        guest.sh("kill -9 -1; kill -9 1; echo on"),
+        ("on\n".into(), 0)
+    );
+    let oom = guest.sh("exec perl -e 'push @x, \"x\" x 1000000 . $_ for 1 .. 1000'");
+    assert_eq!(oom.1, 128 + 9, "{}", oom.0);
+    // Orphans that end are reaped.
+    let orphans = "for n in $(seq 50); do (true &); done; \
+        until ! grep -qs '^State:.Z' /proc/[0-9]*/status; do :; done; echo none";
+    assert_eq!(guest.sh(orphans), ("none\n".into(), 0));
+    // Those that stay are ended when the guest is, also when they ignore that.
+    let stay = "for n in $(seq 50); do sleep 1000 >/dev/null 2>&1 & done; \
+        (trap '' TERM; exec sleep 1000) >/dev/null 2>&1 & kill -STOP $!; exit 5";
+    assert_eq!(guest.sh(stay), (String::new(), 5));
 }
 
 #[test]
