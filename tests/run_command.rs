@@ -7,17 +7,24 @@
 mod harness;
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::process::Stdio;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread::{self, JoinHandle};
 
+use harness::assets::assets;
 use harness::guest::Transport::Pci;
+use harness::process::{Killed, all_children, is_running};
 use harness::runtime::Runtime;
-use harness::vm::Vm;
-use harness::{AT_ONCE, images, kvm_test};
+use harness::vm::{self, Vm};
+use harness::{AT_ONCE, PATIENCE, eventually, images, kvm_test, netns};
 use rustix::net::{AddressFamily, SocketType, socket};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
 
 kvm_test!(
     vm_of_run_has_its_sockets_in_its_directory_and_ends_with_it,
@@ -59,3 +66,265 @@ kvm_test!(
         assert!(left.iter().all(|name| name != "tied"), "{left:?}");
     }
 );
+
+/// The place of the VMs that a test starts.
+struct Host {
+    runtime: Runtime,
+    directory: TempDir,
+}
+
+/// Runs a test's body on this host by root: natively where its KVM can run Linux, and else by emulation.
+fn on_host(body: impl FnOnce(Host)) {
+    if !vm::in_lab() && netns::is_root() {
+        body(Host {
+            runtime: Runtime::new(),
+            directory: TempDir::new().unwrap(),
+        });
+    }
+}
+
+impl Host {
+    /// `minivmm run` with these options, then `--` and the command.
+    fn run(&self, options: &[&str], command: &[&str]) -> Running {
+        let mut minivmm = self.runtime.minivmm(&["run", "--kernel"]);
+        minivmm.arg(assets().bzimage()).arg("--modules");
+        minivmm.arg(assets().modules()).args(options);
+        minivmm.arg("--").args(command);
+        Running::start(minivmm)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The directories of VMs.
+    fn vms(&self) -> Vec<String> {
+        let vms = fs::read_dir(self.runtime.directory.path().join("vms"));
+        let vms = vms.into_iter().flatten();
+        let names = vms.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| !name.starts_with('.')).collect()
+    }
+
+    /// Waits until the VM has its boot socket, so that its process handles what comes.
+    fn await_vm(&self, name: &str) {
+        let socket = self.runtime.directory.path().join("vms").join(name);
+        let socket = socket.join("vsock_28023");
+        assert!(eventually(|| socket.exists()), "{:?}", self.vms());
+    }
+
+    /// Runs another command of minivmm's to its end.
+    fn minivmm(&self, args: &[&str]) -> Ended {
+        Running::start(self.runtime.minivmm(args)).wait()
+    }
+}
+
+/// A program and its streams.
+struct Running {
+    child: Killed,
+    stdout: JoinHandle<Vec<u8>>,
+    stderr: JoinHandle<Vec<u8>>,
+}
+
+/// What came of it.
+#[derive(Debug)]
+struct Ended {
+    status: Option<i32>,
+    stdout: Vec<u8>,
+    stderr: String,
+}
+
+fn read_all(mut stream: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        bytes
+    })
+}
+
+impl Running {
+    fn start(mut command: Command) -> Self {
+        command.stdin(Stdio::piped());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = Killed(command.spawn().unwrap());
+        Self {
+            stdout: read_all(child.stdout.take().unwrap()),
+            stderr: read_all(child.stderr.take().unwrap()),
+            child,
+        }
+    }
+
+    fn wait(mut self) -> Ended {
+        let ended = eventually(|| self.child.try_wait().unwrap().is_some());
+        if !ended {
+            self.child.kill().unwrap();
+        }
+        let status = self.child.wait().unwrap().code();
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        let stderr = text(self.stderr.join().unwrap());
+        assert!(ended, "it has not ended within {PATIENCE:?}: {stderr}");
+        Ended {
+            status,
+            stdout: self.stdout.join().unwrap(),
+            stderr,
+        }
+    }
+}
+
+fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+#[test]
+fn command_has_its_streams_the_hosts_root_and_its_status() {
+    on_host(|host| {
+        let result = host.path("result.json");
+        let shared = host.path("shared");
+        fs::create_dir(&shared).unwrap();
+        let marker = "/minivmm-test-of-the-overlay";
+        let share = format!("{}:/mnt/shared", shared.display());
+        let script = format!(
+            "cat && echo error >&2 && echo \"$A $(pwd) $(uname -r)\" > /mnt/shared/file \
+             && touch {marker} && test -e {marker} && exit 37"
+        );
+        let mut options = vec!["--name", "first", "--share", &share, "--env", "A=b c"];
+        options.extend(["--result", result.to_str().unwrap()]);
+        let mut run = host.run(&options, &["sh", "-c", &script]);
+        // Every byte there is, and more than any buffer on the way holds.
+        let bytes: Vec<u8> = (0..=255).cycle().take(3 << 20).collect();
+        let mut stdin = run.child.stdin.take().unwrap();
+        let sent = bytes.clone();
+        let writer = thread::spawn(move || stdin.write_all(&sent));
+        let ended = run.wait();
+        assert_eq!(ended.status, Some(37), "{}", ended.stderr);
+        writer.join().unwrap().unwrap();
+        assert!(ended.stdout == bytes, "{} bytes", ended.stdout.len());
+        let lines: Vec<_> = ended.stderr.lines().collect();
+        assert_eq!(lines.last(), Some(&"error"), "{lines:?}");
+        assert!(!PathBuf::from(marker).exists());
+        let report: Value = serde_json::from_slice(&fs::read(result).unwrap()).unwrap();
+        let kernel = report["kernel"].as_str().unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(
+            fs::read_to_string(shared.join("file")).unwrap(),
+            format!("b c {} {kernel}\n", here.display())
+        );
+        assert_eq!(report["status"], 37);
+        assert_eq!(report["reason"], "exited");
+        assert_eq!(report["name"], "first");
+        assert_eq!(report["oom-kills"], 0);
+        assert!(report["peak-memory"].as_u64() > Some(1 << 20), "{report}");
+        let stages = report["stages"].as_array().unwrap();
+        let names: Vec<_> = stages.iter().map(|stage| &stage["name"]).collect();
+        let expected = ["planned", "started", "running", "init", "ready", "command"];
+        assert_eq!(names[..6], expected);
+        let times = stages.iter().map(|stage| stage["at"].as_f64().unwrap());
+        assert!(times.is_sorted(), "{report}");
+        assert_eq!(host.vms(), [""; 0]);
+    });
+}
+
+#[test]
+fn detached_vm_runs_other_commands_until_it_is_stopped() {
+    on_host(|host| {
+        let started = host.run(&["-d", "--name", "box"], &[]).wait();
+        assert_eq!(started.status, Some(0), "{}", started.stderr);
+        assert_eq!(started.stdout, b"box\n");
+        for (command, status) in [
+            (&["true"][..], 0),
+            (&["sh", "-c", "kill -TERM $$"], 143),
+            (&["/nonexistent"], 127),
+            (&["/etc/passwd"], 126),
+        ] {
+            let args = [&["exec", "box", "--"], command].concat();
+            let ended = host.minivmm(&args);
+            assert_eq!(ended.status, Some(status), "{command:?}: {}", ended.stderr);
+        }
+        let stopped = host.minivmm(&["stop", "box", "--timeout", "60"]);
+        assert_eq!(stopped.status, Some(0), "{}", stopped.stderr);
+        assert_eq!(host.vms(), [""; 0]);
+    });
+}
+
+#[test]
+fn command_that_takes_too_long_is_ended_with_the_status_of_timeout() {
+    on_host(|host| {
+        let script = "trap 'echo terminated; exit 3' TERM; sleep 1000 & wait";
+        let ended = host.run(&["--timeout", "1s"], &["sh", "-c", script]).wait();
+        assert_eq!(ended.status, Some(124), "{}", ended.stderr);
+        assert_eq!(ended.stdout, b"terminated\n", "{}", ended.stderr);
+        assert!(ended.stderr.contains("more than 1 s"), "{}", ended.stderr);
+        assert_eq!(host.vms(), [""; 0]);
+    });
+}
+
+#[test]
+fn signal_reaches_the_command_and_a_panic_of_the_guest_is_explained() {
+    on_host(|host| {
+        let result = host.path("result.json");
+        let share = format!("{}:/mnt", host.directory.path().display());
+        let options = ["--share", &share, "--result", result.to_str().unwrap()];
+        let script = "trap 'echo c > /proc/sysrq-trigger' INT; : > /mnt/ready; \
+                      while :; do sleep 0.1; done";
+        let run = host.run(&options, &["sh", "-c", script]);
+        let ready = host.path("ready");
+        assert!(eventually(|| ready.exists()));
+        signal(run.child.id(), Signal::INT);
+        let ended = run.wait();
+        assert_eq!(ended.status, Some(125), "{}", ended.stderr);
+        let report: Value = serde_json::from_slice(&fs::read(result).unwrap()).unwrap();
+        assert_eq!(report["reason"], "panic", "{report}");
+        for text in [
+            "the guest's kernel panicked: sysrq triggered crash",
+            "The guest's console said last:",
+            "Kernel panic - not syncing",
+        ] {
+            assert!(ended.stderr.contains(text), "{text}: {}", ended.stderr);
+        }
+        assert_eq!(host.vms(), [""; 0]);
+    });
+}
+
+#[test]
+fn nothing_is_left_whichever_process_is_killed() {
+    on_host(|host| {
+        let run = host.run(&["--name", "killed"], &["true"]);
+        host.await_vm("killed");
+        let pid = run.child.id();
+        let [vm] = all_children(pid)[..] else {
+            panic!("{:?}", all_children(pid))
+        };
+        let below = all_children(vm);
+        signal(pid, Signal::KILL);
+        let is_gone = || !is_running(vm) && host.vms().is_empty();
+        assert!(eventually(is_gone), "{:?}", host.vms());
+        for pid in below {
+            assert!(eventually(|| !is_running(pid)), "{pid}");
+        }
+        drop(run);
+
+        let run = host.run(&["--name", "shot"], &["true"]);
+        host.await_vm("shot");
+        signal(all_children(run.child.id())[0], Signal::KILL);
+        let ended = run.wait();
+        assert_eq!(ended.status, Some(125), "{}", ended.stderr);
+        assert!(
+            ended.stderr.contains("process was killed"),
+            "{}",
+            ended.stderr
+        );
+        assert_eq!(host.vms(), [""; 0]);
+
+        // What fails before there is a VM is explained too.
+        for (options, why) in [
+            (["--root", "/nonexistent"], "cannot use the root"),
+            (["--share", "/nonexistent:/x"], "cannot share the directory"),
+            (["--macvtap", "nonexistent0"], "nonexistent0"),
+        ] {
+            let ended = host.run(&options, &["true"]).wait();
+            assert_eq!(ended.status, Some(125), "{}", ended.stderr);
+            assert!(ended.stderr.contains(why), "{why}: {}", ended.stderr);
+        }
+        assert_eq!(host.vms(), [""; 0]);
+    });
+}

@@ -24,6 +24,7 @@ mod initramfs;
 mod net;
 mod package;
 mod qemu;
+mod run;
 mod vms;
 
 pub use self::net::{HostLinkArgs, ListArgs, NetCommand, OpenArgs};
@@ -31,6 +32,7 @@ pub use agent::ExecArgs;
 pub use initramfs::InitramfsArgs;
 pub use package::AgentArgs;
 pub use qemu::{Accel, QemuArgs};
+pub use run::RunArgs;
 pub use vms::{
     ConsoleArgs, KillArgs, LogsArgs, PsArgs, QmpArgs, StatsArgs, StopArgs, Target, WaitArgs,
 };
@@ -145,6 +147,7 @@ impl Cli {
     pub fn detaches(&self) -> bool {
         match &self.command {
             Some(Command::Qemu(args)) => args.detach,
+            Some(Command::Run(args)) => args.detach,
             _ => self.guest.detach,
         }
     }
@@ -208,6 +211,12 @@ impl Cli {
             return Err(command.error(ErrorKind::ArgumentConflict, text));
         }
         let mut cli = Self::from_arg_matches(&matches)?;
+        if let (Some(Command::Run(args)), Some(("run", matches))) =
+            (&mut cli.command, matches.subcommand())
+        {
+            let options = [("macvtap", &args.macvtap), ("user_net", &args.user_net)];
+            args.nics = in_order(matches, options);
+        }
         cli.guest.nics = in_order(
             &matches,
             [
@@ -220,9 +229,9 @@ impl Cli {
 }
 
 /// The NICs of several options in the order of the command line.
-fn in_order(matches: &ArgMatches, options: [(&str, &Vec<NicConfig>); 2]) -> Vec<NicConfig> {
+fn in_order<T: Clone>(matches: &ArgMatches, options: [(&str, &Vec<T>); 2]) -> Vec<T> {
     let of = |(id, nics)| matches.indices_of(id).into_iter().flatten().zip(nics);
-    let mut all: Vec<(usize, &NicConfig)> = options.into_iter().flat_map(of).collect();
+    let mut all: Vec<(usize, &T)> = options.into_iter().flat_map(of).collect();
     all.sort_by_key(|(index, _)| *index);
     all.into_iter().map(|(_, nic)| nic.clone()).collect()
 }
@@ -475,6 +484,9 @@ pub enum Command {
     /// Runs a guest in QEMU on macvtaps: for UEFI, graphics, USB, other machines
     #[command(after_help = qemu::HELP)]
     Qemu(Box<QemuArgs>),
+    /// Runs a command in a guest of its own, with the host's kernel and root, and exits with its status
+    #[command(after_help = run::HELP)]
+    Run(Box<RunArgs>),
     /// Lists the running VMs
     #[command(after_help = vms::PS_HELP)]
     Ps(PsArgs),
@@ -606,6 +618,12 @@ mod tests {
             "minivmm stats web --watch",
             "minivmm stats ./vm.qmp --watch 5 --json",
             "minivmm -d --kernel k --name web",
+            "minivmm run -- true",
+            "minivmm run --user-net -- pytest -q",
+            "minivmm run --macvtap eno1,ip=10.0.0.5/24,gw=10.0.0.1 --user-net -t -- bash",
+            "minivmm run --kernel k --root d:ro --share .:/src:ro --timeout 10m -- make -C /src",
+            "minivmm run -d --name web",
+            "minivmm run -v --accel kvm --result r.json --env A=b --env HOME --workdir / -- id",
             "minivmm ps -a",
             "minivmm logs web",
             "minivmm --kernel k --qmp a --qmp fd=3",
@@ -625,6 +643,13 @@ mod tests {
             "minivmm --kernel k --host-link 10.0.0.1/24",
             "minivmm --kernel k --balloon --hugepages",
             "minivmm --kernel k --name a/b",
+            "minivmm run",
+            "minivmm run true",
+            "minivmm run -d -t -- sh",
+            "minivmm run --share . -- true",
+            "minivmm run --accel hvf -- true",
+            "minivmm run --macvtap eno1,ip=me -- true",
+            "minivmm --kernel k run -- true",
             "minivmm ps .",
             "minivmm console",
             "minivmm exec web",

@@ -25,6 +25,7 @@ use crate::nic::NicError;
 use crate::printable::{printable, printable_json};
 use crate::qemu::{self, QemuError};
 use crate::qmp::client::ClientError;
+use crate::run;
 
 pub use console::ConsoleError;
 pub use exec::ExecError;
@@ -101,6 +102,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Net(NetCommand::Gc) => print(&gc()?).map(|()| 0),
         Command::Qemu(args) if args.dry_run => print(&qemu::dry_run(args, inherited)?).map(|()| 0),
         Command::Qemu(args) => Ok(qemu::run(args, inherited)?),
+        Command::Run(args) => Ok(run::run(args)),
         Command::Qmp(args) => print(&qmp::run(args)?).map(|()| 0),
         Command::Stats(args) => Ok(stats::run(args).map(|()| 0)?),
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),

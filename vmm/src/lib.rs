@@ -46,7 +46,8 @@
 //! `builder::run` is that table as code. `disk` has the disks, `balloon` the balloon, `vsock` the sockets between guest and host. `nic` has the NICs, from the macvtap
 //! on the host to the device on the bus. `tty` has the terminal, the console and who reads it.
 //!
-//! `run` makes what a guest of minivmm's own init starts from: its kernel, its modules, its initramfs.
+//! `run` runs a command in a guest of minivmm's own init, whose VM is another process, and makes what it starts from: its
+//! kernel, its modules, its initramfs.
 //!
 //! For other programs `instance` has the directory by which they find a VM, `qmp` the sockets by which they control it,
 //! `events` what happens to it, and [`stats`] what is counted. `detach` gives a VM a process of its own. `log_writer` has

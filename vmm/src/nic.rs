@@ -21,4 +21,4 @@ pub mod passt;
 pub mod registry;
 
 pub use acquire::{HostNic, Nic, NicError, acquire, acquire_for_guest};
-pub use inherited::Inherited;
+pub use inherited::{Inherited, watch_beside};

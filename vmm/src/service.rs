@@ -266,7 +266,11 @@ impl MutEventSubscriber for Service {
                 let _ = ops.remove(events);
                 let end = self.has_ended();
                 self.log(true);
-                log::warn!("{end}");
+                match &end {
+                    // The machine has closed its connection, and ends.
+                    ServiceError::Ended { status, .. } if status.success() => log::debug!("{end}"),
+                    _ => log::warn!("{end}"),
+                }
             }
         }
     }

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use agent_protocol::session::{Exec, ExecFailure, FromCommand, Request, Stream, ToCommand, Window};
 use agent_protocol::{Inbox, MessageError};
@@ -30,6 +30,9 @@ pub const FORWARDED: [i32; 6] = [
     libc::SIGUSR1,
     libc::SIGUSR2,
 ];
+
+/// How long a command whose time is over may take to end after SIGTERM.
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// Why a command is not followed to its end.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +72,7 @@ pub enum Outcome {
     },
     /// The connection has ended: the VM, or the agent in it.
     Lost,
-    /// Its time was over. It has got SIGHUP, and gets SIGKILL if it goes on.
+    /// Its time was over. It has got SIGTERM, and gets SIGHUP and SIGKILL if it goes on.
     TimedOut,
     /// The user did not want to wait any longer: the same.
     Left,
@@ -187,7 +190,7 @@ impl Session {
     }
 
     /// Waits until the command has ended and all its output is written, and passes signals on meanwhile. `react` is asked
-    /// about each of [`FORWARDED`].
+    /// about each of [`FORWARDED`]. At the `deadline` the command gets SIGTERM, and [`GRACE`] to end.
     ///
     /// # Errors
     ///
@@ -195,10 +198,10 @@ impl Session {
     pub fn wait(
         mut self,
         signals: &mut Arrivals,
-        deadline: Option<Instant>,
+        mut deadline: Option<Instant>,
         react: &mut dyn FnMut(i32) -> Reaction,
     ) -> Result<Outcome, SessionError> {
-        let mut outcome = None;
+        let (mut outcome, mut is_late) = (None, false);
         loop {
             let passed = self.turn(signals.as_fd(), outcome.is_none(), deadline);
             let passed = passed.map_err(SessionError::Host)?;
@@ -215,7 +218,14 @@ impl Session {
                 }
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Ok(outcome.unwrap_or(Outcome::TimedOut));
+                match outcome.take().filter(|_| !is_late) {
+                    Some(outcome) => return Ok(outcome),
+                    None if is_late => return Ok(Outcome::TimedOut),
+                    None => {}
+                }
+                is_late = true;
+                self.tell(&ToCommand::Signal(libc::SIGTERM));
+                deadline = Some(Instant::now() + GRACE);
             }
         }
         for output in std::mem::take(&mut self.outputs) {
@@ -224,7 +234,10 @@ impl Session {
                 return Err(SessionError::Output(error));
             }
         }
-        Ok(outcome.unwrap_or(Outcome::Lost))
+        match is_late {
+            true => Ok(Outcome::TimedOut),
+            false => Ok(outcome.unwrap_or(Outcome::Lost)),
+        }
     }
 
     /// Waits until something is to be done. Whether all output has been passed on.
@@ -296,15 +309,20 @@ impl Session {
             _ if react(signal) == Reaction::Leave => return true,
             _ => ToCommand::Signal(signal),
         };
-        match agent_protocol::write(&self.control, &message) {
+        self.tell(&message);
+        false
+    }
+
+    /// Says something to the agent.
+    fn tell(&self, message: &ToCommand) {
+        match agent_protocol::write(&self.control, message) {
             Ok(()) => {}
             // An agent that reads nothing gets no part of a later one: it is as good as gone.
             Err(MessageError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                 let _ = self.control.shutdown(Shutdown::Both);
             }
-            Err(error) => log::debug!("cannot pass signal {signal} on: {error}"),
+            Err(error) => log::debug!("cannot pass {message:?} on: {error}"),
         }
-        false
     }
 }
 

@@ -67,7 +67,7 @@ fn absolute(path: OsString) -> Result<PathBuf, &'static str> {
 pub struct Variable(OsString);
 
 impl Variable {
-    fn parse(text: OsString) -> Result<Self, &'static str> {
+    pub(super) fn parse(text: OsString) -> Result<Self, &'static str> {
         match text.as_bytes().first() {
             None | Some(b'=') => Err("a variable has a name"),
             _ => Ok(Self(text)),

@@ -35,6 +35,11 @@ pub enum InheritError {
     Events(RawFd),
 }
 
+/// The number of the socket that `net open` has passed beside the queues with these numbers, if it has.
+pub fn watch_beside(numbers: &[RawFd]) -> Option<RawFd> {
+    Variables::of_this_process()?.watch_beside(numbers)
+}
+
 /// The descriptors that the command line names, taken over once, in `main`.
 #[derive(Debug, Default)]
 pub struct Inherited {

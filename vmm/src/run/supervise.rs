@@ -1,0 +1,381 @@
+//! A run from its beginning to its end, on the main thread: the VM is started, its guest gets what it is to be, the command
+//! runs, and the guest powers off.
+
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use agent_protocol::boot::ToInit;
+use agent_protocol::session::{Exec, ExecFailure};
+
+use super::RunError;
+use super::console::last_error;
+use super::follow::Known;
+use super::plan::Plan;
+use super::report::{End, FAILED, Reason, Stages, TIMED_OUT};
+use super::vm::Vm;
+use crate::agent::{Agent, FORWARDED, Outcome, Reaction, Session, SessionError};
+use crate::child::Arrivals;
+use crate::config::{RunConfig, VmName};
+use crate::control::exit::chain;
+use crate::{detach, instance, tty};
+
+/// How long a guest may be silent while it boots natively: on its console, and to this process.
+const SILENCE: Duration = Duration::from_secs(30);
+/// How long it may take to power off natively.
+const POWER_OFF: Duration = Duration::from_secs(10);
+/// How long the end of the VM's process takes to be known once the connections to its guest have ended.
+const VERDICT: Duration = Duration::from_secs(1);
+/// How a panic's line begins (panic() in the kernel's kernel/panic.c).
+pub const PANIC: &str = "Kernel panic - not syncing: ";
+
+/// Runs the command; how it ended. The VM that is left in `vm` has ended, too.
+///
+/// # Errors
+///
+/// See [`RunError`].
+pub fn run(
+    config: &RunConfig,
+    plan: &Plan,
+    stages: &mut Stages,
+    vm: &mut Option<Vm>,
+) -> Result<End, RunError> {
+    let failed = |error| RunError::Host("catch signals", error);
+    let mut signals = Arrivals::new(&FORWARDED).map_err(failed)?;
+    tty::restore_on_panic();
+    let vm = vm.insert(Vm::start(plan, config.console)?);
+    stages.note("started");
+    let run = Run { config, plan, vm };
+    let end = match run.boot(&mut signals, stages)? {
+        Some(end) => end,
+        None => match &plan.exec {
+            Some(exec) => run.command(exec.clone(), &mut signals, stages)?,
+            None => run.idle(&mut signals)?,
+        },
+    };
+    run.finish(&end, stages);
+    Ok(end)
+}
+
+struct Run<'a> {
+    config: &'a RunConfig,
+    plan: &'a Plan,
+    vm: &'a Vm,
+}
+
+impl Run<'_> {
+    /// Waits until the guest is ready; an end is one that came before.
+    fn boot(&self, signals: &mut Arrivals, stages: &mut Stages) -> Result<Option<End>, RunError> {
+        let host = |error| RunError::Host("wait for the VM", error);
+        let silence = self.plan.mode.scale(SILENCE);
+        let begun = Instant::now();
+        let (mut is_told, mut is_running) = (false, false);
+        loop {
+            let (started, has_init, said) = self
+                .vm
+                .known(|known| (known.started, known.kernel.is_some(), known.said));
+            if let (Some(at), false) = (started, is_running) {
+                is_running = true;
+                stages.note_at("running", at);
+            }
+            if has_init && !is_told {
+                is_told = true;
+                stages.note("init");
+                let boot = self.vm.known(|known| {
+                    let name = known.name.as_deref();
+                    self.plan.boot(name, &known.nics)
+                });
+                self.vm.tell(&ToInit::Boot(Box::new(boot)));
+            }
+            if let Some(end) = self.ended_early() {
+                return Ok(Some(end));
+            }
+            if self.vm.known(|known| known.ready.is_some()) {
+                stages.note("ready");
+                let name = self.vm.known(|known| known.name.clone());
+                let name: Option<VmName> = name.and_then(|name| name.parse().ok());
+                let failed = |error| RunError::Host("return to the command that was typed", error);
+                detach::started(name.as_ref()).map_err(failed)?;
+                return Ok(None);
+            }
+            // What the init was asked for has limits of its own.
+            let last = said.max(Some(self.vm.console.last())).unwrap_or(begun);
+            let until = last.max(begun) + silence;
+            if Instant::now() >= until {
+                return Ok(Some(self.silent(silence)));
+            }
+            self.vm.wait(signals, Some(until)).map_err(host)?;
+            let ending = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+            if let Some(signal) = signals.take().find(|signal| ending.contains(signal)) {
+                return Ok(Some(interrupted(signal, "while the guest booted")));
+            }
+        }
+    }
+
+    fn silent(&self, silence: Duration) -> End {
+        let what = match self
+            .vm
+            .known(|known| (known.started, known.kernel.is_some()))
+        {
+            (None, _) => "the VM's process has not started the guest",
+            (_, false) => "the guest's kernel has not come to our init",
+            _ => "the guest's init is not ready",
+        };
+        let text = format!(
+            "{what}, and nothing was heard of it for {} s",
+            silence.as_secs()
+        );
+        End::failed(Reason::Silent, text)
+    }
+
+    /// The end of a guest that is not ready.
+    fn ended_early(&self) -> Option<End> {
+        let (failed, lost, off, ended) = self.vm.known(|known| {
+            let failed = known.failed.clone();
+            (failed, known.lost, known.is_power_off_wanted, known.ended)
+        });
+        if let Some((part, text)) = failed {
+            return Some(End::failed(part.into(), text));
+        }
+        if let Some(status) = ended {
+            return Some(self.vm_ended(status));
+        }
+        if off {
+            return Some(stopped());
+        }
+        let why = lost?;
+        // A panic, or the end of the VM's process, explains it.
+        Some(self.verdict(|| End::failed(Reason::Agent, why)))
+    }
+
+    /// How the VM has ended, or if it has not, what `otherwise` says.
+    fn verdict(&self, otherwise: impl FnOnce() -> End) -> End {
+        self.vm
+            .await_end(self.plan.mode.scale(VERDICT).min(2 * VERDICT));
+        match self.vm.known(|known| known.ended) {
+            Some(status) => self.vm_ended(status),
+            None => otherwise(),
+        }
+    }
+
+    /// Why the VM's process has ended, which was not to be.
+    fn vm_ended(&self, status: ExitStatus) -> End {
+        let (exit, was_running) = self
+            .vm
+            .known(|known| (known.exit.clone(), known.started.is_some()));
+        let exit = match exit {
+            Some(exit) => exit,
+            // It is killed, or has ended before it had opened its files.
+            None if status.code().is_none() => {
+                return End::failed(
+                    Reason::Killed,
+                    format!("the VM's process was killed ({status})"),
+                );
+            }
+            None => {
+                let log = self.vm.log.lines(VERDICT);
+                let why = last_error(&log).or(log.last().map(String::as_str));
+                let why = why.map_or_else(|| status.to_string(), str::to_owned);
+                return End::failed(Reason::Start, why);
+            }
+        };
+        match exit.reason.as_str() {
+            "panic" => self.panicked(),
+            "power-off" if self.vm.known(|known| known.is_power_off_wanted) => stopped(),
+            "power-off" => End::failed(Reason::PowerOff, "the guest powered off by itself"),
+            "reboot" => End::failed(Reason::Reboot, "the guest rebooted by itself"),
+            "crash" => End::failed(Reason::Crash, exit.text),
+            "quit" | "signal" => {
+                End::failed(Reason::Killed, format!("the VM was ended: {}", exit.text))
+            }
+            _ if was_running => End::failed(Reason::Crash, exit.text),
+            _ => End::failed(Reason::Start, exit.text),
+        }
+    }
+
+    fn panicked(&self) -> End {
+        let lines = self.vm.console.lines(VERDICT);
+        let why = lines.iter().rev().find_map(|line| line.split_once(PANIC));
+        let why = why.map(|(_, why)| why.to_owned());
+        let reason = match &why {
+            Some(why) if why.contains("memory") => Reason::OutOfMemory,
+            _ => Reason::Panic,
+        };
+        let text = "the guest's kernel panicked";
+        let why = why.map(|why| format!("{text}: {why}"));
+        End::failed(reason, why.unwrap_or_else(|| text.into()))
+    }
+
+    /// Runs the command.
+    fn command(
+        &self,
+        exec: Exec,
+        signals: &mut Arrivals,
+        stages: &mut Stages,
+    ) -> Result<End, RunError> {
+        let name = self.vm.known(|known| known.name.clone());
+        let name: Option<VmName> = name.and_then(|name| name.parse().ok());
+        let vm = name.as_ref().map(instance::find).and_then(Result::ok);
+        let socket = vm.and_then(|vm| vm.record.vsock);
+        let Some(socket) = socket else {
+            return Ok(
+                self.verdict(|| End::failed(Reason::Agent, "the VM has no directory any more"))
+            );
+        };
+        let session = match Session::start(&Agent::at(&socket), exec) {
+            Ok(session) => session,
+            Err(SessionError::Connect(error)) => {
+                return Ok(self.verdict(|| End::failed(Reason::Agent, chain(&error))));
+            }
+            Err(error) => return Err(RunError::Session(error)),
+        };
+        stages.note("command");
+        let deadline = self.config.timeout.map(|timeout| Instant::now() + timeout);
+        let mut interrupts = Interrupts::default();
+        let outcome = session.wait(signals, deadline, &mut |signal| interrupts.react(signal));
+        let outcome = outcome.map_err(RunError::Session)?;
+        stages.note("ended");
+        Ok(self.end_of(outcome))
+    }
+
+    fn end_of(&self, outcome: Outcome) -> End {
+        let status = outcome.code();
+        let (reason, text) = match outcome {
+            Outcome::Exited(_) => {
+                let text = format!("the command has ended with status {status}");
+                (Reason::Exited, text)
+            }
+            Outcome::Killed { signal, core } => {
+                let core = if core { ", with a core file" } else { "" };
+                let text = format!("signal {} has ended the command{core}", signal & 0x7f);
+                (Reason::Signal, text)
+            }
+            Outcome::NotStarted { reason, text } => {
+                let reason = match reason {
+                    ExecFailure::NotFound => Reason::NotFound,
+                    ExecFailure::NotExecutable => Reason::NotExecutable,
+                    ExecFailure::Refused => Reason::NotStarted,
+                };
+                (reason, text)
+            }
+            Outcome::TimedOut => {
+                let timeout = self.config.timeout.unwrap_or_default();
+                let text = format!(
+                    "the command has taken more than {} s",
+                    timeout.as_secs_f64()
+                );
+                return End {
+                    status: TIMED_OUT,
+                    reason: Reason::Timeout,
+                    text,
+                };
+            }
+            Outcome::Left => return interrupted(libc::SIGINT, "a second time"),
+            Outcome::Lost => {
+                return self.verdict(|| {
+                    let text = "the agent in the guest has ended before the command";
+                    End::failed(Reason::Agent, text)
+                });
+            }
+        };
+        End {
+            status,
+            reason,
+            text,
+        }
+    }
+
+    /// Waits for the end of a guest that only others use.
+    fn idle(&self, signals: &mut Arrivals) -> Result<End, RunError> {
+        loop {
+            let (ended, off) = self
+                .vm
+                .known(|known| (known.ended, known.is_power_off_wanted));
+            match ended {
+                Some(status) => return Ok(self.vm_ended(status)),
+                None if off => return Ok(stopped()),
+                None => {}
+            }
+            let failed = |error| RunError::Host("wait for the VM", error);
+            self.vm.wait(signals, None).map_err(failed)?;
+            let ending = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+            if let Some(signal) = signals.take().find(|signal| ending.contains(signal)) {
+                return Ok(interrupted(signal, "while the VM waited"));
+            }
+        }
+    }
+
+    /// Ends the VM: in peace, unless it has failed.
+    fn finish(&self, end: &End, stages: &mut Stages) {
+        let is_sound = |known: &Known| known.ended.is_none() && known.lost.is_none();
+        let has_failed = matches!(end.reason, Reason::Silent | Reason::Interrupted);
+        if self.vm.known(is_sound) && !has_failed {
+            self.vm.tell(&ToInit::PowerOff);
+            self.vm.await_end(self.plan.mode.scale(POWER_OFF));
+        }
+        if self.vm.known(|known| known.ended.is_none()) {
+            log::debug!("the guest has not powered off, and is ended");
+            self.vm.end();
+        }
+        self.vm.clean();
+        let usage = self.vm.known(|known| known.usage);
+        if let Some(usage) = usage.filter(|usage| usage.oom_kills > 0) {
+            log::warn!(
+                "the guest ran out of memory, and its kernel killed {} processes: --memory gives it more",
+                usage.oom_kills
+            );
+        }
+        stages.note("off");
+    }
+}
+
+/// How often the user has sent SIGINT.
+#[derive(Debug, Default)]
+struct Interrupts(u32);
+
+impl Interrupts {
+    /// The command gets all signals, until a second SIGINT ends the VM.
+    fn react(&mut self, signal: i32) -> Reaction {
+        self.0 += u32::from(signal == libc::SIGINT);
+        match self.0 {
+            0 | 1 => Reaction::Forward,
+            _ => Reaction::Leave,
+        }
+    }
+}
+
+fn interrupted(signal: i32, when: &str) -> End {
+    End {
+        // Of those that are caught, all are below 32.
+        status: 128 + (signal & 0x1f) as u8,
+        reason: Reason::Interrupted,
+        text: format!("signal {signal} came {when}"),
+    }
+}
+
+fn stopped() -> End {
+    End {
+        status: FAILED,
+        reason: Reason::PowerOff,
+        text: "the VM was stopped by its power button".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn second_interrupt_ends_the_vm_and_no_other_signal_does() {
+        let mut interrupts = Interrupts::default();
+        for signal in [libc::SIGTERM, libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            assert_eq!(interrupts.react(signal), Reaction::Forward, "{signal}");
+        }
+        assert_eq!(interrupts.react(libc::SIGINT), Reaction::Leave);
+    }
+
+    #[test]
+    fn signal_of_the_users_is_in_the_status() {
+        let end = interrupted(libc::SIGTERM, "while the guest booted");
+        assert_eq!((end.status, end.reason), (143, Reason::Interrupted));
+    }
+}
