@@ -8,9 +8,11 @@
 mod harness;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::thread;
 
 use agent_protocol::boot::{Access, Boot, FromInit, Part, Root, Share, ToInit, Usage};
 use agent_protocol::{BOOT_PORT, VERSION};
@@ -155,6 +157,54 @@ fn share(tag: &str, path: &str, optional: bool) -> Share {
     }
 }
 
+/// What `minivmm` with these words says and returns.
+fn minivmm(words: &[&str], input: &[u8]) -> Output {
+    let mut command = Command::new(binary());
+    command.env_remove("RUST_LOG").args(words);
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(move || stdin.write_all(input).unwrap());
+        child.wait_with_output().unwrap()
+    })
+}
+
+/// The host's commands and copies, through the guest's socket device. The guest has `shared` as /tmp/new/work.
+fn commands_and_copies_pass(name: &str, shared: &Path) {
+    let waited = minivmm(&["wait", name, "--for", "agent"], &[]);
+    assert!(waited.status.success(), "{waited:?}");
+
+    let sent: Vec<u8> = (0..1 << 18).flat_map(u32::to_le_bytes).collect();
+    let script = "cat; uname -n >&2; exit 37";
+    let output = minivmm(&["exec", name, "--", "sh", "-c", script], &sent);
+    assert_eq!(output.status.code(), Some(37), "{:?}", output.stderr);
+    assert!(output.stdout == sent, "{} bytes", output.stdout.len());
+    assert_eq!(output.stderr, b"guest\n");
+
+    let script = "echo $$; kill -9 $$";
+    let output = minivmm(&["exec", "-t", name, "--", "sh", "-c", script], &[]);
+    assert_eq!(output.status.code(), Some(128 + 9));
+    assert!(output.stdout.ends_with(b"\r\n"), "{:?}", output.stdout);
+
+    let copy = shared.join("copy").display().to_string();
+    let there = format!("{name}:/tmp/new/work");
+    fs::write(&copy, &sent).unwrap();
+    for (from, to) in [
+        (&copy[..], &format!("{there}/there")[..]),
+        (&format!("{name}:/proc/version"), &copy),
+    ] {
+        let copied = minivmm(&["cp", from, to], &[]);
+        assert!(copied.status.success(), "{copied:?}");
+    }
+    assert!(fs::read(shared.join("there")).unwrap() == sent);
+    // A file of which the kernel does not say how long it is.
+    assert!(fs::read(&copy).unwrap().starts_with(b"Linux version "));
+}
+
 /// A test whose guests run by translation.
 fn by_translation(body: impl FnOnce()) {
     if !in_lab() && is_root() {
@@ -167,7 +217,8 @@ fn guest_on_the_hosts_root_boots_works_and_powers_off() {
     by_translation(|| {
         let shared = TempDir::new().unwrap();
         let work = format!("{}:work", shared.path().display());
-        let guest = Guest::start(&["--share", "/:root:ro", "--share", &work]);
+        let name = format!("agent-{}", std::process::id());
+        let guest = Guest::start(&["--name", &name, "--share", "/:root:ro", "--share", &work]);
         let host = guest.connected();
         let (before, ready) = host.boot(Boot {
             shares: vec![
@@ -183,6 +234,8 @@ fn guest_on_the_hosts_root_boots_works_and_powers_off() {
         check_stages(&before, at);
         check_files(&guest, shared.path());
         check_processes(&guest);
+
+        commands_and_copies_pass(&name, shared.path());
 
         let usage = host.power_off();
         // The process that needed more than all has got most of it.

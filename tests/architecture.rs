@@ -24,6 +24,7 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
     (
         "agent",
         &[
+            "agent-copy",
             "agent-protocol",
             // Addresses and routes of the guest's NICs.
             "netlink-packet-core",
@@ -32,6 +33,11 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "smoltcp",
         ],
         &["boot", "net", "devices", "vmm", "tokio", "vm-memory"],
+    ),
+    (
+        "agent-copy",
+        &["agent-protocol"],
+        &["agent", "boot", "net", "devices", "vmm", "serde", "libc"],
     ),
     (
         "agent-protocol",
@@ -105,6 +111,7 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
     (
         "vmm",
         &[
+            "agent-copy",
             "agent-protocol",
             "boot",
             "clap",

@@ -3,12 +3,15 @@
 //!
 //! - `exec/streams.rs`: what passes, how fast a writer may be, and who sees which end
 //! - `exec/terminal.rs`: `-t`
+//! - `exec/copies.rs`: `minivmm cp`
 //! - this file: commands, their statuses, signals and ends, and what the agent has left of many
 
 // A helper that panics fails the test, as it should; clippy spares only the functions that are
 // tests themselves.
 #![allow(clippy::unwrap_used)]
 
+#[path = "exec/copies.rs"]
+mod copies;
 mod harness;
 #[path = "exec/streams.rs"]
 mod streams;

@@ -1,6 +1,7 @@
 //! The client of the agent in a guest (`vmm/agent`): commands in it, and copies.
 //!
 //! - `connect`: finds the agent of a VM, and opens connections to it
+//! - `copy`: files, from the guest and to it
 //! - `session`: a command, from its start to its end
 //! - `streams`: its input and output, which this process passes on
 //!
@@ -8,8 +9,10 @@
 //! message.
 
 mod connect;
+mod copy;
 mod session;
 mod streams;
 
 pub use connect::{Agent, ConnectError};
+pub use copy::{CopyError, copy_from, copy_to};
 pub use session::{FORWARDED, Outcome, Reaction, Session, SessionError};

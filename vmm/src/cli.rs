@@ -28,7 +28,7 @@ mod run;
 mod vms;
 
 pub use self::net::{HostLinkArgs, ListArgs, NetCommand, OpenArgs};
-pub use agent::ExecArgs;
+pub use agent::{CopyPath, CpArgs, ExecArgs};
 pub use initramfs::InitramfsArgs;
 pub use package::AgentArgs;
 pub use qemu::{Accel, QemuArgs};
@@ -506,6 +506,9 @@ pub enum Command {
     /// Runs a command in a VM whose guest has minivmm's agent, with the streams of this one
     #[command(after_help = agent::EXEC_HELP)]
     Exec(ExecArgs),
+    /// Copies files between this host and a VM whose guest has minivmm's agent
+    #[command(after_help = agent::CP_HELP)]
+    Cp(CpArgs),
     /// Attaches to the console of a running VM: shows what it said last and what follows, and types
     Console(ConsoleArgs),
     /// Makes the initramfs of a guest of minivmm's own init
@@ -586,6 +589,9 @@ mod tests {
             "minivmm wait web --for address",
             "minivmm wait web --for port=22 --for console=login: --for exit --timeout 5m",
             "minivmm exec web -- ls -l",
+            "minivmm cp web:/etc/hosts .",
+            "minivmm cp ./a:b web:",
+            "minivmm wait web --for agent",
             "minivmm exec -t --user me:users --workdir /tmp --env A=b=c --env HOME ./vm.vsock sh",
             "minivmm console web",
             "minivmm console web --dump",
@@ -653,6 +659,8 @@ mod tests {
             "minivmm ps .",
             "minivmm console",
             "minivmm exec web",
+            "minivmm cp web:/etc/hosts",
+            "minivmm cp :/etc/hosts .",
             "minivmm exec -- ls",
             "minivmm exec web --env =x -- ls",
             "minivmm exec web --workdir tmp -- ls",

@@ -1,6 +1,7 @@
 //! What minivmm does besides running a guest: one module for each subcommand.
 
 mod console;
+mod cp;
 mod doctor;
 mod exec;
 mod firewall;
@@ -28,6 +29,7 @@ use crate::qmp::client::ClientError;
 use crate::run;
 
 pub use console::ConsoleError;
+pub use cp::CpError;
 pub use exec::ExecError;
 pub use host_link::HostLinkCommandError;
 pub use initramfs::InitramfsCommandError;
@@ -55,6 +57,8 @@ pub enum CommandError {
     Find(#[from] FindError),
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    #[error(transparent)]
+    Cp(#[from] CpError),
     #[error(transparent)]
     Exec(#[from] ExecError),
     #[error(transparent)]
@@ -87,6 +91,7 @@ impl CommandError {
             Self::Qemu(QemuError::Nic(NicError::UserNet(error))) => error.remedy(),
             Self::Qemu(QemuError::Share(error)) => error.remedy(),
             Self::Exec(error) => error.remedy(),
+            Self::Cp(error) => error.remedy(),
             Self::Initramfs(error) => error.remedy(),
             _ => net::remedy(self),
         }
@@ -108,6 +113,7 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),
         Command::Wait(args) => Ok(wait::run(args)?),
         Command::Exec(args) => Ok(exec::run(args)?),
+        Command::Cp(args) => Ok(cp::run(args).map(|()| 0)?),
         Command::Console(args) => Ok(console::run(args)?),
         Command::Logs(args) => print(&logs::run(args)?).map(|()| 0),
         Command::Stop(args) => Ok(stop::stop(args)?),

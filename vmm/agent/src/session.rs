@@ -6,8 +6,12 @@
 //! - `start`: how a command is started
 //! - `user`: who runs it
 //! - `pump`: one direction of a stream of its
+//! - `copy`: files, to and from the host
+
+use std::error::Error;
 
 mod connection;
+mod copy;
 mod pump;
 mod running;
 mod server;
@@ -15,3 +19,14 @@ mod start;
 mod user;
 
 pub use server::serve;
+
+/// An error with all its reasons.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

@@ -9,7 +9,7 @@ use agent_protocol::session::{Hello, Request};
 use agent_protocol::{AGENT_PORT, MessageError, VERSION};
 
 use crate::cli::Target;
-use crate::instance::{self, FindError};
+use crate::instance::{self, FindError, Record};
 
 /// How long the VM and the agent may take for their first words. The VM gives the guest's kernel 10 s.
 const PATIENCE: Duration = Duration::from_secs(12);
@@ -79,9 +79,27 @@ impl Agent {
             Target::Socket(path) => return Ok(Self::at(path)),
             Target::Vm(name) => name,
         };
-        let socket = instance::find(name)?.record.vsock;
-        let socket = socket.ok_or_else(|| ConnectError::NoSockets(name.to_string()))?;
-        Ok(Self { socket })
+        Self::of_record(&instance::find(name)?.record)
+    }
+
+    /// That of a running VM.
+    ///
+    /// # Errors
+    ///
+    /// [`ConnectError::NoSockets`].
+    pub fn of_record(record: &Record) -> Result<Self, ConnectError> {
+        let no_sockets = || ConnectError::NoSockets(record.name.to_string());
+        let socket = record.vsock.as_ref().ok_or_else(no_sockets)?;
+        Ok(Self::at(socket))
+    }
+
+    /// Waits for this long at most for each of its first words.
+    ///
+    /// # Errors
+    ///
+    /// See [`ConnectError`].
+    pub fn greet(&self, patience: Duration) -> Result<(), ConnectError> {
+        self.connect(patience).map(drop)
     }
 
     /// Opens a connection and makes the request.
@@ -91,18 +109,25 @@ impl Agent {
     /// See [`ConnectError`].
     pub fn request(&self, request: &Request) -> Result<UnixStream, ConnectError> {
         let failed = |error| ConnectError::Connect(self.socket.clone(), error);
-        let stream = UnixStream::connect(&self.socket).map_err(failed)?;
-        stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
-        stream.set_write_timeout(Some(PATIENCE)).map_err(failed)?;
-        open_port(&stream)?;
-        let hello: Hello = agent_protocol::read(&stream).map_err(of_message)?;
-        if hello.version != VERSION {
-            return Err(ConnectError::Version(hello.version));
-        }
+        let stream = self.connect(PATIENCE)?;
         agent_protocol::write(&stream, request).map_err(of_message)?;
         stream.set_read_timeout(None).map_err(failed)?;
         stream.set_write_timeout(None).map_err(failed)?;
         Ok(stream)
+    }
+
+    /// Connects, and lets the agent say its version.
+    fn connect(&self, patience: Duration) -> Result<UnixStream, ConnectError> {
+        let failed = |error| ConnectError::Connect(self.socket.clone(), error);
+        let stream = UnixStream::connect(&self.socket).map_err(failed)?;
+        stream.set_read_timeout(Some(patience)).map_err(failed)?;
+        stream.set_write_timeout(Some(patience)).map_err(failed)?;
+        open_port(&stream)?;
+        let hello: Hello = agent_protocol::read(&stream).map_err(of_message)?;
+        match hello.version {
+            VERSION => Ok(stream),
+            other => Err(ConnectError::Version(other)),
+        }
     }
 }
 

@@ -1,13 +1,16 @@
 //! The commands that need the agent in a guest, as typed.
 
 use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::Target;
+use crate::config::ConfigError;
 
 pub(super) const EXEC_HELP: &str = "\
 The command gets its arguments as they are, without a shell. Its stdin, stdout and stderr are those of
@@ -85,6 +88,59 @@ impl Variable {
     }
 }
 
+pub(super) const CP_HELP: &str = "\
+As with docker cp: a file goes to the path that is named, or into the directory that is there. So does a
+directory, with all that is in it; with /. at its end only what is in it goes into one that is there.
+Symbolic links stay links; devices, FIFOs and sockets are left out, with a warning. Paths in a guest
+begin at its root directory. In a guest the copies have the owners of the originals, by number; on this
+host they are yours.
+
+Examples:
+  minivmm cp web:/var/log/nginx .
+  minivmm cp site/. web:/var/www";
+
+/// `minivmm cp`.
+#[derive(Clone, Debug, Args)]
+pub struct CpArgs {
+    /// What is copied
+    #[arg(value_name = "[NAME:]SOURCE", value_parser = OsStringValueParser::new().try_map(CopyPath::parse))]
+    pub source: CopyPath,
+
+    /// Where it goes. One of both is in a VM, by its name; instead of the name also the path of a socket of
+    /// --vsock, with a slash. A path of this host with a colon begins with ./
+    #[arg(value_name = "[NAME:]TARGET", value_parser = OsStringValueParser::new().try_map(CopyPath::parse))]
+    pub target: CopyPath,
+}
+
+/// A path of `minivmm cp`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CopyPath {
+    /// On this host.
+    Host(PathBuf),
+    /// In a guest.
+    Guest(Target, PathBuf),
+}
+
+impl CopyPath {
+    fn parse(text: OsString) -> Result<Self, ConfigError> {
+        let bytes = text.as_bytes();
+        let colon = bytes.iter().position(|byte| *byte == b':');
+        let Some((vm, path)) = colon.map(|colon| (&bytes[..colon], &bytes[colon + 1..])) else {
+            return Ok(Self::Host(text.into()));
+        };
+        let is_path = vm.contains(&b'/');
+        let socket = Path::new(OsStr::from_bytes(vm));
+        if is_path && !fs::metadata(socket).is_ok_and(|it| it.file_type().is_socket()) {
+            return Ok(Self::Host(text.into()));
+        }
+        let vm = match is_path {
+            true => Target::Socket(socket.to_owned()),
+            false => String::from_utf8_lossy(vm).parse()?,
+        };
+        Ok(Self::Guest(vm, OsStr::from_bytes(path).into()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,5 +155,26 @@ mod tests {
         assert_eq!(resolved("PATH"), Ok(Some([b"PATH=", &path[..]].concat())));
         assert!(resolved("").is_err());
         assert!(resolved("=x").is_err());
+    }
+    #[test]
+    fn paths_are_in_a_vm_by_its_name_or_socket_and_else_on_this_host() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("vsock");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let parse = |text: &str| CopyPath::parse(text.into());
+        let host = |text: &str| Ok(CopyPath::Host(text.into()));
+        for text in ["a", "/a/b", "./a:b", "/a:b", "a/b:c"] {
+            assert_eq!(parse(text), host(text), "{text}");
+        }
+        let web = Target::Vm("web".parse().unwrap());
+        assert_eq!(parse("web:/a:b"), Ok(CopyPath::Guest(web, "/a:b".into())));
+        let text = format!("{}:/etc", socket.display());
+        assert_eq!(
+            parse(&text),
+            Ok(CopyPath::Guest(Target::Socket(socket), "/etc".into()))
+        );
+        for text in [":/a", "a b:/c"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
     }
 }

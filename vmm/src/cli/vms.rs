@@ -18,6 +18,9 @@ Conditions, by what the guest shows without any agent in it:
                  line counts before it has ended, but has no end ($) then
   exit           it has ended
 
+And by what is in it:
+  agent          minivmm's agent answers, so that `minivmm exec` and `minivmm cp` work
+
 Exit status:
     0  all conditions were met; of the VM, where one is exit
     1  the VM ended before, or there is none

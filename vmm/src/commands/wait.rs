@@ -10,6 +10,7 @@ use regex_lite::Regex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::console::{self, ConsoleError};
+use crate::agent::{Agent, ConnectError};
 use crate::cli::WaitArgs;
 use crate::config::{Condition, Patience};
 use crate::instance::{self, Ended, FindError, Found, Record};
@@ -37,6 +38,9 @@ pub enum WaitError {
     /// It cannot be asked.
     #[error("cannot ask the VM")]
     Ask(#[from] ClientError),
+    /// It can have no agent that this program talks to.
+    #[error(transparent)]
+    Agent(#[from] ConnectError),
     /// The host refuses something.
     #[error("cannot wait for the console")]
     Read(#[source] io::Error),
@@ -104,6 +108,9 @@ enum Met {
 /// How long a VM may take to start, or to say that it has ended, and how often it is looked whether it has.
 const STARTING: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// How long an agent may take to answer, and how long until it is asked again.
+const AGENT: Duration = Duration::from_secs(12);
+const TRY_AGAIN: Duration = Duration::from_millis(50);
 /// How long a VM that has ended may take to give back what it had of the host.
 const GIVING_BACK: Duration = Duration::from_secs(10);
 /// How long one call waits for a VM where there is no limit.
@@ -122,6 +129,7 @@ pub fn run(args: &WaitArgs) -> Result<u8, WaitError> {
             Condition::Address => address(&mut vm, deadline)?,
             Condition::Port(port) => port::wait(&mut vm, *port, deadline)?,
             Condition::Console(regex) => console(&mut vm, &found.record, regex, deadline)?,
+            Condition::Agent => agent(&mut vm, &found.record, deadline)?,
             Condition::Exit => exit(&mut vm, &found, deadline)?,
         };
         let Met::Not(seen) = met else {
@@ -193,6 +201,7 @@ fn describe(condition: &Condition) -> String {
         Condition::Address => "address".into(),
         Condition::Port(port) => format!("open port {port}"),
         Condition::Console(regex) => format!("line with `{regex}` on its console"),
+        Condition::Agent => "answer of an agent".into(),
         Condition::Exit => "end".into(),
     }
 }
@@ -278,6 +287,25 @@ fn await_news(vm: &mut Vm, console: &UnixStream, deadline: Deadline) -> Result<(
         vm.listen(Instant::now())?;
     }
     Ok(())
+}
+
+/// Waits until the agent in the guest answers.
+fn agent(vm: &mut Vm, record: &Record, deadline: Deadline) -> Result<Met, WaitError> {
+    let agent = Agent::of_record(record)?;
+    loop {
+        let left = deadline
+            .cap(Instant::now() + AGENT)
+            .saturating_duration_since(Instant::now());
+        let seen = match agent.greet(left.max(LOOK_AGAIN)) {
+            Ok(()) => return Ok(Met::Yes),
+            Err(error @ ConnectError::Version(_)) => return Err(error.into()),
+            Err(error) => error.to_string(),
+        };
+        vm.listen(deadline.cap(Instant::now() + TRY_AGAIN))?;
+        if vm.has_ended || deadline.is_over() {
+            return Ok(Met::Not(seen));
+        }
+    }
 }
 
 /// Waits for the end.

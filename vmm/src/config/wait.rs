@@ -15,6 +15,8 @@ pub enum Condition {
     Port(NonZeroU16),
     /// Its console has shown a line in which this is found.
     Console(Regex),
+    /// The agent in its guest answers.
+    Agent,
     /// It has ended.
     Exit,
 }
@@ -27,7 +29,7 @@ pub struct Patience(pub Option<Duration>);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseWaitError {
     /// There is no such condition.
-    #[error("`{0}` is not address, port=N, console=REGEX or exit")]
+    #[error("`{0}` is not address, port=N, console=REGEX, agent or exit")]
     Condition(String),
     /// There is no such port.
     #[error("`{0}` is no TCP port: those are 1 to 65535")]
@@ -46,6 +48,7 @@ impl FromStr for Condition {
     fn from_str(text: &str) -> Result<Self, ParseWaitError> {
         match text.split_once('=') {
             None if text == "address" => Ok(Self::Address),
+            None if text == "agent" => Ok(Self::Agent),
             None if text == "exit" => Ok(Self::Exit),
             Some(("port", port)) => match port.parse() {
                 Ok(port) => Ok(Self::Port(port)),
@@ -93,6 +96,7 @@ mod tests {
     fn conditions_are_read_or_refused_with_the_reason() {
         let read = |text: &str| text.parse::<Condition>();
         assert!(matches!(read("address"), Ok(Condition::Address)));
+        assert!(matches!(read("agent"), Ok(Condition::Agent)));
         assert!(matches!(read("exit"), Ok(Condition::Exit)));
         assert!(matches!(read("port=22"), Ok(Condition::Port(port)) if port.get() == 22));
         let Ok(Condition::Console(regex)) = read("console=a=b$") else {

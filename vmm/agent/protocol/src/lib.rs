@@ -15,6 +15,7 @@
 //! that the flow control and the half-close of vsock are its own.
 
 pub mod boot;
+pub mod copy;
 mod message;
 pub mod session;
 

@@ -4,6 +4,9 @@
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(doc)]
+use crate::copy::Piece;
+
 /// The agent's first message on each connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
@@ -25,19 +28,18 @@ pub enum Request {
         /// Which one.
         stream: Stream,
     },
-    /// To get a file or a directory: [`Copied::Ready`] or an error, then a tar archive, in which it has its
-    /// last name, to the end of the connection.
+    /// To get a copy of a file or a directory, which the agent sends from here on.
     Pack {
         /// Its path, absolute.
         path: Vec<u8>,
     },
-    /// To unpack a tar archive, which the host sends from here on and then shuts down its half. The agent says
-    /// [`Copied`] when all is there, or what has failed.
+    /// To make a copy, which the host sends from here on. The agent says [`Piece::End`] when all is there, or
+    /// [`Piece::Failed`] at any time.
     Unpack {
-        /// The directory, absolute.
+        /// Where it goes, an absolute path.
         path: Vec<u8>,
-        /// Names the archive's one top entry, instead of its own name.
-        name: Option<Vec<u8>>,
+        /// What is in the copied directory goes into the one that is there, not the directory itself.
+        contents: bool,
     },
 }
 
@@ -139,13 +141,4 @@ pub enum ExecFailure {
     NotExecutable,
     /// Its user, its directory or a resource is missing: 125.
     Refused,
-}
-
-/// What came of a copy.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Copied {
-    /// It is done, or with [`Request::Pack`] about to begin.
-    Ready,
-    /// It has failed: what was tried on what, and why.
-    Failed(String),
 }

@@ -10,11 +10,13 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use agent_protocol::Inbox;
-use agent_protocol::session::{Copied, Exec, FromCommand, Request, SessionId, Stream};
+use agent_protocol::session::{Exec, FromCommand, Request, SessionId, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use super::chain;
 use super::connection::{Connection, Heard, PATIENCE};
+use super::copy::{Copies, Copy};
 use super::running::{Opened, Running, Session};
 use super::start::{self, StartError};
 use crate::children::{Children, Ended};
@@ -71,6 +73,7 @@ struct Server {
     ended: Sender<(u64, Ended)>,
     woken: UnixStream,
     waker: Arc<UnixStream>,
+    copies: Copies,
     /// No connection is accepted before.
     accepts: Instant,
 }
@@ -92,6 +95,7 @@ impl Server {
             ended,
             woken,
             waker: Arc::new(waker),
+            copies: Copies::default(),
             accepts: Instant::now(),
         })
     }
@@ -221,9 +225,13 @@ impl Server {
                 },
                 deadline,
             }),
-            Request::Pack { .. } | Request::Unpack { .. } => {
-                let text = "this agent copies no files".to_owned();
-                let _ = agent_protocol::write(&stream, &Copied::Failed(text));
+            Request::Pack { path } => {
+                self.copies
+                    .start(Copy::Pack(path), stream, inbox.into_rest());
+            }
+            Request::Unpack { path, contents } => {
+                let copy = Copy::Unpack { path, contents };
+                self.copies.start(copy, stream, inbox.into_rest());
             }
         }
     }
@@ -296,12 +304,7 @@ impl Server {
 }
 
 fn refuse(control: &UnixStream, error: &StartError) {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
+    let text = chain(error);
     let reason = error.reason();
     // A host that has gone does not miss it.
     let _ = agent_protocol::write(control, &FromCommand::Failed { reason, text });
