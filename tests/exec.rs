@@ -22,7 +22,9 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{ChildStdout, Command, Output, Stdio};
 use std::thread;
@@ -30,7 +32,7 @@ use std::thread;
 use harness::eventually;
 use harness::process::{Killed, is_running};
 use harness::vm::binary;
-use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit, setrlimit};
 use tempfile::TempDir;
 
 /// An agent, and the socket that leads to it.
@@ -45,9 +47,12 @@ struct Agent {
 
 impl Agent {
     fn start() -> Self {
-        let directory = TempDir::new().unwrap();
+        Self::serve(Command::new(env!("MINIVMM_AGENT")), TempDir::new().unwrap())
+    }
+
+    /// Has the agent that the command starts serve a socket in the directory.
+    fn serve(mut command: Command, directory: TempDir) -> Self {
         let socket = directory.path().join("vsock");
-        let mut command = Command::new(env!("MINIVMM_AGENT"));
         command.arg("--unix").arg(&socket);
         let process = Killed(command.spawn().expect("the agent starts"));
         let mut agent = Self {
@@ -293,6 +298,39 @@ fn user_and_groups_are_those_that_are_chosen() {
     assert_status(&output.unwrap(), 1, "Permission denied");
 }
 
+#[test]
+fn agent_that_may_start_no_process_says_so_and_recovers() {
+    if !rustix::process::geteuid().is_root() {
+        return harness::skip::leave_out("another user than root may not become others");
+    }
+    let directory = TempDir::new().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    // The user may not read where it was built.
+    let program = directory.path().join("agent");
+    fs::copy(env!("MINIVMM_AGENT"), &program).unwrap();
+    let mut command = Command::new(program);
+    // Two threads, and one command. No other process of the tests is this user's.
+    let limit = || {
+        let most = Some(3);
+        let (current, maximum) = (most, most);
+        Ok(setrlimit(Resource::Nproc, Rlimit { current, maximum })?)
+    };
+    // SAFETY: the closure makes one system call.
+    unsafe { command.uid(54399).gid(54399).pre_exec(limit) };
+    let agent = Agent::serve(command, directory);
+    let (mut first, _output, _) = agent.begin("echo ready; exec sleep 1000");
+    let refused = agent.exec(&["id", "-u"]).output().unwrap();
+    assert_status(
+        &refused,
+        125,
+        "cannot start a process for \"id\": Resource temporarily",
+    );
+    signal(&first, Signal::TERM);
+    assert_eq!(first.wait().unwrap().code(), Some(128 + 15));
+    let output = agent.exec(&["id", "-u"]).output().unwrap();
+    assert_eq!(text(&output.stdout), "54399\n", "{}", text(&output.stderr));
+}
+
 // ---- signals and ends ----
 
 #[test]
@@ -321,6 +359,20 @@ fn signals_reach_the_command() {
     let (mut child, _output, _) = agent.begin("echo ready; exec sleep 1000");
     signal(&child, Signal::TERM);
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+}
+
+#[test]
+fn signals_in_quick_succession_leave_a_command_that_ignores_them() {
+    let agent = Agent::start();
+    let held = agent.holds();
+    let (mut child, _output, pid) = agent.begin("trap '' INT; echo $$; exec sleep 1000");
+    assert!(eventually(|| {
+        signal(&child, Signal::INT);
+        child.try_wait().unwrap().is_some()
+    }));
+    assert_eq!(child.wait().unwrap().code(), Some(125));
+    assert!(eventually(|| !is_running(&pid)));
+    assert!(agent.has_left_nothing(held));
 }
 
 #[test]

@@ -15,7 +15,8 @@ use crate::config::ConfigError;
 pub(super) const EXEC_HELP: &str = "\
 The command gets its arguments as they are, without a shell. Its stdin, stdout and stderr are those of
 minivmm, unless -t gives it a terminal, on which stdout and stderr are one. SIGINT, SIGTERM, SIGHUP,
-SIGQUIT, SIGUSR1, SIGUSR2 and SIGWINCH are passed on to it. When minivmm ends before, it gets SIGHUP, and
+SIGQUIT, SIGUSR1, SIGUSR2 and SIGWINCH are passed on to it; three of SIGINT and SIGTERM within a second
+end minivmm. When minivmm ends before, it gets SIGHUP, and
 SIGKILL if it goes on. What it leaves in the background goes on, and is not waited for.
 
 Exit status:

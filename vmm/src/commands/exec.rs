@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, Instant};
 
 use agent_protocol::session::{Directory, Exec, ExecFailure, Window};
 
@@ -12,6 +13,10 @@ use crate::tty;
 
 /// The exit status when the VM or its agent fails.
 const FAILED: u8 = 125;
+
+/// So many of SIGINT and SIGTERM within this time leave a command that does not end by them, as with Docker.
+const MANY: usize = 3;
+const SOON: Duration = Duration::from_secs(1);
 
 /// The size of a terminal that has none.
 const WINDOW: Window = Window {
@@ -42,6 +47,9 @@ pub enum ExecError {
     /// The VM or the agent has ended.
     #[error("the connection to the guest's agent is lost: the VM or the agent has ended")]
     Lost,
+    /// The user has left it.
+    #[error("left the command, which the agent ends, after {MANY} signals within a second")]
+    Left,
 }
 
 impl ExecError {
@@ -71,11 +79,31 @@ pub fn run(args: &ExecArgs) -> Result<u8, ExecError> {
     let mut signals = Arrivals::new(&FORWARDED).map_err(ExecError::Signals)?;
     tty::restore_on_panic();
     let session = Session::start(&agent, exec(args))?;
-    let outcome = session.wait(&mut signals, None, &mut |_| Reaction::Forward)?;
+    let mut impatience = Impatience::default();
+    let mut react = |signal| impatience.react(signal);
+    let outcome = session.wait(&mut signals, None, &mut react)?;
     match outcome {
         Outcome::NotStarted { reason, text } => Err(ExecError::NotStarted { reason, text }),
         Outcome::Lost => Err(ExecError::Lost),
+        Outcome::Left => Err(ExecError::Left),
         ended => Ok(ended.code()),
+    }
+}
+
+/// When signals came that ask for an end, of late.
+#[derive(Debug, Default)]
+struct Impatience(Vec<Instant>);
+
+impl Impatience {
+    fn react(&mut self, signal: i32) -> Reaction {
+        if matches!(signal, libc::SIGINT | libc::SIGTERM) {
+            self.0.retain(|came| came.elapsed() < SOON);
+            self.0.push(Instant::now());
+        }
+        match self.0.len() < MANY {
+            true => Reaction::Forward,
+            false => Reaction::Leave,
+        }
     }
 }
 
