@@ -41,6 +41,11 @@ impl Guest {
     /// Starts a guest with these options besides. Its initramfs has these modules, and loads all of them at once but those
     /// of file systems.
     fn start(args: &[&str]) -> Self {
+        Self::start_with("", args)
+    }
+
+    /// The same with more on the kernel's command line.
+    fn start_with(cmdline: &str, args: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
         let socket = dir.path().join("vsock");
         let listener = UnixListener::bind(format!("{}_{BOOT_PORT}", socket.display())).unwrap();
@@ -51,7 +56,9 @@ impl Guest {
         command
             .args(["qemu", "--memory", "256M", "--cmdline"])
             // As in the suite of QEMU: on a loaded machine the kernel's test of the timer can fail.
-            .arg("console=ttyS0 quiet no_timer_check cryptomgr.notests")
+            .arg(format!(
+                "console=ttyS0 quiet no_timer_check cryptomgr.notests {cmdline}"
+            ))
             .arg("--kernel")
             .arg(assets().bzimage())
             .arg("--initrd")
@@ -310,9 +317,34 @@ fn check_processes(guest: &Guest) {
 }
 
 #[test]
-fn root_that_is_not_there_is_said_with_its_reason() {
+fn root_that_is_only_read_has_places_to_write_to() {
     by_translation(|| {
         let guest = Guest::start(&["--share", "/:root:ro"]);
+        let host = guest.connected();
+        let (_, ready) = host.boot(Boot {
+            access: Access::ReadOnly,
+            ..on_the_host()
+        });
+        assert!(
+            matches!(ready, FromInit::Ready { .. }),
+            "{ready:?}\n{}",
+            guest.vm.transcript()
+        );
+        let (text, status) = guest.sh("touch /etc/of-the-guest");
+        assert!(text.contains("Read-only file system"), "{text}");
+        assert_eq!(status, 1);
+        let places = "touch /tmp/file /run/file /dev/shm/file && ls -A /tmp";
+        assert_eq!(guest.sh(places), ("file\n".into(), 0));
+        host.power_off();
+        guest.ended();
+    });
+}
+
+#[test]
+fn root_that_is_not_there_is_said_with_its_reason() {
+    by_translation(|| {
+        // A kernel that takes no module without its signature gets it: else there were no connection.
+        let guest = Guest::start_with("module.sig_enforce=1", &["--share", "/:root:ro"]);
         let host = guest.connected();
         let tag = "other".to_owned();
         let (_, failed) = host.boot(Boot {

@@ -67,7 +67,7 @@ pub fn listen(port: u32) -> io::Result<OwnedFd> {
 pub fn is_of_host(stream: impl AsFd) -> bool {
     let mut address = address(0, 0);
     let mut size = size_of::<libc::sockaddr_vm>() as u32;
-    // SAFETY: the kernel writes a sockaddr_vm at most, whose size it is told, and both last for the call.
+    // SAFETY: the kernel writes a sockaddr_vm at most, the size of which it gets, and both last for the call.
     let named = unsafe {
         libc::getpeername(
             stream.as_fd().as_raw_fd(),

@@ -13,8 +13,22 @@
 //! | `end` | ends processes, file systems and machine |
 //! | `console` | texts on the kernel's console, for what the host cannot hear of |
 //!
-//! The kernel protects its first process: no signal ends it that it does not handle, and neither does a lack of memory. A panic ends the
-//! guest, with a text on the console.
+//! 1. /proc, /sys and /dev are mounted, and the modules loaded that the way to the host needs.
+//! 2. From the connection on a failure is a message, with the part that failed and the reason. Before, it is a line on the console, and
+//!    the guest powers off.
+//! 3. The root is mounted beside the initramfs: a share, the first disk's first file system with a root, or an empty one in memory, to
+//!    which the host unpacks an archive.
+//! 4. The initramfs is emptied, and the root takes its place. What every guest has is mounted on it, with an empty /run, and an empty
+//!    /tmp unless what is done there is to be kept; then the shares, at their paths.
+//! 5. The NICs come up. Init says that the guest is ready, and serves sessions.
+//! 6. When the host wants the end, or the connection has closed, all processes get SIGTERM and, if they stay, SIGKILL. What is to be kept is
+//!    written and unmounted, init says what the guest has used, and the machine powers off as soon as the host has closed the connection.
+//!
+//! Counted in QEMU with `-icount`, steps 1 to 5 take 50 million instructions of a guest without a NIC, whose root is an overlay on a
+//! share; 46 of them load modules.
+//!
+//! The kernel lets no signal and no lack of memory end its first process: so init and agent are one process, which a command cannot
+//! kill. A panic ends the guest, with a text on the console.
 
 mod console;
 mod disk;
