@@ -40,6 +40,10 @@ lab_test!(debian_on_a_raw_disk_is_reached_every_way, || {
     copy_sparse(&debian().disk(), &disk).unwrap();
     let shared = dir.path().join("shared");
     let head = make_repository(&shared);
+    let package = shared.join("minivmm-agent.deb");
+    run(Command::new(binary())
+        .args(["agent", "--deb", "-o"])
+        .arg(&package));
     let (vsock, qmp) = (dir.path().join("vsock"), dir.path().join("qmp"));
     let site = Site::new();
     let _server = site.serve_dhcp();
@@ -82,6 +86,18 @@ lab_test!(debian_on_a_raw_disk_is_reached_every_way, || {
         vm.transcript()
     );
     assert_eq!(status(&qmp), "running");
+
+    // By the agent, as soon as its package is installed.
+    vm.run("PATH=/usr/sbin:/usr/bin:/sbin:/bin dpkg --install /mnt/minivmm-agent.deb");
+    let active = || {
+        let mut exec = Command::new(binary());
+        exec.arg("exec").arg(&vsock);
+        exec.args(["--", "systemctl", "is-active", "minivmm-agent"]);
+        let output = exec.stdin(Stdio::null()).output().unwrap();
+        println!("{output:?}");
+        output.status.success() && output.stdout == b"active\n"
+    };
+    assert!(eventually(active), "{}", vm.transcript());
 
     vm.start_command("systemctl poweroff");
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.transcript());
