@@ -351,3 +351,63 @@ impl phy::TxToken for Sender<'_> {
         result
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A frame with a message of a server's, of these options.
+    fn frame(options: &[u8]) -> Vec<u8> {
+        let mut dhcp = vec![0; 240];
+        dhcp[..3].copy_from_slice(&[2, 1, 6]);
+        dhcp[16..20].copy_from_slice(&[10, 0, 0, 2]);
+        dhcp[236..].copy_from_slice(&[0x63, 0x82, 0x53, 0x63]);
+        dhcp.extend(options);
+        let [high, low] = (8 + dhcp.len() as u16).to_be_bytes();
+        let udp = [&[0, 67, 0, 68, high, low, 0, 0], &dhcp[..]].concat();
+        let [high, low] = (20 + udp.len() as u16).to_be_bytes();
+        let ip = [
+            0x45, 0, high, low, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+        ];
+        [&[0; 12][..], &[8, 0], &ip, &udp].concat()
+    }
+
+    /// What the server says in it.
+    fn said(options: &[u8]) -> Option<String> {
+        let reply = message(&frame(options), |server, message| {
+            Some((server, reply(message)?))
+        });
+        let last = Some(reply?);
+        let seen = Seen { discovers: 1, last };
+        Some(seen.to_string())
+    }
+
+    #[test]
+    fn server_is_quoted_with_what_is_wrong() {
+        let offer = [53, 1, 2, 54, 4, 10, 0, 0, 1];
+        let expected = "the DHCP server 10.0.0.1 offered 10.0.0.2 and did not acknowledge it";
+        assert_eq!(said(&offer).as_deref(), Some(expected));
+        let for_no_time = [&offer[..], &[51, 4, 0, 0, 0, 0]].concat();
+        let expected = "the DHCP server 10.0.0.1 sent what cannot be used: it is for 0 seconds";
+        assert_eq!(said(&for_no_time).as_deref(), Some(expected));
+        let none = Seen::default();
+        assert_eq!(none.to_string(), "no DHCP server answered 0 DISCOVERs");
+    }
+
+    #[test]
+    fn other_clients_are_not_servers() {
+        assert_eq!(said(&[53, 1, 1]), None);
+        assert_eq!(said(&[53, 1, 99]), None);
+        assert_eq!(said(&[]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_frame_is_a_message_or_none(options: Vec<u8>, frame: Vec<u8>) {
+            let _ = said(&options);
+            let _ = message(&frame, |_, _| Some(()));
+        }
+    }
+}

@@ -1,9 +1,13 @@
 //! One NIC, from its MAC address to its addresses.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::error::Error;
 use std::fs;
+use std::io::{self, Write};
+use std::iter;
 use std::net::IpAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -114,7 +118,7 @@ fn find(mac: [u8; 6], patience: Duration, deadline: Instant) -> Result<Link, Fai
 }
 
 /// Waits until one of these can be read.
-fn wait(descriptors: &[std::os::fd::BorrowedFd<'_>], timeout: Duration) {
+fn wait(descriptors: &[BorrowedFd<'_>], timeout: Duration) {
     let mut ready: Vec<_> = descriptors
         .iter()
         .map(|descriptor| PollFd::new(descriptor, PollFlags::IN))
@@ -148,6 +152,11 @@ impl Link {
 
     fn described(&self) -> String {
         format!("{} ({})", self.name, mac_text(self.mac))
+    }
+
+    /// Says on the guest's console what has come to it later.
+    fn say(&self, text: &str) {
+        let _ = writeln!(io::stderr(), "minivmm-agent: {}: {text}", self.described());
     }
 
     fn bring_up(&self) -> Result<(), Failure> {
@@ -209,7 +218,7 @@ impl Link {
         shared: &Shared,
         deadline: Instant,
         report: &Report,
-    ) -> Result<std::convert::Infallible, Failure> {
+    ) -> Result<Infallible, Failure> {
         let failed = |error| Failure::step(format!("listen on {}", self.described()), error);
         let events = Events::of_ipv6().map_err(failed)?;
         self.bring_up()?;
@@ -224,6 +233,13 @@ impl Link {
         };
         state.run(client, &events, deadline, report)
     }
+}
+
+/// A failure with its causes.
+fn chain(failure: &Failure) -> String {
+    let causes = iter::successors(failure.source(), |error| (*error).source());
+    let causes = causes.map(|error| format!(": {error}"));
+    causes.fold(failure.to_string(), |text, cause| text + &cause)
 }
 
 /// Whether an address has no network around it, as some providers' have.
@@ -248,16 +264,24 @@ impl Dhcp<'_> {
         events: &Events,
         deadline: Instant,
         report: &Report,
-    ) -> Result<std::convert::Infallible, Failure> {
+    ) -> Result<Infallible, Failure> {
         let start = Instant::now();
         let mut reported = false;
         loop {
-            match client.poll() {
-                Some(Change::Leased(lease)) => self.take(lease)?,
-                Some(Change::Lost) => self.drop_lease(),
-                None => {}
+            let changed = match client.poll() {
+                Some(Change::Leased(lease)) => self.take(lease),
+                Some(Change::Lost) => {
+                    self.drop_lease();
+                    Ok(())
+                }
+                None => Ok(()),
+            };
+            match changed.and_then(|()| self.hear(events)) {
+                Err(failure) if !reported => return Err(failure),
+                // The guest runs, and may have taken away what this needs. The next renewal tries again.
+                Err(failure) => self.link.say(&chain(&failure)),
+                Ok(()) => {}
             }
-            self.hear(events)?;
             let now = Instant::now();
             let mut timeout = client.wait();
             if !reported {
@@ -325,6 +349,10 @@ impl Dhcp<'_> {
 
     /// Gives up a lease that is over. Name servers stay: others may reach them.
     fn drop_lease(&mut self) {
+        if let Some(lease) = &self.lease {
+            let address = lease.address;
+            self.link.say(&format!("the lease of {address} is over"));
+        }
         self.delete_address();
         self.shared.keep(self.link.mac, None);
     }
