@@ -31,6 +31,8 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "netlink-packet-route",
             // A DHCP client.
             "smoltcp",
+            // Files that the host sends.
+            "tar",
         ],
         &["boot", "net", "devices", "vmm", "tokio", "vm-memory"],
     ),
@@ -121,7 +123,7 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "env_logger",
             "event-manager",
             "fileserver",
-            // Compressed modules of kernels.
+            // Compressed modules of kernels, and OCI images.
             "flate2",
             "lzma-rust2",
             "ruzstd",
@@ -134,6 +136,9 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "regex-lite",
             "serde",
             "serde_json",
+            // Digests and archives of OCI images.
+            "sha2",
+            "tar",
             "signal-hook",
             // The Debian package of the agent.
             "tar",

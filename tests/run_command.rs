@@ -11,19 +11,21 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 
 use harness::assets::assets;
 use harness::guest::Transport::Pci;
+use harness::initramfs::find;
 use harness::process::{Killed, all_children, is_running};
 use harness::runtime::Runtime;
 use harness::vm::{self, Vm};
 use harness::{AT_ONCE, PATIENCE, eventually, images, kvm_test, netns};
 use rustix::net::{AddressFamily, SocketType, socket};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 kvm_test!(
@@ -168,6 +170,108 @@ impl Running {
             stderr,
         }
     }
+}
+
+/// An OCI layout with one image of these layers.
+fn layout(at: &Path, layers: &[Vec<u8>], config: &Value) {
+    let blobs = at.join("blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    let blob = |bytes: &[u8]| {
+        let hex: String = Sha256::digest(bytes)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        fs::write(blobs.join(&hex), bytes).unwrap();
+        json!({ "digest": format!("sha256:{hex}"), "size": bytes.len() })
+    };
+    let config = json!({ "os": "linux", "architecture": "amd64", "config": config });
+    let layers: Vec<_> = layers.iter().map(|layer| blob(layer)).collect();
+    let config = blob(config.to_string().as_bytes());
+    let manifest = blob(
+        json!({ "config": config, "layers": layers })
+            .to_string()
+            .as_bytes(),
+    );
+    let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
+    fs::write(at.join("index.json"), index.to_string()).unwrap();
+}
+
+/// A layer of files, directories whose names end with a slash, and hard links.
+fn layer(files: &[(&str, &[u8])], links: &[(&str, &str)]) -> Vec<u8> {
+    let mut archive = tar::Builder::new(Vec::new());
+    let header = |kind, size: usize| {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(kind);
+        header.set_mode(0o755);
+        header.set_size(size as u64);
+        header
+    };
+    for (name, contents) in files {
+        let kind = match name.ends_with('/') {
+            true => tar::EntryType::Directory,
+            false => tar::EntryType::Regular,
+        };
+        let mut header = header(kind, contents.len());
+        archive.append_data(&mut header, name, *contents).unwrap();
+    }
+    for (name, target) in links {
+        let mut header = header(tar::EntryType::Link, 0);
+        archive.append_link(&mut header, name, target).unwrap();
+    }
+    archive.into_inner().unwrap()
+}
+
+#[test]
+fn image_of_a_layout_is_the_root_and_says_what_runs() {
+    on_host(|host| {
+        let busybox = fs::read(find("busybox", "busybox-static")).unwrap();
+        let passwd = b"root:x:0:0::/:/bin/sh\nme:x:1000:1000::/srv:/bin/sh\n";
+        let lower = layer(
+            &[
+                ("bin/busybox", &busybox),
+                ("etc/old", b"x"),
+                ("etc/passwd", passwd),
+            ],
+            &[("bin/sh", "bin/busybox")],
+        );
+        let upper = layer(
+            &[("etc/.wh.old", b""), ("srv/", b""), ("srv/new", b"new")],
+            &[],
+        );
+        let config = json!({
+            "Env": ["A=image", "B=image"],
+            "Entrypoint": ["/bin/sh", "-c"],
+            "Cmd": ["busybox id -u; pwd; echo $A $B; busybox ls /etc; busybox cat new; exit 3"],
+            "WorkingDir": "/srv",
+            "User": "me",
+        });
+        let images = host.path("images");
+        layout(&images, &[lower, upper], &config);
+        let root = format!("oci:{}", images.display());
+        let options = ["--root", &root, "--env", "B=mine"];
+        let ended = host.run(&options, &[]).wait();
+        let stdout = String::from_utf8(ended.stdout).unwrap();
+        assert_eq!(ended.status, Some(3), "{}", ended.stderr);
+        // The guest's own files of names and addresses are there, too.
+        let (before, listed) = stdout.split_once("\nimage mine\n").unwrap();
+        assert_eq!(before, "1000\n/srv");
+        let listed: Vec<_> = listed.lines().collect();
+        assert!(
+            listed.contains(&"passwd") && !listed.contains(&"old"),
+            "{stdout}"
+        );
+        assert_eq!(listed.last(), Some(&"new"));
+
+        let missing = ["--root", &format!("{root}:no-such-tag")];
+        let ended = host.run(&missing, &["true"]).wait();
+        assert_eq!(ended.status, Some(125));
+        assert!(
+            ended.stderr.contains("no image \"no-such-tag\""),
+            "{}",
+            ended.stderr
+        );
+        assert_eq!(host.vms(), [""; 0]);
+    });
 }
 
 fn signal(pid: u32, signal: Signal) {

@@ -15,6 +15,9 @@
 //! | `console.rs` | the guest's console, and the log of the VM's process |
 //! | `supervise.rs` | the run, from the start of the VM to its end |
 //! | `report.rs` | what came of it |
+//! | `oci.rs` | an image of a local OCI layout as the guest's root |
+//! | `root.rs` | how its files get into the guest |
+//! | `unpack.rs` | packed streams |
 
 mod console;
 mod engine;
@@ -22,10 +25,13 @@ mod follow;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;
+mod oci;
 mod plan;
 mod report;
+mod root;
 mod supervise;
 pub mod tie;
+mod unpack;
 mod vm;
 
 use std::io::{self, Write};
@@ -34,6 +40,7 @@ use std::time::Duration;
 
 use initramfs::InitramfsError;
 use kernel::KernelError;
+use oci::OciError;
 use plan::Plan;
 use report::{End, Reason, Stages};
 use supervise::PANIC;
@@ -67,6 +74,15 @@ pub enum RunError {
     /// The root file system.
     #[error("cannot use the root {0:?}")]
     Root(PathBuf, #[source] io::Error),
+    /// An image of a layout.
+    #[error(transparent)]
+    Image(#[from] OciError),
+    /// An image that does not fit into the guest's memory, where its files are.
+    #[error("the image has {} MiB, and the guest's memory of {} MiB has to hold it", .0 >> 20, .1 >> 20)]
+    TooLarge(u64, u64),
+    /// No image says what runs.
+    #[error("there is no command")]
+    NoCommand,
     /// A directory.
     #[error("cannot share the directory {0:?}")]
     Share(PathBuf, #[source] io::Error),
@@ -84,6 +100,10 @@ impl RunError {
         match self {
             Self::Kernel(error) => error.remedy(),
             Self::Initramfs(error) => error.remedy(),
+            Self::TooLarge(size, _) => Some(format!("--memory {}M", (size >> 19).max(512))),
+            Self::NoCommand => {
+                Some("write one behind --, or -d for a guest that waits for exec".into())
+            }
             Self::NoKvm(_) => Some("--accel auto or tcg runs it by emulation, in QEMU".into()),
             _ => None,
         }
@@ -92,7 +112,7 @@ impl RunError {
     fn reason(&self) -> Reason {
         match self {
             Self::Initramfs(InitramfsError::Modules(_)) => Reason::Module,
-            Self::Root(..) => Reason::Root,
+            Self::Root(..) | Self::Image(_) | Self::TooLarge(..) => Reason::Root,
             Self::Share(..) => Reason::Share,
             Self::Session(_) | Self::Host(..) => Reason::Host,
             _ => Reason::Setup,

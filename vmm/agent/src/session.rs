@@ -5,6 +5,7 @@
 //! - `running`: a command, from its start to its end
 //! - `start`: how a command is started
 //! - `user`: who runs it
+//! - `unpack`: a root file system that the host sends
 //! - `pump`: one direction of a stream of its
 //! - `copy`: files, to and from the host
 
@@ -16,6 +17,7 @@ mod pump;
 mod running;
 mod server;
 mod start;
+mod unpack;
 mod user;
 
 pub use server::serve;

@@ -42,6 +42,8 @@ Examples:
       minivmm run --user-net -- pytest -q
   With another kernel and root, and the current directory as /src:
       minivmm run --kernel vmlinuz-6.12 --root ./debian --share .:/src --timeout 10m -- make -C /src check
+  An image, as of `skopeo copy docker://debian:12 oci:images:debian`:
+      minivmm run --root oci:images:debian -- cat /etc/os-release
   The kernel that was just built in this tree:
       minivmm run --kernel . -- dmesg
   A shell:
@@ -61,11 +63,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", help_heading = "Guest")]
     pub modules: Option<PathBuf>,
 
-    /// Root file system: a directory of the host's or the image of a disk. The guest may write
-    /// to it in its memory alone (overlay, the default), not at all (ro), or for good (rw)
+    /// Root file system: a directory of the host's, the image of a disk, or an image of a local OCI
+    /// layout, which is unpacked into the guest's memory, and whose environment, directory, user
+    /// and command are the command's where no option says otherwise. The guest may write to it in
+    /// its memory alone (overlay, the default), not at all (ro), or for good (rw)
     #[arg(
         long,
-        value_name = "PATH[:ro|:rw|:overlay]",
+        value_name = "PATH[:ro|:rw|:overlay]|oci:LAYOUT[:TAG]",
         value_parser = OsStringValueParser::new().try_map(RootConfig::parse),
         help_heading = "Guest"
     )]
@@ -198,7 +202,7 @@ pub struct RunArgs {
     #[arg(
         value_name = "COMMAND",
         last = true,
-        required_unless_present = "detach"
+        required_unless_present_any = ["detach", "root"]
     )]
     pub command: Vec<OsString>,
 }
@@ -221,6 +225,7 @@ impl From<RunArgs> for RunConfig {
             workdir: args.workdir,
             user: args.user,
             terminal: args.terminal,
+            detach: args.detach,
             timeout: args.timeout.0,
             console: args.console,
             dry_run: args.dry_run,

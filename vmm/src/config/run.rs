@@ -48,6 +48,8 @@ pub struct RunConfig {
     pub user: Option<String>,
     /// It has a terminal.
     pub terminal: bool,
+    /// Nothing waits for the command, of which there may be none.
+    pub detach: bool,
     /// How long it may take.
     pub timeout: Option<Duration>,
     /// The guest's console is shown.
@@ -69,11 +71,20 @@ pub enum Engine {
     Tcg,
 }
 
+/// Which image of an OCI layout.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageName {
+    /// Its tag; none for the only one.
+    pub tag: Option<String>,
+}
+
 /// A root file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RootConfig {
-    /// A directory, or the image of a disk.
+    /// A directory, the image of a disk, or an OCI layout.
     pub path: PathBuf,
+    /// Which image of the layout, if it is one.
+    pub image: Option<ImageName>,
     /// What the guest may write to it.
     pub access: Access,
 }
@@ -83,18 +94,22 @@ impl Default for RootConfig {
     fn default() -> Self {
         Self {
             path: "/".into(),
+            image: None,
             access: Access::Overlay,
         }
     }
 }
 
 impl RootConfig {
-    /// Takes `PATH[:ro|:rw|:overlay]`.
+    /// Takes `PATH[:ro|:rw|:overlay]` or `oci:LAYOUT[:TAG]`.
     ///
     /// # Errors
     ///
     /// There is no path.
     pub fn parse(text: OsString) -> Result<Self, ConfigError> {
+        if let Some(layout) = text.as_bytes().strip_prefix(b"oci:") {
+            return Self::parse_image(OsStr::from_bytes(layout));
+        }
         let (path, access) = split_end(&text);
         let access = match access.map(OsStrExt::as_bytes) {
             Some(b"ro") => Access::ReadOnly,
@@ -104,12 +119,43 @@ impl RootConfig {
                 let path = non_empty(text)?;
                 return Ok(Self {
                     path,
+                    image: None,
                     access: Access::Overlay,
                 });
             }
         };
         let path = non_empty(path.to_owned())?;
-        Ok(Self { path, access })
+        Ok(Self {
+            path,
+            image: None,
+            access,
+        })
+    }
+
+    /// Takes `LAYOUT[:TAG]`, with `:overlay` behind it or not.
+    fn parse_image(text: &OsStr) -> Result<Self, ConfigError> {
+        let (rest, access) = split_end(text);
+        let text = match access.map(OsStrExt::as_bytes) {
+            Some(b"ro" | b"rw") => {
+                return Err(ConfigError::Value(
+                    "an image is unpacked into the guest's memory, and may only be :overlay".into(),
+                ));
+            }
+            Some(b"overlay") => rest,
+            _ => text,
+        };
+        let (path, tag) = match split_end(text) {
+            // A colon of a directory's.
+            (_, Some(tag)) if tag.as_bytes().contains(&b'/') => (text, None),
+            (path, tag) => (path, tag.and_then(OsStr::to_str)),
+        };
+        Ok(Self {
+            path: non_empty(path.to_owned())?,
+            image: Some(ImageName {
+                tag: tag.map(str::to_owned),
+            }),
+            access: Access::Overlay,
+        })
     }
 }
 
@@ -299,9 +345,30 @@ mod tests {
             let path = path.into();
             assert_eq!(
                 RootConfig::parse(text.into()),
-                Ok(RootConfig { path, access }),
+                Ok(RootConfig {
+                    path,
+                    image: None,
+                    access
+                }),
                 "{text}"
             );
+        }
+        for (text, path, tag) in [
+            ("oci:a", "a", None),
+            ("oci:/a:b", "/a", Some("b")),
+            ("oci:/a:b:overlay", "/a", Some("b")),
+            ("oci:a:b/c", "a:b/c", None),
+        ] {
+            let root = RootConfig::parse(text.into()).unwrap();
+            let tag = tag.map(str::to_owned);
+            assert_eq!(
+                (root.path, root.image),
+                (path.into(), Some(ImageName { tag })),
+                "{text}"
+            );
+        }
+        for text in ["oci:", "oci:a:rw", "oci:a:b:ro"] {
+            assert!(RootConfig::parse(text.into()).is_err(), "{text}");
         }
         assert!(RootConfig::parse("".into()).is_err());
         assert!(RootConfig::parse(":ro".into()).is_err());

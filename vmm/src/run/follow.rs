@@ -53,6 +53,10 @@ pub struct Known {
     pub stages: Vec<(String, Uptime)>,
     /// What its init warns of.
     pub warnings: Vec<String>,
+    /// Where it wants its archive unpacked.
+    pub unpack: Option<Vec<u8>>,
+    /// Whether that is done, or why it cannot be.
+    pub unpacked: Option<Result<(), String>>,
     /// Its NICs, when it is ready.
     pub ready: Option<Vec<NicStatus>>,
     /// What its init cannot do.
@@ -150,7 +154,8 @@ impl Shared {
         }
     }
 
-    fn change(&self, change: impl FnOnce(&mut Known)) {
+    /// Changes what is known.
+    pub fn change(&self, change: impl FnOnce(&mut Known)) {
         change(&mut self.known());
         self.changed.notify_all();
         let _ = rustix::io::write(&self.news, &1u64.to_ne_bytes());
@@ -393,8 +398,9 @@ impl Known {
                 let text = printable(&text).into_owned();
                 self.failed.get_or_insert((part, text));
             }
-            // This host has no archive for it.
-            FromInit::Unpack { .. } => {}
+            FromInit::Unpack { path } => {
+                self.unpack.get_or_insert(path);
+            }
             FromInit::Ended(usage) => self.usage = Some(usage),
         }
     }

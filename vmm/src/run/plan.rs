@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf, absolute};
+use std::sync::Arc;
 use std::time::Duration;
 
 use agent_protocol::boot::{Access, Boot, Nic, Root, Share};
@@ -15,6 +16,7 @@ use super::RunError;
 use super::engine::Mode;
 use super::initramfs::{self, Needs};
 use super::kernel::{Kernel, Places};
+use super::oci::{Image, ImageConfig};
 use super::vm::Numbers;
 use crate::config::{NicSource, RunConfig, RunNic};
 use crate::nic::watch_beside;
@@ -45,6 +47,8 @@ pub struct Plan {
     pub initramfs: Vec<u8>,
     /// What its init makes of it, but for its name and the addresses of its NICs.
     pub boot: Boot,
+    /// What its root is unpacked from, if it is no directory or disk.
+    pub image: Option<Arc<Image>>,
     /// The NICs that are on a macvtap.
     pub taps: Vec<bool>,
     /// The command, if there is one.
@@ -65,20 +69,23 @@ impl Plan {
     pub fn new(config: &RunConfig) -> Result<Self, RunError> {
         let places = Places::host();
         let kernel = Kernel::find(config.kernel.as_deref(), &places)?;
+        let image = image(config)?;
         let root = RootPlace::find(config)?;
         let shares = shares(config, &kernel, &root, &places)?;
         let needs = Needs {
             transport: Transport::Pci,
-            shares: root.is_directory || !shares.is_empty(),
-            overlay: config.root.access == Access::Overlay,
-            disks: !root.is_directory,
+            shares: (root.is_directory && image.is_none()) || !shares.is_empty(),
+            overlay: config.root.access == Access::Overlay && image.is_none(),
+            disks: !root.is_directory && image.is_none(),
             nics: !config.nics.is_empty(),
         };
         let initramfs = initramfs::make(&kernel, config.modules.as_deref(), &needs)?;
         let mode = Mode::choose(config.engine)?;
         let inherited = inherited(config);
         let mut options = options(config, &kernel);
-        options.extend(root.option(config.root.access));
+        if image.is_none() {
+            options.extend(root.option(config.root.access));
+        }
         for (share, host) in &shares {
             options.extend(share_option(host, &share.tag, share.read_only));
         }
@@ -90,6 +97,7 @@ impl Plan {
         let boot = Boot {
             hostname: String::new(),
             root: match root.is_directory {
+                _ if image.is_some() => Root::Archive,
                 true => Root::Share {
                     tag: ROOT_TAG.into(),
                 },
@@ -107,7 +115,8 @@ impl Plan {
             initramfs,
             boot,
             taps: config.nics.iter().map(is_tap).collect(),
-            exec: exec(config),
+            exec: exec(config, image.as_deref().map(|image| &image.config))?,
+            image,
             numbers: Numbers::after(&inherited),
             inherited,
             options,
@@ -213,7 +222,8 @@ fn shares(
 ) -> Result<Vec<(Share, PathBuf)>, RunError> {
     let mut shares = Vec::new();
     let below = Path::new("lib/modules").join(&kernel.release);
-    let has_modules = root.is_directory && root.path.join(&below).is_dir();
+    let has_modules =
+        root.is_directory && config.root.image.is_none() && root.path.join(&below).is_dir();
     if let Some(modules) = modules(config, kernel, places).filter(|_| !has_modules) {
         let share = Share {
             tag: MODULES_TAG.into(),
@@ -283,11 +293,20 @@ fn options(config: &RunConfig, kernel: &Kernel) -> Vec<OsString> {
 }
 
 /// The command, as the agent gets it.
-fn exec(config: &RunConfig) -> Option<Exec> {
-    if config.command.is_empty() {
-        return None;
+fn exec(config: &RunConfig, image: Option<&ImageConfig>) -> Result<Option<Exec>, RunError> {
+    let words = config.command.iter();
+    let words = words.map(|word| word.as_bytes().to_vec()).collect();
+    let argv = match image {
+        Some(image) => image.command(words),
+        None => words,
+    };
+    if argv.is_empty() {
+        return match config.detach {
+            true => Ok(None),
+            false => Err(RunError::NoCommand),
+        };
     }
-    let bytes = |text: &OsStr| text.as_bytes().to_vec();
+    let image = image.cloned().unwrap_or_default();
     let term = env::var_os("TERM").filter(|_| config.terminal);
     let term = term.map(|term| [b"TERM=", term.as_bytes()].concat());
     let directory = match &config.workdir {
@@ -298,20 +317,48 @@ fn exec(config: &RunConfig) -> Option<Exec> {
                 .into_encoded_bytes(),
             required: true,
         }),
+        // As it is in a container: the host's directories are not the image's.
+        None if config.root.image.is_some() => Some(Directory {
+            path: Path::new("/")
+                .join(&image.working_dir)
+                .into_os_string()
+                .into_encoded_bytes(),
+            required: true,
+        }),
         None => env::current_dir().ok().map(|path| Directory {
             path: path.into_os_string().into_encoded_bytes(),
             required: false,
         }),
     };
-    Some(Exec {
+    let its_env = image.env.into_iter().map(String::into_bytes);
+    let env = term
+        .into_iter()
+        .chain(its_env)
+        .chain(config.env.iter().cloned());
+    let its_user = Some(image.user).filter(|user| !user.is_empty());
+    Ok(Some(Exec {
         session: 0,
-        argv: config.command.iter().map(|word| bytes(word)).collect(),
-        env: term.into_iter().chain(config.env.iter().cloned()).collect(),
+        argv,
+        env: env.collect(),
         directory,
-        user: config.user.clone(),
+        user: config.user.clone().or(its_user),
         terminal: config.terminal.then_some(WINDOW),
         core: false,
-    })
+    }))
+}
+
+/// The image that the root is unpacked from.
+fn image(config: &RunConfig) -> Result<Option<Arc<Image>>, RunError> {
+    let Some(name) = &config.root.image else {
+        return Ok(None);
+    };
+    let image = Image::open(&config.root.path, name.tag.as_deref())?;
+    let memory = config.memory.bytes();
+    // The kernel and the programs take some, too.
+    if image.size() > memory / 2 {
+        return Err(RunError::TooLarge(image.size(), memory));
+    }
+    Ok(Some(Arc::new(image)))
 }
 
 #[cfg(test)]
@@ -361,7 +408,8 @@ mod tests {
                 network_patience: 0,
             },
             taps: config.nics.iter().map(is_tap).collect(),
-            exec: exec(&config),
+            exec: exec(&config, None).unwrap(),
+            image: None,
             numbers: Numbers::after(&inherited),
             inherited,
             options,

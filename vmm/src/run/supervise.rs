@@ -56,6 +56,18 @@ pub fn run(
     Ok(end)
 }
 
+/// How far the guest is with an image.
+#[derive(Debug, Default)]
+enum Unpacking {
+    /// It has not asked for one.
+    #[default]
+    Unasked,
+    /// It gets it.
+    Asked,
+    /// It has it.
+    Done,
+}
+
 struct Run<'a> {
     config: &'a RunConfig,
     plan: &'a Plan,
@@ -69,6 +81,7 @@ impl Run<'_> {
         let silence = self.plan.mode.scale(SILENCE);
         let begun = Instant::now();
         let (mut is_told, mut is_running) = (false, false);
+        let mut unpacking = Unpacking::default();
         loop {
             let (started, has_init, said) = self
                 .vm
@@ -87,6 +100,9 @@ impl Run<'_> {
                 self.vm.tell(&ToInit::Boot(Box::new(boot)));
             }
             if let Some(end) = self.ended_early() {
+                return Ok(Some(end));
+            }
+            if let Some(end) = self.unpack(&mut unpacking, stages)? {
                 return Ok(Some(end));
             }
             if self.vm.known(|known| known.ready.is_some()) {
@@ -109,6 +125,53 @@ impl Run<'_> {
                 return Ok(Some(interrupted(signal, "while the guest booted")));
             }
         }
+    }
+
+    /// Sends the guest the files of its image when it wants them; an end is a failure.
+    fn unpack(
+        &self,
+        unpacking: &mut Unpacking,
+        stages: &mut Stages,
+    ) -> Result<Option<End>, RunError> {
+        let (asked, done) = self
+            .vm
+            .known(|known| (known.unpack.clone(), known.unpacked.clone()));
+        if let (Some(path), Unpacking::Unasked, Some(image)) =
+            (asked, &*unpacking, &self.plan.image)
+        {
+            *unpacking = Unpacking::Asked;
+            let Some(agent) = self.agent() else {
+                return Ok(Some(self.no_directory()));
+            };
+            let failed = |error| RunError::Host("start a thread for the image", error);
+            self.vm.unpack(agent, image.clone(), path).map_err(failed)?;
+        }
+        match done {
+            Some(Err(why)) => {
+                let text = format!("the guest has not got its image: {why}");
+                return Ok(Some(self.verdict(|| End::failed(Reason::Root, text))));
+            }
+            Some(Ok(())) if matches!(unpacking, Unpacking::Asked) => {
+                *unpacking = Unpacking::Done;
+                stages.note("unpacked");
+                self.vm.tell(&ToInit::Unpacked);
+            }
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    /// The agent in the guest, unless the VM has gone.
+    fn agent(&self) -> Option<Agent> {
+        let name = self.vm.known(|known| known.name.clone());
+        let name: Option<VmName> = name.and_then(|name| name.parse().ok());
+        let vm = name.as_ref().map(instance::find).and_then(Result::ok);
+        vm.and_then(|vm| vm.record.vsock)
+            .map(|socket| Agent::at(&socket))
+    }
+
+    fn no_directory(&self) -> End {
+        self.verdict(|| End::failed(Reason::Agent, "the VM has no directory any more"))
     }
 
     fn silent(&self, silence: Duration) -> End {
@@ -212,16 +275,10 @@ impl Run<'_> {
         signals: &mut Arrivals,
         stages: &mut Stages,
     ) -> Result<End, RunError> {
-        let name = self.vm.known(|known| known.name.clone());
-        let name: Option<VmName> = name.and_then(|name| name.parse().ok());
-        let vm = name.as_ref().map(instance::find).and_then(Result::ok);
-        let socket = vm.and_then(|vm| vm.record.vsock);
-        let Some(socket) = socket else {
-            return Ok(
-                self.verdict(|| End::failed(Reason::Agent, "the VM has no directory any more"))
-            );
+        let Some(agent) = self.agent() else {
+            return Ok(self.no_directory());
         };
-        let session = match Session::start(&Agent::at(&socket), exec) {
+        let session = match Session::start(&agent, exec) {
             Ok(session) => session,
             Err(SessionError::Connect(error)) => {
                 return Ok(self.verdict(|| End::failed(Reason::Agent, chain(&error))));

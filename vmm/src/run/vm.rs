@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{self, Child, Command, Stdio};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use agent_protocol::boot::ToInit;
@@ -23,10 +24,15 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, se
 use super::RunError;
 use super::console::{Tail, show_console, show_log};
 use super::follow::{Followed, Known, Shared};
+use super::oci::Image;
 use super::plan::Plan;
+use super::root;
+use crate::agent::Agent;
 use crate::child::{Arrivals, FIRST, Passed, close_on_exec};
+use crate::control::exit::chain;
 use crate::instance::{self, Found};
 use crate::limits;
+use crate::printable::printable;
 use crate::signals;
 
 /// How long the VM's process may take to end once it has been asked to, on a loaded host too.
@@ -165,6 +171,24 @@ impl Vm {
     /// Says something to the guest's init. One that does not read it ends otherwise.
     pub fn tell(&self, message: &ToInit) {
         self.shared.tell(message);
+    }
+
+    /// Sends an image's files to the guest, by a thread of its own.
+    ///
+    /// # Errors
+    ///
+    /// There can be no thread.
+    pub fn unpack(&self, agent: Agent, image: Arc<Image>, path: Vec<u8>) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let send = move || {
+            // A guest that takes what it gets is not silent.
+            let said = || shared.change(|known| known.said = Some(Instant::now()));
+            let sent = root::send(&agent, &image, path, &said);
+            let sent = sent.map_err(|error| printable(&chain(&error)).into_owned());
+            shared.change(|known| known.unpacked = Some(sent));
+        };
+        let builder = thread::Builder::new().name("image".into());
+        builder.spawn(send).map(drop)
     }
 
     /// Waits for the end of the VM's process; whether that has come in time.

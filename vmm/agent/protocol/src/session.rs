@@ -21,6 +21,12 @@ pub enum Request {
     /// starts when all are there. This one carries [`ToCommand`] and [`FromCommand`]. When the host closes it before the command has
     /// ended, the command gets SIGHUP, and SIGKILL if it goes on.
     Exec(Box<Exec>),
+    /// To unpack the tar archive of a root file system, which the host sends from here on and then shuts down its half. The
+    /// agent says [`Unpacked`] when all is there, or what has failed.
+    UnpackRoot {
+        /// The directory, absolute.
+        path: Vec<u8>,
+    },
     /// To be a stream of a command's: bytes alone from here on.
     Stream {
         /// The session of its [`Exec`].
@@ -41,6 +47,15 @@ pub enum Request {
         /// What is in the copied directory goes into the one that is there, not the directory itself.
         contents: bool,
     },
+}
+
+/// What came of the archive of a root file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Unpacked {
+    /// All is there.
+    Done,
+    /// It has failed: what was tried on what, and why.
+    Failed(String),
 }
 
 /// Which session a stream belongs to: a random number of the host's.

@@ -19,6 +19,7 @@ use super::connection::{Connection, Heard, PATIENCE};
 use super::copy::{Copies, Copy};
 use super::running::{Opened, Running, Session};
 use super::start::{self, StartError};
+use super::unpack;
 use crate::children::{Children, Ended};
 use crate::listener::Listener;
 
@@ -213,6 +214,7 @@ impl Server {
                 inbox,
                 deadline,
             }),
+            Request::UnpackRoot { path } => unpack::serve(path, inbox.into_rest(), stream),
             Request::Stream {
                 session,
                 stream: which,

@@ -4,10 +4,12 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
+use crate::run::unpack::unpacked;
+
 /// The most bytes of a module: those of today's kernels have up to 10 MB, and some 100 with debug data.
 const LONGEST: u64 = 1 << 28;
-/// How files begin: ELF, xz, zstd, gzip.
-const MAGICS: [&[u8]; 4] = [b"\x7fELF", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x1f\x8b"];
+/// How an ELF file begins.
+const ELF: &[u8] = b"\x7fELF";
 
 /// Why a module's file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -78,24 +80,17 @@ fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     all_of(File::open(path)?, size)
 }
 
-/// Unpacks a file by what its first bytes say, whatever its name does.
+/// Unpacks a file, whatever its name says.
 fn unpack(packed: Vec<u8>) -> Result<Vec<u8>, FileError> {
-    let [elf, xz, zstd, gzip] = MAGICS.map(|magic| packed.starts_with(magic));
-    let bytes = &packed[..];
-    let likely = 4 * packed.len();
-    if elf {
-        Ok(packed)
-    } else if xz {
-        all_of(lzma_rust2::XzReader::new(bytes, true), likely)
-    } else if zstd {
-        let frame = ruzstd::decoding::StreamingDecoder::new(bytes).map_err(io::Error::other)?;
-        all_of(frame, likely)
-    } else if gzip {
-        all_of(flate2::bufread::MultiGzDecoder::new(bytes), likely)
-    } else {
-        Err(FileError::Form(
-            "it is neither an ELF file nor packed by xz, zstd or gzip",
-        ))
+    if packed.starts_with(ELF) {
+        return Ok(packed);
+    }
+    let bytes = all_of(unpacked(&packed[..])?, 4 * packed.len())?;
+    match bytes.starts_with(ELF) {
+        true => Ok(bytes),
+        false => Err(FileError::Form(
+            "it is no ELF file, plain or packed by xz, zstd or gzip",
+        )),
     }
 }
 
