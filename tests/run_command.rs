@@ -287,12 +287,15 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         fs::create_dir(&shared).unwrap();
         let marker = "/minivmm-test-of-the-overlay";
         let share = format!("{}:/mnt/shared", shared.display());
+        let cores = host.path("cores");
+        fs::create_dir(&cores).unwrap();
         let script = format!(
             "cat && echo error >&2 && echo \"$A $(pwd) $(uname -r)\" > /mnt/shared/file \
-             && touch {marker} && test -e {marker} && exit 37"
+             && touch {marker} && test -e {marker} && sh -c 'kill -SEGV $$'; exit 37"
         );
         let mut options = vec!["--name", "first", "--share", &share, "--env", "A=b c"];
         options.extend(["--result", result.to_str().unwrap()]);
+        options.extend(["--coredumps", cores.to_str().unwrap()]);
         let mut run = host.run(&options, &["sh", "-c", &script]);
         // Every byte there is, and more than any buffer on the way holds.
         let bytes: Vec<u8> = (0..=255).cycle().take(3 << 20).collect();
@@ -304,8 +307,14 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         writer.join().unwrap().unwrap();
         assert!(ended.stdout == bytes, "{} bytes", ended.stdout.len());
         let lines: Vec<_> = ended.stderr.lines().collect();
-        assert_eq!(lines.last(), Some(&"error"), "{lines:?}");
+        assert!(lines.contains(&"error"), "{lines:?}");
         assert!(!PathBuf::from(marker).exists());
+        let [core] = &fs::read_dir(cores).unwrap().collect::<Vec<_>>()[..] else {
+            panic!("{}", ended.stderr)
+        };
+        let core = core.as_ref().unwrap();
+        assert!(core.file_name().to_str().unwrap().starts_with("core.sh."));
+        assert!(fs::read(core.path()).unwrap().starts_with(b"\x7fELF"));
         let report: Value = serde_json::from_slice(&fs::read(result).unwrap()).unwrap();
         let kernel = report["kernel"].as_str().unwrap();
         let here = std::env::current_dir().unwrap();

@@ -219,7 +219,7 @@ fn show(config: &RunConfig, end: &End, vm: Option<&Vm>) {
         return;
     };
     let lines = vm.console.lines(LAST_LINES);
-    let lines = telling(&lines);
+    let lines = relevant(&lines);
     if !lines.is_empty() {
         log_writer::flush();
         let text = format!("The guest's console said last:\n  {}\n", lines.join("\n  "));
@@ -229,7 +229,7 @@ fn show(config: &RunConfig, end: &End, vm: Option<&Vm>) {
 }
 
 /// The last lines, or those of a panic.
-fn telling(lines: &[String]) -> &[String] {
+fn relevant(lines: &[String]) -> &[String] {
     match lines.iter().rposition(|line| line.contains(PANIC)) {
         Some(at) => &lines[at..lines.len().min(at + PANIC_LINES)],
         None => &lines[lines.len().saturating_sub(LINES)..],
@@ -256,11 +256,11 @@ mod tests {
     #[test]
     fn lines_that_tell_are_those_of_a_panic_or_the_last() {
         let lines: Vec<_> = (0..200).map(|n| n.to_string()).collect();
-        assert_eq!(telling(&lines), &lines[180..]);
-        assert_eq!(telling(&lines[..5]), &lines[..5]);
+        assert_eq!(relevant(&lines), &lines[180..]);
+        assert_eq!(relevant(&lines[..5]), &lines[..5]);
         let mut panicked = lines.clone();
         panicked[50] = format!("[ 1.0] {PANIC}no init");
-        assert_eq!(telling(&panicked), &panicked[50..110]);
+        assert_eq!(relevant(&panicked), &panicked[50..110]);
     }
 
     #[test]

@@ -224,7 +224,7 @@ impl Session {
                     None => {}
                 }
                 is_late = true;
-                self.tell(&ToCommand::Signal(libc::SIGTERM));
+                self.send(&ToCommand::Signal(libc::SIGTERM));
                 deadline = Some(Instant::now() + GRACE);
             }
         }
@@ -309,12 +309,12 @@ impl Session {
             _ if react(signal) == Reaction::Leave => return true,
             _ => ToCommand::Signal(signal),
         };
-        self.tell(&message);
+        self.send(&message);
         false
     }
 
     /// Says something to the agent.
-    fn tell(&self, message: &ToCommand) {
+    fn send(&self, message: &ToCommand) {
         match agent_protocol::write(&self.control, message) {
             Ok(()) => {}
             // An agent that reads nothing gets no part of a later one: it is as good as gone.

@@ -194,6 +194,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", help_heading = "Control")]
     pub result: Option<PathBuf>,
 
+    /// Have core files of the command, and of what it starts, written to this directory
+    #[arg(long, value_name = "DIR", help_heading = "Control")]
+    pub coredumps: Option<PathBuf>,
+
     /// Print the command line of the VM's process, and do nothing
     #[arg(long, conflicts_with = "detach", help_heading = "Control")]
     pub dry_run: bool,
@@ -227,6 +231,7 @@ impl From<RunArgs> for RunConfig {
             terminal: args.terminal,
             detach: args.detach,
             timeout: args.timeout.0,
+            coredumps: args.coredumps,
             console: args.console,
             dry_run: args.dry_run,
             result: args.result,

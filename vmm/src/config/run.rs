@@ -52,6 +52,8 @@ pub struct RunConfig {
     pub detach: bool,
     /// How long it may take.
     pub timeout: Option<Duration>,
+    /// Where core files of the command go.
+    pub coredumps: Option<PathBuf>,
     /// The guest's console is shown.
     pub console: bool,
     /// Only what would be done is shown.

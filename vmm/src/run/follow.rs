@@ -145,7 +145,7 @@ impl Shared {
     }
 
     /// Says something to the guest's init, if that is connected.
-    pub fn tell(&self, message: &ToInit) {
+    pub fn send(&self, message: &ToInit) {
         let boot = self.boot.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(stream) = &*boot
             && let Err(error) = agent_protocol::write(stream, message)
@@ -266,7 +266,7 @@ impl Follower {
             }),
             Some("power-button") => {
                 self.shared.change(|known| known.is_power_off_wanted = true);
-                self.shared.tell(&ToInit::PowerOff);
+                self.shared.send(&ToInit::PowerOff);
             }
             Some("share-failed") => {
                 let (tag, reason) = (text("tag"), text("reason"));
@@ -443,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn nics_of_an_event_are_told_apart_by_their_macvtap() {
+    fn nics_of_an_event_differ_by_their_macvtap() {
         let read = |text: &str| nic(&serde_json::from_str(text).unwrap());
         let mac = [0x52, 0x54, 0, 1, 2, 3];
         let tap = r#"{"nic":"net0","mac":"52:54:00:01:02:03","tap":"macvtap0"}"#;

@@ -26,6 +26,10 @@ use crate::plan::Transport;
 const ROOT_TAG: &str = "root";
 /// The tag of the kernel's modules.
 const MODULES_TAG: &str = "modules";
+/// The tag of the directory for core files.
+const CORES_TAG: &str = "cores";
+/// Where the guest has that: in a tmpfs, which it has whatever its root is.
+const CORES: &str = "/run/minivmm-cores";
 /// How long NICs may take to get their addresses.
 const NETWORK: Duration = Duration::from_secs(20);
 /// How long the guest may take to power off when its end is asked for, in seconds, before it is ended.
@@ -236,12 +240,17 @@ fn shares(
         };
         shares.push((share, modules));
     }
+    if let Some(dir) = &config.coredumps {
+        let share = Share {
+            tag: CORES_TAG.into(),
+            path: CORES.into(),
+            read_only: false,
+            optional: false,
+        };
+        shares.push((share, directory(dir)?));
+    }
     for (n, share) in config.shares.iter().enumerate() {
-        let failed = |error| RunError::Share(share.host.clone(), error);
-        let host = share.host.canonicalize().map_err(failed)?;
-        if !host.is_dir() {
-            return Err(failed(io::ErrorKind::NotADirectory.into()));
-        }
+        let host = directory(&share.host)?;
         let share = Share {
             tag: format!("share{n}"),
             path: share.guest.as_os_str().as_bytes().to_vec(),
@@ -251,6 +260,16 @@ fn shares(
         shares.push((share, host));
     }
     Ok(shares)
+}
+
+/// A directory to share, by its whole path.
+fn directory(path: &Path) -> Result<PathBuf, RunError> {
+    let failed = |error| RunError::Share(path.to_owned(), error);
+    let whole = path.canonicalize().map_err(failed)?;
+    match whole.is_dir() {
+        true => Ok(whole),
+        false => Err(failed(io::ErrorKind::NotADirectory.into())),
+    }
 }
 
 /// The directory that the guest's modprobe can use.
@@ -269,7 +288,12 @@ fn modules(config: &RunConfig, kernel: &Kernel, places: &Places) -> Option<PathB
 fn options(config: &RunConfig, kernel: &Kernel) -> Vec<OsString> {
     // A verbose console takes as long as the rest of the boot.
     let quiet = if config.console { "" } else { "quiet " };
-    let cmdline = format!("{quiet}{}", config.cmdline);
+    let mut cmdline = quiet.to_owned();
+    if config.coredumps.is_some() {
+        // Set before init starts (Documentation/admin-guide/kernel-parameters.txt).
+        cmdline += &format!("sysctl.kernel.core_pattern={CORES}/core.%e.%p ");
+    }
+    cmdline += &config.cmdline;
     let mut options: Vec<OsString> = vec!["--kernel".into(), kernel.image.clone().into()];
     for (option, value) in [
         ("--cmdline", cmdline.trim_end()),
@@ -343,7 +367,7 @@ fn exec(config: &RunConfig, image: Option<&ImageConfig>) -> Result<Option<Exec>,
         directory,
         user: config.user.clone().or(its_user),
         terminal: config.terminal.then_some(WINDOW),
-        core: false,
+        core: config.coredumps.is_some(),
     }))
 }
 

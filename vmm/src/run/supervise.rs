@@ -80,7 +80,7 @@ impl Run<'_> {
         let host = |error| RunError::Host("wait for the VM", error);
         let silence = self.plan.mode.scale(SILENCE);
         let begun = Instant::now();
-        let (mut is_told, mut is_running) = (false, false);
+        let (mut is_sent, mut is_running) = (false, false);
         let mut unpacking = Unpacking::default();
         loop {
             let (started, has_init, said) = self
@@ -90,14 +90,14 @@ impl Run<'_> {
                 is_running = true;
                 stages.note_at("running", at);
             }
-            if has_init && !is_told {
-                is_told = true;
+            if has_init && !is_sent {
+                is_sent = true;
                 stages.note("init");
                 let boot = self.vm.known(|known| {
                     let name = known.name.as_deref();
                     self.plan.boot(name, &known.nics)
                 });
-                self.vm.tell(&ToInit::Boot(Box::new(boot)));
+                self.vm.send(&ToInit::Boot(Box::new(boot)));
             }
             if let Some(end) = self.ended_early() {
                 return Ok(Some(end));
@@ -154,7 +154,7 @@ impl Run<'_> {
             Some(Ok(())) if matches!(unpacking, Unpacking::Asked) => {
                 *unpacking = Unpacking::Done;
                 stages.note("unpacked");
-                self.vm.tell(&ToInit::Unpacked);
+                self.vm.send(&ToInit::Unpacked);
             }
             _ => {}
         }
@@ -366,7 +366,7 @@ impl Run<'_> {
         let is_sound = |known: &Known| known.ended.is_none() && known.lost.is_none();
         let has_failed = matches!(end.reason, Reason::Silent | Reason::Interrupted);
         if self.vm.known(is_sound) && !has_failed {
-            self.vm.tell(&ToInit::PowerOff);
+            self.vm.send(&ToInit::PowerOff);
             self.vm.await_end(self.plan.mode.scale(POWER_OFF));
         }
         if self.vm.known(|known| known.ended.is_none()) {

@@ -169,8 +169,8 @@ impl Vm {
     }
 
     /// Says something to the guest's init. One that does not read it ends otherwise.
-    pub fn tell(&self, message: &ToInit) {
-        self.shared.tell(message);
+    pub fn send(&self, message: &ToInit) {
+        self.shared.send(message);
     }
 
     /// Sends an image's files to the guest, by a thread of its own.
