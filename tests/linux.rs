@@ -7,6 +7,8 @@ mod harness;
 mod lab;
 #[path = "linux/memory.rs"]
 mod memory;
+#[path = "linux/run.rs"]
+mod run;
 #[path = "linux/user_net.rs"]
 mod user_net;
 
