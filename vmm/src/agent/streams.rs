@@ -62,7 +62,7 @@ pub fn pass_input(mut to: &UnixStream) -> io::Result<()> {
     }
 }
 
-/// Passes output on to its end, or until nobody reads it, which its writer then sees.
+/// Passes output on to its end, or until it has no reader, which its writer then sees.
 pub fn pass_output(mut from: &UnixStream, to: Output) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     loop {
