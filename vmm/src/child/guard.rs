@@ -9,8 +9,8 @@
 //! process with threads, it makes system calls alone. It has minivmm's memory as that was at the fork: start programs
 //! before there is a guest's.
 
-use std::ffi::c_int;
-use std::io;
+use std::ffi::{CStr, c_int};
+use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
@@ -122,6 +122,8 @@ impl Guard {
     fn obey(&self, signal: c_int, tree: &mut Tree) {
         if signal == KILL_ALL.as_raw() {
             tree.end(Rest::Kill);
+        } else if signal == libc::SIGCONT && !is_stopped(tree.program) {
+            // Of a thread of minivmm's that has ended before the others: the parent-death signal.
         } else if signal == libc::SIGCONT && self.has_terminal {
             let _ = kill_process_group(tree.program, Signal::CONT);
         } else {
@@ -194,7 +196,9 @@ impl Tree {
                 self.for_each_child(|pid| {
                     let _ = kill_process(pid, Signal::TERM);
                     // A stopped process handles no signal but this.
-                    let _ = kill_process(pid, Signal::CONT);
+                    if is_stopped(pid) {
+                        let _ = kill_process(pid, Signal::CONT);
+                    }
                 });
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -247,14 +251,41 @@ fn has_children() -> bool {
 /// The kernel's list of this process's children. `None` where there is none: without CONFIG_PROC_CHILDREN, or
 /// where `/proc` is another pid namespace's, whose pids are not the ones here.
 fn read_children(buffer: &mut [u8]) -> Option<&[u8]> {
-    let count = readlinkat_raw(CWD, c"/proc/self", &mut *buffer).ok()?;
-    if parse_pid(buffer.get(..count)?) != Some(getpid()) {
+    if !is_proc_ours() {
         return None;
     }
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = rustix::fs::open(c"/proc/thread-self/children", flags, Mode::empty()).ok()?;
     let count = rustix::io::read(&file, &mut *buffer).ok()?;
     buffer.get(..count)
+}
+
+/// Whether `/proc` has the pids that are known here.
+fn is_proc_ours() -> bool {
+    let mut buffer = [0; 16];
+    let read = readlinkat_raw(CWD, c"/proc/self", &mut buffer).ok();
+    read.and_then(|count| parse_pid(buffer.get(..count)?)) == Some(getpid())
+}
+
+/// Whether a process is stopped by a signal, or may be: only then does it get SIGCONT, at which QEMU makes its terminal
+/// raw again, also one that minivmm has just restored.
+fn is_stopped(pid: Pid) -> bool {
+    let mut path = [0; 32];
+    let mut rest = &mut path[..];
+    // Pids have up to 10 digits, and a NUL ends the path.
+    let formatted = write!(rest, "/proc/{}/stat", pid.as_raw_nonzero());
+    let path = CStr::from_bytes_until_nul(&path);
+    let (Ok(()), Ok(path), true) = (formatted, path, is_proc_ours()) else {
+        return true;
+    };
+    let mut buffer = [0; 128];
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let read = rustix::fs::open(path, flags, Mode::empty())
+        .and_then(|file| rustix::io::read(&file, &mut buffer));
+    let text = read.ok().and_then(|count| buffer.get(..count));
+    // The state follows the name, which is in parentheses and may contain others (proc(5)).
+    let after_name = text.and_then(|text| text.rsplit(|byte| *byte == b')').next());
+    after_name.is_none_or(|text| text.get(1) == Some(&b'T'))
 }
 
 fn parse_pid(digits: &[u8]) -> Option<Pid> {
