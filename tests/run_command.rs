@@ -88,7 +88,13 @@ fn on_host(body: impl FnOnce(Host)) {
 impl Host {
     /// `minivmm run` with these options, then `--` and the command.
     fn run(&self, options: &[&str], command: &[&str]) -> Running {
+        self.run_in(".", options, command)
+    }
+
+    /// The same, started in a directory.
+    fn run_in(&self, directory: &str, options: &[&str], command: &[&str]) -> Running {
         let mut minivmm = self.runtime.minivmm(&["run", "--kernel"]);
+        minivmm.current_dir(directory);
         minivmm.arg(assets().bzimage()).arg("--modules");
         minivmm.arg(assets().modules()).args(options);
         minivmm.arg("--").args(command);
@@ -286,6 +292,8 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         let shared = host.path("shared");
         fs::create_dir(&shared).unwrap();
         let marker = "/minivmm-test-of-the-overlay";
+        // On the root's own file system, wherever the tests are.
+        let here = "/etc";
         let share = format!("{}:/mnt/shared", shared.display());
         let cores = host.path("cores");
         fs::create_dir(&cores).unwrap();
@@ -296,7 +304,7 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         let mut options = vec!["--name", "first", "--share", &share, "--env", "A=b c"];
         options.extend(["--result", result.to_str().unwrap()]);
         options.extend(["--coredumps", cores.to_str().unwrap()]);
-        let mut run = host.run(&options, &["sh", "-c", &script]);
+        let mut run = host.run_in(here, &options, &["sh", "-c", &script]);
         // Every byte there is, and more than any buffer on the way holds.
         let bytes: Vec<u8> = (0..=255).cycle().take(3 << 20).collect();
         let mut stdin = run.child.stdin.take().unwrap();
@@ -317,10 +325,9 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         assert!(fs::read(core.path()).unwrap().starts_with(b"\x7fELF"));
         let report: Value = serde_json::from_slice(&fs::read(result).unwrap()).unwrap();
         let kernel = report["kernel"].as_str().unwrap();
-        let here = std::env::current_dir().unwrap();
         assert_eq!(
             fs::read_to_string(shared.join("file")).unwrap(),
-            format!("b c {} {kernel}\n", here.display())
+            format!("b c {here} {kernel}\n")
         );
         assert_eq!(report["status"], 37);
         assert_eq!(report["reason"], "exited");

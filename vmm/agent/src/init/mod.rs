@@ -19,7 +19,7 @@
 //! 3. The root is mounted beside the initramfs: a share, the first disk's first file system with a root, or an empty one in memory, to
 //!    which the host unpacks an archive.
 //! 4. The initramfs is emptied, and the root takes its place. What every guest has is mounted on it, with an empty /run, and an empty
-//!    /tmp unless what is done there is to be kept; then the shares, at their paths.
+//!    /tmp if the root is only read; then the shares, at their paths.
 //! 5. The NICs come up. Init says that the guest is ready, and serves sessions.
 //! 6. When the host wants the end, or the connection has closed, all processes get SIGTERM and, if they stay, SIGKILL. What is to be kept is
 //!    written and unmounted, init says what the guest has used, and the machine powers off as soon as the host has closed the connection.
@@ -179,9 +179,8 @@ fn boot(host: &Host, mut modules: Modules, children: &Arc<Children>) -> Result<N
         host.unpack(root::ROOT)?;
     }
     root::switch_root()?;
-    // What the host or an image has in /tmp is not this machine's, unless all that is done there is kept.
-    let fresh = boot.access != Access::ReadWrite && !from_archive;
-    mounts::mount_second(fresh)?;
+    // Programs need to write there.
+    mounts::mount_second(boot.access == Access::ReadOnly)?;
     host.stage("root", uptime());
     mount_shares(host, &boot)?;
     let patience = Duration::from_millis(boot.network_patience);
