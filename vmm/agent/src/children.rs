@@ -13,6 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::check;
+
 /// The stack of the thread that reaps.
 const STACK: usize = 64 << 10;
 
@@ -72,7 +74,6 @@ pub struct Child {
     children: Arc<Children>,
 }
 
-#[allow(dead_code)] // Until commands run.
 impl Children {
     /// Starts the thread that reaps. The process has one, and later calls return the same.
     ///
@@ -245,13 +246,6 @@ fn reap(pid: u32) -> Option<(Ended, u64)> {
     };
     // ru_maxrss is in KiB.
     (reaped == pid as i32).then_some((ended, usage.ru_maxrss as u64 * 1024))
-}
-
-fn check(result: i32) -> io::Result<i32> {
-    match result {
-        -1 => Err(io::Error::last_os_error()),
-        result => Ok(result),
-    }
 }
 
 #[cfg(test)]

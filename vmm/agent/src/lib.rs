@@ -9,7 +9,10 @@
 //! processes and reaps them. [`network`] brings up the guest's NICs. `vsock` has the sockets to the host.
 
 use std::env;
+use std::error::Error;
 use std::ffi::OsString;
+use std::io;
+use std::iter;
 use std::path::PathBuf;
 use std::process;
 
@@ -30,6 +33,21 @@ Usage: minivmm-agent [--unix PATH]
 Serves the commands and copies of the host's minivmm, by vsock, or for programs on the same machine
 by a Unix socket. As a guest's first process it is its init.
 ";
+
+/// An error with its causes.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let causes = iter::successors(Some(error), |error| (*error).source());
+    let texts: Vec<String> = causes.map(|error| error.to_string()).collect();
+    texts.join(": ")
+}
+
+/// The result of a call of the C library's.
+fn check(result: i32) -> io::Result<i32> {
+    match result {
+        -1 => Err(io::Error::last_os_error()),
+        result => Ok(result),
+    }
+}
 
 /// Does what the command line says, and returns the exit status.
 pub fn main() -> u8 {

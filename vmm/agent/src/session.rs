@@ -9,8 +9,6 @@
 //! - `pump`: one direction of a stream of its
 //! - `copy`: files, to and from the host
 
-use std::error::Error;
-
 mod connection;
 mod copy;
 mod pump;
@@ -21,14 +19,3 @@ mod unpack;
 mod user;
 
 pub use server::serve;
-
-/// An error with all its reasons.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
-}

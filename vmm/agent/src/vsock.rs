@@ -5,6 +5,8 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use crate::check;
+
 /// How long the host may take to accept a connection. The kernel's own 2 s pass on a host that is busy.
 const CONNECT_SECONDS: i64 = 60;
 
@@ -96,11 +98,4 @@ fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
     address.svm_cid = cid;
     address.svm_port = port;
     address
-}
-
-fn check(result: i32) -> io::Result<i32> {
-    match result {
-        -1 => Err(io::Error::last_os_error()),
-        result => Ok(result),
-    }
 }

@@ -125,7 +125,7 @@ pub fn run() -> ! {
         end::power_off();
     }));
     if let Err(error) = boot_to_end(started) {
-        console::say_text(&console::chain(&error));
+        console::say_text(&crate::chain(&error));
     }
     end::power_off()
 }
@@ -153,7 +153,7 @@ fn boot_to_end(started: Uptime) -> Result<(), InitError> {
     if let Err(failure) = &booted {
         host.say(&FromInit::Failed {
             part: failure.part(),
-            text: console::chain(failure),
+            text: crate::chain(failure),
         });
     }
     host.wait_for_end(&mut meter);
@@ -203,7 +203,7 @@ fn mount_shares(host: &Host, boot: &Boot) -> Result<(), Failure> {
             source,
         })?;
         if let Some(error) = missing {
-            host.say(&FromInit::Warning(console::chain(&error)));
+            host.say(&FromInit::Warning(crate::chain(&error)));
         }
     }
     if !boot.shares.is_empty() {

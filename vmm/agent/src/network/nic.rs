@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::error::Error;
 use std::fs;
 use std::io::{self, Write};
-use std::iter;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::SyncSender;
@@ -20,6 +18,7 @@ use super::lease::Lease;
 use super::names::{ResolvConf, Resolvers};
 use super::rtnetlink::{self, Advertised, Events, Requests, Route};
 use super::{Failure, mac_text};
+use crate::chain;
 
 /// How long a NIC that has an IPv6 address waits for a server of DHCP.
 const LEASE_PATIENCE: Duration = Duration::from_secs(4);
@@ -233,13 +232,6 @@ impl Link {
         };
         state.run(client, &events, deadline, report)
     }
-}
-
-/// A failure with its causes.
-fn chain(failure: &Failure) -> String {
-    let causes = iter::successors(failure.source(), |error| (*error).source());
-    let causes = causes.map(|error| format!(": {error}"));
-    causes.fold(failure.to_string(), |text, cause| text + &cause)
 }
 
 /// Whether an address has no network around it, as some providers' have.

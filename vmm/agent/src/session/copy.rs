@@ -14,7 +14,7 @@ use agent_protocol::MessageError;
 use agent_protocol::copy::{CHUNK, Piece};
 use rustix::process::geteuid;
 
-use super::chain;
+use crate::chain;
 
 /// The most copies at once.
 const MOST: usize = 16;

@@ -14,12 +14,12 @@ use agent_protocol::session::{Exec, FromCommand, Request, SessionId, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use super::chain;
 use super::connection::{Connection, Heard, PATIENCE};
 use super::copy::{Copies, Copy};
 use super::running::{Opened, Running, Session};
 use super::start::{self, StartError};
 use super::unpack;
+use crate::chain;
 use crate::children::{Children, Ended};
 use crate::listener::Listener;
 

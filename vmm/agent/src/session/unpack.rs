@@ -11,6 +11,8 @@ use agent_protocol::session::Unpacked;
 use rustix::fs::{CWD, FileType, Gid, Mode, Uid, chownat, makedev, mknodat};
 use tar::{Archive, Entry, EntryType};
 
+use crate::chain;
+
 /// How much is read at once.
 const PIECE: usize = 256 << 10;
 /// The stack of the thread: the archive's reader keeps little on it.
@@ -39,7 +41,7 @@ pub fn serve(path: Vec<u8>, first: Vec<u8>, stream: UnixStream) {
             .map_err(UnpackError::Read)
             .and_then(|()| unpack(&directory, first.chain(&stream)));
         let result =
-            unpacked.map_or_else(|error| Unpacked::Failed(text(&error)), |()| Unpacked::Done);
+            unpacked.map_or_else(|error| Unpacked::Failed(chain(&error)), |()| Unpacked::Done);
         let _ = agent_protocol::write(&stream, &result);
     };
     let started = thread::Builder::new().stack_size(STACK).spawn(work);
@@ -47,17 +49,6 @@ pub fn serve(path: Vec<u8>, first: Vec<u8>, stream: UnixStream) {
         let text = format!("cannot start a thread: {error}");
         let _ = agent_protocol::write(&stream, &Unpacked::Failed(text));
     }
-}
-
-/// An error with all that is behind it.
-fn text(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        text = format!("{text}: {error}");
-        next = error.source();
-    }
-    text
 }
 
 fn unpack(directory: &Path, from: impl Read) -> Result<(), UnpackError> {
