@@ -159,7 +159,7 @@ fn share(tag: &str, path: &str, optional: bool) -> Share {
     Share {
         tag: tag.into(),
         path: path.into(),
-        read_only: false,
+        access: Access::ReadWrite,
         optional,
     }
 }

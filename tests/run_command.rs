@@ -93,12 +93,30 @@ impl Host {
 
     /// The same, started in a directory.
     fn run_in(&self, directory: &str, options: &[&str], command: &[&str]) -> Running {
+        Running::start(self.command(directory, options, command))
+    }
+
+    fn command(&self, directory: &str, options: &[&str], command: &[&str]) -> Command {
         let mut minivmm = self.runtime.minivmm(&["run", "--kernel"]);
         minivmm.current_dir(directory);
         minivmm.arg(assets().bzimage()).arg("--modules");
         minivmm.arg(assets().modules()).args(options);
         minivmm.arg("--").args(command);
-        Running::start(minivmm)
+        minivmm
+    }
+
+    /// The same, started in a directory below another file system, of which it has a file. 99 is the status when
+    /// the guest has changed that.
+    fn run_on_mount(&self, directory: &str, options: &[&str], command: &[&str]) -> Running {
+        let run = self.command("/", options, command);
+        let script = format!(
+            "mount -t tmpfs test /srv && mkdir {directory} && cd {directory} && echo host > of-the-host || exit 98; \
+             \"$@\"; status=$?; grep -qx host of-the-host && ! test -e /srv/new || exit 99; exit $status"
+        );
+        let mut command = self.runtime.command("sh");
+        command.args(["-c", &script, "sh"]).arg(run.get_program());
+        command.args(run.get_args());
+        Running::start(command)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -292,19 +310,19 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         let shared = host.path("shared");
         fs::create_dir(&shared).unwrap();
         let marker = "/minivmm-test-of-the-overlay";
-        // On the root's own file system, wherever the tests are.
-        let here = "/etc";
+        let here = "/srv/project";
         let share = format!("{}:/mnt/shared", shared.display());
         let cores = host.path("cores");
         fs::create_dir(&cores).unwrap();
         let script = format!(
             "cat && echo error >&2 && echo \"$A $(pwd) $(uname -r)\" > /mnt/shared/file \
+             && grep -qx host of-the-host && echo guest > of-the-host && mkdir /srv/new \
              && touch {marker} && test -e {marker} && sh -c 'kill -SEGV $$'; exit 37"
         );
         let mut options = vec!["--name", "first", "--share", &share, "--env", "A=b c"];
         options.extend(["--result", result.to_str().unwrap()]);
         options.extend(["--coredumps", cores.to_str().unwrap()]);
-        let mut run = host.run_in(here, &options, &["sh", "-c", &script]);
+        let mut run = host.run_on_mount(here, &options, &["sh", "-c", &script]);
         // Every byte there is, and more than any buffer on the way holds.
         let bytes: Vec<u8> = (0..=255).cycle().take(3 << 20).collect();
         let mut stdin = run.child.stdin.take().unwrap();
@@ -370,8 +388,19 @@ fn detached_vm_runs_other_commands_until_it_is_stopped() {
 fn command_that_takes_too_long_is_ended_with_the_status_of_timeout() {
     on_host(|host| {
         let script = "trap 'echo terminated; exit 3' TERM; sleep 1000 & wait";
-        let ended = host.run(&["--timeout", "1s"], &["sh", "-c", script]).wait();
+        // A guest has its own /run.
+        let here = TempDir::new_in("/run").unwrap();
+        let here = here.path().to_str().unwrap();
+        let result = host.path("result.json");
+        let options = ["--timeout", "1s", "--result", result.to_str().unwrap()];
+        let run = host.run_in(here, &options, &["sh", "-c", script]);
+        let ended = run.wait();
         assert_eq!(ended.status, Some(124), "{}", ended.stderr);
+        let warning = format!("the guest has no directory {here:?}");
+        assert!(ended.stderr.contains(&warning), "{}", ended.stderr);
+        let report: Value = serde_json::from_slice(&fs::read(result).unwrap()).unwrap();
+        let warned = report["warnings"][0].as_str().unwrap();
+        assert!(warned.starts_with(&warning), "{report}");
         assert_eq!(ended.stdout, b"terminated\n", "{}", ended.stderr);
         assert!(ended.stderr.contains("more than 1 s"), "{}", ended.stderr);
         assert_eq!(host.vms(), [""; 0]);

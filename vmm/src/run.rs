@@ -6,6 +6,7 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | `plan.rs` | from what was asked for to what is started |
+//! | `below.rs` | what the host has mounted below the root |
 //! | `engine.rs` | what runs the guest's code |
 //! | `kernel.rs`, `modules.rs` | the guest's kernel and its modules |
 //! | `initramfs.rs` | the archive with the init |
@@ -19,6 +20,7 @@
 //! | `root.rs` | how its files get into the guest |
 //! | `unpack.rs` | packed streams |
 
+mod below;
 mod console;
 mod engine;
 mod follow;

@@ -117,6 +117,9 @@ pub struct Session {
     pass_on: UnixStream,
     has_terminal: bool,
     raw: Option<RawTerminal>,
+    /// Where the command is to start.
+    directory: Option<String>,
+    is_elsewhere: bool,
 }
 
 impl Session {
@@ -131,6 +134,8 @@ impl Session {
         exec.session = random().map_err(SessionError::Host)?;
         exec.terminal = exec.terminal.map(|default| window().unwrap_or(default));
         let (session, has_terminal) = (exec.session, exec.terminal.is_some());
+        let directory = exec.directory.as_ref();
+        let directory = directory.map(|it| String::from_utf8_lossy(&it.path).into_owned());
         let control = agent.request(&Request::Exec(Box::new(exec)))?;
         let open = |stream| agent.request(&Request::Stream { session, stream });
         let streams = match has_terminal {
@@ -156,9 +161,20 @@ impl Session {
             pass_on,
             has_terminal,
             raw,
+            directory,
+            is_elsewhere: false,
         };
         started.pass_on(passes).map_err(SessionError::Host)?;
         Ok(started)
+    }
+
+    /// What the user should know of the command once it runs.
+    pub fn warning(&self) -> Option<String> {
+        let directory = self.directory.as_ref().filter(|_| self.is_elsewhere)?;
+        Some(format!(
+            "the guest has no directory {directory:?} that the command's user may enter: the command starts in / (--share \
+             gives the guest a directory, and --workdir chooses another)"
+        ))
     }
 
     /// Starts the threads.
@@ -196,7 +212,7 @@ impl Session {
     ///
     /// [`SessionError::Output`] and [`SessionError::Host`].
     pub fn wait(
-        mut self,
+        &mut self,
         signals: &mut Arrivals,
         mut deadline: Option<Instant>,
         react: &mut dyn FnMut(i32) -> Reaction,
@@ -277,8 +293,12 @@ impl Session {
         };
         loop {
             return match self.inbox.take() {
-                Ok(Some(FromCommand::Started { pid })) => {
+                Ok(Some(FromCommand::Started { pid, elsewhere })) => {
                     log::debug!("the command is process {pid} of the guest");
+                    if elsewhere && !self.is_elsewhere {
+                        self.is_elsewhere = true;
+                        self.warning().iter().for_each(|text| log::warn!("{text}"));
+                    }
                     continue;
                 }
                 Ok(Some(FromCommand::Failed { reason, text })) => {

@@ -75,10 +75,11 @@ pub struct RunArgs {
     )]
     pub root: Option<RootConfig>,
 
-    /// Directory of the host's that the guest has too; with :ro it only reads it. May be repeated
+    /// Directory of the host's that the guest has too; with :ro it only reads it, with :overlay it writes in its memory
+    /// alone. May be repeated
     #[arg(
         long,
-        value_name = "HOST:GUEST[:ro|:rw]",
+        value_name = "HOST:GUEST[:ro|:rw|:overlay]",
         value_parser = OsStringValueParser::new().try_map(RunShare::parse),
         help_heading = "Guest"
     )]

@@ -78,10 +78,11 @@ pub fn run(args: &ExecArgs) -> Result<u8, ExecError> {
     let agent = Agent::of(&args.target)?;
     let mut signals = Arrivals::new(&FORWARDED).map_err(ExecError::Signals)?;
     tty::restore_on_panic();
-    let session = Session::start(&agent, exec(args))?;
+    let mut session = Session::start(&agent, exec(args))?;
     let mut impatience = Impatience::default();
     let mut react = |signal| impatience.react(signal);
     let outcome = session.wait(&mut signals, None, &mut react)?;
+    drop(session);
     match outcome {
         Outcome::NotStarted { reason, text } => Err(ExecError::NotStarted { reason, text }),
         Outcome::Lost => Err(ExecError::Lost),

@@ -168,22 +168,23 @@ pub struct RunShare {
     pub host: PathBuf,
     /// Where the guest has it: an absolute path.
     pub guest: PathBuf,
-    /// The guest changes nothing in it.
-    pub read_only: bool,
+    /// What the guest may write to it.
+    pub access: Access,
 }
 
 impl RunShare {
-    /// Takes `HOST:GUEST[:ro|:rw]`.
+    /// Takes `HOST:GUEST[:ro|:rw|:overlay]`.
     ///
     /// # Errors
     ///
     /// Says which part is missing.
     pub fn parse(text: OsString) -> Result<Self, ConfigError> {
         let (rest, access) = split_end(&text);
-        let (rest, read_only) = match access.map(OsStrExt::as_bytes) {
-            Some(b"ro") => (rest, true),
-            Some(b"rw") => (rest, false),
-            _ => (text.as_os_str(), false),
+        let (rest, access) = match access.map(OsStrExt::as_bytes) {
+            Some(b"ro") => (rest, Access::ReadOnly),
+            Some(b"rw") => (rest, Access::ReadWrite),
+            Some(b"overlay") => (rest, Access::Overlay),
+            _ => (text.as_os_str(), Access::ReadWrite),
         };
         let (host, guest) = split_end(rest);
         let guest = guest.filter(|guest| guest.as_bytes().starts_with(b"/"));
@@ -195,7 +196,7 @@ impl RunShare {
         Ok(Self {
             host: non_empty(host.to_owned())?,
             guest: guest.into(),
-            read_only,
+            access,
         })
     }
 }
@@ -378,15 +379,16 @@ mod tests {
 
     #[test]
     fn share_has_both_paths() {
-        for (text, host, guest, read_only) in [
-            (".:/src", ".", "/src", false),
-            ("/a:/b:ro", "/a", "/b", true),
-            ("/a:b:/c:rw", "/a:b", "/c", false),
+        for (text, host, guest, access) in [
+            (".:/src", ".", "/src", Access::ReadWrite),
+            ("/a:/b:ro", "/a", "/b", Access::ReadOnly),
+            ("/a:b:/c:rw", "/a:b", "/c", Access::ReadWrite),
+            ("/a:/b:overlay", "/a", "/b", Access::Overlay),
         ] {
             let expected = RunShare {
                 host: host.into(),
                 guest: guest.into(),
-                read_only,
+                access,
             };
             assert_eq!(RunShare::parse(text.into()), Ok(expected), "{text}");
         }

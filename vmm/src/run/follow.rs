@@ -271,8 +271,7 @@ impl Follower {
             Some("share-failed") => {
                 let (tag, reason) = (text("tag"), text("reason"));
                 let warning = format!("the file server of {tag} is gone: {reason}");
-                self.shared
-                    .change(|known| add(&mut known.warnings, warning));
+                self.shared.change(|known| known.warn(warning));
             }
             Some("exit") => self.shared.change(|known| {
                 known.exit = Some(VmExit {
@@ -388,7 +387,7 @@ impl Known {
             }
             FromInit::Warning(text) => {
                 log::warn!("the guest: {text}");
-                add(&mut self.warnings, printable(&text).into_owned());
+                self.warn(printable(&text).into_owned());
             }
             FromInit::Ready { nics, at } => {
                 add(&mut self.stages, ("ready".into(), at));
@@ -403,6 +402,13 @@ impl Known {
             }
             FromInit::Ended(usage) => self.usage = Some(usage),
         }
+    }
+}
+
+impl Known {
+    /// Adds to what the user should know.
+    pub fn warn(&mut self, warning: String) {
+        add(&mut self.warnings, warning);
     }
 }
 

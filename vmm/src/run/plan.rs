@@ -13,12 +13,13 @@ use agent_protocol::boot::{Access, Boot, Nic, Root, Share};
 use agent_protocol::session::{Directory, Exec, Window};
 
 use super::RunError;
+use super::below;
 use super::engine::Mode;
 use super::initramfs::{self, Needs};
 use super::kernel::{Kernel, Places};
 use super::oci::{Image, ImageConfig};
 use super::vm::Numbers;
-use crate::config::{NicSource, RunConfig, RunNic};
+use crate::config::{NicSource, RunConfig, RunNic, RunShare};
 use crate::nic::watch_beside;
 use crate::plan::Transport;
 
@@ -30,6 +31,8 @@ const MODULES_TAG: &str = "modules";
 const CORES_TAG: &str = "cores";
 /// Where the guest has that: in a tmpfs, which it has whatever its root is.
 const CORES: &str = "/run/minivmm-cores";
+/// Of which a guest that may write nothing to its root has its own.
+const TMP: &str = "/tmp";
 /// How long NICs may take to get their addresses.
 const NETWORK: Duration = Duration::from_secs(20);
 /// How long the guest may take to power off when its end is asked for, in seconds, before it is ended.
@@ -79,7 +82,10 @@ impl Plan {
         let needs = Needs {
             transport: Transport::Pci,
             shares: (root.is_directory && image.is_none()) || !shares.is_empty(),
-            overlay: config.root.access == Access::Overlay && image.is_none(),
+            overlay: (config.root.access == Access::Overlay && image.is_none())
+                || shares
+                    .iter()
+                    .any(|(share, _)| share.access == Access::Overlay),
             disks: !root.is_directory && image.is_none(),
             nics: !config.nics.is_empty(),
         };
@@ -91,7 +97,7 @@ impl Plan {
             options.extend(root.option(config.root.access));
         }
         for (share, host) in &shares {
-            options.extend(share_option(host, &share.tag, share.read_only));
+            options.extend(share_option(host, &share.tag, share.access));
         }
         let network = mode.scale(NETWORK).as_millis();
         let nic = |nic: &RunNic| Nic {
@@ -187,9 +193,8 @@ impl RootPlace {
     }
 
     fn option(&self, access: Access) -> Vec<OsString> {
-        let read_only = access != Access::ReadWrite;
         if self.is_directory {
-            return share_option(&self.path, ROOT_TAG, read_only).into();
+            return share_option(&self.path, ROOT_TAG, access).into();
         }
         // A comma in a path is doubled.
         let mut value = OsString::new();
@@ -204,15 +209,16 @@ impl RootPlace {
                 value.push(",");
             }
         }
-        if read_only {
+        if access != Access::ReadWrite {
             value.push(",readonly=on");
         }
         vec!["--disk".into(), value]
     }
 }
 
-fn share_option(path: &Path, tag: &str, read_only: bool) -> [OsString; 2] {
+fn share_option(path: &Path, tag: &str, access: Access) -> [OsString; 2] {
     let mut value = path.as_os_str().to_owned();
+    let read_only = access != Access::ReadWrite;
     value.push(format!(":{tag}{}", if read_only { ":ro" } else { "" }));
     ["--share".into(), value]
 }
@@ -224,7 +230,7 @@ fn shares(
     root: &RootPlace,
     places: &Places,
 ) -> Result<Vec<(Share, PathBuf)>, RunError> {
-    let mut shares = Vec::new();
+    let mut shares = mounted_below(config, root);
     let below = Path::new("lib/modules").join(&kernel.release);
     let has_modules =
         root.is_directory && config.root.image.is_none() && root.path.join(&below).is_dir();
@@ -235,7 +241,7 @@ fn shares(
                 .join(below)
                 .into_os_string()
                 .into_encoded_bytes(),
-            read_only: true,
+            access: Access::ReadOnly,
             optional: true,
         };
         shares.push((share, modules));
@@ -244,7 +250,7 @@ fn shares(
         let share = Share {
             tag: CORES_TAG.into(),
             path: CORES.into(),
-            read_only: false,
+            access: Access::ReadWrite,
             optional: false,
         };
         shares.push((share, directory(dir)?));
@@ -254,12 +260,49 @@ fn shares(
         let share = Share {
             tag: format!("share{n}"),
             path: share.guest.as_os_str().as_bytes().to_vec(),
-            read_only: share.read_only,
+            access: share.access,
             optional: false,
         };
         shares.push((share, host));
     }
     Ok(shares)
+}
+
+/// What the host has mounted below the root, with what the guest may write to that.
+fn mounted_below(config: &RunConfig, root: &RootPlace) -> Vec<(Share, PathBuf)> {
+    let whole = root.path.canonicalize();
+    let Some(whole) = whole
+        .ok()
+        .filter(|_| root.is_directory && config.root.image.is_none())
+    else {
+        return Vec::new();
+    };
+    let wanted = match &config.workdir {
+        Some(path) => Some(path.clone()),
+        None => env::current_dir().ok(),
+    };
+    let in_root = |path: PathBuf| whole.join(path.strip_prefix("/").unwrap_or(&path));
+    let wanted = wanted.map(in_root);
+    // A link of another root leads elsewhere in the guest.
+    let resolved = |path: PathBuf| match whole.parent() {
+        None => path.canonicalize().unwrap_or(path),
+        Some(_) => path,
+    };
+    let wanted: Vec<_> = wanted.map(resolved).into_iter().collect();
+    let below = below::below(&whole, &wanted).into_iter().enumerate();
+    let shares = below.filter_map(|(n, host)| {
+        let path = Path::new("/").join(host.strip_prefix(&whole).ok()?);
+        let is_its_own = path == Path::new(TMP) && config.root.access == Access::ReadOnly;
+        let is_hidden = |share: &RunShare| path.starts_with(&share.guest);
+        let share = Share {
+            tag: format!("mount{n}"),
+            path: path.as_os_str().as_bytes().to_vec(),
+            access: config.root.access,
+            optional: true,
+        };
+        (!is_its_own && !config.shares.iter().any(is_hidden)).then_some((share, host))
+    });
+    shares.collect()
 }
 
 /// A directory to share, by its whole path.

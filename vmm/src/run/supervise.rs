@@ -278,7 +278,7 @@ impl Run<'_> {
         let Some(agent) = self.agent() else {
             return Ok(self.no_directory());
         };
-        let session = match Session::start(&agent, exec) {
+        let mut session = match Session::start(&agent, exec) {
             Ok(session) => session,
             Err(SessionError::Connect(error)) => {
                 return Ok(self.verdict(|| End::failed(Reason::Agent, chain(&error))));
@@ -291,6 +291,10 @@ impl Run<'_> {
         let outcome = session.wait(signals, deadline, &mut |signal| interrupts.react(signal));
         let outcome = outcome.map_err(RunError::Session)?;
         stages.note("ended");
+        if let Some(warning) = session.warning() {
+            self.vm.note_warning(warning);
+        }
+        drop(session);
         Ok(self.end_of(outcome))
     }
 

@@ -147,6 +147,11 @@ impl Vm {
         look(&self.shared.known())
     }
 
+    /// Adds to what the user should know.
+    pub fn note_warning(&self, warning: String) {
+        self.shared.change(|known| known.warn(warning));
+    }
+
     /// Waits until something more is known, a signal has come, or the time is over.
     ///
     /// # Errors

@@ -124,7 +124,7 @@ pub enum Root {
     Archive,
 }
 
-/// What the guest may write to its root.
+/// What the guest may write to its root, or to a share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Access {
     /// Nothing: it is mounted read-only.
@@ -142,8 +142,8 @@ pub struct Share {
     pub tag: String,
     /// Where it is mounted: an absolute path, which is made where it is not there.
     pub path: Vec<u8>,
-    /// Whether the guest only reads it.
-    pub read_only: bool,
+    /// What the guest may write to it.
+    pub access: Access,
     /// Whether the guest goes on without it when `path` cannot be made.
     pub optional: bool,
 }

@@ -114,20 +114,22 @@ mod tests {
     use super::*;
     use crate::session::{FromCommand, Request};
 
+    const STARTED: FromCommand = FromCommand::Started {
+        pid: 5,
+        elsewhere: false,
+    };
+
     #[test]
     fn messages_on_one_stream_are_read_one_by_one() {
         let mut stream = Vec::new();
         write(&mut stream, &FromCommand::Exited(37)).unwrap();
-        write(&mut stream, &FromCommand::Started { pid: 5 }).unwrap();
+        write(&mut stream, &STARTED).unwrap();
         let mut stream = &stream[..];
         assert_eq!(
             read::<FromCommand>(&mut stream).unwrap(),
             FromCommand::Exited(37)
         );
-        assert_eq!(
-            read::<FromCommand>(&mut stream).unwrap(),
-            FromCommand::Started { pid: 5 }
-        );
+        assert_eq!(read::<FromCommand>(&mut stream).unwrap(), STARTED);
         assert!(matches!(
             read::<FromCommand>(&mut stream),
             Err(MessageError::Closed)

@@ -128,6 +128,8 @@ pub enum FromCommand {
     Started {
         /// Its process in the guest.
         pid: u32,
+        /// Its directory is not there, and it has started in the root directory.
+        elsewhere: bool,
     },
     /// It could not be started. The last message.
     Failed {

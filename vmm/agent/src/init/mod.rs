@@ -172,6 +172,14 @@ fn boot(host: &Host, mut modules: Modules, children: &Arc<Children>) -> Result<N
     if !boot.shares.is_empty() {
         modules.load("virtiofs")?;
     }
+    // The initramfs, which has them, goes with the switch of roots.
+    if boot
+        .shares
+        .iter()
+        .any(|share| share.access == Access::Overlay)
+    {
+        modules.load("overlay")?;
+    }
     root::mount_root(&boot.root, boot.access, &mut modules)?;
     let from_archive = boot.root == Root::Archive;
     if from_archive {

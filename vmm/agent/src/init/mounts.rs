@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -130,6 +130,40 @@ pub fn mount(
             source: error.into(),
         },
     })
+}
+
+/// Puts memory that can be written over what is mounted on `lower`, and mounts both together. `lower` and `memory`, where
+/// the memory is mounted meanwhile, are out of sight then.
+///
+/// # Errors
+///
+/// See [`MountError`].
+pub fn mount_overlay(lower: &Path, memory: &Path, at: &Path) -> Result<(), MountError> {
+    mount("overlay", memory, "tmpfs", MountFlags::empty(), "mode=755")?;
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        |error| MountError::Directory(path, error)
+    };
+    let (upper, work) = (memory.join("upper"), memory.join("work"));
+    for path in [&upper, &work] {
+        fs::create_dir(path).map_err(failed(path))?;
+    }
+    // The directory itself is that of the upper one.
+    let found = fs::metadata(lower).map_err(failed(lower))?;
+    chown(&upper, Some(found.uid()), Some(found.gid())).map_err(failed(&upper))?;
+    fs::set_permissions(&upper, found.permissions()).map_err(failed(&upper))?;
+    let [lower_name, upper, work] = [lower, &upper, &work].map(Path::display);
+    let options = format!("lowerdir={lower_name},upperdir={upper},workdir={work}");
+    let mount = |more: &str| {
+        let options = format!("{options}{more}");
+        mount("overlay", at, "overlay", MountFlags::empty(), &options)
+    };
+    // So that a directory of the lower one is renamed, and not copied. A kernel that cannot says EINVAL.
+    mount(",redirect_dir=on").or_else(|_| mount(""))?;
+    // The overlay holds both.
+    detach(lower);
+    detach(memory);
+    Ok(())
 }
 
 /// Mounts what init needs itself.

@@ -76,35 +76,8 @@ pub fn mount_root(root: &Root, access: Access, modules: &mut Modules) -> Result<
     }
     if overlay {
         modules.load("overlay")?;
-        mount_overlay()?;
+        mounts::mount_overlay(at, Path::new(MEMORY), Path::new(ROOT))?;
     }
-    Ok(())
-}
-
-/// Puts memory that can be written over what is on [`LOWER`].
-fn mount_overlay() -> Result<(), RootError> {
-    let memory = Path::new(MEMORY);
-    mount("overlay", memory, "tmpfs", MountFlags::empty(), "mode=755")?;
-    for name in ["upper", "work"] {
-        let path = memory.join(name);
-        fs::create_dir(&path).map_err(|error| MountError::Directory(path, error))?;
-    }
-    let options = format!("lowerdir={LOWER},upperdir={MEMORY}/upper,workdir={MEMORY}/work");
-    let mount = |more: &str| {
-        let options = format!("{options}{more}");
-        mount(
-            "overlay",
-            Path::new(ROOT),
-            "overlay",
-            MountFlags::empty(),
-            &options,
-        )
-    };
-    // So that a directory of the lower one is renamed, and not copied. A kernel that cannot says EINVAL.
-    mount(",redirect_dir=on").or_else(|_| mount(""))?;
-    // The overlay holds both.
-    mounts::detach(Path::new(LOWER));
-    mounts::detach(memory);
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use agent_protocol::{Inbox, MessageError};
 use rustix::event::{PollFd, PollFlags};
 
 use super::pump::{End, Pump};
-use super::start::{self, Ends};
+use super::start::{self, Ends, Started};
 use crate::children::{Child, Ended};
 
 /// How long a command whose host has gone has after SIGHUP.
@@ -70,7 +70,12 @@ enum State {
 
 impl Running {
     /// Passes the streams of a command on that has just been started.
-    pub fn new((child, ends): (Child, Ends), session: Session) -> Self {
+    pub fn new(started: Started, session: Session) -> Self {
+        let Started {
+            child,
+            ends,
+            elsewhere,
+        } = started;
         let mut running = Self {
             control: session.control,
             inbox: session.inbox,
@@ -83,7 +88,7 @@ impl Running {
             child,
         };
         let pid = running.child.pid();
-        running.say(&FromCommand::Started { pid });
+        running.say(&FromCommand::Started { pid, elsewhere });
         running.obey();
         running
     }

@@ -16,7 +16,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::user::{User, UserError};
-use crate::children::{Children, Ended};
+use crate::children::{Child, Children, Ended};
 
 /// Why a command could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -71,8 +71,18 @@ pub enum Ends {
 /// The command's ends.
 struct Streams([OwnedFd; 3]);
 
-/// Starts a command. Returns its process and the agent's ends of its streams. `ended` is called, by another thread, when the process has
-/// ended.
+/// A command that has been started.
+#[derive(Debug)]
+pub struct Started {
+    /// Its process.
+    pub child: Child,
+    /// The agent's ends of its streams.
+    pub ends: Ends,
+    /// Its directory is not there, and it has started in the root directory.
+    pub elsewhere: bool,
+}
+
+/// Starts a command. `ended` is called, by another thread, when its process has ended.
 ///
 /// # Errors
 ///
@@ -80,16 +90,27 @@ struct Streams([OwnedFd; 3]);
 pub fn start(
     exec: &Exec,
     children: &Arc<Children>,
-    ended: impl FnOnce(Ended) + Send + 'static,
-) -> Result<(crate::children::Child, Ends), StartError> {
-    let (mut command, ends) = prepare(exec)?;
-    match children.spawn(&mut command, ended) {
-        Ok(child) => Ok((child, ends)),
-        Err(error) => Err(failed(exec, error)),
+    ended: impl FnOnce(Ended) + Clone + Send + 'static,
+) -> Result<Started, StartError> {
+    let attempt = |elsewhere| {
+        let (mut command, ends) = prepare(exec, elsewhere)?;
+        let spawned = children.spawn(&mut command, ended.clone());
+        let child = spawned.map_err(|error| failed(exec, error))?;
+        Ok(Started {
+            child,
+            ends,
+            elsewhere,
+        })
+    };
+    let is_required = exec.directory.as_ref().is_some_and(|it| it.required);
+    match attempt(false) {
+        Err(StartError::Directory(..)) if !is_required => attempt(true),
+        started => started,
     }
 }
 
-fn prepare(exec: &Exec) -> Result<(Command, Ends), StartError> {
+/// Makes the command; `elsewhere` has it start in the root directory.
+fn prepare(exec: &Exec, elsewhere: bool) -> Result<(Command, Ends), StartError> {
     let [program, arguments @ ..] = &exec.argv[..] else {
         return Err(StartError::Empty);
     };
@@ -115,8 +136,10 @@ fn prepare(exec: &Exec) -> Result<(Command, Ends), StartError> {
     let becomes = (exec.user.is_some() || geteuid().is_root()).then(|| user.clone());
     let set_up = SetUp {
         has_terminal: exec.terminal.is_some(),
-        directory: directory(exec, &user)?,
-        directory_is_required: exec.directory.as_ref().is_some_and(|it| it.required),
+        directory: match elsewhere {
+            true => c"/".to_owned(),
+            false => directory(exec, &user)?,
+        },
         core: exec.core,
         becomes,
     };
@@ -172,7 +195,6 @@ struct SetUp {
     has_terminal: bool,
     becomes: Option<User>,
     directory: CString,
-    directory_is_required: bool,
     core: bool,
 }
 
@@ -197,11 +219,7 @@ impl SetUp {
         if let Some(user) = &self.becomes {
             become_user(user).map_err(at(BECOME))?;
         }
-        match chdir(&self.directory) {
-            Err(error) if self.directory_is_required => Err(at(DIRECTORY)(error)),
-            Err(_) => chdir(c"/").map_err(at(DIRECTORY)),
-            Ok(()) => Ok(()),
-        }
+        chdir(&self.directory).map_err(at(DIRECTORY))
     }
 }
 
