@@ -314,14 +314,21 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         let share = format!("{}:/mnt/shared", shared.display());
         let cores = host.path("cores");
         fs::create_dir(&cores).unwrap();
+        let out = host.path("out");
+        fs::create_dir(&out).unwrap();
+        let copies = ["minivmm-tree", marker, "/no/such"];
+        let copies = copies.map(|guest| format!("{guest}:{}", out.display()));
         let script = format!(
             "cat && echo error >&2 && echo \"$A $(pwd) $(uname -r)\" > /mnt/shared/file \
              && grep -qx host of-the-host && echo guest > of-the-host && mkdir /srv/new \
-             && touch {marker} && test -e {marker} && sh -c 'kill -SEGV $$'; exit 37"
+             && echo kept > {marker} && test -e {marker} \
+             && mkdir -p minivmm-tree/sub && ln -s / minivmm-tree/link \
+             && sh -c 'kill -SEGV $$'; exit 37"
         );
         let mut options = vec!["--name", "first", "--share", &share, "--env", "A=b c"];
         options.extend(["--result", result.to_str().unwrap()]);
         options.extend(["--coredumps", cores.to_str().unwrap()]);
+        options.extend(copies.iter().flat_map(|copy| ["--copy-out", copy]));
         let mut run = host.run_on_mount(here, &options, &["sh", "-c", &script]);
         // Every byte there is, and more than any buffer on the way holds.
         let bytes: Vec<u8> = (0..=255).cycle().take(3 << 20).collect();
@@ -335,6 +342,13 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         let lines: Vec<_> = ended.stderr.lines().collect();
         assert!(lines.contains(&"error"), "{lines:?}");
         assert!(!PathBuf::from(marker).exists());
+        let kept = out.join(marker.trim_start_matches('/'));
+        assert_eq!(fs::read_to_string(kept).unwrap(), "kept\n");
+        let tree = out.join("minivmm-tree");
+        assert!(tree.join("sub").is_dir());
+        assert_eq!(fs::read_link(tree.join("link")).unwrap(), Path::new("/"));
+        let lost = "\"/no/such\" of the guest is not copied out: cannot read";
+        assert!(ended.stderr.contains(lost), "{}", ended.stderr);
         let [core] = &fs::read_dir(cores).unwrap().collect::<Vec<_>>()[..] else {
             panic!("{}", ended.stderr)
         };
@@ -387,12 +401,16 @@ fn detached_vm_runs_other_commands_until_it_is_stopped() {
 #[test]
 fn command_that_takes_too_long_is_ended_with_the_status_of_timeout() {
     on_host(|host| {
-        let script = "trap 'echo terminated; exit 3' TERM; sleep 1000 & wait";
+        // By a link, which the guest follows.
+        let script = "trap 'echo terminated; exit 3' TERM; echo partial > /run/a; \
+                      ln -s a /run/b; sleep 1000 & wait";
         // A guest has its own /run.
         let here = TempDir::new_in("/run").unwrap();
         let here = here.path().to_str().unwrap();
-        let result = host.path("result.json");
-        let options = ["--timeout", "1s", "--result", result.to_str().unwrap()];
+        let (result, out) = (host.path("result.json"), host.path("out"));
+        let copy = format!("/run/b:{}", out.display());
+        let mut options = vec!["--timeout", "1s", "--copy-out", &copy];
+        options.extend(["--result", result.to_str().unwrap()]);
         let run = host.run_in(here, &options, &["sh", "-c", script]);
         let ended = run.wait();
         assert_eq!(ended.status, Some(124), "{}", ended.stderr);
@@ -403,6 +421,7 @@ fn command_that_takes_too_long_is_ended_with_the_status_of_timeout() {
         assert!(warned.starts_with(&warning), "{report}");
         assert_eq!(ended.stdout, b"terminated\n", "{}", ended.stderr);
         assert!(ended.stderr.contains("more than 1 s"), "{}", ended.stderr);
+        assert_eq!(fs::read_to_string(out).unwrap(), "partial\n");
         assert_eq!(host.vms(), [""; 0]);
     });
 }
@@ -468,6 +487,10 @@ fn nothing_is_left_whichever_process_is_killed() {
         for (options, why) in [
             (["--root", "/nonexistent"], "cannot use the root"),
             (["--share", "/nonexistent:/x"], "cannot share the directory"),
+            (
+                ["--copy-out", "/a:/nonexistent/a"],
+                "cannot copy anything to",
+            ),
             (["--macvtap", "nonexistent0"], "nonexistent0"),
         ] {
             let ended = host.run(&options, &["true"]).wait();

@@ -14,5 +14,5 @@ mod session;
 mod streams;
 
 pub use connect::{Agent, ConnectError};
-pub use copy::{CopyError, copy_from, copy_to};
+pub use copy::{Bounds, CopyError, copy_from, copy_to, copy_to_place, means_contents};
 pub use session::{FORWARDED, Outcome, Reaction, Session, SessionError};

@@ -36,7 +36,7 @@ use nic::{MACVTAP_KEYS, MAX_PAIRS, NIC_KEYS};
 pub use qemu::{QemuNic, parse_qemu_user_net};
 pub use qmp::QmpSocket;
 pub use reboot::Reboot;
-pub(crate) use run::{Engine, RootConfig, RunConfig, RunNic, RunShare};
+pub(crate) use run::{CopyOut, Engine, RootConfig, RunConfig, RunNic, RunShare};
 pub(crate) use runner::RunnerFds;
 use share::SHARE_KEYS;
 pub use share::{ShareConfig, ShareSource, Tag};

@@ -14,6 +14,7 @@
 //! | `tie.rs` | in the VM's process: what ties it to that one |
 //! | `follow.rs` | what becomes known of the VM: its events, its guest's boot, its end |
 //! | `console.rs` | the guest's console, and the log of the VM's process |
+//! | `copies.rs` | what comes out of the guest after its command |
 //! | `supervise.rs` | the run, from the start of the VM to its end |
 //! | `report.rs` | what came of it |
 //! | `oci.rs` | an image of a local OCI layout as the guest's root |
@@ -22,6 +23,7 @@
 
 mod below;
 mod console;
+mod copies;
 mod engine;
 mod follow;
 pub mod initramfs;
@@ -88,6 +90,9 @@ pub enum RunError {
     /// A directory.
     #[error("cannot share the directory {0:?}")]
     Share(PathBuf, #[source] io::Error),
+    /// A place for what comes out of the guest.
+    #[error("cannot copy anything to {0:?}")]
+    CopyOut(PathBuf, #[source] io::Error),
     /// The command's streams.
     #[error(transparent)]
     Session(SessionError),
@@ -116,6 +121,7 @@ impl RunError {
             Self::Initramfs(InitramfsError::Modules(_)) => Reason::Module,
             Self::Root(..) | Self::Image(_) | Self::TooLarge(..) => Reason::Root,
             Self::Share(..) => Reason::Share,
+            Self::CopyOut(..) => Reason::CopyOut,
             Self::Session(_) | Self::Host(..) => Reason::Host,
             _ => Reason::Setup,
         }
@@ -215,6 +221,7 @@ fn show(config: &RunConfig, end: &End, vm: Option<&Vm>) {
             | Reason::NotExecutable
             | Reason::NotStarted
             | Reason::Timeout
+            | Reason::CopyOut
             | Reason::Interrupted
     );
     let Some(vm) = vm.filter(|_| is_the_guests && !config.console) else {

@@ -197,11 +197,18 @@ mod tests {
             stream.shutdown(std::net::Shutdown::Write).unwrap();
             let _ = stream.read_to_end(&mut Vec::new());
         });
-        let path = b"/x".to_vec();
-        let met = Agent::at(&directory.path().join("vsock")).request(&Request::Pack { path });
+        let met = Agent::at(&directory.path().join("vsock")).request(&pack());
         let met = met.inspect(|stream| stream.shutdown(std::net::Shutdown::Both).unwrap());
         serves.join().unwrap();
         met
+    }
+
+    fn pack() -> Request {
+        Request::Pack {
+            path: b"/x".to_vec(),
+            directory: b"/".to_vec(),
+            follows: false,
+        }
     }
 
     fn hello(version: u32) -> Vec<u8> {
@@ -234,7 +241,7 @@ mod tests {
     #[test]
     fn socket_that_is_not_there_is_named() {
         let error = Agent::at(Path::new("/nowhere/vsock"))
-            .request(&Request::Pack { path: Vec::new() })
+            .request(&pack())
             .unwrap_err();
         assert_eq!(error.to_string(), "cannot connect to \"/nowhere/vsock\"");
     }

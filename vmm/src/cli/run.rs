@@ -8,7 +8,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::agent::Variable;
 use crate::config::{
-    Cpus, Engine, MemorySize, Patience, RootConfig, RunConfig, RunNic, RunShare, VmName,
+    CopyOut, Cpus, Engine, MemorySize, Patience, RootConfig, RunConfig, RunNic, RunShare, VmName,
 };
 
 pub(super) const HELP: &str = "\
@@ -48,6 +48,8 @@ Examples:
       minivmm run --kernel . -- dmesg
   A shell:
       minivmm run -t --user-net -- bash
+  With the report that it has written, whether it succeeds or not:
+      minivmm run --share .:/src --workdir /src --copy-out build/report.xml:. -- make check
   A VM that goes on, for `minivmm exec`:
       minivmm run -d --name box --user-net && minivmm exec -t box -- bash; minivmm stop box";
 
@@ -195,6 +197,17 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", help_heading = "Control")]
     pub result: Option<PathBuf>,
 
+    /// Copy a file or directory of the guest's to the host, as `minivmm cp` does, when the command has ended or its
+    /// time is over. GUEST is relative to the directory in which the command starts. May be repeated
+    #[arg(
+        long,
+        value_name = "GUEST:HOST",
+        value_parser = OsStringValueParser::new().try_map(CopyOut::parse),
+        conflicts_with = "detach",
+        help_heading = "Control"
+    )]
+    pub copy_out: Vec<CopyOut>,
+
     /// Have core files of the command, and of what it starts, written to this directory
     #[arg(long, value_name = "DIR", help_heading = "Control")]
     pub coredumps: Option<PathBuf>,
@@ -232,6 +245,7 @@ impl From<RunArgs> for RunConfig {
             terminal: args.terminal,
             detach: args.detach,
             timeout: args.timeout.0,
+            copies: args.copy_out,
             coredumps: args.coredumps,
             console: args.console,
             dry_run: args.dry_run,

@@ -52,6 +52,8 @@ pub struct RunConfig {
     pub detach: bool,
     /// How long it may take.
     pub timeout: Option<Duration>,
+    /// What comes out of the guest after the command.
+    pub copies: Vec<CopyOut>,
     /// Where core files of the command go.
     pub coredumps: Option<PathBuf>,
     /// The guest's console is shown.
@@ -197,6 +199,32 @@ impl RunShare {
             host: non_empty(host.to_owned())?,
             guest: guest.into(),
             access,
+        })
+    }
+}
+
+/// A file or directory of the guest's, and where it goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyOut {
+    /// An absolute path, or one that begins where the command starts.
+    pub guest: PathBuf,
+    /// The host's path, by the rules of `docker cp`.
+    pub host: PathBuf,
+}
+
+impl CopyOut {
+    /// Takes `GUEST:HOST`.
+    ///
+    /// # Errors
+    ///
+    /// Says that a part is missing.
+    pub fn parse(text: OsString) -> Result<Self, ConfigError> {
+        let missing = || ConfigError::Value("write GUEST:HOST, as in report.xml:.".into());
+        let (guest, host) = split_end(&text);
+        let host = host.filter(|host| !host.is_empty() && !guest.is_empty());
+        Ok(Self {
+            guest: guest.into(),
+            host: host.ok_or_else(missing)?.into(),
         })
     }
 }
@@ -394,6 +422,21 @@ mod tests {
         }
         for text in ["", "/a", "/a:b", ":/a", "/a:ro", "/a:"] {
             assert!(RunShare::parse(text.into()).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn copy_has_both_paths() {
+        for (text, guest, host) in [
+            ("/a:b", "/a", "b"),
+            ("a:b:/c", "a:b", "/c"),
+            (".:.", ".", "."),
+        ] {
+            let (guest, host) = (guest.into(), host.into());
+            assert_eq!(CopyOut::parse(text.into()), Ok(CopyOut { guest, host }));
+        }
+        for text in ["", "/a", "/a:", ":b"] {
+            assert!(CopyOut::parse(text.into()).is_err(), "{text}");
         }
     }
 

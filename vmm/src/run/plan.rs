@@ -14,6 +14,7 @@ use agent_protocol::session::{Directory, Exec, Window};
 
 use super::RunError;
 use super::below;
+use super::copies::Copy;
 use super::engine::Mode;
 use super::initramfs::{self, Needs};
 use super::kernel::{Kernel, Places};
@@ -60,6 +61,8 @@ pub struct Plan {
     pub taps: Vec<bool>,
     /// The command, if there is one.
     pub exec: Option<Exec>,
+    /// What comes out of the guest after it.
+    pub copies: Arc<[Copy]>,
     /// Under which the VM's process inherits what ties it to this one.
     pub numbers: Numbers,
     /// What it inherits of what this process has inherited.
@@ -74,6 +77,8 @@ impl Plan {
     ///
     /// Something is not there, or KVM cannot do what it must.
     pub fn new(config: &RunConfig) -> Result<Self, RunError> {
+        let copies = config.copies.iter().map(Copy::find);
+        let copies = copies.collect::<Result<_, _>>()?;
         let places = Places::host();
         let kernel = Kernel::find(config.kernel.as_deref(), &places)?;
         let image = image(config)?;
@@ -127,6 +132,7 @@ impl Plan {
             taps: config.nics.iter().map(is_tap).collect(),
             exec: exec(config, image.as_deref().map(|image| &image.config))?,
             image,
+            copies,
             numbers: Numbers::after(&inherited),
             inherited,
             options,
@@ -392,8 +398,12 @@ fn exec(config: &RunConfig, image: Option<&ImageConfig>) -> Result<Option<Exec>,
                 .into_encoded_bytes(),
             required: true,
         }),
-        None => env::current_dir().ok().map(|path| Directory {
-            path: path.into_os_string().into_encoded_bytes(),
+        // One that has been removed is in no guest.
+        None => Some(Directory {
+            path: env::current_dir()
+                .unwrap_or_else(|_| "/".into())
+                .into_os_string()
+                .into_encoded_bytes(),
             required: false,
         }),
     };
@@ -477,6 +487,7 @@ mod tests {
             taps: config.nics.iter().map(is_tap).collect(),
             exec: exec(&config, None).unwrap(),
             image: None,
+            copies: Arc::new([]),
             numbers: Numbers::after(&inherited),
             inherited,
             options,

@@ -64,6 +64,8 @@ pub enum Reason {
     Killed,
     /// The agent in the guest cannot be reached any more.
     Agent,
+    /// Something is not copied out of the guest.
+    CopyOut,
     /// This host refuses something.
     Host,
 }
@@ -94,6 +96,7 @@ impl Reason {
             Self::Reboot => "reboot",
             Self::Killed => "killed",
             Self::Agent => "agent",
+            Self::CopyOut => "copy-out",
             Self::Host => "host",
         }
     }

@@ -9,6 +9,7 @@ use agent_protocol::session::{Exec, ExecFailure};
 
 use super::RunError;
 use super::console::last_error;
+use super::copies::{self, Copied};
 use super::follow::Known;
 use super::plan::Plan;
 use super::report::{End, FAILED, Reason, Stages, TIMED_OUT};
@@ -295,7 +296,51 @@ impl Run<'_> {
             self.vm.note_warning(warning);
         }
         drop(session);
-        Ok(self.end_of(outcome))
+        self.copy_out(self.end_of(outcome), signals, stages)
+    }
+
+    /// Copies what is to come out of the guest. Something that is lost is the end of a run that has succeeded so far.
+    fn copy_out(
+        &self,
+        end: End,
+        signals: &mut Arrivals,
+        stages: &mut Stages,
+    ) -> Result<End, RunError> {
+        let copies = &self.plan.copies;
+        let Some(exec) = self.plan.exec.as_ref().filter(|_| !copies.is_empty()) else {
+            return Ok(end);
+        };
+        match end.reason {
+            // One whose time is over may still be about to end.
+            Reason::Exited | Reason::Signal | Reason::Timeout => {}
+            Reason::NotFound | Reason::NotExecutable | Reason::NotStarted => return Ok(end),
+            _ => {
+                log::warn!("nothing is copied out of the guest");
+                return Ok(end);
+            }
+        }
+        let directory = exec.directory.as_ref().map(|it| it.path.clone());
+        let copied = match self.agent() {
+            Some(agent) => {
+                let directory = directory.unwrap_or_default();
+                let copied = copies::copy(copies, agent, directory, self.plan.mode, signals);
+                copied.map_err(|error| RunError::Host("copy out of the guest", error))?
+            }
+            None => Copied::Ended(vec![
+                "nothing is copied out of the guest: the VM has ended".into(),
+            ]),
+        };
+        let failures = match copied {
+            Copied::Ended(failures) => failures,
+            Copied::Interrupted(signal) => {
+                return Ok(interrupted(
+                    signal,
+                    "while files were copied out of the guest",
+                ));
+            }
+        };
+        stages.note("copied");
+        Ok(without(end, failures))
     }
 
     fn end_of(&self, outcome: Outcome) -> End {
@@ -389,6 +434,20 @@ impl Run<'_> {
     }
 }
 
+/// How a run ends from which something is not copied out: a lost artifact is no success, and a failure of the command
+/// stays what it is.
+fn without(end: End, failures: Vec<String>) -> End {
+    let mut failures = failures.into_iter();
+    let end = match end.status {
+        0 => failures
+            .next()
+            .map_or(end, |why| End::failed(Reason::CopyOut, why)),
+        _ => end,
+    };
+    failures.for_each(|why| log::warn!("{why}"));
+    end
+}
+
 /// How often the user has sent SIGINT.
 #[derive(Debug, Default)]
 struct Interrupts(u32);
@@ -432,6 +491,26 @@ mod tests {
             assert_eq!(interrupts.react(signal), Reaction::Forward, "{signal}");
         }
         assert_eq!(interrupts.react(libc::SIGINT), Reaction::Leave);
+    }
+
+    #[test]
+    fn lost_artifact_is_no_success_and_a_failure_stays_what_it_is() {
+        let ended = |status, failures: &[&str]| {
+            let end = End {
+                status,
+                reason: Reason::Exited,
+                text: "it has ended".into(),
+            };
+            let failures = failures.iter().map(|why| why.to_string());
+            let end = without(end, failures.collect());
+            (end.status, end.reason, end.text)
+        };
+        let as_it_was = |status| (status, Reason::Exited, "it has ended".into());
+        assert_eq!(ended(0, &[]), as_it_was(0));
+        let lost = (125, Reason::CopyOut, "a".to_owned());
+        assert_eq!(ended(0, &["a", "b"]), lost);
+        assert_eq!(ended(3, &["a", "b"]), as_it_was(3));
+        assert_eq!(ended(124, &["a"]), as_it_was(124));
     }
 
     #[test]

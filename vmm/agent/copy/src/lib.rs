@@ -5,7 +5,9 @@
 //! other end says, [`unpack()`] writes nothing outside of its target.
 
 mod pack;
+mod place;
 mod unpack;
 
 pub use pack::{PackError, pack};
-pub use unpack::{Ownership, Target, UnpackError, unpack};
+pub use place::Place;
+pub use unpack::{Limits, Ownership, Target, UnpackError, unpack};

@@ -15,6 +15,8 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use crate::Place;
+
 /// Why a tree is not made.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
@@ -30,6 +32,9 @@ pub enum UnpackError {
     /// The connection has.
     #[error("cannot receive the copy")]
     Receive(#[from] MessageError),
+    /// There is no end of it.
+    #[error("it has more than {} files and directories or {} MiB, and no more is copied", .0.entries, .0.bytes >> 20)]
+    TooMuch(Limits),
     /// The other end says what is none.
     #[error("what is received is no copy: {0}")]
     Form(&'static str),
@@ -53,13 +58,35 @@ impl Ownership {
     }
 }
 
-/// Where a copy goes, by the rules of `docker cp`: into a directory that is there, or else to this path.
+/// The most of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Files, directories and links.
+    pub entries: u64,
+    /// Bytes of files.
+    pub bytes: u64,
+}
+
+impl Limits {
+    /// As much as there is.
+    pub const NONE: Self = Self {
+        entries: u64::MAX,
+        bytes: u64::MAX,
+    };
+}
+
+/// Where a copy goes.
 #[derive(Clone, Copy, Debug)]
-pub struct Target<'a> {
-    /// The path.
-    pub path: &'a Path,
-    /// What is in the copied directory goes into the one that is there, not the directory itself.
-    pub contents: bool,
+pub enum Target<'a> {
+    /// By the rules of `docker cp`: into a directory that is there when the copy comes, or else to this path.
+    Path {
+        /// The path.
+        path: &'a Path,
+        /// What is in the copied directory goes into the one that is there, not the directory itself.
+        contents: bool,
+    },
+    /// To a place that was found before. The copy is no symbolic link.
+    Place(&'a Place),
 }
 
 /// Makes what the other end sends, to [`Piece::End`]. `note` gets what was left out.
@@ -71,6 +98,7 @@ pub fn unpack(
     mut from: impl Read,
     target: Target,
     ownership: Ownership,
+    limits: Limits,
     note: &mut dyn FnMut(String),
 ) -> Result<(), UnpackError> {
     let mut tree: Option<Tree> = None;
@@ -78,7 +106,9 @@ pub fn unpack(
         let piece = agent_protocol::read(&mut from)?;
         let made = match (piece, &mut tree) {
             (Piece::Entry(entry), None) => {
-                tree = Some(Tree::start(target, entry, ownership)?);
+                let mut started = Tree::new(ownership, limits);
+                started.start(target, entry)?;
+                tree = Some(started);
                 continue;
             }
             (Piece::Note(text), _) => {
@@ -108,6 +138,9 @@ struct Open {
 #[derive(Debug)]
 struct Tree {
     ownership: Ownership,
+    limits: Limits,
+    /// What it may still have.
+    left: Limits,
     /// The directory that was entered last, or in which the copy goes, for messages.
     path: PathBuf,
     directories: Vec<Open>,
@@ -116,29 +149,66 @@ struct Tree {
 }
 
 impl Tree {
-    /// Makes the first entry, or finds that it is there.
-    fn start(target: Target, mut top: Entry, ownership: Ownership) -> Result<Self, UnpackError> {
-        // What a link leads to is the target. One that leads nowhere is replaced.
-        let path = fs::canonicalize(target.path).unwrap_or_else(|_| target.path.to_owned());
-        let failed = |error: Errno| UnpackError::Make(target.path.to_owned(), error.into());
-        let mut tree = Self {
+    fn new(ownership: Ownership, limits: Limits) -> Self {
+        Self {
             ownership,
-            path: path.clone(),
+            limits,
+            left: limits,
+            path: PathBuf::new(),
             directories: Vec::new(),
             file: None,
             chunk: Vec::new(),
-        };
+        }
+    }
+
+    /// Makes the first entry, or finds that it is there.
+    fn start(&mut self, target: Target, top: Entry) -> Result<(), UnpackError> {
+        match target {
+            Target::Path { path, contents } => self.start_at_path(path, contents, top),
+            Target::Place(place) => self.start_at_place(place, top),
+        }
+    }
+
+    fn start_at_place(&mut self, place: &Place, mut top: Entry) -> Result<(), UnpackError> {
+        if matches!(top.kind, Kind::Symlink(_)) {
+            return Err(UnpackError::Form("it is a symbolic link"));
+        }
+        self.path = place.path.clone();
+        let fd = place.directory.try_clone();
+        let fd = fd.map_err(|error| self.failed(b"", error))?;
+        match &place.name {
+            Some(name) => {
+                top.name = name.clone();
+                self.make(fd.as_fd(), top)
+            }
+            None if top.kind == Kind::Directory => {
+                self.directories.push(Open { fd, entry: None });
+                Ok(())
+            }
+            None => Err(UnpackError::Form("it is no directory")),
+        }
+    }
+
+    fn start_at_path(
+        &mut self,
+        target: &Path,
+        contents: bool,
+        mut top: Entry,
+    ) -> Result<(), UnpackError> {
+        // What a link leads to is the target. One that leads nowhere is replaced.
+        let path = fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
+        let failed = |error: Errno| UnpackError::Make(target.to_owned(), error.into());
+        self.path = path.clone();
         let is_directory = top.kind == Kind::Directory;
         if path.is_dir() {
             let fd = open_directory(&path).map_err(failed)?;
-            if is_directory && target.contents {
-                tree.directories.push(Open { fd, entry: None });
-            } else {
-                tree.make(fd.as_fd(), top)?;
+            if is_directory && contents {
+                self.directories.push(Open { fd, entry: None });
+                return Ok(());
             }
-            return Ok(tree);
+            return self.make(fd.as_fd(), top);
         }
-        let bytes = target.path.as_os_str().as_bytes();
+        let bytes = target.as_os_str().as_bytes();
         if !is_directory && (bytes.ends_with(b"/") || bytes.ends_with(b"/.")) {
             return Err(failed(Errno::NOENT));
         }
@@ -150,9 +220,8 @@ impl Tree {
         let parent = path.parent().filter(|it| !it.as_os_str().is_empty());
         let parent = parent.unwrap_or(Path::new("."));
         let fd = open_directory(parent).map_err(failed)?;
-        tree.path = parent.to_owned();
-        tree.make(fd.as_fd(), top)?;
-        Ok(tree)
+        self.path = parent.to_owned();
+        self.make(fd.as_fd(), top)
     }
 
     /// Makes an entry in the directory that was entered last.
@@ -173,6 +242,7 @@ impl Tree {
                 "the name of an entry has other parts than one",
             ));
         }
+        self.left.entries = self.take(self.left.entries, 1)?;
         let made = match &entry.kind {
             Kind::Directory => make_directory(directory, &entry.name),
             Kind::File => replace(directory, &entry.name, || {
@@ -224,6 +294,7 @@ impl Tree {
         if length > CHUNK {
             return Err(UnpackError::Form("a piece is too long"));
         }
+        self.left.bytes = self.take(self.left.bytes, length as u64)?;
         self.chunk.resize(CHUNK, 0);
         let chunk = &mut self.chunk[..length];
         from.read_exact(chunk).map_err(MessageError::from)?;
@@ -299,6 +370,12 @@ impl Tree {
         completed.map_err(|error| self.failed(&entry.name, error.into()))
     }
 
+    /// What is left of a limit.
+    fn take(&self, left: u64, wanted: u64) -> Result<u64, UnpackError> {
+        let left = left.checked_sub(wanted);
+        left.ok_or(UnpackError::TooMuch(self.limits))
+    }
+
     fn failed(&self, name: &[u8], error: io::Error) -> UnpackError {
         UnpackError::Make(self.path.join(OsStr::from_bytes(name)), error)
     }
@@ -309,7 +386,7 @@ fn is_name(name: &[u8]) -> bool {
     !matches!(name, b"" | b"." | b"..") && !name.contains(&b'/') && !name.contains(&0)
 }
 
-fn open_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
+pub(crate) fn open_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty())
 }

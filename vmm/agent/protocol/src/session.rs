@@ -36,8 +36,12 @@ pub enum Request {
     },
     /// To get a copy of a file or a directory, which the agent sends from here on.
     Pack {
-        /// Its path, absolute.
+        /// Its path.
         path: Vec<u8>,
+        /// Where one that is relative begins: an absolute path. Where there is no such directory it is the root directory.
+        directory: Vec<u8>,
+        /// What a symbolic link leads to is meant, not the link.
+        follows: bool,
     },
     /// To make a copy, which the host sends from here on. The agent says [`Piece::End`] when all is there, or
     /// [`Piece::Failed`] at any time.

@@ -126,15 +126,21 @@ mod tests {
 
     fn request() -> Vec<u8> {
         let mut sent = b"CONNECT 28022\n".to_vec();
-        let path = b"/x".to_vec();
-        agent_protocol::write(&mut sent, &Request::Pack { path }).unwrap();
+        let request = Request::Pack {
+            path: b"/x".to_vec(),
+            directory: b"/".to_vec(),
+            follows: false,
+        };
+        agent_protocol::write(&mut sent, &request).unwrap();
         sent
     }
 
     #[test]
     fn request_is_heard_in_whatever_pieces_it_comes() {
         for heard in hear(true, &request()) {
-            assert!(matches!(heard, Heard::Request(Request::Pack { path }, ..) if path == b"/x"));
+            assert!(
+                matches!(heard, Heard::Request(Request::Pack { path, .. }, ..) if path == b"/x")
+            );
         }
         for heard in hear(false, &request()[14..]) {
             assert!(matches!(heard, Heard::Request(Request::Pack { .. }, ..)));

@@ -1,5 +1,6 @@
 //! Copies, each in a thread of its own.
 
+use std::fs;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::ffi::OsStrExt;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use agent_copy::{Ownership, PackError, Target, UnpackError, pack, unpack};
+use agent_copy::{Limits, Ownership, PackError, Target, UnpackError, pack, unpack};
 use agent_protocol::MessageError;
 use agent_protocol::copy::{CHUNK, Piece};
 use rustix::process::geteuid;
@@ -29,12 +30,19 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub enum Copy {
     /// To the host.
-    Pack(Vec<u8>),
+    Pack {
+        /// Its path.
+        path: Vec<u8>,
+        /// Where one that is relative begins.
+        directory: Vec<u8>,
+        /// What a symbolic link leads to is meant.
+        follows: bool,
+    },
     /// From the host.
     Unpack {
         /// Where it goes.
         path: Vec<u8>,
-        /// As of [`Target::contents`].
+        /// As of [`Target::Path`].
         contents: bool,
     },
 }
@@ -63,7 +71,11 @@ impl Copies {
         let copy = move || {
             // The host has gone: there is none to say it to.
             let _ = match copy {
-                Copy::Pack(path) => send(&absolute(&path), &stream),
+                Copy::Pack {
+                    path,
+                    directory,
+                    follows,
+                } => send(&path, &directory, follows, &stream),
                 Copy::Unpack { path, contents } => {
                     receive(&absolute(&path), contents, &stream, &first)
                 }
@@ -80,15 +92,32 @@ fn absolute(path: &[u8]) -> PathBuf {
     Path::new("/").join(std::ffi::OsStr::from_bytes(path))
 }
 
-fn send(path: &Path, stream: &UnixStream) -> Result<(), MessageError> {
+fn send(
+    path: &[u8],
+    directory: &[u8],
+    follows: bool,
+    stream: &UnixStream,
+) -> Result<(), MessageError> {
     let mut to = BufWriter::with_capacity(CHUNK, stream);
-    let last = match pack(path, &mut to) {
+    let found = original(path, directory, follows);
+    let last = match found.and_then(|path| pack(&path, &mut to)) {
         Ok(()) => Piece::End,
         Err(error @ PackError::Read(..)) => Piece::Failed(chain(&error)),
         Err(PackError::Send(error)) => return Err(error),
     };
     agent_protocol::write(&mut to, &last)?;
     Ok(to.flush()?)
+}
+
+/// The path of what is copied.
+fn original(path: &[u8], directory: &[u8], follows: bool) -> Result<PathBuf, PackError> {
+    let begins = Some(absolute(directory)).filter(|it| it.is_dir());
+    let begins = begins.unwrap_or_else(|| "/".into());
+    let path = begins.join(std::ffi::OsStr::from_bytes(path));
+    match follows {
+        true => fs::canonicalize(&path).map_err(|error| PackError::Read(path, error)),
+        false => Ok(path),
+    }
 }
 
 fn receive(
@@ -108,7 +137,8 @@ fn receive(
             notes.push(text);
         }
     };
-    let last = match unpack(from, Target { path, contents }, ownership, &mut note) {
+    let target = Target::Path { path, contents };
+    let last = match unpack(from, target, ownership, Limits::NONE, &mut note) {
         Ok(()) => Piece::End,
         Err(UnpackError::Receive(error)) => return Err(error),
         Err(error) => Piece::Failed(chain(&error)),

@@ -227,9 +227,17 @@ impl Server {
                 },
                 deadline,
             }),
-            Request::Pack { path } => {
-                self.copies
-                    .start(Copy::Pack(path), stream, inbox.into_rest());
+            Request::Pack {
+                path,
+                directory,
+                follows,
+            } => {
+                let copy = Copy::Pack {
+                    path,
+                    directory,
+                    follows,
+                };
+                self.copies.start(copy, stream, inbox.into_rest());
             }
             Request::Unpack { path, contents } => {
                 let copy = Copy::Unpack { path, contents };

@@ -11,15 +11,20 @@ fn copy(from: &Path, to: &Path, contents: bool) -> Result<Vec<String>, UnpackErr
     pack(from, &mut pieces).unwrap();
     agent_protocol::write(&mut pieces, &Piece::End).unwrap();
     let mut notes = Vec::new();
-    let target = Target { path: to, contents };
-    unpack(&pieces[..], target, Ownership::Own, &mut |note| {
-        notes.push(note)
-    })?;
+    let target = Target::Path { path: to, contents };
+    let mut note = |note| notes.push(note);
+    unpack(&pieces[..], target, Ownership::Own, Limits::NONE, &mut note)?;
     Ok(notes)
 }
 
 /// What comes of pieces of a hostile end.
 fn receive(pieces: &[Piece], to: &Path) -> Result<(), UnpackError> {
+    let contents = false;
+    receive_within(pieces, Target::Path { path: to, contents }, Limits::NONE)
+}
+
+/// The same, to another target.
+fn receive_within(pieces: &[Piece], target: Target, limits: Limits) -> Result<(), UnpackError> {
     let mut bytes = Vec::new();
     for piece in pieces {
         agent_protocol::write(&mut bytes, piece).unwrap();
@@ -27,9 +32,7 @@ fn receive(pieces: &[Piece], to: &Path) -> Result<(), UnpackError> {
             bytes.extend(vec![b'x'; (*length as usize).min(CHUNK)]);
         }
     }
-    let contents = false;
-    let target = Target { path: to, contents };
-    unpack(&bytes[..], target, Ownership::Own, &mut |_| {})
+    unpack(&bytes[..], target, Ownership::Own, limits, &mut |_| {})
 }
 
 fn entry(name: &str, kind: Kind) -> Piece {
@@ -257,4 +260,74 @@ fn what_makes_no_sense_or_is_cut_off_is_an_error() {
         directory.path(),
     );
     assert_eq!(failed.unwrap_err().to_string(), "no space");
+}
+
+#[test]
+fn place_is_known_before_the_copy_and_no_link_at_it_is_followed() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |path: &str| directory.path().join(path);
+    fs::create_dir(at("there")).unwrap();
+    fs::create_dir(at("outside")).unwrap();
+    fs::write(at("outside/file"), "kept").unwrap();
+    for missing in ["missing/name", "missing/", "outside/file/name"] {
+        let found = Place::find(&at(missing), Some(OsStr::new("a")));
+        assert!(found.is_err(), "{missing}");
+    }
+    let find = |path: &str, name| Place::find(&at(path), name).unwrap();
+    let file = [entry("theirs", Kind::File), Piece::Data(3), Piece::End];
+    let tree = [
+        entry("theirs", Kind::Directory),
+        entry("in", Kind::File),
+        Piece::Leave,
+        Piece::End,
+    ];
+    let places = [
+        find("there", Some(OsStr::new("mine"))),
+        find("new", Some(OsStr::new("mine"))),
+        find("there", None),
+    ];
+    // What the guest has left by an earlier copy.
+    symlink(at("outside/file"), at("there/mine")).unwrap();
+    symlink(at("outside"), at("new")).unwrap();
+    let receive =
+        |pieces: &[Piece], place| receive_within(pieces, Target::Place(place), Limits::NONE);
+    receive(&file, &places[0]).unwrap();
+    assert!(at("there/mine").symlink_metadata().unwrap().is_file());
+    assert!(receive(&tree, &places[1]).is_err());
+    assert!(receive(&file, &places[2]).is_err());
+    receive(&tree, &places[2]).unwrap();
+    assert!(at("there/in").is_file());
+    let link = [link("theirs", &at("outside")), Piece::End];
+    assert!(receive(&link, &find("there", Some(OsStr::new("link")))).is_err());
+    assert!(!at("there/link").is_symlink());
+    assert_eq!(fs::read_to_string(at("outside/file")).unwrap(), "kept");
+    assert_eq!(fs::read_dir(at("outside")).unwrap().count(), 1);
+}
+
+#[test]
+fn copy_has_no_more_than_it_may() {
+    let directory = tempfile::tempdir().unwrap();
+    let target = || Target::Path {
+        path: directory.path(),
+        contents: false,
+    };
+    let limits = Limits {
+        entries: 3,
+        bytes: 10,
+    };
+    let file = |name| [entry(name, Kind::File), Piece::Data(5)];
+    let mut pieces = vec![entry("top", Kind::Directory)];
+    pieces.extend(file("a"));
+    pieces.extend(file("b"));
+    pieces.extend([Piece::Leave, Piece::End]);
+    receive_within(&pieces, target(), limits).unwrap();
+    for more in [Piece::Data(1), link("c", Path::new("a"))] {
+        pieces.insert(5, more);
+        let received = receive_within(&pieces, target(), limits);
+        assert!(
+            matches!(received, Err(UnpackError::TooMuch(_))),
+            "{received:?}"
+        );
+        pieces.remove(5);
+    }
 }
