@@ -4,6 +4,7 @@
 //! - `exec/streams.rs`: what passes, how fast a writer may be, and who sees which end
 //! - `exec/terminal.rs`: `-t`
 //! - `exec/copies.rs`: `minivmm cp`
+//! - `exec/hostile.rs`: agents that say anything
 //! - this file: commands, their statuses, signals and ends, and what the agent has left of many
 
 // A helper that panics fails the test, as it should; clippy spares only the functions that are
@@ -13,6 +14,8 @@
 #[path = "exec/copies.rs"]
 mod copies;
 mod harness;
+#[path = "exec/hostile.rs"]
+mod hostile;
 #[path = "exec/streams.rs"]
 mod streams;
 #[path = "exec/terminal.rs"]

@@ -3,7 +3,7 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_protocol::session::{Hello, Request};
 use agent_protocol::{AGENT_PORT, MessageError, VERSION};
@@ -93,7 +93,7 @@ impl Agent {
         Ok(Self::at(socket))
     }
 
-    /// Waits for this long at most for each of its first words.
+    /// Waits for this long at most for its first words.
     ///
     /// # Errors
     ///
@@ -120,10 +120,14 @@ impl Agent {
     fn connect(&self, patience: Duration) -> Result<UnixStream, ConnectError> {
         let failed = |error| ConnectError::Connect(self.socket.clone(), error);
         let stream = UnixStream::connect(&self.socket).map_err(failed)?;
-        stream.set_read_timeout(Some(patience)).map_err(failed)?;
         stream.set_write_timeout(Some(patience)).map_err(failed)?;
-        open_port(&stream)?;
-        let hello: Hello = agent_protocol::read(&stream).map_err(of_message)?;
+        let deadline = Instant::now() + patience;
+        let mut first = Before {
+            stream: &stream,
+            deadline,
+        };
+        open_port(&mut first)?;
+        let hello: Hello = agent_protocol::read(first).map_err(of_message)?;
         match hello.version {
             VERSION => Ok(stream),
             other => Err(ConnectError::Version(other)),
@@ -131,15 +135,32 @@ impl Agent {
     }
 }
 
+/// What comes on a stream before a deadline, so that one that says a byte now and then is not heard for ever.
+struct Before<'a> {
+    stream: &'a UnixStream,
+    deadline: Instant,
+}
+
+impl Read for Before<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(buffer)
+    }
+}
+
 /// Has the VM connect the stream to the agent's port (docs/vsock.md).
-fn open_port(mut stream: &UnixStream) -> Result<(), ConnectError> {
+fn open_port(first: &mut Before<'_>) -> Result<(), ConnectError> {
     let line = format!("CONNECT {AGENT_PORT}\n");
-    let sent = stream.write_all(line.as_bytes());
+    let sent = (&mut first.stream).write_all(line.as_bytes());
     sent.map_err(|error| of_message(error.into()))?;
     let mut answer = Vec::new();
     while !answer.ends_with(b"\n") {
         let mut byte = [0];
-        match stream.read(&mut byte) {
+        match first.read(&mut byte) {
             // The VM refuses so.
             Ok(0) => return Err(ConnectError::NoAgent),
             Ok(_) => answer.extend(byte),
@@ -220,6 +241,24 @@ mod tests {
     #[test]
     fn agent_of_the_same_version_is_connected_to() {
         meet(hello(VERSION)).unwrap();
+    }
+
+    #[test]
+    fn agent_whose_first_words_have_no_end_is_silent() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let serves = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"OK 1024\n\0\0\x10\0").unwrap();
+            // A byte at a time, of the million that are to come.
+            while stream.write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let greeted = Agent::at(&path).greet(Duration::from_millis(200));
+        assert!(matches!(greeted, Err(ConnectError::Silent)), "{greeted:?}");
+        serves.join().unwrap();
     }
 
     #[test]

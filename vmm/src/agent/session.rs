@@ -311,6 +311,8 @@ impl Session {
                 Ok(None) => (!is_open).then_some(Outcome::Lost),
                 Err(error) => {
                     log::warn!("the agent in the guest makes no sense: {error}");
+                    // Nor is its output waited for.
+                    self.close_streams();
                     Some(Outcome::Lost)
                 }
             };
@@ -333,6 +335,13 @@ impl Session {
         false
     }
 
+    /// Ends what passes them on.
+    fn close_streams(&self) {
+        for stream in &self.streams {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Says something to the agent.
     fn send(&self, message: &ToCommand) {
         match agent_protocol::write(&self.control, message) {
@@ -350,9 +359,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         // Restored before anything is said.
         drop(self.raw.take());
-        for stream in &self.streams {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        self.close_streams();
     }
 }
 
