@@ -4,6 +4,8 @@
 // tests themselves.
 #![allow(clippy::unwrap_used)]
 
+#[path = "run_command/failures.rs"]
+mod failures;
 mod harness;
 
 use std::fs;

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -140,6 +141,11 @@ pub struct RunArgs {
     )]
     pub user_net: Vec<RunNic>,
 
+    /// How long the NICs may take to get their addresses, as in 60s, or 0 for no limit; 20s by default, and ten times as
+    /// long where QEMU emulates the guest
+    #[arg(long, value_name = "TIME", help_heading = "Network")]
+    pub network_timeout: Option<Patience>,
+
     /// The NICs of both kinds, as [`Cli::read`](super::Cli::read) has found them.
     #[arg(skip)]
     pub nics: Vec<RunNic>,
@@ -237,6 +243,9 @@ impl From<RunArgs> for RunConfig {
             root: args.root.unwrap_or_default(),
             shares: args.share,
             nics: args.nics,
+            network_timeout: args
+                .network_timeout
+                .map(|Patience(limit)| limit.unwrap_or(Duration::MAX)),
             engine: args.accel,
             command: args.command,
             env: args.env.iter().filter_map(Variable::resolve).collect(),

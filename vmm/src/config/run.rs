@@ -36,6 +36,8 @@ pub struct RunConfig {
     pub shares: Vec<RunShare>,
     /// The NICs, in order.
     pub nics: Vec<RunNic>,
+    /// How long they may take to get their addresses, if not as long as usual.
+    pub network_timeout: Option<Duration>,
     /// What runs the guest's code.
     pub engine: Engine,
     /// The program and its arguments. None for a guest that is detached, and waits for `exec`.

@@ -104,7 +104,9 @@ impl Plan {
         for (share, host) in &shares {
             options.extend(share_option(host, &share.tag, share.access));
         }
-        let network = mode.scale(NETWORK).as_millis();
+        let network = config
+            .network_timeout
+            .unwrap_or_else(|| mode.scale(NETWORK));
         let nic = |nic: &RunNic| Nic {
             mac: [0; 6],
             ip: nic.ip.clone(),
@@ -121,7 +123,7 @@ impl Plan {
             access: config.root.access,
             shares: shares.into_iter().map(|(share, _)| share).collect(),
             nics: config.nics.iter().map(nic).collect(),
-            network_patience: u64::try_from(network).unwrap_or(u64::MAX),
+            network_patience: u64::try_from(network.as_millis()).unwrap_or(u64::MAX),
         };
         let is_tap = |nic: &RunNic| !matches!(nic.source, NicSource::UserNet(_));
         Ok(Self {

@@ -28,6 +28,8 @@ const POWER_OFF: Duration = Duration::from_secs(10);
 const VERDICT: Duration = Duration::from_secs(1);
 /// How a panic's line begins (panic() in the kernel's kernel/panic.c).
 pub const PANIC: &str = "Kernel panic - not syncing: ";
+/// How a line of the guest's init begins that could not say it to this process (vmm/agent/src/init/console.rs).
+const AGENT: &str = "minivmm-agent: ";
 
 /// Runs the command; how it ended. The VM that is left in `vm` has ended, too.
 ///
@@ -245,7 +247,7 @@ impl Run<'_> {
         match exit.reason.as_str() {
             "panic" => self.panicked(),
             "power-off" if self.vm.known(|known| known.is_power_off_wanted) => stopped(),
-            "power-off" => End::failed(Reason::PowerOff, "the guest powered off by itself"),
+            "power-off" => self.powered_off(),
             "reboot" => End::failed(Reason::Reboot, "the guest rebooted by itself"),
             "crash" => End::failed(Reason::Crash, exit.text),
             "quit" | "signal" => {
@@ -256,10 +258,22 @@ impl Run<'_> {
         }
     }
 
-    fn panicked(&self) -> End {
+    /// What follows these words on the console's last line that has them.
+    fn said_last(&self, words: &str) -> Option<String> {
         let lines = self.vm.console.lines(VERDICT);
-        let why = lines.iter().rev().find_map(|line| line.split_once(PANIC));
-        let why = why.map(|(_, why)| why.to_owned());
+        let why = lines.iter().rev().find_map(|line| line.split_once(words));
+        why.map(|(_, why)| why.to_owned())
+    }
+
+    fn powered_off(&self) -> End {
+        match self.said_last(AGENT) {
+            Some(why) => End::failed(Reason::Agent, why),
+            None => End::failed(Reason::PowerOff, "the guest powered off by itself"),
+        }
+    }
+
+    fn panicked(&self) -> End {
+        let why = self.said_last(PANIC);
         let reason = match &why {
             Some(why) if why.contains("memory") => Reason::OutOfMemory,
             _ => Reason::Panic,

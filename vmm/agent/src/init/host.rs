@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
+use super::console;
 use super::usage::Meter;
 use crate::vsock;
 
@@ -96,8 +97,10 @@ impl Host {
                 Err(_) => break,
             }
         }
-        // PowerOff or the end of the connection: all else is an error of the host's.
-        let _ = agent_protocol::read::<ToInit>(&self.stream);
+        // All but PowerOff is an error of the host's, or of the guest's own: a command has taken the device away.
+        if let Err(error) = agent_protocol::read::<ToInit>(&self.stream) {
+            console::say_text(&format!("the connection to the host is lost: {error}"));
+        }
     }
 
     /// Says that all is over, and waits until the host has read it: what is on the way is lost when the machine powers off.
