@@ -6,7 +6,7 @@ GUEST := tests/guest
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-build demo-tools test costs lab-qemu bench bench-quick bench-build fuzz lint clean
+.PHONY: help build demo demo-build demo-tools test stress costs lab-qemu bench bench-quick bench-build fuzz lint clean
 
 help: ## Lists these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -33,6 +33,12 @@ test: ## Runs all tests, or SUITES="vmm.pci net.watch" (as root, for network nam
 	resources/install-tools debootstrap dmsetup git iasl mke2fs nft passt pip3 qemu-system-x86_64 qemu-img sfdisk socat \
 		ssh strace tcc tshark /usr/share/OVMF/OVMF_CODE_4M.fd
 	tests/run $(SUITES)
+
+STRESS ?= --runs 1000
+stress: ## minivmm run 1,000 times, each kind of end, SIGKILL at any moment; nothing may be left (as root; STRESS="--runs 30 --jobs 30")
+	resources/install-tools passt qemu-system-x86_64
+	$(CARGO) build -q -p vmm --bin minivmm --example stress
+	MINIVMM_BIN=$(TARGET)/debug/minivmm $(TARGET)/debug/examples/stress $(STRESS) </dev/null
 
 costs: ## Makes what a guest costs now the baseline that tests compare with (tests/costs.json)
 	resources/install-tools strace

@@ -32,11 +32,15 @@ use crate::child::{Arrivals, FIRST, Passed, close_on_exec};
 use crate::control::exit::chain;
 use crate::instance::{self, Found};
 use crate::limits;
+use crate::nic::registry::{self, Entry};
 use crate::printable::printable;
 use crate::signals;
 
 /// How long the VM's process may take to end once it has been asked to, on a loaded host too.
 const END: Duration = Duration::from_secs(10);
+
+/// How often to look whether what it has left can be removed.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A VM that runs, or has ended. Dropped, it is ended.
 #[derive(Debug)]
@@ -225,6 +229,12 @@ impl Vm {
         let is_this = |found: &Found| found.record.pid == self.pid;
         for found in instance::all().into_iter().filter(is_this) {
             found.await_end(END);
+        }
+        // Likewise with the records of its NICs. Nothing says when a lock is free.
+        let deadline = Instant::now() + END;
+        let is_this = |entry: &Entry| entry.pid == self.pid;
+        while registry::running().iter().any(is_this) && Instant::now() < deadline {
+            thread::sleep(LOOK_AGAIN);
         }
     }
 }
