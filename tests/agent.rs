@@ -8,7 +8,7 @@
 mod harness;
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -21,6 +21,7 @@ use harness::assets::assets;
 use harness::disk::run;
 use harness::initramfs::{self, find};
 use harness::netns::is_root;
+use harness::process::Killed;
 use harness::vm::{Vm, binary, in_lab};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
@@ -243,6 +244,7 @@ fn guest_on_the_hosts_root_boots_works_and_powers_off() {
         check_processes(&guest);
 
         commands_and_copies_pass(&name, shared.path());
+        let _full = fill(&guest, &name);
 
         let usage = host.power_off();
         // The process that needed more than all has got most of it.
@@ -308,14 +310,54 @@ fn check_processes(guest: &Guest) {
     );
     let oom = guest.sh("exec perl -e 'push @x, \"x\" x 1000000 . $_ for 1 .. 1000'");
     assert_eq!(oom.1, 128 + 9, "{}", oom.0);
+    // Of a process that waits for none of its children, init inherits what is left.
+    let zombies = "exec perl -e 'for (1 .. 200) { fork or exit } exit 6'";
+    assert_eq!(guest.sh(zombies), (String::new(), 6));
     // Orphans that end are reaped.
     let orphans = "for n in $(seq 50); do (true &); done; \
         until ! grep -qs '^State:.Z' /proc/[0-9]*/status; do :; done; echo none";
     assert_eq!(guest.sh(orphans), ("none\n".into(), 0));
+    // A file system that is full is an error of the command's.
+    let (text, status) =
+        guest.sh("dd if=/dev/zero of=/run/full bs=1M; status=$?; rm /run/full; exit $status");
+    assert!(text.contains("No space left on device"), "{text}");
+    assert_eq!(status, 1);
     // Those that stay are ended when the guest is, also when they ignore that.
     let stay = "for n in $(seq 50); do sleep 1000 >/dev/null 2>&1 & done; \
         (trap '' TERM; exec sleep 1000) >/dev/null 2>&1 & kill -STOP $!; exit 5";
     assert_eq!(guest.sh(stay), (String::new(), 5));
+}
+
+/// No number of a process is left in the guest, and its file systems are out of sight or only read: the agent says why it can
+/// start nothing, and still ends the guest.
+fn fill(guest: &Guest, name: &str) -> Killed {
+    let script = "echo 400 >/proc/sys/kernel/pid_max && mount -o remount,ro / && \
+        umount -l /sys /run /dev/shm /dev/pts /proc && \
+        exec perl -e '$| = 1; while (defined(my $pid = fork)) { $pid or sleep(1000), exit } \
+        print \"full\\n\"; sleep 1000'";
+    let mut command = Command::new(binary());
+    command.arg("exec").arg(guest.dir.path().join("vsock"));
+    command
+        .args(["--", "sh", "-c", script])
+        .stdin(Stdio::null());
+    let mut full = Killed(command.stdout(Stdio::piped()).spawn().unwrap());
+    let mut line = String::new();
+    BufReader::new(full.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "full\n");
+    let (text, status) = guest.sh("exit 0");
+    assert_eq!(status, 125, "{text}");
+    let why = "cannot start a process for \"sh\": Resource temporarily unavailable";
+    assert!(text.contains(why), "{text}");
+    let to = guest.dir.path().join("copy").display().to_string();
+    let copied = minivmm(&["cp", &format!("{name}:/etc/passwd"), &to], &[]);
+    let text = String::from_utf8_lossy(&copied.stderr);
+    assert!(
+        text.contains("cannot start a thread for the copy"),
+        "{text}"
+    );
+    full
 }
 
 #[test]
