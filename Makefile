@@ -71,7 +71,7 @@ FUZZ_SECONDS ?= 60
 fuzz: ## Fuzzes the devices: rings, commands, registers (FUZZ_SECONDS each)
 	@resources/install-tools --build
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install cargo-fuzz
-	cd tests/fuzz && for target in rx tx ctrl mmio pci rng blk balloon vsock fs fileserver image; do \
+	cd tests/fuzz && for target in rx tx ctrl mmio pci rng blk balloon vsock fs fileserver image messages; do \
 		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir . $$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=4096 || exit 1; done
 
