@@ -242,6 +242,7 @@ fn guest_on_the_hosts_root_boots_works_and_powers_off() {
         check_stages(&before, at);
         check_files(&guest, shared.path());
         check_processes(&guest);
+        check_agent_serves_the_host_alone(&guest);
 
         commands_and_copies_pass(&name, shared.path());
         let _full = fill(&guest, &name);
@@ -326,6 +327,15 @@ fn check_processes(guest: &Guest) {
     let stay = "for n in $(seq 50); do sleep 1000 >/dev/null 2>&1 & done; \
         (trap '' TERM; exec sleep 1000) >/dev/null 2>&1 & kill -STOP $!; exit 5";
     assert_eq!(guest.sh(stay), (String::new(), 5));
+}
+
+/// A program of the guest's is not greeted.
+fn check_agent_serves_the_host_alone(guest: &Guest) {
+    // socket(AF_VSOCK, SOCK_STREAM) and a sockaddr_vm: the agent's port of VMADDR_CID_LOCAL.
+    let script = "exec perl -e 'socket(S, 40, 1, 0) && \
+        connect(S, pack(\"SxxLLx4\", 40, 28022, 1)) or die \"$!\\n\"; \
+        print sysread(S, $byte, 1) ? \"greeted\" : \"closed\"'";
+    assert_eq!(guest.sh(script), ("closed".into(), 0));
 }
 
 /// No number of a process is left in the guest, and its file systems are out of sight or only read: the agent says why it can

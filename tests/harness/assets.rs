@@ -60,6 +60,7 @@ const MODULES: &[&str] = &[
     "vmw_vsock_virtio_transport_common",
     "vrf",
     "vsock",
+    "vsock_loopback",
 ];
 
 /// The kernel's files in the cache.

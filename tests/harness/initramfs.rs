@@ -34,7 +34,13 @@ pub fn guest(modules: &Path, tools: bool) -> Vec<u8> {
 }
 
 /// What the agent's guests load at once, and what they load when they need it, as minivmm's own initramfs has them.
-const AGENT_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport"];
+/// With vsock_loopback, by which the guest's own programs could reach the agent.
+const AGENT_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "vmw_vsock_virtio_transport",
+    "vsock_loopback",
+];
 const LATER_MODULES: &[&str] = &["virtiofs", "overlay", "ext4"];
 
 /// The ramdisk whose init is the agent.
