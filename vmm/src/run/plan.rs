@@ -5,8 +5,10 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf, absolute};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use agent_protocol::boot::{Access, Boot, Nic, Root, Share};
@@ -94,10 +96,13 @@ impl Plan {
             disks: !root.is_directory && image.is_none(),
             nics: !config.nics.is_empty(),
         };
-        let initramfs = initramfs::make(&kernel, config.modules.as_deref(), &needs)?;
-        let mode = Mode::choose(config.engine)?;
+        let (initramfs, mode) = beside(
+            || Mode::choose(config.engine),
+            || initramfs::make(&kernel, config.modules.as_deref(), &needs),
+        );
+        let (initramfs, mode) = (initramfs?, mode?);
         let inherited = inherited(config);
-        let mut options = options(config, &kernel);
+        let mut options = options(config, &kernel, mode);
         if image.is_none() {
             options.extend(root.option(config.root.access));
         }
@@ -173,6 +178,21 @@ impl Plan {
         boot.hostname = name.unwrap_or("minivmm").to_owned();
         boot
     }
+}
+
+/// Does the first beside the second, on a thread of its own: where KVM emulates, to find out what it can takes longer than to make
+/// the archive. The second's result comes first.
+fn beside<A: Send, B>(first: impl Fn() -> A + Sync, second: impl FnOnce() -> B) -> (B, A) {
+    thread::scope(|scope| {
+        let builder = thread::Builder::new().name("probe".into());
+        let started = builder.spawn_scoped(scope, &first);
+        let second = second();
+        let first = match started {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(_) => first(),
+        };
+        (second, first)
+    })
 }
 
 /// The descriptors of NICs, and what comes with them.
@@ -336,10 +356,14 @@ fn modules(config: &RunConfig, kernel: &Kernel, places: &Places) -> Option<PathB
 }
 
 /// The options of the VM's process but for its directories and what it inherits.
-fn options(config: &RunConfig, kernel: &Kernel) -> Vec<OsString> {
+fn options(config: &RunConfig, kernel: &Kernel, mode: Mode) -> Vec<OsString> {
     // A verbose console takes as long as the rest of the boot.
     let quiet = if config.console { "" } else { "quiet " };
     let mut cmdline = quiet.to_owned();
+    if mode == Mode::Tcg {
+        // The check waits for the timer, whose interrupts may be too late on a busy host. KVM's guests do without it.
+        cmdline += "no_timer_check ";
+    }
     if config.coredumps.is_some() {
         // Set before init starts (Documentation/admin-guide/kernel-parameters.txt).
         cmdline += &format!("sysctl.kernel.core_pattern={CORES}/core.%e.%p ");
@@ -466,7 +490,7 @@ mod tests {
     fn plan(line: &str, mode: Mode) -> Plan {
         let config = config(line);
         let root = RootPlace::find(&config).unwrap();
-        let mut options = options(&config, &kernel());
+        let mut options = options(&config, &kernel(), mode);
         options.extend(root.option(config.root.access));
         let is_tap = |nic: &RunNic| !matches!(nic.source, NicSource::UserNet(_));
         let nics = config.nics.iter().map(|nic| Nic {
