@@ -6,6 +6,7 @@
 
 mod disks;
 pub mod monitors;
+mod runs;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,8 +36,8 @@ const PEER: &str = "192.168.77.3";
 const LAB_LIMIT: Duration = Duration::from_secs(3600);
 
 /// The tables: what from exec to the first line of /init takes, what a NIC and a monitor do, and what
-/// a disk does.
-fn tables() -> [Table; 3] {
+/// a disk does, and what a command in a guest takes.
+fn tables() -> [Table; 4] {
     [
         Table::new(
             "Exec to the first line of /init, ms",
@@ -59,13 +60,15 @@ fn tables() -> [Table; 3] {
             ],
         ),
         Table::new("A disk in the page cache, 4 KiB and 1 MiB", &disks::COLUMNS),
+        Table::new("A command in a guest, ms", &runs::COLUMNS),
     ]
 }
-/// What is measured unless one is asked for by itself, as the disk has to be.
+/// What is measured unless one is asked for by itself, as the disk and `run` have to be.
 const PARTS: [&str; 2] = ["boot", "net"];
 const BOOTS: usize = 0;
 const TALKS: usize = 1;
 const STORES: usize = 2;
+const RUNS: usize = 3;
 
 /// One round's figures of a monitor.
 #[derive(Debug)]
@@ -79,7 +82,7 @@ struct Row {
 /// Where rows go.
 type Report<'a> = &'a mut dyn FnMut(Row);
 
-/// Measures `boot` or `net`, or both, or `disk`, in so many rounds, where Linux guests can run. The tables, and
+/// Measures `boot` or `net`, or both, `disk`, or `run`, in so many rounds, where Linux guests can run. The tables, and
 /// whether all could be measured.
 pub fn run(part: Option<&str>, rounds: usize) -> (Vec<Table>, bool) {
     let mut tables = tables();
@@ -179,6 +182,10 @@ impl Row {
 fn measure(part: Option<&str>, rounds: usize, report: Report) -> bool {
     if !is_root() {
         return false;
+    }
+    if part == Some("run") {
+        runs::measure(rounds, report);
+        return true;
     }
     let has_vhost = Path::new("/dev/vhost-net").exists();
     let is_here = |monitor: &&Monitor| {

@@ -10,7 +10,8 @@
 //! | `user-net`, `vsock` | `user_net.rs`, `vsock.rs`, `streams.rs` | streams between host and guest |
 //! | `start` | `start.rs` | how soon a guest runs |
 //! | `density` | `density.rs` | many guests on one link |
-//! | `linux [boot\|net\|disk] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
+//! | `run` | `run.rs` | a command in a guest, beside virtme-ng |
+//! | `linux [boot\|net\|disk\|run] ROUNDS` | `linux.rs` | Linux guests, here or in the lab |
 //!
 //! `monitors.rs` says who is compared, `wire.rs` and `traffic.rs` are the network and its far end, `bare.rs` the limit,
 //! `usage.rs` what threads cost, `report.rs` and `svg.rs` what is shown. It leaves nothing behind.
@@ -31,6 +32,7 @@ mod harness {
     pub mod patience;
     pub mod process;
     pub mod site;
+    pub mod tiny;
     pub mod vm;
     pub use patience::{PATIENCE, eventually};
 }
@@ -45,6 +47,7 @@ mod linux;
 mod monitors;
 mod native;
 mod report;
+mod run;
 mod share;
 mod start;
 mod streams;
@@ -64,7 +67,7 @@ use native::Effort;
 use report::Table;
 
 const USAGE: &str = "usage: bench [--quick] [--json FILE] [--svg FILE] \
-     (native | disk | share | user-net | vsock | start | density | linux [boot|net|disk] ROUNDS)...";
+     (native | disk | share | user-net | vsock | start | density | run | linux [boot|net|disk|run] ROUNDS)...";
 
 /// For a result that shows more than noise, and for a first impression.
 const FULL: Effort = Effort {
@@ -98,6 +101,7 @@ enum Part {
     Vsock,
     Start,
     Density,
+    Run,
     /// A part of it, if not all, and how often.
     Linux(Option<String>, usize),
 }
@@ -122,6 +126,7 @@ fn main() -> ExitCode {
             Part::Vsock => run.here("vsock", vsock::run),
             Part::Start => run.here("start", start::run),
             Part::Density => run.here("density", density::run),
+            Part::Run => run.here("commands in guests", run::run),
             Part::Linux(part, rounds) => {
                 run.part("Linux guests", || linux::run(part.as_deref(), *rounds))
             }
@@ -216,8 +221,10 @@ fn parse(args: impl Iterator<Item = String>) -> Option<Request> {
             "vsock" => request.parts.push(Part::Vsock),
             "start" => request.parts.push(Part::Start),
             "density" => request.parts.push(Part::Density),
+            "run" => request.parts.push(Part::Run),
             "linux" => {
-                let part = args.next_if(|part| ["boot", "net", "disk"].contains(&part.as_str()));
+                let part =
+                    args.next_if(|part| ["boot", "net", "disk", "run"].contains(&part.as_str()));
                 let rounds = args.next()?.parse().ok().filter(|&rounds| rounds > 0)?;
                 request.parts.push(Part::Linux(part, rounds));
             }

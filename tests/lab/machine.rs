@@ -104,12 +104,17 @@ impl Job<'_> {
 
     /// Whether its guests have user networks.
     fn wants_user_net(&self) -> bool {
-        self.wants_debian() || self.is("linux-")
+        self.wants_debian() || self.is("linux-") || self.measures("run")
     }
 
     /// Whether fio runs in its guests.
     fn wants_fio(&self) -> bool {
-        self.is("bench") && self.args.iter().any(|arg| arg == "disk")
+        self.measures("disk")
+    }
+
+    /// Whether it is this part of the benchmark.
+    fn measures(&self, part: &str) -> bool {
+        self.is("bench") && self.args.iter().any(|arg| arg == part)
     }
 
     fn is(&self, name: &str) -> bool {
