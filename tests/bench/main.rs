@@ -67,7 +67,8 @@ use native::Effort;
 use report::Table;
 
 const USAGE: &str = "usage: bench [--quick] [--json FILE] [--svg FILE] \
-     (native | disk | share | user-net | vsock | start | density | run | linux [boot|net|disk|run] ROUNDS)...";
+     (native | disk | share | user-net | vsock | start | density | run | \
+     linux [boot|net|disk|run] ROUNDS)...";
 
 /// For a result that shows more than noise, and for a first impression.
 const FULL: Effort = Effort {
