@@ -57,6 +57,8 @@ struct User {
     id: u32,
     net: Net,
     files: TempDir,
+    /// Whether there is a session with a directory for sockets: cron and su make none.
+    has_session: bool,
 }
 
 impl User {
@@ -75,7 +77,13 @@ impl User {
         fs::set_permissions(path("run"), Permissions::from_mode(0o700)).unwrap();
         fs::write(path("home/src/hello"), "of the host").unwrap();
         let net = Net::routed(HOST);
-        Self { id, net, files }
+        let has_session = number == 0;
+        Self {
+            id,
+            net,
+            files,
+            has_session,
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -90,7 +98,10 @@ impl User {
         command.env("FILES", self.files.path());
         command.envs([("USER_ID", self.id), ("KVM", KVM)].map(|(k, v)| (k, v.to_string())));
         command.env("HOME", self.path("home"));
-        command.env("XDG_RUNTIME_DIR", self.path("run"));
+        match self.has_session {
+            true => command.env("XDG_RUNTIME_DIR", self.path("run")),
+            false => command.env_remove("XDG_RUNTIME_DIR"),
+        };
         command.env_remove("RUST_LOG").stdin(Stdio::null());
         command
     }
@@ -240,19 +251,36 @@ guest_test!(user_of_kvms_group_shares_forwards_and_connects, || {
     }
 });
 
-guest_test!(commands_of_a_user_find_the_users_guest, || {
-    let user = User::new(1);
-    let mut vm = user.start(Pci, "echo");
-    vm.wait_for("READY echo\n");
-    user.show(&["wait", NAME, "--for", "console=READY echo"]);
-    let listed: Value = serde_json::from_str(&user.show(&["ps", "--json"])).unwrap();
-    assert_eq!(listed[0]["name"], NAME, "{listed}");
-    assert_eq!(listed[0]["pid"], vm.pid(), "{listed}");
-    user.show(&["qmp", NAME, "query-status"]);
-    // The guest takes no notice of its power button.
-    user.show(&["stop", NAME, "--timeout", "1"]);
-    vm.wait_exit();
-    assert_eq!(user.show(&["ps", "--json"]).trim(), "[]");
-    user.assert_no_process();
-    assert_eq!(user.left(), ["hello"]);
-});
+/// A directory that is removed at the end.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+guest_test!(
+    commands_of_a_user_without_a_session_find_the_users_guest,
+    || {
+        let user = User::new(1);
+        let mut vm = user.start(Pci, "echo");
+        vm.wait_for("READY echo\n");
+        user.show(&["wait", NAME, "--for", "console=READY echo"]);
+        let place = Removed(format!("/tmp/minivmm-{}", user.id).into());
+        let found = fs::symlink_metadata(&place.0).unwrap();
+        assert_eq!((found.uid(), found.mode() & 0o7777), (user.id, 0o700));
+        let listed: Value = serde_json::from_str(&user.show(&["ps", "--json"])).unwrap();
+        assert_eq!(listed[0]["name"], NAME, "{listed}");
+        assert_eq!(listed[0]["pid"], vm.pid(), "{listed}");
+        user.show(&["qmp", NAME, "query-status"]);
+        // The guest takes no notice of its power button.
+        user.show(&["stop", NAME, "--timeout", "1"]);
+        vm.wait_exit();
+        assert_eq!(user.show(&["ps", "--json"]).trim(), "[]");
+        assert_eq!(fs::read_dir(place.0.join("vms")).unwrap().count(), 0);
+        drop(place);
+        user.assert_no_process();
+        assert_eq!(user.left(), ["hello"]);
+    }
+);

@@ -141,7 +141,7 @@ impl RecordLock {
     ) -> Result<Self, RecordError> {
         let path = directory.join(key.lock_file());
         let failed = |error| RecordError::File(path.clone(), error);
-        directory::make_readable(directory).map_err(failed)?;
+        RecordDirectory::make(directory).map_err(failed)?;
         let deadline = Instant::now() + settling;
         loop {
             let mut writer = open(CWD, &path, OFlags::RDWR | OFlags::CREATE).map_err(failed)?;

@@ -72,8 +72,8 @@ impl InstanceError {
             Self::Directory(..) | Self::Nowhere => {
                 let user = rustix::process::geteuid().as_raw();
                 Some(format!(
-                    "a user without rights needs XDG_RUNTIME_DIR, or a directory of the user's own \
-                     /run/minivmm/{user}, made by root"
+                    "a user without rights needs XDG_RUNTIME_DIR, a directory of the user's own \
+                     /run/minivmm/{user}, made by root, or /tmp/minivmm-{user} as a directory with mode 0700"
                 ))
             }
             Self::TooLong(_) => Some("choose a shorter name, or a shorter XDG_RUNTIME_DIR".into()),

@@ -122,7 +122,7 @@ impl Claim {
         };
         log::warn!(
             "{name} cannot be recorded as in use, so that {effect}{why} (a user without rights needs XDG_RUNTIME_DIR, or \
-             {:?} made by root)",
+             {:?} made by root, or a place in /tmp that no other user has taken)",
             RecordDirectory::own()
                 .get(1)
                 .map_or(Path::new(""), PathBuf::as_path)
