@@ -396,7 +396,17 @@ fn detached_vm_runs_other_commands_until_it_is_stopped() {
         }
         let stopped = host.minivmm(&["stop", "box", "--timeout", "60"]);
         assert_eq!(stopped.status, Some(0), "{}", stopped.stderr);
-        assert_eq!(host.vms(), [""; 0]);
+        // It is remembered, and nothing of it but its record and log is left.
+        let listed = host.minivmm(&["ps", "-a", "--json"]);
+        let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+        assert_eq!(listed[0]["name"], "box", "{listed}");
+        assert_eq!(listed[0]["state"], "ended", "{listed}");
+        let waited = host.minivmm(&["wait", "box", "--for", "exit"]);
+        assert_eq!(waited.status, Some(0), "{}", waited.stderr);
+        let left = fs::read_dir(host.runtime.directory.path().join("vms/box")).unwrap();
+        let mut left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["log", "vm.json"]);
     });
 }
 

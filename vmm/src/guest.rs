@@ -45,7 +45,7 @@ impl Guest {
                 runs: &runs,
                 qmp: &config.qmp,
                 vsock: config.vsock.as_ref(),
-                has_runner: false,
+                runner: None,
             };
             let claim = |name| Instance::claim(Some(name), &serves);
             let instance = name.map(claim).transpose()?;

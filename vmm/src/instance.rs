@@ -95,8 +95,9 @@ pub struct Serves<'a> {
     pub qmp: &'a [QmpSocket],
     /// The sockets between the guest and the host.
     pub vsock: Option<&'a VsockConfig>,
-    /// Whether `minivmm run` has started it: these sockets are in its directory then, which it cannot do without.
-    pub has_runner: bool,
+    /// What ties it to the `minivmm run` that has started it, if one has: these sockets are in its directory then, which it
+    /// cannot do without.
+    pub runner: Option<RunnerFds>,
 }
 
 /// The directory of this process's VM. Dropping it removes it, unless the VM has [ended](Self::end) detached.
@@ -209,7 +210,9 @@ impl Instance {
                 instance.keep_log();
                 Ok(Some(instance))
             }
-            Err(error) if name.is_some() || serves.has_runner || detach::is_wanted() => Err(error),
+            Err(error) if name.is_some() || serves.runner.is_some() || detach::is_wanted() => {
+                Err(error)
+            }
             Err(error) => {
                 let why = chain(&error);
                 let remedy = error.remedy().unwrap_or_default();
@@ -262,7 +265,9 @@ impl Instance {
 
     /// The VM has ended so. What is to be known of one that has outlived its command stays.
     pub fn end(mut self, status: u8, reason: String) {
-        if detach::is_done() {
+        // Of a VM of `minivmm run` that has another process detached.
+        let is_others = self.record.detached && !detach::is_wanted();
+        if detach::is_done() || is_others {
             self.record.ended = Some(Ended::now(status, reason));
             self.place.leave(&self.record);
             found::prune(self.place.vms());

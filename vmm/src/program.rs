@@ -83,7 +83,7 @@ fn run_guest(began: Instant, mut config: Config, mut inherited: Inherited) -> Ex
         runs: &runs,
         qmp: &config.qmp,
         vsock: config.vsock.as_ref(),
-        has_runner: runner.is_some(),
+        runner,
     };
     let claimed = Instance::of_program(config.name.as_ref(), &serves);
     let entered = claimed.map_err(Error::from).and_then(|instance| {

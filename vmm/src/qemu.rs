@@ -302,7 +302,7 @@ pub fn run(args: &QemuArgs, mut inherited: Inherited) -> Result<u8, QemuError> {
         runs: &runs,
         qmp: &args.qmp,
         vsock: args.vsock.as_ref(),
-        has_runner: args.runner.is_some(),
+        runner: args.runner,
     };
     let instance = Instance::of_program(args.name.as_ref(), &serves)?;
     let tied = args.runner.zip(instance.as_ref());

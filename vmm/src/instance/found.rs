@@ -119,6 +119,19 @@ impl Found {
         owner.pidfd().map(Process)
     }
 
+    /// Removes what is to be known of it, once it has ended.
+    pub fn forget(&self) {
+        let Self { place, record } = self;
+        // Its name may have been used again.
+        let is_same = |now: Record| now.owner == record.owner && now.started == record.started;
+        let lock = place.lock(|| {
+            if place.record().is_some_and(is_same) {
+                place.remove();
+            }
+        });
+        log::debug!("{} is forgotten: {lock:?}", record.name);
+    }
+
     /// Waits until it has ended, and says whether it has. What it has left is gone then.
     pub fn await_end(&self, timeout: Duration) -> bool {
         let has_ended = match self.process() {
@@ -207,14 +220,8 @@ pub(super) fn prune(vms: &Path) {
     ended.retain(|found| found.record.ended.is_some());
     ended.sort_by_key(|found| found.record.ended.as_ref().map(|ended| ended.at));
     let many = ended.len().saturating_sub(MOST_ENDED);
-    for Found { place, record } in &ended[..many] {
-        // Its name may have been used again.
-        let is_same = |now: Record| now == *record;
-        let lock = place.lock(|| {
-            if place.record().is_some_and(is_same) {
-                place.remove();
-            }
-        });
-        log::debug!("{} ended long ago: {lock:?}", record.name);
+    for found in &ended[..many] {
+        log::debug!("{} ended long ago", found.record.name);
+        found.forget();
     }
 }

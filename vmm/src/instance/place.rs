@@ -147,7 +147,13 @@ impl Place {
             log::warn!("cannot write how {} has ended: {error}", self.name);
         }
         let boot = port_path(&self.vsock_path(), BOOT_PORT);
-        for socket in [self.qmp_path(), self.console_path(), boot] {
+        let sockets = [
+            self.qmp_path(),
+            self.console_path(),
+            self.vsock_path(),
+            boot,
+        ];
+        for socket in sockets {
             let _ = fs::remove_file(socket);
         }
     }

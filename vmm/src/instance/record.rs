@@ -76,7 +76,7 @@ impl Record {
         let owner = Owner::this_process().map(|owner| owner.to_string());
         // Whoever reads it is in another directory.
         let elsewhere = |path: &PathBuf| absolute(path).unwrap_or_else(|_| path.clone());
-        let vsock = match serves.has_runner {
+        let vsock = match serves.runner.is_some() {
             true => Some(place.vsock_path()),
             false => serves.vsock.map(|vsock| elsewhere(&vsock.path)),
         };
@@ -93,7 +93,7 @@ impl Record {
             vsock,
             console: place.console_path(),
             log: place.log_path(),
-            detached: detach::is_wanted(),
+            detached: detach::is_wanted() || serves.runner.is_some_and(|runner| runner.is_detached),
             ended: None,
         }
     }

@@ -16,7 +16,7 @@ fn serves() -> Serves<'static> {
         runs: &RUNS,
         qmp: &[],
         vsock: None,
-        has_runner: false,
+        runner: None,
     }
 }
 

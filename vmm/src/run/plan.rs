@@ -69,6 +69,7 @@ pub struct Plan {
     pub numbers: Numbers,
     /// What it inherits of what this process has inherited.
     pub inherited: Vec<RawFd>,
+    detach: bool,
     options: Vec<OsString>,
 }
 
@@ -142,6 +143,7 @@ impl Plan {
             copies,
             numbers: Numbers::after(&inherited),
             inherited,
+            detach: config.detach,
             options,
         })
     }
@@ -158,7 +160,7 @@ impl Plan {
         }
         words.extend(self.options.iter().cloned());
         words.extend(["--initrd".into(), initramfs.into()]);
-        words.extend(self.numbers.options());
+        words.extend(self.numbers.options(self.detach));
         words
     }
 
@@ -520,6 +522,7 @@ mod tests {
             copies: Arc::new([]),
             numbers: Numbers::after(&inherited),
             inherited,
+            detach: config.detach,
             options,
         }
     }

@@ -29,7 +29,9 @@ use super::plan::Plan;
 use super::root;
 use crate::agent::Agent;
 use crate::child::{Arrivals, FIRST, Passed, close_on_exec};
+use crate::config::RunnerFds;
 use crate::control::exit::chain;
+use crate::detach;
 use crate::instance::{self, Found};
 use crate::limits;
 use crate::nic::registry::{self, Entry};
@@ -81,9 +83,14 @@ impl Numbers {
         }
     }
 
-    /// The options that name them.
-    pub fn options(self) -> [OsString; 4] {
-        let runner = format!("{}:{}", self.leash, self.boot);
+    /// The options that name them, for a VM that may have been detached.
+    pub fn options(self, is_detached: bool) -> [OsString; 4] {
+        let runner = RunnerFds {
+            leash: self.leash,
+            boot: self.boot,
+            is_detached,
+        };
+        let runner = runner.to_string();
         let events = format!("fd:{}", self.events);
         ["--events", &events, "--runner", &runner].map(OsString::from)
     }
@@ -219,16 +226,21 @@ impl Vm {
         self.clean();
     }
 
-    /// Removes what a VM has left whose process was killed.
+    /// Removes what a VM has left whose process was killed; and what is to be remembered of one of `-d`, if no one has learned its
+    /// name.
     pub fn clean(&self) {
         let was_killed = |known: &Known| known.ended.is_some_and(|end| end.code().is_none());
-        if !self.known(was_killed) {
+        let is_unknown = detach::is_wanted() && !detach::is_done();
+        if !self.known(was_killed) && !is_unknown {
             return;
         }
         // A look at all VMs removes what is stale. What it has started may have the lock a little longer.
         let is_this = |found: &Found| found.record.pid == self.pid;
-        for found in instance::all().into_iter().filter(is_this) {
+        for found in instance::all_also_ended().into_iter().filter(is_this) {
             found.await_end(END);
+            if is_unknown {
+                found.forget();
+            }
         }
         // Likewise with the records of its NICs. Nothing says when a lock is free.
         let deadline = Instant::now() + END;
