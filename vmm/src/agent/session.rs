@@ -120,6 +120,7 @@ pub struct Session {
     /// Where the command is to start.
     directory: Option<String>,
     is_elsewhere: bool,
+    elsewhere_level: log::Level,
 }
 
 impl Session {
@@ -163,9 +164,15 @@ impl Session {
             raw,
             directory,
             is_elsewhere: false,
+            elsewhere_level: log::Level::Warn,
         };
         started.pass_on(passes).map_err(SessionError::Host)?;
         Ok(started)
+    }
+
+    /// The root is not the host's, so it is no surprise that the current directory is missing.
+    pub fn expect_other_root(&mut self) {
+        self.elsewhere_level = log::Level::Debug;
     }
 
     /// What the user should know of the command once it runs.
@@ -297,7 +304,10 @@ impl Session {
                     log::debug!("the command is process {pid} of the guest");
                     if elsewhere && !self.is_elsewhere {
                         self.is_elsewhere = true;
-                        self.warning().iter().for_each(|text| log::warn!("{text}"));
+                        let level = self.elsewhere_level;
+                        self.warning()
+                            .iter()
+                            .for_each(|text| log::log!(level, "{text}"));
                     }
                     continue;
                 }

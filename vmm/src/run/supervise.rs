@@ -1,6 +1,7 @@
 //! A run from its beginning to its end, on the main thread: the VM is started, its guest gets what it is to be, the command
 //! runs, and the guest powers off.
 
+use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
@@ -300,6 +301,9 @@ impl Run<'_> {
             }
             Err(error) => return Err(RunError::Session(error)),
         };
+        if self.config.root.path != Path::new("/") {
+            session.expect_other_root();
+        }
         stages.note("command");
         let deadline = self.config.timeout.map(|timeout| Instant::now() + timeout);
         let mut interrupts = Interrupts::default();
