@@ -192,7 +192,7 @@ fn last_words(stream: &UnixStream) -> Result<(), CopyError> {
             Piece::End => return Ok(()),
             Piece::Note(text) => note(text),
             Piece::Failed(text) => return Err(CopyError::Guest(text)),
-            Piece::Entry(_) | Piece::Data(_) | Piece::Leave => {
+            Piece::Entry(_) | Piece::Data(_) | Piece::Hole(_) | Piece::Leave => {
                 return Err(UnpackError::Form("it comes from where it should go").into());
             }
         }

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use agent_protocol::MessageError;
 use agent_protocol::copy::{CHUNK, Entry, Kind, Piece};
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, chownat, fchmod, fchown,
-    futimens, mkdirat, openat, statat, symlinkat, unlinkat,
+    AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Timespec, Timestamps, Uid, chownat, fchmod,
+    fchown, ftruncate, futimens, mkdirat, openat, seek, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -122,6 +122,7 @@ pub fn unpack(
             (Piece::Entry(entry), Some(tree)) => tree.enter(entry),
             (Piece::Leave, Some(tree)) => tree.leave(),
             (Piece::Data(length), Some(tree)) => tree.write(&mut from, length as usize),
+            (Piece::Hole(length), Some(tree)) => tree.skip(length),
         };
         made?;
     }
@@ -314,6 +315,22 @@ impl Tree {
             }
         }
         Ok(())
+    }
+
+    /// Leaves a hole in the file that was entered last.
+    fn skip(&self, length: u64) -> Result<(), UnpackError> {
+        let Some(Open { fd, entry }) = &self.file else {
+            return Err(UnpackError::Form("it has the content of no file"));
+        };
+        // Beyond the largest file both fail.
+        let skipped = i64::try_from(length)
+            .map_err(|_| Errno::FBIG)
+            .and_then(|length| seek(fd, SeekFrom::Current(length)))
+            .and_then(|end| ftruncate(fd, end));
+        skipped.map_err(|error| {
+            let name = entry.as_ref().map_or(&[][..], |entry| &entry.name);
+            UnpackError::Write(self.path.join(OsStr::from_bytes(name)), error.into())
+        })
     }
 
     /// The directory that was entered last is complete.

@@ -1,6 +1,6 @@
 //! Copies: trees of files, in pieces.
 //!
-//! A copy is an [`Entry`], the content of a file after it in [`Piece::Data`], the entries of a directory after it and
+//! A copy is an [`Entry`], the content of a file after it in [`Piece::Data`] and [`Piece::Hole`], the entries of a directory after it and
 //! [`Piece::Leave`]; then [`Piece::End`]. It may fail at any place.
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,8 @@ pub enum Piece {
     Entry(Entry),
     /// So many bytes of the last file follow, [`CHUNK`] at most.
     Data(u32),
+    /// So many bytes of the last file follow that are 0, and need no room where it is written.
+    Hole(u64),
     /// The directory that was entered last is complete.
     Leave,
     /// Something that is left out, and why.

@@ -1,4 +1,4 @@
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
 use agent_protocol::MessageError;
 
@@ -103,6 +103,64 @@ fn tree_is_copied_with_its_permissions_times_and_links_and_without_special_files
     for sub in [from.join("sub"), to.join("sub")] {
         fs::set_permissions(sub, fs::Permissions::from_mode(0o755)).unwrap();
     }
+}
+
+#[test]
+fn holes_of_a_file_take_no_room_on_the_way_nor_in_the_copy() {
+    const SIZE: u64 = 1 << 40;
+    let directory = tempfile::tempdir().unwrap();
+    let at = |path: &str| directory.path().join(path);
+    let make = |name: &str, data: &[u64]| {
+        let file = fs::File::create(at(name)).unwrap();
+        file.set_len(SIZE).unwrap();
+        for start in data {
+            file.write_all_at(&[1; 5000], *start).unwrap();
+        }
+    };
+    fs::create_dir(at("to")).unwrap();
+    for (name, data) in [
+        ("empty", &[][..]),
+        ("ends", &[0, SIZE - 5000]),
+        ("middle", &[1 << 30, 3 << 30]),
+    ] {
+        make(name, data);
+        copy(&at(name), &at("to"), false).unwrap();
+        let copied = fs::File::open(at("to").join(name)).unwrap();
+        let found = copied.metadata().unwrap();
+        assert_eq!(found.len(), SIZE, "{name}");
+        assert!(found.blocks() * 512 < 1 << 20, "{name}");
+        for start in data {
+            // With what is around them.
+            let from = start.saturating_sub(5000).min(SIZE - 15_000);
+            let (mut before, mut after) = ([0; 15_000], [0; 15_000]);
+            let original = fs::File::open(at(name)).unwrap();
+            original.read_exact_at(&mut before, from).unwrap();
+            copied.read_exact_at(&mut after, from).unwrap();
+            assert!(before == after && after.contains(&1), "{name} at {start}");
+        }
+    }
+}
+
+#[test]
+fn hole_longer_than_any_file_is_refused() {
+    let to = tempfile::tempdir().unwrap();
+    for holes in [&[u64::MAX][..], &[i64::MAX as u64, 1], &[1 << 63]] {
+        let holes = holes.iter().map(|length| Piece::Hole(*length));
+        let pieces: Vec<_> = [entry("file", Kind::File)]
+            .into_iter()
+            .chain(holes)
+            .collect();
+        let received = receive(&pieces, to.path());
+        assert!(
+            matches!(received, Err(UnpackError::Write(..))),
+            "{received:?}"
+        );
+    }
+    let received = receive(&[entry("a", Kind::Directory), Piece::Hole(1)], to.path());
+    assert!(
+        matches!(received, Err(UnpackError::Form(_))),
+        "{received:?}"
+    );
 }
 
 #[test]
