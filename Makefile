@@ -31,7 +31,7 @@ demo-tools:
 SUITES ?=
 test: ## Runs all tests, or SUITES="vmm.pci net.watch" (as root, for network namespaces)
 	resources/install-tools debootstrap dmsetup git iasl mke2fs nft passt pip3 qemu-system-x86_64 qemu-img sfdisk socat \
-		ssh strace tcc tshark /usr/share/OVMF/OVMF_CODE_4M.fd
+		ssh strace tcc tshark xz zstd /usr/share/OVMF/OVMF_CODE_4M.fd
 	tests/run $(SUITES)
 
 STRESS ?= --runs 1000

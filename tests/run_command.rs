@@ -7,6 +7,8 @@
 #[path = "run_command/failures.rs"]
 mod failures;
 mod harness;
+#[path = "run_command/kernels.rs"]
+mod kernels;
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -99,10 +101,27 @@ impl Host {
     }
 
     fn command(&self, directory: &str, options: &[&str], command: &[&str]) -> Command {
+        let modules = assets().modules();
+        let modules = ["--modules", modules.to_str().unwrap()];
+        self.command_of(
+            &assets().bzimage(),
+            directory,
+            &[&modules[..], options].concat(),
+            command,
+        )
+    }
+
+    /// The same for another kernel.
+    fn command_of(
+        &self,
+        kernel: &Path,
+        directory: &str,
+        options: &[&str],
+        command: &[&str],
+    ) -> Command {
         let mut minivmm = self.runtime.minivmm(&["run", "--kernel"]);
         minivmm.current_dir(directory);
-        minivmm.arg(assets().bzimage()).arg("--modules");
-        minivmm.arg(assets().modules()).args(options);
+        minivmm.arg(kernel).args(options);
         minivmm.arg("--").args(command);
         minivmm
     }
@@ -110,7 +129,7 @@ impl Host {
     /// The same, started in a directory below another file system, of which it has a file. 99 is the status when
     /// the guest has changed that.
     fn run_on_mount(&self, directory: &str, options: &[&str], command: &[&str]) -> Running {
-        let run = self.command("/", options, command);
+        let run = self.command_of(&assets().bzimage(), "/", options, command);
         let script = format!(
             "mount -t tmpfs test /srv && mkdir {directory} && cd {directory} && echo host > of-the-host || exit 98; \
              \"$@\"; status=$?; grep -qx host of-the-host && ! test -e /srv/new || exit 99; exit $status"
@@ -331,6 +350,10 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
         options.extend(["--result", result.to_str().unwrap()]);
         options.extend(["--coredumps", cores.to_str().unwrap()]);
         options.extend(copies.iter().flat_map(|copy| ["--copy-out", copy]));
+        let packed = host.path("packed");
+        fs::create_dir(&packed).unwrap();
+        kernels::packed(&packed);
+        options.extend(["--modules", packed.to_str().unwrap()]);
         let mut run = host.run_on_mount(here, &options, &["sh", "-c", &script]);
         // Every byte there is, and more than any buffer on the way holds.
         let bytes: Vec<u8> = (0..=255).cycle().take(3 << 20).collect();
@@ -381,7 +404,9 @@ fn command_has_its_streams_the_hosts_root_and_its_status() {
 #[test]
 fn detached_vm_runs_other_commands_until_it_is_stopped() {
     on_host(|host| {
-        let started = host.run(&["-d", "--name", "box"], &[]).wait();
+        let kernel = kernels::tree(&host.path("linux"));
+        let started = host.command_of(&kernel, "/", &["-d", "--name", "box"], &[]);
+        let started = Running::start(started).wait();
         assert_eq!(started.status, Some(0), "{}", started.stderr);
         assert_eq!(started.stdout, b"box\n");
         for (command, status) in [
