@@ -142,6 +142,8 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
             "signal-hook",
             // The Debian package of the agent.
             "tar",
+            // Targets of `minivmm run` in a file.
+            "toml",
             "vm-memory",
             "vmm-sys-util",
         ],

@@ -441,24 +441,33 @@ fn command_that_takes_too_long_is_ended_with_the_status_of_timeout() {
         // By a link, which the guest follows.
         let script = "trap 'echo terminated; exit 3' TERM; echo partial > /run/a; \
                       ln -s a /run/b; sleep 1000 & wait";
-        // A guest has its own /run.
+        // A guest has its own /run, and so no such directory.
         let here = TempDir::new_in("/run").unwrap();
-        let here = here.path().to_str().unwrap();
-        let (result, out) = (host.path("result.json"), host.path("out"));
-        let copy = format!("/run/b:{}", out.display());
-        let mut options = vec!["--timeout", "1s", "--copy-out", &copy];
-        options.extend(["--result", result.to_str().unwrap()]);
-        let run = host.run_in(here, &options, &["sh", "-c", script]);
-        let ended = run.wait();
+        let file = here.path().join("minivmm.toml");
+        let text = format!(
+            "[defaults]\nkernel = {:?}\nmodules = {:?}\n[target.late]\ntimeout = '1s'\n\
+             copy-out = '/run/b:out'\nresult = 'result.json'\ncommand = \"\"\"{script}\"\"\"\n\
+             [target.none]\nkernel = '/no/such'\ncommand = 'true'\n",
+            assets().bzimage(),
+            assets().modules()
+        );
+        fs::write(&file, text).unwrap();
+        let ended = host.minivmm(&["run", "--file", file.to_str().unwrap()]);
         assert_eq!(ended.status, Some(124), "{}", ended.stderr);
-        let warning = format!("the guest has no directory {here:?}");
+        let warning = format!("the guest has no directory {:?}", here.path());
         assert!(ended.stderr.contains(&warning), "{}", ended.stderr);
-        let report: Value = serde_json::from_slice(&fs::read(result).unwrap()).unwrap();
+        let report = fs::read(here.path().join("result.json")).unwrap();
+        let report: Value = serde_json::from_slice(&report).unwrap();
         let warned = report["warnings"][0].as_str().unwrap();
         assert!(warned.starts_with(&warning), "{report}");
         assert_eq!(ended.stdout, b"terminated\n", "{}", ended.stderr);
         assert!(ended.stderr.contains("more than 1 s"), "{}", ended.stderr);
-        assert_eq!(fs::read_to_string(out).unwrap(), "partial\n");
+        let out = fs::read_to_string(here.path().join("out")).unwrap();
+        assert_eq!(out, "partial\n");
+        let last: Vec<_> = ended.stderr.lines().rev().take(2).collect();
+        assert_eq!(last[0], "2 targets: 0 ok, 2 failed (late, none)");
+        assert!(last[1].starts_with("none: status 125, "), "{last:?}");
+        assert!(ended.stderr.contains("\nlate: status 124, "), "{last:?}");
         assert_eq!(host.vms(), [""; 0]);
     });
 }
@@ -536,4 +545,58 @@ fn nothing_is_left_whichever_process_is_killed() {
         }
         assert_eq!(host.vms(), [""; 0]);
     });
+}
+
+#[test]
+fn targets_of_a_file_are_chosen_run_and_shown() {
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("minivmm.toml");
+    let text = "[defaults]\nkernel = './missing'\n[target.b]\nresult = 'b.json'\n\
+                command = 'exit 1'\n[target.a]\ncommand = ['true']\n";
+    fs::write(&file, text).unwrap();
+    let run = |words: &[&str]| {
+        let mut minivmm = Command::new(vm::binary());
+        minivmm.env_remove("RUST_LOG").args(["run", "--file"]);
+        minivmm.arg(&file).args(words);
+        Running::start(minivmm).wait()
+    };
+    let ended = run(&[]);
+    assert_eq!(ended.status, Some(125), "{}", ended.stderr);
+    let names = [
+        "\nb: status 125, ",
+        "\na: status 125, ",
+        "\n2 targets: 0 ok, 2 failed (b, a)\n",
+    ];
+    let places = names.map(|name| ended.stderr.find(name));
+    assert!(
+        places.iter().all(Option::is_some) && places.is_sorted(),
+        "{}",
+        ended.stderr
+    );
+    let report = fs::read(directory.path().join("b.json")).unwrap();
+    let report: Value = serde_json::from_slice(&report).unwrap();
+    assert_eq!(report["reason"], "setup");
+
+    let shown = run(&["--dry-run", "a", "b"]);
+    assert_eq!(shown.status, Some(0), "{}", shown.stderr);
+    let expected = "# a\nminivmm run --kernel=./missing -- true\n\
+                    # b\nminivmm run --kernel=./missing --result=b.json -- sh -c 'exit 1'\n";
+    assert_eq!(String::from_utf8(shown.stdout).unwrap(), expected);
+
+    let missing = run(&["c"]);
+    assert_eq!(missing.status, Some(125));
+    assert!(
+        missing.stderr.contains("no target \"c\", but b, a"),
+        "{}",
+        missing.stderr
+    );
+    fs::write(&file, format!("{text}kernell = 'x'\n")).unwrap();
+    let wrong = run(&[]);
+    assert_eq!(wrong.status, Some(125));
+    assert!(
+        wrong.stderr.contains("minivmm.toml:8: unknown key"),
+        "{}",
+        wrong.stderr
+    );
+    assert!(!wrong.stderr.contains("status"), "{}", wrong.stderr);
 }

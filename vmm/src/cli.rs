@@ -25,6 +25,7 @@ mod net;
 mod package;
 mod qemu;
 mod run;
+mod targets;
 mod vms;
 
 pub use self::net::{HostLinkArgs, ListArgs, NetCommand, OpenArgs};
@@ -33,6 +34,7 @@ pub use initramfs::InitramfsArgs;
 pub use package::AgentArgs;
 pub use qemu::{Accel, QemuArgs};
 pub use run::RunArgs;
+pub use targets::{RunTarget, TargetsError, read_targets};
 pub use vms::{
     ConsoleArgs, KillArgs, LogsArgs, PsArgs, QmpArgs, StatsArgs, StopArgs, Target, WaitArgs,
 };
@@ -209,6 +211,9 @@ impl Cli {
             let text =
                 format!("the argument '{option}' cannot be used with the subcommand '{name}'");
             return Err(command.error(ErrorKind::ArgumentConflict, text));
+        }
+        if let Some(("run", matches)) = matches.subcommand() {
+            run::check(&mut command, matches)?;
         }
         let mut cli = Self::from_arg_matches(&matches)?;
         if let (Some(Command::Run(args)), Some(("run", matches))) =
@@ -630,6 +635,8 @@ mod tests {
             "minivmm run --kernel k --root d:ro --share .:/src:ro --timeout 10m -- make -C /src",
             "minivmm run -d --name web",
             "minivmm run --copy-out a:b --copy-out /c:. -- true",
+            "minivmm run --file minivmm.toml",
+            "minivmm run -v --dry-run --file minivmm.toml unit lint",
             "minivmm run -v --accel kvm --result r.json --env A=b --env HOME --workdir / -- id",
             "minivmm ps -a",
             "minivmm logs web",
@@ -652,6 +659,10 @@ mod tests {
             "minivmm --kernel k --name a/b",
             "minivmm run",
             "minivmm run true",
+            "minivmm run true -- true",
+            "minivmm run --file f -- true",
+            "minivmm run --file f --cpus 2",
+            "minivmm run --file f -d",
             "minivmm run -d -t -- sh",
             "minivmm run -d --copy-out a:b -- sh",
             "minivmm run --copy-out a -- sh",
@@ -691,6 +702,27 @@ mod tests {
         ] {
             assert!(Cli::read(line.split(' ')).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn command_lines_of_the_documentation_are_understood() {
+        let mut found = 0;
+        for text in [
+            include_str!("../../README.md"),
+            include_str!("../../docs/run.md"),
+        ] {
+            for line in text.lines().filter(|line| line.starts_with("    ")) {
+                let line = line.split(" #").next().unwrap().trim();
+                let line = line.strip_prefix("sudo ").unwrap_or(line);
+                if !line.starts_with("minivmm run ") || line.contains("[OPTIONS]") {
+                    continue;
+                }
+                Cli::read(line.split_whitespace())
+                    .unwrap_or_else(|error| panic!("{line}: {error}"));
+                found += 1;
+            }
+        }
+        assert!(found > 5, "{found}");
     }
 
     #[test]

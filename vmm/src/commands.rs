@@ -15,6 +15,7 @@ mod ps;
 mod qmp;
 mod stats;
 mod stop;
+mod targets;
 mod wait;
 
 use std::io::{self, ErrorKind, Write};
@@ -36,6 +37,7 @@ pub use initramfs::InitramfsCommandError;
 pub use open::OpenError;
 pub use package::PackageError;
 pub use stats::StatsError;
+pub use targets::RunTargetsError;
 pub use wait::WaitError;
 
 /// Why a subcommand could not do its work.
@@ -68,6 +70,8 @@ pub enum CommandError {
     #[error(transparent)]
     Initramfs(#[from] InitramfsCommandError),
     #[error(transparent)]
+    RunTargets(#[from] RunTargetsError),
+    #[error(transparent)]
     Package(#[from] PackageError),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
@@ -80,6 +84,7 @@ impl CommandError {
             Self::Open(error) => error.code(),
             Self::Wait(error) => error.code(),
             Self::Exec(error) => error.code(),
+            Self::RunTargets(_) => run::FAILED,
             _ => 1,
         }
     }
@@ -107,7 +112,10 @@ pub fn run(command: &Command, inherited: Inherited) -> Result<u8, CommandError> 
         Command::Net(NetCommand::Gc) => print(&gc()?).map(|()| 0),
         Command::Qemu(args) if args.dry_run => print(&qemu::dry_run(args, inherited)?).map(|()| 0),
         Command::Qemu(args) => Ok(qemu::run(args, inherited)?),
-        Command::Run(args) => Ok(run::run(args)),
+        Command::Run(args) => match &args.file {
+            Some(path) => Ok(targets::run(args, path)?),
+            None => Ok(run::run(args)),
+        },
         Command::Qmp(args) => print(&qmp::run(args)?).map(|()| 0),
         Command::Stats(args) => Ok(stats::run(args).map(|()| 0)?),
         Command::Ps(args) => print(&ps::run(args)?).map(|()| 0),

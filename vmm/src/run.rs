@@ -50,6 +50,8 @@ use report::{End, Reason, Stages};
 use supervise::PANIC;
 use vm::Vm;
 
+pub use report::FAILED;
+
 use crate::agent::SessionError;
 use crate::cli::RunArgs;
 use crate::config::RunConfig;
@@ -201,7 +203,7 @@ fn dry_run(plan: &Plan) -> Result<(), RunError> {
 }
 
 /// A word for a shell.
-fn quoted(word: &str) -> String {
+pub fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,%+@".contains(c);
     match !word.is_empty() && word.chars().all(is_plain) {
         true => word.to_owned(),

@@ -4,8 +4,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args};
 
 use super::agent::Variable;
 use crate::config::{
@@ -51,6 +53,8 @@ Examples:
       minivmm run -t --user-net -- bash
   With the report that it has written, whether it succeeds or not:
       minivmm run --share .:/src --workdir /src --copy-out build/report.xml:. -- make check
+  The targets of a file, in which keys are options: [target.NAME], then command = 'make check'
+      minivmm run --file minivmm.toml
   A VM that goes on, for `minivmm exec`:
       minivmm run -d --name box --user-net && minivmm exec -t box -- bash; minivmm stop box";
 
@@ -218,7 +222,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", help_heading = "Control")]
     pub coredumps: Option<PathBuf>,
 
-    /// Print the command line of the VM's process, and do nothing
+    /// Run the targets of this file one after the other, or those that are named; docs/run.md has its keys
+    #[arg(long, value_name = "FILE", help_heading = "Control")]
+    pub file: Option<PathBuf>,
+
+    /// A target of --file
+    #[arg(value_name = "TARGET")]
+    pub targets: Vec<String>,
+
+    /// Print the command line of the VM's process, or with --file those of the targets, and do nothing
     #[arg(long, conflicts_with = "detach", help_heading = "Control")]
     pub dry_run: bool,
 
@@ -226,9 +238,38 @@ pub struct RunArgs {
     #[arg(
         value_name = "COMMAND",
         last = true,
-        required_unless_present_any = ["detach", "root"]
+        required_unless_present_any = ["detach", "root", "file", "targets"]
     )]
     pub command: Vec<OsString>,
+}
+
+/// What goes with a file of targets.
+const WITH_FILE: [&str; 3] = ["file", "targets", "dry_run"];
+
+/// Looks at what is typed: a file has all options of its targets, and what is no option is a name in it.
+///
+/// # Errors
+///
+/// What does not go together.
+pub(super) fn check(command: &mut clap::Command, typed: &ArgMatches) -> Result<(), clap::Error> {
+    let is_typed = |id: &str| typed.value_source(id) == Some(ValueSource::CommandLine);
+    let of_targets = |arg: &&clap::Arg| {
+        let id = arg.get_id().as_str();
+        is_typed(id) && !arg.is_global_set() && !WITH_FILE.contains(&id)
+    };
+    let text = match (is_typed("file"), is_typed("targets")) {
+        (false, false) => return Ok(()),
+        (false, true) => "a command stands behind `--`, as in `minivmm run -- true`".into(),
+        (true, _) => {
+            let run = command.find_subcommand("run");
+            let mut typed = run.into_iter().flat_map(clap::Command::get_arguments);
+            match typed.find(of_targets) {
+                None => return Ok(()),
+                Some(arg) => format!("the argument '{arg}' is one of targets, in their file"),
+            }
+        }
+    };
+    Err(command.error(ErrorKind::ArgumentConflict, text))
 }
 
 impl From<RunArgs> for RunConfig {
