@@ -600,3 +600,43 @@ fn targets_of_a_file_are_chosen_run_and_shown() {
     );
     assert!(!wrong.stderr.contains("status"), "{}", wrong.stderr);
 }
+
+#[test]
+fn test_programs_of_cargo_run_in_a_guest_of_their_own() {
+    on_host(|host| {
+        let package = host.path("package");
+        fs::create_dir_all(package.join("src")).unwrap();
+        let manifest = "[package]\nname = \"tested\"\nedition = \"2024\"\n[workspace]\n";
+        fs::write(package.join("Cargo.toml"), manifest).unwrap();
+        let library = "#[test]\nfn is_in_a_guest() {\n\
+                       let name = std::fs::read_to_string(\"/proc/sys/kernel/hostname\");\n\
+                       assert_eq!(name.unwrap().trim(), \"cargo\");\n}\n\
+                       #[test]\nfn fails() {\npanic!();\n}\n";
+        fs::write(package.join("src/lib.rs"), library).unwrap();
+        let path = package.to_str().unwrap();
+        let kernel = format!(
+            "--kernel {} --modules {}",
+            assets().bzimage().display(),
+            assets().modules().display()
+        );
+        let runner = format!(
+            "{} run {kernel} --name cargo --share {path}:{path} --",
+            vm::binary().display()
+        );
+        let mut cargo = host.runtime.command(env!("CARGO"));
+        cargo.current_dir(&package);
+        cargo.args(["test", "--offline", "--lib"]);
+        cargo.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", runner);
+        for variable in ["CARGO_TARGET_DIR", "CARGO_BUILD_TARGET_DIR", "RUSTFLAGS"] {
+            cargo.env_remove(variable);
+        }
+        let ended = Running::start(cargo).wait();
+        // Of a test program that has failed.
+        assert_eq!(ended.status, Some(101), "{}", ended.stderr);
+        let stdout = String::from_utf8(ended.stdout).unwrap();
+        for line in ["is_in_a_guest ... ok", "fails ... FAILED"] {
+            assert!(stdout.contains(line), "{stdout}: {}", ended.stderr);
+        }
+        assert_eq!(host.vms(), [""; 0]);
+    });
+}

@@ -41,6 +41,7 @@ pub mod netns;
 pub mod patience;
 pub mod process;
 pub mod pty;
+pub mod pypi;
 pub mod qmp;
 pub mod runtime;
 pub mod signals;

@@ -710,6 +710,7 @@ mod tests {
         for text in [
             include_str!("../../README.md"),
             include_str!("../../docs/run.md"),
+            include_str!("../../docs/recipes.md"),
         ] {
             for line in text.lines().filter(|line| line.starts_with("    ")) {
                 let line = line.split(" #").next().unwrap().trim();
