@@ -275,7 +275,9 @@ mod tests {
     #[test]
     fn report_without_a_vm_is_whole_too() {
         let end = End::failed(Reason::Setup, "no kernel");
-        let report = json(&end, &Stages::begin(), None, [None, None]);
+        let mut report = json(&end, &Stages::begin(), None, [None, None]);
+        // Of most others the reader's last bit is another.
+        report["began"] = json!(1.5);
         assert_eq!(report["status"], 125);
         assert_eq!(report["nics"], json!([]));
         let directory = tempfile::tempdir().unwrap();
