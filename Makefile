@@ -15,7 +15,7 @@ build: ## Builds the program, target/release/minivmm
 	@resources/install-tools --build
 	$(CARGO) build --release --bin minivmm
 
-demo: ## Two guests and a third host on one wire, and pings between them (needs root)
+demo: ## Two guests and a third host on one wire, pings between them, and a command in a guest (needs root)
 	@echo "Building minivmm and the demo, fetching what they need ..."
 	@resources/install-tools --build
 	@$(MAKE) --no-print-directory -j2 demo-build demo-tools

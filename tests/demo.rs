@@ -1,4 +1,5 @@
-//! `make demo`: two guests and a third host on one wire, their addresses, and the pings between them.
+//! `make demo`: two guests and a third host on one wire, their addresses, and the pings between them; then a command in a
+//! guest of its own.
 
 /// Of the tests' harness, what an example can use too.
 #[allow(dead_code)] // The tests use more of it.
@@ -17,13 +18,15 @@ mod harness {
 }
 mod lab;
 
-use std::process::ExitCode;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::assets::assets;
 use harness::linux;
 use harness::netns::{Netns, is_root};
+use harness::process::Killed;
 use harness::vm::{self, Vm};
 use lab::Place;
 
@@ -57,13 +60,17 @@ fn main() -> ExitCode {
     println!(
         "  - started minivmm twice with Debian's stock cloud kernel, each with a macvtap on that wire;"
     );
-    println!("  - let each of the three ping the other two, by IPv4 and IPv6.");
+    println!("  - let each of the three ping the other two, by IPv4 and IPv6;");
+    println!("  - ran a command in a guest of its own, with this system's root below an overlay.");
     println!(
         "\nOn a real NIC, as root (the guest asks for an address by DHCP, then shows a shell):\n\n    \
-         {} --kernel {} --initrd {} --cmdline shell --macvtap eno1\n",
-        vm::binary().display(),
-        assets().bzimage().display(),
+         {minivmm} --kernel {kernel} --initrd {} --cmdline shell --macvtap eno1\n\n\
+         A command on it, with that kernel and this system's files:\n\n    \
+         {minivmm} run --kernel {kernel} --modules {} --macvtap eno1 -- COMMAND\n",
         linux::small_initrd().display(),
+        assets().modules().display(),
+        minivmm = vm::binary().display(),
+        kernel = assets().bzimage().display(),
     );
     ExitCode::SUCCESS
 }
@@ -146,7 +153,42 @@ fn show() -> bool {
         guest_pings(&mut b, to)
     });
     report("third host -> guest B", 2, &mut |to| peer.pings(to, 3));
-    all
+    drop((a, b));
+    all && command_runs(&host, &peer)
+}
+
+/// Runs a command in a guest that the third host pings; returns whether its output, its NIC and its status are right.
+fn command_runs(host: &Netns, peer: &Netns) -> bool {
+    let script =
+        "echo \"$(uname -r) as root of $(cat /proc/sys/kernel/hostname)\"; read -r _; exit 7";
+    println!("\nA command: minivmm run --macvtap wire,ip=192.168.77.4/24 -- sh -c '{script}'");
+    let mut command = host.command(vm::binary());
+    command.args(["run", "-q", "--macvtap", "wire,ip=192.168.77.4/24"]);
+    command
+        .args(["--name", "demo", "--kernel"])
+        .arg(assets().bzimage());
+    command.arg("--modules").arg(assets().modules());
+    command.args(["--", "sh", "-c", script]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut run = Killed(command.spawn().expect("minivmm starts"));
+    let (mut stdin, stdout) = (run.stdin.take(), run.stdout.take());
+    let mut line = String::new();
+    let said = stdout.map(|stdout| BufReader::new(stdout).read_line(&mut line));
+    println!("  it says      {}", line.trim_end());
+    let answers = peer.pings("192.168.77.4", 3);
+    println!(
+        "  third host -> its guest    IPv4 {}",
+        if answers { "answers" } else { "NO ANSWER" }
+    );
+    // The command ends by this line.
+    let asked = stdin.as_mut().map(|stdin| stdin.write_all(b"\n"));
+    drop(stdin);
+    let status = run.wait().ok().and_then(|status| status.code());
+    println!(
+        "  its status   {}",
+        status.map_or("none".into(), |status| status.to_string())
+    );
+    matches!((said, asked), (Some(Ok(1..)), Some(Ok(())))) && answers && status == Some(7)
 }
 
 /// Boots a guest with the addresses 192.168.77.N and fd77::N.
