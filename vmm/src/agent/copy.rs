@@ -60,7 +60,7 @@ pub fn copy_from(agent: &Agent, path: &Path, to: &Path) -> Result<(), CopyError>
     receive(&stream, target, Limits::NONE)
 }
 
-/// How much a guest may send that nobody watches, and for how long.
+/// How much a copy may have that no person watches, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     /// The most of a copy.
