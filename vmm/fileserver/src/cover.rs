@@ -86,8 +86,8 @@ fn mounts_below_root(process: impl AsFd) -> io::Result<Vec<PathBuf>> {
     Ok(points)
 }
 
-/// A path of mountinfo, where a backslash and three octal digits stand for a byte.
-fn unescaped(text: &[u8]) -> PathBuf {
+/// A path of mountinfo (proc(5)), where a backslash and three octal digits stand for a byte.
+pub fn unescaped(text: &[u8]) -> PathBuf {
     let mut bytes = Vec::new();
     let mut rest = text;
     while let [first, after @ ..] = rest {

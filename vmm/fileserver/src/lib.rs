@@ -47,6 +47,7 @@ use virtiofsd::soft_idmap::cmdline::IdMap;
 
 use sandbox::Owners;
 
+pub use cover::unescaped;
 pub use device::Device;
 pub use files::Numbered;
 pub use inflight::{QUEUE_SIZE, RECORD};

@@ -1,10 +1,9 @@
 //! What the host has mounted below a guest's root: each is a share of its own, since a share is one file system's.
 
-use std::ffi::OsString;
 use std::fs;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use fileserver::unescaped;
 use rustix::fs::{Access, AtFlags, CWD, FileType, StatxFlags, accessat, statx};
 
 /// File systems that the guest has without being asked: of disks and of memory. Others (of a network, of a program, images)
@@ -116,27 +115,6 @@ fn can_be_shared(mount: &Mount) -> bool {
         && accessat(CWD, &mount.point, access, AtFlags::EACCESS).is_ok()
 }
 
-/// A path of mountinfo, where a backslash and three octal digits stand for a byte.
-fn unescaped(text: &[u8]) -> PathBuf {
-    let mut bytes = Vec::new();
-    let mut rest = text;
-    while let [first, after @ ..] = rest {
-        let digits = after.get(..3).filter(|_| *first == b'\\');
-        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    OsString::from_vec(bytes).into()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -231,7 +209,6 @@ mod tests {
             mounts(text),
             [mount(36, "/a b", "ext3"), mount(25, "/sys", "sysfs")]
         );
-        assert_eq!(unescaped(br"/a\9\40"), Path::new(r"/a\9\40"));
         assert!(!mounts(&fs::read("/proc/self/mountinfo").unwrap()).is_empty());
     }
 
