@@ -90,7 +90,7 @@ fn in_lab() -> bool {
     lab::machine::run_shown(&job)
 }
 
-/// The demo itself; returns whether all pings were answered.
+/// The demo itself; returns whether all pings were answered, and the command was right.
 fn show() -> bool {
     let (host, peer, far) = (Netns::new(), Netns::new(), Netns::new());
     host.veth("wire", &far, "end");

@@ -57,14 +57,19 @@ pub fn children(pid: u32) -> Vec<u32> {
 
 /// The processes that any of a process's threads has started.
 pub fn all_children(pid: u32) -> Vec<u32> {
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs");
+    children_left(pid).expect("the process runs")
+}
+
+/// The same of one that may have ended: `None` if it has.
+pub fn children_left(pid: u32) -> Option<Vec<u32>> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
     let children = threads.filter_map(|entry| {
         let children = entry.ok()?.path().join("children");
         fs::read_to_string(children).ok()
     });
     let children: Vec<_> = children.collect();
     let children = children.iter().flat_map(|list| list.split_whitespace());
-    children.filter_map(|pid| pid.parse().ok()).collect()
+    Some(children.filter_map(|pid| pid.parse().ok()).collect())
 }
 
 /// A thread, as the kernel shows it.

@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use cases::{Case, Random, Victim};
 use harness::assets::{Assets, assets};
-use harness::process::Killed;
+use harness::process::{Killed, children_left};
 use rustix::process::{Pid, Signal, kill_process};
 use snapshot::{left, snapshot};
 
@@ -322,19 +322,6 @@ fn end(child: &mut Killed) -> Option<ExitStatus> {
     }
 }
 
-/// The processes that a process has started; none of one that has ended.
-fn children(pid: u32) -> Vec<u32> {
-    let threads = fs::read_dir(format!("/proc/{pid}/task"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    let lists =
-        threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
-    let lists: Vec<_> = lists.collect();
-    let pids = lists.iter().flat_map(|list| list.split_whitespace());
-    pids.filter_map(|pid| pid.parse().ok()).collect()
-}
-
 /// Kills at the moment, if all is still there then; who was killed.
 fn kill(victim: Victim, child: &mut Killed, moment: Duration, random: &mut Random) -> Vec<u32> {
     thread::sleep(moment);
@@ -343,13 +330,17 @@ fn kill(victim: Victim, child: &mut Killed, moment: Duration, random: &mut Rando
         return Vec::new();
     }
     let run = child.id();
-    let vms = children(run);
+    let vms = children_left(run).unwrap_or_default();
     let victims = match victim {
         Victim::Run => vec![run],
         Victim::Vm => vms,
         Victim::Both => [vms, vec![run]].concat(),
         Victim::Below => {
-            let below: Vec<_> = vms.into_iter().flat_map(children).collect();
+            let below: Vec<_> = vms
+                .into_iter()
+                .filter_map(children_left)
+                .flatten()
+                .collect();
             below
                 .get(random.below(below.len().max(1) as u64) as usize)
                 .copied()
