@@ -72,6 +72,17 @@ pub fn children_left(pid: u32) -> Option<Vec<u32>> {
     Some(children.filter_map(|pid| pid.parse().ok()).collect())
 }
 
+/// The file server of a directory that a VM's process has started.
+pub fn file_server(vm: u32, directory: &str) -> u32 {
+    let serves = |pid: &u32| {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split('\0').skip(1);
+        words.next() == Some("file-server") && words.next() == Some(directory)
+    };
+    let found = all_children(vm).into_iter().find(serves);
+    found.unwrap_or_else(|| panic!("process {vm} has no file server of {directory}"))
+}
+
 /// A thread, as the kernel shows it.
 #[derive(Debug)]
 pub struct Task {

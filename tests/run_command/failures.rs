@@ -2,13 +2,16 @@
 
 use std::fs;
 use std::process::Command;
+use std::time::Instant;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use super::harness::assets::assets;
 use super::harness::netns::Netns;
+use super::harness::process::{all_children, file_server};
 use super::harness::vm;
-use super::{Host, Running, on_host};
+use super::{AT_ONCE, Host, Running, eventually, on_host, signal};
 
 /// `minivmm run` in this network namespace.
 fn run_in(host: &Host, netns: &Netns, options: &[&str]) -> Command {
@@ -97,5 +100,28 @@ fn init_that_a_command_ends_ends_the_guest_with_the_reason() {
             assert!(first.is_some(), "{text}: {}", ended.stderr);
             assert_eq!(host.vms(), [""; 0]);
         }
+    });
+}
+
+#[test]
+fn file_server_that_is_killed_ends_the_guest_with_the_reason() {
+    on_host(|host| {
+        let result = host.path("result.json");
+        let share = format!("{}:/mnt", host.directory.path().display());
+        let options = ["--share", &share, "--result", result.to_str().unwrap()];
+        let script = ": > /mnt/ready; while :; do /bin/true; done";
+        let run = host.run(&options, &["sh", "-c", script]);
+        let ready = host.path("ready");
+        assert!(eventually(|| ready.exists()));
+        let vm = all_children(run.child.id())[0];
+        signal(file_server(vm, "/"), Signal::KILL);
+        let killed = Instant::now();
+        let ended = run.wait();
+        assert!(killed.elapsed() < AT_ONCE, "{:?}", killed.elapsed());
+        assert_eq!(ended.status, Some(125), "{}", ended.stderr);
+        assert_eq!(reason(&host, &ended.stderr), "share", "{}", ended.stderr);
+        let text = "the share root has failed: the file server of / has ended";
+        assert!(ended.stderr.contains(text), "{}", ended.stderr);
+        assert_eq!(host.vms(), [""; 0]);
     });
 }

@@ -362,7 +362,7 @@ fn run_planned(
     let host_link = host_link::make(first, &args.host_link)?;
     let control = number_control(taken.descriptors.len(), console.is_some(), &args.args);
     let last = control.console.unwrap_or(control.config);
-    let mut extras = Extras::start(plan, args, last + 1)?;
+    let mut extras = Extras::start(plan, args, last + 1, &start.events)?;
     let attached = attach(control).map_err(failed_to("make a monitor for QEMU"))?;
     let (monitor, mut placed) = attached;
     let (console, theirs) = console.unzip();

@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::events::{DeviceEvent, EventSink};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
@@ -86,6 +87,8 @@ pub struct Service {
     unlogged: usize,
     /// How long it may take to end by itself.
     grace: Duration,
+    /// The tag of the share that it serves, and where its failure is reported.
+    share: Option<(String, EventSink)>,
     /// The kernel kills it with minivmm.
     _leash: Arc<Leash>,
 }
@@ -139,6 +142,7 @@ impl Service {
             said: Vec::new(),
             unlogged: 0,
             grace: Duration::ZERO,
+            share: None,
             _leash: leash,
         })
     }
@@ -147,6 +151,12 @@ impl Service {
     /// left to do that came by it.
     pub fn set_grace(&mut self, grace: Duration) {
         self.grace = grace;
+    }
+
+    /// Should it fail while it is followed, that of the share with this tag is reported. The native device does so by
+    /// itself.
+    pub fn report_share(&mut self, tag: &str, events: EventSink) {
+        self.share = Some((tag.to_owned(), events));
     }
 
     /// Waits for bytes in `ready`, a pipe or a socket, which the program has the other end of.
@@ -269,7 +279,13 @@ impl MutEventSubscriber for Service {
                 match &end {
                     // The machine has closed its connection, and ends.
                     ServiceError::Ended { status, .. } if status.success() => log::debug!("{end}"),
-                    _ => log::warn!("{end}"),
+                    _ => {
+                        log::error!("{end}");
+                        if let Some((tag, events)) = self.share.take() {
+                            let reason = end.to_string();
+                            events.report(DeviceEvent::ShareFailed { tag, reason });
+                        }
+                    }
                 }
             }
         }

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use devices::events::EventSink;
 use devices::virtio::served::Served;
@@ -16,6 +17,7 @@ use super::binary::Qemu;
 use super::{Plan, QemuError, conflict, failed_to, nics};
 use crate::cli::QemuArgs;
 use crate::config::{Config, Forward, ShareConfig, ShareSource, UserNet};
+use crate::events::EventHub;
 use crate::events::start::StartedNic;
 use crate::nic::NicError;
 use crate::nic::passt::{Starting, must_differ};
@@ -46,7 +48,12 @@ pub(super) struct Extras {
 
 impl Extras {
     /// Starts it all; descriptors have free numbers from `first` on. The programs end with minivmm.
-    pub fn start(plan: &Plan, args: &QemuArgs, first: RawFd) -> Result<Self, QemuError> {
+    pub fn start(
+        plan: &Plan,
+        args: &QemuArgs,
+        first: RawFd,
+        events: &Arc<EventHub>,
+    ) -> Result<Self, QemuError> {
         check(&plan.qemu, args)?;
         must_differ(&args.user_net).map_err(NicError::from)?;
         let named = conflict::named(&args.args);
@@ -80,6 +87,8 @@ impl Extras {
                 Opened::Other(socket) => socket,
                 Opened::Ours(mut server) => {
                     server.wait_ready().map_err(ShareError::from)?;
+                    let events = events.sink(&format!("share{n}"));
+                    server.service.report_share(share.tag.as_str(), events);
                     extras.followers.push(Box::new(server.service));
                     server.socket
                 }

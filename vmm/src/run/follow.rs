@@ -15,6 +15,7 @@ use agent_protocol::{Inbox, VERSION};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{RecvFlags, recv};
+use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
 use crate::printable::printable;
@@ -63,6 +64,8 @@ pub struct Known {
     pub failed: Option<(Part, String)>,
     /// What it has used until its end.
     pub usage: Option<Usage>,
+    /// A share is served no more, which has ended the VM.
+    pub unserved: Option<String>,
     /// Why the boot connection is no more.
     pub lost: Option<&'static str>,
     /// When the init said something last.
@@ -268,10 +271,13 @@ impl Follower {
                 self.shared.change(|known| known.is_power_off_wanted = true);
                 self.shared.send(&ToInit::PowerOff);
             }
+            // What the guest makes of that says nothing of its command, and in QEMU it waits for ever.
             Some("share-failed") => {
-                let (tag, reason) = (text("tag"), text("reason"));
-                let warning = format!("the file server of {tag} is gone: {reason}");
-                self.shared.change(|known| known.warn(warning));
+                let why = format!("the share {} has failed: {}", text("tag"), text("reason"));
+                self.shared.change(|known| {
+                    known.unserved.get_or_insert(why);
+                });
+                end_at_once(&self.followed.pidfd);
             }
             Some("exit") => self.shared.change(|known| {
                 known.exit = Some(VmExit {
@@ -409,6 +415,13 @@ impl Known {
     /// Adds to what the user should know.
     pub fn warn(&mut self, warning: String) {
         add(&mut self.warnings, warning);
+    }
+}
+
+/// Ends the VM of this process by its own means: the first signal presses the power button, the second ends it.
+pub fn end_at_once(pidfd: &OwnedFd) {
+    for signal in [Signal::TERM, Signal::INT] {
+        let _ = pidfd_send_signal(pidfd, signal);
     }
 }
 

@@ -57,7 +57,9 @@ pub fn run(
         },
     };
     run.finish(&end, stages);
-    Ok(end)
+    // Whatever came of it in the guest.
+    let unserved = run.vm.known(|known| known.unserved.clone());
+    Ok(unserved.map_or(end, |why| End::failed(Reason::Share, why)))
 }
 
 /// How far the guest is with an image.

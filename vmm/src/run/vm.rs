@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, se
 
 use super::RunError;
 use super::console::{Tail, show_console, show_log};
-use super::follow::{Followed, Known, Shared};
+use super::follow::{Followed, Known, Shared, end_at_once};
 use super::oci::Image;
 use super::plan::Plan;
 use super::root;
@@ -215,10 +215,7 @@ impl Vm {
 
     /// Ends the VM at once, and removes what it has left if it had to be killed.
     pub fn end(&self) {
-        // The first would press the power button, the second ends it.
-        for signal in [Signal::TERM, Signal::INT] {
-            let _ = pidfd_send_signal(&*self.pidfd, signal);
-        }
+        end_at_once(&self.pidfd);
         if !self.await_end(END) {
             let _ = pidfd_send_signal(&*self.pidfd, Signal::KILL);
             self.await_end(END);
