@@ -29,6 +29,9 @@ use range::{Kind, Range};
 /// The device of all taps and tuns, `/dev/net/tun` (MISC_MAJOR, TUN_MINOR).
 const TUN: (u32, u32) = (10, 200);
 
+/// How the key of a link begins.
+const LINK: &str = "link-";
+
 /// The thing that a record stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecordKey {
@@ -54,7 +57,7 @@ impl RecordKey {
     /// A link that was made for the time of a process.
     pub(crate) fn of_link(LinkId { namespace, index }: LinkId) -> Self {
         Self {
-            name: format!("link-{namespace}-{index}"),
+            name: format!("{LINK}{namespace}-{index}"),
             range: Range::WHOLE,
         }
     }
@@ -65,6 +68,12 @@ impl RecordKey {
             name: name.to_owned(),
             range: Range::WHOLE,
         }
+    }
+
+    /// The key whose lock has this name in its directory; that of a link is none of these.
+    pub fn of_lock(name: &str) -> Option<Self> {
+        let name = name.strip_suffix(".lock")?;
+        (!name.starts_with(LINK)).then(|| Self::any(name))
     }
 
     /// The same interface as used by a guest whose VMM got it from another process, which has locked it already.

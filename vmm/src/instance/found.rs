@@ -1,5 +1,6 @@
 //! The VMs of this user that run now.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -93,8 +94,10 @@ pub fn all_also_ended() -> Vec<Found> {
 /// Those in the place of all VMs.
 pub(super) fn all_of(vms: &Path) -> Vec<Found> {
     let entries = fs::read_dir(vms).into_iter().flatten().flatten();
-    let names = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let places = names.map(|name| Place::new(vms, name));
+    let names = entries.filter_map(|entry| place::named(entry.file_name().to_str()?));
+    // Most have two entries.
+    let names: BTreeSet<_> = names.collect();
+    let places = names.into_iter().map(|name| Place::new(vms, name));
     places.filter_map(examine).collect()
 }
 

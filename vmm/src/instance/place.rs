@@ -59,6 +59,14 @@ fn make_own(directory: &Path) -> io::Result<()> {
     }
 }
 
+/// The VM whose directory, or whose lock, has this name.
+pub(super) fn named(entry: &str) -> Option<VmName> {
+    let lock = entry
+        .strip_prefix('.')
+        .and_then(|name| name.strip_suffix(".lock"));
+    lock.unwrap_or(entry).parse().ok()
+}
+
 impl Place {
     /// Of the VM `name` in `vms`.
     pub(super) fn new(vms: &Path, name: VmName) -> Self {

@@ -53,6 +53,17 @@ fn kill(instance: Instance) {
 }
 
 #[test]
+fn lock_that_a_killed_process_has_left_alone_is_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = claim(directory.path(), "web").unwrap();
+    let vms = directory.path().join("vms");
+    fs::write(vms.join(".db.lock"), "").unwrap();
+    assert_eq!(names(directory.path()), ["web"]);
+    assert!(!vms.join(".db.lock").exists());
+    assert!(running._lock.path().exists());
+}
+
+#[test]
 fn directory_is_its_users_alone_and_gone_at_the_end() {
     let directory = tempfile::tempdir().unwrap();
     let vm = claim(directory.path(), "web").unwrap();

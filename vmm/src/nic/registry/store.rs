@@ -63,8 +63,17 @@ pub(super) fn read(view: &RecordView, directory: &RecordDirectory) -> Vec<Found>
 }
 
 fn examine(view: &RecordView, directory: &RecordDirectory, name: &CStr) -> Option<Found> {
-    let stem = name.to_str().ok()?.strip_suffix(ENDING)?;
-    let any = RecordKey::any(stem);
+    let text = name.to_str().ok()?;
+    let (any, stem) = match (RecordKey::of_lock(text), text.strip_suffix(ENDING)) {
+        // Who was killed as it took the lock, or gave it up, has left that alone.
+        (Some(key), _) if directory.is_certain() => {
+            if view.state(directory, &key) == RecordState::Free {
+                remove(directory.path(), &key);
+            }
+            return None;
+        }
+        (_, stem) => (RecordKey::any(stem?), stem?),
+    };
     if view.state(directory, &any) != RecordState::Held {
         if directory.is_certain() {
             remove(directory.path(), &any);

@@ -99,6 +99,24 @@ fn entry_is_read_back_while_its_record_is_locked_and_removed_when_it_is_not() {
 }
 
 #[test]
+fn lock_that_a_killed_process_has_left_alone_is_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    // One of a link says whose that is, to who deletes links.
+    for name in ["240:9.lock", "240:9.passed.lock", "link-1-2.lock"] {
+        fs::write(directory.path().join(name), "").unwrap();
+    }
+    let held = RecordLock::take(directory.path(), &nic().tap.key(), |_| ()).unwrap();
+    let user = rustix::process::geteuid().as_raw() + 1;
+    assert_eq!(read_as(directory.path(), Some(user)), []);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
+    assert_eq!(read(directory.path()), []);
+    let left = fs::read_dir(directory.path()).unwrap();
+    let mut left: Vec<_> = left.map(|entry| entry.unwrap().path()).collect();
+    left.sort();
+    assert_eq!(left, [held.path(), &directory.path().join("link-1-2.lock")]);
+}
+
+#[test]
 fn entry_with_a_path_that_is_no_text_can_be_written() {
     use std::os::unix::ffi::OsStrExt;
     let directory = tempfile::tempdir().unwrap();
