@@ -187,15 +187,19 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Loads the kernel.
+    /// Loads the kernel, to memory of which `prepare` is called first.
     pub(crate) fn load(
         mut self,
         memory: &GuestMemoryMmap,
         choice: &Choice,
+        prepare: &dyn Fn(Range<u64>),
     ) -> Result<Kernel, Error> {
         match self.kind {
-            Kind::Elf(plan) => plan.load(memory, &self.image),
-            Kind::BzImage(plan) => plan.load(memory, &mut self.image, choice),
+            Kind::Elf(plan) => {
+                prepare(plan.occupied.clone());
+                plan.load(memory, &self.image)
+            }
+            Kind::BzImage(plan) => plan.load(memory, &mut self.image, choice, prepare),
         }
     }
 }

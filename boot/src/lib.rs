@@ -39,6 +39,7 @@
 //!         initrd: None,
 //!         cmdline: "console=ttyS0",
 //!         random: [0x1ae1_6a3b_2f90_404f, 0x0139_408d_cbbf_7a44],
+//!         prepare: &|_| (),
 //!         platform: &platform,
 //!     },
 //! )?;
@@ -59,6 +60,7 @@ mod share;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::thread;
 
 use thiserror::Error as ThisError;
@@ -70,7 +72,7 @@ pub use initrd::Initrd;
 pub use regs::BootState;
 
 /// What to boot, and on which machine.
-#[derive(Debug)]
+#[expect(missing_debug_implementations, reason = "a closure has none")]
 pub struct BootSpec<'a> {
     /// The kernel: a bzImage or an ELF vmlinux. Read from its start, not from its position.
     pub kernel: &'a mut File,
@@ -80,6 +82,9 @@ pub struct BootSpec<'a> {
     pub cmdline: &'a str,
     /// Random numbers, by which a kernel is moved that can be moved (KASLR).
     pub random: [u64; 2],
+    /// Called with the addresses of the memory that the kernel uses before it reads the memory map, before anything is
+    /// written there.
+    pub prepare: &'a dyn Fn(Range<u64>),
     /// The devices that the ACPI tables describe.
     pub platform: &'a Platform,
 }
@@ -166,7 +171,7 @@ pub fn load(memory: &GuestMemoryMmap, spec: &mut BootSpec) -> Result<BootState, 
             let read = move || initrd::read(memory, file, place);
             share::spawn(scope, read)
         });
-        let kernel = plan.load(memory, &choice);
+        let kernel = plan.load(memory, &choice, spec.prepare);
         (kernel, read.map_or(Ok(()), share::Running::join))
     });
     let kernel = kernel.map_err(Error::Kernel)?;

@@ -3,6 +3,8 @@
 pub(crate) mod images;
 
 use self::images::*;
+use std::cell::RefCell;
+
 use super::*;
 use proptest::prelude::*;
 use std::error::Error as _;
@@ -34,6 +36,7 @@ fn boot_at(
             initrd: initrd.as_mut(),
             cmdline,
             random,
+            prepare: &|_| (),
             platform: &platform(4, 2),
         },
     )
@@ -51,6 +54,34 @@ fn load_bzimage_puts_everything_in_its_place() {
     assert_eq!(cmdline, CMDLINE.as_bytes());
     let signature: [u8; 8] = memory.read_obj(layout::ACPI_START).unwrap();
     assert_eq!(signature, *b"RSD PTR ");
+}
+
+#[test]
+fn memory_of_the_kernel_is_prepared_before_it_is_written() {
+    for kernel in [bzimage(), elf(true)] {
+        let memory = memory(64);
+        let prepared = RefCell::new(Vec::new());
+        let prepare = |range: Range<u64>| {
+            let mut bytes = vec![0; (range.end - range.start) as usize];
+            memory
+                .read_slice(&mut bytes, GuestAddress(range.start))
+                .unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 0), "{range:x?}");
+            prepared.borrow_mut().push(range);
+        };
+        let mut spec = BootSpec {
+            kernel: &mut file_with(&kernel),
+            initrd: None,
+            cmdline: CMDLINE,
+            random: [0, 0],
+            prepare: &prepare,
+            platform: &platform(4, 2),
+        };
+        let state = load(&memory, &mut spec).unwrap();
+        let prepared = prepared.into_inner();
+        let is_in = |range: &Range<u64>| range.contains(&state.regs.rip);
+        assert!(prepared.iter().any(is_in), "{prepared:x?}");
+    }
 }
 
 #[test]

@@ -6,8 +6,10 @@
 //!
 //! Memory that other processes share is a memfd, whose offsets the regions name, as vhost-user needs them. It cannot
 //! shrink, so that touching it never ends the monitor with SIGBUS. There the kernel takes the advice of huge pages only if
-//! the host allows it: /sys/kernel/mm/transparent_hugepage/shmem_enabled is `never` unless someone sets it to `advise`.
+//! the host allows it: /sys/kernel/mm/transparent_hugepage/shmem_enabled is `never` unless someone sets it to `advise`. So
+//! what a guest touches first, and nearly all of, is [filled](fill()) with huge pages before.
 
+mod fill;
 mod mapping;
 
 use std::fs::{self, File};
@@ -24,6 +26,7 @@ use vm_memory::{
     MemoryRegionAddress, MmapRegion,
 };
 
+pub use self::fill::{fill, taken_first};
 use self::mapping::{HUGE, Mapping};
 use crate::config::MemorySize;
 use crate::control::exit::ExitRequest;

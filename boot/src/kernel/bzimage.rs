@@ -84,8 +84,9 @@ impl Plan {
         memory: &GuestMemoryMmap,
         image: &mut Image,
         choice: &Choice,
+        prepare: &dyn Fn(Range<u64>),
     ) -> Result<Kernel, Error> {
-        let unpacked = self.unpack(memory, image, choice);
+        let unpacked = self.unpack(memory, image, choice, prepare);
         let mut header = self.header;
         let (entry, occupied, loaded) = match unpacked {
             Ok(kernel) => {
@@ -98,6 +99,7 @@ impl Plan {
                 (kernel.entry, kernel.start..end, loaded)
             }
             Err(why) => {
+                prepare(self.occupied.clone());
                 let start = GuestAddress(self.start);
                 BzImage::load(memory, Some(start), image.file, None).map_err(Error::Copy)?;
                 let entry = GuestAddress(self.start + ENTRY_64);
@@ -120,6 +122,7 @@ impl Plan {
         memory: &GuestMemoryMmap,
         image: &Image,
         choice: &Choice,
+        prepare: &dyn Fn(Range<u64>),
     ) -> Result<Unpacked, unpack::Error> {
         let header = &self.header;
         let align = u64::from(header.kernel_alignment);
@@ -142,7 +145,7 @@ impl Plan {
             return Err(unpack::Error::Payload("it is not in the image"));
         }
         let payload = Packed::open(image.file, self.setup_size + offset, size)?;
-        unpack::load(memory, &payload, kernel, choice)
+        unpack::load(memory, &payload, kernel, choice, prepare)
     }
 }
 /// The setup header; bytes after its end, which belong to the boot sector's code, are zero.

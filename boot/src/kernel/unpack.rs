@@ -9,6 +9,7 @@ mod vmlinux;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use thiserror::Error as ThisError;
@@ -132,6 +133,7 @@ pub(super) fn load(
     payload: &Packed,
     kernel: Movable,
     choice: &Choice,
+    prepare: &dyn Fn(Range<u64>),
 ) -> Result<Unpacked, Error> {
     if payload.unpacked > kernel.size {
         return Err(Error::Payload(
@@ -147,6 +149,7 @@ pub(super) fn load(
             place = choice.place(kernel, ram_end);
         }
         let start = place.map_or(kernel.linked, |place| place.physical);
+        prepare(start..start + kernel.size);
         let length = payload.unpacked;
         Ok(Destination::new(vmlinux, memory, start, length))
     })?;

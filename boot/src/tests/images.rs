@@ -29,7 +29,7 @@ pub(crate) fn load_kernel(memory: &GuestMemoryMmap, file: &mut File) -> Result<K
         cmdline: "",
         initrd: 0..0,
     };
-    Plan::new(memory, file)?.load(memory, &choice)
+    Plan::new(memory, file)?.load(memory, &choice, &|_| ())
 }
 
 pub(crate) fn platform(cpus: u8, devices: u32) -> Platform {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use boot::{BootSpec, BootState, Platform};
@@ -10,6 +11,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::{Error, failed_to};
 use crate::config::Config;
+use crate::memory;
 use crate::plan::Plan;
 
 /// A kernel and all that it finds in memory.
@@ -19,6 +21,8 @@ pub struct Loader {
     initrd: Option<(PathBuf, File)>,
     cmdline: String,
     platform: Platform,
+    /// Memory that is touched first is filled with huge pages before.
+    fills: bool,
 }
 
 impl Loader {
@@ -29,16 +33,24 @@ impl Loader {
             initrd: config.initrd.clone().zip(initrd),
             cmdline: config.whole_cmdline(),
             platform: plan.platform(),
+            fills: config.shares_memory() && !config.hugepages,
         }
     }
 
     /// Loads it into memory that is all zeros.
     pub fn load(&mut self, memory: &GuestMemoryMmap) -> Result<BootState, Error> {
+        let fill = |range: Range<u64>| {
+            if self.fills {
+                memory::fill(memory, &range);
+            }
+        };
+        fill(memory::taken_first(memory));
         let mut spec = BootSpec {
             kernel: &mut self.kernel.1,
             initrd: self.initrd.as_mut().map(|(_, file)| file),
             cmdline: &self.cmdline,
             random: random().map_err(failed_to("get random numbers"))?,
+            prepare: &fill,
             platform: &self.platform,
         };
         let boot = boot::load(memory, &mut spec).map_err(|error| self.name_file(error))?;

@@ -26,7 +26,7 @@ fn load_at(
         cmdline,
         initrd: 0..0,
     };
-    Plan::new(memory, &mut file)?.load(memory, &choice)
+    Plan::new(memory, &mut file)?.load(memory, &choice, &|_| ())
 }
 
 fn kernel(relocations: &[u32]) -> Vec<u8> {
