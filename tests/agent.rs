@@ -244,6 +244,7 @@ fn guest_on_the_hosts_root_boots_works_and_powers_off() {
         check_processes(&guest);
         check_agent_serves_the_host_alone(&guest);
 
+        let _hung = hang(&guest);
         commands_and_copies_pass(&name, shared.path());
         let _full = fill(&guest, &name);
 
@@ -336,6 +337,29 @@ fn check_agent_serves_the_host_alone(guest: &Guest) {
         connect(S, pack(\"SxxLLx4\", 40, 28022, 1)) or die \"$!\\n\"; \
         print sysread(S, $byte, 1) ? \"greeted\" : \"closed\"'";
     assert_eq!(guest.sh(script), ("closed".into(), 0));
+}
+
+/// A program is executed from a file system that never answers (FUSE, whose server does nothing), which holds up nothing else.
+fn hang(guest: &Guest) -> [Killed; 2] {
+    let exec = |words: &[&str]| {
+        let mut command = Command::new(binary());
+        command.arg("exec").arg(guest.dir.path().join("vsock"));
+        command.arg("--").args(words).stdin(Stdio::null());
+        Killed(command.stdout(Stdio::piped()).spawn().unwrap())
+    };
+    let script = "exec 3<>/dev/fuse && mkdir /run/hangs && \
+        mount -i -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 hangs /run/hangs && \
+        echo mounted && exec sleep 1000";
+    let mut server = exec(&["sh", "-c", script]);
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "mounted\n");
+    let hangs = exec(&["/run/hangs/program"]);
+    let waits = "until grep -qs fuse_ /proc/[0-9]*/wchan; do :; done; exit 4";
+    assert_eq!(guest.sh(waits), (String::new(), 4));
+    [server, hangs]
 }
 
 /// No number of a process is left in the guest, and its file systems are out of sight or only read: the agent says why it can

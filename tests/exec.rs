@@ -33,8 +33,8 @@ use std::process::{ChildStdout, Command, Output, Stdio};
 use std::thread;
 
 use harness::eventually;
-use harness::process::{Killed, is_running};
-use harness::vm::binary;
+use harness::process::{Killed, is_running, tasks};
+use harness::vm::{binary, copy_program};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit, setrlimit};
 use tempfile::TempDir;
 
@@ -310,18 +310,20 @@ fn agent_that_may_start_no_process_says_so_and_recovers() {
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
     // The user may not read where it was built.
     let program = directory.path().join("agent");
-    fs::copy(env!("MINIVMM_AGENT"), &program).unwrap();
+    copy_program(env!("MINIVMM_AGENT"), &program);
     let mut command = Command::new(program);
-    // Two threads, and one command. No other process of the tests is this user's.
+    // Two threads, one that starts a command, and one command. No other process of the tests is this user's.
     let limit = || {
-        let most = Some(3);
+        let most = Some(4);
         let (current, maximum) = (most, most);
         Ok(setrlimit(Resource::Nproc, Rlimit { current, maximum })?)
     };
     // SAFETY: the closure makes one system call.
     unsafe { command.uid(54399).gid(54399).pre_exec(limit) };
     let agent = Agent::serve(command, directory);
+    let has_started_all = || tasks(agent.process.id()).len() == 2;
     let (mut first, _output, _) = agent.begin("echo ready; exec sleep 1000");
+    assert!(eventually(has_started_all));
     let refused = agent.exec(&["id", "-u"]).output().unwrap();
     assert_status(
         &refused,
@@ -330,6 +332,7 @@ fn agent_that_may_start_no_process_says_so_and_recovers() {
     );
     signal(&first, Signal::TERM);
     assert_eq!(first.wait().unwrap().code(), Some(128 + 15));
+    assert!(eventually(has_started_all));
     let output = agent.exec(&["id", "-u"]).output().unwrap();
     assert_eq!(text(&output.stdout), "54399\n", "{}", text(&output.stderr));
 }

@@ -15,7 +15,7 @@ use std::time::Instant;
 use harness::guest::{ECHO, Net, PEER, SINK, SOURCE, addresses, stream_bytes, succeed};
 use harness::netns::Netns;
 use harness::process::{children, is_running};
-use harness::vm::{self, Vm};
+use harness::vm::{self, Vm, copy_program};
 use harness::{elf::elf, eventually, guest_test};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -159,9 +159,10 @@ fn quit_here(net: &Net, guest: Guest) {
 
 /// A directory with a program `passt` in it, and the value of PATH that finds it.
 fn another_passt(directory: &Path, script: &str) -> String {
-    let program = directory.join("passt");
-    fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("the directory can be written");
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    let text = directory.join("text");
+    fs::write(&text, format!("#!/bin/sh\n{script}\n")).expect("the directory can be written");
+    fs::set_permissions(&text, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    copy_program(text, directory.join("passt"));
     format!("{}:/usr/bin:/bin", directory.display())
 }
 

@@ -1,8 +1,10 @@
 //! Processes that the agent starts, and as init those that it inherits.
 //!
 //! One thread reaps all of them, and passes on how those ended that were started here. It learns the process of one that has ended, and
-//! takes the lock before it reaps it: so a process that [`Children::spawn`] is about to register cannot be gone, and a number that
-//! [`Child::signal_group`] is about to use is still that of the same process.
+//! takes the lock before it reaps it, so that a number that [`Child::signal_group`] is about to use is still that of the same process.
+//! One that it does not know is left as it is while [`Children::spawn`] starts any: that may be about to register it, or to wait for it
+//! since its program cannot be executed. To execute a program can take for ever, where a file system does not answer; all others are
+//! reaped meanwhile.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,6 +19,8 @@ use crate::check;
 
 /// The stack of the thread that reaps.
 const STACK: usize = 64 << 10;
+/// How often it looks for others while there is one that it has to leave.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// How a process has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +40,7 @@ pub enum Ended {
 #[derive(Debug)]
 pub struct Children {
     state: Mutex<State>,
-    /// When a process starts, and when the last one is reaped.
+    /// When a process is about to start or has done so, and when the last one is reaped.
     changed: Condvar,
 }
 
@@ -44,6 +48,8 @@ pub struct Children {
 struct State {
     /// Those that were started here.
     running: HashMap<u32, Started>,
+    /// How many are being started.
+    starting: usize,
     /// Whether there is any child.
     any: bool,
     /// The most memory that one that has ended had resident, in bytes.
@@ -108,11 +114,15 @@ impl Children {
         ended: impl FnOnce(Ended) + Send + 'static,
     ) -> io::Result<Child> {
         let mut state = self.lock();
-        // The thread that reaps finds it also when its program cannot be executed, and the standard library has
-        // waited for it itself.
+        state.starting += 1;
         state.any = true;
         self.changed.notify_all();
-        let pid = command.spawn()?.id();
+        drop(state);
+        let spawned = command.spawn();
+        let mut state = self.lock();
+        state.starting -= 1;
+        self.changed.notify_all();
+        let pid = spawned?.id();
         let started = Started {
             ended: Box::new(ended),
             ends_group: false,
@@ -140,28 +150,28 @@ impl Children {
 
     fn reap(&self) {
         loop {
-            let Some(pid) = peek() else {
-                let mut state = self.lock();
-                // A process may have been started, or inherited, since.
-                if is_any() {
-                    continue;
-                }
-                state.any = false;
-                self.changed.notify_all();
-                let started = self.changed.wait_while(state, |state| !state.any);
-                drop(started);
-                continue;
-            };
+            let ended = peek();
             let mut state = self.lock();
-            if state.running.get(&pid).is_some_and(|it| it.ends_group) {
-                // Its number stays that of the group until it is reaped.
-                let _ = signal_group(pid, libc::SIGKILL);
-            }
-            // Otherwise the standard library has reaped it.
-            if let Some((ended, resident)) = reap(pid) {
-                state.largest = state.largest.max(resident);
-                if let Some(started) = state.running.remove(&pid) {
-                    (started.ended)(ended);
+            match ended {
+                Some(pid) if state.starting == 0 || state.running.contains_key(&pid) => {
+                    state.reap(pid);
+                }
+                // A process may have been started, or inherited, since.
+                None if state.starting == 0 && has_ended(None).is_ok() => {}
+                None if state.starting == 0 => {
+                    state.any = false;
+                    self.changed.notify_all();
+                    let started = self.changed.wait_while(state, |state| !state.any);
+                    drop(started);
+                }
+                _ => {
+                    let others: Vec<_> = state.running.keys().copied().collect();
+                    for pid in others {
+                        if has_ended(Some(pid)).is_ok_and(|ended| ended) {
+                            state.reap(pid);
+                        }
+                    }
+                    drop(self.changed.wait_timeout(state, LOOK_AGAIN));
                 }
             }
         }
@@ -169,6 +179,23 @@ impl Children {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Reaps a child that has ended.
+    fn reap(&mut self, pid: u32) {
+        if self.running.get(&pid).is_some_and(|it| it.ends_group) {
+            // Its number stays that of the group until it is reaped.
+            let _ = signal_group(pid, libc::SIGKILL);
+        }
+        // Otherwise the standard library has reaped it.
+        if let Some((ended, resident)) = reap(pid) {
+            self.largest = self.largest.max(resident);
+            if let Some(started) = self.running.remove(&pid) {
+                (started.ended)(ended);
+            }
+        }
     }
 }
 
@@ -208,26 +235,30 @@ fn signal_group(pid: u32, signal: i32) -> io::Result<()> {
 /// Waits until a child has ended, and leaves it as it is. None when there is no child.
 fn peek() -> Option<u32> {
     loop {
-        match waitid(libc::WEXITED | libc::WNOWAIT) {
-            Ok(pid) => return Some(pid),
+        match waitid(None, libc::WEXITED | libc::WNOWAIT) {
+            Ok(pid) => return pid,
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
             Err(_) => return None,
         }
     }
 }
 
-/// Whether there is a child.
-fn is_any() -> bool {
-    waitid(libc::WEXITED | libc::WNOWAIT | libc::WNOHANG).is_ok()
+/// Whether a child has ended, this one or any. It is an error that there is none.
+fn has_ended(pid: Option<u32>) -> io::Result<bool> {
+    let found = waitid(pid, libc::WEXITED | libc::WNOWAIT | libc::WNOHANG);
+    found.map(|ended| ended.is_some())
 }
 
-fn waitid(options: i32) -> io::Result<u32> {
+/// One that has ended, if any has.
+fn waitid(pid: Option<u32>, options: i32) -> io::Result<Option<u32>> {
     // SAFETY: a siginfo_t is numbers, which may all be 0.
     let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
+    let (which, id) = pid.map_or((libc::P_ALL, 0), |pid| (libc::P_PID, pid));
     // SAFETY: the kernel writes into `info`, which lasts for the call.
-    check(unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, options) })?;
+    check(unsafe { libc::waitid(which, id, &raw mut info, options) })?;
     // SAFETY: the kernel has written the fields of SIGCHLD, or left 0 where none has ended.
-    Ok(unsafe { info.si_pid() } as u32)
+    let pid = unsafe { info.si_pid() } as u32;
+    Ok(Some(pid).filter(|pid| *pid != 0))
 }
 
 /// Reaps a child that has ended. Returns its end, and the most memory that it had resident, in bytes.
@@ -283,6 +314,33 @@ mod tests {
         assert!(!children.wait_for_none(Duration::ZERO));
         sleeps.signal_group(libc::SIGTERM).unwrap();
         assert_eq!(ended.recv(), Ok(killed(libc::SIGTERM)));
+
+        // One whose program is not executed for long keeps no other from it, whichever ends first.
+        let (mut hangs, mut goes_on) = io::pipe().unwrap();
+        let late = thread::spawn({
+            let children = children.clone();
+            move || {
+                let (sender, ended) = mpsc::channel();
+                let mut command = Command::new("/no/such/program");
+                // SAFETY: it makes one system call.
+                unsafe { command.pre_exec(move || hangs.read(&mut [0]).map(drop)) };
+                let child = children.spawn(&mut command, move |how| sender.send(how).unwrap());
+                (child.map(drop), ended)
+            }
+        });
+        while children.lock().starting == 0 {
+            thread::yield_now();
+        }
+        let orphan = "(exec setsid true) & exit 5";
+        for (script, status) in [("exit 4", 4), (orphan, 5), ("exit 6", 6)] {
+            let (_, ended) = sh(script).unwrap();
+            assert_eq!(ended.recv(), Ok(Ended::Exited(status)));
+        }
+        // The one that hangs has a copy of it.
+        goes_on.write_all(b"\n").unwrap();
+        let (child, ended) = late.join().unwrap();
+        assert_eq!(child.unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(ended.recv().is_err());
 
         let (mut output, input) = io::pipe().unwrap();
         let script = "sleep 1000 & exit 3";

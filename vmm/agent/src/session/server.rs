@@ -1,4 +1,5 @@
-//! All sessions, in one thread: so a guest whose processes are used up still answers.
+//! All sessions, in one thread: so a guest whose processes are used up still answers. Each command is started on a thread of
+//! its own, if there can be one: that waits until the program is executed, which may be on a file system that does not answer.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -7,6 +8,7 @@ use std::mem;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Inbox;
@@ -17,7 +19,7 @@ use rustix::io::Errno;
 use super::connection::{Connection, Heard, PATIENCE};
 use super::copy::{Copies, Copy};
 use super::running::{Opened, Running, Session};
-use super::start::{self, StartError};
+use super::start::{self, StartError, Started};
 use super::unpack;
 use crate::chain;
 use crate::children::{Children, Ended};
@@ -60,18 +62,50 @@ struct Parked {
     deadline: Instant,
 }
 
+/// A command that is being started.
+#[derive(Debug)]
+struct Starting {
+    session: Session,
+    /// It has ended before that was known.
+    ended: Option<Ended>,
+}
+
+/// What has become of a command.
+#[derive(Debug)]
+enum News {
+    Started(Result<Started, StartError>),
+    Ended(Ended),
+}
+
+/// The way of news to the server.
+#[derive(Clone, Debug)]
+struct Reporter {
+    number: u64,
+    news: Sender<(u64, News)>,
+    waker: Arc<UnixStream>,
+}
+
+impl Reporter {
+    fn report(&self, news: News) {
+        // Both fail when the server has ended, or has enough to wake it.
+        let _ = self.news.send((self.number, news));
+        let _ = (&*self.waker).write(&[0]);
+    }
+}
+
 #[derive(Debug)]
 struct Server {
     children: Arc<Children>,
     connections: Vec<Connection>,
     waiting: Vec<Waiting>,
     parked: Vec<Parked>,
+    starting: BTreeMap<u64, Starting>,
     running: BTreeMap<u64, Running>,
     /// The number of the next command.
     next: u64,
-    /// Those that have ended, after a byte on the socket.
-    ends: Receiver<(u64, Ended)>,
-    ended: Sender<(u64, Ended)>,
+    /// What has become of commands, after a byte on the socket.
+    heard: Receiver<(u64, News)>,
+    news: Sender<(u64, News)>,
     woken: UnixStream,
     waker: Arc<UnixStream>,
     copies: Copies,
@@ -81,7 +115,7 @@ struct Server {
 
 impl Server {
     fn new(children: &Arc<Children>) -> io::Result<Self> {
-        let (ended, ends) = mpsc::channel();
+        let (news, heard) = mpsc::channel();
         let (woken, waker) = UnixStream::pair()?;
         woken.set_nonblocking(true)?;
         waker.set_nonblocking(true)?;
@@ -90,10 +124,11 @@ impl Server {
             connections: Vec::new(),
             waiting: Vec::new(),
             parked: Vec::new(),
+            starting: BTreeMap::new(),
             running: BTreeMap::new(),
             next: 0,
-            ends,
-            ended,
+            heard,
+            news,
             woken,
             waker: Arc::new(waker),
             copies: Copies::default(),
@@ -128,7 +163,7 @@ impl Server {
             running.turn(&mut ready);
         }
         if is_woken {
-            self.take_ends();
+            self.take_news();
         }
         self.listen(&heard);
         self.start();
@@ -151,13 +186,36 @@ impl Server {
         Timespec::try_from(left).ok()
     }
 
-    /// Takes the commands that have ended.
-    fn take_ends(&mut self) {
+    /// Takes the commands that have been started, and those that have ended.
+    fn take_news(&mut self) {
         let _ = (&self.woken).read(&mut [0; 64]);
-        while let Ok((number, ended)) = self.ends.try_recv() {
-            if let Some(running) = self.running.get_mut(&number) {
-                running.ended(ended);
+        while let Ok((number, news)) = self.heard.try_recv() {
+            match news {
+                News::Started(started) => self.started(number, started),
+                News::Ended(ended) => {
+                    if let Some(running) = self.running.get_mut(&number) {
+                        running.ended(ended);
+                    } else if let Some(starting) = self.starting.get_mut(&number) {
+                        starting.ended = Some(ended);
+                    }
+                }
             }
+        }
+    }
+
+    fn started(&mut self, number: u64, started: Result<Started, StartError>) {
+        let Some(Starting { session, ended }) = self.starting.remove(&number) else {
+            return;
+        };
+        match started {
+            Ok(started) => {
+                let mut running = Running::new(started, session);
+                if let Some(ended) = ended {
+                    running.ended(ended);
+                }
+                self.running.insert(number, running);
+            }
+            Err(error) => refuse(&session.control, &error),
         }
     }
 
@@ -187,7 +245,8 @@ impl Server {
 
     fn descriptors(&self) -> usize {
         let running = self.running.values().map(Running::descriptors);
-        self.connections.len() + self.waiting.len() + self.parked.len() + running.sum::<usize>()
+        let of_commands = OF_COMMAND * self.starting.len() + running.sum::<usize>();
+        self.connections.len() + self.waiting.len() + self.parked.len() + of_commands
     }
 
     /// Takes what has come on new connections.
@@ -264,25 +323,34 @@ impl Server {
                 .partition(|parked| parked.session == exec.session);
             self.parked = others;
             let streams = own.into_iter().map(|parked| parked.opened).collect();
-            let number = self.next;
-            self.next += 1;
-            let (ended, waker) = (self.ended.clone(), self.waker.clone());
-            let ended = move |how| {
-                // Both fail when the server has ended, or has enough to wake it.
-                let _ = ended.send((number, how));
-                let _ = (&*waker).write(&[0]);
+            let session = Session {
+                control,
+                inbox,
+                streams,
             };
-            match start::start(&exec, &self.children, ended) {
-                Ok(started) => {
-                    let session = Session {
-                        control,
-                        inbox,
-                        streams,
-                    };
-                    self.running.insert(number, Running::new(started, session));
-                }
-                Err(error) => refuse(&control, &error),
-            }
+            self.start_one(exec, session);
+        }
+    }
+
+    fn start_one(&mut self, exec: Box<Exec>, session: Session) {
+        let reporter = Reporter {
+            number: self.next,
+            news: self.news.clone(),
+            waker: self.waker.clone(),
+        };
+        self.next += 1;
+        let ended = None;
+        self.starting
+            .insert(reporter.number, Starting { session, ended });
+        let children = self.children.clone();
+        let exec = Arc::<Exec>::from(exec);
+        let start = move || {
+            let ends = reporter.clone();
+            let ended = move |how| ends.report(News::Ended(how));
+            reporter.report(News::Started(start::start(&exec, &children, ended)));
+        };
+        if thread::Builder::new().spawn(start.clone()).is_err() {
+            start();
         }
     }
 
