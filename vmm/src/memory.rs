@@ -26,7 +26,7 @@ use vm_memory::{
     MemoryRegionAddress, MmapRegion,
 };
 
-pub use self::fill::{fill, taken_first};
+pub use self::fill::{AFTER_KERNEL, fill, taken_first};
 use self::mapping::{HUGE, Mapping};
 use crate::config::MemorySize;
 use crate::control::exit::ExitRequest;

@@ -50,7 +50,7 @@ impl Loader {
             initrd: self.initrd.as_mut().map(|(_, file)| file),
             cmdline: &self.cmdline,
             random: random().map_err(failed_to("get random numbers"))?,
-            prepare: &fill,
+            prepare: &|kernel| fill(kernel.start..kernel.end + memory::AFTER_KERNEL),
             platform: &self.platform,
         };
         let boot = boot::load(memory, &mut spec).map_err(|error| self.name_file(error))?;

@@ -19,6 +19,9 @@ const DESCRIPTION: u64 = 4096 / 64;
 /// What else it takes of the memory's end while it boots: measured with 1 to 4 GiB.
 const BOOT: u64 = 8 << 20;
 
+/// What Linux takes next to its own memory until the first programs run: measured with 512 MiB and 1 GiB.
+pub const AFTER_KERNEL: u64 = 16 << 20;
+
 /// The addresses at the end of the memory that Linux takes while it boots.
 pub fn taken_first(memory: &GuestMemoryMmap) -> Range<u64> {
     let bytes: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
