@@ -153,7 +153,7 @@ impl Service {
         self.grace = grace;
     }
 
-    /// Should it fail while it is followed, that of the share with this tag is reported. The native device does so by
+    /// Should it fail while it is followed, the share with this tag is reported to have failed. The native device does so by
     /// itself.
     pub fn report_share(&mut self, tag: &str, events: EventSink) {
         self.share = Some((tag.to_owned(), events));
